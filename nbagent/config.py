@@ -1,0 +1,322 @@
+"""Settings: what may be set, its default, how it is written, and how wrong input is explained.
+
+Read from `/etc/nbagent/nbagent.toml`, then every `/etc/nbagent/conf.d/*.toml` in the order of
+their names; a later file wins key by key. Every setting has a default that works on one host.
+An unknown key refuses to start and names the nearest known one, because a misspelt limit that is
+silently ignored is worse than no agent.
+
+Reading files is all this module does to the world; nothing here knows what a setting is for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import ipaddress
+import os
+import re
+import socket
+import tomllib
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nbagent.errors import ConfigError
+from nbagent.quantities import (
+    QUOTA_EXPECTED,
+    parse_duration,
+    parse_quota,
+    parse_size,
+)
+
+DEFAULT_PATH = Path("/etc/nbagent/nbagent.toml")
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+T = TypeVar("T")
+
+
+def _setting(default: Any, parse: Callable[[Any], Any], doc: str) -> Any:
+    """A field whose value in a file goes through `parse`, which raises ValueError."""
+    metadata = {"parse": parse, "doc": doc, "default": default}
+    return field(default_factory=lambda: parse(default), metadata=metadata)
+
+
+def _text(pattern: str, expected: str) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if isinstance(value, str) and re.fullmatch(pattern, value):
+            return value
+        raise ValueError(expected)
+
+    return parse
+
+
+def _number(low: float, high: float, kind: type[T]) -> Callable[[Any], T]:
+    def parse(value: Any) -> T:
+        whole = "a whole number" if kind is int else "a number"
+        types = (int,) if kind is int else (int, float)
+        if isinstance(value, types) and not isinstance(value, bool) and low <= value <= high:
+            return kind(value)  # type: ignore[call-arg]
+        raise ValueError(f"{whole} from {low:g} to {high:g}")
+
+    return parse
+
+
+def _auto_or(parse: Callable[[Any], T]) -> Callable[[Any], T | None]:
+    def parse_auto(value: Any) -> T | None:
+        if value == "auto":
+            return None
+        try:
+            return parse(value)
+        except ValueError as error:
+            raise ValueError(f'"auto" or {error}') from None
+
+    return parse_auto
+
+
+def _positive_duration(value: Any) -> float:
+    duration_s = parse_duration(value)
+    if duration_s <= 0:
+        raise ValueError("a time above 0")
+    return duration_s
+
+
+def _quota(value: Any) -> str:
+    if value == "none":
+        return "none"
+    try:
+        parse_quota(value, 1 << 20)
+    except ValueError:
+        raise ValueError(f'"none" or {QUOTA_EXPECTED}') from None
+    return str(value)
+
+
+def _networks(value: Any) -> tuple[Network, ...]:
+    expected = 'a list of networks such as ["127.0.0.0/8", "10.1.0.0/16"]'
+    if not isinstance(value, list):
+        raise ValueError(expected)
+    try:
+        return tuple(ipaddress.ip_network(item) for item in value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{expected}; {error}") from None
+
+
+def _origins(value: Any) -> tuple[str, ...]:
+    pattern = r"\*|https?://[^/\s]+"
+    if isinstance(value, list) and all(isinstance(v, str) and re.fullmatch(pattern, v) for v in value):
+        return tuple(value)
+    raise ValueError('a list of origins such as ["https://example.org"], without a path')
+
+
+def derived_label(hostname: str) -> str:
+    """A host label from a hostname: its first part, `[a-z0-9]`, at most 16 characters."""
+    return re.sub(r"[^a-z0-9]", "", hostname.split(".")[0].lower())[:16] or "host"
+
+
+_LABEL = _text(r"[a-z0-9]{1,16}", "1 to 16 characters of a-z and 0-9")
+_IMAGE_NAME = _text(r"[a-z0-9][a-z0-9.-]{0,62}", "an image name of a-z, 0-9, '.' and '-'")
+
+
+@dataclass(frozen=True)
+class HostSettings:
+    """`[host]`: this machine in the fleet."""
+
+    label: str | None = _setting("auto", _auto_or(_LABEL), "Unique in the fleet; auto: from the hostname.")
+    memory_reserve: int = _setting("512M", parse_size, "No slot is started when less than this would be left.")
+
+
+@dataclass(frozen=True)
+class ApiSettings:
+    """`[api]`: who may call the control API, and how it is served."""
+
+    trusted_networks: tuple[Network, ...] = _setting(
+        ["127.0.0.0/8", "::1/128"], _networks, "Peers that need no token."
+    )
+    allowed_origins: tuple[str, ...] = _setting([], _origins, 'Web origins whose pages may call; "*": any.')
+    workers: int = _setting(2, _number(1, 64, int), "gunicorn worker processes.")
+    threads: int = _setting(16, _number(1, 256, int), "Threads of each worker: calls that wait at a time.")
+
+
+@dataclass(frozen=True)
+class RouterSettings:
+    """`[router]`: where users reach their slots."""
+
+    public_url: str | None = _setting(
+        "auto",
+        _auto_or(_text(r"https?://[^/\s]+", 'a URL without a path, such as "https://nb.example.org"')),
+        "The front of a claim's url; auto: the name the API was called by, on `port`.",
+    )
+    port: int = _setting(8000, _number(1, 65535, int), "The router's port in a claim's url.")
+
+
+@dataclass(frozen=True)
+class SlotSettings:
+    """`[slots]`: what one slot may use, and for how long."""
+
+    capacity: int | None = _setting(
+        "auto", _auto_or(_number(1, 60000, int)), "Slots at a time; auto: from memory and overcommit."
+    )
+    overcommit: float = _setting(4.0, _number(0.1, 100, float), "How often the host's memory may be promised.")
+    memory: int = _setting("1G", parse_size, "MemoryMax= of a slot, unless the claim asks otherwise.")
+    memory_max: int = _setting("4G", parse_size, "The most that a claim may ask for.")
+    storage: int = _setting("512M", parse_size, "Files a slot may write; they count as its memory.")
+    cpu_weight: int = _setting(100, _number(1, 10000, int), "CPUWeight= of a slot.")
+    cpu_quota: str = _setting("none", _quota, 'CPUQuota= of a slot: "1/32" of the host, "50%" of one, "none".')
+    tasks: int = _setting(256, _number(16, 65536, int), "TasksMax= of a slot: processes and threads.")
+    ttl: float = _setting("12h", _positive_duration, "How long a claimed slot lives, unless asked otherwise.")
+    ttl_max: float = _setting("24h", _positive_duration, "The longest life that a claim may ask for.")
+    start_timeout: float = _setting("60s", _positive_duration, "A slot not ready by then has failed.")
+    stop_timeout: float = _setting("3s", _positive_duration, "From SIGTERM to SIGKILL.")
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """`[pool]`: warm slots, ready before anyone asks."""
+
+    image: str = _setting("minimal", _IMAGE_NAME, "The image of a claim that names none.")
+    warm: int = _setting(2, _number(0, 10000, int), "Warm slots of each image.")
+    starts: int | None = _setting(
+        "auto", _auto_or(_number(1, 1000, int)), "Starts at a time; auto: one a processor."
+    )
+    max_age: float = _setting("6h", _positive_duration, "A warm slot older than this is replaced.")
+    backoff: float = _setting("1s", _positive_duration, "Pause after a failed start; doubles with each.")
+    backoff_max: float = _setting("60s", _positive_duration, "The longest pause.")
+    claim_timeout: float = _setting("30s", _positive_duration, "How long a claim waits for a start.")
+
+
+@dataclass(frozen=True)
+class CullSettings:
+    """`[cull]`: when a slot that somebody claimed is ended by rule."""
+
+    idle: float = _setting("1h", _positive_duration, "No kernel busy and nobody acting for this long.")
+    cpu: float = _setting(0.05, _number(0, 64, float), "Processors' worth of use below which a slot is idle.")
+    interval: float = _setting("30s", _positive_duration, "How often the rules are looked at.")
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """`[images.NAME]`: what differs for one image."""
+
+    warm: int | None = _setting("auto", _auto_or(_number(0, 10000, int)), "Warm slots; auto: as in [pool].")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings, each with its default."""
+
+    host: HostSettings = field(default_factory=HostSettings)
+    api: ApiSettings = field(default_factory=ApiSettings)
+    router: RouterSettings = field(default_factory=RouterSettings)
+    slots: SlotSettings = field(default_factory=SlotSettings)
+    pool: PoolSettings = field(default_factory=PoolSettings)
+    cull: CullSettings = field(default_factory=CullSettings)
+    images: Mapping[str, ImageSettings] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The host label, from the setting or the hostname."""
+        return self.host.label or derived_label(socket.gethostname())
+
+    def warm(self, image: str) -> int:
+        """How many warm slots the pool of `image` wants."""
+        settings = self.images.get(image)
+        return self.pool.warm if settings is None or settings.warm is None else settings.warm
+
+
+def settings_files(path: Path = DEFAULT_PATH) -> list[Path]:
+    """The files that make the configuration, in the order they are read; missing ones left out."""
+    extra = sorted((path.parent / "conf.d").glob("*.toml"))
+    return [file for file in [path, *extra] if file.is_file()]
+
+
+def load(path: Path = DEFAULT_PATH) -> Config:
+    """Reads the configuration. Raises ConfigError naming file, key and what would be right."""
+    tables: dict[str, Any] = {}
+    origin: dict[tuple[str, ...], Path] = {}
+    for file in settings_files(path):
+        try:
+            document = tomllib.loads(file.read_text())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: not valid TOML: {error}", file=str(file)) from None
+        except OSError as error:
+            raise ConfigError(f"{file}: {os.strerror(error.errno or 0)}", file=str(file)) from None
+        _merge(tables, document, file, origin, ())
+    return parse(tables, origin)
+
+
+def parse(tables: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path] | None = None) -> Config:
+    """A Config of tables as TOML gives them. `origin` says which file each key came from."""
+    reader = _Reader(origin or {})
+    config = reader.section(Config, tables, ())
+    if config.slots.memory > config.slots.memory_max:
+        raise reader.error(("slots", "memory"), f"at most slots.memory_max, {config.slots.memory_max}")
+    if config.slots.ttl > config.slots.ttl_max:
+        raise reader.error(("slots", "ttl"), f"at most slots.ttl_max, {config.slots.ttl_max:g} seconds")
+    return config
+
+
+def _merge(
+    into: dict[str, Any],
+    document: Mapping[str, Any],
+    file: Path,
+    origin: dict[tuple[str, ...], Path],
+    prefix: tuple[str, ...],
+) -> None:
+    for key, value in document.items():
+        origin[*prefix, key] = file
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value, file, origin, (*prefix, key))
+        elif isinstance(value, dict):
+            into[key] = {}
+            _merge(into[key], value, file, origin, (*prefix, key))
+        else:
+            into[key] = value
+
+
+@dataclass(frozen=True)
+class _Reader:
+    origin: Mapping[tuple[str, ...], Path]
+
+    def error(self, key: tuple[str, ...], expected: str) -> ConfigError:
+        file, name = self.origin.get(key), ".".join(key)
+        where = f"{file}: " if file else ""
+        return ConfigError(
+            f"{where}{name}: expected {expected}", file=str(file or ""), key=name, expected=expected
+        )
+
+    def section(self, kind: type[T], table: Any, prefix: tuple[str, ...]) -> T:
+        if not isinstance(table, Mapping):
+            raise self.error(prefix, "a table")
+        fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        values: dict[str, Any] = {}
+        for name, value in table.items():
+            key = (*prefix, name)
+            if name not in fields:
+                raise self.unknown(key, list(fields))
+            values[name] = self.value(fields[name], value, key)
+        return kind(**values)
+
+    def value(self, setting: dataclasses.Field[Any], value: Any, key: tuple[str, ...]) -> Any:
+        if parse_value := setting.metadata.get("parse"):
+            try:
+                return parse_value(value)
+            except ValueError as error:
+                raise self.error(key, str(error)) from None
+        if setting.name == "images":
+            if not isinstance(value, Mapping):
+                raise self.error(key, "a table of image names")
+            return {name: self.section(ImageSettings, item, (*key, name)) for name, item in value.items()}
+        return self.section(typing.get_type_hints(Config)[setting.name], value, key)
+
+    def unknown(self, key: tuple[str, ...], known: list[str]) -> ConfigError:
+        near = difflib.get_close_matches(key[-1], known, 1, 0.5)
+        expected = f'"{near[0]}"?' if near else "one of " + ", ".join(sorted(known))
+        file, name = self.origin.get(key), ".".join(key)
+        where = f"{file}: " if file else ""
+        return ConfigError(
+            f"{where}unknown setting {name}; did you mean {expected}" if near
+            else f"{where}unknown setting {name}; known here: {', '.join(sorted(known))}",
+            file=str(file or ""), key=name, expected=expected,
+        )
+

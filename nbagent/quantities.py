@@ -1,0 +1,96 @@
+"""Amounts as people write them: memory, time, shares of the processors.
+
+Pure. The configuration and the API read amounts by these functions and by no others, so the
+same words mean the same thing in both. Every function raises ValueError with what would be
+right; the caller knows the field and adds its name.
+"""
+
+from __future__ import annotations
+
+import re
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|min|m|h|d)\s*)+")
+_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|min|m|h|d)")
+_DURATION_UNITS = {"ms": 0.001, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
+_FRACTION = re.compile(r"(\d{1,6})/(\d{1,6})")
+_PERCENT = re.compile(r"(\d{1,7}(?:\.\d+)?)%")
+
+SIZE_EXPECTED = 'a size in bytes such as 536870912 or "512M" (K, M, G, T are powers of 1024)'
+DURATION_EXPECTED = 'a time in seconds such as 3600, or "90s", "30min", "12h", "1d"'
+QUOTA_EXPECTED = 'a share of the host such as "1/32", or of one processor such as "50%" or "150%"'
+INTEGER_EXPECTED = "a whole number"
+
+
+def parse_size(value: object) -> int:
+    """Bytes of `"512M"` or `536870912`. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value >= 0:
+            return value
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value.strip())):
+        return int(float(match[1]) * _SIZE_UNITS[match[2].upper()])
+    raise ValueError(SIZE_EXPECTED)
+
+
+def parse_duration(value: object) -> float:
+    """Seconds of `"1h30min"`, `90` or `0.5`. Raises ValueError."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if 0 <= value < 1e10:
+            return float(value)
+    elif isinstance(value, str):
+        text = value.strip()
+        if re.fullmatch(r"\d{1,10}(?:\.\d+)?", text):
+            return float(text)
+        if _DURATION.fullmatch(text):
+            return sum(float(n) * _DURATION_UNITS[unit] for n, unit in _DURATION_PART.findall(text))
+    raise ValueError(DURATION_EXPECTED)
+
+
+def parse_quota(value: object, cpus: int) -> float:
+    """Processors' worth of time of `"1/32"` (of `cpus`) or `"50%"` (of one). Raises ValueError.
+
+    The percentage is systemd's `CPUQuota=`; the fraction of the host is tmpnb's way to say it.
+    """
+    if isinstance(value, str):
+        if (match := _FRACTION.fullmatch(value.strip())) and int(match[2]):
+            quota = int(match[1]) * cpus / int(match[2])
+        elif match := _PERCENT.fullmatch(value.strip()):
+            quota = float(match[1]) / 100
+        else:
+            raise ValueError(QUOTA_EXPECTED)
+        if 0 < quota <= cpus:
+            return quota
+        raise ValueError(f"{QUOTA_EXPECTED}, above 0 and at most the host's {cpus} processors")
+    raise ValueError(QUOTA_EXPECTED)
+
+
+def parse_integer(value: object) -> int:
+    """`7` or `"7"` (a query string has no numbers). Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value.strip()):
+        return int(value)
+    raise ValueError(INTEGER_EXPECTED)
+
+
+def format_size(size_bytes: int) -> str:
+    """`"512M"`: the largest binary unit that leaves at most one decimal."""
+    amount = float(size_bytes)
+    for unit in ("B", "K", "M", "G"):
+        if amount < 1024:
+            return f"{amount:.0f}{unit}" if amount >= 10 or amount == int(amount) else f"{amount:.1f}{unit}"
+        amount /= 1024
+    return f"{amount:.1f}T"
+
+
+def format_duration(duration_s: float) -> str:
+    """`"2h05m"`, `"3m10s"` or `"45s"`, for a table column."""
+    seconds = max(0, int(duration_s))
+    if seconds >= 86400:
+        return f"{seconds // 86400}d{seconds % 86400 // 3600:02}h"
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+    if seconds >= 60:
+        return f"{seconds // 60}m{seconds % 60:02}s"
+    return f"{seconds}s"
