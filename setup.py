@@ -1,0 +1,36 @@
+"""What the Python package nbagent is. The .deb is made of it: packaging/build-deb."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "nbagent/__init__.py").read_text(), re.MULTILINE)
+assert VERSION
+
+setup(
+    name="nbagent",
+    version=VERSION[1],
+    description="Live Jupyter notebooks at once, each a systemd scope on a plain Linux host",
+    author="The nbagent developers",
+    license="BSD-3-Clause",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    # Named as PyPI names them; dh_python3 turns each into Debian's package of it.
+    install_requires=[
+        "click",
+        "flask",
+        "gunicorn",
+        "prometheus-client",
+        "psutil",
+        "pyroute2",
+        "pystemd",
+        "rich",
+        "systemd-python",
+    ],
+    packages=find_packages(include=["nbagent", "nbagent.*"]),
+    package_data={"nbagent": ["py.typed", "**/*.json", "**/*.html"]},
+    entry_points={"console_scripts": ["nbagent = nbagent.cli:main"]},
+    zip_safe=False,
+)
