@@ -1,0 +1,69 @@
+"""The way into a host for a command, prepared by `up` so that `testhost exec` has next to nothing left to do.
+
+A host's `entry` file holds the argv to put before the command, and which process must still be alive for it to mean
+anything. Imports nothing but what the interpreter has loaded anyway: starting Python is most of what an exec costs.
+"""
+
+import os
+import sys
+
+# What a command inside finds, whatever the caller's own environment is.
+ENVIRONMENT = {
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "LOGNAME": "root",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+    "SHELL": "/bin/bash",
+    "USER": "root",
+}
+
+
+def state_directory() -> str:
+    """On a disk, never on a tmpfs: a host's writable layer is below it."""
+    return os.environ.get("NBAGENT_TESTHOST_STATE", "/var/lib/nbagent-testhost")
+
+
+def start_ticks(pid: int) -> int | None:
+    """When the process was started, in ticks after the machine's boot, or None when it is gone or a zombie."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            text = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text[text.rindex(")") + 2 :].split()  # the command's name may hold spaces and parentheses
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def write(path: str, pid: int, ticks: int, prefix: list[str], *, remote_shell: bool) -> None:
+    """`remote_shell`: the command goes as one string to a shell inside, as with ssh."""
+    with open(path + ".new", "w") as file:
+        file.write("\0".join([str(pid), str(ticks), "shell" if remote_shell else "argv", *prefix]))
+    os.rename(path + ".new", path)
+
+
+def command(name: str, argv: list[str], *, tty: bool = False) -> list[str] | None:
+    """The whole argv that runs `argv` in the host, or None when there is no such host or it has ended."""
+    try:
+        with open(f"{state_directory()}/hosts/{name}/entry") as file:
+            pid, ticks, kind, *prefix = file.read().split("\0")
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    if start_ticks(int(pid)) != int(ticks):
+        return None
+    if kind == "argv":
+        return prefix + argv
+    import shlex
+
+    # With something after it, the shell cannot become the command, and so says what signal ended it.
+    return [*prefix, *(["-tt"] if tty else []), "testhost", "--", f"{shlex.join(argv)}; exit $?"]
+
+
+def exec_or_return(arguments: list[str]) -> None:
+    """`testhost exec N -- CMD…`: become the command. Returns when it is not as simple as that."""
+    if len(arguments) < 3 or arguments[1] != "--" or "/" in arguments[0] or arguments[0].startswith(("-", ".")):
+        return
+    tty = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    found = command(arguments[0], arguments[2:], tty=tty)
+    if found:
+        terminal = {"TERM": os.environ["TERM"]} if "TERM" in os.environ else {}
+        os.execvpe(found[0], found, ENVIRONMENT | terminal)

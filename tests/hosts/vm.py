@@ -1,0 +1,3 @@
+"""The vm driver: not yet."""
+from hosts.errors import BadArgument
+def check(suite): raise BadArgument("vm: not yet")
