@@ -1,0 +1,46 @@
+"""mount(2), umount2(2), pivot_root(2), and the file system types a slot's root is made of."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+from nbagent.linux.libc import call
+
+MS_RDONLY = 1 << 0
+MS_NOSUID = 1 << 1
+MS_NODEV = 1 << 2
+MS_NOEXEC = 1 << 3
+MS_REMOUNT = 1 << 5
+MS_BIND = 1 << 12
+MS_REC = 1 << 14
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MNT_DETACH = 1 << 1
+
+# pivot_root has no wrapper in libc; its number differs between architectures.
+_NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+
+
+def mount(source: str | None, target: str, kind: str | None, flags: int, data: str | None = None) -> None:
+    """mount(2). Raises OSError."""
+    call(
+        "mount",
+        None if source is None else os.fsencode(source),
+        os.fsencode(target),
+        None if kind is None else kind.encode(),
+        ctypes.c_ulong(flags),
+        None if data is None else data.encode(),
+    )
+
+
+def umount2(target: str, flags: int) -> None:
+    """umount2(2). Raises OSError."""
+    call("umount2", os.fsencode(target), flags)
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """pivot_root(2). Raises OSError."""
+    number = _NR_PIVOT_ROOT[platform.machine()]
+    call("syscall", ctypes.c_long(number), os.fsencode(new_root), os.fsencode(put_old))

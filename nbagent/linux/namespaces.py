@@ -1,0 +1,64 @@
+"""unshare(2) and the id maps of a user namespace."""
+
+from __future__ import annotations
+
+import os
+
+from nbagent.linux.libc import call
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+
+def unshare(flags: int) -> None:
+    """unshare(2). Raises OSError."""
+    call("unshare", flags)
+
+
+def write_id_maps(pid: int, id_base: int, count: int) -> None:
+    """Maps ids 0 to `count` of the user namespace of `pid` to `id_base` and up on the host.
+
+    The caller needs CAP_SETUID and CAP_SETGID in the parent namespace. Raises OSError.
+    """
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/{pid}/{name}", "w") as file:
+            file.write(f"0 {id_base} {count}\n")
+
+
+def unshare_user(id_base: int, count: int) -> None:
+    """Moves the caller into a new user namespace as its root, with the map above.
+
+    A process cannot map ids that are not its own from inside, so a child that stays outside
+    writes the maps. Raises OSError; the child's failure comes back with its errno.
+    """
+    go_read, go_write = os.pipe()
+    parent = os.getpid()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.close(go_write)
+            if os.read(go_read, 1):
+                write_id_maps(parent, id_base, count)
+                status = 0
+        except OSError as error:
+            status = error.errno or 1
+        finally:
+            os._exit(status)
+    os.close(go_read)
+    try:
+        unshare(CLONE_NEWUSER)
+        os.write(go_write, b"1")
+    finally:
+        os.close(go_write)
+        _, status = os.waitpid(child, 0)
+    if code := os.waitstatus_to_exitcode(status):
+        raise OSError(code, f"uid_map: {os.strerror(code) if code > 0 else 'child killed'}")
+    os.setgroups([])
+    os.setresgid(0, 0, 0)
+    os.setresuid(0, 0, 0)

@@ -1,0 +1,49 @@
+"""What a process may do and who it is: prctl(2), capabilities, ids, resource limits."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+
+from nbagent.linux.libc import call
+
+PR_SET_DUMPABLE = 4
+PR_CAPBSET_DROP = 24
+PR_SET_NO_NEW_PRIVS = 38
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+
+def prctl(option: int, *arguments: int) -> int:
+    """prctl(2). Raises OSError."""
+    padded = (*arguments, 0, 0, 0, 0)[:4]
+    return call("prctl", option, *(ctypes.c_ulong(argument) for argument in padded))
+
+
+def last_capability() -> int:
+    """The highest capability this kernel knows."""
+    with open("/proc/sys/kernel/cap_last_cap") as file:
+        return int(file.read())
+
+
+def drop_bounding_set(last: int) -> None:
+    """Makes every capability up to `last` unobtainable for this process and its children."""
+    for capability in range(last + 1):
+        prctl(PR_CAPBSET_DROP, capability)
+
+
+def become(uid: int) -> None:
+    """Takes user and group id `uid` for good; the kernel clears all capabilities with it."""
+    prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def limit(kind: int, soft: int, hard: int) -> None:
+    """setrlimit(2), never above the hard limit there is."""
+    _, ceiling = resource.getrlimit(kind)
+    if ceiling != resource.RLIM_INFINITY:
+        hard = min(hard, ceiling)
+    resource.setrlimit(kind, (min(soft, hard), hard))

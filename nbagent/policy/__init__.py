@@ -1,0 +1,1 @@
+"""Pure decisions: state, time and settings in; actions out."""

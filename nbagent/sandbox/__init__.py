@@ -1,0 +1,1 @@
+"""A slot's root and namespaces as a plan of ordered steps."""

@@ -1,0 +1,150 @@
+"""The launcher: one process that turns itself into a slot.
+
+    python3 -I -m nbagent.sandbox.launch CONTROL_FD LISTEN_FD ACTIVITY_FD CONFIG_FD
+
+Its first instruction runs in the slot's scope already, so all it ever touches is charged to the
+slot. Over CONTROL_FD (SOCK_SEQPACKET) it receives the SandboxSpec, and answers
+
+    {"init": true}             with a pidfd of the slot's first process beside it, then either
+    {"failed": {"step": str, "errno": int, "text": str}}
+    or end of file             the slot's program has been exec'd
+
+It becomes three generations. This process enters the user namespace and the others, forks, and
+ends. Its child is the first process of the pid namespace: it builds the root, forks the slot's
+program, and stays as init, to reap orphans and to pass SIGTERM on; the kernel kills all others
+when it ends. The grandchild loses its privileges and execs.
+
+Not for: anything the supervisor decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import sys
+from typing import Any, Dict, Iterable, NoReturn
+
+from nbagent.linux import journal
+from nbagent.linux.process import PR_SET_DUMPABLE, prctl
+from nbagent.sandbox.plan import Plan, plan
+from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD, SandboxSpec
+from nbagent.sandbox.steps import Step
+
+SPEC_MAX_BYTES = 65536
+# Above every number that a slot's process knows; what must get out of the way goes here.
+FREE_FD = 64
+
+
+class StepFailed(Exception):
+    """A step that the kernel refused; the cause is the OSError."""
+
+
+def main() -> NoReturn:
+    """Runs in the slot's scope, as root of the host; never returns."""
+    control = socket.socket(fileno=fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD_CLOEXEC, FREE_FD))
+    spec = SandboxSpec.restore(json.loads(control.recv(SPEC_MAX_BYTES)))
+    _guarded(control, lambda: _outside(control, spec, [int(number) for number in sys.argv[2:5]]))
+
+
+def _outside(control: socket.socket, spec: SandboxSpec, fds: list[int]) -> NoReturn:
+    with journal.stream(spec.slot) as output:
+        _place(output.fileno(), fds)
+    os.closerange(CONFIG_FD + 1, FREE_FD)
+    steps = plan(spec)
+    _run(steps.outside)
+    pid = os.fork()
+    if pid == 0:
+        _guarded(control, lambda: _inside(control, spec, steps))
+    pidfd = os.pidfd_open(pid)
+    socket.send_fds(control, [json.dumps({"init": True}).encode()], [pidfd])
+    os._exit(0)
+
+
+def _inside(control: socket.socket, spec: SandboxSpec, steps: Plan) -> NoReturn:
+    # What is not imported by now must never be: after the pivot it would be the image's.
+    sys.path.clear()
+    sys.path_importer_cache.clear()
+    _run(steps.inside)
+    pid = os.fork()
+    if pid == 0:
+        _guarded(control, lambda: _program(spec, steps))
+    control.close()
+    os.close(LISTEN_FD)
+    os.close(CONFIG_FD)
+    _run(steps.last)
+    # The program has the same user id; it may not look into this process, nor trace it.
+    prctl(PR_SET_DUMPABLE, 0)
+    _reap(pid)
+
+
+def _program(spec: SandboxSpec, steps: Plan) -> NoReturn:
+    os.setsid()
+    _run(steps.last)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    os.umask(0o022)
+    os.chdir(spec.home)
+    for fd in (LISTEN_FD, ACTIVITY_FD, CONFIG_FD):
+        os.set_inheritable(fd, True)
+    os.execve(spec.command[0], spec.command, spec.environment)
+
+
+def _reap(program: int) -> NoReturn:
+    """Init of the slot: ends when the program ends, and the kernel ends the rest."""
+    def forward(number: int, _frame: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(program, number)
+
+    signal.signal(signal.SIGTERM, forward)
+    while True:
+        pid, status = os.waitpid(-1, 0)
+        if pid == program:
+            code = os.waitstatus_to_exitcode(status)
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+            print(f"the slot's program {how}", flush=True)
+            os._exit(code if code >= 0 else 128 - code)
+
+
+def _run(steps: Iterable[Step]) -> None:
+    for step in steps:
+        try:
+            step.do()
+        except OSError as error:
+            raise StepFailed(step.describe()) from error
+
+
+def _place(output_fd: int, fds: list[int]) -> None:
+    """Puts every descriptor at its number: standard streams, then those of `spec`."""
+    with open("/dev/null") as null:
+        wanted = (null.fileno(), output_fd, output_fd, *fds)
+        # First out of the way of each other, then in place; dup2 clears close-on-exec.
+        moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FREE_FD) for fd in wanted]
+    for number, fd in enumerate(moved):
+        os.dup2(fd, number)
+        os.close(fd)
+
+
+def _guarded(control: socket.socket, action: Any) -> NoReturn:
+    """Runs `action`, which does not return; whatever it raises goes back to the supervisor."""
+    report: Dict[str, Any] = {"step": "exec", "errno": 0, "text": "returned"}
+    try:
+        action()
+    except StepFailed as failed:
+        cause = failed.__cause__
+        report = {"step": str(failed), "errno": getattr(cause, "errno", 0) or 0, "text": str(cause)}
+    except OSError as error:
+        report = {"step": "exec", "errno": error.errno or 0, "text": str(error)}
+    except BaseException as error:  # noqa: B902 - the process ends here; nothing may be lost
+        report = {"step": "launch", "errno": 0, "text": repr(error)}
+    with contextlib.suppress(OSError):
+        control.send(json.dumps({"failed": report}).encode())
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The order of the steps: from a process in its scope to a slot's root.
+
+The order is one list, and a test pins it. Two moments divide it. `outside` runs in the process
+that the supervisor started: it ends as the parent of a new pid namespace. `inside` runs in that
+namespace's first process, still root of the user namespace, and ends with the host out of sight.
+`last` runs in the slot's own processes and leaves them without a capability.
+
+Standard library only; Python 3.9 and up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Tuple
+
+from nbagent.linux import namespaces as ns
+from nbagent.linux.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID
+from nbagent.sandbox import steps
+from nbagent.sandbox.spec import SandboxSpec
+from nbagent.sandbox.steps import Step
+
+NAMESPACES = (
+    ns.CLONE_NEWNS | ns.CLONE_NEWPID | ns.CLONE_NEWIPC | ns.CLONE_NEWUTS | ns.CLONE_NEWNET | ns.CLONE_NEWCGROUP
+)
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+# Docker's and podman's lists of what a container must not see or change (moby's oci/defaults.go).
+MASKED = (
+    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+    "/proc/sched_debug", "/proc/scsi", "/proc/sysrq-trigger", "/proc/timer_list", "/proc/timer_stats",
+)
+READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys")
+# Where the slot finds the package nbagent; `zygote` in it runs under the image's own Python.
+CODE_PATH = "/run/nbagent/lib/nbagent"
+# A file of a notebook user is seldom below 4 KiB; a million empty ones end here, not in memory.
+BYTES_PER_INODE = 4096
+OPEN_FILES = 65536
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one sandbox, in order."""
+
+    outside: Tuple[Step, ...]
+    inside: Tuple[Step, ...]
+    last: Tuple[Step, ...]
+
+    def describe(self) -> str:
+        """One numbered line a step."""
+        lines = [step.describe() for step in (*self.outside, *self.inside, *self.last)]
+        return "\n".join(f"{number:2} {line}" for number, line in enumerate(lines, 1))
+
+
+def plan(spec: SandboxSpec) -> Plan:
+    """The plan of `spec`."""
+    base = spec.mountpoint
+    inodes = spec.storage_bytes // BYTES_PER_INODE
+    devices = tuple(steps.Bind(f"dev/{name}", f"/dev/{name}") for name in DEVICES)
+    links = (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
+             ("stderr", "/proc/self/fd/2"), ("ptmx", "pts/ptmx"))
+    return Plan(
+        outside=(
+            steps.UserNamespace(spec.id_base),
+            steps.Namespaces(NAMESPACES, "mount, pid, ipc, uts, net, cgroup"),
+        ),
+        inside=(
+            steps.PrivateMounts(),
+            steps.Tmpfs(base, spec.storage_bytes, inodes, "0755"),
+            steps.Overlay(spec.root, f"{base}/upper", f"{base}/work", f"{base}/root"),
+            steps.Directory(f"{base}/tmp", 0o1777),
+            steps.Pivot(f"{base}/root"),
+            steps.Bind(f"{base}/tmp".lstrip("/"), "/tmp"),
+            steps.Tmpfs("/dev", 65536, 64, "0755", MS_NOSUID | MS_NOEXEC),
+            *devices,
+            steps.DevPts("/dev/pts"),
+            steps.Tmpfs("/dev/shm", spec.storage_bytes, inodes, "1777", MS_NOSUID | MS_NODEV | MS_NOEXEC),
+            *(steps.Link(f"/dev/{name}", to) for name, to in links),
+            steps.Proc("/proc"),
+            steps.Masked(MASKED, "dev/null"),
+            steps.ReadOnly(READ_ONLY),
+            steps.Bind(spec.code.lstrip("/"), CODE_PATH, read_only=True),
+            steps.Detach(),
+            steps.Identity(spec.user, spec.uid, spec.home, spec.slot),
+            steps.Home(spec.home, spec.uid),
+            steps.Loopback(),
+        ),
+        last=(
+            steps.Limits(OPEN_FILES),
+            steps.Unprivileged(spec.uid),
+        ),
+    )

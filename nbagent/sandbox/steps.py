@@ -1,0 +1,388 @@
+"""The steps a sandbox is built of: each says what it does and why, and does it.
+
+Everything a step makes lives in the namespaces of the process that runs it and goes with that
+process, so a failure half way leaves nothing on the host: the end of the process is the undo.
+What must be undone by hand (the socket, the scope, the slot's directory) is the supervisor's.
+
+From Pivot to Detach the working directory is the host's root while the process's root is the
+slot's: a source is a path relative to the host's root, a target is absolute in the slot's. So no
+symbolic link in an image can lead a step anywhere but into the image.
+
+Standard library only; Python 3.9 and up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import shutil
+import socket
+from dataclasses import dataclass
+from typing import Protocol, Tuple
+
+from nbagent.linux import link
+from nbagent.linux.mounts import (
+    MNT_DETACH,
+    MS_BIND,
+    MS_NODEV,
+    MS_NOEXEC,
+    MS_NOSUID,
+    MS_PRIVATE,
+    MS_RDONLY,
+    MS_REC,
+    MS_REMOUNT,
+    mount,
+    pivot_root,
+    umount2,
+)
+from nbagent.linux.namespaces import unshare, unshare_user
+from nbagent.linux.process import (
+    PR_SET_NO_NEW_PRIVS,
+    become,
+    drop_bounding_set,
+    last_capability,
+    limit,
+    prctl,
+)
+
+IDS = 65536
+
+
+class Step(Protocol):
+    """One step: `describe` is a line for a person, `do` raises OSError when the kernel refuses."""
+
+    def describe(self) -> str: ...
+
+    def do(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class UserNamespace:
+    """Root inside, an unprivileged range of ids outside: from here on nothing that goes wrong
+    in a step can touch what belongs to the host."""
+
+    id_base: int
+
+    def describe(self) -> str:
+        return f"user namespace: ids 0..{IDS - 1} are {self.id_base}.. on the host"
+
+    def do(self) -> None:
+        unshare_user(self.id_base, IDS)
+
+
+@dataclass(frozen=True)
+class Namespaces:
+    """Namespaces that belong to the user namespace just entered."""
+
+    flags: int
+    names: str
+
+    def describe(self) -> str:
+        return f"namespaces: {self.names}"
+
+    def do(self) -> None:
+        unshare(self.flags)
+
+
+@dataclass(frozen=True)
+class PrivateMounts:
+    """No mount made from here on is seen by the host, nor the host's later ones here. Thousands
+    of mounts that propagate to the host stall its PID 1."""
+
+    def describe(self) -> str:
+        return "mounts stop propagating in both directions"
+
+    def do(self) -> None:
+        mount(None, "/", None, MS_REC | MS_PRIVATE)
+
+
+@dataclass(frozen=True)
+class Tmpfs:
+    """Memory-backed files. They are charged to the slot, and the size bounds them besides."""
+
+    target: str
+    size_bytes: int
+    inodes: int
+    mode: str
+    flags: int = MS_NOSUID | MS_NODEV
+
+    def describe(self) -> str:
+        return f"tmpfs {self.target}, {self.size_bytes} bytes, {self.inodes} inodes, mode {self.mode}"
+
+    def do(self) -> None:
+        os.makedirs(self.target, exist_ok=True)
+        options = f"size={self.size_bytes},nr_inodes={self.inodes},mode={self.mode}"
+        mount("tmpfs", self.target, "tmpfs", self.flags, options)
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """The image below, read-only and shared by all its slots; the slot's own files above.
+    `userxattr`, because trusted.* attributes need a capability on the host."""
+
+    lower: str
+    upper: str
+    work: str
+    target: str
+
+    def describe(self) -> str:
+        return f"overlay {self.target}: {self.lower} under {self.upper}"
+
+    def do(self) -> None:
+        for directory in (self.upper, self.work, self.target):
+            os.makedirs(directory, exist_ok=True)
+            os.chmod(directory, 0o755)
+        options = f"lowerdir={self.lower},upperdir={self.upper},workdir={self.work},userxattr"
+        mount("overlay", self.target, "overlay", MS_NOSUID | MS_NODEV, options)
+
+
+@dataclass(frozen=True)
+class Directory:
+    """A directory the slot may write."""
+
+    path: str
+    mode: int
+
+    def describe(self) -> str:
+        return f"directory {self.path}, mode {self.mode:o}"
+
+    def do(self) -> None:
+        os.makedirs(self.path, exist_ok=True)
+        os.chmod(self.path, self.mode)
+
+
+@dataclass(frozen=True)
+class Bind:
+    """Shows a file or directory at a second place."""
+
+    source: str
+    target: str
+    read_only: bool = False
+
+    def describe(self) -> str:
+        return f"bind {self.source} at {self.target}{', read-only' if self.read_only else ''}"
+
+    def do(self) -> None:
+        if os.path.isdir(self.source):
+            os.makedirs(self.target, exist_ok=True)
+        else:
+            os.close(os.open(self.target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+        mount(self.source, self.target, None, MS_BIND)
+        if self.read_only:
+            # Flags that the source's mount is locked to must be repeated in a user namespace.
+            locked = _locked_flags(self.target)
+            mount(None, self.target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | locked)
+
+
+@dataclass(frozen=True)
+class DevPts:
+    """Terminals of the slot's own: a new instance shows nobody else's."""
+
+    target: str
+
+    def describe(self) -> str:
+        return f"devpts {self.target}"
+
+    def do(self) -> None:
+        os.makedirs(self.target, exist_ok=True)
+        mount("devpts", self.target, "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A symbolic link."""
+
+    path: str
+    to: str
+
+    def describe(self) -> str:
+        return f"link {self.path} to {self.to}"
+
+    def do(self) -> None:
+        os.symlink(self.to, self.path)
+
+
+@dataclass(frozen=True)
+class Proc:
+    """A /proc of the new pid namespace: it shows the slot's own processes only."""
+
+    target: str
+
+    def describe(self) -> str:
+        return f"proc {self.target}"
+
+    def do(self) -> None:
+        os.makedirs(self.target, exist_ok=True)
+        mount("proc", self.target, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+
+
+@dataclass(frozen=True)
+class Masked:
+    """Parts of /proc that tell about the whole host, or would act on it if a permission check
+    ever failed: Docker's list. Files show /dev/null, directories an empty one."""
+
+    paths: Tuple[str, ...]
+    null: str
+
+    def describe(self) -> str:
+        return f"masked: {', '.join(self.paths)}"
+
+    def do(self) -> None:
+        for path in self.paths:
+            if os.path.isdir(path):
+                mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=0,nr_inodes=2")
+            elif os.path.exists(path):
+                mount(self.null, path, None, MS_BIND)
+
+
+@dataclass(frozen=True)
+class ReadOnly:
+    """Parts of /proc that may be read and never written."""
+
+    paths: Tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"read-only: {', '.join(self.paths)}"
+
+    def do(self) -> None:
+        for path in self.paths:
+            if os.path.exists(path):
+                mount(path, path, None, MS_BIND | MS_REC)
+                flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
+                mount(None, path, None, MS_BIND | MS_REMOUNT | flags)
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Names for the slot's id: its user in passwd and group, its hostname, its hosts file."""
+
+    user: str
+    uid: int
+    home: str
+    hostname: str
+
+    def describe(self) -> str:
+        return f"user {self.user} is {self.uid}, home {self.home}, host {self.hostname}"
+
+    def do(self) -> None:
+        shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
+        _set_line("/etc/passwd", self.user, f"{self.user}:x:{self.uid}:{self.uid}::{self.home}:{shell}")
+        _set_line("/etc/group", self.user, f"{self.user}:x:{self.uid}:")
+        _write("/etc/hostname", f"{self.hostname}\n")
+        _write("/etc/hosts", f"127.0.0.1 localhost {self.hostname}\n::1 localhost\n")
+        socket.sethostname(self.hostname)
+
+
+@dataclass(frozen=True)
+class Home:
+    """The home directory with the image's files in it, all the slot's own."""
+
+    path: str
+    uid: int
+
+    def describe(self) -> str:
+        return f"home {self.path} belongs to {self.uid}"
+
+    def do(self) -> None:
+        os.makedirs(self.path, exist_ok=True)
+        os.chmod(self.path, 0o700)
+        for directory, names, files in os.walk(self.path):
+            for name in (".", *names, *files):
+                os.chown(os.path.join(directory, name), self.uid, self.uid, follow_symlinks=False)
+
+
+@dataclass(frozen=True)
+class Loopback:
+    """The one interface of a slot without network."""
+
+    def describe(self) -> str:
+        return "interface lo is up"
+
+    def do(self) -> None:
+        link.set_up("lo")
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """The new root in the place of the host's, which stays as the working directory for now."""
+
+    root: str
+
+    def describe(self) -> str:
+        return f"pivot_root to {self.root}"
+
+    def do(self) -> None:
+        host = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        os.chdir(self.root)
+        pivot_root(".", ".")
+        os.fchdir(host)
+        os.close(host)
+
+
+@dataclass(frozen=True)
+class Detach:
+    """The host's root out of reach. Not before /proc: the kernel mounts a new one only where an
+    unmasked one is in sight."""
+
+    def describe(self) -> str:
+        return "the host's root is unmounted"
+
+    def do(self) -> None:
+        umount2(".", MNT_DETACH)
+        os.chdir("/")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Resource limits that no cgroup has: no core dumps, and files enough for a notebook."""
+
+    files: int
+
+    def describe(self) -> str:
+        return f"no core dumps, {self.files} open files"
+
+    def do(self) -> None:
+        limit(resource.RLIMIT_CORE, 0, 0)
+        limit(resource.RLIMIT_NOFILE, self.files, self.files)
+
+
+@dataclass(frozen=True)
+class Unprivileged:
+    """The slot's id, no capability now, none to be had: not by a setuid file, not by exec."""
+
+    uid: int
+
+    def describe(self) -> str:
+        return f"user id {self.uid}, no capability, no_new_privs"
+
+    def do(self) -> None:
+        drop_bounding_set(last_capability())
+        become(self.uid)
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _locked_flags(path: str) -> int:
+    """The flags a mount has that a remount in a user namespace may not drop."""
+    pairs = ((os.ST_NOSUID, MS_NOSUID), (os.ST_NODEV, MS_NODEV), (os.ST_NOEXEC, MS_NOEXEC))
+    has = os.statvfs(path).f_flag
+    flags = sum(flag for bit, flag in pairs if has & bit)
+    for bit, flag in ((os.ST_NOATIME, 1 << 10), (os.ST_NODIRATIME, 1 << 11), (os.ST_RELATIME, 1 << 21)):
+        flags |= flag if has & bit else 0
+    return flags
+
+
+def _set_line(path: str, name: str, line: str) -> None:
+    """Puts `line` into a colon-separated file in the place of the entry `name`, first of all."""
+    others = []
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
+        others = [old for old in file.read().splitlines() if old.split(":", 1)[0] != name]
+    _write(path, "\n".join([line, *others]) + "\n")
+
+
+def _write(path: str, text: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    with open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+    os.chmod(path, 0o644)

@@ -1,0 +1,1 @@
+"""The privileged part: owns pool, slots and policy, in one loop."""

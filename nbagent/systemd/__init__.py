@@ -1,0 +1,1 @@
+"""Everything that knows systemd's D-Bus interface and protocols."""
