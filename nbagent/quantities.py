@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_DURATION = re.compile(r"(?:\d{1,10}(?:\.\d{1,6})?(?:ms|s|min|m|h|d)\s*){1,6}")
-_DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|s|min|m|h|d)")
+_DURATION = re.compile(r"(?:[0-9]{1,10}(?:\.[0-9]{1,6})?(?:ms|s|min|m|h|d)\s*){1,6}")
+_DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|min|m|h|d)")
 _DURATION_UNITS = {"ms": 0.001, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
-_FRACTION = re.compile(r"(\d{1,6})/(\d{1,6})")
-_PERCENT = re.compile(r"(\d{1,7}(?:\.\d+)?)%")
+_FRACTION = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
+_PERCENT = re.compile(r"([0-9]{1,7}(?:\.[0-9]+)?)%")
 
 SIZE_EXPECTED = 'a size in bytes such as 536870912 or "512M" (K, M, G, T are powers of 1024)'
 DURATION_EXPECTED = 'a time in seconds such as 3600, or "90s", "30min", "12h", "1d"'
@@ -40,7 +40,7 @@ def parse_duration(value: object) -> float:
             return float(value)
     elif isinstance(value, str):
         text = value.strip()
-        if re.fullmatch(r"\d{1,10}(?:\.\d+)?", text):
+        if re.fullmatch(r"[0-9]{1,10}(?:\.[0-9]+)?", text):
             return float(text)
         if _DURATION.fullmatch(text):
             return sum(float(n) * _DURATION_UNITS[unit] for n, unit in _DURATION_PART.findall(text))
@@ -69,7 +69,7 @@ def parse_integer(value: object) -> int:
     """`7` or `"7"` (a query string has no numbers). Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    if isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value.strip()):
+    if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value.strip()):
         return int(value)
     raise ValueError(INTEGER_EXPECTED)
 
