@@ -1,0 +1,47 @@
+"""`python3 -m nbagent.api`: what nbagent-api.service runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nbagent import config, control
+from nbagent.api import access
+from nbagent.errors import ConfigError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serves until told to stop. Ends with EX_CONFIG when the configuration is refused."""
+    parser = argparse.ArgumentParser(prog="nbagent-api", description="nbagent's control API")
+    parser.add_argument("--config", type=Path, default=config.DEFAULT_PATH)
+    parser.add_argument("--control", type=Path, default=control.SOCKET_PATH, help="the supervisor's socket")
+    parser.add_argument("--token", type=Path, default=access.TOKEN_PATH, help="the file with the token")
+    parser.add_argument("--bind", help="where to listen without socket activation")
+    parser.add_argument("--check", action="store_true", help="only read the configuration")
+    arguments = parser.parse_args(argv)
+    try:
+        settings = config.load(arguments.config)
+    except ConfigError as error:
+        sys.stderr.write(f"nbagent-api: {error}\n")
+        sys.exit(error.exit_status)
+    if arguments.check:
+        return
+    _serve(settings, arguments)
+
+
+def _serve(settings: config.Config, arguments: argparse.Namespace) -> None:
+    # Only now: a refused configuration is told in a tenth of the time.
+    from nbagent.api import app, server
+
+    server.configure_logging()
+    client = control.ControlClient(arguments.control, server.claim_deadline_s(settings))
+    server.Server(
+        settings,
+        lambda: app.create_app(settings, client, arguments.token),
+        arguments.bind or server.DEFAULT_ADDRESS,
+    ).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""What goes back: JSON in one line, and the url that opens a claimed slot."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Mapping
+from typing import Any
+
+from flask import Response
+
+from nbagent.api.hosts import host_of
+from nbagent.config import RouterSettings
+
+
+def json_response(document: Any, status: int = 200, media_type: str = "application/json") -> Response:
+    """`document` as JSON that ends its line, since many read it in a terminal."""
+    # Details of an error may hold what JSON does not know; their text is better than a failure.
+    text = json.dumps(document, separators=(",", ":"), default=str)
+    return Response(text + "\n", status, content_type=media_type)
+
+
+def front(router: RouterSettings, host_header: str) -> str:
+    """Where users reach the router: what the operator says, else the name this API was called by."""
+    host = host_of(host_header) or socket.gethostname()
+    return router.public_url or f"http://{host}:{router.port}"
+
+
+def claim_url(front_url: str, claim: Mapping[str, Any]) -> str:
+    """The link that opens the slot of a claim document, its token in the query."""
+    path, mark, fragment = str(claim["path"]).partition("#")
+    return f"{front_url}{path}{'&' if '?' in path else '?'}token={claim['token']}{mark}{fragment}"

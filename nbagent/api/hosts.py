@@ -1,0 +1,60 @@
+"""Names of hosts as requests carry them: the Host header, an Origin, this machine's own names.
+
+Everything here reads text that a caller chose. What is not plainly a name or an address is None,
+and is never echoed.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(?::\d{1,5})?")
+_RESOLVER = Path("/etc/resolv.conf")
+
+
+def host_of(header: str) -> str | None:
+    """The name or address in a Host header, without its port; an IPv6 address in brackets."""
+    match = _HOST.fullmatch(header)
+    if match is None or (match[1].startswith("[") and not is_address(match[1])):
+        return None
+    return match[1].lower()
+
+
+def is_address(host: str) -> bool:
+    """Whether `host` is an IP literal, as a URL writes it."""
+    try:
+        ipaddress.ip_address(host[1:-1] if host.startswith("[") else host)
+    except ValueError:
+        return False
+    return True
+
+
+def origin_of(url: str) -> str | None:
+    """The origin of a URL, such as a Referer's, or None when it has none."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return None
+    return f"{parts.scheme}://{parts.netloc}".lower() if parts.scheme and parts.netloc else None
+
+
+def machine_names(resolver: Path = _RESOLVER) -> frozenset[str]:
+    """What this machine may be called, without asking the DNS, which may be down at start."""
+    full = socket.gethostname().lower()
+    short = full.partition(".")[0]
+    return frozenset({full, short, *(f"{short}.{domain}" for domain in _search_domains(resolver))})
+
+
+def _search_domains(resolver: Path) -> Iterator[str]:
+    try:
+        lines = resolver.read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    for keyword, *domains in filter(None, map(str.split, lines)):
+        if keyword in ("search", "domain"):
+            yield from (domain.strip(".").lower() for domain in domains if domain.strip("."))

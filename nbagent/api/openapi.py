@@ -1,0 +1,215 @@
+"""The OpenAPI 3.1 description of what is served, made from the route table.
+
+The schemas below are the only thing written by hand; a test holds the API's real answers
+against them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from nbagent import __version__
+from nbagent.api.inputs import BODY_MAX_BYTES, KEY_EXPECTED
+from nbagent.api.problems import HTTP_CODES, MEDIA_TYPE, TYPE_PREFIX
+from nbagent.api.table import Route
+from nbagent.errors import Forbidden, InvalidField, NbagentError, Unauthenticated
+from nbagent.model import ID_EXPECTED, MEMORY_MIN_BYTES, PATH_EXPECTED, SlotState
+from nbagent.quantities import DURATION_EXPECTED, QUOTA_EXPECTED, SIZE_EXPECTED
+
+Schema = dict[str, Any]
+
+
+def describe(routes: Iterable[Route]) -> dict[str, Any]:
+    """The description of `routes`."""
+    paths: dict[str, dict[str, Any]] = {}
+    for route in routes:
+        item = paths.setdefault(route.path, {})
+        item[route.method.lower()] = _operation(route)
+        if "{slot}" in route.path:
+            item["parameters"] = [_SLOT_PARAMETER]
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "nbagent control API",
+            "version": __version__,
+            "description": "Hands out notebook slots on one host. Every error is a problem document"
+            " (RFC 9457) whose type is stable.",
+            "license": {"name": "BSD-3-Clause", "identifier": "BSD-3-Clause"},
+        },
+        "servers": [{"url": "/"}],
+        "security": [{"token": []}, {}],
+        "paths": paths,
+        "components": {
+            "schemas": SCHEMAS,
+            "securitySchemes": {
+                "token": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "The token in /etc/nbagent/token; not needed on a trusted network.",
+                }
+            },
+        },
+    }
+
+
+def _operation(route: Route) -> dict[str, Any]:
+    operation: dict[str, Any] = {
+        "operationId": route.name,
+        "summary": route.summary,
+        "responses": {"200": _success(route), **_problems(route)},
+    }
+    parameters = [_KEY_PARAMETER] if route.takes_key else []
+    parameters += [
+        {"name": name, "in": "query", "schema": OPTIONS[name], "required": False} for name in route.fields
+    ]
+    if parameters:
+        operation["parameters"] = parameters
+    if route.fields and route.method != "GET":
+        operation["requestBody"] = {
+            "description": f"At most {BODY_MAX_BYTES} bytes. Each field here or in the query, not in both.",
+            "required": False,
+            "content": {"application/json": {"schema": _object(
+                {name: OPTIONS[name] for name in route.fields}, required=(), closed=True
+            )}},
+        }
+    if route.is_open:
+        operation["security"] = []
+    return operation
+
+
+def _success(route: Route) -> dict[str, Any]:
+    schema: Schema = {"$ref": f"#/components/schemas/{route.schema}"}
+    if route.is_list:
+        schema = {"type": "array", "items": schema}
+    return {"description": route.summary, "content": {route.media_type: {"schema": schema}}}
+
+
+def _problems(route: Route) -> dict[str, Any]:
+    kinds: list[type[NbagentError]] = [InvalidField, *route.problems]
+    if not route.is_open:
+        kinds += [Unauthenticated, Forbidden]
+    codes: dict[int, set[str]] = {413: {HTTP_CODES[413]}, 415: {HTTP_CODES[415]}, 500: {NbagentError.code}}
+    for kind in kinds:
+        codes.setdefault(kind.http_status, set()).add(kind.code)
+    return {str(status): _problem(status, sorted(codes[status])) for status in sorted(codes)}
+
+
+def _problem(status: int, codes: list[str]) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "description": " or ".join(TYPE_PREFIX + code for code in codes),
+        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
+    if status == 503:
+        answer["headers"] = {"Retry-After": {
+            "description": "Seconds until it is worth to try again.", "schema": {"type": "integer"},
+        }}
+    return answer
+
+
+def _object(
+    properties: dict[str, Schema], required: Iterable[str] | None = None, closed: bool = False
+) -> Schema:
+    schema: Schema = {"type": "object", "properties": properties}
+    if names := list(properties if required is None else required):
+        schema["required"] = names
+    if closed:
+        schema["additionalProperties"] = False
+    return schema
+
+
+def _ref(name: str) -> Schema:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+_TEXT: Schema = {"type": "string"}
+_COUNT: Schema = {"type": "integer", "minimum": 0}
+_AMOUNT: Schema = {"type": "number", "minimum": 0}
+_FLAG: Schema = {"type": "boolean"}
+_TIME: Schema = {"type": "string", "format": "date-time"}
+_MAYBE_TIME: Schema = {"type": ["string", "null"], "format": "date-time"}
+_MAYBE_AMOUNT: Schema = {"type": ["number", "null"], "minimum": 0}
+
+OPTIONS: dict[str, Schema] = {
+    "image": {"type": "string", "description": "A name that GET /images lists."},
+    "memory": {
+        "type": ["string", "integer"],
+        "description": f"{SIZE_EXPECTED}; at least {MEMORY_MIN_BYTES} bytes, at most slots.memory_max.",
+    },
+    "cpu_weight": {"type": ["integer", "string"], "description": "A whole number from 1 to 10000."},
+    "cpu_quota": {"type": "string", "description": QUOTA_EXPECTED},
+    "ttl": {
+        "type": ["string", "number"],
+        "description": f"{DURATION_EXPECTED}, counted from the claim; at most slots.ttl_max.",
+    },
+    "path": {"type": "string", "description": PATH_EXPECTED},
+}
+
+SCHEMAS: dict[str, Schema] = {
+    "Claim": _object({
+        "slot": _TEXT, "url": {"type": "string", "format": "uri"}, "path": _TEXT, "token": _TEXT,
+        "image": _TEXT, "claimed_at": _TIME, "expires_at": _TIME, "limits": _ref("Limits"),
+    }),
+    "Limits": _object(
+        {"memory_bytes": _COUNT, "cpu_weight": _COUNT, "cpu_quota": _MAYBE_AMOUNT, "tasks": _COUNT}
+    ),
+    "Slot": _object(
+        {
+            "slot": _TEXT, "state": {"type": "string", "enum": [state.value for state in SlotState]},
+            "image": _TEXT, "created_at": _TIME, "claimed_at": _MAYBE_TIME, "expires_at": _MAYBE_TIME,
+            "age_s": _AMOUNT, "idle_s": _MAYBE_AMOUNT, "memory_bytes": _MAYBE_AMOUNT,
+            "cpu_s": _MAYBE_AMOUNT, "tasks": _MAYBE_AMOUNT, "oom_kills": _MAYBE_AMOUNT,
+            "limits": _ref("Limits"),
+        },
+        required=("slot", "state", "image", "created_at", "claimed_at", "expires_at", "age_s", "limits"),
+    ),
+    "Drain": _object({"draining": _FLAG, "claimed": _COUNT, "warm": _COUNT}),
+    "Image": _object(
+        {"name": _TEXT, "digest": _TEXT, "size_bytes": _COUNT, "launch": _TEXT, "warm": _COUNT,
+         "wanted": _COUNT, "default": _FLAG},
+        required=("name", "digest", "launch", "warm", "wanted", "default"),
+    ),
+    "Pool": _object({"wanted": _COUNT, "warm": _COUNT, "starting": _COUNT, "failures": _COUNT}),
+    "Durations": _object({
+        "count": _COUNT, "sum": _AMOUNT,
+        "buckets": {"type": "object", "additionalProperties": _COUNT,
+                    "description": "How many took at most so many seconds."},
+    }),
+    "Stats": _object({
+        "version": _TEXT, "label": _TEXT, "container_image": _TEXT,
+        "available": _COUNT, "capacity": _COUNT,
+        **dict.fromkeys(("warm", "starting", "claimed", "stopping"), _COUNT),
+        "draining": _FLAG, "ready": _FLAG,
+        "memory_available_bytes": _COUNT, "free_percent": _COUNT, "uptime_s": _AMOUNT,
+        "pools": {"type": "object", "additionalProperties": _ref("Pool")},
+        "counters": {"type": "object", "additionalProperties": _COUNT},
+        "start_seconds": _ref("Durations"), "claim_seconds": _ref("Durations"),
+    }),
+    "Health": _object({"healthy": _FLAG, "version": _TEXT, "uptime_s": _AMOUNT}),
+    "Ready": _object({"ready": _FLAG, "available": _COUNT}),
+    "Index": _object({"links": {"type": "object", "additionalProperties": _TEXT}}),
+    "Metrics": {"type": "string", "description": "Prometheus' text format."},
+    "OpenApi": _object({"openapi": _TEXT, "info": {"type": "object"}, "paths": {"type": "object"}}),
+    "Problem": {
+        **_object({
+            "type": {"type": "string", "pattern": "^" + re.escape(TYPE_PREFIX)},
+            "title": _TEXT,
+            "status": {"type": "integer", "minimum": 400, "maximum": 599},
+            "detail": _TEXT,
+            "field": {"type": "string", "description": "The field that is wrong."},
+            "expected": {"type": "string", "description": "What would be right."},
+            "value": {"type": "string", "description": "What was given, shortened."},
+        }, required=("type", "title", "status", "detail")),
+        "additionalProperties": True,
+    },
+}
+
+_SLOT_PARAMETER: dict[str, Any] = {
+    "name": "slot", "in": "path", "required": True, "schema": _TEXT, "description": ID_EXPECTED,
+}
+_KEY_PARAMETER: dict[str, Any] = {
+    "name": "Idempotency-Key", "in": "header", "required": False,
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+    "description": f"The same key gives the same slot again: {KEY_EXPECTED}.",
+}

@@ -1,0 +1,159 @@
+"""gunicorn as this API needs it: embedded, threaded, on systemd's socket or on localhost.
+
+What differs from gunicorn's own ways, and why:
+- A connection that says nothing holds one of the few threads. It may for READ_TIMEOUT_S, so
+  idle connections neither block the API nor delay its restart.
+- An answer that is sent before the body was read (413, 401, 403) would be lost: closing a socket
+  with unread data resets it. So the rest is read and thrown away, within bounds.
+- A header with an underscore looks like another one to WSGI, and gunicorn 20 takes SCRIPT_NAME
+  from anybody. Such headers are dropped.
+- No access log: it would hold queries. What happens to slots is in the supervisor's journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from flask import Flask
+from gunicorn.app.base import BaseApplication
+from gunicorn.glogging import Logger
+from gunicorn.workers.gthread import ThreadWorker
+
+from nbagent.config import Config
+
+DEFAULT_ADDRESS = "127.0.0.1:9000"
+READ_TIMEOUT_S = 10.0
+KEEPALIVE_S = 30
+LINGER_S = 2.0
+LINGER_MAX_BYTES = 32 << 20
+# A deep link of 2,000 characters may be three times as long when percent-encoded.
+REQUEST_LINE_MAX_BYTES = 8190
+
+
+def claim_deadline_s(config: Config) -> float:
+    """How long the API waits for the supervisor's answer to a claim: longer than the claim waits."""
+    return config.pool.claim_timeout + 5
+
+
+class Server(BaseApplication):  # type: ignore[misc]
+    """The API under gunicorn's arbiter. `make_app` runs once, before the workers are forked."""
+
+    def __init__(self, config: Config, make_app: Callable[[], Flask], address: str = DEFAULT_ADDRESS) -> None:
+        self.config = config
+        self.make_app = make_app
+        self.address = address
+        super().__init__(prog="nbagent-api")
+
+    def load_config(self) -> None:
+        """Sets what differs from gunicorn's defaults; LISTEN_FDS wins over the address."""
+        settings: dict[str, Any] = {
+            "bind": self.address,
+            "workers": self.config.api.workers,
+            "threads": self.config.api.threads,
+            "worker_class": f"{__name__}.{Worker.__name__}",
+            "preload_app": True,
+            "graceful_timeout": int(claim_deadline_s(self.config)) + 5,
+            "keepalive": KEEPALIVE_S,
+            "limit_request_line": REQUEST_LINE_MAX_BYTES,
+            "accesslog": None,
+            "errorlog": "-",
+            "loglevel": "warning",
+            "logger_class": JournalLogger,
+            "proc_name": "nbagent-api",
+            # Nobody's X-Forwarded-Proto decides what this API believes.
+            "forwarded_allow_ips": "",
+            "pre_request": drop_ambiguous_headers,
+            "post_request": discard_body,
+        }
+        for name, value in settings.items():
+            self.cfg.set(name, value)
+
+    def load(self) -> Flask:
+        """The WSGI application."""
+        return self.make_app()
+
+
+class Worker(ThreadWorker):  # type: ignore[misc]
+    """gunicorn's threaded worker with an end to waiting for a caller, and to accepting."""
+
+    def accept(self, server: Any, listener: Any) -> None:
+        """Takes a connection unless told to stop: then its successor finds it in the backlog.
+
+        gunicorn notices the end up to a second late, and 23 drops what it accepted until then.
+        """
+        if self.alive:
+            super().accept(server, listener)
+
+    def handle(self, conn: Any) -> Any:
+        """Serves one request of a connection; gunicorn takes care of the connection itself."""
+        conn.sock.settimeout(READ_TIMEOUT_S)
+        return super().handle(conn)
+
+
+def drop_ambiguous_headers(worker: Any, request: Any) -> None:
+    """gunicorn's hook before a request."""
+    request.headers = [(name, value) for name, value in request.headers if "_" not in name]
+
+
+def discard_body(worker: Any, request: Any, environ: Any, response: Any) -> None:
+    """gunicorn's hook after the answer was sent: lets the caller finish what it is sending."""
+    deadline_s = time.monotonic() + LINGER_S
+    discarded = 0
+    with contextlib.suppress(OSError):
+        while data := request.body.read(io.DEFAULT_BUFFER_SIZE):
+            discarded += len(data)
+            if discarded > LINGER_MAX_BYTES or time.monotonic() > deadline_s:
+                break
+        else:
+            return
+    with contextlib.suppress(OSError, KeyError):
+        environ["gunicorn.socket"].shutdown(socket.SHUT_RDWR)
+
+
+class JournalFormatter(logging.Formatter):
+    """Lines that carry their priority for journald, each line of a traceback too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """`<3>text` under systemd, plain text elsewhere."""
+        text = super().format(record)
+        if "JOURNAL_STREAM" not in os.environ:
+            return text
+        prefix = f"<{_journal_priority(record.levelno)}>"
+        return prefix + text.replace("\n", "\n" + prefix)
+
+
+class JournalLogger(Logger):  # type: ignore[misc]
+    """gunicorn's logger with our format, silent about callers that were too slow."""
+
+    def setup(self, cfg: Any) -> None:
+        """Called by gunicorn for its own loggers."""
+        super().setup(cfg)
+        for handler in self.error_log.handlers:
+            handler.setFormatter(JournalFormatter())
+
+    def exception(self, msg: str, *args: Any, **kwargs: Any) -> None:
+        """A bug is an error; a caller that sent nothing for READ_TIMEOUT_S is none of ours."""
+        if isinstance(sys.exc_info()[1], TimeoutError):
+            self.debug("connection closed: its caller was silent for %s s", READ_TIMEOUT_S)
+        else:
+            super().exception(msg, *args, **kwargs)
+
+
+def configure_logging() -> None:
+    """Sends what our own modules log to standard error, which is the journal."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JournalFormatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
+def _journal_priority(level: int) -> int:
+    # syslog's err, warning and info.
+    return 3 if level >= logging.ERROR else 4 if level >= logging.WARNING else 6

@@ -1,0 +1,183 @@
+"""The API as it is served: gunicorn in a process of its own, on a real port, under bad callers."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_supervisor import LABEL, FakeSupervisor
+
+ROOT = Path(__file__).parents[2]
+HEAD = "POST /claim HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+class Server:
+    """nbagent.api on a listening socket that is handed over as systemd does it."""
+
+    def __init__(self, folder: Path) -> None:
+        (folder / "nbagent.toml").write_text(f'[host]\nlabel = "{LABEL}"\n[api]\nworkers = 1\nthreads = 4\n')
+        self.control = folder / "control.sock"
+        self.stderr = folder / "stderr"
+        # As systemd does it: the socket is descriptor 3 and LISTEN_PID the process itself.
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.notify.bind(str(folder / "notify.sock"))
+        self.notify.settimeout(20)
+        activate = (
+            "import os, sys; os.dup2(int(sys.argv[1]), 3);"
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
+            "os.execv(sys.executable, [sys.executable, '-m', 'nbagent.api', *sys.argv[2:]])"
+        )
+        with self.stderr.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", activate, str(self.listener.fileno()),
+                 "--config", str(folder / "nbagent.toml"), "--control", str(self.control),
+                 "--token", str(folder / "token")],
+                cwd=ROOT, stderr=stderr, pass_fds=[self.listener.fileno()],
+                env=os.environ | {"NOTIFY_SOCKET": str(folder / "notify.sock"), "JOURNAL_STREAM": "1:1"},
+            )
+        assert b"READY=1" in self.notify.recv(4096)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+        self.listener.close()
+        self.notify.close()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), 20)
+
+    def ask(self, request: bytes) -> tuple[int, Any]:
+        """Sends bytes as they are, and reads one answer."""
+        with self.connect() as connection:
+            connection.sendall(request)
+            with http.client.HTTPResponse(connection) as answer:
+                answer.begin()
+                return answer.status, json.loads(answer.read())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("api")
+
+
+@pytest.fixture(scope="module")
+def supervisor(folder: Path) -> Iterator[FakeSupervisor]:
+    with FakeSupervisor(folder / "control.sock", capacity=10**6) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, supervisor: FakeSupervisor) -> Iterator[Server]:
+    running = Server(folder)
+    try:
+        yield running
+    finally:
+        running.close()
+    assert running.process.returncode == 0
+    assert running.stderr.read_text() == "", "nothing of this is worth a line in the journal"
+
+
+def test_a_body_of_ten_megabytes_is_refused_and_the_answer_arrives(server: Server) -> None:
+    # http.client sends the whole body before it reads; a reset would break it on the way.
+    for connection_header in ("keep-alive", "close"):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+        headers = {"Content-Type": "application/json", "Connection": connection_header}
+        connection.request("POST", "/claim", body=b" " * 10_000_000, headers=headers)
+        answer = connection.getresponse()
+        assert (answer.status, json.loads(answer.read())["type"]) == (413, "urn:nbagent:problem:invalid-body")
+        connection.close()
+
+
+def test_a_body_of_ten_megabytes_is_refused_before_it_is_sent(server: Server) -> None:
+    status, problem = server.ask(f"{HEAD}Content-Length: 10000000\r\n\r\n".encode())
+    assert (status, problem["status"]) == (413, 413)
+
+
+def test_a_chunked_body_above_the_bound_is_refused(server: Server) -> None:
+    chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
+    request = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode() + chunk * 3 + b"0\r\n\r\n"
+    assert server.ask(request)[0] == 413
+
+
+def test_a_chunked_body_within_the_bound_is_read(server: Server) -> None:
+    request = f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode() + b'b\r\n{"ttl": 60}\r\n0\r\n\r\n'
+    assert server.ask(request)[0] == 200
+
+
+@pytest.mark.parametrize(
+    "body", [b"Content-Length: 9\r\n\r\n{'ttl': 1", b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n"]
+)
+def test_a_broken_body_is_a_problem(server: Server, body: bytes) -> None:
+    status, problem = server.ask(HEAD.encode() + body)
+    assert (status, problem["type"]) == (400, "urn:nbagent:problem:invalid-body")
+
+
+@pytest.mark.parametrize("target", ["/slots/../../etc", "/slots/..%2f..%2fetc%2fshadow", "/slots/%00"])
+def test_a_path_that_climbs_is_no_id(server: Server, target: str) -> None:
+    status, problem = server.ask(f"GET {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    assert (status, problem["type"]) == (404, "urn:nbagent:problem:slot-not-found")
+
+
+def test_headers_that_pose_as_others_are_dropped(server: Server) -> None:
+    request = "GET /readyz HTTP/1.1\r\nHost: localhost\r\nSCRIPT_NAME: /x\r\n\r\n"
+    assert server.ask(request.encode())[0] == 200
+
+
+@pytest.mark.parametrize("host", ["[::zz]", "a b", "[", "", "x:y:z", "localhost:99999999"])
+def test_a_host_that_is_none_is_no_bug(server: Server, host: str) -> None:
+    status, problem = server.ask(f"GET /claim HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    assert status == (403 if host else 200), problem
+
+
+def test_callers_that_stay_silent_do_not_block_the_others(server: Server) -> None:
+    silent = [server.connect() for _ in range(3)]
+    try:
+        assert server.ask(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
+    finally:
+        for connection in silent:
+            connection.close()
+
+
+def test_a_claim_through_gunicorn_takes_milliseconds(server: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    took_s = []
+    for _ in range(200):
+        start_s = time.perf_counter()
+        connection.request("POST", "/claim")
+        answer = connection.getresponse()
+        assert answer.status == 200
+        answer.read()
+        took_s.append(time.perf_counter() - start_s)
+    connection.close()
+    # The whole claim is to take less than 10 ms in the median, with a warm pool.
+    assert sorted(took_s)[100] < 0.010
+
+
+def test_a_killed_worker_is_replaced(server: Server) -> None:
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGTERM)
+    assert server.ask(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
+
+
+def test_a_refused_configuration_ends_with_its_own_status(tmp_path: Path) -> None:
+    settings = tmp_path / "nbagent.toml"
+    settings.write_text("[api]\nworkres = 2\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "nbagent.api", "--config", str(settings)],
+        cwd=ROOT, capture_output=True, text=True,
+    )
+    assert done.returncode == 78
+    assert "workers" in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
