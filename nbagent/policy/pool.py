@@ -1,0 +1,108 @@
+"""What the pools do next: which slots to start, which warm ones to retire. Pure.
+
+A pool wants its number of warm slots, and one more for every claim that waits. A slot that is
+stale (of a former image, or too old) still serves a claim, and is retired only when fresh ones
+have taken its place, so rolling an image never leaves a pool empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from nbagent.policy.admission import Host, room
+
+
+@dataclass(frozen=True)
+class Warm:
+    """One warm slot: its id, the image it was made of, and how long it has been there."""
+
+    id: str
+    digest: str
+    age_s: float
+
+
+@dataclass(frozen=True)
+class Pool:
+    """One image's pool. `digest` None: the image is gone and nothing is wanted of it.
+
+    `paused_s`: the seconds that must still pass before a start is tried again.
+    """
+
+    image: str
+    digest: str | None
+    wanted: int
+    warm: tuple[Warm, ...]
+    starting: int
+    waiting: int
+    paused_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Retire:
+    """A warm slot to end, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to do now. `start` names an image once for every slot to start, most urgent first."""
+
+    start: tuple[str, ...]
+    retire: tuple[Retire, ...]
+
+
+def decide(pools: Sequence[Pool], host: Host, max_age_s: float) -> Decision:
+    """The next moves of all pools of a host, within its capacity, memory and bound on starts."""
+    if host.draining:
+        return Decision((), tuple(Retire(slot.id, "the host drains") for pool in pools for slot in pool.warm))
+    spare = room(host)
+    retire = [move for pool in pools for move in _retire(pool, max_age_s, spare == 0)]
+    missing = {pool.image: _missing(pool, max_age_s) for pool in pools if pool.paused_s <= 0}
+    waiting = {pool.image: pool.waiting for pool in pools}
+    start: list[str] = []
+    for _ in range(min(spare, host.starts_max - host.starting)):
+        image = max(missing, key=lambda name: (waiting[name] > 0, missing[name]), default=None)
+        if image is None or missing[image] <= 0:
+            break
+        start.append(image)
+        missing[image] -= 1
+        waiting[image] -= 1
+    return Decision(tuple(start), tuple(retire))
+
+
+def backoff(failures: int, first_s: float, longest_s: float) -> float:
+    """The pause after `failures` failed starts in a row: doubling, bounded."""
+    return min(longest_s, first_s * 2.0 ** min(failures - 1, 32)) if failures else 0.0
+
+
+def _stale(pool: Pool, slot: Warm, max_age_s: float) -> bool:
+    return slot.digest != pool.digest or slot.age_s > max_age_s
+
+
+def _fresh(pool: Pool, max_age_s: float) -> list[Warm]:
+    return [slot for slot in pool.warm if not _stale(pool, slot, max_age_s)]
+
+
+def _missing(pool: Pool, max_age_s: float) -> int:
+    if pool.digest is None:
+        return 0
+    return pool.wanted + pool.waiting - len(_fresh(pool, max_age_s)) - pool.starting
+
+
+def _retire(pool: Pool, max_age_s: float, no_room: bool) -> Iterable[Retire]:
+    fresh = _fresh(pool, max_age_s)
+    if pool.digest is None:
+        yield from (Retire(slot.id, "its image was removed") for slot in pool.warm)
+    elif len(fresh) >= pool.wanted or no_room:
+        stale = [slot for slot in pool.warm if _stale(pool, slot, max_age_s)]
+        # Without room, one at a time: each makes the room for its own replacement.
+        for slot in stale[:1] if no_room and len(fresh) < pool.wanted else stale:
+            reason = "its image was replaced" if slot.digest != pool.digest else "it waited too long"
+            yield Retire(slot.id, reason)
+    if pool.waiting == 0:
+        oldest_first = sorted(fresh, key=lambda slot: -slot.age_s)
+        surplus = max(0, len(fresh) - pool.wanted)
+        yield from (Retire(slot.id, "the pool is smaller now") for slot in oldest_first[:surplus])

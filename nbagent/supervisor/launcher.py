@@ -1,0 +1,168 @@
+"""Starting a slot's processes: the one part that is another when slots are forked, not exec'd.
+
+A launcher is given a slot, its image and its listening socket, and a callback that puts a pid
+into the slot's scope; it answers when the slot's program runs. It owns nothing afterwards: the
+descriptors it returns are the caller's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import nbagent
+from nbagent import activity
+from nbagent.errors import StartFailed
+from nbagent.image.store import Image
+from nbagent.model import Slot
+from nbagent.sandbox.plan import CODE_PATH
+from nbagent.sandbox.spec import SandboxSpec
+from nbagent.supervisor.waiting import readable
+
+MOUNTPOINT = "/run/nbagent/sandbox"
+# The shell waits for the word that it is in its scope, and is replaced by a Python that touches
+# all its memory there. A Python that waited itself would leave 5 MiB charged to the supervisor.
+_GATE = 'read -r go && exec "$@" </dev/null'
+_ANSWER_MAX_BYTES = 65536
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A slot whose program runs. `pid` is its first process, `pidfd` and `activity_fd` are open."""
+
+    pid: int
+    pidfd: int
+    activity_fd: int
+
+
+class Launcher(Protocol):
+    """How slots are started."""
+
+    async def launch(
+        self, slot: Slot, image: Image, listener: socket.socket, storage_bytes: int,
+        enter_scope: Callable[[int], Awaitable[None]],
+    ) -> Launched:
+        """Starts the slot's program. Raises StartFailed; what it made is then ended with the scope."""
+
+
+def sandbox_spec(slot: Slot, image: Image, storage_bytes: int) -> SandboxSpec:
+    """The sandbox of a slot of `image`."""
+    environment = {
+        **image.environment, "HOME": image.home, "USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id
+    }
+    return SandboxSpec(
+        slot=slot.id,
+        root=str(image.root),
+        id_base=image.id_base,
+        uid=slot.uid,
+        user=image.user,
+        home=image.home,
+        storage_bytes=storage_bytes,
+        command=[image.python, "-I", f"{CODE_PATH}/zygote/notebook.py"],
+        environment=environment,
+        code=str(Path(nbagent.__file__).parent),
+        mountpoint=MOUNTPOINT,
+    )
+
+
+class ExecLauncher:
+    """Starts a slot by exec of its image's Python: two seconds, and works with every image."""
+
+    async def launch(
+        self, slot: Slot, image: Image, listener: socket.socket, storage_bytes: int,
+        enter_scope: Callable[[int], Awaitable[None]],
+    ) -> Launched:
+        activity_fd = activity.create()
+        config_fd = os.memfd_create("nbagent-config", os.MFD_CLOEXEC)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            os.write(config_fd, json.dumps({"base_url": slot.base_path, "token": slot.token}).encode())
+            os.lseek(config_fd, 0, os.SEEK_SET)
+            with ours:
+                with theirs:
+                    passed = (theirs.fileno(), listener.fileno(), activity_fd, config_fd)
+                    process = _spawn(passed)
+                launcher_fd = os.pidfd_open(process.pid)
+                try:
+                    await enter_scope(process.pid)
+                    _open_gate(process)
+                    ours.send(json.dumps(sandbox_spec(slot, image, storage_bytes).save()).encode())
+                    pidfd = await _init_of(ours)
+                    try:
+                        await _exec_of(ours)
+                    except BaseException:
+                        os.close(pidfd)
+                        raise
+                    await readable(launcher_fd)
+                    process.wait()
+                except BaseException:
+                    process.kill()
+                    process.wait()
+                    raise
+                finally:
+                    os.close(launcher_fd)
+        except BaseException:
+            os.close(activity_fd)
+            raise
+        finally:
+            os.close(config_fd)
+        return Launched(_pid_of(pidfd), pidfd, activity_fd)
+
+
+def _spawn(passed: tuple[int, ...]) -> subprocess.Popen[bytes]:
+    python = [sys.executable, "-I", "-m", "nbagent.sandbox.launch", *map(str, passed)]
+    return subprocess.Popen(
+        ["/bin/sh", "-c", _GATE, "nbagent-launch", *python],
+        stdin=subprocess.PIPE, bufsize=0, pass_fds=passed, start_new_session=True,
+        cwd="/", env={"LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"},
+    )
+
+
+def _open_gate(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin is not None:
+        with process.stdin as gate:
+            gate.write(b"go\n")
+
+
+async def _answer(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    await readable(control.fileno())
+    payload, fds, _, _ = socket.recv_fds(control, _ANSWER_MAX_BYTES, 1)
+    if not payload:
+        return None, fds
+    answer = json.loads(payload)
+    if failed := answer.get("failed"):
+        for fd in fds:
+            os.close(fd)
+        raise StartFailed(f"{failed['step']}: {failed['text']}", step=failed["step"], errno=failed["errno"])
+    return answer, fds
+
+
+async def _init_of(control: socket.socket) -> int:
+    """A pidfd of the slot's first process."""
+    answer, fds = await _answer(control)
+    if answer is None or len(fds) != 1:
+        raise StartFailed("the launcher ended before the slot's first process ran", step="launch")
+    return fds[0]
+
+
+async def _exec_of(control: socket.socket) -> None:
+    """Returns when the last process that holds the other end has exec'd."""
+    answer, _ = await _answer(control)
+    if answer is not None:
+        raise StartFailed(f"unexpected answer {answer}", step="launch")
+
+
+def _pid_of(pidfd: int) -> int:
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+        if line.startswith("Pid:"):
+            pid = int(line.split()[1])
+            if pid > 0:
+                return pid
+    raise StartFailed("the slot's first process ended at once", step="exec")

@@ -1,0 +1,102 @@
+"""A slot while it lives: the Slot, and the descriptors and observations that go with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from nbagent import activity
+from nbagent.linux import cgroup
+from nbagent.linux.cgroup import Cgroup, Usage
+from nbagent.model import Slot
+from nbagent.policy.cull import Look, active_since
+from nbagent.sandbox.spec import ACTIVITY_FD
+from nbagent.supervisor.launcher import Launched
+
+NOTHING_USED = Usage(0, 0.0, 0, 0)
+
+
+@dataclass(eq=False)
+class Live:
+    """One slot's runtime side. It owns `pidfd` and `activity_fd` from `attach` to `close`."""
+
+    slot: Slot
+    pidfd: int = -1
+    activity_fd: int = -1
+    cgroup: Cgroup | None = None
+    usage: Usage = NOTHING_USED
+    looked_s: float | None = None
+    active_s: float = 0.0
+    task: asyncio.Task[None] | None = None
+
+    def attach(self, launched: Launched) -> None:
+        """Takes over the descriptors of a launch."""
+        self.pidfd, self.activity_fd = launched.pidfd, launched.activity_fd
+        self.cgroup = cgroup.of_process(launched.pid)
+
+    def close(self) -> None:
+        """Closes the descriptors; may be called twice."""
+        for fd in (self.pidfd, self.activity_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.activity_fd = -1
+
+    def use(self) -> Usage:
+        """What the slot uses now."""
+        return self.cgroup.usage() if self.cgroup else NOTHING_USED
+
+    def look(self, now_s: float, cpu_threshold: float) -> tuple[Look, int]:
+        """Looks at a claimed slot: what the rules need, and the OOM kills since the last look."""
+        usage = self.use()
+        past_s = None if self.looked_s is None else now_s - self.looked_s
+        cpu = (usage.cpu_s - self.usage.cpu_s) / past_s if past_s and past_s > 0.1 else None
+        acted_s, busy = activity.read(self.activity_fd, now_s)
+        claimed_s = self.slot.claimed_s or 0.0
+        look = Look(claimed_s, self.slot.expires_s or now_s, self.active_s, acted_s, busy, cpu)
+        kills = max(0, usage.oom_kills - self.usage.oom_kills)
+        self.active_s = active_since(look, cpu_threshold, now_s)
+        self.usage, self.looked_s = usage, now_s
+        return look, kills
+
+    def document(self, now_s: float) -> dict[str, Any]:
+        """The slot for GET /slots: its state and what it uses."""
+        usage = self.use()
+        idle_s = None
+        if self.slot.claimed_s is not None and self.activity_fd >= 0:
+            acted_s, busy = activity.read(self.activity_fd, now_s)
+            idle_s = 0.0 if busy else round(now_s - max(self.slot.claimed_s, self.active_s, acted_s), 1)
+        return self.slot.document(now_s) | {
+            "idle_s": idle_s,
+            "memory_bytes": usage.memory_bytes,
+            "cpu_s": round(usage.cpu_s, 3),
+            "tasks": usage.tasks,
+            "oom_kills": usage.oom_kills,
+        }
+
+
+def reattach(slot: Slot) -> Live | None:
+    """A slot that outlived the agent, or None when its processes are gone.
+
+    The pid in its file counts only while that process is in the slot's own scope; its init holds
+    the activity page at the number it was given, out of reach of the slot's user.
+    """
+    if slot.pid is None:
+        return None
+    try:
+        pidfd = os.pidfd_open(slot.pid)
+    except OSError:
+        return None
+    try:
+        if cgroup.unit_of_process(slot.pid) == slot.scope:
+            live = Live(slot)
+            page = os.open(f"/proc/{slot.pid}/fd/{ACTIVITY_FD}", os.O_RDONLY | os.O_CLOEXEC)
+            live.attach(Launched(slot.pid, pidfd, page))
+            return live
+    except OSError:
+        pass
+    with contextlib.suppress(OSError):
+        os.close(pidfd)
+    return None

@@ -1,0 +1,78 @@
+"""The small file of each slot: with what systemd runs, the whole truth about slots.
+
+    /run/nbagent/slots/SLOT/slot.json    the Slot, mode 0600: it holds the token
+    /run/nbagent/slots/SLOT/http.sock    where the slot listens; the router's only address
+    /run/nbagent/slots/SLOT/static       link to the image's static files, for the router
+
+A slot's own processes never see this directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from nbagent.model import Slot
+
+BACKLOG = 1024
+
+
+class Records:
+    """The directory of slots."""
+
+    def __init__(self, path: Path, socket_gid: int) -> None:
+        self.path = path
+        self.socket_gid = socket_gid
+
+    def create(self, slot: Slot, static: Path) -> socket.socket:
+        """Makes the slot's directory and returns its listening socket."""
+        directory = self.path / slot.id
+        directory.mkdir(mode=0o711)
+        self.save(slot)
+        (directory / "static").symlink_to(static)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # Never reachable with another mode or group than the last, not even for a moment.
+        previous = os.umask(0o177)
+        try:
+            listener.bind(str(directory / "http.sock"))
+        finally:
+            os.umask(previous)
+        os.chown(directory / "http.sock", 0, self.socket_gid)
+        os.chmod(directory / "http.sock", 0o660)
+        listener.listen(BACKLOG)
+        return listener
+
+    def save(self, slot: Slot) -> None:
+        """Writes the slot's file whole or not at all. It is on tmpfs, so there is no fsync."""
+        file = self.path / slot.id / "slot.json"
+        fd = os.open(file.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "w") as stream:
+            json.dump(slot.save(), stream)
+        os.rename(file.with_suffix(".new"), file)
+
+    def load(self) -> Iterator[tuple[str, Slot | None]]:
+        """Every slot's name with its Slot, or None where the file is missing or broken."""
+        for directory in sorted(self.path.iterdir()):
+            try:
+                yield directory.name, Slot.restore(json.loads((directory / "slot.json").read_text()))
+            except (OSError, ValueError, KeyError, TypeError):
+                yield directory.name, None
+
+    def http_path(self, slot: Slot) -> Path:
+        """The slot's socket."""
+        return self.path / slot.id / "http.sock"
+
+    def unroute(self, slot: Slot) -> None:
+        """Takes the socket away: from now on the router says that the slot is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            self.http_path(slot).unlink()
+
+    def remove(self, name: str) -> None:
+        """Removes all of a slot's directory; one that is not there is removed."""
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.path / name)

@@ -1,0 +1,135 @@
+"""The control socket's other side, and the agent-check: who may ask, and what is answered.
+
+A caller is the API's user or root, by SO_PEERCRED. One that closes its connection while its
+claim waits gives the place up; a claim whose answer nobody receives is released again, unless an
+Idempotency-Key promises that the caller will ask for it once more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import struct
+from collections.abc import Collection
+from typing import Any
+
+from nbagent import control
+from nbagent.errors import BadRequest, Forbidden, NbagentError
+from nbagent.supervisor.agent import Agent
+
+
+class ControlServer:
+    """Serves the control socket."""
+
+    def __init__(self, agent: Agent, listener: socket.socket, allowed_uids: Collection[int]) -> None:
+        self.agent = agent
+        self.listener = listener
+        self.allowed_uids = allowed_uids
+        self._connections: set[asyncio.Task[None]] = set()
+
+    async def serve(self) -> None:
+        """Accepts until cancelled."""
+        self.listener.setblocking(False)
+        while True:
+            connection, _ = await asyncio.get_running_loop().sock_accept(self.listener)
+            task = asyncio.ensure_future(self._serve_one(connection))
+            self._connections.add(task)
+            task.add_done_callback(self._connections.discard)
+
+    async def _serve_one(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with connection:
+            connection.setblocking(False)
+            payload = await loop.sock_recv(connection, control.REQUEST_MAX_BYTES)
+            if not payload:
+                return
+            work = asyncio.ensure_future(self._answer(connection, payload))
+            gone = asyncio.ensure_future(loop.sock_recv(connection, 1))
+            try:
+                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                gone.cancel()
+                if not work.done():
+                    work.cancel()
+                await asyncio.gather(work, gone, return_exceptions=True)
+            if work.cancelled() or work.exception() is not None:
+                return
+            answer = work.result()
+            try:
+                control.send(connection, answer)
+            except OSError:
+                self._lost(payload, answer)
+
+    async def _answer(self, connection: socket.socket, payload: bytes) -> dict[str, Any]:
+        try:
+            _check_peer(connection, self.allowed_uids)
+            return {"ok": await self._dispatch(_request(payload))}
+        except NbagentError as error:
+            return {"error": error.to_wire()}
+        except Exception as error:
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "a request failed unexpectedly", "exception": error}
+            )
+            return {"error": NbagentError("the supervisor failed; its journal says more").to_wire()}
+
+    async def _dispatch(self, request: dict[str, Any]) -> Any:
+        agent, op, args = self.agent, request["op"], request["args"]
+        match op:
+            case "claim":
+                return await agent.claim(args.get("options", {}), args.get("key"), str(args.get("client", "?")))
+            case "slots":
+                return agent.list_slots()
+            case "slot":
+                return agent.slot(str(args.get("id")))
+            case "update":
+                return agent.update(str(args.get("id")), args.get("options", {}))
+            case "release":
+                return agent.release(str(args.get("id")))
+            case "drain" | "undrain":
+                return agent.set_draining(op == "drain")
+            case "stats":
+                return agent.stats()
+            case "images":
+                return agent.images()
+        raise BadRequest(f"unknown request {op!r}")
+
+    def _lost(self, payload: bytes, answer: dict[str, Any]) -> None:
+        request = _request(payload)
+        if request["op"] == "claim" and "ok" in answer and not request["args"].get("key"):
+            self.agent.unclaim(answer["ok"]["slot"])
+
+
+async def serve_check(agent: Agent, listener: socket.socket) -> None:
+    """Answers HAProxy's agent-check until cancelled: one line, then the connection ends.
+
+    `ready` takes a server out of the drain that `drain` put it into; nothing is ever read.
+    """
+    listener.setblocking(False)
+    while True:
+        connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+        with connection, contextlib.suppress(OSError):
+            line = "drain" if agent.draining else f"ready {agent.free_percent()}%"
+            connection.send(f"{line}\n".encode())
+
+
+def _request(payload: bytes) -> dict[str, Any]:
+    try:
+        request = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(f"the request is not JSON: {error}") from None
+    shape = isinstance(request, dict) and isinstance(request.get("op"), str)
+    if not shape or not isinstance(request.get("args"), dict):
+        raise BadRequest('a request is {"op": str, "args": {...}}')
+    options, key = request["args"].get("options", {}), request["args"].get("key")
+    if not isinstance(options, dict) or not isinstance(key, (str, type(None))):
+        raise BadRequest("options must be an object, key a string or null")
+    return request
+
+
+def _check_peer(connection: socket.socket, allowed_uids: Collection[int]) -> None:
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, _ = struct.unpack("3i", credentials)
+    if uid not in allowed_uids:
+        raise Forbidden(f"user id {uid} may not ask the supervisor")
