@@ -1,0 +1,72 @@
+"""Settings: defaults, files in their order, and what a mistake is told."""
+
+import dataclasses
+import ipaddress
+
+import pytest
+
+from nbagent import config
+from nbagent.errors import ConfigError
+
+
+def test_no_file_is_a_whole_configuration(tmp_path):
+    assert config.load(tmp_path / "nbagent.toml") == config.Config()
+
+
+def test_a_later_file_wins_key_by_key(tmp_path):
+    (tmp_path / "nbagent.toml").write_text('[slots]\nmemory = "256M"\nttl = "1h"\n[images.r]\nwarm = 7\n')
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "20.toml").write_text('[slots]\nmemory = "300M"\n')
+    (tmp_path / "conf.d" / "10.toml").write_text('[slots]\nmemory = "200M"\ncpu_weight = 20\n')
+    loaded = config.load(tmp_path / "nbagent.toml")
+    assert (loaded.slots.memory, loaded.slots.ttl, loaded.slots.cpu_weight) == (300 << 20, 3600.0, 20)
+    assert (loaded.warm("r"), loaded.warm("minimal")) == (7, config.Config().pool.warm)
+
+
+def test_an_unknown_key_names_file_and_nearest_known_one(tmp_path):
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "a.toml").write_text('[slots]\nmemry = "1G"\n')
+    with pytest.raises(ConfigError, match=r'a\.toml: unknown setting slots\.memry; did you mean "memory"') as caught:
+        config.load(tmp_path / "nbagent.toml")
+    assert caught.value.details["key"] == "slots.memry"
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[slots", "not valid TOML"),
+    ("slots = 3", "slots: expected a table"),
+    ('[slots]\nmemory = "lots"', "slots.memory: expected a size"),
+    ("[slots]\ncpu_weight = 0", "slots.cpu_weight: expected a whole number from 1 to 10000"),
+    ("[slots]\ncpu_weight = true", "slots.cpu_weight: expected a whole number"),
+    ('[slots]\ncpu_quota = "half"', "slots.cpu_quota: expected"),
+    ('[slots]\nttl = "48h"', "slots.ttl: expected at most slots.ttl_max"),
+    ('[slots]\nmemory = "8G"', "slots.memory: expected at most slots.memory_max"),
+    ('[host]\nlabel = "C-07"', "host.label: expected .auto. or 1 to 16"),
+    ('[api]\ntrusted_networks = ["everyone"]', "api.trusted_networks: expected a list of networks"),
+    ('[router]\npublic_url = "nb.example.org"', "router.public_url: expected"),
+    ("images = 3", "images: expected a table"),
+    ("[images.r]\nwarmth = 3", "unknown setting images.r.warmth"),
+])
+def test_a_wrong_setting_is_refused_by_name(tmp_path, text, message):
+    (tmp_path / "nbagent.toml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        config.load(tmp_path / "nbagent.toml")
+
+
+def test_every_setting_says_what_it_is_for():
+    for section in dataclasses.fields(config.Config):
+        if section.name == "images":
+            continue
+        for setting in dataclasses.fields(getattr(config.Config(), section.name)):
+            assert setting.metadata["doc"].endswith("."), f"{section.name}.{setting.name}"
+
+
+def test_trust_is_for_this_host_only_by_default():
+    trusted = config.Config().api.trusted_networks
+    assert trusted == (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+
+
+@pytest.mark.parametrize(("hostname", "label"), [
+    ("c07.example.org", "c07"), ("Compute-Node-Number-Seventeen", "computenodenumbe"), ("_", "host"), ("", "host"),
+])
+def test_a_label_is_derived_from_any_hostname(hostname, label):
+    assert config.derived_label(hostname) == label

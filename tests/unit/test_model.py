@@ -1,0 +1,113 @@
+"""The slot, its moves, its limits, and what a claim may ask for."""
+
+import pytest
+
+from nbagent.errors import IllegalMove, InvalidField
+from nbagent.model import (
+    CLAIM_FIELDS,
+    MOVES,
+    Bounds,
+    Limits,
+    Slot,
+    SlotState,
+    is_slot_id,
+    new_id,
+    new_token,
+    parse_options,
+)
+
+BOUNDS = Bounds(memory_max_bytes=4 << 30, ttl_max_s=86400, cpus=2)
+
+
+def make_slot(**changes):
+    fields = {
+        "id": "c07-x8q2m4k9w1ze", "image": "minimal", "digest": "d", "id_base": 1 << 30, "uid": 2001,
+        "state": SlotState.WARM, "limits": Limits(1 << 30, 100, None, 256), "token": "t", "created_s": 10.0,
+    }
+    return Slot(**{**fields, **changes})
+
+
+def test_every_state_has_moves_and_only_gone_has_none():
+    assert set(MOVES) == set(SlotState)
+    assert [state for state, moves in MOVES.items() if not moves] == [SlotState.GONE]
+
+
+def test_every_live_state_can_fail_and_every_state_is_left_for_gone():
+    for state in (SlotState.STARTING, SlotState.WARM, SlotState.CLAIMED):
+        assert SlotState.FAILED in MOVES[state]
+    assert MOVES[SlotState.STOPPING] == MOVES[SlotState.FAILED] == {SlotState.GONE}
+
+
+def test_an_illegal_move_raises_and_changes_nothing():
+    slot = make_slot(state=SlotState.STOPPING)
+    with pytest.raises(IllegalMove, match="stopping and cannot become claimed"):
+        slot.to(SlotState.CLAIMED)
+    assert slot.state is SlotState.STOPPING
+
+
+def test_a_slot_survives_its_file():
+    slot = make_slot(state=SlotState.CLAIMED, claimed_s=20.0, ttl_s=60.0, pid=77, key="k", fingerprint="f")
+    assert Slot.restore(slot.save()) == slot
+
+
+@pytest.mark.parametrize("saved", [{}, {"state": "warm"}, {**make_slot().save(), "state": "asleep"},
+                                   {**make_slot().save(), "surprise": 1}])
+def test_a_broken_file_is_not_a_slot(saved):
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        Slot.restore(saved)
+
+
+def test_only_the_claim_document_shows_the_token():
+    slot = make_slot(state=SlotState.CLAIMED, claimed_s=20.0, ttl_s=60.0, token="secret-token")
+    assert slot.claim_document()["token"] == "secret-token"
+    assert "secret-token" not in str(slot.document(30.0))
+    assert slot.document(30.0)["age_s"] == 10.0
+
+
+def test_ids_are_of_the_label_and_never_the_same():
+    ids = {new_id("c07") for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(is_slot_id(one, "c07") for one in ids)
+    assert not any(is_slot_id(one, "c08") for one in ids)
+
+
+@pytest.mark.parametrize("text", ["", "c07", "c07-", "c07-../../etc/pas", "C07-x8q2m4k9w1ze", "c07-x8q2m4k9w1ze\n",
+                                  "c07-x8q2m4k9w1zee", "other-x8q2m4k9w1ze"])
+def test_what_is_not_an_id_of_this_host(text):
+    assert not is_slot_id(text, "c07")
+
+
+def test_tokens_are_long_and_url_safe():
+    assert len(new_token()) == 43 and new_token() != new_token()
+
+
+def test_options_are_typed_from_a_query_string_and_from_json_alike():
+    from_json = parse_options({"memory": 1 << 29, "cpu_weight": 50, "ttl": 60, "cpu_quota": "1/4"}, CLAIM_FIELDS, BOUNDS)
+    from_query = parse_options({"memory": "512M", "cpu_weight": "50", "ttl": "1min", "cpu_quota": "50%"}, CLAIM_FIELDS, BOUNDS)
+    assert from_json == from_query
+    assert from_json.limits(Limits(1, 1, None, 9)) == Limits(1 << 29, 50, 0.5, 9)
+
+
+def test_what_is_not_asked_for_stays():
+    assert parse_options({}, CLAIM_FIELDS, BOUNDS).limits(Limits(5, 6, 0.7, 8)) == Limits(5, 6, 0.7, 8)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("memory", "-1"), ("memory", "1e9G"), ("memory", "lots"), ("memory", "5G"), ("memory", 0), ("memory", None),
+    ("memory", True), ("memory", 1.5), ("memory", "9" * 400), ("cpu_quota", "3/2"), ("cpu_quota", "201%"),
+    ("cpu_quota", "1/0"), ("cpu_quota", "0%"), ("cpu_quota", 0.5), ("ttl", 0), ("ttl", "0s"), ("ttl", "25h"),
+    ("ttl", -1), ("ttl", "soon"), ("ttl", float("inf")), ("cpu_weight", 0), ("cpu_weight", 10001),
+    ("cpu_weight", "heavy"), ("image", "../minimal"), ("image", ["minimal"]), ("path", "../../etc"),
+    ("path", "lab/%2e%2e/x"), ("path", "//evil.example"), ("path", "lab\r\nX: y"), ("path", ""), ("path", 7),
+])
+def test_a_bad_option_names_its_field_and_what_would_be_right(field, value):
+    with pytest.raises(InvalidField) as caught:
+        parse_options({field: value}, CLAIM_FIELDS, BOUNDS)
+    assert caught.value.details["field"] == field
+    assert caught.value.details["expected"]
+    assert len(str(caught.value.details["value"])) <= 80
+
+
+def test_an_unknown_option_names_the_known_ones():
+    with pytest.raises(InvalidField, match="unknown field 'mem'.*memory"):
+        parse_options({"mem": "1G"}, CLAIM_FIELDS, BOUNDS)

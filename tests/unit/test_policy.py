@@ -1,0 +1,145 @@
+"""The decisions: pools, admission, culling. Microseconds, no world."""
+
+import dataclasses
+
+from nbagent.policy import admission, cull, pool
+from nbagent.policy.cull import Look
+from nbagent.policy.pool import Pool, Retire, Warm, decide
+
+GIB = 1 << 30
+HOST = admission.Host(
+    capacity=10, live=0, starting=0, starts_max=4, memory_available_bytes=8 * GIB, memory_reserve_bytes=GIB, draining=False
+)
+
+
+def make_pool(warm=(), **changes):
+    fields = {"image": "minimal", "digest": "new", "wanted": 2, "starting": 0, "waiting": 0}
+    return Pool(**{**fields, "warm": tuple(warm), **changes})
+
+
+def host(**changes):
+    return dataclasses.replace(HOST, **changes)
+
+
+def fresh(name, age_s=1.0):
+    return Warm(name, "new", age_s)
+
+
+def test_an_empty_pool_is_filled():
+    assert decide([make_pool()], HOST, 100).start == ("minimal", "minimal")
+
+
+def test_what_is_starting_is_not_started_again():
+    assert decide([make_pool(starting=1)], HOST, 100).start == ("minimal",)
+
+
+def test_starts_at_a_time_are_bounded():
+    decision = decide([make_pool(wanted=9)], host(starting=1, starts_max=3), 100)
+    assert decision.start == ("minimal", "minimal")
+
+
+def test_never_above_capacity():
+    assert decide([make_pool(wanted=9)], host(capacity=5, live=4), 100).start == ("minimal",)
+    assert decide([make_pool(wanted=9)], host(capacity=5, live=5), 100).start == ()
+
+
+def test_never_above_memory_and_what_starts_counts():
+    enough_for_two = GIB + 2 * admission.START_MEMORY_BYTES
+    assert len(decide([make_pool(wanted=9)], host(memory_available_bytes=enough_for_two), 100).start) == 2
+    assert len(decide([make_pool(wanted=9, starting=1)], host(memory_available_bytes=enough_for_two, starting=1), 100).start) == 1
+    assert decide([make_pool()], host(memory_available_bytes=GIB // 2), 100).start == ()
+
+
+def test_a_claim_that_waits_comes_before_a_pool_that_is_low():
+    low, waited_for = make_pool(image="low", wanted=5), make_pool(image="wanted", wanted=0, waiting=1)
+    assert decide([low, waited_for], host(starts_max=1), 100).start == ("wanted",)
+
+
+def test_a_pool_that_failed_pauses_and_the_others_go_on():
+    failed, other = make_pool(image="failed", paused_s=3.0), make_pool(image="other", wanted=1)
+    assert decide([failed, other], HOST, 100).start == ("other",)
+
+
+def test_the_pause_doubles_and_is_bounded():
+    assert [pool.backoff(n, 1.0, 60.0) for n in (0, 1, 2, 3, 7, 500)] == [0.0, 1.0, 2.0, 4.0, 60.0, 60.0]
+
+
+def test_a_stale_slot_serves_until_fresh_ones_are_there():
+    old = Warm("old", "former", 5.0)
+    assert decide([make_pool([old])], HOST, 100).retire == ()
+    decision = decide([make_pool([old, fresh("a"), fresh("b")])], HOST, 100)
+    assert decision.retire == (Retire("old", "its image was replaced"),)
+
+
+def test_a_slot_that_waited_too_long_is_replaced_then_retired():
+    aged = fresh("aged", age_s=101)
+    assert decide([make_pool([aged, fresh("a")])], HOST, 100) == pool.Decision(("minimal",), ())
+    assert decide([make_pool([aged, fresh("a"), fresh("b")])], HOST, 100).retire == (Retire("aged", "it waited too long"),)
+
+
+def test_without_room_a_stale_slot_makes_room_for_its_replacement():
+    stale = [Warm("x", "former", 5.0), Warm("y", "former", 5.0)]
+    assert len(decide([make_pool(stale)], host(live=10), 100).retire) == 1
+
+
+def test_a_smaller_pool_lets_the_oldest_go_but_not_while_a_claim_waits():
+    three = [fresh("a", 1), fresh("b", 3), fresh("c", 2)]
+    assert decide([make_pool(three)], HOST, 100).retire == (Retire("b", "the pool is smaller now"),)
+    assert decide([make_pool(three, waiting=1)], HOST, 100).retire == ()
+
+
+def test_a_removed_image_wants_nothing_and_its_warm_slots_go():
+    decision = decide([make_pool([fresh("a")], digest=None)], HOST, 100)
+    assert decision == pool.Decision((), (Retire("a", "its image was removed"),))
+
+
+def test_a_draining_host_starts_nothing_and_keeps_nothing_warm():
+    decision = decide([make_pool([fresh("a")], waiting=2)], host(draining=True), 100)
+    assert decision == pool.Decision((), (Retire("a", "the host drains"),))
+
+
+def test_capacity_follows_memory_unless_it_is_set():
+    assert admission.capacity(7, 24 * GIB, GIB, 4.0) == 7
+    assert admission.capacity(None, 24 * GIB, GIB, 4.0) == 96
+    assert admission.capacity(None, 24 * GIB, 1, 4.0) == admission.CAPACITY_MAX
+    assert admission.capacity(None, GIB // 2, GIB, 1.0) == 1
+
+
+def test_why_there_is_no_room_is_said():
+    assert "10 slots" in admission.obstacle(host(live=10))
+    assert "512 MiB" in admission.obstacle(host(memory_available_bytes=GIB // 2))
+    assert "draining" in admission.obstacle(host(draining=True))
+
+
+LOOK = Look(claimed_s=100.0, expires_s=10000.0, active_s=100.0, acted_s=0.0, busy=0, cpu=0.0)
+
+
+def reason_at(now_s, **changes):
+    return cull.reason(dataclasses.replace(LOOK, **changes), 600.0, 0.05, now_s)
+
+
+def test_a_claimed_slot_that_nobody_uses_is_idle_from_its_claim():
+    assert reason_at(699.0) is None
+    assert reason_at(700.0) == "idle"
+
+
+def test_an_act_counts_from_when_it_was():
+    assert reason_at(1199.0, acted_s=600.0) is None
+    assert reason_at(1200.0, acted_s=600.0) == "idle"
+
+
+def test_a_busy_kernel_is_never_idle_however_silent():
+    assert reason_at(9000.0, busy=1) is None
+
+
+def test_processors_in_use_are_activity_and_a_little_is_not():
+    assert reason_at(9000.0, cpu=0.06) is None
+    assert reason_at(9000.0, cpu=0.04) == "idle"
+
+
+def test_what_is_not_known_yet_is_not_idle():
+    assert reason_at(9000.0, cpu=None) is None
+
+
+def test_too_old_ends_even_a_busy_slot():
+    assert reason_at(10000.0, busy=3, cpu=2.0) == "age"

@@ -1,0 +1,57 @@
+"""The order of the sandbox's steps is one list, pinned here: a change of it is a decision."""
+
+from nbagent.sandbox.plan import plan
+from nbagent.sandbox.spec import SandboxSpec
+
+SPEC = SandboxSpec(
+    slot="c07-x8q2m4k9w1ze", root="/images/rootfs", id_base=1 << 30, uid=2001, user="jovyan", home="/home/jovyan",
+    storage_bytes=64 << 20, command=["/usr/bin/python3"], environment={}, code="/usr/lib/nbagent", mountpoint="/run/box",
+)
+
+
+def names(steps):
+    return [type(step).__name__ for step in steps]
+
+
+def test_the_host_is_left_before_anything_is_built():
+    assert names(plan(SPEC).outside) == ["UserNamespace", "Namespaces"]
+
+
+def test_the_order_inside():
+    assert names(plan(SPEC).inside) == [
+        "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Pivot", "Bind", "Tmpfs",
+        "Bind", "Bind", "Bind", "Bind", "Bind", "Bind", "DevPts", "Tmpfs", "Link", "Link", "Link", "Link", "Link",
+        "Proc", "Masked", "ReadOnly", "Bind", "Detach", "Identity", "Home", "Loopback",
+    ]
+
+
+def test_privileges_go_last_and_nothing_follows():
+    assert names(plan(SPEC).last) == ["Limits", "Unprivileged"]
+
+
+def test_sources_between_pivot_and_detach_are_relative_to_the_host_and_targets_absolute():
+    steps = plan(SPEC).inside
+    order = names(steps)
+    for step in steps[order.index("Pivot") + 1 : order.index("Detach")]:
+        if hasattr(step, "source"):
+            assert not step.source.startswith("/"), step
+        if hasattr(step, "target"):
+            assert step.target.startswith("/"), step
+
+
+def test_everything_writable_is_bounded_by_the_slots_storage():
+    for step in plan(SPEC).inside:
+        if type(step).__name__ == "Tmpfs":
+            assert 0 < step.size_bytes <= SPEC.storage_bytes
+            assert 0 < step.inodes <= SPEC.storage_bytes // 4096
+
+
+def test_a_plan_describes_itself_in_numbered_lines():
+    lines = plan(SPEC).describe().splitlines()
+    assert len(lines) == 32
+    assert lines[0].startswith(" 1 user namespace")
+    assert "no capability" in lines[-1]
+
+
+def test_a_specification_survives_its_journey():
+    assert SandboxSpec.restore(SPEC.save()) == SPEC
