@@ -1,7 +1,8 @@
-"""The Debian mirror that this machine itself uses, read from its apt configuration. No mirror is named in our code.
+"""The Debian mirror that this machine itself uses, read from its apt configuration. No mirror is named in our
+code.
 
-Both forms of `sources.list(5)` are understood: one-line and deb822. `apt-get indextargets` would say the same, but only
-after an `apt-get update`.
+Both forms of `sources.list(5)` are understood: one-line and deb822. `apt-get indextargets` would say the
+same, but only after an `apt-get update`.
 """
 
 from __future__ import annotations
@@ -41,22 +42,26 @@ class Source:
 
 
 def sources_lines(suite: str) -> list[str]:
-    """One-line sources for `suite`, from the machine's mirrors: the release, and security if the machine uses it."""
+    """One-line sources for `suite`, from the machine's mirrors; security too where the machine uses it."""
     debian = [source for source in _read(ETC_APT) if source.is_debian]
     # An unsigned one-line entry cannot be told apart by its key; Debian's own mirrors say so in their path.
     debian.sort(key=lambda source: "debian" not in source.uri)
     main = [source for source in debian if not source.is_security]
     security = [source for source in debian if source.is_security]
     if not main:
-        raise BuildFailed(f"no Debian mirror in {ETC_APT}: there must be a source with a Debian suite and `main`")
+        raise BuildFailed(
+            f"no Debian mirror in {ETC_APT}: there must be a source with a Debian suite and `main`"
+        )
     lines = [f"deb {main[0].uri} {name} main" for name in (suite, f"{suite}-updates")]
     return lines + [f"deb {source.uri} {suite}-security main" for source in security[:1]]
 
 
 def proxy_options() -> list[str]:
-    """The machine's `Acquire::…::Proxy` settings as apt options; a bootstrap does not read the machine's apt.conf."""
+    """The machine's `Acquire::…::Proxy` settings as options: a bootstrap reads no apt.conf of the machine."""
     dump = subprocess.run(["apt-config", "dump"], check=True, capture_output=True, text=True).stdout
-    return [line for line in dump.splitlines() if re.match(r'Acquire::[a-z:]*proxy[a-z:-]* ".+";', line, re.I)]
+    return [
+        line for line in dump.splitlines() if re.match(r'Acquire::[a-z:]*proxy[a-z:-]* ".+";', line, re.I)
+    ]
 
 
 def _read(etc_apt: Path) -> Iterator[Source]:

@@ -1,8 +1,8 @@
 """One cgroup per host in every hierarchy, below the one the driver is in and never above it.
 
-`testhost-NAME/host` holds the host, `testhost-NAME/helpers` the forwarders and tunnels that serve it, so that a host
-sees none of them and `down` finds every process by membership. Where all of cgroups are v2 this is one directory;
-on a v1 or hybrid machine it is one per controller.
+`testhost-NAME/host` holds the host, `testhost-NAME/helpers` the forwarders and tunnels that serve it, so that
+a host sees none of them and `down` finds every process by membership. Where all of cgroups are v2 this is one
+directory; on a v1 or hybrid machine it is one per controller.
 """
 
 from __future__ import annotations
@@ -44,7 +44,10 @@ def create(host: str, memory_bytes: int | None, cpus: int | None) -> None:
     for mount, parent in hierarchies().items():
         if is_unified():
             parent = _delegated_parent(parent)
-        for directory in (parent / f"testhost-{host}", *(parent / f"testhost-{host}" / x for x in ("host", "helpers"))):
+        for directory in (
+            parent / f"testhost-{host}",
+            *(parent / f"testhost-{host}" / x for x in ("host", "helpers")),
+        ):
             directory.mkdir(exist_ok=True)
             if mount.name == "cpuset":
                 # A v1 cpuset starts without any processor, and then nothing can join it.
@@ -64,7 +67,7 @@ def create(host: str, memory_bytes: int | None, cpus: int | None) -> None:
 def find(host: str) -> list[Path]:
     """Every `testhost-NAME` directory on the machine, wherever the `up` that made it was."""
     found: list[Path] = []
-    mounts = [MOUNT] if is_unified() else [mount for mount in hierarchies()]
+    mounts = [MOUNT] if is_unified() else list(hierarchies())
     for mount in mounts:
         for directory, children, _files in os.walk(mount):
             if f"testhost-{host}" in children:
@@ -80,7 +83,7 @@ def join_files(host: str, part: str) -> list[str]:
 
 
 def exec_files(leader: Process) -> list[str]:
-    """Where a command that enters the host belongs: its delegated `testhost-exec.service`, as the host sees it."""
+    """Where a command that enters the host belongs: in the host's delegated `testhost-exec.service`."""
     files = []
     with open(f"/proc/{leader.pid}/cgroup") as lines:
         memberships = [line.rstrip("\n").split(":", 2) for line in lines]
@@ -116,8 +119,8 @@ def kill(host: str, timeout_s: float = 20) -> None:
             with contextlib.suppress(ProcessLookupError):
                 fd = os.pidfd_open(pid)
                 try:
-                    # The number was read before the descriptor was opened: only a process that is in the host's
-                    # cgroup now, with the descriptor held, is the host's.
+                    # The number was read before the descriptor was opened: only a process that is in the
+                    # host's cgroup now, with the descriptor held, is the host's.
                     if _is_member(host, pid):
                         signal.pidfd_send_signal(fd, signal.SIGKILL)
                         processes.wait_gone(fd, min(deadline, time.monotonic() + 5))
@@ -126,7 +129,7 @@ def kill(host: str, timeout_s: float = 20) -> None:
 
 
 def remove(host: str) -> None:
-    """Remove the directories, deepest first. The kernel keeps one busy for a moment after its last process ended."""
+    """Remove the directories, deepest first. One stays busy for a moment after its last process ended."""
     deadline = time.monotonic() + 5
     for top in find(host):
         while top.exists():

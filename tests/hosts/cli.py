@@ -7,10 +7,10 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from hosts import entry
+from hosts import entry, state
 from hosts import host as hosts
-from hosts import state
 from hosts.errors import BadArgument, HostError
 from hosts.host import Host
 
@@ -44,16 +44,22 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="testhost", description="Real systemd hosts for tests, on a machine that need not have systemd.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="testhost",
+        description="Real systemd hosts for tests, on a machine that need not have systemd.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     up = commands.add_parser("up", help="make a host, and return when it is fully booted")
-    up.add_argument("--name", default=hosts.DEFAULT_NAME, help="1 to 16 of a-z, 0-9 and '-' (default: %(default)s)")
+    up.add_argument(
+        "--name", default=hosts.DEFAULT_NAME, help="1 to 16 of a-z, 0-9 and '-' (default: %(default)s)"
+    )
     up.add_argument("--driver", choices=state.DRIVERS, default="nspawn", help="default: %(default)s")
     up.add_argument("--suite", choices=state.SUITES, default="bookworm", help="default: %(default)s")
-    up.add_argument("--memory", metavar="SIZE", help="of the whole host, like 4G (default: nspawn no limit, vm 4G)")
+    up.add_argument(
+        "--memory", metavar="SIZE", help="of the whole host, like 4G (default: nspawn no limit, vm 4G)"
+    )
     up.add_argument("--cpus", type=int, metavar="N", help="of the whole host (default: nspawn all, vm 2)")
     up.set_defaults(call=_up)
 
@@ -66,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     copy.add_argument("paths", nargs="+", metavar="PATH")
     copy.set_defaults(call=_cp)
 
-    forward = commands.add_parser("forward", help="127.0.0.1:HOSTPORT here reaches 127.0.0.1:PORT in the host")
+    forward = commands.add_parser(
+        "forward", help="127.0.0.1:HOSTPORT here reaches 127.0.0.1:PORT in the host"
+    )
     forward.add_argument("host")
     forward.add_argument("ports", nargs="+", metavar="PORT[:HOSTPORT]")
     forward.set_defaults(call=_forward)
@@ -78,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     down = commands.add_parser("down", help="end hosts and leave no trace of them")
     down.add_argument("hosts", nargs="*", metavar="N")
     down.add_argument("--all", action="store_true", help="every host of this machine")
-    down.add_argument("--now", action="store_true", help="switch a virtual machine off instead of shutting it down")
+    down.add_argument(
+        "--now", action="store_true", help="switch a virtual machine off instead of shutting it down"
+    )
     down.set_defaults(call=_down)
     return parser
 
@@ -113,7 +123,7 @@ def _cp(arguments: argparse.Namespace) -> None:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """`N:PATH` in two; a path of this machine has no host. A slash before the colon makes it a path, as in scp."""
+    """`N:PATH` in two. As in scp, what has no colon, or a slash before it, is a path of this machine."""
     name, colon, rest = path.partition(":")
     return (name, rest) if colon and "/" not in name else ("", path)
 
@@ -129,22 +139,27 @@ def _forward(arguments: argparse.Namespace) -> None:
 
 
 def _list(arguments: argparse.Namespace) -> None:
-    rows = []
-    for name in state.names():
-        found, status = hosts.status(name)
-        forwards = {f.machine_port: f.host_port for f in found.forwards} if found else {}
-        rows.append({
-            "name": name, "status": status, "driver": found.driver if found else None,
-            "suite": found.suite if found else None, "accel": (found.accel or None) if found else None,
-            "memory_bytes": found.memory_bytes if found else None, "cpus": found.cpus if found else None,
-            "forwards": forwards,
-        })
+    rows = [_row(name) for name in state.names()]
     if arguments.json:
         print(json.dumps(rows, indent=2))
         return
     for row in rows:
         ports = " ".join(f"{here}->{inside}" for here, inside in row["forwards"].items())
-        print(f"{row['name']:<16} {row['status']:<8} {row['driver'] or '-':<7} {row['suite'] or '-':<9} {ports}".rstrip())
+        line = (
+            f"{row['name']:<16} {row['status']:<8} {row['driver'] or '-':<7} {row['suite'] or '-':<9} {ports}"
+        )
+        print(line.rstrip())
+
+
+def _row(name: str) -> dict[str, Any]:
+    found, status = hosts.status(name)
+    known = ("driver", "suite", "accel", "memory_bytes", "cpus")
+    return {
+        "name": name,
+        "status": status,
+        **{key: (getattr(found, key) or None) if found else None for key in known},
+        "forwards": {f.machine_port: f.host_port for f in found.forwards} if found else {},
+    }
 
 
 def _down(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,8 @@
 """The way into a host for a command, prepared by `up` so that `testhost exec` has next to nothing left to do.
 
-A host's `entry` file holds the argv to put before the command, and which process must still be alive for it to mean
-anything. Imports nothing but what the interpreter has loaded anyway: starting Python is most of what an exec costs.
+A host's `entry` file holds the argv to put before the command, and which process must still be alive for it
+to mean anything. Imports nothing but what the interpreter has loaded anyway: starting Python is most of what
+an exec costs.
 """
 
 import os
@@ -24,7 +25,7 @@ def state_directory() -> str:
 
 
 def start_ticks(pid: int) -> int | None:
-    """When the process was started, in ticks after the machine's boot, or None when it is gone or a zombie."""
+    """When the process was started, in ticks after the machine's boot; None when gone or a zombie."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             text = file.read()
@@ -60,7 +61,12 @@ def command(name: str, argv: list[str], *, tty: bool = False) -> list[str] | Non
 
 def exec_or_return(arguments: list[str]) -> None:
     """`testhost exec N -- CMD…`: become the command. Returns when it is not as simple as that."""
-    if len(arguments) < 3 or arguments[1] != "--" or "/" in arguments[0] or arguments[0].startswith(("-", ".")):
+    if (
+        len(arguments) < 3
+        or arguments[1] != "--"
+        or "/" in arguments[0]
+        or arguments[0].startswith(("-", "."))
+    ):
         return
     tty = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
     found = command(arguments[0], arguments[2:], tty=tty)

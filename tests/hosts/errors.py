@@ -1,12 +1,12 @@
 """The errors of the test host driver. Each message says what is wrong and what would be right.
 
-    HostError                what the command line prints as one line, exit status 1
-    ├── BadArgument          the caller's input; exit status 2
-    ├── NoSuchHost           no host of that name is up
-    ├── BuildFailed          a root filesystem could not be made
-    ├── BootFailed           a host did not reach `running`; carries the console's or journal's end
-    └── CommandFailed        a command inside a host ended with a status other than 0
-        └── CommandTimedOut  it did not end in time
+HostError                what the command line prints as one line, exit status 1
+├── BadArgument          the caller's input; exit status 2
+├── NoSuchHost           no host of that name is up
+├── BuildFailed          a root filesystem could not be made
+├── BootFailed           a host did not reach `running`; carries the console's or journal's end
+└── CommandFailed        a command inside a host ended with a status other than 0
+    └── CommandTimedOut  it did not end in time
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class CommandFailed(HostError):
         self.stdout = stdout
         self.stderr = stderr
         parts = [f"{host}: {' '.join(argv)} ended with status {returncode}"]
-        parts += [f"--- {name}\n{text.rstrip()}" for name, text in (("stdout", stdout), ("stderr", stderr)) if text]
+        parts += [
+            f"--- {name}\n{text.rstrip()}" for name, text in (("stdout", stdout), ("stderr", stderr)) if text
+        ]
         super().__init__("\n".join(parts))
 
 

@@ -1,7 +1,7 @@
 """127.0.0.1:PORT of this machine reaches a host's loopback, through systemd's own socket proxy.
 
-The listening socket is made here, in the machine's network namespace; the proxy that accepts from it runs in the
-host's, so inside the connection comes from 127.0.0.1.
+The listening socket is made here, in the machine's network namespace; the proxy that accepts from it runs in
+the host's, so inside the connection comes from 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ def start(host: HostState, host_port: int, machine_port: int) -> Forward:
         try:
             listener.bind(("127.0.0.1", machine_port))
         except OSError as error:
-            raise BadArgument(f"127.0.0.1:{machine_port}: {error.strerror}; give another port as PORT:HOSTPORT") from None
+            raise BadArgument(
+                f"127.0.0.1:{machine_port}: {error.strerror}; give another port as PORT:HOSTPORT"
+            ) from None
         listener.listen(4096)
         plan = launch.Plan(
             argv=[tools.PROXY, "--connections-max=100000", f"127.0.0.1:{host_port}"],

@@ -5,8 +5,9 @@
         host.run(["apt-get", "install", "-y", "/root/x.deb"])
         host.connect(9000).sendall(b"GET /claim HTTP/1.0\\r\\n\\r\\n")
 
-What a host is made of is the drivers' matter (`nspawn`, `vm`); the order of making and clearing, the locks and the
-state are here. A `Host` object holds no resource: any number of processes may hold one for the same host.
+What a host is made of is the drivers' matter (`nspawn`, `vm`); the order of making and clearing, the locks
+and the state are here. A `Host` object holds no resource: any number of processes may hold one for the same
+host.
 """
 
 from __future__ import annotations
@@ -21,9 +22,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
-from hosts import cgroups, entry, forward, netns, nspawn, processes, rootfs, state, sysctls, tools, transfer, vm
+from hosts import (
+    cgroups,
+    entry,
+    forward,
+    netns,
+    nspawn,
+    processes,
+    rootfs,
+    state,
+    sysctls,
+    tools,
+    transfer,
+    vm,
+)
 from hosts.errors import BadArgument, BootFailed, CommandFailed, CommandTimedOut, NoSuchHost
 from hosts.state import HostState
 
@@ -56,7 +70,7 @@ class Host:
         self.suite = found.suite
         self._state = found
 
-    # --- coming and going -----------------------------------------------------------------------------------------
+    # --- coming and going ---
 
     @classmethod
     def up(
@@ -70,8 +84,9 @@ class Host:
     ) -> Host:
         """Return a host that is fully booted: a healthy one of that name as it is, else a new one.
 
-        `memory` (bytes, or a number with K, M, G) and `cpus` limit the whole host. Without them an nspawn host has all
-        of the machine, and a virtual machine 4G and 2. Raises `BootFailed` after clearing whatever was made.
+        `memory` (bytes, or a number with K, M, G) and `cpus` limit the whole host. Without them an nspawn
+        host has all of the machine, and a virtual machine 4G and 2. Raises `BootFailed` after clearing
+        whatever was made.
         """
         state.check_name(name)
         if driver not in state.DRIVERS:
@@ -116,7 +131,9 @@ class Host:
         if found is None:
             raise NoSuchHost(f"no host {name!r}; `testhost list` shows what is up")
         if not _healthy(found):
-            raise NoSuchHost(f"host {name!r} is not running any more; `testhost up --name {name}` makes a new one")
+            raise NoSuchHost(
+                f"host {name!r} is not running any more; `testhost up --name {name}` makes a new one"
+            )
         return cls(found)
 
     @classmethod
@@ -140,16 +157,20 @@ class Host:
         verdict = done.stdout.strip()
         if verdict == "running":
             return
-        failed = self.run(["systemctl", "list-units", "--failed", "--plain", "--no-legend"], check=False).stdout
-        journal = self.run(["journalctl", "-b", "-p", "warning", "-n", "40", "--no-pager"], check=False).stdout
+        failed = self.run(
+            ["systemctl", "list-units", "--failed", "--plain", "--no-legend"], check=False
+        ).stdout
+        journal = self.run(
+            ["journalctl", "-b", "-p", "warning", "-n", "40", "--no-pager"], check=False
+        ).stdout
         console = DRIVERS[self.driver].console_end(self._state)
         raise BootFailed(
-            f"{self.name}: systemd says {verdict or done.stderr.strip()!r}, not 'running'\n--- failed units\n{failed}"
-            f"--- journal\n{journal}--- console\n{console}"
+            f"{self.name}: systemd says {verdict or done.stderr.strip()!r}, not 'running'\n"
+            f"--- failed units\n{failed}--- journal\n{journal}--- console\n{console}"
         )
 
     def down(self, *, now: bool = False) -> None:
-        """End the host and remove all of it. May be called twice. `now` spares a virtual machine its shutdown."""
+        """End the host and remove all of it. May be called twice. `now` spares a VM its shutdown."""
         take_down(self.name, now=now)
 
     def __enter__(self) -> Host:
@@ -160,10 +181,10 @@ class Host:
     ) -> None:
         self.down(now=True)
 
-    # --- commands -------------------------------------------------------------------------------------------------
+    # --- commands ---
 
     def command(self, argv: Sequence[str], *, tty: bool = False) -> list[str]:
-        """The argv that, executed on this machine with `entry.ENVIRONMENT`, runs `argv` inside as root in /root."""
+        """The argv that, executed here with `entry.ENVIRONMENT`, runs `argv` inside as root in /root."""
         if not argv:
             raise BadArgument("no command given")
         found = entry.command(self.name, [str(word) for word in argv], tty=tty)
@@ -176,11 +197,12 @@ class Host:
         argv: Sequence[str],
         *,
         check: bool = True,
-        input: str | bytes | None = None,  # noqa: A002 - subprocess.run's own name
+        input: str | bytes | None = None,  # noqa: A002 - as subprocess.run has it
         timeout: float | None = 120,
         text: bool = True,
     ) -> subprocess.CompletedProcess[Any]:
-        """Run a command inside and return what it said. A signal's death is status 128 + its number, as in a shell.
+        """Run a command inside and return what it said. A signal's death is status 128 + its number, as in a
+        shell.
 
         Raises `CommandFailed`, with stdout and stderr in its text, when `check` and the status is not 0;
         `CommandTimedOut` in any case when it takes longer than `timeout` seconds.
@@ -189,7 +211,13 @@ class Host:
         stdin: dict[str, Any] = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
         try:
             done = subprocess.run(
-                self.command(words), check=False, capture_output=True, timeout=timeout, text=text, env=entry.ENVIRONMENT, **stdin
+                self.command(words),
+                check=False,
+                capture_output=True,
+                timeout=timeout,
+                text=text,
+                env=entry.ENVIRONMENT,
+                **stdin,
             )
         except subprocess.TimeoutExpired as error:
             out, err = _text(error.stdout), _text(error.stderr) + f"\n[ended after {timeout} s]"
@@ -212,7 +240,7 @@ class Host:
         """Copy a file or directory of the host to this machine, as `cp -a` would."""
         transfer.copy_out(self, src, str(dest))
 
-    # --- ports ----------------------------------------------------------------------------------------------------
+    # --- ports ---
 
     def connect(self, port: int, timeout: float = 10) -> socket.socket:
         """A TCP connection to 127.0.0.1:`port` inside the host, which sees it come from 127.0.0.1."""
@@ -220,7 +248,7 @@ class Host:
         return netns.connect(self.name, port, timeout)
 
     def forward(self, port: int, to: int | None = None) -> int:
-        """Make 127.0.0.1:`to` (default: the same number; 0: any) of this machine reach `port`; returns the number."""
+        """Make 127.0.0.1:`to` of this machine reach `port`; returns `to`. Default: the same; 0: any."""
         check_port(port)
         wanted = port if to is None else to
         if wanted:
@@ -281,9 +309,11 @@ def _healthy(found: HostState, *, even_booting: bool = False) -> bool:
 
 
 def _clear(name: str, *, now: bool = True) -> None:
-    """Remove everything of a host, from whatever state. Every step is for itself: none relies on one before it."""
+    """Remove everything of a host, from whatever state. No step relies on one before it."""
     found = state.load(name)
-    with contextlib.ExitStack() as steps:  # in reverse order; one that fails does not keep the others from running
+    with (
+        contextlib.ExitStack() as steps
+    ):  # in reverse order; one that fails does not keep the others from running
         steps.callback(_restore_when_last)
         steps.callback(state.remove_directory, name)
         steps.callback(netns.remove, name)

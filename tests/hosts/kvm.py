@@ -1,7 +1,7 @@
 """Whether KVM boots a kernel here. Found by booting one with a deadline, once per boot of the machine.
 
-/dev/kvm may be there and accept KVM_CREATE_VM and still hang every stock kernel, on a nested paravirtual hypervisor: the
-device node proves nothing.
+/dev/kvm may be there and accept KVM_CREATE_VM and still hang every stock kernel, on a nested paravirtual
+hypervisor: the device node proves nothing.
 """
 
 from __future__ import annotations
@@ -39,12 +39,27 @@ def works(tree: Path, say: Callable[[str], None]) -> bool:
 
 
 def _boots(tree: Path) -> bool:
-    argv = ["qemu-system-x86_64", "-accel", "kvm", "-cpu", "host", "-m", "512M", "-smp", "1", "-nodefaults", "-display", "none"]
+    argv = [
+        "qemu-system-x86_64",
+        "-accel",
+        "kvm",
+        "-cpu",
+        "host",
+        "-m",
+        "512M",
+        "-smp",
+        "1",
+        "-nodefaults",
+        "-display",
+        "none",
+    ]
     argv += ["-no-reboot", "-kernel", str(tree / "vmlinuz"), "-initrd", str(tree / "initrd.img")]
     argv += ["-append", "console=ttyS0 panic=-1 mitigations=off", "-serial", "stdio"]
     deadline = time.monotonic() + PROBE_TIMEOUT_S
     said = b""
-    with subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as qemu:
+    with subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as qemu:
         assert qemu.stdout is not None
         try:
             while REACHED not in said:

@@ -1,8 +1,9 @@
-"""Becomes a process of a host: joins its cgroups, enters its network namespace, mounts its root, then executes.
+"""Becomes a process of a host: joins its cgroups, enters its network namespace, mounts its root, then
+executes.
 
-Run as a script with a plan (see `Plan`) as its only argument; prints the pid of the process that it leaves behind and
-exits, so that what it starts outlives the command that started it and is nobody's zombie. What fails before the
-execution is said in the log, and on stderr.
+Run as a script with a plan (see `Plan`) as its only argument; prints the pid of the process that it leaves
+behind and exits, so that what it starts outlives the command that started it and is nobody's zombie. What
+fails before the execution is said in the log, and on stderr.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ LIMITS = {"NOFILE": 1 << 20, "NPROC": -1, "SIGPENDING": -1, "MSGQUEUE": -1, "MEM
 def attainable_limits() -> dict[str, int]:
     """The highest hard limits that this process may have (-1: none).
 
-    Raising one needs CAP_SYS_RESOURCE. Where the machine keeps that even from root, what it was started with is the most.
+    Raising one needs CAP_SYS_RESOURCE. Where the machine keeps that even from root, what it was started with
+    is the most.
     """
     with open("/proc/self/status") as status:
         effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
@@ -62,7 +64,9 @@ def launch(plan: Plan) -> int:
     """Start the plan's program as a process of its own and return its pid."""
     argv = [sys.executable, "-IS", __file__, json.dumps(dataclasses.asdict(plan))]
     fds = () if plan.listen_fd is None else (plan.listen_fd,)
-    done = subprocess.run(argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=fds, text=True)
+    done = subprocess.run(
+        argv, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=fds, text=True
+    )
     return int(done.stdout)
 
 
@@ -88,8 +92,8 @@ def _become(plan: Plan) -> None:
         fd = os.open(plan.netns, os.O_RDONLY | os.O_CLOEXEC)
         _check(_libc.setns(fd, CLONE_NEWNET), plan.netns)
     if plan.overlay:
-        # In a mount namespace of our own: the mount is nobody else's, and ends with the host however the host ends.
-        # Slave, not private: what the machine unmounts later must not live on in here.
+        # In a mount namespace of our own: the mount is nobody else's, and ends with the host however the host
+        # ends. Slave, not private: what the machine unmounts later must not live on in here.
         _check(_libc.unshare(CLONE_NEWNS), "unshare")
         _mount(None, "/", None, MS_REC | MS_SLAVE, None)
         layers = f"lowerdir={plan.overlay.lower},upperdir={plan.overlay.upper},workdir={plan.overlay.work}"

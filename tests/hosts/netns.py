@@ -62,7 +62,8 @@ def enter(path: str | Path) -> None:
 
 
 def connect(host: str, port: int, timeout_s: float) -> socket.socket:
-    """A TCP connection made inside the namespace. A socket belongs to the namespace it was made in, whoever uses it.
+    """A TCP connection made inside the namespace. A socket belongs to the namespace it was made in, whoever
+    uses it.
 
     The thread that enters ends right after, so no other code can run in the wrong namespace.
     """
@@ -72,7 +73,7 @@ def connect(host: str, port: int, timeout_s: float) -> socket.socket:
         try:
             enter(path_of(host))
             result.append(socket.create_connection(("127.0.0.1", port), timeout=timeout_s))
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread, which raises it
+        except BaseException as error:
             result.append(error)
 
     thread = threading.Thread(target=make, name=f"connect-{host}-{port}")

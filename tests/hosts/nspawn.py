@@ -1,7 +1,8 @@
 """The nspawn driver: a real systemd as PID 1 at native speed, in namespaces of this machine's kernel.
 
-It proves speed, density, namespaces and networking. On a machine with cgroup v1 it does not prove v2 behaviour (PSI,
-memory.high, OOMPolicy, cgroup.kill), and Debian 13's systemd refuses to run there: that is what the vm driver is for.
+It proves speed, density, namespaces and networking. On a machine with cgroup v1 it does not prove v2
+behaviour (PSI, memory.high, OOMPolicy, cgroup.kill), and Debian 13's systemd refuses to run there: that is
+what the vm driver is for.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from hosts.state import HostState
 
 BOOT_TIMEOUT_S = 90
 
-# Runs as the container's PID 1 and becomes systemd. nspawn mounts the v1 controllers read-only, and then every limit is
-# silently not applied; our cgroup namespace is rooted in the host's own cgroup, so making them writable gives nothing
-# away. Doing it before systemd starts spares a daemon-reexec, and no service ever runs without its limits.
-# The second proc is whole: nspawn masks parts of /proc, and the kernel refuses a fresh /proc in a nested user namespace
-# unless an unmasked one is visible.
+# Runs as the container's PID 1 and becomes systemd. nspawn mounts the v1 controllers read-only, and then
+# every limit is silently not applied; our cgroup namespace is rooted in the host's own cgroup, so making them
+# writable gives nothing away. Doing it before systemd starts spares a daemon-reexec, and no service ever runs
+# without its limits. The second proc is whole: nspawn masks parts of /proc, and the kernel refuses a fresh
+# /proc in a nested user namespace unless an unmasked one is visible.
 INIT = r"""
 while read -r _ where kind _; do
     if [ "$kind" = cgroup ]; then mount -o remount,bind,rw "$where"; fi
@@ -38,17 +39,19 @@ exec /lib/systemd/systemd
 def check(suite: str) -> None:
     if suite != "bookworm" and not cgroups.is_unified():
         raise BadArgument(
-            f"{suite}'s systemd refuses this machine's cgroup v1; use `--driver vm`, whose own kernel has cgroup v2"
+            f"{suite}'s systemd refuses this machine's cgroup v1; use `--driver vm`, which has cgroup v2"
         )
 
 
 def boot(host: HostState, say: Callable[[str], None]) -> HostState:
-    """Start the host's systemd and return when it says that it has started. The state is saved as soon as there is a pid."""
+    """Start the host's systemd; return when it is ready. The state is saved as soon as there is a pid."""
     for name in ("root", "upper/etc", "work"):
         (host.directory / name).mkdir(parents=True)
     (host.directory / "upper").chmod(0o755)  # it is the host's `/`
     (host.directory / "upper/etc/hostname").write_text(f"{host.name}\n")
-    (host.directory / "upper/etc/hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n::1 localhost\n")
+    (host.directory / "upper/etc/hosts").write_text(
+        f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n::1 localhost\n"
+    )
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
         path = str(host.directory / "notify")
         notify.bind(path)
@@ -61,7 +64,7 @@ def boot(host: HostState, say: Callable[[str], None]) -> HostState:
 
 
 def _write_entry(host: HostState) -> None:
-    """How a command gets in. The shell joins the host's cgroups, since only a process can move itself in without a race."""
+    """How a command gets in. A shell joins the host's cgroups first: moving itself is free of races."""
     assert host.leader is not None
     join = "".join(f"echo 0 >{shlex.quote(path)};" for path in cgroups.exec_files(host.leader))
     enter = ["nsenter", f"--target={host.leader.pid}", "-m", "-u", "-i", "-n", "-p", "-C", "--wdns=/root"]
@@ -77,7 +80,7 @@ def healthy(host: HostState) -> bool:
 
 
 def halt(host: HostState, *, now: bool) -> None:
-    """The host is thrown away with its disk, so its PID 1 is killed, and the kernel ends all else in the pid namespace."""
+    """The host is thrown away with its disk: its PID 1 is killed, and with it its whole pid namespace."""
     del now
     processes.kill([host.leader, host.monitor])
 
@@ -88,9 +91,20 @@ def prepare_port(host: HostState, port: int) -> None:
 
 def _plan(host: HostState, notify_path: str) -> launch.Plan:
     directory = host.directory
-    argv = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--capability=all", "--notify-ready=yes"]
+    argv = [
+        "systemd-nspawn",
+        "--quiet",
+        "--register=no",
+        "--keep-unit",
+        "--capability=all",
+        "--notify-ready=yes",
+    ]
     argv += [f"--directory={directory / 'root'}", f"--machine={host.name}"]
-    argv += [f"--network-namespace-path={netns.path_of(host.name)}", "--kill-signal=SIGRTMIN+3", "--link-journal=no"]
+    argv += [
+        f"--network-namespace-path={netns.path_of(host.name)}",
+        "--kill-signal=SIGRTMIN+3",
+        "--link-journal=no",
+    ]
     argv += ["--resolv-conf=off", "--timezone=off", "--console=pipe"]
     # Without these, nspawn gives its payload the limits of a freshly booted machine.
     for name, limit in launch.attainable_limits().items():
@@ -115,7 +129,7 @@ def _plan(host: HostState, notify_path: str) -> launch.Plan:
 
 
 def _wait_ready(host: HostState, notify: socket.socket) -> HostState:
-    """Read what nspawn notifies until the host's systemd is ready. No polling: it ends early if nspawn does."""
+    """Read what nspawn notifies until the host's systemd is ready. Ends early if nspawn does."""
     deadline = time.monotonic() + BOOT_TIMEOUT_S
     monitor_fd = processes.open_pidfd(host.monitor) if host.monitor else None
     if monitor_fd is None:
@@ -146,5 +160,3 @@ def console_end(host: HostState) -> str:
         return "\n".join((host.directory / "console.log").read_text(errors="replace").splitlines()[-30:])
     except FileNotFoundError:
         return "(no console output)"
-
-

@@ -1,4 +1,4 @@
-"""Processes by identity: found by pid and start time, ended and awaited by pidfd. Nothing is ever found by name."""
+"""Processes by identity: known by pid and start time, ended and awaited by pidfd, never found by name."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def wait_gone(fd: int, deadline: float) -> bool:
 
 
 def kill(processes: Iterable[Process | None], timeout_s: float = 10) -> None:
-    """End the processes with SIGKILL and wait until they are gone. Those that are gone already are no error."""
+    """End the processes with SIGKILL and wait until they are gone. One that is gone already is no error."""
     deadline = time.monotonic() + timeout_s
     with contextlib.ExitStack() as stack:
         fds = []

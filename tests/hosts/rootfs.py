@@ -1,8 +1,9 @@
 """Root filesystems of test hosts: built once by mmdebstrap, cached by a hash of their recipe.
 
-A recipe is a suite, a role (the driver it is for), a package list and what is done to the tree. `held()` gives the path
-of the finished build and keeps it from being pruned while the caller sets up; a build appears under its final name
-only when it is whole. A host never writes to a build: it has a layer of its own above it.
+A recipe is a suite, a role (the driver it is for), a package list and what is done to the tree. `held()`
+gives the path of the finished build and keeps it from being pruned while the caller sets up; a build appears
+under its final name only when it is whole. A host never writes to a build: it has a layer of its own above
+it.
 
 The role `nspawn` is a directory. The role `vm` is a directory with `root.ext4`, `vmlinuz` and `initrd.img`.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -26,15 +26,20 @@ from hosts import aptsources, state
 from hosts.errors import BuildFailed
 
 # What our .debs depend on is in every host, so that `apt install ./x.deb` needs no network.
-COMMON_PACKAGES = """
-    ca-certificates curl dbus gunicorn haproxy iproute2 kmod less lsof man-db nftables nginx procps python3 python3-attr
-    python3-cattr python3-click python3-flask python3-prometheus-client python3-psutil python3-pyroute2
-    python3-pystemd python3-rich python3-seccomp python3-systemd strace systemd-sysv util-linux zstd
-""".split()
+# fmt: off
+COMMON_PACKAGES = [
+    "ca-certificates", "curl", "dbus", "gunicorn", "haproxy", "iproute2", "kmod", "less", "lsof",
+    "man-db", "nftables", "nginx", "procps", "python3", "python3-attr", "python3-cattr", "python3-click",
+    "python3-flask", "python3-prometheus-client", "python3-psutil", "python3-pyroute2", "python3-pystemd",
+    "python3-rich", "python3-seccomp", "python3-systemd", "strace", "systemd-sysv", "util-linux", "zstd",
+]
+# fmt: on
 ROLE_PACKAGES = {
     "nspawn": [],
-    "vm": "initramfs-tools linux-image-cloud-amd64 openssh-server udev".split(),
+    "vm": ["initramfs-tools", "linux-image-cloud-amd64", "openssh-server", "udev"],
 }
+MMDEBSTRAP = ["mmdebstrap", "--mode=root", "--variant=apt", "--format=directory", "--verbose"]
+MKE2FS = ["mke2fs", "-q", "-t", "ext4", "-m", "0", "-L", "testhost"]
 DISK_SIZE = "8G"  # sparse
 
 # Runs on this machine after the packages are in, with the tree as $1.
@@ -50,8 +55,8 @@ rm -rf etc/apt/sources.list.d/* var/lib/apt/lists/* var/cache/apt/*.bin
 mkdir -p etc/systemd/journald.conf.d
 printf '[Journal]\nStorage=volatile\nRateLimitIntervalSec=0\n' > etc/systemd/journald.conf.d/testhost.conf
 
-# Commands of `testhost exec` are in this unit's cgroup: it is delegated, so that systemd leaves what is in it alone,
-# and it is not init.scope, so that what they use is not PID 1's.
+# Commands of `testhost exec` are in this unit's cgroup: it is delegated, so that systemd leaves what is in it
+# alone, and it is not init.scope, so that what they use is not PID 1's.
 cat > etc/systemd/system/testhost-exec.service <<'UNIT'
 [Unit]
 Description=Commands run from outside by testhost exec
@@ -71,7 +76,7 @@ systemctl --root="$1" mask --quiet apt-daily.timer apt-daily-upgrade.timer dpkg-
     e2scrub_reap.service fstrim.timer man-db.timer systemd-tmpfiles-clean.timer
 # Ours are nbagent-router.service and the gateway; the distribution's would only take their ports.
 systemctl --root="$1" disable --quiet nginx.service haproxy.service
-"""
+"""  # noqa: E501
 ROLE_SETUP = {
     "nspawn": r"""
 # The last four would mount the machine's own debugfs, tracefs and huge pages into the host.
@@ -79,7 +84,12 @@ systemctl --root="$1" mask --quiet console-getty.service getty@.service getty.ta
     sys-kernel-debug.mount sys-kernel-tracing.mount sys-fs-fuse-connections.mount dev-hugepages.mount
 """,
     "vm": r"""
-systemctl --root="$1" mask --quiet getty@.service serial-getty@.service getty.target
+# None of these has anything to do in a virtual machine without devices, and each costs a second where it is
+# emulated.
+systemctl --root="$1" mask --quiet getty@.service serial-getty@.service getty.target \
+    modprobe@drm.service modprobe@efi_pstore.service modprobe@fuse.service modprobe@loop.service \
+    modprobe@dm_mod.service systemd-binfmt.service systemd-pstore.service systemd-hwdb-update.service \
+    sys-kernel-debug.mount sys-kernel-tracing.mount sys-fs-fuse-connections.mount dev-hugepages.mount
 printf 'MODULES=list\nCOMPRESS=zstd\nCOMPRESSLEVEL=1\n' > etc/initramfs-tools/conf.d/testhost
 printf 'virtio_pci\nvirtio_blk\next4\n' >> etc/initramfs-tools/modules
 chroot "$1" update-initramfs -u -k all
@@ -155,10 +165,8 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        code = [inspect.getsource(function) for function in (_bootstrap, _make_disk)] if self.role == "vm" else [
-            inspect.getsource(_bootstrap)
-        ]
-        text = json.dumps([self.suite, self.role, self.packages, self.setup, DISK_SIZE, code])
+        setup = [line for line in self.setup.splitlines() if not line.startswith("#")]
+        text = json.dumps([self.suite, self.role, self.packages, setup, MMDEBSTRAP, MKE2FS, DISK_SIZE])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
@@ -172,7 +180,7 @@ def cache() -> Path:
 
 @contextlib.contextmanager
 def held(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Path]:
-    """The finished build, made now if need be. Inside the block nobody prunes it; after it, the host's state says so."""
+    """The finished build, made now if need be. Nobody prunes it in the block, or while a state names it."""
     lock = cache() / f".{recipe.kind}.lock"
     if not recipe.path.is_dir():
         with state.locked(lock):
@@ -188,7 +196,8 @@ def held(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Path]:
 def _build(recipe: Recipe, say: Callable[[str], None]) -> None:
     started = time.monotonic()
     say(f"building the {recipe.suite} root filesystem for {recipe.role}, once (about a minute)")
-    # The leading dot keeps a half-made build apart from a whole one; a dead builder's remains go with the next prune.
+    # The leading dot keeps a half-made build apart from a whole one; a dead builder's remains go with the
+    # next prune.
     temporary = Path(tempfile.mkdtemp(prefix=f".{recipe.kind}-", dir=cache()))
     try:
         tree = temporary / "tree"
@@ -206,15 +215,17 @@ def _build(recipe: Recipe, say: Callable[[str], None]) -> None:
 def _bootstrap(recipe: Recipe, tree: Path, log: Path) -> None:
     tree.parent.joinpath("setup").write_text("#!/bin/sh\n" + recipe.setup)
     tree.parent.joinpath("setup").chmod(0o755)
-    argv = ["mmdebstrap", "--mode=root", "--variant=apt", "--format=directory", "--verbose"]
-    argv += [f"--include={','.join(recipe.packages)}", '--aptopt=Apt::Install-Recommends "false"']
+    argv = [*MMDEBSTRAP, f"--include={','.join(recipe.packages)}", '--aptopt=Apt::Install-Recommends "false"']
     argv += [f"--aptopt={option}" for option in aptsources.proxy_options()]
     argv += [f"--customize-hook={tree.parent / 'setup'}"]
-    argv += ["--customize-hook=rm -f \"$1\"/etc/apt/apt.conf.d/99mmdebstrap", recipe.suite, str(tree)]
+    argv += ['--customize-hook=rm -f "$1"/etc/apt/apt.conf.d/99mmdebstrap', recipe.suite, str(tree)]
     with open(log, "wb") as output:
         done = subprocess.run(
             [*argv, *aptsources.sources_lines(recipe.suite)],
-            check=False, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
         )
     if done.returncode:
         end = "\n".join(log.read_text(errors="replace").splitlines()[-25:])
@@ -226,7 +237,7 @@ def _make_disk(tree: Path, whole: Path) -> None:
     for link, name in (("vmlinuz", "vmlinuz"), ("initrd.img", "initrd.img")):
         (target,) = (tree / "boot").glob(f"{link}-*")
         shutil.copyfile(target, whole / name)
-    argv = ["mke2fs", "-q", "-t", "ext4", "-m", "0", "-L", "testhost", "-d", str(tree), str(whole / "root.ext4"), DISK_SIZE]
+    argv = [*MKE2FS, "-d", str(tree), str(whole / "root.ext4"), DISK_SIZE]
     done = subprocess.run(argv, check=False, capture_output=True, text=True)
     if done.returncode:
         raise BuildFailed(f"mke2fs: {done.stderr.strip()}")

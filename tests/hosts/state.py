@@ -1,8 +1,8 @@
 """Where the driver keeps what it knows: one directory a host, with `state.json` and the host's disk in it.
 
-The state is a note of what was made, never the proof that it still runs: a pid counts only together with its start
-time, and everything counts only in the boot of the machine that wrote it. It is not a place for build results, which
-outlive hosts (see `rootfs`).
+The state is a note of what was made, never the proof that it still runs: a pid counts only together with its
+start time, and everything counts only in the boot of the machine that wrote it. It is not a place for build
+results, which outlive hosts (see `rootfs`).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class HostState:
 
 
 def load(name: str) -> HostState | None:
-    """The note about a host, or None where there is none or it cannot be read (an unclean end, an older driver)."""
+    """The note about a host; None where there is none or it cannot be read, as after an unclean end."""
     try:
         raw = json.loads((host_directory(name) / "state.json").read_text())
         for key in ("monitor", "leader", "tunnel"):

@@ -1,4 +1,5 @@
-"""Machine-wide ceilings that would cap how many slots a host can hold: raised while a host is up, restored after the last.
+"""Machine-wide ceilings that would cap how many slots a host can hold: raised while a host is up, restored
+after the last.
 
 Only ever raised. They are the machine's and not a namespace's, so a host cannot set them for itself.
 """

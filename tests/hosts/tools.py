@@ -15,7 +15,8 @@ COMMON = {"mmdebstrap": "mmdebstrap", "iproute2": "ip", "util-linux": "nsenter",
 PROXY = "/lib/systemd/systemd-socket-proxyd"
 NEEDED = {
     "nspawn": COMMON | {"systemd-container": "systemd-nspawn", "systemd": PROXY},
-    "vm": COMMON | {
+    "vm": COMMON
+    | {
         "qemu-system-x86": "qemu-system-x86_64",
         "qemu-utils": "qemu-img",
         "openssh-client": "ssh",
@@ -35,7 +36,8 @@ def ensure(driver: str, say: Callable[[str], None]) -> None:
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *missing]
     with state.locked(state.directory() / "locks" / ".apt"):
-        # The lists of a fresh machine are old or absent; an update costs seconds, and only where it is needed.
+        # The lists of a fresh machine are old or absent; an update costs seconds, and only where it is
+        # needed.
         for argv in (install, ["apt-get", "update", "-q"], install):
             done = subprocess.run(argv, check=False, env=environment, capture_output=True, text=True)
             if done.returncode == 0 and argv is install:

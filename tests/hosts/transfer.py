@@ -1,7 +1,7 @@
-"""Copying between this machine and a host, by tar on both sides: one stream, any driver, nothing left half copied.
+"""Copying between this machine and a host, by tar on both sides: one stream for any driver.
 
-The rules are cp's: into DEST when it is an existing directory or ends in `/`, else to the name DEST. Sparse files,
-modes and numeric owners are kept.
+The rules are cp's: into DEST when it is an existing directory or ends in `/`, else to the name DEST, which
+appears only when it is whole. Sparse files, modes and numeric owners are kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,12 @@ def copy_in(host: Host, sources: Sequence[Path], dest: str) -> None:
         if not source.exists():
             raise BadArgument(f"{source}: no such file")
         whole = source.resolve() if source.name in ("", "..") else source
-        _pipe(host, _local(PACK, str(whole)), host.command(["sh", "-c", UNPACK, "unpack", dest, whole.name]), str(source))
+        _pipe(
+            host,
+            _local(PACK, str(whole)),
+            host.command(["sh", "-c", UNPACK, "unpack", dest, whole.name]),
+            str(source),
+        )
 
 
 def copy_out(host: Host, source: str, dest: str) -> None:
@@ -56,8 +61,12 @@ def _local(script: str, *arguments: str) -> list[str]:
 
 def _pipe(host: Host, packer: list[str], unpacker: list[str], what: str) -> None:
     with (
-        subprocess.Popen(packer, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as source,
-        subprocess.Popen(unpacker, stdin=source.stdout, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as sink,
+        subprocess.Popen(
+            packer, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as source,
+        subprocess.Popen(
+            unpacker, stdin=source.stdout, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        ) as sink,
     ):
         assert source.stdout is not None and source.stderr is not None
         source.stdout.close()  # the unpacker's now: were it to die, the packer must see a broken pipe

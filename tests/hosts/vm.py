@@ -1,8 +1,8 @@
-"""The vm driver: QEMU with the suite's stock Debian kernel. The truth about cgroup v2, PSI, nftables and Debian 13.
+"""The vm driver: QEMU with the suite's stock kernel. The truth about cgroup v2, PSI, nftables and Debian 13.
 
-QEMU runs in the host's network namespace and cgroup. Commands go through one ssh master, whose control socket is a file
-in the host's directory; the guest's ports appear on 127.0.0.1 of the namespace through the same master, so that
-inside the guest every connection comes from 127.0.0.1.
+QEMU runs in the host's network namespace and cgroup. Commands go through one ssh master, whose control socket
+is a file in the host's directory; the guest's ports appear on 127.0.0.1 of the namespace through the same
+master, so that inside the guest every connection comes from 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from hosts import cgroups, entry, kvm, launch, netns, processes
 from hosts.errors import BootFailed, HostError
-from hosts.state import HostState
+from hosts.state import HostState, Process
 
 DEFAULT_MEMORY_BYTES = 4 << 30
 DEFAULT_CPUS = 2
@@ -39,14 +39,27 @@ def check(suite: str) -> None:
 def boot(host: HostState, say: Callable[[str], None]) -> HostState:
     """Start QEMU and return when ssh answers. The state is saved as soon as there is a pid."""
     host = replace(
-        host, memory_bytes=host.memory_bytes or DEFAULT_MEMORY_BYTES, cpus=host.cpus or DEFAULT_CPUS,
+        host,
+        memory_bytes=host.memory_bytes or DEFAULT_MEMORY_BYTES,
+        cpus=host.cpus or DEFAULT_CPUS,
         accel="kvm" if kvm.works(Path(host.tree), say) else "tcg",
     )
     directory = host.directory
     _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", host.name, "-f", str(directory / "key")])
-    _run([
-        "qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", f"{host.tree}/root.ext4", str(directory / "disk.qcow2")
-    ])
+    _run(
+        [
+            "qemu-img",
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "-F",
+            "raw",
+            "-b",
+            f"{host.tree}/root.ext4",
+            str(directory / "disk.qcow2"),
+        ]
+    )
     if host.accel == "tcg":
         say(f"{host.name}: emulating the processor, this takes a while")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -77,17 +90,22 @@ def halt(host: HostState, *, now: bool) -> None:
             poweroff = entry.command(host.name, ["systemctl", "poweroff"])
             with contextlib.suppress(subprocess.TimeoutExpired):
                 if poweroff:
-                    subprocess.run(poweroff, check=False, capture_output=True, timeout=15, env=entry.ENVIRONMENT)
+                    subprocess.run(
+                        poweroff, check=False, capture_output=True, timeout=15, env=entry.ENVIRONMENT
+                    )
                     processes.wait_gone(monitor_fd, time.monotonic() + SHUTDOWN_TIMEOUT_S)
         os.close(monitor_fd)
     processes.kill([host.monitor, host.tunnel])
 
 
 def prepare_port(host: HostState, port: int) -> None:
-    """Make 127.0.0.1:PORT of the host's network namespace be the guest's. The master knows which ports it has already."""
+    """Make 127.0.0.1:PORT of the network namespace be the guest's. The master knows which it has already."""
     done = subprocess.run(
         [*_ssh(host), "-O", "forward", "-L", f"127.0.0.1:{port}:127.0.0.1:{port}", "testhost"],
-        check=False, capture_output=True, text=True, env=entry.ENVIRONMENT,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=entry.ENVIRONMENT,
     )
     if done.returncode:
         raise HostError(f"{host.name}: cannot forward port {port}: {done.stderr.strip()}")
@@ -112,16 +130,31 @@ def _qemu_plan(host: HostState) -> launch.Plan:
     assert host.memory_bytes is not None
     key = base64.b64encode((directory / "key.pub").read_bytes()).decode()
     command_line = (
-        "root=/dev/vda rw console=ttyS0 quiet mitigations=off net.ifnames=0 systemd.show_status=no"
+        "root=/dev/vda rw console=ttyS0 quiet mitigations=off net.ifnames=0"
+        " systemd.show_status=no systemd.ssh_auto=no"
         f" systemd.hostname={host.name} testhost.key={key}"
     )
-    argv = ["qemu-system-x86_64", "-name", host.name, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"]
+    argv = [
+        "qemu-system-x86_64",
+        "-name",
+        host.name,
+        "-nodefaults",
+        "-no-user-config",
+        "-no-reboot",
+        "-display",
+        "none",
+    ]
     argv += processor(host.accel, host.suite)
     argv += ["-smp", str(host.cpus), "-m", f"{host.memory_bytes >> 20}M"]
     argv += ["-kernel", f"{host.tree}/vmlinuz", "-initrd", f"{host.tree}/initrd.img", "-append", command_line]
     # The disk is thrown away with the host, so nothing need ever reach it.
     argv += ["-drive", f"file={directory / 'disk.qcow2'},if=virtio,format=qcow2,cache=unsafe,discard=unmap"]
-    argv += ["-netdev", f"user,id=net,restrict=on,hostfwd=tcp:{SSH_ADDRESS}:22-:22", "-device", "virtio-net-pci,netdev=net"]
+    argv += [
+        "-netdev",
+        f"user,id=net,restrict=on,hostfwd=tcp:{SSH_ADDRESS}:22-:22",
+        "-device",
+        "virtio-net-pci,netdev=net",
+    ]
     argv += ["-device", "virtio-rng-pci", "-serial", f"file:{directory / 'console.log'}"]
     argv += ["-chardev", f"socket,id=ready,path={directory / 'ready'}", "-serial", "chardev:ready"]
     return launch.Plan(
@@ -142,11 +175,11 @@ def _wait_ready(host: HostState, listener: socket.socket) -> None:
     heard = b""
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, monitor_fd)
-        source = listener
+        source: socket.socket = listener
         while READY not in heard:
             timeout_s = max(0.0, deadline - time.monotonic())
-            readable, _w, _x = select.select([source, monitor_fd], [], [], timeout_s)
-            if source not in readable:
+            readable = _readable([source.fileno(), monitor_fd], timeout_s)
+            if source.fileno() not in readable:
                 why = "QEMU ended" if readable else f"no ssh within {BOOT_TIMEOUT_S} s"
                 raise BootFailed(f"{host.name}: {why}:\n{_qemu_log(host)}\n{console_end(host)}")
             if source is listener:
@@ -157,12 +190,38 @@ def _wait_ready(host: HostState, listener: socket.socket) -> None:
                 heard += received
 
 
-def _start_tunnel(host: HostState) -> processes.Process:
+def _start_tunnel(host: HostState) -> Process:
     """The ssh master, in the host's network namespace. Without -f, so that its pid is the one we started."""
     directory = host.directory
-    argv = [*_ssh(host), "-M", "-N", "-i", str(directory / "key"), "-p", "22", "-o", f"HostName={SSH_ADDRESS}"]
-    argv += ["-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "IdentitiesOnly=yes"]
-    argv += ["-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "ServerAliveInterval=30", "-o", "ServerAliveCountMax=20"]
+    argv = [
+        *_ssh(host),
+        "-M",
+        "-N",
+        "-i",
+        str(directory / "key"),
+        "-p",
+        "22",
+        "-o",
+        f"HostName={SSH_ADDRESS}",
+    ]
+    argv += [
+        "-o",
+        "StrictHostKeyChecking=no",
+        "-o",
+        "UserKnownHostsFile=/dev/null",
+        "-o",
+        "IdentitiesOnly=yes",
+    ]
+    argv += [
+        "-o",
+        "BatchMode=yes",
+        "-o",
+        "LogLevel=ERROR",
+        "-o",
+        "ServerAliveInterval=30",
+        "-o",
+        "ServerAliveCountMax=20",
+    ]
     # Rather a fast cipher than a strong one: it is emulated, and the other end is us.
     argv += ["-o", "Ciphers=aes128-ctr", "-o", "PermitLocalCommand=yes"]
     # The master says itself when it is connected, and so when its control socket is there.
@@ -180,14 +239,18 @@ def _start_tunnel(host: HostState) -> processes.Process:
         tunnel = processes.identify(launch.launch(plan))
         tunnel_fd = processes.open_pidfd(tunnel) if tunnel else None
         try:
-            readable = select.select([connected, tunnel_fd], [], [], 60)[0] if tunnel_fd is not None else []
+            readable = _readable([connected.fileno(), tunnel_fd], 60) if tunnel_fd is not None else set()
         finally:
             if tunnel_fd is not None:
                 os.close(tunnel_fd)
-        if tunnel is None or connected not in readable:
+        if tunnel is None or connected.fileno() not in readable:
             said = Path(plan.log).read_text(errors="replace") if Path(plan.log).exists() else ""
             raise BootFailed(f"{host.name}: no ssh connection:\n{said}\n{console_end(host)}")
     return tunnel
+
+
+def _readable(fds: list[int], timeout_s: float) -> set[int]:
+    return set(select.select(fds, [], [], timeout_s)[0])
 
 
 def _ssh(host: HostState) -> list[str]:
