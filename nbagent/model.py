@@ -174,7 +174,7 @@ class Options:
 
     def limits(self, default: Limits) -> Limits:
         """`default` with what is asked for in its place."""
-        asked = {
+        asked: dict[str, Any] = {
             "memory_bytes": self.memory_bytes,
             "cpu_weight": self.cpu_weight,
             "cpu_quota": self.cpu_quota,
