@@ -1,0 +1,285 @@
+"""The command line against the real API, served on a real port in front of a fake supervisor."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_supervisor import LABEL, FakeSupervisor
+from werkzeug.serving import WSGIRequestHandler, make_server
+
+from nbagent import cli, config
+from nbagent.api.app import create_app
+from nbagent.cli.remote import Remote, error_of_problem, read_token
+from nbagent.control import ControlClient
+from nbagent.errors import ConfigError, Full, InvalidField, NbagentError
+
+ROOT = Path(__file__).parents[2]
+ABSENT = f"{LABEL}-000000000000"
+
+
+class Quiet(WSGIRequestHandler):
+    def log(self, type: str, message: str, *args: Any) -> None:  # noqa: A002
+        pass
+
+
+@pytest.fixture
+def supervisor(tmp_path: Path) -> Iterator[FakeSupervisor]:
+    with FakeSupervisor(tmp_path / "control.sock") as running:
+        yield running
+
+
+@pytest.fixture
+def url(supervisor: FakeSupervisor, tmp_path: Path) -> Iterator[str]:
+    settings = config.parse({"host": {"label": LABEL}})
+    app = create_app(settings, ControlClient(supervisor.path, 5), tmp_path / "token")
+    server = make_server("127.0.0.1", 0, app, threaded=False, request_handler=Quiet)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield f"http://127.0.0.1:{server.port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+class Run:
+    """What a command printed, and its exit status."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> None:
+        self.status = 0
+        try:
+            cli.main(list(arguments))
+        except SystemExit as end:
+            self.status = end.code if isinstance(end.code, int) else 1
+        self.out, self.err = capsys.readouterr()
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], url: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("NBAGENT_URL", url)
+    return lambda *arguments: Run(capsys, *arguments)
+
+
+def test_claim_prints_the_url_and_nothing_else(run: Any) -> None:
+    done = run("claim")
+    assert re.fullmatch(r"http://127\.0\.0\.1:8000/user/c07-\w{12}/lab\?token=\S{43}\n", done.out)
+    assert (done.status, done.err) == (0, "")
+
+
+def test_claim_sends_the_options_that_are_given(run: Any, supervisor: FakeSupervisor) -> None:
+    options = ["--memory", "512M", "--cpu-weight", "50", "--cpu-quota", "1/4", "--ttl", "2h",
+               "--path", "lab/tree/a.ipynb", "--image", "minimal", "--idempotency-key", "k1"]
+    claim = run("claim", "--json", *options).json
+    assert claim["limits"]["memory_bytes"] == 512 << 20
+    assert supervisor.asked[-1]["args"]["options"] == {
+        "memory": "512M", "cpu_weight": "50", "cpu_quota": "1/4", "ttl": "2h",
+        "path": "lab/tree/a.ipynb", "image": "minimal",
+    }
+    assert run("claim", "--json", *options).json["slot"] == claim["slot"]
+
+
+def test_a_refused_option_is_one_line_with_what_would_be_right(run: Any) -> None:
+    done = run("claim", "--memory", "lots")
+    assert (done.status, done.out) == (2, "")
+    assert done.err.startswith("nbagent: memory: expected a size") and done.err.count("\n") == 1
+
+
+def test_a_full_host_has_the_exit_status_of_a_temporary_failure(run: Any, supervisor: FakeSupervisor) -> None:
+    supervisor.capacity = 0
+    assert run("claim").status == 75
+
+
+def test_slots_are_shown_in_columns_when_no_terminal_is_there(run: Any) -> None:
+    slot = run("claim", "--json").json["slot"]
+    head, line = run("slots").out.splitlines()
+    assert head.split()[:3] == ["SLOT", "STATE", "IMAGE"]
+    assert line.split()[:3] == [slot, "claimed", "minimal"]
+    assert "90M of 1G" in line
+    assert run("slots", "--json").json[0]["slot"] == slot
+    assert run("slots", "--json", slot).json["slot"] == slot
+    assert slot in run("slots", slot).out
+
+
+def test_release_tries_every_slot_and_tells_what_failed(run: Any, supervisor: FakeSupervisor) -> None:
+    slots = [run("claim", "--json").json["slot"] for _ in range(2)]
+    done = run("release", slots[0], ABSENT, slots[1])
+    assert done.status == 3
+    assert done.out.splitlines() == [f"{slot} stopping" for slot in slots]
+    assert ABSENT in done.err
+    assert supervisor.slots == {}
+
+
+@pytest.mark.parametrize("slot", ["../../etc/passwd", "c08-000000000000", "a b", "ä", "?x=1", "#"])
+def test_what_is_no_id_has_the_status_of_a_slot_that_is_not_there(run: Any, slot: str) -> None:
+    done = run("release", slot)
+    assert (done.status, done.err.count("\n")) == (3, 1)
+    assert "not an id of this host" in done.err
+
+
+def test_drain_stops_claims_until_it_is_taken_off(run: Any) -> None:
+    assert run("drain", "--json").json["draining"] is True
+    assert run("claim").status == 75
+    assert run("drain", "--off", "--json").json["draining"] is False
+    assert run("claim").status == 0
+    assert run("drain", "--off", "--wait").status == 2
+
+
+def test_drain_waits_for_the_last_slot(
+    run: Any, supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("claim")
+    monkeypatch.setattr("time.sleep", lambda _: supervisor.slots.clear())
+    assert run("drain", "--wait", "--json").json == {"draining": True, "claimed": 0, "warm": 2}
+
+
+def test_stats_and_images_are_shown(run: Any) -> None:
+    assert re.search(r"^available +1000$", run("stats").out, re.MULTILINE)
+    assert run("stats", "--json").json["capacity"] == 1000
+    assert "minimal" in run("images").out
+    assert run("images", "--json").json[0]["default"] is True
+
+
+def test_an_api_that_is_down_is_one_line(run: Any) -> None:
+    done = run("stats", "--url", "http://127.0.0.1:1")
+    assert (done.status, done.out, done.err.count("\n")) == (69, "", 1)
+    assert "Connection refused" in done.err
+
+
+@pytest.mark.parametrize("address", ["", "nonsense", "ftp://host", "http://", "http://h:x", "http://h/?q=1"])
+def test_a_url_that_is_none_is_refused(run: Any, address: str) -> None:
+    assert run("stats", "--url", address).status == 2
+
+
+def test_the_token_of_a_file_is_sent(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("the-token-of-this-host\n")
+    (tmp_path / "other").write_text("another")
+    assert run("stats", "--token-file", str(tmp_path / "token")).status == 0
+    assert run("stats", "--token-file", str(tmp_path / "other")).status == 4
+    assert run("stats", "--token-file", str(tmp_path / "absent")).status == 78
+
+
+@pytest.mark.parametrize("text", ["", " \n", "two\nlines", "ä"])
+def test_a_file_without_a_token_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "token"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        read_token(path)
+
+
+def test_config_check_says_what_was_read(run: Any, tmp_path: Path) -> None:
+    settings = tmp_path / "nbagent.toml"
+    settings.write_text("[slots]\nmemory = '2G'\n")
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "10-site.toml").write_text("[api]\nworkers = 4\n")
+    assert run("config", "check", str(settings)).out.startswith(f"OK, read from {settings}, ")
+    shown = run("config", "check", "--json", str(settings)).json
+    assert len(shown["files"]) == 2
+    assert shown["config"]["slots"]["memory"] == 2 << 30
+    assert shown["config"]["api"]["trusted_networks"] == ["127.0.0.0/8", "::1/128"]
+    assert shown["config"]["host"]["label"] == "auto"
+
+
+@pytest.mark.parametrize("text", ["[slots]\nmemroy = '2G'", "[slots]\nmemory = 'lots'", "[slots"])
+def test_config_check_names_file_key_and_what_would_be_right(run: Any, tmp_path: Path, text: str) -> None:
+    settings = tmp_path / "nbagent.toml"
+    settings.write_text(text)
+    done = run("config", "check", str(settings))
+    assert (done.status, done.err.count("\n")) == (78, 1)
+    assert str(settings) in done.err
+    assert run("config", "check", str(tmp_path / "absent.toml")).status == 78
+
+
+def test_doctor_works_when_nothing_runs(run: Any) -> None:
+    done = run("doctor", "--url", "http://127.0.0.1:1", "--json")
+    findings = {finding["name"]: finding for finding in done.json}
+    assert findings["API"]["status"] == "fail"
+    assert all(finding["mend"] for finding in findings.values() if finding["status"] != "ok")
+    assert done.status == 1
+    assert run("doctor", "--url", "http://127.0.0.1:1").out
+
+
+def test_an_image_store_is_listed_and_a_wrong_name_refused(run: Any, tmp_path: Path) -> None:
+    store = ["--store", str(tmp_path / "images")]
+    assert run("image", "list", "--json", *store).json == []
+    done = run("image", "remove", "no-such-image", *store)
+    assert (done.status, done.err.count("\n")) == (3, 1)
+    (tmp_path / "x.tar").write_bytes(b"not an archive")
+    done = run("image", "add", "--name", "x", str(tmp_path / "x.tar"), *store)
+    assert (done.status, done.err.count("\n")) == (65, 1)
+
+
+def test_a_problem_becomes_the_exception_that_it_was() -> None:
+    problem = {"type": "urn:nbagent:problem:full", "title": "t", "status": 503, "detail": "full up",
+               "retry_after_s": 5}
+    error = error_of_problem(problem, 503)
+    assert isinstance(error, Full)
+    assert (str(error), error.details) == ("full up", {"retry_after_s": 5})
+
+
+@pytest.mark.parametrize("problem", [[], None, {}, {"type": 7}, {"detail": ["x"], "message": 1, "self": 2}])
+def test_a_strange_problem_is_still_an_error(problem: Any) -> None:
+    assert isinstance(error_of_problem(problem, 500), NbagentError)
+
+
+def test_a_url_may_have_a_path() -> None:
+    assert Remote("https://gateway.example/agents/c07/").url == "https://gateway.example/agents/c07"
+    with pytest.raises(InvalidField):
+        Remote("https://gateway.example/#x")
+
+
+def test_every_command_speaks_json_and_explains_itself(run: Any) -> None:
+    commands = ["claim", "release", "slots", "stats", "drain", "images", "config check", "doctor",
+                "image add", "image list", "image remove"]
+    for command in commands:
+        assert "--json" in run(*command.split(), "--help").out, command
+    assert run("--version").out.startswith("nbagent ")
+    assert run("no-such-command").status == 2
+
+
+def test_the_version_is_told_without_loading_what_it_does_not_need() -> None:
+    code = (
+        "import sys, nbagent.cli\n"
+        "print([m for m in ('rich', 'flask', 'http.client', 'ssl', 'asyncio') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("watch", [[], ["--watch", "--interval", "0.1"]])
+def test_a_terminal_gets_a_table(run: Any, url: str, watch: list[str]) -> None:
+    slot = run("claim", "--json").json["slot"]
+    leader, follower = pty.openpty()
+    code = "import sys; from nbagent.cli import main; main(sys.argv[1:])"
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "slots", "--url", url, *watch],
+        cwd=ROOT, stdout=follower, stderr=follower, env=environment,
+    )
+    os.close(follower)
+    shown = b""
+    try:
+        while slot.encode() not in shown or (not watch and process.poll() is None):
+            shown += os.read(leader, 4096)
+        process.send_signal(2)
+        while True:
+            shown += os.read(leader, 4096)
+    except OSError:
+        pass  # EIO: the terminal has no other end any more
+    finally:
+        os.close(leader)
+        assert process.wait(10) == 0, shown
+    assert b"90M of 1G" in shown
+    assert b"\x1b[" in shown
