@@ -94,7 +94,7 @@ class FakeSupervisor:
         if len(self.slots) >= self.capacity:
             raise Full(retry_after_s=4.2)
         slot = model.Slot(
-            id=model.new_id(LABEL), image="minimal", digest="sha256:0", id_base=1 << 20, uid=1,
+            id=model.new_id(LABEL), image="minimal", digest="sha256-0", id_base=1 << 20, uid=1,
             state=model.SlotState.CLAIMED, limits=wanted.limits(LIMITS), token=model.new_token(),
             created_s=model.now(), claimed_s=model.now(), ttl_s=wanted.ttl_s or 3600.0,
             path=wanted.path or "lab", key=key, fingerprint=fingerprint,
@@ -131,7 +131,7 @@ class FakeSupervisor:
         return {"draining": False, "claimed": len(self.slots), "warm": 2}
 
     def _op_images(self) -> Any:
-        return [{"name": "minimal", "digest": "sha256:0", "size_bytes": 300 << 20, "launch": "exec",
+        return [{"name": "minimal", "digest": "sha256-0", "size_bytes": 300 << 20, "launch": "exec",
                  "warm": 2, "wanted": 2, "default": True}]
 
     def _op_stats(self) -> Any:

@@ -185,7 +185,9 @@ def test_a_name_that_is_not_this_hosts_is_forbidden(api: FlaskClient, host: str)
     assert status(api, Host=host, Authorization=f"Bearer {TOKEN}") == 200
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:9000", "[::1]:9000", "localhost", "LOCALHOST:9000", "a.localhost"])
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:9000", "[::1]:9000", "localhost", "LOCALHOST:9000", "a.localhost"]
+)
 def test_an_address_and_localhost_are_names_of_this_host(api: FlaskClient, host: str) -> None:
     assert status(api, Host=host) == 200
 

@@ -93,7 +93,8 @@ def test_the_description_is_whole(description: Any) -> None:
     assert len(names) == len(set(names))
     for (_, path), operation in operations(description).items():
         item = description["paths"][path]
-        given = {(p["name"], p["in"]) for p in [*item.get("parameters", []), *operation.get("parameters", [])]}
+        parameters = [*item.get("parameters", []), *operation.get("parameters", [])]
+        given = {(parameter["name"], parameter["in"]) for parameter in parameters}
         assert {(name, "path") for name in re.findall(r"{(\w+)}", path)} <= given
         assert all(re.fullmatch(r"[2-5]\d\d", code) for code in operation["responses"])
         assert all(answer["description"] for answer in operation["responses"].values())
