@@ -1,0 +1,118 @@
+"""Copies of an image's web assets that the router serves without asking any slot.
+
+Copies, since nginx runs on the host and the image is hostile: a link in its tree would lead nginx anywhere.
+Only regular files are taken, links are left out. Beside each file that shrinks is a `.gz` for nginx's
+`gzip_static`; both carry the file's own time, so ETag and Last-Modified are the same on every host of a
+fleet.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+from nbagent.errors import ImageInvalid
+from nbagent.image.tree import NotInTree, Parts, Tree
+
+_COMPRESSIBLE = {
+    *(".css", ".htm", ".html", ".js", ".json", ".map", ".md", ".mjs", ".svg", ".txt", ".wasm", ".xml"),
+    *(".eot", ".ico", ".otf", ".ttf"),
+}
+# Below one packet's worth, compression saves no round trip; nginx's own gzip_min_length is there for the
+# same reason.
+_COMPRESS_FROM_BYTES = 1024
+_COMPRESS_UP_TO_BYTES = 64 << 20
+_LEVEL = 6
+
+
+def publish(rootfs: Path, prefixes: Mapping[str, str], target: Path, limit_bytes: int) -> None:
+    """Copy the directories of the image that `prefixes` names to `target`/PREFIX. Raises ImageInvalid.
+
+    `target` exists and is empty. Everything in it becomes world-readable and the caller's own.
+    """
+    left_bytes = limit_bytes
+    pending: list[Future[None]] = []
+    with ExitStack() as stack:
+        tree = stack.enter_context(Tree(rootfs))
+        # zlib lets go of the interpreter, so threads use every processor.
+        workers = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        for prefix, path in prefixes.items():
+            for parts in _files(tree, tuple(path.strip("/").split("/")), prefix):
+                relative = parts[path.count("/") :]
+                copy = target.joinpath(*filter(None, prefix.split("/")), *relative)
+                left_bytes -= _copy(tree, parts, copy, left_bytes, prefix)
+                if _worth_compressing(copy):
+                    pending.append(workers.submit(_compress, copy))
+        for future in pending:
+            future.result()
+    for directory, _, _ in os.walk(target):
+        os.chmod(directory, 0o755)  # noqa: S103  nginx reads here as its own user
+
+
+def _files(tree: Tree, parts: Parts, prefix: str) -> Iterator[Parts]:
+    """Every regular file below a directory of the tree."""
+    try:
+        directory_fd = tree.directory_fd(parts)
+    except (NotInTree, FileNotFoundError) as error:
+        raise ImageInvalid(
+            f'static."{prefix}": /{"/".join(parts)} is not a directory of the image, or a link is on the way',
+            key=f"static.{prefix}",
+        ) from error
+    with os.scandir(directory_fd) as found:
+        entries = sorted((e.name, e.is_dir(follow_symlinks=False)) for e in found if not e.is_symlink())
+    for name, is_directory in entries:
+        if is_directory:
+            yield from _files(tree, (*parts, name), prefix)
+        else:
+            yield (*parts, name)
+
+
+def _copy(tree: Tree, parts: Parts, copy: Path, limit_bytes: int, prefix: str) -> int:
+    """Copy one file and return its size; what is no regular file is passed over."""
+    with open(tree.open_file(parts), "rb") as source:
+        status = os.fstat(source.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            return 0
+        # One file under many hard links is many copies.
+        if status.st_size > limit_bytes:
+            raise ImageInvalid(f'static."{prefix}" is larger than an image may be')
+        try:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            with copy.open("xb") as file:
+                while chunk := source.read(1 << 20):
+                    file.write(chunk)
+        except (FileExistsError, NotADirectoryError):
+            raise ImageInvalid(
+                f'static."{prefix}": another prefix has {copy.name} at the same place'
+            ) from None
+    copy.chmod(0o644)
+    os.utime(copy, ns=(status.st_mtime_ns, status.st_mtime_ns))
+    return status.st_size
+
+
+def _worth_compressing(path: Path) -> bool:
+    return (
+        path.suffix.lower() in _COMPRESSIBLE
+        and _COMPRESS_FROM_BYTES < path.stat().st_size <= _COMPRESS_UP_TO_BYTES
+    )
+
+
+def _compress(path: Path) -> None:
+    content = path.read_bytes()
+    packed = gzip.compress(content, _LEVEL, mtime=0)
+    if len(packed) >= len(content):
+        return
+    beside = path.with_name(path.name + ".gz")
+    try:
+        with beside.open("xb") as file:
+            file.write(packed)
+    except FileExistsError:  # the image brought one
+        return
+    beside.chmod(0o644)
+    time_ns = path.stat().st_mtime_ns
+    os.utime(beside, ns=(time_ns, time_ns))
