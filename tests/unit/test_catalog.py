@@ -1,0 +1,58 @@
+"""The journal's catalog and the events of nbagent.log are the same list."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nbagent.log import Event
+
+CATALOG = Path(__file__).resolve().parents[2] / "packaging/nbagent.catalog"
+FIELDS = re.compile(r"%\((\w+)\)s")
+NAMES = re.compile(r"@([A-Z0-9_]+)@")
+
+
+def _entries() -> dict[str, str]:
+    entries: dict[str, str] = {}
+    for part in re.split(r"^-- ", CATALOG.read_text(), flags=re.MULTILINE)[1:]:
+        message_id, _, text = part.partition("\n")
+        assert message_id not in entries, f"{message_id} twice"
+        entries[message_id] = text
+    return entries
+
+
+def test_every_event_is_explained_and_nothing_else() -> None:
+    ids = [event.value.message_id for event in Event]
+    assert len(set(ids)) == len(ids)
+    assert set(_entries()) == set(ids)
+
+
+@pytest.mark.parametrize("event", Event, ids=lambda event: event.name)
+def test_an_entry_has_a_head_and_says_what_to_do(event: Event) -> None:
+    head, _, body = _entries()[event.value.message_id].partition("\n\n")
+    keys = [line.split(":", 1)[0] for line in head.splitlines()]
+    assert keys == ["Subject", "Defined-By", "Support", "Documentation"]
+    assert body.strip()
+
+
+@pytest.mark.parametrize("event", Event, ids=lambda event: event.name)
+def test_an_entry_uses_only_fields_that_its_event_has(event: Event) -> None:
+    has = {f"NBAGENT_{name.upper()}" for name in FIELDS.findall(event.value.text)}
+    assert set(NAMES.findall(_entries()[event.value.message_id])) <= has
+
+
+@pytest.mark.skipif(not shutil.which("journalctl"), reason="needs journalctl")
+def test_journald_takes_the_catalog(tmp_path: Path) -> None:
+    directory = tmp_path / "usr/lib/systemd/catalog"
+    directory.mkdir(parents=True)
+    shutil.copy(CATALOG, directory / "nbagent.catalog")
+    (tmp_path / "var/lib/systemd/catalog").mkdir(parents=True)
+    journalctl = ["journalctl", f"--root={tmp_path}", "--no-pager"]
+    done = subprocess.run([*journalctl, "--update-catalog"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    listed = subprocess.run([*journalctl, "--list-catalog"], capture_output=True, text=True, check=True).stdout
+    assert {line.split(" ", 1)[0] for line in listed.splitlines()} == {e.value.message_id for e in Event}
