@@ -1,0 +1,433 @@
+"""The image store, with small archives made here. Runs as root or not: only root can give files away."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import lzma
+import os
+import shutil
+import stat
+import subprocess
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbagent.errors import ImageInvalid, ImageNotFound, NbagentError
+from nbagent.image import ids, manifest
+from nbagent.image.archive import Limits
+from nbagent.image.store import Image, ImageStore
+
+MANIFEST = """
+python = "/usr/bin/python3"
+home = "/home/jovyan"
+user = "jovyan"
+launch = "exec"
+[environment]
+LANG = "C.UTF-8"
+[static]
+"lab" = "/usr/share/lab"
+"""
+
+
+class Archive:
+    """A tar archive in the making; `with_image` starts one that is a good image."""
+
+    def __init__(self) -> None:
+        self._buffer = io.BytesIO()
+        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+
+    @classmethod
+    def with_image(cls, text: str = MANIFEST) -> Archive:
+        archive = cls()
+        archive.add("etc/nbagent-image.toml", text.encode())
+        archive.add("usr/share/lab/main.js", b"let x = 1;\n" * 500)
+        archive.add("usr/share/lab/tiny.js", b"1")
+        return archive
+
+    def add(self, name: str, content: bytes = b"", **fields: Any) -> Archive:
+        info = tarfile.TarInfo(name)
+        info.size = len(content)
+        info.mtime = 1_000_000_000
+        for field, value in fields.items():
+            setattr(info, field, value)
+        self._tar.addfile(info, io.BytesIO(content))
+        return self
+
+    def bytes(self) -> bytes:
+        self._tar.close()
+        return self._buffer.getvalue()
+
+    def save(self, path: Path) -> Path:
+        path.write_bytes(self.bytes())
+        return path
+
+
+class Owners:
+    """Stands in for os.chown where this is not root, and remembers what was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: dict[tuple[str, int], int] = {}
+
+    def __call__(
+        self, path: str, uid: int, gid: int, *, dir_fd: int | None = None, follow_symlinks: bool = True
+    ) -> None:
+        status = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+        self.asked[path, status.st_ino] = uid
+        assert not follow_symlinks
+        if os.geteuid() == 0:
+            os.chown(path, uid, gid, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
+
+
+@pytest.fixture
+def owners() -> Owners:
+    return Owners()
+
+
+@pytest.fixture
+def store(tmp_path: Path, owners: Owners) -> Iterator[ImageStore]:
+    yield ImageStore(tmp_path / "images", chown=owners)
+    assert not list((tmp_path / "images").glob(".staging-*")), "something half made was left"
+
+
+def add(store: ImageStore, archive: Archive, name: str = "minimal") -> Image:
+    return store.add(archive.save(store.path.parent / f"{name}.tar"), name)
+
+
+def refused(store: ImageStore, archive: Archive) -> str:
+    with pytest.raises(ImageInvalid) as raised:
+        add(store, archive)
+    assert store.list() == []
+    return str(raised.value)
+
+
+def test_an_added_image_is_found_by_name(store: ImageStore) -> None:
+    image = add(store, Archive.with_image())
+    assert store.get("minimal") == image
+    assert store.list() == [image]
+    assert image.root == store.path / image.digest / "rootfs"
+    assert (image.python, image.home, image.user, image.launch) == (
+        "/usr/bin/python3",
+        "/home/jovyan",
+        "jovyan",
+        "exec",
+    )
+    assert dict(image.environment) == {"LANG": "C.UTF-8"}
+
+
+def test_the_digest_is_the_archives(store: ImageStore, tmp_path: Path) -> None:
+    path = Archive.with_image().save(tmp_path / "a.tar")
+    said = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert store.add(path, "minimal").digest == f"sha256-{said}"
+
+
+@pytest.mark.parametrize("packer", [gzip.compress, lzma.compress, bytes], ids=["gz", "xz", "tar"])
+def test_python_unpacks(store: ImageStore, tmp_path: Path, packer: Any) -> None:
+    path = tmp_path / "packed"
+    path.write_bytes(packer(Archive.with_image().bytes()))
+    assert store.add(path, "minimal").root.is_dir()
+
+
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="the program zstd is not here")
+def test_zstd_unpacks_and_a_cut_archive_is_refused(store: ImageStore, tmp_path: Path) -> None:
+    packed = subprocess.run(
+        ["zstd", "-qc"], input=Archive.with_image().bytes(), capture_output=True, check=True
+    ).stdout
+    (tmp_path / "whole").write_bytes(packed)
+    (tmp_path / "cut").write_bytes(packed[: len(packed) // 2])
+    assert store.add(tmp_path / "whole", "whole").root.is_dir()
+    with pytest.raises(ImageInvalid):
+        store.add(tmp_path / "cut", "cut")
+
+
+def test_owners_are_shifted(store: ImageStore, owners: Owners) -> None:
+    archive = Archive.with_image()
+    archive.add("home", type=tarfile.DIRTYPE, mode=0o755)
+    archive.add("home/jovyan", type=tarfile.DIRTYPE, uid=1000, gid=1000, mode=0o700)
+    archive.add("home/jovyan/link", type=tarfile.SYMTYPE, linkname="/etc/passwd", uid=65535)
+    image = add(store, archive)
+    asked = {name: uid - image.id_base for (name, _), uid in owners.asked.items()}
+    assert asked["link"] == 65535
+    assert asked["main.js"] == 0
+    inode = (image.root / "home/jovyan").stat().st_ino
+    assert owners.asked[".", inode] == image.id_base + 1000
+
+
+def test_what_leads_to_an_image_can_be_passed_but_not_listed(store: ImageStore) -> None:
+    image = add(store, Archive.with_image())
+    for directory in (store.path, store.path / "names", image.root.parent):
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o711, directory
+
+
+def test_modes_and_times_are_kept_without_set_id_bits(store: ImageStore) -> None:
+    archive = Archive.with_image()
+    archive.add("usr/bin/su", b"x", mode=0o6755)
+    archive.add("tmp", type=tarfile.DIRTYPE, mode=0o1777)
+    archive.add("sealed", type=tarfile.DIRTYPE, mode=0o555)
+    archive.add("sealed/file", b"x", mode=0o400)
+    root = add(store, archive).root
+    assert stat.S_IMODE((root / "usr/bin/su").stat().st_mode) == 0o755
+    assert stat.S_IMODE((root / "tmp").stat().st_mode) == 0o1777
+    assert stat.S_IMODE((root / "sealed").stat().st_mode) == 0o555
+    assert (root / "sealed/file").stat().st_mtime == 1_000_000_000
+
+
+def test_hard_links_stay_links(store: ImageStore) -> None:
+    archive = Archive.with_image()
+    archive.add("bin/a", b"x").add("bin/b", type=tarfile.LNKTYPE, linkname="bin/a")
+    root = add(store, archive).root
+    assert (root / "bin/a").samefile(root / "bin/b")
+
+
+def test_images_get_ids_of_their_own(store: ImageStore) -> None:
+    first = add(store, Archive.with_image(), "first")
+    second = add(store, Archive.with_image().add("x"), "second")
+    assert abs(first.id_base - second.id_base) >= ids.COUNT
+    assert not first.id_base % ids.COUNT
+    assert not second.id_base % ids.COUNT
+
+
+def test_the_same_archive_keeps_its_ids_under_every_name(store: ImageStore) -> None:
+    first = add(store, Archive.with_image(), "first")
+    add(store, Archive.with_image().add("x"), "other")
+    again = add(store, Archive.with_image(), "again")
+    assert (again.digest, again.id_base) == (first.digest, first.id_base)
+
+
+def test_ids_that_the_host_gave_away_are_passed_over(tmp_path: Path) -> None:
+    bases = range(0, 5 * ids.COUNT, ids.COUNT)
+    taken = [range(5, 6), range(2 * ids.COUNT - 1, 2 * ids.COUNT + 1)]
+    assert ids.free_base(bases, {3 * ids.COUNT}, taken) == 4 * ids.COUNT
+    with pytest.raises(NbagentError):
+        ids.free_base(bases, {3 * ids.COUNT, 4 * ids.COUNT}, taken)
+    (tmp_path / "subuid").write_text("root:1879048192:65536\n# a comment\nbroken\n")
+    found = list(ids.reserved([tmp_path / "subuid", tmp_path / "not-there"]))
+    assert range(1879048192, 1879048192 + 65536) in found
+    assert range(1) in found  # root
+
+
+def test_a_name_moves_and_the_old_tree_goes_when_nobody_uses_it(store: ImageStore) -> None:
+    old = add(store, Archive.with_image())
+    new = add(store, Archive.with_image().add("x"))
+    assert store.get("minimal") == new
+    assert store.collect({old.digest}) == []
+    assert old.root.is_dir()
+    assert store.collect(set()) == [old.digest]
+    assert not old.root.parent.exists()
+    assert new.root.is_dir()
+
+
+def test_a_removed_name_is_gone_and_its_tree_collected(store: ImageStore) -> None:
+    image = add(store, Archive.with_image())
+    store.remove("minimal")
+    with pytest.raises(ImageNotFound):
+        store.get("minimal")
+    with pytest.raises(ImageNotFound):
+        store.remove("minimal")
+    assert store.list() == []
+    assert store.collect(()) == [image.digest]
+    assert sorted(p.name for p in store.path.iterdir()) == [".lock", "names"]
+
+
+def test_an_empty_store_has_no_image(tmp_path: Path) -> None:
+    nowhere = ImageStore(tmp_path / "nowhere")
+    assert nowhere.list() == []
+    with pytest.raises(ImageNotFound):
+        nowhere.get("minimal")
+    assert not nowhere.path.exists()
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "A", "x" * 64, "a\nb"])
+def test_names_are_small_words(store: ImageStore, tmp_path: Path, name: str) -> None:
+    path = Archive.with_image().save(tmp_path / "a.tar")
+    with pytest.raises(ImageInvalid):
+        store.add(path, name)
+
+
+def test_leftovers_of_a_killed_add_are_removed_by_the_next(store: ImageStore) -> None:
+    leftover = store.path / ".staging-dead"
+    leftover.mkdir(parents=True)
+    (leftover / "rootfs").mkdir()
+    add(store, Archive.with_image())
+    assert not leftover.exists()
+
+
+def test_adds_at_once_take_turns(store: ImageStore, tmp_path: Path) -> None:
+    paths = [Archive.with_image().add(f"file{n % 2}").save(tmp_path / f"{n}.tar") for n in range(6)]
+    threads = [threading.Thread(target=store.add, args=(path, f"n{n}")) for n, path in enumerate(paths)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    images = store.list()
+    assert len(images) == 6
+    assert len({image.digest for image in images}) == len({image.id_base for image in images}) == 2
+
+
+@pytest.mark.parametrize("name", ["/etc/x", "../x", "usr/../../x", "a/.."])
+def test_names_that_lead_out_are_refused(store: ImageStore, name: str) -> None:
+    assert repr(name) in refused(store, Archive.with_image().add(name, b"x"))
+    assert not (store.path.parent / "x").exists()
+
+
+@pytest.mark.parametrize("linkname", ["/etc/passwd", "../../../etc/passwd", "not/there", "etc", "link", ""])
+def test_hard_links_lead_only_to_files_of_the_archive(store: ImageStore, linkname: str) -> None:
+    archive = Archive.with_image().add("link", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+    refused(store, archive.add("hard", type=tarfile.LNKTYPE, linkname=linkname))
+
+
+def test_nothing_is_written_or_linked_through_a_symbolic_link(store: ImageStore, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_text("s")
+
+    def trap() -> Archive:
+        return Archive.with_image().add("trap", type=tarfile.SYMTYPE, linkname=str(outside))
+
+    assert "trap" in refused(store, trap().add("trap/x", b"x"))
+    refused(store, trap().add("trap/dir", type=tarfile.DIRTYPE))
+    refused(store, trap().add("trap", type=tarfile.DIRTYPE))
+    refused(store, trap().add("trap", b"x"))
+    refused(store, trap().add("hard", type=tarfile.LNKTYPE, linkname="trap/secret"))
+    assert [p.name for p in outside.iterdir()] == ["secret"]
+
+
+@pytest.mark.parametrize("kind", [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"Z"])
+def test_special_files_are_refused(store: ImageStore, kind: bytes) -> None:
+    archive = Archive.with_image().add("dev/x", type=kind, devmajor=1, devminor=3)
+    assert "dev/x" in refused(store, archive)
+
+
+@pytest.mark.parametrize("fields", [{"uid": 65536}, {"gid": 1 << 31}, {"uid": -1}])
+def test_owners_outside_of_the_images_ids_are_refused(store: ImageStore, fields: dict[str, int]) -> None:
+    assert "owner" in refused(store, Archive.with_image().add("x", **fields))
+
+
+def test_an_entry_twice_is_refused(store: ImageStore) -> None:
+    assert "twice" in refused(store, Archive.with_image().add("x", b"1").add("x", b"2"))
+
+
+def test_limits_hold_for_bytes_entries_and_sparse_files(tmp_path: Path, owners: Owners) -> None:
+    store = ImageStore(tmp_path / "images", chown=owners, limits=Limits(unpacked_bytes=1 << 20, entries=20))
+    assert "larger" in refused(store, Archive.with_image().add("big", bytes(1 << 20)))
+    many = Archive.with_image()
+    for number in range(20):
+        many.add(f"f{number}")
+    assert "entries" in refused(store, many)
+    assert "entries" in refused(store, Archive.with_image().add("d/" * 30 + "f"))
+    sparse = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(1 << 40)}
+    content = b"1\n0\n1\n".ljust(512, b"\0") + b"x"
+    assert "larger" in refused(store, Archive.with_image().add("sparse", content, pax_headers=sparse))
+
+
+def test_a_huge_extended_header_is_refused_before_it_is_read(store: ImageStore) -> None:
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 40
+    path = store.path.parent / "bomb.tar"
+    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    with pytest.raises(ImageInvalid, match="extended header"):
+        store.add(path, "minimal")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tar", bytes(512), b"\x1f\x8bbroken", b"\xfd7zXZ\0broken"])
+def test_what_is_no_archive_is_refused(store: ImageStore, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "junk").write_bytes(content)
+    with pytest.raises(ImageInvalid):
+        store.add(tmp_path / "junk", "minimal")
+
+
+@pytest.mark.parametrize("at", [512 * 3, 700_000])
+def test_a_damaged_or_cut_archive_is_refused(store: ImageStore, tmp_path: Path, at: int) -> None:
+    whole = Archive.with_image().add("big", b"x" * 700_000).add("last", b"y").bytes()
+    damaged = bytearray(whole)
+    start = damaged.index(b"last\0")
+    damaged[start : start + 4] = b"lost"  # the checksum does not fit any more
+    for number, content in enumerate((bytes(damaged), whole[:at])):
+        (tmp_path / f"{number}.tar").write_bytes(content)
+        with pytest.raises(ImageInvalid):
+            store.add(tmp_path / f"{number}.tar", "minimal")
+
+
+def test_static_files_are_published_with_a_compressed_twin(store: ImageStore) -> None:
+    image = add(store, Archive.with_image())
+    main = image.static / "lab/main.js"
+    twin = image.static / "lab/main.js.gz"
+    assert gzip.decompress(twin.read_bytes()) == main.read_bytes()
+    assert not (image.static / "lab/tiny.js.gz").exists()
+    for path in (main, twin):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+        assert path.stat().st_uid == os.geteuid()
+        assert path.stat().st_mtime == 1_000_000_000
+    assert stat.S_IMODE((image.static / "lab").stat().st_mode) == 0o755
+
+
+def test_static_files_never_come_from_outside_the_image(store: ImageStore, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("s")
+    archive = Archive.with_image()
+    archive.add("usr/share/lab/leak.js", type=tarfile.SYMTYPE, linkname=str(tmp_path / "secret"))
+    archive.add("usr/share/lab/dir", type=tarfile.SYMTYPE, linkname=str(tmp_path))
+    assert sorted(p.name for p in (add(store, archive).static / "lab").iterdir()) == [
+        "main.js",
+        "main.js.gz",
+        "tiny.js",
+    ]
+
+
+def test_a_static_directory_that_is_a_link_is_refused(store: ImageStore) -> None:
+    text = MANIFEST.replace("/usr/share/lab", "/out/lab")
+    archive = Archive.with_image(text).add("out", type=tarfile.SYMTYPE, linkname="/usr/share")
+    assert 'static."lab"' in refused(store, archive)
+
+
+def test_hard_links_do_not_multiply_static_files_over_the_limit(tmp_path: Path, owners: Owners) -> None:
+    store = ImageStore(tmp_path / "images", chown=owners, limits=Limits(unpacked_bytes=1 << 20))
+    archive = Archive.with_image().add("usr/share/lab/0.bin", bytes(200_000))
+    for number in range(1, 9):
+        archive.add(f"usr/share/lab/{number}.bin", type=tarfile.LNKTYPE, linkname="usr/share/lab/0.bin")
+    assert "larger" in refused(store, archive)
+
+
+def test_a_manifest_that_is_a_link_or_missing_or_huge_is_refused(store: ImageStore) -> None:
+    refused(store, Archive().add("etc/passwd"))
+    refused(store, Archive().add("etc/nbagent-image.toml", type=tarfile.SYMTYPE, linkname="/etc/passwd"))
+    refused(store, Archive().add("etc/nbagent-image.toml", b"#" * (manifest.MAX_BYTES + 1)))
+    refused(store, Archive().add("etc/nbagent-image.toml", b"\xff"))
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "said"),
+    [
+        ({"pyhton": "x"}, "pyhton", "did you mean python?"),
+        ({"python": "bin/python"}, "python", "absolute path"),
+        ({"python": "/../python"}, "python", "absolute path"),
+        ({"home": None}, "home", "/home/jovyan"),
+        ({"user": "a b"}, "user", "jovyan"),
+        ({"launch": "magic"}, "launch", '"exec"'),
+        ({"environment": ["x"]}, "environment", "table"),
+        ({"environment": {"A=B": "x"}}, "environment.A=B", "letters"),
+        ({"environment": {"A": 1}}, "environment.A", "text"),
+        ({"static": {"../x": "/usr"}}, "static.'../x'", "relative"),
+        ({"static": {"lab": "share"}}, "static.'lab'", "absolute"),
+    ],
+)
+def test_a_wrong_manifest_names_the_key_and_what_would_be_right(
+    change: dict[str, object], key: str, said: str
+) -> None:
+    good = manifest.to_mapping(manifest.parse(MANIFEST))
+    with pytest.raises(ImageInvalid) as raised:
+        manifest.from_mapping(good | change)
+    assert key in str(raised.value)
+    assert said in str(raised.value)
+
+
+def test_what_is_known_about_an_image_is_readable_json(store: ImageStore) -> None:
+    image = add(store, Archive.with_image())
+    facts = json.loads((image.root.parent / "image.json").read_text())
+    assert facts["digest"] == image.digest
+    assert facts["id_base"] == image.id_base
+    assert manifest.from_mapping(facts["manifest"]) == manifest.parse(MANIFEST)
