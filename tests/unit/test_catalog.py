@@ -54,5 +54,5 @@ def test_journald_takes_the_catalog(tmp_path: Path) -> None:
     journalctl = ["journalctl", f"--root={tmp_path}", "--no-pager"]
     done = subprocess.run([*journalctl, "--update-catalog"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    listed = subprocess.run([*journalctl, "--list-catalog"], capture_output=True, text=True, check=True).stdout
-    assert {line.split(" ", 1)[0] for line in listed.splitlines()} == {e.value.message_id for e in Event}
+    done = subprocess.run([*journalctl, "--list-catalog"], capture_output=True, text=True, check=True)
+    assert {line.split(" ", 1)[0] for line in done.stdout.splitlines()} == {e.value.message_id for e in Event}

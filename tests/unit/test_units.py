@@ -65,7 +65,7 @@ def test_directives_are_in_alphabetical_order(unit: Path) -> None:
             sections[match[1]] = []
         elif match := SETTING.match(line):
             sections[list(sections)[-1]].append(match[1])
-    assert list(sections)[0] == "Unit"
+    assert next(iter(sections)) == "Unit"
     for name, keys in sections.items():
         # What it is and where to read on come first, as everywhere.
         ordered = [key for key in keys if key not in ("Description", "Documentation")]
