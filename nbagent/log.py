@@ -47,7 +47,7 @@ class Event(enum.Enum):
     SLOT_UPDATED = Kind("b4e6291587384e9886220ed915f4aeb4", Priority.INFO, "slot %(slot)s updated: %(text)s")
     SLOT_RELEASED = Kind("6fb33426e020411d89d2f6e11b0cbac0", Priority.INFO, "slot %(slot)s released")
     SLOT_CULLED = Kind("7b77b27db7374acea5de2983df49b061", Priority.INFO, "slot %(slot)s culled: %(text)s")
-    SLOT_RETIRED = Kind("1f61a98eeded4c2ea0743b04de07916b", Priority.INFO, "warm slot %(slot)s retired: %(text)s")
+    SLOT_RETIRED = Kind("1f61a98eeded4c2ea0743b04de07916b", Priority.INFO, "unclaimed slot %(slot)s retired: %(text)s")
     SLOT_FAILED = Kind("b49d6bb6c9ef467498f1854733208a44", Priority.WARNING, "slot %(slot)s did not start: %(text)s")
     SLOT_DIED = Kind("02082d84e50e471fa3bcbd8a66cef216", Priority.WARNING, "slot %(slot)s ended by itself: %(text)s")
     SLOT_OOM = Kind("eeba48b5bb434bbf8ee339305b2c1dda", Priority.WARNING, "slot %(slot)s ran out of memory: %(text)s")

@@ -24,27 +24,24 @@ class Usage:
 
 @dataclass(frozen=True)
 class Cgroup:
-    """Where the controllers of one cgroup are; in version 2 all are the same directory."""
+    """Where the controllers of one cgroup are; in version 2 all are the same directory.
+
+    `cpu` is always a directory of version 2: its cpu.stat counts there without a controller too,
+    while systemd leaves version 1's cpuacct alone where that is mounted by itself.
+    """
 
     memory: Path
     cpu: Path
     pids: Path
-    unified: bool
 
     def usage(self) -> Usage:
         """What it uses now. A cgroup that is gone uses nothing."""
-        if self.unified:
-            return Usage(
-                memory_bytes=_number(self.memory / "memory.current"),
-                cpu_s=_keyed(self.cpu / "cpu.stat", "usage_usec") / 1e6,
-                tasks=_number(self.pids / "pids.current"),
-                oom_kills=_keyed(self.memory / "memory.events", "oom_kill"),
-            )
+        unified = self.memory == self.cpu
         return Usage(
-            memory_bytes=_number(self.memory / "memory.usage_in_bytes"),
-            cpu_s=_number(self.cpu / "cpuacct.usage") / 1e9,
+            memory_bytes=_number(self.memory / ("memory.current" if unified else "memory.usage_in_bytes")),
+            cpu_s=_keyed(self.cpu / "cpu.stat", "usage_usec") / 1e6,
             tasks=_number(self.pids / "pids.current"),
-            oom_kills=_keyed(self.memory / "memory.oom_control", "oom_kill"),
+            oom_kills=_keyed(self.memory / ("memory.events" if unified else "memory.oom_control"), "oom_kill"),
         )
 
 
@@ -57,12 +54,11 @@ def of_process(pid: int, root: Path = ROOT) -> Cgroup:
             paths[controller] = path.lstrip("/")
     if "memory" not in paths:
         unified = root / paths[""]
-        return Cgroup(unified, unified, unified, True)
+        return Cgroup(unified, unified, unified)
     return Cgroup(
         memory=root / "memory" / paths["memory"],
-        cpu=root / "cpuacct" / paths.get("cpuacct", ""),
-        pids=root / "pids" / paths.get("pids", ""),
-        unified=False,
+        cpu=root / "unified" / paths[""],
+        pids=root / "pids" / paths["pids"],
     )
 
 

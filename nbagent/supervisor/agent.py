@@ -102,6 +102,7 @@ class Agent:
         self.label = config.label
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._cleaning: set[asyncio.Task[Any]] = set()
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -121,10 +122,10 @@ class Agent:
         """Ends what is half made and leaves every other slot as it is."""
         self.stopping = True
         self._changed.set()
-        for live in list(self.slots.values()):
-            if live.slot.state is SlotState.STARTING and live.task is not None:
-                live.task.cancel()
+        for task in self._tasks:
+            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._cleaning, return_exceptions=True)
 
     def reload(self, config: Config) -> None:
         """Takes new settings and looks again at the images; no slot is touched by this itself."""
@@ -242,7 +243,7 @@ class Agent:
             async with asyncio.timeout(self.config.slots.start_timeout):
                 await self._launch(live, image)
         except asyncio.CancelledError:
-            self._end(live, Event.SLOT_RETIRED, text="the agent stops")
+            self._end(live, Event.SLOT_RETIRED, text="the agent stops while it starts")
             raise
         except (NbagentError, OSError, JobFailed, TimeoutError) as error:
             self._start_failed(live, state, error)
@@ -334,7 +335,9 @@ class Agent:
         with contextlib.suppress(FileNotFoundError):
             self.records.save(live.slot)
         emit(event, slot=live.slot.id, **fields)
-        self._spawn(self._clean(live))
+        cleaning = asyncio.ensure_future(self._clean(live))
+        self._cleaning.add(cleaning)
+        cleaning.add_done_callback(self._cleaning.discard)
 
     async def _clean(self, live: Live) -> None:
         slot = live.slot

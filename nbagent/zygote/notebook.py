@@ -118,7 +118,9 @@ def serve(settings: Dict[str, str]) -> None:
     http = HTTPServer(
         server.web_app, xheaders=True, max_body_size=server.max_body_size, max_buffer_size=server.max_buffer_size
     )
-    http.add_socket(socket.socket(fileno=LISTEN_FD))
+    listener = socket.socket(fileno=LISTEN_FD)
+    listener.setblocking(False)  # tornado accepts until there is nobody left to accept
+    http.add_socket(listener)
     server._http_server = http
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     server.start()

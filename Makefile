@@ -1,0 +1,41 @@
+# What a developer types. Everything installs what it needs; caches are in $(NBAGENT_CACHE).
+SHELL := /bin/bash
+PYTHON := /usr/bin/python3
+export NBAGENT_CACHE ?= /var/cache/nbagent-build
+DIST := $(NBAGENT_CACHE)/dist
+PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
+
+.PHONY: up down test unit host check bench image debs tools clean
+
+up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
+	@tests/up
+
+down:                ## removes what `make up` made
+	@tests/up --down
+
+test: tools check    ## everything passes
+	$(PYTEST) tests/unit tests/host
+
+unit: tools          ## no root, a second
+	$(PYTEST) tests/unit
+
+host: tools          ## on real systemd hosts
+	$(PYTEST) tests/host
+
+check: tools         ## ruff, mypy, the floors, lintian
+	@tests/check
+
+bench: tools debs    ## figures, side by side with peers
+	$(PYTHON) tests/bench/bench.py
+
+image:               ## images/minimal as a .deb
+	@packaging/build-image-deb minimal $(DIST)
+
+debs: image          ## all packages
+	@packaging/build-deb $(DIST)
+
+tools:
+	@tests/install-tools
+
+clean: down
+	rm -rf $(DIST)

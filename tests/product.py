@@ -1,0 +1,138 @@
+"""The product on a test host: its packages built and installed, and its API as a caller sees it.
+
+Shared by `make up`, the host tests and the benchmarks, so all three try the same thing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hosts import Host
+
+TOP = Path(__file__).resolve().parent.parent
+DIST = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / "dist"
+API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
+# On a virtual machine without hardware help everything takes its time.
+WARM_TIMEOUT_S = {"nspawn": 60, "vm": 300}
+
+
+def build(say: Callable[[str], None]) -> list[Path]:
+    """Builds both packages; takes a second when nothing changed."""
+    found = []
+    for name, command in (
+        ("nbagent", [TOP / "packaging/build-deb", DIST]),
+        ("nbagent-image-minimal", [TOP / "packaging/build-image-deb", "minimal", DIST]),
+    ):
+        say(f"building {name}")
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"building {name} failed, see above")
+        found.append(Path(done.stdout.split()[-1]))
+    return found
+
+
+def install(host: Host, packages: list[Path], settings: str = "") -> None:
+    """Installs the packages by apt, as an operator would, and waits until the pool is warm."""
+    if settings:
+        host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
+        host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=settings)
+    for package in packages:
+        host.copy_in(str(package), "/root/")
+    names = [f"/root/{package.name}" for package in packages]
+    host.run(["apt-get", "-q", "install", "-y", *names], timeout=900)
+    wait_warm(host)
+
+
+def wait_warm(host: Host, count: int = 1) -> dict[str, Any]:
+    """Waits until `count` slots are warm; fails with the agent's own words."""
+    deadline = time.monotonic() + WARM_TIMEOUT_S[host.driver]
+    stats: dict[str, Any] = {}
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            stats = Api(host).get("/stats").json()
+            if stats.get("warm", 0) >= count:
+                return stats
+        time.sleep(0.2)
+    log = host.run(["journalctl", "--no-pager", "-n", "60", "-o", "short-monotonic"], check=False).stdout
+    raise AssertionError(f"not {count} warm slots on {host.name} in time: {stats}\n{log}")
+
+
+class _HostConnection(http.client.HTTPConnection):
+    """HTTP to 127.0.0.1:port inside a test host."""
+
+    def __init__(self, host: Host, port: int, timeout: float) -> None:
+        super().__init__("127.0.0.1", port, timeout=timeout)
+        self._test_host = host
+
+    def connect(self) -> None:
+        self.sock = self._test_host.connect(self.port)
+        self.sock.settimeout(self.timeout)
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer, read whole."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Api:
+    """Calls one port of a test host; `get`, `post` and the rest return an Answer of any status."""
+
+    def __init__(self, host: Host, port: int = API_PORT, timeout: float = 120) -> None:
+        self.host, self.port, self.timeout = host, port, timeout
+
+    def call(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
+        """One request on a connection of its own. A `body` that is not bytes is sent as JSON."""
+        sent = dict(headers or {})
+        if body is not None and not isinstance(body, bytes):
+            body = json.dumps(body).encode()
+            sent.setdefault("Content-Type", "application/json")
+        connection = _HostConnection(self.host, self.port, self.timeout)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, sent)
+            answer = connection.getresponse()
+            return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+
+    def get(self, path: str, **headers: str) -> Answer:
+        return self.call("GET", path, headers=headers)
+
+    def post(self, path: str, body: Any = None, **headers: str) -> Answer:
+        return self.call("POST", path, body, headers)
+
+    def patch(self, path: str, body: Any) -> Answer:
+        return self.call("PATCH", path, body)
+
+    def delete(self, path: str) -> Answer:
+        return self.call("DELETE", path)
+
+    def claim(self, **options: Any) -> dict[str, Any]:
+        """A claim that must succeed."""
+        answer = self.post("/claim", options)
+        assert answer.status == 200, answer.body.decode()
+        claim = answer.json()
+        assert isinstance(claim, dict)
+        return claim
+
+
+def say(line: str) -> None:
+    """Progress, on standard error."""
+    print(f"· {line}", file=sys.stderr, flush=True)
