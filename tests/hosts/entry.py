@@ -42,8 +42,11 @@ def write(path: str, pid: int, ticks: int, prefix: list[str], *, remote_shell: b
     os.rename(path + ".new", path)
 
 
-def command(name: str, argv: list[str], *, tty: bool = False) -> list[str] | None:
-    """The whole argv that runs `argv` in the host, or None when there is no such host or it has ended."""
+def command(name: str, argv: list[str], *, tty: bool = False, tag: str = "") -> list[str] | None:
+    """The whole argv that runs `argv` in the host, or None when there is no such host or it has ended.
+
+    `tag` makes the command findable from another one where it runs in a remote shell; see `end_by_tag`.
+    """
     try:
         with open(f"{state_directory()}/hosts/{name}/entry") as file:
             pid, ticks, kind, *prefix = file.read().split("\0")
@@ -56,7 +59,14 @@ def command(name: str, argv: list[str], *, tty: bool = False) -> list[str] | Non
     import shlex
 
     # With something after it, the shell cannot become the command, and so says what signal ended it.
-    return [*prefix, *(["-tt"] if tty else []), "testhost", "--", f"{shlex.join(argv)}; exit $?"]
+    mark = f": {tag}; " if tag else ""
+    return [*prefix, *(["-tt"] if tty else []), "testhost", "--", f"{mark}{shlex.join(argv)}; exit $?"]
+
+
+def end_by_tag(tag: str) -> list[str]:
+    """The argv that ends a tagged command inside, with its process group: sshd lets it outlive its client."""
+    script = 'for leader in $(pgrep -f "^[^ ]* -c : $1; "); do kill -9 "-$leader"; done'
+    return ["sh", "-c", script, "end", tag]
 
 
 def exec_or_return(arguments: list[str]) -> None:

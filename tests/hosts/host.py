@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -183,11 +184,11 @@ class Host:
 
     # --- commands ---
 
-    def command(self, argv: Sequence[str], *, tty: bool = False) -> list[str]:
+    def command(self, argv: Sequence[str], *, tty: bool = False, tag: str = "") -> list[str]:
         """The argv that, executed here with `entry.ENVIRONMENT`, runs `argv` inside as root in /root."""
         if not argv:
             raise BadArgument("no command given")
-        found = entry.command(self.name, [str(word) for word in argv], tty=tty)
+        found = entry.command(self.name, [str(word) for word in argv], tty=tty, tag=tag)
         if found is None:
             raise NoSuchHost(f"host {self.name!r} is not running any more")
         return found
@@ -208,10 +209,11 @@ class Host:
         `CommandTimedOut` in any case when it takes longer than `timeout` seconds.
         """
         words = [str(word) for word in argv]
+        tag = secrets.token_hex(8)
         stdin: dict[str, Any] = {"stdin": subprocess.DEVNULL} if input is None else {"input": input}
         try:
             done = subprocess.run(
-                self.command(words),
+                self.command(words, tag=tag),
                 check=False,
                 capture_output=True,
                 timeout=timeout,
@@ -220,12 +222,19 @@ class Host:
                 **stdin,
             )
         except subprocess.TimeoutExpired as error:
+            self._end(tag)
             out, err = _text(error.stdout), _text(error.stderr) + f"\n[ended after {timeout} s]"
             raise CommandTimedOut(self.name, words, 124, out, err) from None
         returncode = done.returncode if done.returncode >= 0 else 128 - done.returncode
         if check and returncode:
             raise CommandFailed(self.name, words, returncode, _text(done.stdout), _text(done.stderr))
         return subprocess.CompletedProcess(words, returncode, done.stdout, done.stderr)
+
+    def _end(self, tag: str) -> None:
+        """End what a command that took too long left inside. With nspawn the kernel has done that already."""
+        killer = entry.command(self.name, entry.end_by_tag(tag)) if self.driver == "vm" else None
+        if killer:
+            subprocess.run(killer, check=False, capture_output=True, timeout=60, env=entry.ENVIRONMENT)
 
     def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
         """A command inside that goes on while the test does; it ends when the returned process is killed."""

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from hosts import cgroups, entry, kvm, launch, netns, processes
+from hosts import cgroups, entry, kvm, launch, netns, processes, transfer
 from hosts.errors import BootFailed, HostError
 from hosts.state import HostState, Process
 
@@ -60,6 +60,8 @@ def boot(host: HostState, say: Callable[[str], None]) -> HostState:
             str(directory / "disk.qcow2"),
         ]
     )
+    with open(directory / transfer.MAILBOX, "wb") as mailbox:
+        mailbox.truncate(transfer.MAILBOX_BYTES)
     if host.accel == "tcg":
         say(f"{host.name}: emulating the processor, this takes a while")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
@@ -149,12 +151,9 @@ def _qemu_plan(host: HostState) -> launch.Plan:
     argv += ["-kernel", f"{host.tree}/vmlinuz", "-initrd", f"{host.tree}/initrd.img", "-append", command_line]
     # The disk is thrown away with the host, so nothing need ever reach it.
     argv += ["-drive", f"file={directory / 'disk.qcow2'},if=virtio,format=qcow2,cache=unsafe,discard=unmap"]
-    argv += [
-        "-netdev",
-        f"user,id=net,restrict=on,hostfwd=tcp:{SSH_ADDRESS}:22-:22",
-        "-device",
-        "virtio-net-pci,netdev=net",
-    ]
+    argv += ["-drive", f"file={directory / transfer.MAILBOX},if=virtio,format=raw,cache=unsafe"]
+    argv += ["-netdev", f"user,id=net,restrict=on,hostfwd=tcp:{SSH_ADDRESS}:22-:22"]
+    argv += ["-device", "virtio-net-pci,netdev=net"]
     argv += ["-device", "virtio-rng-pci", "-serial", f"file:{directory / 'console.log'}"]
     argv += ["-chardev", f"socket,id=ready,path={directory / 'ready'}", "-serial", "chardev:ready"]
     return launch.Plan(
