@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from fake_supervisor import LABEL, FakeSupervisor
 from werkzeug.serving import WSGIRequestHandler, make_server
 
 from nbagent import cli, config
 from nbagent.api.app import create_app
+from nbagent.cli.commands import nbagent as nbagent_command
 from nbagent.cli.remote import Remote, error_of_problem, read_token
 from nbagent.control import ControlClient
 from nbagent.errors import ConfigError, Full, InvalidField, NbagentError
@@ -247,6 +249,22 @@ def test_every_command_speaks_json_and_explains_itself(run: Any) -> None:
         assert "--json" in run(*command.split(), "--help").out, command
     assert run("--version").out.startswith("nbagent ")
     assert run("no-such-command").status == 2
+
+
+def test_the_manual_page_knows_every_command_and_option() -> None:
+    page = (ROOT / "packaging/man/nbagent.1").read_text()
+
+    def walk(command: click.Command, words: str) -> None:
+        if isinstance(command, click.Group):
+            for name, child in command.commands.items():
+                walk(child, f"{words} {name}".strip())
+            return
+        assert f".Cm {words}\n" in page, words
+        for option in (option for parameter in command.params for option in parameter.opts):
+            if option.startswith("--"):
+                assert f"Fl Fl {option[2:]}" in page, option
+
+    walk(nbagent_command, "")
 
 
 def test_the_version_is_told_without_loading_what_it_does_not_need() -> None:
