@@ -21,26 +21,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="only read the configuration")
     arguments = parser.parse_args(argv)
     try:
-        settings = config.load(arguments.config)
+        config.load(arguments.config)
+        if not arguments.check:
+            _serve(arguments)
     except ConfigError as error:
         sys.stderr.write(f"nbagent-api: {error}\n")
         sys.exit(error.exit_status)
-    if arguments.check:
-        return
-    _serve(settings, arguments)
 
 
-def _serve(settings: config.Config, arguments: argparse.Namespace) -> None:
+def _serve(arguments: argparse.Namespace) -> None:
     # Only now: a refused configuration is told in a tenth of the time.
+    from flask import Flask
+
     from nbagent.api import app, server
 
+    def make_app(settings: config.Config) -> Flask:
+        client = control.ControlClient(arguments.control, server.claim_deadline_s(settings))
+        return app.create_app(settings, client, arguments.token)
+
     server.configure_logging()
-    client = control.ControlClient(arguments.control, server.claim_deadline_s(settings))
-    server.Server(
-        settings,
-        lambda: app.create_app(settings, client, arguments.token),
-        arguments.bind or server.DEFAULT_ADDRESS,
-    ).run()
+    address = arguments.bind or server.DEFAULT_ADDRESS
+    server.Server(lambda: config.load(arguments.config), make_app, address).run()
 
 
 if __name__ == "__main__":

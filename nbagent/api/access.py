@@ -23,7 +23,7 @@ from pathlib import Path
 
 from werkzeug.wrappers import Request
 
-from nbagent.api.hosts import host_of, is_address, machine_names, origin_of
+from nbagent.api.hosts import host_of, is_address, machine_names, origin_of, plain_address
 from nbagent.config import Config, Network
 from nbagent.errors import Forbidden, Unauthenticated
 
@@ -128,11 +128,10 @@ class Access:
 def is_trusted(peer: str, networks: Iterable[Network]) -> bool:
     """Whether the address `peer` is in one of `networks`; an IPv4-mapped one counts as IPv4."""
     try:
-        address = ipaddress.ip_address(peer)
+        address = ipaddress.ip_address(plain_address(peer))
     except ValueError:
         return False
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return any((mapped or address) in network for network in networks)
+    return any(address in network for network in networks)
 
 
 def _bearer_token(request: Request) -> str | None:

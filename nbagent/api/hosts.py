@@ -34,6 +34,15 @@ def is_address(host: str) -> bool:
     return True
 
 
+def plain_address(peer: str) -> str:
+    """A peer's address as people write it: IPv4 where a dual-stack socket says ::ffff:."""
+    try:
+        mapped = ipaddress.IPv6Address(peer).ipv4_mapped
+    except ValueError:
+        return peer
+    return peer if mapped is None else str(mapped)
+
+
 def origin_of(url: str) -> str | None:
     """The origin of a URL, such as a Referer's, or None when it has none."""
     try:

@@ -13,6 +13,7 @@ from typing import Any
 from flask import Response
 
 from nbagent.api import answers, metrics, openapi
+from nbagent.api.hosts import plain_address
 from nbagent.api.table import Call, Route, Service
 from nbagent.errors import (
     Draining,
@@ -31,9 +32,8 @@ from nbagent.model import CLAIM_FIELDS, UPDATE_FIELDS
 
 
 def _claim(service: Service, call: Call) -> Any:
-    claim = service.client.call(
-        "claim", options=call.options, key=call.key, client=call.request.remote_addr or "unknown"
-    )
+    client = plain_address(call.request.remote_addr or "unknown")
+    claim = service.client.call("claim", options=call.options, key=call.key, client=client)
     front = answers.front(service.config.router, call.request.headers.get("Host", ""))
     return claim | {"url": answers.claim_url(front, claim)}
 

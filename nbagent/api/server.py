@@ -16,6 +16,7 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -28,6 +29,7 @@ from gunicorn.glogging import Logger
 from gunicorn.workers.gthread import ThreadWorker
 
 from nbagent.config import Config
+from nbagent.errors import ConfigError
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 READ_TIMEOUT_S = 10.0
@@ -36,6 +38,7 @@ LINGER_S = 2.0
 LINGER_MAX_BYTES = 32 << 20
 # A deep link of 2,000 characters may be three times as long when percent-encoded.
 REQUEST_LINE_MAX_BYTES = 8190
+_LOG = logging.getLogger(__name__)
 
 
 def claim_deadline_s(config: Config) -> float:
@@ -44,13 +47,33 @@ def claim_deadline_s(config: Config) -> float:
 
 
 class Server(BaseApplication):  # type: ignore[misc]
-    """The API under gunicorn's arbiter. `make_app` runs once, before the workers are forked."""
+    """The API under gunicorn's arbiter.
 
-    def __init__(self, config: Config, make_app: Callable[[], Flask], address: str = DEFAULT_ADDRESS) -> None:
-        self.config = config
+    `make_app` runs in the arbiter, before the workers are forked, so that they share its memory;
+    and again at each reload. `read_config` raises ConfigError.
+    """
+
+    def __init__(
+        self,
+        read_config: Callable[[], Config],
+        make_app: Callable[[Config], Flask],
+        address: str = DEFAULT_ADDRESS,
+    ) -> None:
+        self.read_config = read_config
+        self.config = read_config()
         self.make_app = make_app
         self.address = address
         super().__init__(prog="nbagent-api")
+
+    def reload(self) -> None:
+        """Called by gunicorn at SIGHUP. A configuration that is refused changes nothing."""
+        try:
+            self.config = self.read_config()
+        except ConfigError as error:
+            _LOG.error("configuration not reloaded: %s", error)
+        else:
+            self.callable = None
+        super().reload()
 
     def load_config(self) -> None:
         """Sets what differs from gunicorn's defaults; LISTEN_FDS wins over the address."""
@@ -70,6 +93,7 @@ class Server(BaseApplication):  # type: ignore[misc]
             "proc_name": "nbagent-api",
             # Nobody's X-Forwarded-Proto decides what this API believes.
             "forwarded_allow_ips": "",
+            "post_fork": heed_sigterm,
             "pre_request": drop_ambiguous_headers,
             "post_request": discard_body,
         }
@@ -78,7 +102,7 @@ class Server(BaseApplication):  # type: ignore[misc]
 
     def load(self) -> Flask:
         """The WSGI application."""
-        return self.make_app()
+        return self.make_app(self.config)
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -96,6 +120,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Serves one request of a connection; gunicorn takes care of the connection itself."""
         conn.sock.settimeout(READ_TIMEOUT_S)
         return super().handle(conn)
+
+
+def heed_sigterm(arbiter: Any, worker: Any) -> None:
+    """gunicorn's hook in a new worker, which has the arbiter's handlers until it is initialised.
+
+    They would only queue a SIGTERM for an arbiter that the worker is not, and the real arbiter
+    would wait the whole graceful_timeout for it.
+    """
+    signal.signal(signal.SIGTERM, worker.handle_exit)
 
 
 def drop_ambiguous_headers(worker: Any, request: Any) -> None:

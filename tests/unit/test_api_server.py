@@ -26,7 +26,7 @@ class Server:
 
     def __init__(self, folder: Path) -> None:
         (folder / "nbagent.toml").write_text(f'[host]\nlabel = "{LABEL}"\n[api]\nworkers = 1\nthreads = 4\n')
-        self.control = folder / "control.sock"
+        self.folder = folder
         self.stderr = folder / "stderr"
         # As systemd does it: the socket is descriptor 3 and LISTEN_PID the process itself.
         self.listener = socket.create_server(("127.0.0.1", 0))
@@ -34,6 +34,11 @@ class Server:
         self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.notify.bind(str(folder / "notify.sock"))
         self.notify.settimeout(20)
+        self.start()
+
+    def start(self) -> None:
+        """Starts the process and returns when it is ready, as systemd sees it."""
+        folder = self.folder
         activate = (
             "import os, sys; os.dup2(int(sys.argv[1]), 3);"
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
@@ -42,7 +47,7 @@ class Server:
         with self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", activate, str(self.listener.fileno()),
-                 "--config", str(folder / "nbagent.toml"), "--control", str(self.control),
+                 "--config", str(folder / "nbagent.toml"), "--control", str(folder / "control.sock"),
                  "--token", str(folder / "token")],
                 cwd=ROOT, stderr=stderr, pass_fds=[self.listener.fileno()],
                 env=os.environ | {"NOTIFY_SOCKET": str(folder / "notify.sock"), "JOURNAL_STREAM": "1:1"},
@@ -54,6 +59,19 @@ class Server:
         self.process.wait(60)
         self.listener.close()
         self.notify.close()
+
+    def wait_for(self, path: str, found: str) -> None:
+        """Returns when the answer to a GET of `path` holds `found`."""
+        deadline_s = time.monotonic() + 20
+        while found not in (answer := self.raw(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")):
+            assert time.monotonic() < deadline_s, answer
+            time.sleep(0.05)
+
+    def raw(self, request: str) -> str:
+        with self.connect() as connection:
+            connection.sendall(request.replace("\r\n\r\n", "\r\nConnection: close\r\n\r\n").encode())
+            with connection.makefile("rb") as answer:
+                return answer.read().decode()
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), 20)
@@ -169,6 +187,41 @@ def test_a_killed_worker_is_replaced(server: Server) -> None:
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGTERM)
     assert server.ask(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
+
+
+def test_a_reload_reads_the_configuration_and_a_refused_one_changes_nothing(tmp_path: Path) -> None:
+    with FakeSupervisor(tmp_path / "control.sock"):
+        server = Server(tmp_path)
+        settings = tmp_path / "nbagent.toml"
+        try:
+            server.wait_for("/slots/x", f"label is {LABEL}")
+            settings.write_text('[host]\nlabel = "c08"\n')
+            server.process.send_signal(signal.SIGHUP)
+            server.wait_for("/slots/x", "label is c08")
+            settings.write_text('[host]\nlable = "c09"\n')
+            server.process.send_signal(signal.SIGHUP)
+            while "not reloaded" not in server.stderr.read_text():
+                time.sleep(0.05)
+            server.wait_for("/slots/x", "label is c08")
+        finally:
+            server.close()
+    lines = server.stderr.read_text().splitlines()
+    # gunicorn may add that a worker was ended before it had begun.
+    assert lines[0].startswith("<3>configuration not reloaded: ")
+
+
+def test_a_restart_leaves_callers_waiting_but_answered(tmp_path: Path) -> None:
+    with FakeSupervisor(tmp_path / "control.sock"):
+        server = Server(tmp_path)
+        try:
+            server.process.terminate()
+            with server.connect() as connection:
+                connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                server.process.wait(60)
+                server.start()
+                assert connection.recv(4096).startswith(b"HTTP/1.1 200 OK")
+        finally:
+            server.close()
 
 
 def test_a_refused_configuration_ends_with_its_own_status(tmp_path: Path) -> None:
