@@ -30,6 +30,8 @@ from nbagent.image import ids
 from nbagent.image.tree import NotInTree, Parts, Tree
 
 _CHUNK_BYTES = 1 << 20
+# tarfile copies what is left of its buffer on each read: with one of 1 MiB, half the time of unpacking.
+_TAR_BUFFER_BYTES = 1 << 15
 _ZSTD_MAGIC, _XZ_MAGIC, _GZIP_MAGIC = b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"\x1f\x8b"
 
 
@@ -169,7 +171,7 @@ class _Extraction:
         self._directories: dict[Parts, tarfile.TarInfo | None] = {}
 
     def run(self, stream: _Metered) -> None:
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=_CHUNK_BYTES, tarinfo=_Entry) as tar:
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BUFFER_BYTES, tarinfo=_Entry) as tar:
             while (info := tar.next()) is not None:
                 # It would remember every entry, and a million of them is a gigabyte. typeshed does not know
                 # `members`.
