@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol, Self
+from typing import IO, Protocol
 
 from nbagent.errors import ImageInvalid
 from nbagent.image import ids
@@ -32,6 +32,7 @@ from nbagent.image.tree import NotInTree, Parts, Tree
 _CHUNK_BYTES = 1 << 20
 # tarfile copies what is left of its buffer on each read: with one of 1 MiB, half the time of unpacking.
 _TAR_BUFFER_BYTES = 1 << 15
+_HEADERS_MAX_BYTES = 1 << 20
 _ZSTD_MAGIC, _XZ_MAGIC, _GZIP_MAGIC = b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"\x1f\x8b"
 
 
@@ -60,7 +61,8 @@ def extract(archive_fd: int, root: Path, id_base: int, limits: Limits, chown: Ch
         with _decompressed(archive_fd) as packed, Tree(root) as tree:
             stream = _Metered(packed, limits.unpacked_bytes)
             _Extraction(tree, id_base, limits, chown).run(stream)
-    except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    # Python's gzip calls a broken file an OSError; extended headers upon extended headers are a recursion.
+    except (gzip.BadGzipFile, tarfile.TarError, EOFError, RecursionError, zlib.error, lzma.LZMAError) as error:
         raise ImageInvalid(f"not a readable archive: {error}") from error
 
 
@@ -121,15 +123,24 @@ class _Readable(Protocol):
 
 
 class _Metered(io.RawIOBase):
-    """A stream that is read up to a limit and knows how many bytes it gave, and how many zeros came last."""
+    """A stream that is read up to a limit and knows how many bytes it gave, and how many zeros came last.
+
+    `allowance_bytes`, where it is not None, is how much may still be read for now.
+    """
 
     def __init__(self, stream: _Readable, limit_bytes: int) -> None:
         self._stream, self._limit_bytes = stream, limit_bytes
         self.read_bytes = 0
         self.trailing_zeros = 0
+        # tarfile reads the first header already when it opens the archive.
+        self.allowance_bytes: int | None = _HEADERS_MAX_BYTES
 
     def read(self, size: int = _CHUNK_BYTES, /) -> bytes:
         chunk = self._stream.read(size)
+        if self.allowance_bytes is not None:
+            self.allowance_bytes -= len(chunk)
+            if self.allowance_bytes < 0:
+                raise ImageInvalid("the archive has an extended header of an absurd size")
         self.read_bytes += len(chunk)
         if self.read_bytes > self._limit_bytes:
             raise ImageInvalid(f"the archive is larger than {self._limit_bytes} bytes when unpacked")
@@ -142,26 +153,6 @@ class _Metered(io.RawIOBase):
             pass
 
 
-class _Entry(tarfile.TarInfo):
-    """An entry whose extended header is of a sane size: tarfile reads those into memory whole."""
-
-    _EXTENDED = (
-        tarfile.XHDTYPE,
-        tarfile.XGLTYPE,
-        tarfile.SOLARIS_XHDTYPE,
-        tarfile.GNUTYPE_LONGNAME,
-        tarfile.GNUTYPE_LONGLINK,
-    )
-    _EXTENDED_MAX_BYTES = 1 << 20
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        info = super().frombuf(buf, encoding, errors)
-        if info.type in cls._EXTENDED and info.size > cls._EXTENDED_MAX_BYTES:
-            raise ImageInvalid(f"the archive has an extended header of {info.size} bytes")
-        return info
-
-
 class _Extraction:
     def __init__(self, tree: Tree, id_base: int, limits: Limits, chown: Chown) -> None:
         self._tree, self._id_base, self._limits, self._chown = tree, id_base, limits, chown
@@ -171,10 +162,9 @@ class _Extraction:
         self._directories: dict[Parts, tarfile.TarInfo | None] = {}
 
     def run(self, stream: _Metered) -> None:
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BUFFER_BYTES, tarinfo=_Entry) as tar:
-            while (info := tar.next()) is not None:
-                # It would remember every entry, and a million of them is a gigabyte. typeshed does not know
-                # `members`.
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BUFFER_BYTES) as tar:
+            while (info := self._next(tar, stream)) is not None:
+                # It would remember every entry, and a million of them is a gigabyte.
                 tar.members.clear()  # type: ignore[attr-defined]
                 self._add(tar, info)
             end = tar.offset
@@ -183,6 +173,14 @@ class _Extraction:
         if stream.read_bytes < end + tarfile.BLOCKSIZE or stream.trailing_zeros < stream.read_bytes - end:
             raise ImageInvalid("not a readable archive: it is damaged or ends too early")
         self._finish_directories()
+
+    def _next(self, tar: tarfile.TarFile, stream: _Metered) -> tarfile.TarInfo | None:
+        """The next entry. tarfile takes extended headers into memory whole, whatever size they claim."""
+        stream.allowance_bytes = _HEADERS_MAX_BYTES
+        try:
+            return tar.next()
+        finally:
+            stream.allowance_bytes = None
 
     def _add(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
         parts = _parts(info.name)

@@ -329,8 +329,17 @@ def test_a_huge_extended_header_is_refused_before_it_is_read(store: ImageStore) 
     header = tarfile.TarInfo("x")
     header.type, header.size = tarfile.XHDTYPE, 1 << 40
     path = store.path.parent / "bomb.tar"
-    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(4 << 20))
     with pytest.raises(ImageInvalid, match="extended header"):
+        store.add(path, "minimal")
+
+
+def test_extended_headers_upon_extended_headers_are_refused(store: ImageStore) -> None:
+    header = tarfile.TarInfo("x")
+    header.type = tarfile.XHDTYPE
+    path = store.path.parent / "deep.tar"
+    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT) * 1900 + bytes(1024))
+    with pytest.raises(ImageInvalid):
         store.add(path, "minimal")
 
 
