@@ -62,7 +62,14 @@ def extract(archive_fd: int, root: Path, id_base: int, limits: Limits, chown: Ch
             stream = _Metered(packed, limits.unpacked_bytes)
             _Extraction(tree, id_base, limits, chown).run(stream)
     # Python's gzip calls a broken file an OSError; extended headers upon extended headers are a recursion.
-    except (gzip.BadGzipFile, tarfile.TarError, EOFError, RecursionError, zlib.error, lzma.LZMAError) as error:
+    except (
+        gzip.BadGzipFile,
+        tarfile.TarError,
+        EOFError,
+        RecursionError,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:
         raise ImageInvalid(f"not a readable archive: {error}") from error
 
 
