@@ -83,19 +83,15 @@ def _healthz(service: Service, call: Call) -> Any:
 
 def _readyz(service: Service, call: Call) -> Any:
     stats = service.probe.call("stats")
-    error: NbagentError | None = None
-    reasons = []
-    if stats["available"] <= 0:
-        reasons.append(f"no slot is available; capacity is {stats['capacity']}")
-        error = Full("; ".join(reasons), reasons=reasons, retry_after_s=5)
-    if stats["draining"]:
-        reasons.append("the host is draining")
-        error = Draining("; ".join(reasons), reasons=reasons, retry_after_s=30)
+    reasons: dict[type[NbagentError], str] = {}
     if not stats["ready"]:
-        reasons.append("the supervisor is not ready yet")
-        error = SupervisorUnavailable("; ".join(reasons), reasons=reasons, retry_after_s=2)
-    if error is not None:
-        raise error
+        reasons[StartFailed] = f"the image {stats['container_image']} is missing or does not start"
+    if stats["draining"]:
+        reasons[Draining] = "the host is draining"
+    elif stats["available"] <= 0:
+        reasons[Full] = f"no slot is available; capacity is {stats['capacity']}"
+    for kind in reasons:  # the first is the hardest to mend, and names the problem
+        raise kind("; ".join(reasons.values()), reasons=list(reasons.values()), retry_after_s=5)
     return {"ready": True, "available": stats["available"]}
 
 
@@ -139,7 +135,7 @@ ROUTES: tuple[Route, ...] = (
     Route("GET", "/healthz", "healthz", "The API and the supervisor answer", _healthz, "Health",
           is_open=True),
     Route("GET", "/readyz", "readyz", "A claim would be answered now", _readyz, "Ready", is_open=True,
-          problems=(SupervisorUnavailable, Full, Draining)),
+          problems=(SupervisorUnavailable, Full, Draining, StartFailed)),
     Route("GET", "/openapi.json", "openapi", "This description", _openapi, "OpenApi", is_open=True,
           problems=()),
 )

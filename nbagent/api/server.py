@@ -34,6 +34,7 @@ from nbagent.errors import ConfigError
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 READ_TIMEOUT_S = 10.0
 KEEPALIVE_S = 30
+LAST_READ_S = 0.3
 LINGER_S = 2.0
 LINGER_MAX_BYTES = 32 << 20
 # A deep link of 2,000 characters may be three times as long when percent-encoded.
@@ -106,29 +107,44 @@ class Server(BaseApplication):  # type: ignore[misc]
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """gunicorn's threaded worker with an end to waiting for a caller, and to accepting."""
+    """gunicorn's threaded worker with an end to waiting for a caller, and a gentle end of its own."""
 
-    def accept(self, server: Any, listener: Any) -> None:
-        """Takes a connection unless told to stop: then its successor finds it in the backlog.
-
-        gunicorn notices the end up to a second late, and 23 drops what it accepted until then.
-        """
-        if self.alive:
-            super().accept(server, listener)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ends_s: float | None = None
 
     def handle(self, conn: Any) -> Any:
         """Serves one request of a connection; gunicorn takes care of the connection itself."""
         conn.sock.settimeout(READ_TIMEOUT_S)
         return super().handle(conn)
 
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """SIGTERM: accepts nothing more, but reads what was accepted, which gunicorn 23 drops."""
+        self._ends_s = time.monotonic() + LAST_READ_S
+
+    def accept(self, server: Any, listener: Any) -> None:
+        """Takes a connection unless told to stop: then a successor finds it in the backlog."""
+        if self._ends_s is None:
+            super().accept(server, listener)
+        else:
+            self.poller.unregister(listener)
+
+    def notify(self) -> None:
+        """Called by gunicorn in each turn of the worker's loop, at least once a second."""
+        super().notify()
+        if self._ends_s is not None and time.monotonic() > self._ends_s:
+            self.alive = False
+
 
 def heed_sigterm(arbiter: Any, worker: Any) -> None:
     """gunicorn's hook in a new worker, which has the arbiter's handlers until it is initialised.
 
-    They would only queue a SIGTERM for an arbiter that the worker is not, and the real arbiter
-    would wait the whole graceful_timeout for it.
+    They only queue a SIGTERM for an arbiter that the worker is not, and the real arbiter would
+    wait the whole graceful_timeout for it.
     """
     signal.signal(signal.SIGTERM, worker.handle_exit)
+    if signal.SIGTERM in arbiter.SIG_QUEUE:
+        worker.handle_exit(signal.SIGTERM, None)
 
 
 def drop_ambiguous_headers(worker: Any, request: Any) -> None:
@@ -171,6 +187,7 @@ class JournalLogger(Logger):  # type: ignore[misc]
         super().setup(cfg)
         for handler in self.error_log.handlers:
             handler.setFormatter(JournalFormatter())
+            handler.addFilter(_is_news)
 
     def exception(self, msg: str, *args: Any, **kwargs: Any) -> None:
         """A bug is an error; a caller that sent nothing for READ_TIMEOUT_S is none of ours."""
@@ -178,6 +195,12 @@ class JournalLogger(Logger):  # type: ignore[misc]
             self.debug("connection closed: its caller was silent for %s s", READ_TIMEOUT_S)
         else:
             super().exception(msg, *args, **kwargs)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    # A worker that SIGTERM meets before it heeds it was told so by the arbiter, which then warns
+    # of its own doing; gunicorn 20 in the first words, 23 in the second.
+    return not record.getMessage().endswith(("due to signal 15", "was sent SIGTERM!"))
 
 
 def configure_logging() -> None:

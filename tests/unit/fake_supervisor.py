@@ -139,8 +139,10 @@ class FakeSupervisor:
         counters = ("claims", "claims_refused", "starts", "start_failures", "released", "died",
                     "oom_kills", "culled_idle", "culled_age")
         return {
-            "version": "0.1.0", "label": LABEL, "available": self.capacity - len(self.slots),
-            "capacity": self.capacity, "warm": 2, "starting": 1, "claimed": len(self.slots), "stopping": 0,
+            "version": "0.1.0", "label": LABEL,
+            "available": 0 if self.draining else self.capacity - len(self.slots),
+            "capacity": self.capacity,
+            "warm": 2, "starting": 1, "claimed": len(self.slots), "stopping": 0,
             "draining": self.draining, "ready": self.ready, "container_image": "minimal",
             "memory_available_bytes": 8 << 30, "free_percent": 90,
             "pools": {"minimal": {"wanted": 2, "warm": 2, "starting": 1, "failures": 0}},

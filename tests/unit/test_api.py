@@ -150,12 +150,16 @@ def test_readyz_gives_every_reason_why_a_claim_would_be_refused(
     supervisor: FakeSupervisor, api: FlaskClient
 ) -> None:
     assert api.get("/readyz").json == {"ready": True, "available": 1000}
-    supervisor.capacity, supervisor.draining = 0, True
+    supervisor.capacity = 0
+    assert api.get("/readyz").json["type"] == "urn:nbagent:problem:full"
+    supervisor.draining = True
     answer = api.get("/readyz")
     assert (answer.status_code, answer.json["type"]) == (503, "urn:nbagent:problem:draining")
-    assert len(answer.json["reasons"]) == 2
+    assert answer.json["reasons"] == ["the host is draining"]
     supervisor.ready = False
-    assert api.get("/readyz").json["type"] == "urn:nbagent:problem:supervisor-unavailable"
+    answer = api.get("/readyz")
+    assert (answer.json["type"], len(answer.json["reasons"])) == ("urn:nbagent:problem:start-failed", 2)
+    assert answer.headers["Retry-After"]
 
 
 def test_metrics_are_prometheus_text_of_the_stats(api: FlaskClient) -> None:
