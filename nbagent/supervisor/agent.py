@@ -155,7 +155,7 @@ class Agent:
             live = reattach(slot) if slot is not None and settled and slot.scope in scopes else None
             scopes.discard(f"nbagent-{name}.scope")
             if live is None:
-                await self.systemd.stop(f"nbagent-{name}.scope")
+                await self.systemd.stop(f"nbagent-{name}.scope", at_once=True)
                 self.records.remove(name)
                 emit(Event.SLOT_REMOVED, slot=name, text="half made" if slot else "its file is broken")
                 continue
@@ -168,7 +168,7 @@ class Agent:
                 self.keys[live.slot.key] = (live.slot.fingerprint or "", self._spawn(_value(live.slot)))
             emit(Event.SLOT_ADOPTED, slot=name, state=live.slot.state.value)
         for scope in scopes:
-            await self.systemd.stop(scope)
+            await self.systemd.stop(scope, at_once=True)
             emit(Event.SLOT_REMOVED, slot=scope.removeprefix("nbagent-").removesuffix(".scope"), text="no file")
         return len(self.slots)
 
@@ -342,7 +342,7 @@ class Agent:
     async def _clean(self, live: Live) -> None:
         slot = live.slot
         try:
-            await self.systemd.stop(slot.scope)
+            await self.systemd.stop(slot.scope, at_once=slot.claimed_s is None)
         except OSError as error:
             # The next start of the agent tries again; until then the slot counts as stopping.
             emit(Event.SLOT_REMOVED, slot=slot.id, text=f"not stopped: {error}")
@@ -425,7 +425,10 @@ class Agent:
         if state.warm:
             return state.warm.popleft()
         host = self._host()
-        coming = self._count(SlotState.STARTING, image) - sum(not claim.done() for claim in state.waiting)
+        # A slot on its way in may be this claim's, one on its way out makes room for it.
+        ending = self._count(SlotState.STOPPING) + self._count(SlotState.FAILED)
+        queued = sum(not claim.done() for claim in state.waiting)
+        coming = self._count(SlotState.STARTING, image) + ending - queued
         if admission.room(host) == 0 and coming <= 0:
             raise Full(f"no slot is free: {admission.obstacle(host)}", retry_after_s=self._retry_after_s())
         waiter: asyncio.Future[Live] = asyncio.get_running_loop().create_future()

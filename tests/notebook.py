@@ -1,0 +1,128 @@
+"""A person at a notebook, for tests: opens the claim's address through the router, runs cells, reads results.
+
+Speaks Jupyter's REST API and its kernels' websocket, as JupyterLab in a browser does; python3-websocket is the client.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import websocket
+from product import ROUTER_PORT, Api
+
+from hosts import Host
+
+
+@dataclass
+class Result:
+    """What a cell said."""
+
+    status: str = ""
+    text: str = ""
+    stream: str = ""
+    error: str = ""
+    data: dict[str, Any] = field(default_factory=dict)
+
+
+class Notebook:
+    """One claimed slot, through the router; `token` and paths are the claim's."""
+
+    def __init__(self, host: Host, claim: dict[str, Any]) -> None:
+        self.host, self.slot, self.token = host, claim["slot"], claim["token"]
+        self.base = f"/user/{self.slot}/"
+        self.router = Api(host, ROUTER_PORT)
+        self.headers = {"Authorization": f"token {self.token}"}
+
+    def get(self, path: str) -> Any:
+        """GET below the slot, with the token; the answer's JSON."""
+        answer = self.router.call("GET", self.base + path, headers=self.headers)
+        assert answer.status == 200, (answer.status, answer.body[:500])
+        return answer.json()
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """POST below the slot, with the token."""
+        answer = self.router.call("POST", self.base + path, body or {}, self.headers)
+        assert answer.status in (200, 201, 204), (answer.status, answer.body[:500])
+        return answer.json() if answer.body else None
+
+    def kernel(self) -> Kernel:
+        """A new kernel with an open websocket to it."""
+        return Kernel(self, self.post("api/kernels")["id"])
+
+    def run(self, code: str, timeout: float = 60) -> Result:
+        """Runs a cell in a kernel of its own, and ends the kernel."""
+        kernel = self.kernel()
+        try:
+            return kernel.run(code, timeout)
+        finally:
+            kernel.end()
+
+
+class Kernel:
+    """One kernel's websocket."""
+
+    def __init__(self, notebook: Notebook, kernel_id: str) -> None:
+        self.notebook, self.id = notebook, kernel_id
+        self.session = uuid.uuid4().hex
+        self.socket = websocket.create_connection(
+            f"ws://127.0.0.1:{ROUTER_PORT}{notebook.base}api/kernels/{kernel_id}/channels?session_id={self.session}",
+            socket=notebook.host.connect(ROUTER_PORT),
+            header=[f"Authorization: token {notebook.token}"],
+            timeout=60,
+        )
+
+    def send(self, code: str) -> str:
+        """Sends a cell; returns its message id."""
+        message_id = uuid.uuid4().hex
+        header = {"msg_id": message_id, "msg_type": "execute_request", "username": "", "session": self.session,
+                  "version": "5.3", "date": ""}
+        content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
+        message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
+        self.socket.send(json.dumps(message))
+        return message_id
+
+    def result(self, message_id: str, timeout: float = 60) -> Result:
+        """The result of a cell; raises TimeoutError when it does not come."""
+        result, deadline = Result(), time.monotonic() + timeout
+        idle = False
+        while not (idle and result.status):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(f"no result after {timeout} s; so far {result}")
+            self.socket.settimeout(left)
+            try:
+                message = json.loads(self.socket.recv())
+            except websocket.WebSocketTimeoutException:
+                continue
+            if message["parent_header"].get("msg_id") != message_id:
+                continue
+            kind, content = message["header"]["msg_type"], message["content"]
+            if kind == "execute_reply":
+                result.status = content["status"]
+            elif kind == "status":
+                idle = content["execution_state"] == "idle"
+            elif kind == "stream":
+                result.stream += content["text"]
+            elif kind in ("execute_result", "display_data"):
+                result.data |= content["data"]
+                result.text = content["data"].get("text/plain", result.text)
+            elif kind == "error":
+                result.error = f"{content['ename']}: {content['evalue']}"
+        return result
+
+    def run(self, code: str, timeout: float = 60) -> Result:
+        """Runs a cell."""
+        return self.result(self.send(code), timeout)
+
+    def close(self) -> None:
+        """Closes the websocket, as a closed browser tab does; the kernel goes on."""
+        self.socket.close()
+
+    def end(self) -> None:
+        """Shuts the kernel down."""
+        self.close()
+        self.notebook.router.call("DELETE", f"{self.notebook.base}api/kernels/{self.id}", headers=self.notebook.headers)
