@@ -45,8 +45,8 @@ def send(connection: socket.socket, document: dict[str, Any]) -> None:
 
 
 def receive(connection: socket.socket) -> dict[str, Any]:
-    """Receives one answer. Raises EOFError when the other side closed without one."""
-    payload, fds, _, _ = socket.recv_fds(connection, PACKET_MAX_BYTES, 1)
+    """Receives one answer. Raises EOFError when there is none, ValueError when it is not one."""
+    payload, fds, _, _ = socket.recv_fds(connection, PACKET_MAX_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
     if fds:
         with open(fds[0], "rb") as large:
             large.seek(0)
@@ -54,7 +54,8 @@ def receive(connection: socket.socket) -> dict[str, Any]:
     if not payload:
         raise EOFError("the supervisor closed the connection")
     document = json.loads(payload)
-    assert isinstance(document, dict)
+    if not isinstance(document, dict):
+        raise ValueError("the supervisor's answer is no object")
     return document
 
 
@@ -76,7 +77,7 @@ class ControlClient:
                 connection.connect(str(self.path))
                 send(connection, {"op": op, "args": args})
                 answer = receive(connection)
-            except (OSError, EOFError) as error:
+            except (OSError, EOFError, ValueError) as error:
                 raise SupervisorUnavailable(
                     f"the supervisor does not answer on {self.path}: {error}", retry_after_s=2
                 ) from error

@@ -187,4 +187,7 @@ def _tree(root: type[NbagentError]) -> dict[str, type[NbagentError]]:
 def from_wire(document: Mapping[str, Any]) -> NbagentError:
     """The exception that `to_wire` described; an unknown code becomes a plain NbagentError."""
     kind = _tree(NbagentError).get(str(document.get("code")), NbagentError)
-    return kind(str(document.get("message", "")), **document.get("details", {}))
+    details = document.get("details")
+    facts = {str(name): value for name, value in details.items()} if isinstance(details, Mapping) else {}
+    facts.pop("message", None)
+    return kind(str(document.get("message", "")), **facts)

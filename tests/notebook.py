@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import websocket
-from product import ROUTER_PORT, Api
 
 from hosts import Host
+from product import ROUTER_PORT, Api
 
 
 @dataclass

@@ -142,7 +142,7 @@ def _guarded(control: socket.socket, action: Any) -> NoReturn:
         report = {"step": str(failed), "errno": getattr(cause, "errno", 0) or 0, "text": str(cause)}
     except OSError as error:
         report = {"step": "exec", "errno": error.errno or 0, "text": str(error)}
-    except BaseException as error:  # noqa: B902 - the process ends here; nothing may be lost
+    except BaseException as error:  # the process ends here; nothing may be lost
         report = {"step": "launch", "errno": 0, "text": repr(error)}
     with contextlib.suppress(OSError):
         control.send(json.dumps({"failed": report}).encode())

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-import shutil
 import socket
 from dataclasses import dataclass
 from typing import Protocol, Tuple

@@ -85,7 +85,13 @@ class Agent:
     """The slots of one host."""
 
     def __init__(
-        self, config: Config, systemd: Systemd, store: ImageStore, launcher: Launcher, records: Records, drain_file: Path
+        self,
+        config: Config,
+        systemd: Systemd,
+        store: ImageStore,
+        launcher: Launcher,
+        records: Records,
+        drain_file: Path,
     ) -> None:
         self.config = config
         self.systemd = systemd
@@ -561,7 +567,7 @@ class Agent:
     # -- helpers -------------------------------------------------------------------------------
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
-        task = asyncio.ensure_future(work)
+        task: asyncio.Task[Any] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

@@ -119,8 +119,9 @@ def _request(payload: bytes) -> dict[str, Any]:
         request = json.loads(payload)
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"the request is not JSON: {error}") from None
-    shape = isinstance(request, dict) and isinstance(request.get("op"), str)
-    if not shape or not isinstance(request.get("args"), dict):
+    if not isinstance(request, dict):
+        raise BadRequest("a request is an object")
+    if not isinstance(request.get("op"), str) or not isinstance(request.get("args"), dict):
         raise BadRequest('a request is {"op": str, "args": {...}}')
     options, key = request["args"].get("options", {}), request["args"].get("key")
     if not isinstance(options, dict) or not isinstance(key, (str, type(None))):

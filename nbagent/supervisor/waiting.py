@@ -9,7 +9,12 @@ async def readable(fd: int) -> None:
     """Returns when `fd` can be read, or has ended; for a pidfd, when its process has."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
-    loop.add_reader(fd, lambda: ready.done() or ready.set_result(None))
+
+    def wake() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(fd, wake)
     try:
         await ready
     finally:

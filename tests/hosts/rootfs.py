@@ -76,7 +76,7 @@ systemctl --root="$1" mask --quiet apt-daily.timer apt-daily-upgrade.timer dpkg-
     e2scrub_reap.service fstrim.timer man-db.timer systemd-tmpfiles-clean.timer
 # Ours are nbagent-router.service and the gateway; the distribution's would only take their ports.
 systemctl --root="$1" disable --quiet nginx.service haproxy.service
-"""  # noqa: E501
+"""
 ROLE_SETUP = {
     "nspawn": r"""
 # The last four would mount the machine's own debugfs, tracefs and huge pages into the host.

@@ -82,8 +82,10 @@ def test_tokens_are_long_and_url_safe():
 
 
 def test_options_are_typed_from_a_query_string_and_from_json_alike():
-    from_json = parse_options({"memory": 1 << 29, "cpu_weight": 50, "ttl": 60, "cpu_quota": "1/4"}, CLAIM_FIELDS, BOUNDS)
-    from_query = parse_options({"memory": "512M", "cpu_weight": "50", "ttl": "1min", "cpu_quota": "50%"}, CLAIM_FIELDS, BOUNDS)
+    json = {"memory": 1 << 29, "cpu_weight": 50, "ttl": 60, "cpu_quota": "1/4"}
+    query = {"memory": "512M", "cpu_weight": "50", "ttl": "1min", "cpu_quota": "50%"}
+    from_json = parse_options(json, CLAIM_FIELDS, BOUNDS)
+    from_query = parse_options(query, CLAIM_FIELDS, BOUNDS)
     assert from_json == from_query
     assert from_json.limits(Limits(1, 1, None, 9)) == Limits(1 << 29, 50, 0.5, 9)
 
@@ -109,5 +111,5 @@ def test_a_bad_option_names_its_field_and_what_would_be_right(field, value):
 
 
 def test_an_unknown_option_names_the_known_ones():
-    with pytest.raises(InvalidField, match="unknown field 'mem'.*memory"):
+    with pytest.raises(InvalidField, match=r"unknown field 'mem'.*memory"):
         parse_options({"mem": "1G"}, CLAIM_FIELDS, BOUNDS)

@@ -8,7 +8,8 @@ from nbagent.policy.pool import Pool, Retire, Warm, decide
 
 GIB = 1 << 30
 HOST = admission.Host(
-    capacity=10, live=0, starting=0, starts_max=4, memory_available_bytes=8 * GIB, memory_reserve_bytes=GIB, draining=False
+    capacity=10, live=0, starting=0, starts_max=4,
+    memory_available_bytes=8 * GIB, memory_reserve_bytes=GIB, draining=False,
 )
 
 
@@ -45,8 +46,10 @@ def test_never_above_capacity():
 
 def test_never_above_memory_and_what_starts_counts():
     enough_for_two = GIB + 2 * admission.START_MEMORY_BYTES
-    assert len(decide([make_pool(wanted=9)], host(memory_available_bytes=enough_for_two), 100).start) == 2
-    assert len(decide([make_pool(wanted=9, starting=1)], host(memory_available_bytes=enough_for_two, starting=1), 100).start) == 1
+    quiet = host(memory_available_bytes=enough_for_two)
+    one_starting = dataclasses.replace(quiet, starting=1)
+    assert len(decide([make_pool(wanted=9)], quiet, 100).start) == 2
+    assert len(decide([make_pool(wanted=9, starting=1)], one_starting, 100).start) == 1
     assert decide([make_pool()], host(memory_available_bytes=GIB // 2), 100).start == ()
 
 
@@ -74,7 +77,8 @@ def test_a_stale_slot_serves_until_fresh_ones_are_there():
 def test_a_slot_that_waited_too_long_is_replaced_then_retired():
     aged = fresh("aged", age_s=101)
     assert decide([make_pool([aged, fresh("a")])], HOST, 100) == pool.Decision(("minimal",), ())
-    assert decide([make_pool([aged, fresh("a"), fresh("b")])], HOST, 100).retire == (Retire("aged", "it waited too long"),)
+    decision = decide([make_pool([aged, fresh("a"), fresh("b")])], HOST, 100)
+    assert decision.retire == (Retire("aged", "it waited too long"),)
 
 
 def test_without_room_a_stale_slot_makes_room_for_its_replacement():
