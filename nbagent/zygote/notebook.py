@@ -22,6 +22,10 @@ import sys
 from typing import Any, Dict
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+# jsonschema imports it if it is there, to check the formats iri and iri-reference, which no schema of
+# the server uses; it compiles a grammar on import, two thirds of a start's processor time and 15 MiB.
+# jsonschema then does not check these formats. Kernels are processes of their own and not concerned.
+sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from jupyterlab.labapp import LabApp
