@@ -4,7 +4,7 @@ One connection is one request and one answer, each a packet of JSON on a SOCK_SE
 so a request needs no framing and a caller that goes away is seen at once. An answer too large
 for a packet travels as a memfd beside an empty object. The requests:
 
-    {"op": "claim", "args": {"options": {...}, "key": str | null, "client": str}}
+    {"op": "claim", "args": {"options": {...}, "key": str, "client": str}}
     {"op": "slots" | "stats" | "images" | "drain" | "undrain", "args": {}}
     {"op": "slot" | "release", "args": {"id": str}}
     {"op": "update", "args": {"id": str, "options": {...}}}
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import socket
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ SOCKET_PATH = Path("/run/nbagent/control.sock")
 # refused with EMSGSIZE.
 PACKET_MAX_BYTES = 128 * 1024
 REQUEST_MAX_BYTES = 64 * 1024
+# What may be asked again when the supervisor ended before it answered: the socket is systemd's, so
+# the second connection waits until its successor has adopted every slot.
+REPEATABLE = frozenset({"claim", "slots", "slot", "stats", "images", "drain", "undrain"})
+TRIES = 3
+# With a space in it, so no caller's Idempotency-Key is ever one.
+OWN_KEY_PREFIX = "own "
 
 
 def send(connection: socket.socket, document: dict[str, Any]) -> None:
@@ -69,18 +76,29 @@ class ControlClient:
     def call(self, op: str, **args: Any) -> Any:
         """The document that answers `op`.
 
+        A claim without a key gets one of our own, so that asking again never takes two slots.
         Raises the NbagentError that the supervisor raised, or SupervisorUnavailable.
         """
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-            connection.settimeout(self.timeout_s)
+        if op == "claim" and args.get("key") is None:
+            args["key"] = OWN_KEY_PREFIX + secrets.token_hex(16)
+        tries = TRIES if op in REPEATABLE else 1
+        while True:
+            tries -= 1
             try:
-                connection.connect(str(self.path))
-                send(connection, {"op": op, "args": args})
-                answer = receive(connection)
+                answer = self._call_once({"op": op, "args": args})
             except (OSError, EOFError, ValueError) as error:
+                if tries and isinstance(error, (EOFError, ConnectionResetError)):
+                    continue
                 raise SupervisorUnavailable(
                     f"the supervisor does not answer on {self.path}: {error}", retry_after_s=2
                 ) from error
-        if "error" in answer:
-            raise from_wire(answer["error"])
-        return answer["ok"]
+            if "error" in answer:
+                raise from_wire(answer["error"])
+            return answer["ok"]
+
+    def _call_once(self, request: dict[str, Any]) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(self.timeout_s)
+            connection.connect(str(self.path))
+            send(connection, request)
+            return receive(connection)

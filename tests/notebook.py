@@ -75,6 +75,12 @@ class Kernel:
             timeout=60,
         )
 
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def send(self, code: str) -> str:
         """Sends a cell; returns its message id."""
         message_id = uuid.uuid4().hex

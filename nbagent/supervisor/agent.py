@@ -28,6 +28,7 @@ import psutil
 
 import nbagent
 from nbagent.config import Config
+from nbagent.control import OWN_KEY_PREFIX
 from nbagent.errors import (
     Draining,
     Full,
@@ -252,7 +253,9 @@ class Agent:
             self._end(live, Event.SLOT_RETIRED, text="the agent stops while it starts")
             raise
         except (NbagentError, OSError, JobFailed, TimeoutError) as error:
-            self._start_failed(live, state, error)
+            # A slot that was ended while it started has not failed.
+            if live.slot.state is SlotState.STARTING:
+                self._start_failed(live, state, error)
             return
         took_s = now() - began_s
         state.failures, state.not_before_s = 0, 0.0
@@ -360,8 +363,8 @@ class Agent:
         self.records.remove(slot.id)
         live.slot = slot.to(SlotState.GONE)
         del self.slots[slot.id]
-        if slot.key is not None:
-            self.keys.pop(slot.key, None)
+        if slot.key in self.keys:
+            self._forget(slot.key, self.keys[slot.key][1])
         emit(Event.SLOT_GONE, slot=slot.id, age_s=round(now() - slot.created_s))
         if self._image_unused(slot.digest):
             self.refresh_images()
@@ -369,16 +372,16 @@ class Agent:
 
     # -- what callers ask for ------------------------------------------------------------------
 
-    async def claim(self, given: Mapping[str, Any], key: str | None, client: str) -> dict[str, Any]:
-        """Hands out a slot. Raises InvalidField, Draining, Full, StartFailed, IdempotencyMismatch."""
+    async def claim(self, given: Mapping[str, Any], key: str, client: str) -> dict[str, Any]:
+        """Hands out a slot; the same one for the same key, as long as it lives.
+
+        Raises InvalidField, Draining, Full, StartFailed, IdempotencyMismatch.
+        """
         began_s = now()
         try:
             options = parse_options(given, CLAIM_FIELDS, self._bounds())
             image = self._claimed_image(options)
-            if key is None:
-                slot = await self._claim(image, options, None, "", client)
-            else:
-                slot = await self._claim_once(image, options, key, _fingerprint(given), client)
+            slot = await self._claim_once(image, options, key, _fingerprint(given), client)
         except NbagentError as error:
             self.counters.add("claims_refused")
             if isinstance(error, Full):
@@ -389,21 +392,38 @@ class Agent:
 
     async def _claim_once(self, image: str, options: Options, key: str, fingerprint: str, client: str) -> Slot:
         known = self.keys.get(key)
+        if known is not None and self._is_spent(known[1]):
+            known = None
         if known is None:
             task = self._spawn(self._claim(image, options, key, fingerprint, client))
             self.keys[key] = known = (fingerprint, task)
+            task.add_done_callback(lambda claim: self._forget(key, claim))
         if known[0] != fingerprint:
             raise IdempotencyMismatch("this Idempotency-Key was used with other options", field="Idempotency-Key")
-        try:
-            # Shielded: one caller that goes away does not take the slot from the others.
+        if key.startswith(OWN_KEY_PREFIX):
+            # Nobody else knows this key: when its caller goes away, so does the claim.
+            slot = await known[1]
+        else:
+            # One caller that goes away does not take the slot from the next that asks.
             slot = await asyncio.shield(known[1])
-        except NbagentError:
-            self.keys.pop(key, None)
-            raise
         # The slot may have other limits or more time by now.
         return self.slots[slot.id].slot if slot.id in self.slots else slot
 
-    async def _claim(self, image: str, options: Options, key: str | None, fingerprint: str, client: str) -> Slot:
+    def _is_spent(self, claim: asyncio.Task[Slot]) -> bool:
+        """Whether a key's claim has failed, or its slot has ended: then the key may claim anew."""
+        if not claim.done():
+            return False
+        if claim.cancelled() or claim.exception() is not None:
+            return True
+        live = self.slots.get(claim.result().id)
+        return live is None or live.slot.state is not SlotState.CLAIMED
+
+    def _forget(self, key: str, claim: asyncio.Task[Slot]) -> None:
+        """Drops a key whose claim failed, unless it has been claimed with anew."""
+        if self._is_spent(claim) and key in self.keys and self.keys[key][1] is claim:
+            del self.keys[key]
+
+    async def _claim(self, image: str, options: Options, key: str, fingerprint: str, client: str) -> Slot:
         if self.draining:
             raise Draining("the host is draining and hands out no slots", retry_after_s=RETRY_MAX_S)
         live = await self._take(image)
@@ -417,7 +437,7 @@ class Agent:
         live.slot = live.slot.to(
             SlotState.CLAIMED,
             limits=limits, claimed_s=now(), ttl_s=options.ttl_s or self.config.slots.ttl,
-            path=options.path or live.slot.path, key=key, fingerprint=fingerprint or None,
+            path=options.path or live.slot.path, key=key, fingerprint=fingerprint,
         )
         self.records.save(live.slot)
         self.counters.add("claims")

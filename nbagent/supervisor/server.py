@@ -2,7 +2,7 @@
 
 A caller is the API's user or root, by SO_PEERCRED. One that closes its connection while its
 claim waits gives the place up; a claim whose answer nobody receives is released again, unless an
-Idempotency-Key promises that the caller will ask for it once more.
+Idempotency-Key from outside promises that somebody will ask for it once more.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class ControlServer:
         agent, op, args = self.agent, request["op"], request["args"]
         match op:
             case "claim":
-                return await agent.claim(args.get("options", {}), args.get("key"), str(args.get("client", "?")))
+                return await agent.claim(args.get("options", {}), args["key"], str(args.get("client", "?")))
             case "slots":
                 return agent.list_slots()
             case "slot":
@@ -97,7 +97,9 @@ class ControlServer:
 
     def _lost(self, payload: bytes, answer: dict[str, Any]) -> None:
         request = _request(payload)
-        if request["op"] == "claim" and "ok" in answer and not request["args"].get("key"):
+        if request["op"] != "claim" or "ok" not in answer:
+            return
+        if request["args"]["key"].startswith(control.OWN_KEY_PREFIX):
             self.agent.unclaim(answer["ok"]["slot"])
 
 
@@ -124,8 +126,8 @@ def _request(payload: bytes) -> dict[str, Any]:
     if not isinstance(request.get("op"), str) or not isinstance(request.get("args"), dict):
         raise BadRequest('a request is {"op": str, "args": {...}}')
     options, key = request["args"].get("options", {}), request["args"].get("key")
-    if not isinstance(options, dict) or not isinstance(key, (str, type(None))):
-        raise BadRequest("options must be an object, key a string or null")
+    if not isinstance(options, dict) or not isinstance(key, str if request["op"] == "claim" else type(None)):
+        raise BadRequest("options must be an object, and a claim has a key, a string")
     return request
 
 
