@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -91,6 +92,16 @@ def _note_requests(server: Any) -> None:
     TermSocket.on_message = note_and_pass_on
 
 
+def _keep_out_of_log(log: logging.Logger, token: str) -> None:
+    """Hides the token in what the server logs: tornado writes the whole address of a request that failed."""
+    def hide(record: logging.LogRecord) -> bool:
+        record.msg, record.args = record.getMessage().replace(token, "..."), None
+        return True
+
+    for handler in log.handlers:
+        handler.addFilter(hide)
+
+
 def configuration(base_url: str, token: str) -> Config:
     """The traits of a slot's server."""
     config = Config()
@@ -119,6 +130,7 @@ def serve(settings: Dict[str, str]) -> None:
     server.write_browser_open_files = lambda: None
     server.initialize([], starter_extension=LabApp.name, new_httpserver=False)
     _note_requests(server)
+    _keep_out_of_log(server.log, settings["token"])
     http = HTTPServer(
         server.web_app, xheaders=True, max_body_size=server.max_body_size, max_buffer_size=server.max_buffer_size
     )
