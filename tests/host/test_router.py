@@ -1,0 +1,243 @@
+"""The router: the path alone leads to a slot, and nobody else's words get into its logs or its sockets."""
+
+import base64
+import gzip
+import hashlib
+import http.client
+import os
+import re
+import signal
+import threading
+from urllib.parse import urlsplit
+
+import product
+import pytest
+from notebook import Kernel
+from product import Api
+
+UNKNOWN = "{label}-0123456789ab"
+ASSET = re.compile(r'/user/[a-z0-9-]+/static/lab/[^"\s>]+\.js(?:\?[^"\s>]*)?')
+
+
+@pytest.fixture
+def label(agent):
+    return agent.api.get("/stats").json()["label"]
+
+
+def page_of(agent, claim):
+    """The HTML that the claim's url opens."""
+    answer = agent.router.get(f"{claim['path']}?token={claim['token']}")
+    assert answer.status == 200
+    return answer.body.decode()
+
+
+def test_the_path_alone_leads_to_the_slot(agent):
+    one, two = agent.open(), agent.open()
+    assert one.run("import os; os.environ['NBAGENT_SLOT']").text == repr(one.slot)
+    assert two.run("import os; os.environ['NBAGENT_SLOT']").text == repr(two.slot)
+
+
+def test_a_websocket_goes_through_and_outlives_a_reload_of_the_router(agent):
+    kernel = agent.open().kernel()
+    assert kernel.run("x = 21").status == "ok"
+    agent.run("systemctl", "reload", "nbagent-router.service")
+    agent.wait(lambda: agent.router.get("/healthz").status == 200, "the router to answer")
+    assert kernel.run("2 * x").text == "42"
+    kernel.end()
+
+
+def test_a_kernel_is_reached_again_after_a_restart_of_the_router(agent):
+    notebook = agent.open()
+    kernel = notebook.kernel()
+    kernel.run("x = 21")
+    agent.run("systemctl", "restart", "nbagent-router.service")
+    assert Kernel(notebook, kernel.id).run("2 * x").text == "42"
+
+
+def test_an_unknown_slot_is_a_page_for_people_and_a_problem_for_programs(agent, label):
+    base = "/user/" + UNKNOWN.format(label=label)
+    page = agent.router.get(base + "/lab", Accept="text/html,application/xhtml+xml,*/*;q=0.8")
+    assert page.status == 404 and page.headers["content-type"].startswith("text/html")
+    assert b"<h1>This notebook is no longer running</h1>" in page.body
+    assert page.headers["cache-control"] == "no-store"
+    for path in ("/api/contents", "/api/kernels/x/channels", "/api"):
+        problem = agent.router.get(base + path, Accept="*/*")
+        assert problem.status == 404
+        assert problem.headers["content-type"].startswith("application/problem+json")
+        assert problem.json()["type"] == "urn:nbagent:problem:slot-not-found"
+
+
+def test_what_is_no_address_of_a_slot_is_not_found(agent):
+    for path in ("/user/", "/user/x/lab", "/user/UPPER-case/lab", "/user/a-b.c/lab", "/favicon.ico", "/_nbagent/gone.html"):
+        answer = agent.router.get(path, Accept="text/html")
+        assert answer.status == 404, path
+        assert b"nothing at this address" in answer.body
+    assert b"Live notebooks run here" in agent.router.get("/").body
+
+
+def test_a_missing_slash_is_mended_by_a_redirect_that_keeps_method_and_query(agent):
+    claim = agent.claim()
+    answer = agent.router.get(f"/user/{claim['slot']}?token={claim['token']}")
+    assert answer.status == 308
+    assert answer.headers["location"] == f"/user/{claim['slot']}/?token={claim['token']}"
+
+
+def test_the_page_loads_its_files_from_the_router_even_while_the_slot_stands_still(agent):
+    claim = agent.claim()
+    asset = ASSET.search(page_of(agent, claim))
+    assert asset, "the page loads no script"
+    pids = agent.processes(claim["slot"])
+    assert pids
+    for pid in pids:
+        agent.run("kill", f"-{signal.SIGSTOP.name[3:]}", str(pid))
+    try:
+        with pytest.raises((TimeoutError, http.client.HTTPException)):
+            Api(agent.host, product.ROUTER_PORT, timeout=2).get(f"/user/{claim['slot']}/api")
+        plain = agent.router.get(asset[0])
+        packed = agent.router.get(asset[0], **{"Accept-Encoding": "gzip"})
+    finally:
+        for pid in pids:
+            agent.run("kill", "-CONT", str(pid))
+    assert plain.status == packed.status == 200
+    assert plain.headers["content-type"].startswith("text/javascript")
+    assert plain.headers["cache-control"] == "public, max-age=31536000, immutable"
+    assert "content-encoding" not in plain.headers and packed.headers["content-encoding"] == "gzip"
+    assert packed.headers["vary"] == "Accept-Encoding"
+    assert gzip.decompress(packed.body) == plain.body
+    assert agent.router.get(f"/user/{claim['slot']}/api").status == 200
+
+
+def test_a_file_that_did_not_change_is_not_sent_again(agent):
+    claim = agent.claim()
+    asset = ASSET.search(page_of(agent, claim))[0]
+    first = agent.router.get(asset)
+    assert agent.router.get(asset, **{"If-None-Match": first.headers["etag"]}).status == 304
+
+
+@pytest.mark.parametrize("path", ["static/../slot.json", "static/%2e%2e/slot.json", "static/..%2fslot.json",
+                                  "static/lab/../../../slot.json", "slot.json", "http.sock"])
+def test_no_path_leads_to_what_is_beside_the_static_files(agent, path):
+    claim = agent.claim()
+    answer = agent.router.get(f"/user/{claim['slot']}/{path}")
+    assert answer.status in (302, 400, 403, 404)
+    assert claim["token"] not in answer.body.decode()
+
+
+@pytest.mark.parametrize("path", ["/claim", "/slots", "/stats", "/metrics", "/drain", "/images", "/openapi.json", "/readyz"])
+def test_the_control_api_is_not_on_the_users_port(agent, path):
+    before = len(agent.slots("claimed"))
+    for method in ("GET", "POST", "DELETE"):
+        assert agent.router.call(method, path, headers={"Accept": "application/json"}).status == 404
+    assert len(agent.slots("claimed")) == before
+
+
+def test_no_token_gets_into_the_journal_whatever_goes_wrong(agent, label):
+    claim = agent.claim()
+    token, base = claim["token"], f"/user/{claim['slot']}"
+    silent = f"{label}-silent0silent"
+    agent.run("mkdir", f"/run/nbagent/slots/{silent}")
+    try:
+        for path in ("/lab", "", "/no/such/page", "/api/contents", "/static/lab/none.js", "/api/contents/none"):
+            agent.router.get(f"{base}{path}?token={token}", Referer=f"http://127.0.0.1:8000{base}/lab?token={token}")
+        broken = agent.router.get(f"/user/{silent}/lab?token={token}", Referer=f"http://x/lab?token={token}",
+                                  Accept="text/html")
+        gone = agent.router.get(f"/user/{UNKNOWN.format(label=label)}/lab?token={token}")
+        huge = agent.router.get(f"{base}/lab?token={token}&x={'y' * 9000}")
+    finally:
+        agent.run("rmdir", f"/run/nbagent/slots/{silent}")
+    assert (broken.status, gone.status, huge.status) == (502, 404, 414)
+    assert b"does not answer" in broken.body
+
+    def lines():
+        return [entry for entry in agent.journal("-t", "nbagent_router") if silent in str(entry["MESSAGE"])]
+
+    agent.wait(lines, "the router's line about the slot that does not answer")
+    text = agent.run("journalctl", "--no-pager", "--all", "-o", "json")
+    assert token not in text and "token=" not in "".join(str(line) for line in lines())
+    assert agent.run("sh", "-c", f"grep -rls {token} /var/log/nginx /run/nbagent-router; true") == ""
+
+
+@pytest.mark.parametrize(("user", "may"), [("root", True), ("nbagent-router", True), ("nbagent", False), ("nobody", False)])
+def test_only_root_and_the_router_reach_a_slots_socket(agent, user, may):
+    slot = agent.claim()["slot"]
+    directory = f"/run/nbagent/slots/{slot}"
+    done = agent.host.run(["runuser", "-u", user, "--", "curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}",
+                           "--unix-socket", f"{directory}/http.sock", f"http://slot/user/{slot}/api"], check=False)
+    assert (done.returncode, done.stdout) == ((0, "200") if may else (7, "000"))
+    if user != "root":
+        for command in (["cat", f"{directory}/slot.json"], ["ls", "/run/nbagent/slots"]):
+            assert agent.host.run(["runuser", "-u", user, "--", *command], check=False).returncode != 0
+
+
+@pytest.mark.parametrize(("said", "secure"), [(None, False), ("http", False), ("https", True), ("gopher", False)])
+def test_what_the_front_says_of_tls_reaches_the_slot(agent, said, secure):
+    claim = agent.claim()
+    header = ["-H", f"X-Forwarded-Proto: {said}"] if said else []
+    url = f"http://127.0.0.1:8000{claim['path']}?token={claim['token']}"
+    answer = agent.run("curl", "-sS", "-D", "-", "-o", "/dev/null", *header, url)
+    login = [line for line in answer.splitlines() if line.lower().startswith("set-cookie: username")]
+    assert login, answer
+    assert any("secure" in line.lower() for line in login) is secure
+
+
+def test_a_file_of_100_megabytes_is_uploaded_in_chunks_as_jupyterlab_does(agent):
+    notebook = agent.open()
+    chunk, chunks, total = os.urandom(4 << 20), 25, hashlib.sha256()
+    for number in range(1, chunks + 1):
+        total.update(chunk)
+        body = {"type": "file", "format": "base64", "content": base64.b64encode(chunk).decode(),
+                "chunk": -1 if number == chunks else number}
+        answer = notebook.router.call("PUT", f"{notebook.base}api/contents/big.bin", body, notebook.headers)
+        assert answer.status in (200, 201), answer.body[:500]
+    code = "import hashlib; hashlib.file_digest(open('big.bin', 'rb'), 'sha256').hexdigest()"
+    assert notebook.run(code).text == repr(total.hexdigest())
+
+
+def test_a_file_of_100_megabytes_goes_in_and_out_in_one_piece(agent):
+    notebook = agent.open(memory="2G")
+    content = os.urandom(1 << 20) * 100
+    body = {"type": "file", "format": "base64", "content": base64.b64encode(content).decode()}
+    answer = notebook.router.call("PUT", f"{notebook.base}api/contents/big.bin", body, notebook.headers)
+    assert answer.status == 201, answer.body[:500]
+    back = notebook.router.call("GET", f"{notebook.base}files/big.bin", headers=notebook.headers)
+    assert back.status == 200 and back.body == content
+
+
+def test_a_body_above_the_limit_is_refused_before_it_is_sent(agent):
+    notebook = agent.open()
+    with agent.host.connect(product.ROUTER_PORT) as connection:
+        connection.sendall(f"PUT {notebook.base}api/contents/x HTTP/1.1\r\nHost: x\r\nAuthorization: token {notebook.token}\r\n"
+                           f"Content-Type: application/json\r\nContent-Length: {(512 << 20) + 1}\r\n\r\n".encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_restart_of_the_router_loses_no_new_connection(agent):
+    path = f"/user/{agent.claim()['slot']}/api"
+    failures, answered, stop = [], [], threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            try:
+                status = agent.router.get(path).status
+            except (OSError, http.client.HTTPException) as error:
+                status = repr(error)
+            (answered if status == 200 else failures).append(status)
+
+    asking = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in asking:
+        thread.start()
+    try:
+        for _ in range(3):
+            before = len(answered)
+            agent.run("systemctl", "restart", "nbagent-router.service")
+            agent.wait(lambda before=before: failures or len(answered) > before + 10, "answers after the restart")
+    finally:
+        stop.set()
+        for thread in asking:
+            thread.join()
+    assert not failures
+
+
+def test_the_url_of_a_claim_is_where_the_router_is(agent):
+    parts = urlsplit(agent.claim()["url"])
+    assert (parts.hostname, parts.port) == ("127.0.0.1", product.ROUTER_PORT)
