@@ -68,6 +68,8 @@ from nbagent.systemd.bus import JobFailed, Systemd
 # Slots' ids within the image's range start here; below are the image's own users.
 UID_FIRST, UID_LAST = 2000, 65000
 RETRY_MAX_S = 60
+# From a slot's last closed socket to the end of its first process.
+END_SEEN_S = 2.0
 
 
 @dataclass
@@ -285,7 +287,10 @@ class Agent:
         ended = asyncio.ensure_future(readable(live.pidfd))
         try:
             await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not serving.done():
+            if serving.done() and serving.exception() is not None:
+                # A program that ends is seen at its socket first; what an operator wants to know is that it ended.
+                await asyncio.wait({ended}, timeout=END_SEEN_S)
+            if ended.done():
                 raise StartFailed(f"it ended; journalctl -u {slot.scope} says why", step="ready")
             await serving
         finally:
