@@ -10,6 +10,7 @@ Standard library only; Python 3.9 and up.
 
 from __future__ import annotations
 
+import base64
 from dataclasses import dataclass
 from typing import Tuple
 
@@ -86,5 +87,6 @@ def plan(spec: SandboxSpec) -> Plan:
         last=(
             steps.Limits(OPEN_FILES),
             steps.Unprivileged(spec.uid),
+            steps.SystemCalls(base64.b64decode(spec.syscall_filter)),
         ),
     )

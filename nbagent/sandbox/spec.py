@@ -19,7 +19,8 @@ class SandboxSpec:
     `root` is the image's tree on the host, owned by `id_base` and up; `uid` is the slot's id
     inside the image's range of ids; `storage_bytes` bounds everything the slot may write;
     `code` is the host's directory of the package nbagent, shown to the slot read-only;
-    `mountpoint` is an empty directory of the host, covered in the slot's mount namespace only.
+    `mountpoint` is an empty directory of the host, covered in the slot's mount namespace only;
+    `syscall_filter` is a seccomp program, in base64.
     """
 
     slot: str
@@ -33,6 +34,7 @@ class SandboxSpec:
     environment: Dict[str, str]
     code: str
     mountpoint: str
+    syscall_filter: str
 
     def save(self) -> Dict[str, Any]:
         """The specification as JSON."""

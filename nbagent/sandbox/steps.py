@@ -20,7 +20,7 @@ import socket
 from dataclasses import dataclass
 from typing import Protocol, Tuple
 
-from nbagent.linux import link
+from nbagent.linux import link, seccomp
 from nbagent.linux.mounts import (
     MNT_DETACH,
     MS_BIND,
@@ -359,6 +359,20 @@ class Unprivileged:
         drop_bounding_set(last_capability())
         become(self.uid)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+@dataclass(frozen=True)
+class SystemCalls:
+    """What is left of the kernel's entrance; `syscalls` has the list. The last of all steps, as
+    it refuses what the others do."""
+
+    program: bytes
+
+    def describe(self) -> str:
+        return f"system calls filtered by {len(self.program) // 8} instructions"
+
+    def do(self) -> None:
+        seccomp.load(self.program)
 
 
 def _locked_flags(path: str) -> int:

@@ -7,6 +7,8 @@ descriptors it returns are the caller's.
 
 from __future__ import annotations
 
+import base64
+import functools
 import json
 import os
 import socket
@@ -21,7 +23,9 @@ import nbagent
 from nbagent import activity
 from nbagent.errors import StartFailed
 from nbagent.image.store import Image
+from nbagent.linux import seccomp
 from nbagent.model import Slot
+from nbagent.sandbox import syscalls
 from nbagent.sandbox.plan import CODE_PATH
 from nbagent.sandbox.spec import SandboxSpec
 from nbagent.supervisor.waiting import readable
@@ -52,6 +56,15 @@ class Launcher(Protocol):
         """Starts the slot's program. Raises StartFailed; what it made is then ended with the scope."""
 
 
+@functools.cache
+def syscall_filter() -> str:
+    """The slots' seccomp program, in base64; compiled once."""
+    program = seccomp.compile_filter(
+        syscalls.ALLOWED, syscalls.REFUSED, syscalls.OTHERWISE, syscalls.EQUAL, syscalls.WITHOUT
+    )
+    return base64.b64encode(program).decode()
+
+
 def sandbox_spec(slot: Slot, image: Image, storage_bytes: int) -> SandboxSpec:
     """The sandbox of a slot of `image`."""
     environment = {
@@ -69,6 +82,7 @@ def sandbox_spec(slot: Slot, image: Image, storage_bytes: int) -> SandboxSpec:
         environment=environment,
         code=str(Path(nbagent.__file__).parent),
         mountpoint=MOUNTPOINT,
+        syscall_filter=syscall_filter(),
     )
 
 

@@ -6,7 +6,7 @@ from nbagent.sandbox.spec import SandboxSpec
 SPEC = SandboxSpec(
     slot="c07-x8q2m4k9w1ze", root="/images/rootfs", id_base=1 << 30, uid=2001, user="jovyan", home="/home/jovyan",
     storage_bytes=64 << 20, command=["/usr/bin/python3"], environment={}, code="/usr/lib/nbagent",
-    mountpoint="/run/box",
+    mountpoint="/run/box", syscall_filter="AAAAAAAAAAA=",
 )
 
 
@@ -27,7 +27,7 @@ def test_the_order_inside():
 
 
 def test_privileges_go_last_and_nothing_follows():
-    assert names(plan(SPEC).last) == ["Limits", "Unprivileged"]
+    assert names(plan(SPEC).last) == ["Limits", "Unprivileged", "SystemCalls"]
 
 
 def test_sources_between_pivot_and_detach_are_relative_to_the_host_and_targets_absolute():
@@ -49,9 +49,10 @@ def test_everything_writable_is_bounded_by_the_slots_storage():
 
 def test_a_plan_describes_itself_in_numbered_lines():
     lines = plan(SPEC).describe().splitlines()
-    assert len(lines) == 32
+    assert len(lines) == 33
     assert lines[0].startswith(" 1 user namespace")
-    assert "no capability" in lines[-1]
+    assert "no capability" in lines[-2]
+    assert lines[-1] == "33 system calls filtered by 1 instructions"
 
 
 def test_a_specification_survives_its_journey():

@@ -1,0 +1,71 @@
+"""What a slot's processes may ask of the kernel.
+
+An allow-list: what an unprivileged program needs, in a terminal, a compiler or a notebook. It is no
+wider than the default of Docker and podman for a container without capabilities, and leaves out what
+those let through or gate by capabilities that a new user namespace would give: namespaces and mounts
+of its own, keyrings, handles. A test compares it with the list that Debian's containers-common has.
+
+Standard library only; the filter itself is compiled by the supervisor.
+"""
+
+from __future__ import annotations
+
+import errno
+
+ALLOWED = """
+    accept accept4 access adjtimex alarm arch_prctl bind brk capget capset chdir chmod chown
+    clock_adjtime clock_getres clock_gettime clock_nanosleep close close_range connect copy_file_range creat dup
+    dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_pwait epoll_pwait2 epoll_wait
+    epoll_wait_old eventfd eventfd2 execve execveat exit exit_group faccessat faccessat2 fadvise64 fallocate
+    fchdir fchmod fchmodat fchown fchownat fcntl fdatasync fgetxattr flistxattr flock fork
+    fremovexattr fsetxattr fstat fstatfs fsync ftruncate futex futimesat get_mempolicy
+    get_robust_list get_thread_area getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer
+    getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage
+    getsid getsockname getsockopt gettid gettimeofday getuid getxattr inotify_add_watch inotify_init
+    inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents io_setup io_submit ioctl ioprio_get
+    ioprio_set kill landlock_add_rule landlock_create_ruleset landlock_restrict_self lchown lgetxattr link
+    linkat listen listxattr llistxattr lremovexattr lseek lsetxattr lstat madvise mbind membarrier memfd_create
+    memfd_secret mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap mprotect mq_getsetattr mq_notify
+    mq_open mq_timedreceive mq_timedsend mq_unlink mremap msgctl msgget msgrcv msgsnd msync munlock
+    munlockall munmap nanosleep newfstatat open openat openat2 pause pidfd_getfd pidfd_open pidfd_send_signal
+    pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll prctl pread64 preadv preadv2 prlimit64
+    process_mrelease process_vm_readv process_vm_writev pselect6 ptrace pwrite64 pwritev pwritev2 read readahead
+    readlink readlinkat readv recvfrom recvmmsg recvmsg remap_file_pages removexattr rename renameat renameat2
+    restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn
+    rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min
+    sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval sched_setaffinity
+    sched_setattr sched_setparam sched_setscheduler sched_yield seccomp select semctl semget semop semtimedop
+    sendfile sendmmsg sendmsg sendto set_mempolicy set_robust_list set_thread_area set_tid_address setfsgid
+    setfsuid setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setrlimit
+    setsid setsockopt setuid setxattr shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4
+    socketpair splice stat statfs statx symlink symlinkat sync sync_file_range syncfs sysinfo tee tgkill time
+    timer_create timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime
+    timerfd_settime times tkill truncate umask uname unlink unlinkat utime utimensat utimes vfork wait4 waitid
+    write writev
+""".split()
+
+# Known, and refused as a program without privileges expects it. What no list knows is answered
+# ENOSYS, as by a kernel that does not have it: programs then do without, as glibc does without
+# clone3, which cannot be filtered as its flags are in memory.
+REFUSED = dict.fromkeys(
+    """
+    acct add_key bpf chroot delete_module fanotify_init finit_module fsconfig fsmount fsopen fspick init_module
+    ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie mount mount_setattr move_mount
+    move_pages migrate_pages name_to_handle_at open_by_handle_at open_tree perf_event_open pivot_root quotactl
+    reboot request_key sethostname setdomainname setns settimeofday clock_settime swapoff swapon syslog umount2
+    unshare userfaultfd vhangup vmsplice
+    """.split(),
+    errno.EPERM,
+)
+
+_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
+_UNAME26 = 0x0020000
+# The first argument has to be one of these. No AF_VSOCK, AF_ALG, AF_PACKET. personality(2) only asks,
+# or says what uname(2) and setarch(8) want.
+EQUAL = {
+    "socket": (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK),
+    "personality": (0, 8, _UNAME26, _UNAME26 | 8, 0xFFFFFFFF),
+}
+# The first argument has none of these bits: no new namespace by clone(2).
+WITHOUT = {"clone": 0x7E020000}
+OTHERWISE = errno.ENOSYS

@@ -1,0 +1,95 @@
+"""The system call filter: no wider than a container's default, and what it does to a real process."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbagent.linux import seccomp
+from nbagent.sandbox import syscalls
+
+# Of Debian's golang-github-containers-common: the default of podman, made from Docker's.
+CONTAINERS_DEFAULT = Path("/usr/share/containers/seccomp.json")
+
+
+def compiled():
+    return seccomp.compile_filter(
+        syscalls.ALLOWED, syscalls.REFUSED, syscalls.OTHERWISE, syscalls.EQUAL, syscalls.WITHOUT
+    )
+
+
+def allowed_in_containers():
+    """What a container without capabilities may call, with or without a look at the arguments."""
+    rules = json.loads(CONTAINERS_DEFAULT.read_text())["syscalls"]
+    return {
+        name
+        for rule in rules
+        if rule["action"] == "SCMP_ACT_ALLOW" and not (rule.get("includes") or {}).get("caps")
+        for name in rule["names"]
+    }
+
+
+def test_nothing_is_allowed_that_a_container_may_not_call():
+    ours = {*syscalls.ALLOWED, *syscalls.EQUAL, *syscalls.WITHOUT}
+    assert len(ours) > 250
+    assert ours - allowed_in_containers() == set()
+
+
+def test_what_reaches_further_is_refused():
+    further = {"io_uring_setup", "unshare", "setns", "mount", "keyctl", "add_key", "bpf", "perf_event_open",
+               "userfaultfd", "clone3", "open_by_handle_at", "kexec_load", "init_module"}
+    assert not further & {*syscalls.ALLOWED, *syscalls.EQUAL, *syscalls.WITHOUT}
+
+
+def test_no_call_is_both_allowed_and_refused():
+    assert not set(syscalls.ALLOWED) & set(syscalls.REFUSED)
+    assert len(set(syscalls.ALLOWED)) == len(syscalls.ALLOWED)
+
+
+PROGRAM = """
+import ctypes, os, socket, sys, threading
+sys.path.insert(0, sys.argv[1])
+from nbagent.linux import seccomp
+from nbagent.linux.process import PR_SET_NO_NEW_PRIVS, prctl
+prctl(PR_SET_NO_NEW_PRIVS, 1)
+seccomp.load(sys.stdin.buffer.read())
+libc = ctypes.CDLL(None, use_errno=True)
+def errno_of(call):
+    try:
+        result = call()
+    except OSError as error:
+        return error.errno
+    return ctypes.get_errno() if result == -1 else 0
+"""
+
+
+def after_filter(expression):
+    """The errno of a call in a process that has the filter; 0 when it went through."""
+    top = str(Path(seccomp.__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", f"{PROGRAM}print(errno_of(lambda: {expression}))", top],
+        input=compiled(), capture_output=True, check=True,
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.parametrize(("expression", "expected"), [
+    ("libc.unshare(0x10000000)", errno.EPERM),
+    ("libc.mount(b'x', b'/mnt', b'tmpfs', 0, None)", errno.EPERM),
+    ("libc.syscall(425, 8, None)", errno.ENOSYS),  # io_uring_setup
+    ("libc.syscall(250, 0, 0)", errno.EPERM),  # keyctl
+    ("libc.syscall(323, 0)", errno.EPERM),  # userfaultfd
+    ("libc.syscall(56, 0x10000000 | 17, 0, 0, 0, 0)", errno.ENOSYS),  # clone with CLONE_NEWUSER
+    ("socket.socket(40, 1)", errno.ENOSYS),  # AF_VSOCK
+    ("socket.socket(38, 5)", errno.ENOSYS),  # AF_ALG
+    ("socket.socket(17, 3)", errno.ENOSYS),  # AF_PACKET
+    ("socket.socket(2, 1) and 0", 0),
+    ("os.system('true')", 0),
+    ("threading.Thread(target=print, args=('',), kwargs={'end': ''}).start() or 0", 0),
+    ("os.memfd_create('x')", 0),
+])
+def test_a_filtered_process(expression, expected):
+    assert after_filter(expression) == expected
