@@ -259,6 +259,8 @@ class Agent:
             if live.slot.state is SlotState.STARTING:
                 self._start_failed(live, state, error)
             return
+        if live.slot.state is not SlotState.STARTING:
+            return
         took_s = now() - began_s
         state.failures, state.not_before_s = 0, 0.0
         self.counters.start_seconds.observe(took_s)
@@ -280,7 +282,7 @@ class Agent:
 
             launched = await self.launcher.launch(slot, image, listener, settings.storage, enter_scope)
             live.attach(launched)
-            live.slot = slot = dataclasses.replace(slot, pid=launched.pid)
+            live.slot = slot = dataclasses.replace(live.slot, pid=launched.pid)
             self.records.save(slot)
         # From here on only the slot's own processes hold the socket: when they end, so does the wait.
         serving = asyncio.ensure_future(probe.ready(self.records.http_path(slot), f"{slot.base_path}api"))
@@ -345,9 +347,8 @@ class Agent:
         live.slot = live.slot.to(state, reason=event.name.lower())
         with contextlib.suppress(ValueError):
             self.pools[live.slot.image].warm.remove(live)
-        self.records.unroute(live.slot)
-        with contextlib.suppress(FileNotFoundError):
-            self.records.save(live.slot)
+        # Should the agent end before the scope does, its successor stops a scope without a file.
+        self.records.remove(live.slot.id)
         emit(event, slot=live.slot.id, **fields)
         cleaning = asyncio.ensure_future(self._clean(live))
         self._cleaning.add(cleaning)
@@ -365,7 +366,6 @@ class Agent:
             live.task.cancel()
             await asyncio.gather(live.task, return_exceptions=True)
         live.close()
-        self.records.remove(slot.id)
         live.slot = slot.to(SlotState.GONE)
         del self.slots[slot.id]
         if slot.key in self.keys:

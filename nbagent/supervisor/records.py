@@ -67,12 +67,10 @@ class Records:
         """The slot's socket."""
         return self.path / slot.id / "http.sock"
 
-    def unroute(self, slot: Slot) -> None:
-        """Takes the socket away: from now on the router says that the slot is gone."""
-        with contextlib.suppress(FileNotFoundError):
-            self.http_path(slot).unlink()
-
     def remove(self, name: str) -> None:
-        """Removes all of a slot's directory; one that is not there is removed."""
+        """Removes all of a slot's directory: from now on the router says that the slot is gone.
+
+        One that is not there is removed.
+        """
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.path / name)
