@@ -69,8 +69,8 @@ class Kernel:
         self.notebook, self.id = notebook, kernel_id
         self.session = uuid.uuid4().hex
         self.socket = websocket.create_connection(
-            f"ws://127.0.0.1:{ROUTER_PORT}{notebook.base}api/kernels/{kernel_id}/channels?session_id={self.session}",
-            socket=notebook.host.connect(ROUTER_PORT),
+            f"ws://127.0.0.1:{notebook.router.port}{notebook.base}api/kernels/{kernel_id}/channels?session_id={self.session}",
+            socket=notebook.host.connect(notebook.router.port),
             header=[f"Authorization: token {notebook.token}"],
             timeout=60,
         )
