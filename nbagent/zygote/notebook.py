@@ -50,12 +50,12 @@ class SlotKernelManager(ServerKernelManager):
     def _acted(self, _change: Any) -> None:
         activity.write(ACTIVITY_FD, _busy(self.parent))
 
-    async def start_kernel(self, *args: Any, **kwargs: Any) -> Any:
-        result = await super().start_kernel(*args, **kwargs)
+    # What jupyter_client calls after a start and after a restart, its own after an OOM kill included.
+    async def _async_post_start_kernel(self, **kwargs: Any) -> None:
+        await super()._async_post_start_kernel(**kwargs)
         if pid := getattr(self.provisioner, "pid", None):
             with contextlib.suppress(ProcessLookupError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
                 file.write(str(KERNEL_OOM_SCORE_ADJ))
-        return result
 
     async def shutdown_kernel(self, *args: Any, **kwargs: Any) -> Any:
         result = await super().shutdown_kernel(*args, **kwargs)
