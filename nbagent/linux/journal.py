@@ -1,7 +1,9 @@
 """A stream into the journal: what sd_journal_stream_fd(3) does, without the library.
 
-journald attributes a stream to the process that connected it, so a slot's process connects its
-own while it sits in its scope and can still see the host.
+journald attributes each line to the process that wrote it and looks up that process's unit when it
+reads the line. One that has ended by then has none any more, and its last words would be missing
+from `journalctl -u`; for them journald takes the unit that the stream was opened with, which it
+believes only of root.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ STREAM_PATH = "/run/systemd/journal/stdout"
 LOG_INFO = 6
 
 
-def stream(identifier: str, path: str = STREAM_PATH) -> socket.socket:
-    """A socket whose lines become journal entries of `identifier`. Raises OSError.
+def stream(identifier: str, unit: str, path: str = STREAM_PATH) -> socket.socket:
+    """A socket whose lines become journal entries of `identifier`, of `unit` at the least. Raises OSError.
 
     The header's lines are: identifier, unit, priority, and whether levels are parsed and lines
     forwarded to syslog, kmsg and console (systemd's src/libsystemd/sd-journal/journal-send.c).
@@ -22,7 +24,7 @@ def stream(identifier: str, path: str = STREAM_PATH) -> socket.socket:
     try:
         connection.connect(path)
         connection.shutdown(socket.SHUT_RD)
-        connection.sendall(f"{identifier}\n\n{LOG_INFO}\n0\n0\n0\n0\n".encode())
+        connection.sendall(f"{identifier}\n{unit}\n{LOG_INFO}\n0\n0\n0\n0\n".encode())
     except BaseException:
         connection.close()
         raise

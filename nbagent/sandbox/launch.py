@@ -55,7 +55,7 @@ def _outside(control: socket.socket, spec: SandboxSpec, fds: list[int]) -> NoRet
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("0")
     # Detached: what is in the way of a placed descriptor is overwritten, the rest closed at once.
-    _place(journal.stream(spec.slot).detach(), fds)
+    _place(journal.stream(spec.slot, f"nbagent-{spec.slot}.scope").detach(), fds)
     os.closerange(CONFIG_FD + 1, FREE_FD)
     steps = plan(spec)
     _run(steps.outside)
