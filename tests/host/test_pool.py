@@ -1,0 +1,221 @@
+"""The pool: slots are warm before anyone asks, and an image that cannot start harms nobody but itself."""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+FAST = "[pool]\nwarm = 1\nbackoff = \"0.2s\"\nbackoff_max = \"5s\"\nclaim_timeout = \"2s\"\n"
+LAST_WORDS = "cannot find the flux capacitor"
+# What a person reads of a start that failed, and of the pause after it.
+PROVOKED = (r"slot \S+ did not start: it ended", r"pool broken waits ", r"^nbagent-\S+\.scope: Failed with result")
+STORE = "/var/lib/nbagent/images"
+
+
+def tar_of(files):
+    """A root filesystem as a tar archive; `files` are names with their content."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size, info.mode = len(content), 0o755
+            tar.addfile(info, io.BytesIO(content))
+        for name in ("tmp", "proc", "dev", "run", "home/jovyan"):
+            info = tarfile.TarInfo(name)
+            info.type, info.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(info)
+    return buffer.getvalue()
+
+
+def add_image(agent, name, archive):
+    """Puts an archive into the host's store under a name and tells the agent."""
+    agent.host.run(["tee", f"/root/{name}.tar"], input=archive, text=False)
+    added = json.loads(agent.run("nbagent", "image", "add", "--json", "--name", name, f"/root/{name}.tar"))
+    agent.run("rm", f"/root/{name}.tar")
+    agent.run("systemctl", "reload", "nbagent.service")
+    return added
+
+
+@pytest.fixture
+def broken(agent):
+    """An image whose program says something and fails."""
+    libraries = [line.split()[-2] for line in agent.run("ldd", "/bin/dash").splitlines() if "/" in line]
+    names = ["/bin/dash", *libraries]
+    files = {name.lstrip("/"): agent.host.run(["cat", name], text=False).stdout for name in names}
+    files["usr/bin/python3"] = f"#!/bin/dash\necho {LAST_WORDS}\nexit 3\n".encode()
+    files["etc/passwd"] = b"jovyan:x:1000:1000::/home/jovyan:/bin/dash\n"
+    files["etc/nbagent-image.toml"] = b'python = "/usr/bin/python3"\nhome = "/home/jovyan"\nuser = "jovyan"\n'
+    for pattern in PROVOKED:
+        agent.expect(pattern)
+    agent.configure(FAST)
+    agent.wait_warm()
+    yield add_image(agent, "broken", tar_of(files))
+    agent.host.run(["nbagent", "image", "remove", "broken"], check=False)
+    agent.run("systemctl", "reload", "nbagent.service")
+    agent.wait(lambda: "broken" not in agent.api.get("/stats").json()["pools"]
+               or not any(slot["image"] == "broken" for slot in agent.slots()), "the broken slots to be gone")
+
+
+def pool(agent, image="minimal"):
+    return agent.api.get("/stats").json()["pools"][image]
+
+
+def warm_slots(agent):
+    return {slot["slot"] for slot in agent.slots("warm")}
+
+
+def digest_of(agent, slot):
+    return json.loads(agent.run("cat", f"/run/nbagent/slots/{slot}/slot.json"))["digest"]
+
+
+def test_a_slot_is_warm_before_anyone_asks(agent):
+    warm = agent.slots("warm")
+    assert len(warm) == 1
+    assert warm[0]["claimed_at"] is None
+    assert agent.claim()["slot"] == warm[0]["slot"]
+
+
+def test_a_claim_takes_a_warm_slot_and_another_is_started(agent):
+    before = warm_slots(agent)
+    claimed = agent.claim()["slot"]
+    assert claimed in before
+    after = agent.wait(lambda: agent.slots("warm"), "the next warm slot")
+    assert claimed not in {slot["slot"] for slot in after}
+
+
+def test_the_pool_grows_and_shrinks_as_it_is_told(agent):
+    for wanted in (3, 1, 0):
+        agent.configure(f"[pool]\nwarm = {wanted}\n")
+        agent.wait(lambda wanted=wanted: len(agent.slots()) == len(agent.slots("warm")) == wanted, f"{wanted} warm slots")
+        assert pool(agent)["wanted"] == wanted
+
+
+def test_one_image_may_have_a_pool_of_another_size(agent):
+    agent.configure("[pool]\nwarm = 0\n[images.minimal]\nwarm = 2\n")
+    agent.wait(lambda: len(agent.slots("warm")) == 2, "two warm slots")
+
+
+def test_a_claimed_slot_outlives_every_change_of_the_pool(agent):
+    notebook = agent.open()
+    agent.configure("[pool]\nwarm = 0\n")
+    agent.wait(lambda: not agent.slots("warm"), "an empty pool")
+    assert notebook.run("40 + 2").text == "42"
+
+
+def test_the_pool_never_goes_above_capacity(agent):
+    agent.configure("[slots]\ncapacity = 2\n[pool]\nwarm = 4\nstarts = 4\n")
+    agent.wait(lambda: len(agent.slots("warm")) == 2, "two warm slots")
+    one = agent.claim()["slot"]
+    assert {slot["slot"] for slot in agent.slots()} - {one} == warm_slots(agent)
+    assert len(agent.slots()) == 2
+    agent.claim()
+    assert len(agent.slots()) == 2
+    assert agent.api.post("/claim").status == 503
+    agent.release(one)
+    agent.wait(lambda: len(agent.slots("warm")) == 1, "a warm slot in the place of the released one")
+    assert len(agent.slots()) == 2
+
+
+def test_no_slot_is_started_when_the_hosts_memory_would_run_short(agent):
+    available = agent.api.get("/stats").json()["memory_available_bytes"]
+    agent.configure(f"[host]\nmemory_reserve = {available + (4 << 30)}\n[slots]\ncapacity = 9\n[pool]\nwarm = 3\n")
+    agent.claim()
+    assert not agent.slots("starting") and not agent.slots("warm")
+    refused = agent.api.post("/claim")
+    assert refused.status == 503 and refused.json()["type"] == "urn:nbagent:problem:full"
+    agent.configure("")
+    agent.wait_warm()
+
+
+def test_a_warm_slot_that_waited_too_long_is_replaced_by_a_fresh_one(agent):
+    before = warm_slots(agent)
+    agent.configure('[pool]\nwarm = 1\nmax_age = "1s"\n')
+    after = agent.wait(lambda: warm_slots(agent) - before, "a fresh warm slot")
+    agent.configure("")
+    assert after
+    agent.wait(lambda: not before & {slot["slot"] for slot in agent.slots()}, "the old one to be gone")
+
+
+def test_a_start_that_fails_is_ended_counted_and_told_with_its_last_words(agent, broken):
+    agent.wait(lambda: agent.api.get("/stats").json()["pools"].get("broken", {}).get("failures", 0) >= 2, "two failures")
+    assert agent.api.get("/stats").json()["counters"]["start_failures"] >= 2
+    failed = [entry for entry in agent.journal("-t", "nbagent", "-p", "warning") if "did not start" in entry["MESSAGE"]
+              and "ended" in entry["MESSAGE"]]
+    slot = failed[-1]["NBAGENT_SLOT"]
+    output = agent.run("journalctl", "--no-pager", "-o", "cat", "-u", f"nbagent-{slot}.scope")
+    assert LAST_WORDS in output
+    assert "exited with status 3" in output
+    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the failed slot to be gone")
+    assert "No such file" in agent.run("sh", "-c", f"ls /run/nbagent/slots/{slot} 2>&1; true")
+
+
+def test_pauses_between_failing_starts_grow_up_to_their_bound(agent, broken):
+    def pauses():
+        entries = [e for e in agent.journal("-t", "nbagent", "NBAGENT_IMAGE=broken") if "NBAGENT_WAIT_S" in e]
+        # One for each failure in a row; the last row is this test's.
+        start = max((i for i, e in enumerate(entries) if e["NBAGENT_FAILURES"] == "1"), default=0)
+        return [float(entry["NBAGENT_WAIT_S"]) for entry in entries[start:]]
+
+    agent.wait(lambda: len(pauses()) >= 6, "six failed starts", 90)
+    assert pauses()[:6] == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
+
+
+def test_an_image_that_cannot_start_harms_no_other(agent, broken):
+    agent.wait(lambda: pool(agent, "broken")["failures"] >= 1, "a failure")
+    notebook = agent.open()
+    assert notebook.run("6 * 7").text == "42"
+    assert agent.api.get("/readyz").status == 200
+    refused = agent.api.post("/claim", {"image": "broken"})
+    assert refused.status == 503
+    assert refused.json()["type"] == "urn:nbagent:problem:start-failed"
+    assert "it ended" in refused.json()["detail"]
+    assert agent.open().run("1").text == "1"
+
+
+def test_removing_an_image_ends_the_tries_to_start_it(agent, broken):
+    agent.wait(lambda: pool(agent, "broken")["failures"] >= 1, "a failure")
+    agent.run("nbagent", "image", "remove", "broken")
+    agent.run("systemctl", "reload", "nbagent.service")
+    agent.wait(lambda: not any(slot["image"] == "broken" for slot in agent.slots()), "its slots to be gone")
+    starts = agent.api.get("/stats").json()["counters"]["starts"]
+    assert "broken" not in {image["name"] for image in agent.api.get("/images").json()}
+    assert agent.api.post("/claim", {"image": "broken"}).json()["field"] == "image"
+    agent.wait(lambda: agent.run("ls", STORE).split() and broken["digest"] not in agent.run("ls", STORE), "its tree to be gone")
+    # The pool of the others goes on; of all starts from now on at most its two are new.
+    agent.claim()
+    agent.wait(lambda: agent.slots("warm"), "the next warm slot")
+    assert {slot["image"] for slot in agent.slots()} == {"minimal"}
+    assert agent.api.get("/stats").json()["counters"]["starts"] <= starts + 2
+
+
+def test_a_new_image_of_the_same_name_rolls_the_pool_and_users_finish_on_the_old_one(agent):
+    notebook = agent.open()
+    old = next(image for image in agent.api.get("/images").json() if image["name"] == "minimal")["digest"]
+    agent.wait_warm()
+    stale = warm_slots(agent)
+    # The same content in other bytes, so another digest: an empty frame of zstd's at the end.
+    script = ("cp /usr/share/nbagent/images/minimal.tar.zst /root/other.tar.zst && "
+              "zstd -q < /dev/null >> /root/other.tar.zst && "
+              "nbagent image add --json --name minimal /root/other.tar.zst && rm /root/other.tar.zst")
+    new = json.loads(agent.host.run(["sh", "-c", script], timeout=300).stdout)["digest"]
+    try:
+        assert new != old
+        agent.run("systemctl", "reload", "nbagent.service")
+        fresh = agent.wait(lambda: warm_slots(agent) - stale, "a warm slot of the new image")
+        agent.wait(lambda: not stale & warm_slots(agent), "the old warm slots to be gone")
+        other = agent.claim()
+        assert other["slot"] in fresh
+        assert (digest_of(agent, notebook.slot), digest_of(agent, other["slot"])) == (old, new)
+        assert notebook.run("import numbers, wave; 6 * 7").text == "42"
+        assert old in agent.run("ls", STORE)
+        agent.release(notebook.slot)
+        agent.wait(lambda: old not in agent.run("ls", STORE), "the old tree to be collected")
+    finally:
+        agent.host.run(["nbagent", "image", "add", "--name", "minimal", "/usr/share/nbagent/images/minimal.tar.zst"],
+                       timeout=300)
+        agent.run("systemctl", "reload", "nbagent.service")
+        for slot in agent.slots("claimed"):
+            agent.release(slot["slot"])
+    agent.wait(lambda: new not in agent.run("ls", STORE), "the other tree to be collected")
+    assert agent.api.get("/images").json()[0]["digest"] == old
