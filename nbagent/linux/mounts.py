@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 
 from nbagent.linux.libc import call
 
@@ -42,5 +41,5 @@ def umount2(target: str, flags: int) -> None:
 
 def pivot_root(new_root: str, put_old: str) -> None:
     """pivot_root(2). Raises OSError."""
-    number = _NR_PIVOT_ROOT[platform.machine()]
+    number = _NR_PIVOT_ROOT[os.uname().machine]
     call("syscall", ctypes.c_long(number), os.fsencode(new_root), os.fsencode(put_old))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import tempfile
+import os
 from collections.abc import Iterable, Mapping
 
 from nbagent.linux.libc import call
@@ -54,7 +54,7 @@ def compile_filter(
     for name, action, arguments in rules:
         with contextlib.suppress(RuntimeError):
             made.add_rule(action, name, *arguments)
-    with tempfile.TemporaryFile() as file:
+    with open(os.memfd_create("nbagent-filter", os.MFD_CLOEXEC), "w+b") as file:
         made.export_bpf(file)
         file.seek(0)
         return file.read()

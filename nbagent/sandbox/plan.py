@@ -10,9 +10,8 @@ Standard library only; Python 3.9 and up.
 
 from __future__ import annotations
 
-import base64
-from dataclasses import dataclass
-from typing import Tuple
+import binascii
+from typing import NamedTuple, Tuple
 
 from nbagent.linux import namespaces as ns
 from nbagent.linux.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID
@@ -37,8 +36,7 @@ BYTES_PER_INODE = 4096
 OPEN_FILES = 65536
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """The steps of one sandbox, in order."""
 
     outside: Tuple[Step, ...]
@@ -87,6 +85,6 @@ def plan(spec: SandboxSpec) -> Plan:
         last=(
             steps.Limits(OPEN_FILES),
             steps.Unprivileged(spec.uid),
-            steps.SystemCalls(base64.b64decode(spec.syscall_filter)),
+            steps.SystemCalls(binascii.a2b_base64(spec.syscall_filter)),
         ),
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, NamedTuple
 
 # Where a slot's process finds what the supervisor made for it.
 LISTEN_FD = 3
@@ -12,8 +10,7 @@ ACTIVITY_FD = 4
 CONFIG_FD = 5
 
 
-@dataclass(frozen=True)
-class SandboxSpec:
+class SandboxSpec(NamedTuple):
     """One slot's sandbox.
 
     `root` is the image's tree on the host, owned by `id_base` and up; `uid` is the slot's id
@@ -38,7 +35,7 @@ class SandboxSpec:
 
     def save(self) -> Dict[str, Any]:
         """The specification as JSON."""
-        return dataclasses.asdict(self)
+        return self._asdict()
 
     @classmethod
     def restore(cls, saved: Mapping[str, Any]) -> SandboxSpec:
