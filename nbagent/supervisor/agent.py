@@ -117,15 +117,17 @@ class Agent:
 
     async def run(self) -> None:
         """Reconciles until `stop`; wakes when something changed, and to look at the rules."""
-        next_look_s = 0.0
+        looked_s = -math.inf
         while not self.stopping:
             self._changed.clear()
             self._apply(self._decide())
-            if now() >= next_look_s:
+            # From the last look, so that a new interval counts at once.
+            if now() >= looked_s + self.config.cull.interval:
                 self._look()
-                next_look_s = now() + self.config.cull.interval
+                looked_s = now()
+            next_s = self._next_s(looked_s + self.config.cull.interval)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), max(0.05, self._next_s(next_look_s) - now()))
+                await asyncio.wait_for(self._changed.wait(), max(0.05, next_s - now()))
 
     async def stop(self) -> None:
         """Ends what is half made and leaves every other slot as it is."""
@@ -166,7 +168,7 @@ class Agent:
             if live is None:
                 await self.systemd.stop(f"nbagent-{name}.scope", at_once=True)
                 self.records.remove(name)
-                emit(Event.SLOT_REMOVED, slot=name, text="half made" if slot else "its file is broken")
+                emit(Event.SLOT_REMOVED, slot=name, text=_why_not(slot, settled))
                 continue
             self.slots[live.slot.id] = live
             self._watch(live)
@@ -652,6 +654,13 @@ class Agent:
     def _retry_after_s(self) -> int:
         ends = [live.slot.expires_s for live in self.slots.values() if live.slot.expires_s is not None]
         return max(1, min(RETRY_MAX_S, math.ceil(min(ends, default=0.0) - now())))
+
+
+def _why_not(slot: Slot | None, settled: bool) -> str:
+    """Why a slot that was found is not adopted."""
+    if slot is None:
+        return "its file is broken"
+    return "it ended while no agent ran" if settled else "half made"
 
 
 async def _value(slot: Slot) -> Slot:
