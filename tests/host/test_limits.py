@@ -1,0 +1,127 @@
+"""Limits that bite: what the kernel and PID 1 do to a slot that wants more, on every kind of host."""
+
+import time
+
+import pytest
+
+from nbagent.log import Event
+
+pytestmark = pytest.mark.cgroup2
+
+# One busy process for every processor of the host. They end with the slot, not with the cell.
+BURN = """
+import os, subprocess
+for _ in range(os.cpu_count()):
+    subprocess.Popen(["python3", "-ISc", "while True: pass"], start_new_session=True)
+"""
+BOMB = """
+import subprocess
+code = '''
+import os, time
+made = 0
+try:
+    while True:
+        if os.fork() == 0:
+            time.sleep(3600)
+            os._exit(0)
+        made += 1
+except OSError as error:
+    print(made, error.errno, flush=True)
+    time.sleep(3600)
+'''
+bomb = subprocess.Popen(["python3", "-ISc", code], stdout=subprocess.PIPE, text=True)
+print(bomb.stdout.readline())
+"""
+EAGAIN = 11
+
+
+def used(agent, *slots):
+    """The processor time of slots, all at one moment, and that moment."""
+    known = {slot["slot"]: slot["cpu_s"] for slot in agent.slots()}
+    return [known[slot] for slot in slots], time.monotonic()
+
+
+def test_memory_kills_the_kernel_and_spares_the_server(any_agent):
+    agent = any_agent
+    agent.expect(r"ran out of memory|killed by the OOM killer")
+    notebook = agent.open(memory="256M")
+    server = set(agent.processes(notebook.slot))
+    with notebook.kernel() as kernel:
+        pid = int(kernel.run("import os; os.getpid()").text)
+        assert pid > 2
+        kernel.send("b'x' * (1 << 30)")
+        state = agent.wait(
+            lambda: (known := agent.api.get(f"/slots/{notebook.slot}").json())["oom_kills"] and known, "an OOM kill"
+        )
+    assert state["state"] == "claimed"
+    assert server <= set(agent.processes(notebook.slot))
+    said = agent.wait(
+        lambda: agent.journal(f"NBAGENT_SLOT={notebook.slot}", f"MESSAGE_ID={Event.SLOT_OOM.value.message_id}"),
+        "the journal to say so",
+    )
+    assert said[0]["PRIORITY"] == "4" and said[0]["NBAGENT_SLOT"] == notebook.slot
+    assert "killed at MemoryMax=268435456" in said[0]["MESSAGE"]
+    # The notebook is still there, and runs cells again.
+    assert "Welcome.ipynb" in [file["name"] for file in notebook.get("api/contents")["content"]]
+    assert notebook.run("6 * 7").text == "42"
+    assert agent.run("systemctl", "is-active", f"nbagent-{notebook.slot}.scope") == "active\n"
+
+
+def test_tasks_end_at_the_limit_and_the_server_stays(any_agent):
+    agent = any_agent
+    notebook = agent.open()
+    with notebook.kernel() as kernel:
+        made, errno = map(int, kernel.run(BOMB, timeout=180).stream.split())
+        assert errno == EAGAIN and 150 < made < 256
+        state = agent.api.get(f"/slots/{notebook.slot}").json()
+        assert (state["tasks"], state["limits"]["tasks"]) == (256, 256)
+        assert [known["id"] for known in notebook.get("api/kernels")] == [kernel.id]
+
+
+def test_two_busy_slots_share_the_processors_by_their_weights(any_agent):
+    agent = any_agent
+    light, heavy = agent.open(cpu_weight=100), agent.open(cpu_weight=300)
+    agent.wait_warm()  # nothing else is to want the processors
+    for notebook in (light, heavy):
+        assert notebook.run(BURN).status == "ok"
+    # A machine that does other things as well takes longer to show the ratio; the ratio stays.
+    for seconds in (6, 12, 24, 48):
+        before, _ = used(agent, light.slot, heavy.slot)
+        time.sleep(seconds)
+        after, _ = used(agent, light.slot, heavy.slot)
+        ratio = (after[1] - before[1]) / (after[0] - before[0])
+        if 3 * 0.85 <= ratio <= 3 * 1.15:
+            break
+    assert 3 * 0.85 <= ratio <= 3 * 1.15
+
+
+def test_a_quota_is_the_most_that_a_busy_slot_gets(any_agent):
+    agent = any_agent
+    notebook = agent.open(cpu_quota="25%")
+    assert notebook.run(BURN, timeout=180).status == "ok"
+    (before,), began = used(agent, notebook.slot)
+    time.sleep(6)
+    (after,), ended = used(agent, notebook.slot)
+    assert 0.05 < (after - before) / (ended - began) <= 0.25 * 1.15
+
+
+def test_pid_1_ends_a_slot_at_its_greatest_age_while_no_agent_runs(any_agent):
+    agent = any_agent
+    agent.expect(r"Failed with result 'timeout'|reached runtime time limit")
+    agent.configure('[slots]\nttl = "20s"\nttl_max = "20s"\n[pool]\nmax_age = "20s"\n')
+    for slot in agent.slots("warm"):
+        agent.release(slot["slot"])
+    slot = agent.claim()["slot"]
+    scope, units = f"nbagent-{slot}.scope", ("nbagent.service", "nbagent.socket", "nbagent-check.socket")
+    agent.run("systemctl", "stop", *units)
+    assert agent.run("systemctl", "show", "-P", "RuntimeMaxUSec", scope) == "40s\n"
+    assert agent.run("systemctl", "is-active", scope) == "active\n"
+    pids = agent.processes(slot)
+    agent.wait(lambda: agent.run("systemctl", "is-active", scope, check=False) == "inactive\n", "the scope's end", 90)
+    assert agent.run("systemctl", "is-active", *units, check=False) == "inactive\n" * 3
+    assert agent.run("sh", "-c", f"ps -o pid= -p {','.join(map(str, pids))}; true") == ""
+    agent.run("systemctl", "start", *units)
+    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the agent to know")
+    said = agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={Event.SLOT_REMOVED.value.message_id}")
+    assert "ended while no agent ran" in said[0]["MESSAGE"]
+    assert agent.run("sh", "-c", f"ls -d /run/nbagent/slots/{slot} 2>/dev/null; true") == ""
