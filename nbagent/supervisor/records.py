@@ -56,12 +56,13 @@ class Records:
         os.rename(file.with_suffix(".new"), file)
 
     def load(self) -> Iterator[tuple[str, Slot | None]]:
-        """Every slot's name with its Slot, or None where the file is missing or broken."""
+        """Every slot's name with its Slot, or None where the file is missing, broken or another slot's."""
         for directory in sorted(self.path.iterdir()):
             try:
-                yield directory.name, Slot.restore(json.loads((directory / "slot.json").read_text()))
+                slot = Slot.restore(json.loads((directory / "slot.json").read_text()))
             except (OSError, ValueError, KeyError, TypeError):
-                yield directory.name, None
+                slot = None
+            yield directory.name, slot if slot is not None and slot.id == directory.name else None
 
     def http_path(self, slot: Slot) -> Path:
         """The slot's socket."""
