@@ -49,18 +49,25 @@ class ControlServer:
             gone = asyncio.ensure_future(loop.sock_recv(connection, 1))
             try:
                 await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+                # At once: in the loop's next turns the slot that replaces a claimed one is started.
+                if sent := work.done():
+                    self._send(connection, payload, work)
             finally:
                 gone.cancel()
                 if not work.done():
                     work.cancel()
                 await asyncio.gather(work, gone, return_exceptions=True)
-            if work.cancelled() or work.exception() is not None:
-                return
-            answer = work.result()
-            try:
-                control.send(connection, answer)
-            except OSError:
-                self._lost(payload, answer)
+            if not sent:
+                self._send(connection, payload, work)
+
+    def _send(self, connection: socket.socket, payload: bytes, work: asyncio.Task[dict[str, Any]]) -> None:
+        """Sends the answer, if there is one; takes back what nobody is there to receive."""
+        if work.cancelled() or work.exception() is not None:
+            return
+        try:
+            control.send(connection, work.result())
+        except OSError:
+            self._lost(payload, work.result())
 
     async def _answer(self, connection: socket.socket, payload: bytes) -> dict[str, Any]:
         try:
