@@ -53,7 +53,9 @@ PEER_READY = "The peer: from systemd-run to the first 200 of GET /api, asked eve
 ROWS = {
     "keepalive": Row("claim, keep-alive", "ms", f"{CLAIM}; the connection is there. {PEER_READY}."),
     "new": Row("claim, new connection", "ms", f"{CLAIM}; connect() included. {PEER_READY}."),
-    "refill": Row("claim while slots start", "ms", "As (2), one claim every 0.4 s while the pool refills behind them."),
+    "refill": Row(
+        "claim while slots start", "ms", "As (2), one claim every 0.5 s while the pool, never dry, starts others."
+    ),
     "burst": Row(
         f"burst of {POOL}: last answer", "ms",
         f"{POOL} claims at once, each on a new connection, on {POOL} warm slots, until the last is answered. The peer: "
@@ -73,8 +75,8 @@ ROWS = {
     "idle10": Row(
         "memory a user, 10 idle", "MiB",
         "PSS of all processes of the slots' scopes, with nbagent.service, nbagent-api.service and "
-        "nbagent-router.service, divided by the users; nobody has opened a page. The peer: PSS of its scopes. While one "
-        "side is measured nothing of the other runs, but for our three services.",
+        "nbagent-router.service, divided by the users; nobody has opened a page. The peer: PSS of its scopes. While "
+        "one side is measured, nothing of the other runs but our three services.",
     ),
     "cell10": Row("memory a user, 10 kernels", "MiB", "As (8), each user with one kernel that ran one cell."),
     "cell5": Row("memory a user, 5 kernels", "MiB", "As (9), 5 of the users gone."),
@@ -159,10 +161,10 @@ class Bench:
     def claims_while_starting(self) -> None:
         """With room for more, every claim makes the pool start another."""
         self.configure(POOL, 4 * POOL)
-        for _ in range(2 * POOL):
+        for _ in range(POOL + 2):
             add(ROWS["refill"].ours, self.inside.submit(timed, claim).result())
             note_load(ROWS["refill"])
-            time.sleep(0.4)
+            time.sleep(0.5)
         self.configure(POOL, POOL)
 
     def burst(self) -> None:
