@@ -24,6 +24,7 @@ from nbagent.errors import ConfigError
 from nbagent.image.store import ImageStore
 from nbagent.log import Event, emit
 from nbagent.supervisor.agent import Agent
+from nbagent.supervisor.calls import Calls
 from nbagent.supervisor.launcher import ExecLauncher
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.server import ControlServer, serve_check
@@ -53,20 +54,21 @@ async def _run(config: configuration.Config) -> None:
     agent = Agent(config, systemd, ImageStore(IMAGES), ExecLauncher(), records, RUN / "drain")
     adopted = await agent.adopt()
     agent.refresh_images()
+    calls = Calls(agent)
     tasks = [
         asyncio.ensure_future(agent.run()),
-        asyncio.ensure_future(ControlServer(agent, sockets["control"], {0, _api_uid()}).serve()),
+        asyncio.ensure_future(ControlServer(calls, sockets["control"], {0, _api_uid()}).serve()),
         asyncio.ensure_future(_watchdog()),
     ]
     if "check" in sockets:
-        tasks.append(asyncio.ensure_future(serve_check(agent, sockets["check"])))
+        tasks.append(asyncio.ensure_future(serve_check(calls, sockets["check"])))
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
     loop.add_signal_handler(signal.SIGHUP, _reload, agent)
     daemon.notify("READY=1")
-    emit(Event.AGENT_READY, label=agent.label, adopted=adopted, capacity=agent.stats()["capacity"])
+    emit(Event.AGENT_READY, label=agent.label, adopted=adopted, capacity=agent.host().capacity)
     stopped = asyncio.ensure_future(stop.wait())
     # A task that ends by itself is a bug: better a restart, which adopts every slot, than a limp.
     done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)

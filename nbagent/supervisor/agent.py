@@ -1,4 +1,4 @@
-"""The agent: owns the slots of this host and moves each through its life.
+"""The agent: owns the slots of this host and moves each through its life. What callers ask is `calls`.
 
 Everything happens in one event loop. Events (a claim, a process that ended, a start that failed,
 a signal) change the state and wake `run`, which asks the policy what to do next and does it.
@@ -13,47 +13,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import os
 import secrets
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-import nbagent
 from nbagent.config import Config
-from nbagent.control import OWN_KEY_PREFIX
 from nbagent.errors import (
-    Draining,
-    Full,
-    IdempotencyMismatch,
-    IllegalMove,
-    ImageNotFound,
-    InvalidField,
     NbagentError,
-    SlotNotFound,
     StartFailed,
 )
 from nbagent.image.store import Image, ImageStore
 from nbagent.log import Event, emit
 from nbagent.model import (
-    CLAIM_FIELDS,
-    UPDATE_FIELDS,
-    Bounds,
     Limits,
-    Options,
     Slot,
     SlotState,
     new_id,
     new_token,
     now,
-    parse_options,
 )
 from nbagent.policy import admission, cull, pool
 from nbagent.quantities import parse_quota
@@ -67,7 +51,6 @@ from nbagent.systemd.bus import JobFailed, Systemd
 
 # Slots' ids within the image's range start here; below are the image's own users.
 UID_FIRST, UID_LAST = 2000, 65000
-RETRY_MAX_S = 60
 # From a slot's last closed socket to the end of its first process.
 END_SEEN_S = 2.0
 
@@ -104,7 +87,7 @@ class Agent:
         self.drain_file = drain_file
         self.slots: dict[str, Live] = {}
         self.pools: dict[str, PoolState] = {}
-        self.keys: dict[str, tuple[str, asyncio.Task[Slot]]] = {}
+        self.gone: Callable[[Slot], None] = lambda slot: None
         self.counters = Counters()
         self.started_s = now()
         self.stopping = False
@@ -129,10 +112,14 @@ class Agent:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(0.05, next_s - now()))
 
+    def wake(self) -> None:
+        """Says that something changed, so that `run` looks what to do."""
+        self._changed.set()
+
     async def stop(self) -> None:
         """Ends what is half made and leaves every other slot as it is."""
         self.stopping = True
-        self._changed.set()
+        self.wake()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -153,7 +140,7 @@ class Agent:
             state.image = images.get(name)
         for digest in self.store.collect({live.slot.digest for live in self.slots.values()}):
             emit(Event.IMAGE_REMOVED, digest=digest)
-        self._changed.set()
+        self.wake()
 
     async def adopt(self) -> int:
         """Takes over the slots that outlived the agent and removes what is half made.
@@ -175,8 +162,6 @@ class Agent:
             state = self.pools.setdefault(live.slot.image, PoolState(None))
             if live.slot.state is SlotState.WARM:
                 state.warm.append(live)
-            elif live.slot.key is not None:
-                self.keys[live.slot.key] = (live.slot.fingerprint or "", self._spawn(_value(live.slot)))
             emit(Event.SLOT_ADOPTED, slot=name, state=live.slot.state.value)
         for scope in scopes:
             await self.systemd.stop(scope, at_once=True)
@@ -191,18 +176,18 @@ class Agent:
                 digest=state.image.digest if state.image else None,
                 wanted=self.config.warm(name),
                 warm=tuple(pool.Warm(w.slot.id, w.slot.digest, at_s - w.slot.created_s) for w in state.warm),
-                starting=self._count(SlotState.STARTING, name),
+                starting=self.count(SlotState.STARTING, name),
                 waiting=sum(not claim.done() for claim in state.waiting),
                 paused_s=state.not_before_s - at_s,
             )
             for name, state in self.pools.items()
         ]
-        return pool.decide(pools, self._host(), self.config.pool.max_age)
+        return pool.decide(pools, self.host(), self.config.pool.max_age)
 
     def _apply(self, decision: pool.Decision) -> None:
         for move in decision.retire:
             live = self.slots[move.id]
-            self._end(live, Event.SLOT_RETIRED, text=move.reason)
+            self.end(live, Event.SLOT_RETIRED, text=move.reason)
         for image in decision.start:
             self._start(image)
 
@@ -224,7 +209,7 @@ class Agent:
             if why is not None:
                 self.counters.add(f"culled_{why}")
                 text = "its time is up" if why == "age" else f"idle for {at_s - live.active_s:.0f} s"
-                self._end(live, Event.SLOT_CULLED, text=text)
+                self.end(live, Event.SLOT_CULLED, text=text)
 
     # -- a slot's life -------------------------------------------------------------------------
 
@@ -244,7 +229,7 @@ class Agent:
         )
         live = Live(slot)
         self.slots[slot.id] = live
-        live.task = self._spawn(self._bring_up(live, image))
+        live.task = self.spawn(self._bring_up(live, image))
 
     async def _bring_up(self, live: Live, image: Image) -> None:
         state = self.pools[image.name]
@@ -254,7 +239,7 @@ class Agent:
             async with asyncio.timeout(self.config.slots.start_timeout):
                 await self._launch(live, image)
         except asyncio.CancelledError:
-            self._end(live, Event.SLOT_RETIRED, text="the agent stops while it starts")
+            self.end(live, Event.SLOT_RETIRED, text="the agent stops while it starts")
             raise
         except (NbagentError, OSError, JobFailed, TimeoutError) as error:
             # A slot that was ended while it started has not failed.
@@ -269,7 +254,7 @@ class Agent:
         live.slot = live.slot.to(SlotState.WARM)
         self.records.save(live.slot)
         emit(Event.SLOT_WARM, slot=live.slot.id, took_ms=round(took_s * 1000))
-        self._offer(live)
+        self.offer(live)
 
     async def _launch(self, live: Live, image: Image) -> None:
         slot, settings = live.slot, self.config.slots
@@ -310,11 +295,13 @@ class Agent:
         wait_s = pool.backoff(state.failures, self.config.pool.backoff, self.config.pool.backoff_max)
         state.not_before_s = now() + wait_s
         self.counters.add("start_failures")
-        self._end(live, Event.SLOT_FAILED, SlotState.FAILED, text=text)
+        self.end(live, Event.SLOT_FAILED, SlotState.FAILED, text=text)
         emit(Event.POOL_BACKOFF, image=live.slot.image, failures=state.failures, wait_s=wait_s)
 
-    def _offer(self, live: Live) -> None:
+    def offer(self, live: Live) -> None:
         """Gives a warm slot to the claim that waits longest, or to the pool."""
+        if live.slot.state is not SlotState.WARM:
+            return
         state = self.pools[live.slot.image]
         while state.waiting:
             claim = state.waiting.popleft()
@@ -322,7 +309,7 @@ class Agent:
                 claim.set_result(live)
                 return
         state.warm.append(live)
-        self._changed.set()
+        self.wake()
 
     def _watch(self, live: Live) -> None:
         """Notices the end of the slot's first process, and with it of all the slot's processes."""
@@ -333,16 +320,16 @@ class Agent:
                 if kills:
                     self._out_of_memory(live, kills)
                 self.counters.add("died")
-                self._end(live, Event.SLOT_DIED, text="its processes ended")
+                self.end(live, Event.SLOT_DIED, text="its processes ended")
 
-        live.task = self._spawn(ended())
+        live.task = self.spawn(ended())
 
     def _out_of_memory(self, live: Live, kills: int) -> None:
         self.counters.add("oom_kills", kills)
         text = f"{kills} processes killed at MemoryMax={live.slot.limits.memory_bytes}"
         emit(Event.SLOT_OOM, slot=live.slot.id, text=text)
 
-    def _end(self, live: Live, event: Event, state: SlotState = SlotState.STOPPING, **fields: Any) -> None:
+    def end(self, live: Live, event: Event, state: SlotState = SlotState.STOPPING, **fields: Any) -> None:
         """Ends a slot. The router stops serving it at once, its processes soon after."""
         if live.slot.state in (SlotState.STOPPING, SlotState.FAILED, SlotState.GONE):
             return
@@ -370,273 +357,45 @@ class Agent:
         live.close()
         live.slot = slot.to(SlotState.GONE)
         del self.slots[slot.id]
-        if slot.key in self.keys:
-            self._forget(slot.key, self.keys[slot.key][1])
+        self.gone(slot)
         emit(Event.SLOT_GONE, slot=slot.id, age_s=round(now() - slot.created_s))
         if self._image_unused(slot.digest):
             self.refresh_images()
-        self._changed.set()
-
-    # -- what callers ask for ------------------------------------------------------------------
-
-    async def claim(self, given: Mapping[str, Any], key: str, client: str) -> dict[str, Any]:
-        """Hands out a slot; the same one for the same key, as long as it lives.
-
-        Raises InvalidField, Draining, Full, StartFailed, IdempotencyMismatch.
-        """
-        began_s = now()
-        try:
-            options = parse_options(given, CLAIM_FIELDS, self._bounds())
-            image = self._claimed_image(options)
-            slot = await self._claim_once(image, options, key, _fingerprint(given), client)
-        except NbagentError as error:
-            self.counters.add("claims_refused")
-            if isinstance(error, Full):
-                emit(Event.HOST_FULL, text=str(error))
-            raise
-        self.counters.claim_seconds.observe(now() - began_s)
-        return slot.claim_document()
-
-    async def _claim_once(self, image: str, options: Options, key: str, fingerprint: str, client: str) -> Slot:
-        known = self.keys.get(key)
-        if known is not None and self._is_spent(known[1]):
-            known = None
-        if known is None:
-            task = self._spawn(self._claim(image, options, key, fingerprint, client))
-            self.keys[key] = known = (fingerprint, task)
-            task.add_done_callback(lambda claim: self._forget(key, claim))
-        if known[0] != fingerprint:
-            raise IdempotencyMismatch("this Idempotency-Key was used with other options", field="Idempotency-Key")
-        if key.startswith(OWN_KEY_PREFIX):
-            # Nobody else knows this key: when its caller goes away, so does the claim.
-            slot = await known[1]
-        else:
-            # One caller that goes away does not take the slot from the next that asks.
-            slot = await asyncio.shield(known[1])
-        # The slot may have other limits or more time by now.
-        return self.slots[slot.id].slot if slot.id in self.slots else slot
-
-    def _is_spent(self, claim: asyncio.Task[Slot]) -> bool:
-        """Whether a key's claim has failed, or its slot has ended: then the key may claim anew."""
-        if not claim.done():
-            return False
-        if claim.cancelled() or claim.exception() is not None:
-            return True
-        live = self.slots.get(claim.result().id)
-        return live is None or live.slot.state is not SlotState.CLAIMED
-
-    def _forget(self, key: str, claim: asyncio.Task[Slot]) -> None:
-        """Drops a key whose claim failed, unless it has been claimed with anew."""
-        if self._is_spent(claim) and key in self.keys and self.keys[key][1] is claim:
-            del self.keys[key]
-
-    async def _claim(self, image: str, options: Options, key: str, fingerprint: str, client: str) -> Slot:
-        if self.draining:
-            raise Draining("the host is draining and hands out no slots", retry_after_s=RETRY_MAX_S)
-        live = await self._take(image)
-        limits = options.limits(live.slot.limits)
-        if limits != live.slot.limits:
-            try:
-                self.systemd.set_limits(live.slot.scope, limits)
-            except OSError as error:
-                self._end(live, Event.SLOT_DIED, text=f"limits not set: {error}")
-                raise StartFailed(f"limits not set: {error}", step="limits") from error
-        live.slot = live.slot.to(
-            SlotState.CLAIMED,
-            limits=limits, claimed_s=now(), ttl_s=options.ttl_s or self.config.slots.ttl,
-            path=options.path or live.slot.path, key=key, fingerprint=fingerprint,
-        )
-        self.records.save(live.slot)
-        self.counters.add("claims")
-        emit(Event.SLOT_CLAIMED, slot=live.slot.id, client=client, ttl_s=f"{live.slot.ttl_s:g}")
-        self._changed.set()
-        return live.slot
-
-    async def _take(self, image: str) -> Live:
-        """A warm slot out of the pool, or the next one to become warm."""
-        state = self.pools[image]
-        if state.warm:
-            return state.warm.popleft()
-        host = self._host()
-        # A slot on its way in may be this claim's, one on its way out makes room for it.
-        ending = self._count(SlotState.STOPPING) + self._count(SlotState.FAILED)
-        queued = sum(not claim.done() for claim in state.waiting)
-        coming = self._count(SlotState.STARTING, image) + ending - queued
-        if admission.room(host) == 0 and coming <= 0:
-            raise Full(f"no slot is free: {admission.obstacle(host)}", retry_after_s=self._retry_after_s())
-        waiter: asyncio.Future[Live] = asyncio.get_running_loop().create_future()
-        state.waiting.append(waiter)
-        self._changed.set()
-        try:
-            async with asyncio.timeout(self.config.pool.claim_timeout):
-                return await waiter
-        except TimeoutError:
-            if state.failures and state.last_failure is not None:
-                raise StartFailed(str(state.last_failure), **state.last_failure.details) from None
-            raise Full("no slot became ready in time", retry_after_s=self._retry_after_s()) from None
-        finally:
-            # A waiter that got its slot but cannot take it any more gives it to the next.
-            if waiter.done() and not waiter.cancelled() and (task := asyncio.current_task()) and task.cancelling():
-                self._offer(waiter.result())
-            waiter.cancel()
-
-    def unclaim(self, slot_id: str) -> None:
-        """Ends a slot whose claim nobody received."""
-        if live := self.slots.get(slot_id):
-            self._end(live, Event.SLOT_RELEASED)
-
-    def list_slots(self) -> list[dict[str, Any]]:
-        """All slots."""
-        at_s = now()
-        return [live.document(at_s) for live in self.slots.values()]
-
-    def slot(self, slot_id: str) -> dict[str, Any]:
-        """One slot. Raises SlotNotFound."""
-        return self._live(slot_id).document(now())
-
-    def update(self, slot_id: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Changes a claimed slot's limits, or its life counted from now.
-
-        Raises SlotNotFound, InvalidField, IllegalMove.
-        """
-        live = self._live(slot_id)
-        options = parse_options(given, UPDATE_FIELDS, self._bounds())
-        if live.slot.state is not SlotState.CLAIMED or live.slot.claimed_s is None:
-            raise IllegalMove(f"slot {slot_id} is {live.slot.state.value}; only a claimed slot can be changed")
-        limits = options.limits(live.slot.limits)
-        if limits != live.slot.limits:
-            try:
-                self.systemd.set_limits(live.slot.scope, limits)
-            except OSError as error:
-                raise IllegalMove(f"systemd did not change slot {slot_id}: {error}") from error
-        ttl_s = live.slot.ttl_s
-        if options.ttl_s is not None:
-            ttl_s = now() - live.slot.claimed_s + options.ttl_s
-            if ttl_s > self.config.slots.ttl_max:
-                left_s = max(0, int(self.config.slots.ttl_max - (now() - live.slot.claimed_s)))
-                raise InvalidField(field="ttl", value=options.ttl_s, expected=f"at most {left_s} seconds for this slot")
-        live.slot = dataclasses.replace(live.slot, limits=limits, ttl_s=ttl_s)
-        self.records.save(live.slot)
-        emit(Event.SLOT_UPDATED, slot=slot_id, text=", ".join(f"{k}={v}" for k, v in given.items()) or "nothing")
-        return live.document(now())
-
-    def release(self, slot_id: str) -> dict[str, Any]:
-        """Ends a slot. Raises SlotNotFound."""
-        live = self._live(slot_id)
-        if live.slot.state is SlotState.CLAIMED:
-            self.counters.add("released")
-        self._end(live, Event.SLOT_RELEASED)
-        return live.document(now())
-
-    def set_draining(self, draining: bool) -> dict[str, Any]:
-        """Stops or resumes handing out. It survives a restart of the agent, not a reboot."""
-        if draining != self.draining:
-            if draining:
-                self.drain_file.touch()
-            else:
-                self.drain_file.unlink(missing_ok=True)
-            emit(Event.DRAIN_STARTED if draining else Event.DRAIN_ENDED)
-        self._changed.set()
-        return {
-            "draining": draining, "claimed": self._count(SlotState.CLAIMED), "warm": self._count(SlotState.WARM),
-        }
+        self.wake()
 
     @property
     def draining(self) -> bool:
         """Whether the host hands out nothing."""
         return self.drain_file.exists()
 
-    def images(self) -> list[dict[str, Any]]:
-        """The images of this host."""
-        return [
-            {
-                "name": name, "digest": state.image.digest, "launch": state.image.launch,
-                "warm": len(state.warm), "wanted": self.config.warm(name),
-                "default": name == self.config.pool.image,
-            }
-            for name, state in sorted(self.pools.items()) if state.image is not None
-        ]
-
-    def stats(self) -> dict[str, Any]:
-        """The host at a glance."""
-        host = self._host()
-        states = {state.value: self._count(state) for state in SlotState}
-        default = self.pools.get(self.config.pool.image)
-        available = 0 if host.draining else states["warm"] + states["starting"] + admission.room(host)
-        return {
-            "version": nbagent.__version__,
-            "label": self.label,
-            "available": available,
-            "capacity": host.capacity,
-            **{state: states[state] for state in ("warm", "starting", "claimed", "stopping")},
-            "draining": host.draining,
-            "ready": default is not None and default.image is not None and not default.failures,
-            "container_image": self.config.pool.image,
-            "memory_available_bytes": host.memory_available_bytes,
-            "free_percent": self.free_percent(),
-            "pools": {
-                name: {
-                    "wanted": self.config.warm(name), "warm": len(state.warm),
-                    "starting": self._count(SlotState.STARTING, name), "failures": state.failures,
-                }
-                for name, state in sorted(self.pools.items())
-            },
-            **self.counters.document(),
-            "uptime_s": round(now() - self.started_s),
-        }
-
-    def free_percent(self) -> int:
-        """Capacity that is left to hand out, in percent; 0 only when a claim would be refused."""
-        host = self._host()
-        free = self._count(SlotState.WARM) + self._count(SlotState.STARTING) + admission.room(host)
-        return min(100, math.ceil(100 * free / host.capacity)) if not host.draining else 0
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
         task: asyncio.Task[Any] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    def _live(self, slot_id: str) -> Live:
-        live = self.slots.get(slot_id)
-        if live is None:
-            raise SlotNotFound(f"no slot {slot_id} lives on this host", slot=slot_id)
-        return live
-
-    def _host(self) -> admission.Host:
+    def host(self) -> admission.Host:
         memory = psutil.virtual_memory()
         slots = self.config.slots
         return admission.Host(
             capacity=admission.capacity(slots.capacity, memory.total, slots.memory, slots.overcommit),
             live=len(self.slots),
-            starting=self._count(SlotState.STARTING),
+            starting=self.count(SlotState.STARTING),
             starts_max=self.config.pool.starts or os.cpu_count() or 1,
             memory_available_bytes=memory.available,
             memory_reserve_bytes=self.config.host.memory_reserve,
             draining=self.draining,
         )
 
-    def _bounds(self) -> Bounds:
-        return Bounds(self.config.slots.memory_max, self.config.slots.ttl_max, os.cpu_count() or 1)
-
     def _default_limits(self) -> Limits:
         slots = self.config.slots
         quota = None if slots.cpu_quota == "none" else parse_quota(slots.cpu_quota, os.cpu_count() or 1)
         return Limits(slots.memory, slots.cpu_weight, quota, slots.tasks)
 
-    def _claimed_image(self, options: Options) -> str:
-        name = options.image or self.config.pool.image
-        state = self.pools.get(name)
-        if state is not None and state.image is not None:
-            return name
-        known = ", ".join(image["name"] for image in self.images()) or "none yet"
-        if options.image is None:
-            raise ImageNotFound(f"the default image {name} is not on this host; on it are: {known}", image=name)
-        raise InvalidField(field="image", value=name, expected=f"an image of this host: {known}")
-
-    def _count(self, state: SlotState, image: str | None = None) -> int:
+    def count(self, state: SlotState, image: str | None = None) -> int:
         return sum(
             live.slot.state is state and (image is None or live.slot.image == image) for live in self.slots.values()
         )
@@ -651,21 +410,9 @@ class Agent:
         current = {state.image.digest for state in self.pools.values() if state.image is not None}
         return digest not in current and all(live.slot.digest != digest for live in self.slots.values())
 
-    def _retry_after_s(self) -> int:
-        ends = [live.slot.expires_s for live in self.slots.values() if live.slot.expires_s is not None]
-        return max(1, min(RETRY_MAX_S, math.ceil(min(ends, default=0.0) - now())))
-
 
 def _why_not(slot: Slot | None, settled: bool) -> str:
     """Why a slot that was found is not adopted."""
     if slot is None:
         return "its file is broken"
     return "it ended while no agent ran" if settled else "half made"
-
-
-async def _value(slot: Slot) -> Slot:
-    return slot
-
-
-def _fingerprint(given: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()

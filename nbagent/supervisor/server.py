@@ -17,14 +17,14 @@ from typing import Any
 
 from nbagent import control
 from nbagent.errors import BadRequest, Forbidden, NbagentError
-from nbagent.supervisor.agent import Agent
+from nbagent.supervisor.calls import Calls
 
 
 class ControlServer:
     """Serves the control socket."""
 
-    def __init__(self, agent: Agent, listener: socket.socket, allowed_uids: Collection[int]) -> None:
-        self.agent = agent
+    def __init__(self, calls: Calls, listener: socket.socket, allowed_uids: Collection[int]) -> None:
+        self.calls = calls
         self.listener = listener
         self.allowed_uids = allowed_uids
         self._connections: set[asyncio.Task[None]] = set()
@@ -82,24 +82,24 @@ class ControlServer:
             return {"error": NbagentError("the supervisor failed; its journal says more").to_wire()}
 
     async def _dispatch(self, request: dict[str, Any]) -> Any:
-        agent, op, args = self.agent, request["op"], request["args"]
+        calls, op, args = self.calls, request["op"], request["args"]
         match op:
             case "claim":
-                return await agent.claim(args.get("options", {}), args["key"], str(args.get("client", "?")))
+                return await calls.claim(args.get("options", {}), args["key"], str(args.get("client", "?")))
             case "slots":
-                return agent.list_slots()
+                return calls.list_slots()
             case "slot":
-                return agent.slot(str(args.get("id")))
+                return calls.slot(str(args.get("id")))
             case "update":
-                return agent.update(str(args.get("id")), args.get("options", {}))
+                return calls.update(str(args.get("id")), args.get("options", {}))
             case "release":
-                return agent.release(str(args.get("id")))
+                return calls.release(str(args.get("id")))
             case "drain" | "undrain":
-                return agent.set_draining(op == "drain")
+                return calls.set_draining(op == "drain")
             case "stats":
-                return agent.stats()
+                return calls.stats()
             case "images":
-                return agent.images()
+                return calls.images()
         raise BadRequest(f"unknown request {op!r}")
 
     def _lost(self, payload: bytes, answer: dict[str, Any]) -> None:
@@ -107,10 +107,10 @@ class ControlServer:
         if request["op"] != "claim" or "ok" not in answer:
             return
         if request["args"]["key"].startswith(control.OWN_KEY_PREFIX):
-            self.agent.unclaim(answer["ok"]["slot"])
+            self.calls.unclaim(answer["ok"]["slot"])
 
 
-async def serve_check(agent: Agent, listener: socket.socket) -> None:
+async def serve_check(calls: Calls, listener: socket.socket) -> None:
     """Answers HAProxy's agent-check until cancelled: one line, then the connection ends.
 
     `ready` takes a server out of the drain that `drain` put it into; nothing is ever read.
@@ -119,7 +119,7 @@ async def serve_check(agent: Agent, listener: socket.socket) -> None:
     while True:
         connection, _ = await asyncio.get_running_loop().sock_accept(listener)
         with connection, contextlib.suppress(OSError):
-            line = "drain" if agent.draining else f"ready {agent.free_percent()}%"
+            line = "drain" if calls.agent.draining else f"ready {calls.free_percent()}%"
             connection.send(f"{line}\n".encode())
 
 

@@ -1,0 +1,308 @@
+"""What callers ask of the supervisor: claims, and everything else the API offers, one method a call.
+
+A claim is made once for its key: whoever asks again with the same key gets the same slot, over a
+restart of the supervisor too, as the key is in the slot's file.
+
+Checks what comes in, changes the agent's slots, answers with documents. Not for the lives of slots;
+those are the agent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import nbagent
+from nbagent.control import OWN_KEY_PREFIX
+from nbagent.errors import (
+    Draining,
+    Full,
+    IdempotencyMismatch,
+    IllegalMove,
+    ImageNotFound,
+    InvalidField,
+    NbagentError,
+    SlotNotFound,
+    StartFailed,
+)
+from nbagent.log import Event, emit
+from nbagent.model import (
+    CLAIM_FIELDS,
+    UPDATE_FIELDS,
+    Bounds,
+    Options,
+    Slot,
+    SlotState,
+    now,
+    parse_options,
+)
+from nbagent.policy import admission
+from nbagent.supervisor.agent import Agent
+from nbagent.supervisor.live import Live
+
+RETRY_MAX_S = 60
+
+
+class Calls:
+    """The calls of one agent; made after it has adopted what it found."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.keys: dict[str, tuple[str, asyncio.Task[Slot]]] = {}
+        for live in agent.slots.values():
+            if live.slot.state is SlotState.CLAIMED and live.slot.key is not None:
+                self.keys[live.slot.key] = (live.slot.fingerprint or "", agent.spawn(_value(live.slot)))
+        agent.gone = self._slot_gone
+
+    async def claim(self, given: Mapping[str, Any], key: str, client: str) -> dict[str, Any]:
+        """Hands out a slot; the same one for the same key, as long as it lives.
+
+        Raises InvalidField, Draining, Full, StartFailed, IdempotencyMismatch.
+        """
+        began_s = now()
+        try:
+            options = parse_options(given, CLAIM_FIELDS, self._bounds())
+            image = self._claimed_image(options)
+            slot = await self._claim_once(image, options, key, _fingerprint(given), client)
+        except NbagentError as error:
+            self.agent.counters.add("claims_refused")
+            if isinstance(error, Full):
+                emit(Event.HOST_FULL, text=str(error))
+            raise
+        self.agent.counters.claim_seconds.observe(now() - began_s)
+        return slot.claim_document()
+
+    async def _claim_once(self, image: str, options: Options, key: str, fingerprint: str, client: str) -> Slot:
+        known = self.keys.get(key)
+        if known is not None and self._is_spent(known[1]):
+            known = None
+        if known is None:
+            task = self.agent.spawn(self._claim(image, options, key, fingerprint, client))
+            self.keys[key] = known = (fingerprint, task)
+            task.add_done_callback(lambda claim: self._forget(key, claim))
+        if known[0] != fingerprint:
+            raise IdempotencyMismatch("this Idempotency-Key was used with other options", field="Idempotency-Key")
+        if key.startswith(OWN_KEY_PREFIX):
+            # Nobody else knows this key: when its caller goes away, so does the claim.
+            slot = await known[1]
+        else:
+            # One caller that goes away does not take the slot from the next that asks.
+            slot = await asyncio.shield(known[1])
+        # The slot may have other limits or more time by now.
+        return self.agent.slots[slot.id].slot if slot.id in self.agent.slots else slot
+
+    def _is_spent(self, claim: asyncio.Task[Slot]) -> bool:
+        """Whether a key's claim has failed, or its slot has ended: then the key may claim anew."""
+        if not claim.done():
+            return False
+        if claim.cancelled() or claim.exception() is not None:
+            return True
+        live = self.agent.slots.get(claim.result().id)
+        return live is None or live.slot.state is not SlotState.CLAIMED
+
+    def _forget(self, key: str, claim: asyncio.Task[Slot]) -> None:
+        """Drops a key whose claim failed, unless it has been claimed with anew."""
+        if self._is_spent(claim) and key in self.keys and self.keys[key][1] is claim:
+            del self.keys[key]
+
+    async def _claim(self, image: str, options: Options, key: str, fingerprint: str, client: str) -> Slot:
+        if self.agent.draining:
+            raise Draining("the host is draining and hands out no slots", retry_after_s=RETRY_MAX_S)
+        while (live := await self._take(image)).slot.state is not SlotState.WARM:
+            pass  # it ended on the way from the pool to here
+        limits = options.limits(live.slot.limits)
+        if limits != live.slot.limits:
+            try:
+                self.agent.systemd.set_limits(live.slot.scope, limits)
+            except OSError as error:
+                self.agent.end(live, Event.SLOT_DIED, text=f"limits not set: {error}")
+                raise StartFailed(f"limits not set: {error}", step="limits") from error
+        live.slot = live.slot.to(
+            SlotState.CLAIMED,
+            limits=limits, claimed_s=now(), ttl_s=options.ttl_s or self.agent.config.slots.ttl,
+            path=options.path or live.slot.path, key=key, fingerprint=fingerprint,
+        )
+        self.agent.records.save(live.slot)
+        self.agent.counters.add("claims")
+        emit(Event.SLOT_CLAIMED, slot=live.slot.id, client=client, ttl_s=f"{live.slot.ttl_s:g}")
+        self.agent.wake()
+        return live.slot
+
+    async def _take(self, image: str) -> Live:
+        """A warm slot out of the pool, or the next one to become warm."""
+        state = self.agent.pools[image]
+        if state.warm:
+            return state.warm.popleft()
+        host = self.agent.host()
+        # A slot on its way in may be this claim's, one on its way out makes room for it.
+        ending = self.agent.count(SlotState.STOPPING) + self.agent.count(SlotState.FAILED)
+        queued = sum(not claim.done() for claim in state.waiting)
+        coming = self.agent.count(SlotState.STARTING, image) + ending - queued
+        if admission.room(host) == 0 and coming <= 0:
+            raise Full(f"no slot is free: {admission.obstacle(host)}", retry_after_s=self._retry_after_s())
+        waiter: asyncio.Future[Live] = asyncio.get_running_loop().create_future()
+        state.waiting.append(waiter)
+        self.agent.wake()
+        try:
+            async with asyncio.timeout(self.agent.config.pool.claim_timeout):
+                return await waiter
+        except TimeoutError:
+            if state.failures and state.last_failure is not None:
+                raise StartFailed(str(state.last_failure), **state.last_failure.details) from None
+            raise Full("no slot became ready in time", retry_after_s=self._retry_after_s()) from None
+        finally:
+            # A waiter that got its slot but cannot take it any more gives it to the next.
+            if waiter.done() and not waiter.cancelled() and (task := asyncio.current_task()) and task.cancelling():
+                self.agent.offer(waiter.result())
+            waiter.cancel()
+
+    def unclaim(self, slot_id: str) -> None:
+        """Ends a slot whose claim nobody received."""
+        if live := self.agent.slots.get(slot_id):
+            self.agent.end(live, Event.SLOT_RELEASED)
+
+    def list_slots(self) -> list[dict[str, Any]]:
+        """All slots."""
+        at_s = now()
+        return [live.document(at_s) for live in self.agent.slots.values()]
+
+    def slot(self, slot_id: str) -> dict[str, Any]:
+        """One slot. Raises SlotNotFound."""
+        return self._live(slot_id).document(now())
+
+    def update(self, slot_id: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Changes a claimed slot's limits, or its life counted from now.
+
+        Raises SlotNotFound, InvalidField, IllegalMove.
+        """
+        live = self._live(slot_id)
+        options = parse_options(given, UPDATE_FIELDS, self._bounds())
+        if live.slot.state is not SlotState.CLAIMED or live.slot.claimed_s is None:
+            raise IllegalMove(f"slot {slot_id} is {live.slot.state.value}; only a claimed slot can be changed")
+        limits = options.limits(live.slot.limits)
+        if limits != live.slot.limits:
+            try:
+                self.agent.systemd.set_limits(live.slot.scope, limits)
+            except OSError as error:
+                raise IllegalMove(f"systemd did not change slot {slot_id}: {error}") from error
+        ttl_s = live.slot.ttl_s
+        if options.ttl_s is not None:
+            ttl_s = now() - live.slot.claimed_s + options.ttl_s
+            if ttl_s > self.agent.config.slots.ttl_max:
+                left_s = max(0, int(self.agent.config.slots.ttl_max - (now() - live.slot.claimed_s)))
+                expected = f"at most {left_s} seconds for this slot"
+                raise InvalidField(field="ttl", value=options.ttl_s, expected=expected)
+        live.slot = dataclasses.replace(live.slot, limits=limits, ttl_s=ttl_s)
+        self.agent.records.save(live.slot)
+        emit(Event.SLOT_UPDATED, slot=slot_id, text=", ".join(f"{k}={v}" for k, v in given.items()) or "nothing")
+        return live.document(now())
+
+    def release(self, slot_id: str) -> dict[str, Any]:
+        """Ends a slot. Raises SlotNotFound."""
+        live = self._live(slot_id)
+        if live.slot.state is SlotState.CLAIMED:
+            self.agent.counters.add("released")
+        self.agent.end(live, Event.SLOT_RELEASED)
+        return live.document(now())
+
+    def set_draining(self, draining: bool) -> dict[str, Any]:
+        """Stops or resumes handing out. It survives a restart of the agent, not a reboot."""
+        if draining != self.agent.draining:
+            if draining:
+                self.agent.drain_file.touch()
+            else:
+                self.agent.drain_file.unlink(missing_ok=True)
+            emit(Event.DRAIN_STARTED if draining else Event.DRAIN_ENDED)
+        self.agent.wake()
+        return {
+            "draining": draining,
+            "claimed": self.agent.count(SlotState.CLAIMED),
+            "warm": self.agent.count(SlotState.WARM),
+        }
+
+    def images(self) -> list[dict[str, Any]]:
+        """The images of this host."""
+        return [
+            {
+                "name": name, "digest": state.image.digest, "launch": state.image.launch,
+                "warm": len(state.warm), "wanted": self.agent.config.warm(name),
+                "default": name == self.agent.config.pool.image,
+            }
+            for name, state in sorted(self.agent.pools.items()) if state.image is not None
+        ]
+
+    def stats(self) -> dict[str, Any]:
+        """The host at a glance."""
+        host = self.agent.host()
+        states = {state.value: self.agent.count(state) for state in SlotState}
+        default = self.agent.pools.get(self.agent.config.pool.image)
+        available = 0 if host.draining else states["warm"] + states["starting"] + admission.room(host)
+        return {
+            "version": nbagent.__version__,
+            "label": self.agent.label,
+            "available": available,
+            "capacity": host.capacity,
+            **{state: states[state] for state in ("warm", "starting", "claimed", "stopping")},
+            "draining": host.draining,
+            "ready": default is not None and default.image is not None and not default.failures,
+            "container_image": self.agent.config.pool.image,
+            "memory_available_bytes": host.memory_available_bytes,
+            "free_percent": self.free_percent(),
+            "pools": {
+                name: {
+                    "wanted": self.agent.config.warm(name), "warm": len(state.warm),
+                    "starting": self.agent.count(SlotState.STARTING, name), "failures": state.failures,
+                }
+                for name, state in sorted(self.agent.pools.items())
+            },
+            **self.agent.counters.document(),
+            "uptime_s": round(now() - self.agent.started_s),
+        }
+
+    def free_percent(self) -> int:
+        """Capacity that is left to hand out, in percent; 0 only when a claim would be refused."""
+        host = self.agent.host()
+        free = self.agent.count(SlotState.WARM) + self.agent.count(SlotState.STARTING) + admission.room(host)
+        return min(100, math.ceil(100 * free / host.capacity)) if not host.draining else 0
+
+
+    def _live(self, slot_id: str) -> Live:
+        live = self.agent.slots.get(slot_id)
+        if live is None:
+            raise SlotNotFound(f"no slot {slot_id} lives on this host", slot=slot_id)
+        return live
+
+    def _bounds(self) -> Bounds:
+        return Bounds(self.agent.config.slots.memory_max, self.agent.config.slots.ttl_max, os.cpu_count() or 1)
+
+    def _claimed_image(self, options: Options) -> str:
+        name = options.image or self.agent.config.pool.image
+        state = self.agent.pools.get(name)
+        if state is not None and state.image is not None:
+            return name
+        known = ", ".join(image["name"] for image in self.images()) or "none yet"
+        if options.image is None:
+            raise ImageNotFound(f"the default image {name} is not on this host; on it are: {known}", image=name)
+        raise InvalidField(field="image", value=name, expected=f"an image of this host: {known}")
+
+    def _retry_after_s(self) -> int:
+        ends = [live.slot.expires_s for live in self.agent.slots.values() if live.slot.expires_s is not None]
+        return max(1, min(RETRY_MAX_S, math.ceil(min(ends, default=0.0) - now())))
+
+    def _slot_gone(self, slot: Slot) -> None:
+        if slot.key in self.keys:
+            self._forget(slot.key, self.keys[slot.key][1])
+
+
+async def _value(slot: Slot) -> Slot:
+    return slot
+
+
+def _fingerprint(given: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()
