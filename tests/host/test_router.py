@@ -241,3 +241,10 @@ def test_a_restart_of_the_router_loses_no_new_connection(agent):
 def test_the_url_of_a_claim_is_where_the_router_is(agent):
     parts = urlsplit(agent.claim()["url"])
     assert (parts.hostname, parts.port) == ("127.0.0.1", product.ROUTER_PORT)
+
+
+def test_no_worker_of_the_router_ever_waits_for_a_connection(agent):
+    """One that did would leave alone everybody it serves: it waits for events, and its sockets do not block."""
+    flags = agent.run("sh", "-c", "for pid in $(pgrep -u nbagent-router nginx); do grep -h ^flags: /proc/$pid/fdinfo/3; done")
+    assert len(flags.splitlines()) >= 2
+    assert all(int(line.split()[1], 8) & os.O_NONBLOCK for line in flags.splitlines())
