@@ -1,0 +1,270 @@
+"""`make up` as a newcomer lives it: two commands, and a notebook in a real browser on this machine.
+
+The host that `make up` makes is left as it was found: up, or not there.
+"""
+
+import contextlib
+import http.client
+import json
+import re
+import socket
+import subprocess
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import product
+import pytest
+from selenium.common.exceptions import TimeoutException
+from selenium.webdriver import ActionChains, Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from hosts import Host, state
+from hosts.errors import NoSuchHost
+
+NAME = "up"
+# A first load compiles five megabytes of JavaScript, on a machine that may be busy.
+PATIENCE_S = 120
+FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-dev-shm-usage",
+         "--no-first-run", "--no-proxy-server", "--window-size=1400,1000")
+
+
+def make(target):
+    """`make TARGET`; what it printed."""
+    done = subprocess.run(["make", target], cwd=product.TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          check=False, timeout=1800)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def is_up():
+    with contextlib.suppress(NoSuchHost):
+        return bool(Host.attach(NAME))
+    return False
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    """What `make up` printed."""
+    was_up = is_up()
+    yield make("up")
+    if was_up:
+        make("up")
+    else:
+        make("down")
+
+
+@pytest.fixture
+def claim(made_up):
+    """Claims from this machine, by make up's own address; they are released afterwards."""
+    claimed = []
+
+    def one(query=""):
+        claimed.append(json.loads(subprocess.run(["curl", "-sS", f"127.0.0.1:9000/claim{query}"], check=True,
+                                                 capture_output=True, text=True).stdout))
+        return claimed[-1]
+
+    yield one
+    for slot in claimed:
+        release(slot)
+
+
+def release(claimed):
+    connection = http.client.HTTPConnection("127.0.0.1", product.API_PORT, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("DELETE", f"/slots/{claimed['slot']}")
+        assert connection.getresponse().status in (200, 404)
+
+
+class Page:
+    """A browser window, and what a person does in it."""
+
+    def __init__(self, driver, shots):
+        self.driver, self.shots = driver, shots
+
+    def open(self, url):
+        """Goes there; what is waited for is to be seen, not the end of loading."""
+        self.driver.get(url)
+
+    def see(self, selector, count=1):
+        """Waits until so many elements are there, and gives them."""
+        def found(driver):
+            elements = driver.find_elements(By.CSS_SELECTOR, selector)
+            return len(elements) >= count and elements
+
+        return self.wait(found, f"{count} of {selector}")
+
+    def wait(self, what, for_what):
+        """What `what` gives; a picture of what is there instead when it does not come."""
+        try:
+            return WebDriverWait(self.driver, PATIENCE_S).until(what, for_what)
+        except TimeoutException:
+            self.shoot("in-vain")
+            raise
+
+    def read(self, selector, text):
+        """Waits until an element shows a text."""
+        self.wait(
+            lambda driver: any(text in element.text for element in driver.find_elements(By.CSS_SELECTOR, selector)),
+            f"{text!r} in {selector}")
+
+    def wait_for_kernel(self):
+        self.see('.jp-Notebook-ExecutionIndicator[data-status="idle"]')
+
+    def select_first_cell(self):
+        """Clicks into the first code cell until it takes what is typed: a page that still builds itself may move it."""
+        def selected(driver):
+            self.see(".jp-CodeCell .cm-content")[0].click()
+            return driver.find_elements(By.CSS_SELECTOR, ".jp-CodeCell.jp-mod-active .cm-content:focus")
+
+        self.wait(selected, "a selected code cell")
+
+    def type(self, *keys):
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def run_cell(self):
+        ActionChains(self.driver).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
+
+    def shoot(self, name):
+        self.driver.save_screenshot(str(self.shots / f"{name}.png"))
+
+    def requests(self):
+        """Every address that the browser asked for since the last call."""
+        addresses = []
+        for line in self.driver.get_log("performance"):
+            message = json.loads(line["message"])["message"]
+            if message["method"] == "Network.requestWillBeSent":
+                addresses.append(message["params"]["request"]["url"])
+            elif message["method"] == "Network.webSocketCreated":
+                addresses.append(message["params"]["url"])
+        return addresses
+
+    def complaints(self):
+        """What the console calls severe."""
+        return [line["message"] for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
+
+
+@pytest.fixture
+def page(tmp_path):
+    """Chromium, with a profile of its own."""
+    options = ChromeOptions()
+    options.binary_location = "/usr/bin/chromium"
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path}/profile"):
+        options.add_argument(flag)
+    options.page_load_strategy = "none"
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = Chrome(service=Service("/usr/bin/chromedriver"), options=options)
+    try:
+        yield Page(driver, tmp_path)
+    finally:
+        driver.quit()
+
+
+def foreign(addresses):
+    """The addresses that are on a network and not the router's. (A new window of Chromium shows a page of its own.)"""
+    parts = [urlsplit(address) for address in addresses]
+    return [part.geturl() for part in parts
+            if part.scheme in ("http", "https", "ws", "wss") and part.netloc != "127.0.0.1:8000"]
+
+
+def test_the_claims_url_opens_the_welcome_notebook_and_its_cells_run(page, claim):
+    page.open(claim("?path=lab/tree/Welcome.ipynb")["url"])
+    page.read(".jp-Notebook", "Welcome to your notebook")
+    page.wait_for_kernel()
+    page.select_first_cell()
+    page.run_cell()
+    page.read(".jp-CodeCell .jp-OutputArea-output", "Hello from Python 3.13")
+    # The next code cell draws; it is below a title, which is run on the way.
+    page.run_cell()
+    page.run_cell()
+    drawing = page.see(".jp-OutputArea-output svg, .jp-OutputArea-output.jp-RenderedSVG img")[0]
+    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", drawing)
+    assert drawing.rect["width"] > 100 and drawing.rect["height"] > 100
+    page.shoot("welcome")
+    asked = page.requests()
+    assert len(asked) > 20 and any(address.startswith("ws://") for address in asked)
+    assert foreign(asked) == []
+    assert page.complaints() == []
+
+
+def test_a_new_notebook_from_the_launcher_computes_and_shows_a_table(page, claim):
+    claimed = claim()
+    page.open(claimed["url"])
+    page.see('.jp-LauncherCard[data-category="Notebook"]')[0].click()
+    page.wait_for_kernel()
+    page.select_first_cell()
+    page.type("6 * 7")
+    page.run_cell()
+    page.read(".jp-OutputArea-executeResult .jp-OutputArea-output", "42")
+    page.type("from IPython.display import HTML; HTML('<table><tr><th>answer</th><td>forty-two</td></tr></table>')")
+    page.run_cell()
+    page.read(".jp-OutputArea-output table td", "forty-two")
+    page.shoot("launcher")
+    assert foreign(page.requests()) == []
+    assert page.complaints() == []
+    # The token is in the first address only: what a person copies from the window opens nothing for others.
+    assert "token=" not in page.driver.current_url
+
+
+def test_whose_notebook_has_ended_is_told_so_on_a_page(page, claim):
+    claimed = claim()
+    release(claimed)
+    page.open(claimed["url"])
+    page.read("h1", "This notebook is no longer running")
+    page.shoot("gone")
+    assert page.driver.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert claimed["token"] not in page.driver.find_element(By.TAG_NAME, "body").text
+    page.open("http://127.0.0.1:8000/")
+    page.read("h1", "Live notebooks run here")
+    page.shoot("welcome-page")
+    assert foreign(page.requests()) == []
+
+
+def test_what_make_up_prints_works(made_up):
+    assert "slots are warm" in made_up
+    commands = [line.strip().split("  ")[0] for line in made_up.splitlines() if line.startswith("  ")]
+    curls = [command for command in commands if command.startswith("curl ")]
+    assert [command.split()[1] for command in curls] == ["127.0.0.1:9000/claim", "127.0.0.1:9000/slots"]
+    claimed, slots = (json.loads(subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout)
+                      for command in curls)
+    assert claimed["slot"] in {slot["slot"] for slot in slots}
+    release(claimed)
+    table = next(command for command in commands if command.endswith("nbagent slots"))
+    shown = subprocess.run(table.split(), cwd=product.TOP, check=True, capture_output=True, text=True).stdout
+    assert shown.startswith("SLOT ")
+
+
+def test_a_second_make_up_changes_nothing(made_up):
+    host = Host.attach(NAME)
+    units = ["nbagent.service", "nbagent-api.service", "nbagent-router.service"]
+    before = host.run(["systemctl", "show", "-P", "InvocationID", *units]).stdout
+    printed = make("up")
+    assert "up is up already" in printed and "is in the cache" in printed
+    assert "installing" not in printed and "booting" not in printed
+    assert host.run(["systemctl", "show", "-P", "InvocationID", *units]).stdout == before
+
+
+def test_make_down_leaves_nothing(made_up):
+    make("down")
+    assert NAME not in state.names()
+    groups = [path.read_text() for path in processes("cgroup")]
+    assert not [group for group in groups if f"testhost-{NAME}/" in group or group.rstrip().endswith(f"testhost-{NAME}")]
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/testhost-{NAME}"))
+    spaces = Path("/run/netns")
+    assert not spaces.is_dir() or not [space.name for space in spaces.iterdir() if re.fullmatch(rf"(.*-)?{NAME}", space.name)]
+    assert f"/hosts/{NAME}/" not in Path("/proc/self/mounts").read_text()
+    assert not state.host_directory(NAME).exists()
+    for port in (product.API_PORT, product.ROUTER_PORT):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    assert "nothing is up" in make("down")
+
+
+def processes(file):
+    """A file of every process's directory in /proc that is still there to be read."""
+    for path in Path("/proc").glob(f"[0-9]*/{file}"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            path.read_text()
+            yield path
