@@ -41,13 +41,19 @@ def used(agent, *slots):
     return [known[slot] for slot in slots], time.monotonic()
 
 
+def opened(agent, **options):
+    """A claim of a slot that is warm: on a slow machine a claim would not wait for its start."""
+    agent.wait_warm()
+    return agent.open(**options)
+
+
 def test_memory_kills_the_kernel_and_spares_the_server(any_agent):
     agent = any_agent
     agent.expect(r"ran out of memory|killed by the OOM killer")
-    notebook = agent.open(memory="256M")
+    notebook = opened(agent, memory="256M")
     server = set(agent.processes(notebook.slot))
     with notebook.kernel() as kernel:
-        pid = int(kernel.run("import os; os.getpid()").text)
+        pid = int(kernel.run("import os; os.getpid()", timeout=180).text)
         assert pid > 2
         kernel.send("b'x' * (1 << 30)")
         state = agent.wait(
@@ -63,13 +69,13 @@ def test_memory_kills_the_kernel_and_spares_the_server(any_agent):
     assert "killed at MemoryMax=268435456" in said[0]["MESSAGE"]
     # The notebook is still there, and runs cells again.
     assert "Welcome.ipynb" in [file["name"] for file in notebook.get("api/contents")["content"]]
-    assert notebook.run("6 * 7").text == "42"
+    assert notebook.run("6 * 7", timeout=180).text == "42"
     assert agent.run("systemctl", "is-active", f"nbagent-{notebook.slot}.scope") == "active\n"
 
 
 def test_tasks_end_at_the_limit_and_the_server_stays(any_agent):
     agent = any_agent
-    notebook = agent.open()
+    notebook = opened(agent)
     with notebook.kernel() as kernel:
         made, errno = map(int, kernel.run(BOMB, timeout=180).stream.split())
         assert errno == EAGAIN and 150 < made < 256
@@ -78,12 +84,15 @@ def test_tasks_end_at_the_limit_and_the_server_stays(any_agent):
         assert [known["id"] for known in notebook.get("api/kernels")] == [kernel.id]
 
 
-def test_two_busy_slots_share_the_processors_by_their_weights(any_agent):
+def test_two_busy_slots_share_the_processors_by_their_weights_and_a_quota_is_the_most(any_agent):
     agent = any_agent
-    light, heavy = agent.open(cpu_weight=100), agent.open(cpu_weight=300)
+    light, heavy = opened(agent, cpu_weight=100), opened(agent, cpu_weight=300)
     agent.wait_warm()  # nothing else is to want the processors
-    for notebook in (light, heavy):
-        assert notebook.run(BURN).status == "ok"
+    with light.kernel() as first, heavy.kernel() as second:
+        for kernel in (first, second):
+            assert kernel.run("1", timeout=180).text == "1"
+        for kernel in (first, second):
+            assert kernel.run(BURN, timeout=180).status == "ok"
     # A machine that does other things as well takes longer to show the ratio; the ratio stays.
     for seconds in (6, 12, 24, 48):
         before, _ = used(agent, light.slot, heavy.slot)
@@ -94,30 +103,34 @@ def test_two_busy_slots_share_the_processors_by_their_weights(any_agent):
             break
     assert 3 * 0.85 <= ratio <= 3 * 1.15
 
-
-def test_a_quota_is_the_most_that_a_busy_slot_gets(any_agent):
-    agent = any_agent
-    notebook = agent.open(cpu_quota="25%")
-    assert notebook.run(BURN, timeout=180).status == "ok"
-    (before,), began = used(agent, notebook.slot)
+    assert agent.api.patch(f"/slots/{heavy.slot}", {"cpu_quota": "25%"}).status == 200
+    (before,), began = used(agent, heavy.slot)
     time.sleep(6)
-    (after,), ended = used(agent, notebook.slot)
+    (after,), ended = used(agent, heavy.slot)
     assert 0.05 < (after - before) / (ended - began) <= 0.25 * 1.15
 
 
 def test_pid_1_ends_a_slot_at_its_greatest_age_while_no_agent_runs(any_agent):
     agent = any_agent
     agent.expect(r"Failed with result 'timeout'|reached runtime time limit")
-    agent.configure('[slots]\nttl = "20s"\nttl_max = "20s"\n[pool]\nmax_age = "20s"\n')
+    starts = agent.api.get("/stats").json()["start_seconds"]
+    half_s = 10 + round(2 * starts["sum"] / max(1, starts["count"]))  # enough to start, and little more
+    agent.configure(
+        f'[slots]\nttl = "{half_s}s"\nttl_max = "{half_s}s"\n[pool]\nmax_age = "{half_s}s"\n'
+    )
     for slot in agent.slots("warm"):
         agent.release(slot["slot"])
-    slot = agent.claim()["slot"]
+    slot = opened(agent).slot
     scope, units = f"nbagent-{slot}.scope", ("nbagent.service", "nbagent.socket", "nbagent-check.socket")
     agent.run("systemctl", "stop", *units)
-    assert agent.run("systemctl", "show", "-P", "RuntimeMaxUSec", scope) == "40s\n"
-    assert agent.run("systemctl", "is-active", scope) == "active\n"
+    shown = agent.run("systemctl", "show", "-p", "RuntimeMaxUSec", "-p", "ActiveState", scope).splitlines()
+    minutes, seconds = divmod(2 * half_s, 60)
+    expected = " ".join(part for part in (f"{minutes}min" * (minutes > 0), f"{seconds}s" * (seconds > 0)) if part)
+    assert set(shown) == {f"RuntimeMaxUSec={expected}", "ActiveState=active"}
     pids = agent.processes(slot)
-    agent.wait(lambda: agent.run("systemctl", "is-active", scope, check=False) == "inactive\n", "the scope's end", 90)
+    agent.wait(
+        lambda: agent.run("systemctl", "is-active", scope, check=False) == "inactive\n", "the scope's end", 3 * half_s
+    )
     assert agent.run("systemctl", "is-active", *units, check=False) == "inactive\n" * 3
     assert agent.run("sh", "-c", f"ps -o pid= -p {','.join(map(str, pids))}; true") == ""
     agent.run("systemctl", "start", *units)
