@@ -50,8 +50,11 @@ def test_a_kernel_is_reached_again_after_a_restart_of_the_router(agent):
     notebook = agent.open()
     kernel = notebook.kernel()
     kernel.run("x = 21")
+    kernel.close()
     agent.run("systemctl", "restart", "nbagent-router.service")
-    assert Kernel(notebook, kernel.id).run("2 * x").text == "42"
+    again = Kernel(notebook, kernel.id)
+    assert again.run("2 * x").text == "42"
+    again.end()
 
 
 def test_an_unknown_slot_is_a_page_for_people_and_a_problem_for_programs(agent, label):
