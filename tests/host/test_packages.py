@@ -1,0 +1,141 @@
+"""The packages on hosts of their own: installed by apt, upgraded under a user, purged without a trace."""
+
+import json
+import os
+import re
+import subprocess
+
+import product
+import pytest
+from conftest import SETTINGS, Agent
+
+from hosts import Host
+
+SERVICES = ("nbagent.service", "nbagent-api.service", "nbagent-router.service")
+SOCKETS = ("nbagent.socket", "nbagent-check.socket", "nbagent-api.socket", "nbagent-router.socket")
+EXPOSURE_MAX = 5.0
+# What a host is, for a comparison of before and after: files, users, units, cgroups, mounts, listeners, processes.
+# Left out are the books of dpkg and apt, caches, logs, and what the kernel and systemd number as they go.
+LISTING = r"""
+find /etc /opt /root /srv /usr /var /run /home \( -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/cache -o -path /var/log \
+  -o -path /var/backups -o -path /run/log -o -path /run/systemd -o -path /run/udev -o -path /run/lock -o -path /run/user \
+  -o -path /var/lib/systemd -o -path '/run/.*' -o -path /var/tmp -o -path /run/host -o -path /run/sshd \) -prune \
+  -o -not -name '*.pyc' -not -name __pycache__ -printf 'file %p %M %u:%g %l\n'
+cut -d: -f1 /etc/passwd | sed 's/^/user /'
+cut -d: -f1 /etc/group | sed 's/^/group /'
+systemctl list-unit-files --no-legend --plain --no-pager | awk '{print "unit file " $1, $2}'
+systemctl list-units --all --no-legend --plain --no-pager '*nbagent*' | awk '{print "unit " $1}'
+find /sys/fs/cgroup -type d -name '*nbagent*' -printf 'cgroup %p\n'
+awk '{print "mount " $5}' /proc/self/mountinfo
+ss -Htlnx | awk '{print "listener " $5}' | grep -v ' \*$' | grep -v /run/systemd
+ps -e -o user:20=,args= | grep -E 'nbagent|nginx|gunicorn|jupyter' | grep -v grep | sed 's/^/process /'
+true
+"""
+# What Debian's own dependencies leave behind or change, none of it ours.
+THEIRS = re.compile(r"file /(etc|usr|var|run)/(?!.*nbagent)")
+
+
+def listing(host):
+    return set(host.run(["sh", "-c", LISTING]).stdout.splitlines())
+
+
+def ours(lines):
+    return sorted(line for line in lines if "nbagent" in line or not THEIRS.match(line))
+
+
+def install(host, packages, *options):
+    return host.run(["apt-get", "-q", "install", "-y", *options, *(f"/root/{package.name}" for package in packages)], timeout=900)
+
+
+@pytest.fixture(scope="module")
+def clean():
+    """A host that has never seen the packages."""
+    with Host.up(name=f"pk-{os.getpid()}"[:16]) as host:
+        yield host
+
+
+@pytest.fixture(scope="module")
+def installed(clean, packages):
+    """The packages on it; what it was before is in `before`."""
+    # What the packages depend on comes first, so that only they themselves are compared.
+    for package in packages:
+        clean.copy_in(str(package), "/root/")
+    depends = subprocess.run(["dpkg-deb", "-f", str(packages[0]), "Depends"], check=True, capture_output=True, text=True).stdout
+    names = [re.match(r"[a-z0-9.+-]+", part.strip())[0] for part in depends.split(",")]
+    clean.run(["apt-get", "-q", "update"], timeout=300)
+    clean.run(["apt-get", "-q", "install", "-y", *names], timeout=900)
+    before = listing(clean)
+    product.install(clean, packages, SETTINGS)
+    agent = Agent(clean)
+    agent.before = before
+    return agent
+
+
+def test_lintian_finds_no_error(packages):
+    done = subprocess.run(["lintian", "--fail-on", "error", "--no-cfg", "--allow-root", *map(str, packages)],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_everything_runs_after_the_installation_and_after_the_next_boot(installed):
+    for unit in (*SERVICES, *SOCKETS):
+        assert installed.run("systemctl", "is-enabled", unit).strip() == "enabled", unit
+        assert installed.run("systemctl", "is-active", unit).strip() == "active", unit
+    assert installed.run("systemctl", "is-system-running").strip() == "running"
+    claim = json.loads(installed.run("curl", "-sS", "localhost:9000/claim"))
+    assert claim["url"].startswith("http://localhost:8000/user/")
+    installed.release(claim["slot"])
+
+
+@pytest.mark.parametrize("unit", SERVICES)
+def test_no_service_is_more_exposed_than_it_may_be(installed, unit):
+    verdict = installed.run("systemd-analyze", "security", "--no-pager", unit).splitlines()[-1]
+    assert float(re.search(r"(\d+\.\d+)", verdict)[1]) <= EXPOSURE_MAX, verdict
+
+
+def test_systemd_finds_no_fault_in_the_units(installed):
+    done = installed.host.run(["systemd-analyze", "verify", *SERVICES, *SOCKETS, "nbagent-slots.slice"], check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nbagent" not in done.stderr, done.stderr
+
+
+def test_an_upgrade_keeps_the_user_and_the_websocket(installed, packages):
+    kernel = installed.open().kernel()
+    kernel.run("x = 21")
+    started = installed.run("systemctl", "show", "-P", "InvocationID", "nbagent.service")
+    install(installed.host, packages, "--reinstall")
+    assert installed.run("systemctl", "show", "-P", "InvocationID", "nbagent.service") != started
+    assert kernel.run("2 * x").text == "42"
+    kernel.end()
+    installed.wait_warm()
+    assert installed.open().run("1 + 1").text == "2"
+
+
+def purge_leaves_nothing(agent):
+    slot = agent.open()
+    slot.kernel().close()
+    purged = agent.host.run(["apt-get", "-q", "purge", "-y", "nbagent", "nbagent-image-minimal"], timeout=300)
+    assert "warning" not in (purged.stdout + purged.stderr).lower(), purged.stdout + purged.stderr
+    after = listing(agent.host)
+    # Our settings of this test were there before the package was, and go with /etc/nbagent.
+    assert ours(after - agent.before) == []
+    assert ours(agent.before - after) == []
+    assert agent.run("systemctl", "is-system-running").strip() == "running"
+
+
+def test_purge_under_a_user_leaves_nothing(installed):
+    purge_leaves_nothing(installed)
+
+
+def test_on_debian_13_the_packages_install_work_and_go(packages):
+    with Host.up(name=f"pv-{os.getpid()}"[:16], driver="vm", suite="trixie") as host:
+        agent = Agent(host)
+        agent.before = listing(host)
+        product.install(host, packages, SETTINGS)
+        assert agent.open().run("6 * 7", timeout=300).text == "42"
+        for unit in SERVICES:
+            assert agent.run("systemctl", "is-active", unit).strip() == "active"
+        agent.check_journal()
+        host.run(["apt-get", "-q", "purge", "-y", "--auto-remove", "nbagent", "nbagent-image-minimal"], timeout=900)
+        left = [line for line in listing(host) - agent.before if "nbagent" in line and "/root/nbagent" not in line]
+        assert left == []
