@@ -15,11 +15,11 @@ SERVICES = ("nbagent.service", "nbagent-api.service", "nbagent-router.service")
 SOCKETS = ("nbagent.socket", "nbagent-check.socket", "nbagent-api.socket", "nbagent-router.socket")
 EXPOSURE_MAX = 5.0
 # What a host is, for a comparison of before and after: files, users, units, cgroups, mounts, listeners, processes.
-# Left out are the books of dpkg and apt, caches, logs, and what the kernel and systemd number as they go.
+# Left out are the books of dpkg and apt, caches and logs.
 LISTING = r"""
 find /etc /opt /root /srv /usr /var /run /home \( -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/cache -o -path /var/log \
-  -o -path /var/backups -o -path /run/log -o -path /run/systemd -o -path /run/udev -o -path /run/lock -o -path /run/user \
-  -o -path /var/lib/systemd -o -path '/run/.*' -o -path /var/tmp -o -path /run/host -o -path /run/sshd \) -prune \
+  -o -path /var/backups -o -path /run/log -o -path /run/udev -o -path /run/lock -o -path /run/user \
+  -o -path '/run/.*' -o -path /var/tmp -o -path /run/host -o -path /run/sshd \) -prune \
   -o -not -name '*.pyc' -not -name __pycache__ -printf 'file %p %M %u:%g %l\n'
 cut -d: -f1 /etc/passwd | sed 's/^/user /'
 cut -d: -f1 /etc/group | sed 's/^/group /'
@@ -31,7 +31,7 @@ ss -Htlnx | awk '{print "listener " $5}' | grep -v ' \*$' | grep -v /run/systemd
 ps -e -o user:20=,args= | grep -E 'nbagent|nginx|gunicorn|jupyter' | grep -v grep | sed 's/^/process /'
 true
 """
-# What Debian's own dependencies leave behind or change, none of it ours.
+# Files that others of the host made or changed meanwhile; whatever is ours has our name in its path.
 THEIRS = re.compile(r"file /(etc|usr|var|run)/(?!.*nbagent)")
 
 
