@@ -114,9 +114,10 @@ def test_pid_1_ends_a_slot_at_its_greatest_age_while_no_agent_runs(any_agent):
     agent = any_agent
     agent.expect(r"Failed with result 'timeout'|reached runtime time limit")
     starts = agent.api.get("/stats").json()["start_seconds"]
-    half_s = 10 + round(2 * starts["sum"] / max(1, starts["count"]))  # enough to start, and little more
+    # Time enough for a start, and little more.
+    warm_s, claimed_s = 10 + round(1.5 * starts["sum"] / max(1, starts["count"])), 20
     agent.configure(
-        f'[slots]\nttl = "{half_s}s"\nttl_max = "{half_s}s"\n[pool]\nmax_age = "{half_s}s"\n'
+        f'[slots]\nttl = "{claimed_s}s"\nttl_max = "{claimed_s}s"\n[pool]\nmax_age = "{warm_s}s"\n'
     )
     for slot in agent.slots("warm"):
         agent.release(slot["slot"])
@@ -124,12 +125,13 @@ def test_pid_1_ends_a_slot_at_its_greatest_age_while_no_agent_runs(any_agent):
     scope, units = f"nbagent-{slot}.scope", ("nbagent.service", "nbagent.socket", "nbagent-check.socket")
     agent.run("systemctl", "stop", *units)
     shown = agent.run("systemctl", "show", "-p", "RuntimeMaxUSec", "-p", "ActiveState", scope).splitlines()
-    minutes, seconds = divmod(2 * half_s, 60)
+    minutes, seconds = divmod(warm_s + claimed_s, 60)
     expected = " ".join(part for part in (f"{minutes}min" * (minutes > 0), f"{seconds}s" * (seconds > 0)) if part)
     assert set(shown) == {f"RuntimeMaxUSec={expected}", "ActiveState=active"}
     pids = agent.processes(slot)
     agent.wait(
-        lambda: agent.run("systemctl", "is-active", scope, check=False) == "inactive\n", "the scope's end", 3 * half_s
+        lambda: agent.run("systemctl", "is-active", scope, check=False) == "inactive\n", "the scope's end",
+        timeout=2 * (warm_s + claimed_s),
     )
     assert agent.run("systemctl", "is-active", *units, check=False) == "inactive\n" * 3
     assert agent.run("sh", "-c", f"ps -o pid= -p {','.join(map(str, pids))}; true") == ""
