@@ -166,7 +166,7 @@ SCHEMAS: dict[str, Schema] = {
     ),
     "Drain": _object({"draining": _FLAG, "claimed": _COUNT, "warm": _COUNT}),
     "Image": _object(
-        {"name": _TEXT, "digest": _TEXT, "size_bytes": _COUNT, "launch": _TEXT, "warm": _COUNT,
+        {"name": _TEXT, "digest": _TEXT, "launch": _TEXT, "warm": _COUNT,
          "wanted": _COUNT, "default": _FLAG},
         required=("name", "digest", "launch", "warm", "wanted", "default"),
     ),

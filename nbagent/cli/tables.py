@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SLOT_COLUMNS = ("SLOT", "STATE", "IMAGE", "AGE", "IDLE", "MEMORY", "CPU", "TASKS", "OOM", "EXPIRES")
-IMAGE_COLUMNS = ("NAME", "DIGEST", "SIZE", "LAUNCH", "WARM", "DEFAULT")
+IMAGE_COLUMNS = ("NAME", "DIGEST", "LAUNCH", "WARM", "DEFAULT")
 _STYLES = {"claimed": "green", "warm": "cyan", "starting": "yellow", "stopping": "dim", "failed": "red"}
 
 
@@ -77,7 +77,6 @@ def image_row(image: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         image["name"],
         str(image["digest"]).removeprefix("sha256-")[:12],
-        _maybe(image.get("size_bytes"), format_size),
         image["launch"],
         f"{image['warm']} of {image['wanted']}",
         "yes" if image["default"] else "",

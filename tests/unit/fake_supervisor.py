@@ -131,7 +131,7 @@ class FakeSupervisor:
         return {"draining": False, "claimed": len(self.slots), "warm": 2}
 
     def _op_images(self) -> Any:
-        return [{"name": "minimal", "digest": "sha256-0", "size_bytes": 300 << 20, "launch": "exec",
+        return [{"name": "minimal", "digest": "sha256-0", "launch": "exec",
                  "warm": 2, "wanted": 2, "default": True}]
 
     def _op_stats(self) -> Any:
