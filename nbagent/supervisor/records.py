@@ -58,6 +58,8 @@ class Records:
     def load(self) -> Iterator[tuple[str, Slot | None]]:
         """Every slot's name with its Slot, or None where the file is missing, broken or another slot's."""
         for directory in sorted(self.path.iterdir()):
+            if not directory.is_dir():
+                continue
             try:
                 slot = Slot.restore(json.loads((directory / "slot.json").read_text()))
             except (OSError, ValueError, KeyError, TypeError):
