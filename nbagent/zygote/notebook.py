@@ -14,6 +14,7 @@ What it adds to a stock JupyterLab: the activity page is written when a person o
 from __future__ import annotations
 
 import contextlib
+import datetime
 import gc
 import json
 import logging
@@ -34,7 +35,7 @@ gc.disable()
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from jupyterlab.labapp import LabApp
 from tornado.httpserver import HTTPServer
-from traitlets import observe
+from traitlets import default, observe
 from traitlets.config import Config
 
 from nbagent import activity
@@ -48,6 +49,12 @@ ACTING_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
 class SlotKernelManager(ServerKernelManager):
     """A kernel whose acts are noted on the activity page."""
+
+    # jupyter_server 2.21 lists a kernel before it has set this, a trait without a default, and
+    # answers 500 to a page that asks for the list just then.
+    @default("last_activity")
+    def _starts_now(self) -> datetime.datetime:
+        return datetime.datetime.now(datetime.timezone.utc)
 
     @observe("execution_state", "last_activity")
     def _acted(self, _change: Any) -> None:
