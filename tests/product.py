@@ -50,7 +50,8 @@ def install(host: Host, packages: list[Path], settings: str = "") -> None:
     for package in packages:
         host.copy_in(str(package), "/root/")
     names = [f"/root/{package.name}" for package in packages]
-    host.run(["apt-get", "-q", "install", "-y", *names], timeout=900)
+    # A package that was built anew has the version that it had before; apt takes it for installed.
+    host.run(["apt-get", "-q", "install", "-y", "--reinstall", *names], timeout=900)
     wait_warm(host)
 
 
