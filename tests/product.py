@@ -27,6 +27,31 @@ API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
 WARM_TIMEOUT_S = {"nspawn": 60, "vm": 300}
 
 
+# What a host is, for a comparison of before and after: files, users, units, cgroups, mounts, listeners, processes.
+# Left out are the books of dpkg and apt, caches and logs.
+LISTING = r"""
+find /etc /opt /root /srv /usr /var /run /home \
+  \( -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/cache -o -path /var/log \
+  -o -path /var/backups -o -path /run/log -o -path /run/udev -o -path /run/lock -o -path /run/user \
+  -o -path '/run/.*' -o -path /var/tmp -o -path /run/host -o -path /run/sshd \) -prune \
+  -o -not -name '*.pyc' -not -name __pycache__ -printf 'file %p %M %u:%g %l\n'
+cut -d: -f1 /etc/passwd | sed 's/^/user /'
+cut -d: -f1 /etc/group | sed 's/^/group /'
+systemctl list-unit-files --no-legend --plain --no-pager | awk '{print "unit file " $1, $2}'
+systemctl list-units --all --no-legend --plain --no-pager '*nbagent*' | awk '{print "unit " $1}'
+find /sys/fs/cgroup -type d -name '*nbagent*' -printf 'cgroup %p\n'
+awk '{print "mount " $5}' /proc/self/mountinfo
+ss -Htlnx | awk '{print "listener " $5}' | grep -v ' \*$' | grep -v /run/systemd
+ps -e -o user:20=,args= | grep -E 'nbagent|nginx|gunicorn|jupyter' | grep -v grep | sed 's/^/process /'
+true
+"""
+
+
+def listing(host: Host) -> set[str]:
+    """What a host is, one line a thing: compare two of them."""
+    return set(host.run(["sh", "-c", LISTING]).stdout.splitlines())
+
+
 def build(say: Callable[[str], None]) -> list[Path]:
     """Builds both packages; takes a second when nothing changed."""
     found = []

@@ -123,6 +123,11 @@ class Agent:
         cores = self.run("sh", "-c", "ls /var/lib/systemd/coredump 2>/dev/null; true").strip()
         assert not cores, f"core dumps: {cores}"
 
+    def purge(self) -> str:
+        """Purges the packages; what apt said."""
+        done = self.host.run(["apt-get", "-q", "purge", "-y", "nbagent", "nbagent-image-minimal"], timeout=900)
+        return done.stdout + done.stderr
+
     def check_remains(self) -> None:
         """Ends every slot and fails when anything of one is left."""
         self.api.post("/drain")
@@ -153,11 +158,15 @@ def made(packages: list[Path], name: str, driver: str, suite: str) -> Iterator[A
     """A host with the product; afterwards its journal and its remains are looked at."""
     host = Host.up(name=f"{name}-{os.getpid()}"[:16], driver=driver, suite=suite)
     try:
+        before = product.listing(host)
         product.install(host, packages, SETTINGS)
         agent = Agent(host)
         yield agent
         agent.check_remains()
         agent.check_journal()
+        agent.purge()
+        left = [line for line in product.listing(host) - before if "nbagent" in line and "/root/nbagent" not in line]
+        assert not left, f"left by purge: {left}"
     finally:
         host.down()
 
