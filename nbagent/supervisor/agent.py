@@ -43,7 +43,7 @@ from nbagent.policy import admission, cull, pool
 from nbagent.quantities import parse_quota
 from nbagent.supervisor import probe
 from nbagent.supervisor.counters import Counters
-from nbagent.supervisor.launcher import Launcher
+from nbagent.supervisor.launcher import Launcher, ended
 from nbagent.supervisor.live import Live, reattach
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.waiting import readable
@@ -268,24 +268,27 @@ class Agent:
                 emit(Event.SLOT_STARTING, slot=slot.id, image=image.name)
 
             launched = await self.launcher.launch(slot, image, listener, settings.storage, enter_scope)
-            live.attach(launched)
+            try:
+                live.attach(launched)
+            except FileNotFoundError:
+                raise ended(slot) from None
             live.slot = slot = dataclasses.replace(live.slot, pid=launched.pid)
             self.records.save(slot)
         # From here on only the slot's own processes hold the socket: when they end, so does the wait.
         serving = asyncio.ensure_future(probe.ready(self.records.http_path(slot), f"{slot.base_path}api"))
-        ended = asyncio.ensure_future(readable(live.pidfd))
+        over = asyncio.ensure_future(readable(live.pidfd))
         try:
-            await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({serving, over}, return_when=asyncio.FIRST_COMPLETED)
             if serving.done() and serving.exception() is not None:
                 # A program that ends is seen at its socket first; what an operator wants to know is that it ended.
-                await asyncio.wait({ended}, timeout=END_SEEN_S)
-            if ended.done():
-                raise StartFailed(f"it ended; journalctl -u {slot.scope} says why", step="ready")
+                await asyncio.wait({over}, timeout=END_SEEN_S)
+            if over.done():
+                raise ended(slot)
             await serving
         finally:
-            for waiter in (serving, ended):
+            for waiter in (serving, over):
                 waiter.cancel()
-            await asyncio.gather(serving, ended, return_exceptions=True)
+            await asyncio.gather(serving, over, return_exceptions=True)
         self._watch(live)
 
     def _start_failed(self, live: Live, state: PoolState, error: Exception) -> None:
@@ -313,7 +316,7 @@ class Agent:
 
     def _watch(self, live: Live) -> None:
         """Notices the end of the slot's first process, and with it of all the slot's processes."""
-        async def ended() -> None:
+        async def watch() -> None:
             await readable(live.pidfd)
             if live.slot.state in (SlotState.WARM, SlotState.CLAIMED):
                 kills = max(0, live.use().oom_kills - live.usage.oom_kills)
@@ -322,7 +325,7 @@ class Agent:
                 self.counters.add("died")
                 self.end(live, Event.SLOT_DIED, text="its processes ended")
 
-        live.task = self.spawn(ended())
+        live.task = self.spawn(watch())
 
     def _out_of_memory(self, live: Live, kills: int) -> None:
         self.counters.add("oom_kills", kills)

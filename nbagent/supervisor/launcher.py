@@ -110,6 +110,7 @@ class ExecLauncher:
                     ours.send(json.dumps(sandbox_spec(slot, image, storage_bytes).save()).encode())
                     pidfd = await _init_of(ours)
                     try:
+                        pid = _pid_of(pidfd, slot)
                         await _exec_of(ours)
                     except BaseException:
                         os.close(pidfd)
@@ -127,7 +128,7 @@ class ExecLauncher:
             raise
         finally:
             os.close(config_fd)
-        return Launched(_pid_of(pidfd), pidfd, activity_fd)
+        return Launched(pid, pidfd, activity_fd)
 
 
 def _spawn(passed: tuple[int, ...]) -> subprocess.Popen[bytes]:
@@ -173,10 +174,15 @@ async def _exec_of(control: socket.socket) -> None:
         raise StartFailed(f"unexpected answer {answer}", step="launch")
 
 
-def _pid_of(pidfd: int) -> int:
+def ended(slot: Slot) -> StartFailed:
+    """What a start has come to whose program ended, wherever that is noticed first."""
+    return StartFailed(f"it ended; journalctl -u {slot.scope} says why", step="ready")
+
+
+def _pid_of(pidfd: int, slot: Slot) -> int:
     for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
         if line.startswith("Pid:"):
             pid = int(line.split()[1])
             if pid > 0:
                 return pid
-    raise StartFailed("the slot's first process ended at once", step="exec")
+    raise ended(slot)
