@@ -28,10 +28,11 @@ from hosts.errors import BuildFailed
 # What our .debs depend on is in every host, so that `apt install ./x.deb` needs no network.
 # fmt: off
 COMMON_PACKAGES = [
-    "ca-certificates", "curl", "dbus", "gunicorn", "haproxy", "iproute2", "kmod", "less", "lsof",
-    "man-db", "nftables", "nginx", "procps", "python3", "python3-attr", "python3-cattr", "python3-click",
-    "python3-flask", "python3-prometheus-client", "python3-psutil", "python3-pyroute2", "python3-pystemd",
-    "python3-rich", "python3-seccomp", "python3-systemd", "strace", "systemd-sysv", "util-linux", "zstd",
+    "ca-certificates", "curl", "dbus", "dnsmasq-base", "gunicorn", "haproxy", "iproute2", "kmod", "less",
+    "lsof", "man-db", "nftables", "nginx", "procps", "python3", "python3-attr", "python3-cattr",
+    "python3-click", "python3-flask", "python3-nftables", "python3-prometheus-client", "python3-psutil",
+    "python3-pyroute2", "python3-pystemd", "python3-rich", "python3-seccomp", "python3-systemd", "skopeo",
+    "strace", "systemd-sysv", "umoci", "util-linux", "zstd",
 ]
 # fmt: on
 ROLE_PACKAGES = {
