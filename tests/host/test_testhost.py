@@ -5,6 +5,7 @@ Two nspawn hosts run side by side for the whole file. Nothing here is about nbag
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -121,11 +122,15 @@ def host(pair: tuple[Host, Host]) -> Host:
     return pair[0]
 
 
-def serve(host: Host, port: int) -> subprocess.Popen[str]:
-    server = host.popen(["python3", "-c", SERVER, port], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    assert server.stdout.readline() == "listening\n"
-    return server
+@contextlib.contextmanager
+def serve(host: Host, port: int) -> Iterator[subprocess.Popen[str]]:
+    """A server inside that says its host's name and who asks; it ends with the context."""
+    with host.popen(["python3", "-c", SERVER, port], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout.readline() == "listening\n"
+        try:
+            yield server
+        finally:
+            server.kill()
 
 
 def read_all(connection: socket.socket) -> str:
@@ -178,11 +183,11 @@ def test_a_host_that_was_killed_is_cleared_and_made_anew(pair: tuple[Host, Host]
 def test_down_leaves_nothing_behind() -> None:
     name = NAMES[0][:-1] + "c"
     host = Host.up(name=name)
-    server = serve(host, 7001)
-    port = host.forward(7001, 0)
-    assert read_all(socket.create_connection(("127.0.0.1", port))) == f"{name} 127.0.0.1"
-    host.down()
-    server.wait(10)
+    with serve(host, 7001) as server:
+        port = host.forward(7001, 0)
+        assert read_all(socket.create_connection(("127.0.0.1", port))) == f"{name} 127.0.0.1"
+        host.down()
+        server.wait(10)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port))
     assert not Path(f"/run/netns/testhost-{name}").exists()
@@ -289,17 +294,21 @@ def test_copies_go_both_ways_as_cp_does_it(host: Host, tmp_path: Path) -> None:
 
 
 def test_connections_come_from_loopback_inside(pair: tuple[Host, Host]) -> None:
-    servers = [serve(host, 7002) for host in pair]  # the same port in both: each has a network of its own
-    for host in pair:
-        assert read_all(host.connect(7002)) == f"{host.name} 127.0.0.1"
-        port = host.forward(7002, 0)
-        assert read_all(socket.create_connection(("127.0.0.1", port))) == f"{host.name} 127.0.0.1"
-    assert pair[0].forward(7002, port_of(pair[0])) == port_of(pair[0])  # again: the same one
-    for server in servers:
-        server.kill()
-        server.wait()
-    with pytest.raises(ConnectionRefusedError):
-        pair[0].connect(7002)
+    # The same port in both: each has a network of its own.
+    with serve(pair[0], 7002), serve(pair[1], 7002):
+        for host in pair:
+            assert read_all(host.connect(7002)) == f"{host.name} 127.0.0.1"
+            port = host.forward(7002, 0)
+            assert read_all(socket.create_connection(("127.0.0.1", port))) == f"{host.name} 127.0.0.1"
+        assert pair[0].forward(7002, port_of(pair[0])) == port_of(pair[0])  # again: the same one
+    # What was killed is the way into the host; the server itself ends a moment later.
+    refused, deadline = False, time.monotonic() + 10
+    while not refused and time.monotonic() < deadline:
+        try:
+            pair[0].connect(7002).close()
+        except ConnectionRefusedError:
+            refused = True
+    assert refused
 
 
 def port_of(host: Host) -> int:
@@ -307,16 +316,13 @@ def port_of(host: Host) -> int:
 
 
 def test_many_threads_connect_at_once_and_stay_in_their_own_namespace(host: Host) -> None:
-    server = serve(host, 7003)
     before = os.readlink("/proc/self/ns/net")
-    with ThreadPoolExecutor(20) as pool:
+    with serve(host, 7003), ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(lambda _: read_all(host.connect(7003)), range(100)))
     assert set(answers) == {f"{host.name} 127.0.0.1"}
     assert {
         os.readlink(f"/proc/self/task/{thread.native_id}/ns/net") for thread in threading.enumerate()
     } == {before}
-    server.kill()
-    server.wait()
 
 
 def test_a_taken_port_is_said_at_once(host: Host) -> None:
