@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import enum
+import math
 import re
 import secrets
 import time
@@ -74,6 +75,7 @@ class Slot:
     """One slot as the agent knows it; a new one is made for every change.
 
     `uid` is the slot's id inside its image's range of 65,536, so the host sees `id_base + uid`.
+    `ends_s` is when PID 1 ends the scope whatever happens; nothing can move it.
     """
 
     id: str
@@ -85,6 +87,7 @@ class Slot:
     limits: Limits
     token: str
     created_s: float
+    ends_s: float = math.inf
     claimed_s: float | None = None
     ttl_s: float | None = None
     path: str = "lab"

@@ -1,8 +1,8 @@
 """What the pools do next: which slots to start, which warm ones to retire. Pure.
 
 A pool wants its number of warm slots, and one more for every claim that waits. A slot that is
-stale (of a former image, or too old) still serves a claim, and is retired only when fresh ones
-have taken its place, so rolling an image never leaves a pool empty.
+stale (of a former image, too old, or made when lives were shorter) still serves a claim, and is
+retired only when fresh ones have taken its place, so rolling an image never leaves a pool empty.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from nbagent.policy.admission import Host, room
 
 @dataclass(frozen=True)
 class Warm:
-    """One warm slot: its id, the image it was made of, and how long it has been there."""
+    """One warm slot: its id, the image it was made of, how long it has been there and can still be."""
 
     id: str
     digest: str
     age_s: float
+    left_s: float
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,19 @@ class Decision:
     retire: tuple[Retire, ...]
 
 
-def decide(pools: Sequence[Pool], host: Host, max_age_s: float) -> Decision:
-    """The next moves of all pools of a host, within its capacity, memory and bound on starts."""
+def decide(pools: Sequence[Pool], host: Host, max_age_s: float, life_s: float) -> Decision:
+    """The next moves of all pools of a host, within its capacity, memory and bound on starts.
+
+    A fresh slot has waited for `max_age_s` at most, and can be claimed for `life_s` seconds.
+    """
+    def fresh(pool: Pool) -> list[Warm]:
+        return [w for w in pool.warm if w.digest == pool.digest and w.age_s <= max_age_s and w.left_s >= life_s]
+
     if host.draining:
         return Decision((), tuple(Retire(slot.id, "the host drains") for pool in pools for slot in pool.warm))
     spare = room(host)
-    retire = [move for pool in pools for move in _retire(pool, max_age_s, spare == 0)]
-    missing = {pool.image: _missing(pool, max_age_s) for pool in pools if pool.paused_s <= 0}
+    retire = [move for pool in pools for move in _retire(pool, fresh(pool), spare == 0)]
+    missing = {pool.image: _missing(pool, len(fresh(pool))) for pool in pools if pool.paused_s <= 0}
     waiting = {pool.image: pool.waiting for pool in pools}
     start: list[str] = []
     for _ in range(min(spare, host.starts_max - host.starting)):
@@ -78,29 +85,20 @@ def backoff(failures: int, first_s: float, longest_s: float) -> float:
     return min(longest_s, first_s * 2.0 ** min(failures - 1, 32)) if failures else 0.0
 
 
-def _stale(pool: Pool, slot: Warm, max_age_s: float) -> bool:
-    return slot.digest != pool.digest or slot.age_s > max_age_s
-
-
-def _fresh(pool: Pool, max_age_s: float) -> list[Warm]:
-    return [slot for slot in pool.warm if not _stale(pool, slot, max_age_s)]
-
-
-def _missing(pool: Pool, max_age_s: float) -> int:
+def _missing(pool: Pool, fresh: int) -> int:
     if pool.digest is None:
         return 0
-    return pool.wanted + pool.waiting - len(_fresh(pool, max_age_s)) - pool.starting
+    return pool.wanted + pool.waiting - fresh - pool.starting
 
 
-def _retire(pool: Pool, max_age_s: float, no_room: bool) -> Iterable[Retire]:
-    fresh = _fresh(pool, max_age_s)
+def _retire(pool: Pool, fresh: Sequence[Warm], no_room: bool) -> Iterable[Retire]:
     if pool.digest is None:
         yield from (Retire(slot.id, "its image was removed") for slot in pool.warm)
     elif len(fresh) >= pool.wanted or no_room:
-        stale = [slot for slot in pool.warm if _stale(pool, slot, max_age_s)]
+        stale = [slot for slot in pool.warm if slot not in fresh]
         # Without room, one at a time: each makes the room for its own replacement.
         for slot in stale[:1] if no_room and len(fresh) < pool.wanted else stale:
-            reason = "its image was replaced" if slot.digest != pool.digest else "it waited too long"
+            reason = "its image was replaced" if slot.digest != pool.digest else "it is too old to be claimed"
             yield Retire(slot.id, reason)
     if pool.waiting == 0:
         oldest_first = sorted(fresh, key=lambda slot: -slot.age_s)

@@ -175,14 +175,17 @@ class Agent:
                 image=name,
                 digest=state.image.digest if state.image else None,
                 wanted=self.config.warm(name),
-                warm=tuple(pool.Warm(w.slot.id, w.slot.digest, at_s - w.slot.created_s) for w in state.warm),
+                warm=tuple(
+                    pool.Warm(w.slot.id, w.slot.digest, at_s - w.slot.created_s, w.slot.ends_s - at_s)
+                    for w in state.warm
+                ),
                 starting=self.count(SlotState.STARTING, name),
                 waiting=sum(not claim.done() for claim in state.waiting),
                 paused_s=state.not_before_s - at_s,
             )
             for name, state in self.pools.items()
         ]
-        return pool.decide(pools, self.host(), self.config.pool.max_age)
+        return pool.decide(pools, self.host(), self.config.pool.max_age, self.config.slots.ttl_max)
 
     def _apply(self, decision: pool.Decision) -> None:
         for move in decision.retire:
@@ -216,6 +219,7 @@ class Agent:
     def _start(self, image_name: str) -> None:
         image = self.pools[image_name].image
         assert image is not None
+        created_s = now()
         slot = Slot(
             id=new_id(self.label),
             image=image.name,
@@ -225,7 +229,8 @@ class Agent:
             state=SlotState.STARTING,
             limits=self._default_limits(),
             token=new_token(),
-            created_s=now(),
+            created_s=created_s,
+            ends_s=created_s + self.config.pool.max_age + self.config.slots.ttl_max,
         )
         live = Live(slot)
         self.slots[slot.id] = live
@@ -262,7 +267,7 @@ class Agent:
             async def enter_scope(pid: int) -> None:
                 await self.systemd.start_scope(
                     slot.scope, pid, f"Notebook slot {slot.id}", slot.limits,
-                    runtime_max_s=math.ceil(self.config.pool.max_age + settings.ttl_max),
+                    runtime_max_s=math.ceil(slot.ends_s - slot.created_s),
                     stop_timeout_s=math.ceil(settings.stop_timeout),
                 )
                 emit(Event.SLOT_STARTING, slot=slot.id, image=image.name)

@@ -114,8 +114,8 @@ class Calls:
     async def _claim(self, image: str, options: Options, key: str, fingerprint: str, client: str) -> Slot:
         if self.agent.draining:
             raise Draining("the host is draining and hands out no slots", retry_after_s=RETRY_MAX_S)
-        while (live := await self._take(image)).slot.state is not SlotState.WARM:
-            pass  # it ended on the way from the pool to here
+        ttl_s = options.ttl_s or self.agent.config.slots.ttl
+        live = await self._take_for(image, ttl_s)
         limits = options.limits(live.slot.limits)
         if limits != live.slot.limits:
             try:
@@ -125,7 +125,7 @@ class Calls:
                 raise StartFailed(f"limits not set: {error}", step="limits") from error
         live.slot = live.slot.to(
             SlotState.CLAIMED,
-            limits=limits, claimed_s=now(), ttl_s=options.ttl_s or self.agent.config.slots.ttl,
+            limits=limits, claimed_s=now(), ttl_s=ttl_s,
             path=options.path or live.slot.path, key=key, fingerprint=fingerprint,
         )
         self.agent.records.save(live.slot)
@@ -133,6 +133,17 @@ class Calls:
         emit(Event.SLOT_CLAIMED, slot=live.slot.id, client=client, ttl_s=f"{live.slot.ttl_s:g}")
         self.agent.wake()
         return live.slot
+
+    async def _take_for(self, image: str, ttl_s: float) -> Live:
+        """A warm slot that will live for as long as it is claimed for."""
+        while True:
+            live = await self._take(image)
+            if live.slot.state is not SlotState.WARM:
+                continue  # it ended on the way from the pool to here
+            if live.slot.ends_s >= now() + ttl_s:
+                return live
+            # Made when the settings allowed shorter lives, and PID 1 keeps to that.
+            self.agent.end(live, Event.SLOT_RETIRED, text="it would end before its claim does")
 
     async def _take(self, image: str) -> Live:
         """A warm slot out of the pool, or the next one to become warm."""
@@ -194,9 +205,9 @@ class Calls:
         ttl_s = live.slot.ttl_s
         if options.ttl_s is not None:
             ttl_s = now() - live.slot.claimed_s + options.ttl_s
-            if ttl_s > self.agent.config.slots.ttl_max:
-                left_s = max(0, int(self.agent.config.slots.ttl_max - (now() - live.slot.claimed_s)))
-                expected = f"at most {left_s} seconds for this slot"
+            longest_s = min(self.agent.config.slots.ttl_max, live.slot.ends_s - live.slot.claimed_s)
+            if ttl_s > longest_s:
+                expected = f"at most {max(0, int(longest_s - ttl_s + options.ttl_s))} seconds for this slot"
                 raise InvalidField(field="ttl", value=options.ttl_s, expected=expected)
         live.slot = dataclasses.replace(live.slot, limits=limits, ttl_s=ttl_s)
         self.agent.records.save(live.slot)

@@ -133,10 +133,23 @@ def test_no_slot_is_started_when_the_hosts_memory_would_run_short(agent):
 def test_a_warm_slot_that_waited_too_long_is_replaced_by_a_fresh_one(agent):
     before = warm_slots(agent)
     agent.configure('[pool]\nwarm = 1\nmax_age = "1s"\n')
-    after = agent.wait(lambda: warm_slots(agent) - before, "a fresh warm slot")
-    agent.configure("")
-    assert after
+    assert agent.wait(lambda: warm_slots(agent) - before, "a fresh warm slot")
     agent.wait(lambda: not before & {slot["slot"] for slot in agent.slots()}, "the old one to be gone")
+    agent.configure("")
+
+
+def test_a_slot_made_for_short_lives_is_not_claimed_for_a_long_one(agent):
+    agent.configure('[slots]\nttl = "20s"\nttl_max = "20s"\n[pool]\nwarm = 1\nmax_age = "10min"\n')
+    for slot in agent.slots("warm"):
+        agent.release(slot["slot"])
+    agent.wait_warm()
+    (short,) = (slot["slot"] for slot in agent.slots("warm"))
+    # No room for a fresh one beside it, so that the claim meets it.
+    agent.configure(f'[slots]\ncapacity = {len(agent.slots())}\n[pool]\nwarm = 1\n')
+    claim = agent.claim(ttl="12h")
+    assert claim["slot"] != short
+    shown = agent.run("systemctl", "show", "-P", "RuntimeMaxUSec", f"nbagent-{claim['slot']}.scope").strip()
+    assert shown == "1d 6h"
 
 
 def test_a_start_that_fails_is_ended_counted_and_told_with_its_last_words(agent, broken):

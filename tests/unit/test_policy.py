@@ -4,7 +4,7 @@ import dataclasses
 
 from nbagent.policy import admission, cull, pool
 from nbagent.policy.cull import Look
-from nbagent.policy.pool import Pool, Retire, Warm, decide
+from nbagent.policy.pool import Pool, Retire, Warm
 
 GIB = 1 << 30
 HOST = admission.Host(
@@ -22,8 +22,12 @@ def host(**changes):
     return dataclasses.replace(HOST, **changes)
 
 
-def fresh(name, age_s=1.0):
-    return Warm(name, "new", age_s)
+def fresh(name, age_s=1.0, left_s=1000.0):
+    return Warm(name, "new", age_s, left_s)
+
+
+def decide(pools, on, max_age_s, life_s=500.0):
+    return pool.decide(pools, on, max_age_s, life_s)
 
 
 def test_an_empty_pool_is_filled():
@@ -68,7 +72,7 @@ def test_the_pause_doubles_and_is_bounded():
 
 
 def test_a_stale_slot_serves_until_fresh_ones_are_there():
-    old = Warm("old", "former", 5.0)
+    old = Warm("old", "former", 5.0, 1000.0)
     assert decide([make_pool([old])], HOST, 100).retire == ()
     decision = decide([make_pool([old, fresh("a"), fresh("b")])], HOST, 100)
     assert decision.retire == (Retire("old", "its image was replaced"),)
@@ -78,11 +82,18 @@ def test_a_slot_that_waited_too_long_is_replaced_then_retired():
     aged = fresh("aged", age_s=101)
     assert decide([make_pool([aged, fresh("a")])], HOST, 100) == pool.Decision(("minimal",), ())
     decision = decide([make_pool([aged, fresh("a"), fresh("b")])], HOST, 100)
-    assert decision.retire == (Retire("aged", "it waited too long"),)
+    assert decision.retire == (Retire("aged", "it is too old to be claimed"),)
+
+
+def test_a_slot_that_cannot_live_as_long_as_a_claim_may_ask_is_replaced_then_retired():
+    short = fresh("short", left_s=499)
+    assert decide([make_pool([short, fresh("a")])], HOST, 100) == pool.Decision(("minimal",), ())
+    decision = decide([make_pool([short, fresh("a"), fresh("b")])], HOST, 100)
+    assert decision.retire == (Retire("short", "it is too old to be claimed"),)
 
 
 def test_without_room_a_stale_slot_makes_room_for_its_replacement():
-    stale = [Warm("x", "former", 5.0), Warm("y", "former", 5.0)]
+    stale = [Warm("x", "former", 5.0, 1000.0), Warm("y", "former", 5.0, 1000.0)]
     assert len(decide([make_pool(stale)], host(live=10), 100).retire) == 1
 
 
