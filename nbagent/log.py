@@ -13,8 +13,6 @@ import enum
 import sys
 from typing import Any, NamedTuple
 
-from systemd import journal
-
 
 class Priority(enum.IntEnum):
     """syslog's priorities, as journald filters them."""
@@ -51,6 +49,7 @@ class Event(enum.Enum):
     SLOT_FAILED = Kind("b49d6bb6c9ef467498f1854733208a44", Priority.WARNING, "slot %(slot)s did not start: %(text)s")
     SLOT_DIED = Kind("02082d84e50e471fa3bcbd8a66cef216", Priority.WARNING, "slot %(slot)s ended by itself: %(text)s")
     SLOT_OOM = Kind("eeba48b5bb434bbf8ee339305b2c1dda", Priority.WARNING, "slot %(slot)s ran out of memory: %(text)s")
+    SLOT_OUTPUT_DROPPED = Kind("5bfc573930c940edb49bc630c883030f", Priority.WARNING, "slot %(slot)s prints too much: %(lines)s lines dropped, %(bytes)s bytes")
     SLOT_GONE = Kind("5d228306df004b76b0638734c77a88c0", Priority.INFO, "slot %(slot)s is gone without a trace after %(age_s)s s")
     SLOT_ADOPTED = Kind("bcd85f62197b418f81d82c0888bae142", Priority.INFO, "slot %(slot)s adopted, %(state)s")
     SLOT_REMOVED = Kind("cf8fcf24e7a74f40bbaf5dec8f193e38", Priority.NOTICE, "remains of slot %(slot)s removed: %(text)s")
@@ -61,19 +60,27 @@ class Event(enum.Enum):
     IMAGE_REMOVED = Kind("76a3d4bb762d4e53947351833104a45f", Priority.INFO, "image %(digest)s removed from the store: nothing uses it")
 
 
+def entry(event: Event, **fields: Any) -> dict[str, str]:
+    """`event` as a journal entry; every field becomes `NBAGENT_FIELD=`."""
+    kind = event.value
+    return {
+        "MESSAGE": kind.text % fields,
+        "MESSAGE_ID": kind.message_id,
+        "PRIORITY": str(int(kind.priority)),
+        "SYSLOG_IDENTIFIER": "nbagent",
+        **{f"NBAGENT_{name.upper()}": str(value) for name, value in fields.items()},
+    }
+
+
 def emit(event: Event, **fields: Any) -> None:
-    """Writes `event` to the journal; every field becomes `NBAGENT_FIELD=`.
+    """Writes `event` to the journal.
 
     On a terminal the text also goes to standard error, for whoever runs a part by hand.
     """
-    kind = event.value
-    text = kind.text % fields
-    journal.send(
-        text,
-        MESSAGE_ID=kind.message_id,
-        PRIORITY=str(int(kind.priority)),
-        SYSLOG_IDENTIFIER="nbagent",
-        **{f"NBAGENT_{name.upper()}": str(value) for name, value in fields.items()},
-    )
+    # Here and not above: every slot's init imports this module, and does without the library.
+    from systemd import journal
+
+    said = entry(event, **fields)
+    journal.send(said.pop("MESSAGE"), **said)
     if sys.stderr.isatty():
-        print(text, file=sys.stderr)
+        print(event.value.text % fields, file=sys.stderr)

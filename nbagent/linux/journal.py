@@ -1,4 +1,4 @@
-"""A stream into the journal: what sd_journal_stream_fd(3) does, without the library.
+"""Into the journal without its library: lines by a stream, as sd_journal_stream_fd(3) does, and entries.
 
 journald attributes each line to the process that wrote it and looks up that process's unit when it
 reads the line. One that has ended by then has none any more, and its last words would be missing
@@ -9,8 +9,10 @@ believes only of root.
 from __future__ import annotations
 
 import socket
+from typing import Mapping
 
 STREAM_PATH = "/run/systemd/journal/stdout"
+ENTRIES_PATH = "/run/systemd/journal/socket"
 LOG_INFO = 6
 
 
@@ -29,3 +31,19 @@ def stream(identifier: str, unit: str, path: str = STREAM_PATH) -> socket.socket
         connection.close()
         raise
     return connection
+
+
+def entries(path: str = ENTRIES_PATH) -> socket.socket:
+    """A socket for entries with fields, one a datagram; it outlives journald's restarts. Raises OSError."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    try:
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def encode(fields: Mapping[str, str]) -> bytes:
+    """An entry as journald's native protocol has it; no value here has a line break in it."""
+    return "".join(f"{name}={value}\n" for name, value in fields.items()).encode()

@@ -11,8 +11,8 @@ slot. Over CONTROL_FD (SOCK_SEQPACKET) it receives the SandboxSpec, and answers
 
 It becomes three generations. This process enters the user namespace and the others, forks, and
 ends. Its child is the first process of the pid namespace: it builds the root, forks the slot's
-program, and stays as init, to reap orphans and to pass SIGTERM on; the kernel kills all others
-when it ends. The grandchild loses its privileges and execs.
+program, and stays as `init`; the kernel kills all others when it ends. The grandchild loses its
+privileges and execs.
 
 Not for: anything the supervisor decides.
 """
@@ -30,6 +30,7 @@ from typing import Any, Dict, Iterable, NoReturn
 
 from nbagent.linux import journal
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
+from nbagent.sandbox import init
 from nbagent.sandbox.plan import Plan, plan
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD, SandboxSpec
 from nbagent.sandbox.steps import Step
@@ -54,20 +55,24 @@ def _outside(control: socket.socket, spec: SandboxSpec, fds: list[int]) -> NoRet
     # The supervisor is the last to go when memory ends; a slot is as good as any other process.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("0")
-    # Detached: what is in the way of a placed descriptor is overwritten, the rest closed at once.
-    _place(journal.stream(spec.slot, f"nbagent-{spec.slot}.scope").detach(), fds)
+    stream = _aside(journal.stream(spec.slot, f"nbagent-{spec.slot}.scope").detach())
+    entries = _aside(journal.entries().detach())
+    # What the slot prints goes into a pipe; init alone holds the journal, at its other end.
+    printed, print_fd = (_aside(fd) for fd in os.pipe())
+    _place(print_fd, fds)
     os.closerange(CONFIG_FD + 1, FREE_FD)
+    output = init.Output(spec.slot, printed, socket.socket(fileno=stream), socket.socket(fileno=entries))
     steps = plan(spec)
     _run(steps.outside)
     pid = os.fork()
     if pid == 0:
-        _guarded(control, lambda: _inside(control, spec, steps))
+        _guarded(control, lambda: _inside(control, spec, steps, output))
     pidfd = os.pidfd_open(pid)
     socket.send_fds(control, [json.dumps({"init": True}).encode()], [pidfd])
     os._exit(0)
 
 
-def _inside(control: socket.socket, spec: SandboxSpec, steps: Plan) -> NoReturn:
+def _inside(control: socket.socket, spec: SandboxSpec, steps: Plan, output: init.Output) -> NoReturn:
     # What is not imported by now must never be: after the pivot it would be the image's.
     sys.path.clear()
     sys.path_importer_cache.clear()
@@ -78,10 +83,12 @@ def _inside(control: socket.socket, spec: SandboxSpec, steps: Plan) -> NoReturn:
     control.close()
     os.close(LISTEN_FD)
     os.close(CONFIG_FD)
+    for fd in (1, 2):
+        os.dup2(output.stream.fileno(), fd)
     _run(steps.last)
     # The program has the same user id; it may not look into this process, nor trace it.
     prctl(PR_SET_DUMPABLE, 0)
-    _reap(pid)
+    init.run(pid, output)
 
 
 def _program(spec: SandboxSpec, steps: Plan) -> NoReturn:
@@ -95,22 +102,6 @@ def _program(spec: SandboxSpec, steps: Plan) -> NoReturn:
     for fd in (LISTEN_FD, ACTIVITY_FD, CONFIG_FD):
         os.set_inheritable(fd, True)
     os.execve(spec.command[0], spec.command, spec.environment)
-
-
-def _reap(program: int) -> NoReturn:
-    """Init of the slot: ends when the program ends, and the kernel ends the rest."""
-    def forward(number: int, _frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(program, number)
-
-    signal.signal(signal.SIGTERM, forward)
-    while True:
-        pid, status = os.waitpid(-1, 0)
-        if pid == program:
-            code = os.waitstatus_to_exitcode(status)
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-            print(f"the slot's program {how}", flush=True)
-            os._exit(code if code >= 0 else 128 - code)
 
 
 def _run(steps: Iterable[Step]) -> None:
@@ -130,6 +121,14 @@ def _place(output_fd: int, fds: list[int]) -> None:
     for number, fd in enumerate(moved):
         os.dup2(fd, number)
         os.close(fd)
+    os.close(output_fd)
+
+
+def _aside(fd: int) -> int:
+    """Moves a descriptor out of the way of placed ones."""
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FREE_FD)
+    os.close(fd)
+    return moved
 
 
 def _guarded(control: socket.socket, action: Any) -> NoReturn:

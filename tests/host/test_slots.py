@@ -11,7 +11,9 @@ import pytest
 
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 # What the server of a slot holds: its output, its listening socket, its activity page, its event loop.
-DESCRIPTORS = re.compile(r"/dev/null|socket:\[\d+\]|/memfd:nbagent-activity \(deleted\)|anon_inode:\[eventpoll\]")
+DESCRIPTORS = re.compile(
+    r"/dev/null|(pipe|socket):\[\d+\]|/memfd:nbagent-activity \(deleted\)|anon_inode:\[eventpoll\]"
+)
 
 
 def shown(agent, slot):

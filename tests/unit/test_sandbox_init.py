@@ -1,0 +1,123 @@
+"""What a slot's init does with what the slot prints: all of it within a budget, then a count."""
+
+import os
+import socket
+
+import pytest
+
+from nbagent.log import Event
+from nbagent.sandbox import init
+
+
+@pytest.fixture
+def slot():
+    """The slot's end of the pipe, the journal's ends of stream and entries, and the Output between."""
+    read_fd, write_fd = os.pipe()
+    stream, journal = socket.socketpair()
+    entries, entries_journal = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for end in (journal, entries_journal):
+        end.setblocking(False)
+    with open(write_fd, "wb", buffering=0) as printed, stream, journal, entries, entries_journal:
+        yield printed, journal, entries_journal, init.Output("c07-x8q2m4k9w1ze", read_fd, stream, entries)
+    os.close(read_fd)
+
+
+def received(journal):
+    """All that has come through."""
+    data = b""
+    while True:
+        try:
+            data += journal.recv(1 << 20)
+        except BlockingIOError:
+            return data
+
+
+def flood(slot, text, most=1 << 23):
+    """Prints the same again and again until something is dropped; how much came through."""
+    printed, journal, _, output = slot
+    came = sent = 0
+    while output.note_due_s is None:
+        assert sent < most, "nothing was dropped"
+        sent += printed.write(text)
+        output.pass_on()
+        came += len(received(journal))
+    return came
+
+
+def test_lines_come_whole_however_they_were_written(slot):
+    printed, journal, _, output = slot
+    for part in (b"one\ntw", b"o\n", b"\n\nthr", b"ee\n"):
+        printed.write(part)
+        assert output.pass_on()
+    assert received(journal) == b"one\ntwo\nthree\n"
+    assert not output.pass_on()
+    assert output.note_due_s is None
+
+
+def test_a_line_without_an_end_is_passed_on_in_pieces(slot):
+    printed, journal, _, output = slot
+    for _ in range(3):
+        printed.write(b"x" * init.LINE_MAX_BYTES)
+        output.pass_on()
+    assert received(journal) == (b"x" * init.LINE_MAX_BYTES + b"\n") * 3
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 8000])
+def test_no_more_than_the_budget_comes_through_whatever_the_lines_are(slot, length):
+    line = b"x" * length + b"\n"
+    if not length:
+        # Nothing is stored of an empty line, so it costs nothing.
+        slot[0].write(line * 1000)
+        assert slot[3].pass_on() and received(slot[1]) == b"" and slot[3].note_due_s is None
+        return
+    came = flood(slot, line * max(1, 4096 // len(line)))
+    cost = came // len(line) * (length + init.LINE_COST_BYTES)
+    # The rate adds what the time of the test is worth.
+    assert init.BUDGET_BYTES - 20_000 < cost < init.BUDGET_BYTES + 60 * init.BUDGET_BYTES_PER_S
+
+
+def test_an_entry_says_what_was_dropped_and_the_next_one_counts_anew(slot):
+    _, _, entries, output = slot
+    flood(slot, b"x" * 4000 + b"\n")
+    assert received(entries) == b""
+    output.note()
+    fields = dict(line.split("=", 1) for line in received(entries).decode().splitlines())
+    assert fields["MESSAGE_ID"] == Event.SLOT_OUTPUT_DROPPED.value.message_id
+    assert fields["NBAGENT_SLOT"] == "c07-x8q2m4k9w1ze" and fields["PRIORITY"] == "4"
+    assert int(fields["NBAGENT_BYTES"]) == int(fields["NBAGENT_LINES"]) * 4000 > 0
+    assert output.note_due_s is None
+    output.note()
+    assert received(entries) == b""
+
+
+def test_the_last_words_need_no_budget(slot):
+    printed, journal, entries, output = slot
+    flood(slot, b"x" * 4000 + b"\n")
+    printed.write(b"x" * 8000 + b"\n")
+    output.finish("the slot's program exited with status 0")
+    assert received(journal) == b"the slot's program exited with status 0\n"
+    assert b"NBAGENT_LINES=" in received(entries)
+
+
+def test_what_is_left_in_the_pipe_comes_before_the_last_words(slot):
+    printed, journal, _, output = slot
+    printed.write(b"one\ntwo\nthr")
+    output.finish("the end")
+    assert received(journal) == b"one\ntwo\nthr\nthe end\n"
+
+
+def test_a_journal_that_takes_nothing_holds_the_slot_up_once(slot, monkeypatch):
+    monkeypatch.setattr(init, "STALL_S", 0.2)
+    printed, journal, _, output = slot
+    output.stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    while output.note_due_s is None:
+        printed.write(b"x" * 4000 + b"\n")
+        output.pass_on()
+    monkeypatch.setattr(init, "STALL_S", 600)
+    for _ in range(10):
+        printed.write(b"lost\n")
+        assert output.pass_on()
+    assert b"lost" not in received(journal)
+    printed.write(b"found\n")
+    output.pass_on()
+    assert received(journal).endswith(b"found\n")
