@@ -24,6 +24,7 @@ from nbagent import __version__, config
 from nbagent.cli import tables
 from nbagent.cli.images import image
 from nbagent.cli.remote import DEFAULT_URL, TOKEN_PATH, Remote, read_token
+from nbagent.cli.slot import slot as slot_group
 from nbagent.errors import ConfigError, NbagentError
 from nbagent.quantities import format_duration
 
@@ -59,6 +60,7 @@ def nbagent() -> None:
 
 
 nbagent.add_command(image)
+nbagent.add_command(slot_group)
 
 
 def _asks_api(function: Callable[..., None]) -> Callable[..., None]:

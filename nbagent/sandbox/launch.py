@@ -80,12 +80,12 @@ def _inside(control: socket.socket, spec: SandboxSpec, steps: Plan, output: init
     pid = os.fork()
     if pid == 0:
         _guarded(control, lambda: _program(spec, steps))
-    control.close()
     os.close(LISTEN_FD)
     os.close(CONFIG_FD)
     for fd in (1, 2):
         os.dup2(output.stream.fileno(), fd)
     _run(steps.last)
+    control.close()  # not before: its own failure must be heard, as the program ends with it
     # The program has the same user id; it may not look into this process, nor trace it.
     prctl(PR_SET_DUMPABLE, 0)
     init.run(pid, output)

@@ -5,13 +5,17 @@ that the supervisor started: it ends as the parent of a new pid namespace. `insi
 namespace's first process, still root of the user namespace, and ends with the host out of sight.
 `last` runs in the slot's own processes and leaves them without a capability.
 
+Every step has its undo, the same for all: what it did is in a namespace, or in the process itself,
+that no process of the host's is in, and the kernel takes it back when the process that failed has
+ended. There is no second list of steps backwards that could fail as well.
+
 Standard library only; Python 3.9 and up.
 """
 
 from __future__ import annotations
 
 import binascii
-from typing import NamedTuple, Tuple
+from typing import List, NamedTuple, Tuple
 
 from nbagent.linux import namespaces as ns
 from nbagent.linux.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID
@@ -36,6 +40,18 @@ BYTES_PER_INODE = 4096
 OPEN_FILES = 65536
 
 
+UNDO = "goes with the process that did it"
+
+
+class Line(NamedTuple):
+    """One step of a start in words: which part of it, what it does, why, and how it is undone."""
+
+    part: str
+    step: str
+    reason: str
+    undo: str
+
+
 class Plan(NamedTuple):
     """The steps of one sandbox, in order."""
 
@@ -43,10 +59,15 @@ class Plan(NamedTuple):
     inside: Tuple[Step, ...]
     last: Tuple[Step, ...]
 
-    def describe(self) -> str:
-        """One numbered line a step."""
-        lines = [step.describe() for step in (*self.outside, *self.inside, *self.last)]
-        return "\n".join(f"{number:2} {line}" for number, line in enumerate(lines, 1))
+    def lines(self) -> List[Line]:
+        """The plan for people: what each step does, where, and why."""
+        parts = (("outside", self.outside), ("inside", self.inside), ("last", self.last))
+        return [Line(part, step.describe(), reason(step), UNDO) for part, steps in parts for step in steps]
+
+
+def reason(step: Step) -> str:
+    """Why there is such a step: the words its class begins with."""
+    return " ".join((type(step).__doc__ or "").split())
 
 
 def plan(spec: SandboxSpec) -> Plan:

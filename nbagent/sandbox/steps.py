@@ -2,7 +2,8 @@
 
 Everything a step makes lives in the namespaces of the process that runs it and goes with that
 process, so a failure half way leaves nothing on the host: the end of the process is the undo.
-What must be undone by hand (the socket, the scope, the slot's directory) is the supervisor's.
+What must be undone by hand (the socket, the scope, the slot's directory) is the supervisor's. A
+step's reason is its docstring, which `nbagent slot plan` prints.
 
 From Pivot to Detach the working directory is the host's root while the process's root is the
 slot's: a source is a path relative to the host's root, a target is absolute in the slot's. So no

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from nbagent.config import Config
+from nbagent.config import Config, SlotSettings
 from nbagent.errors import (
     NbagentError,
     StartFailed,
@@ -227,7 +227,7 @@ class Agent:
             id_base=image.id_base,
             uid=self._free_uid(image.id_base),
             state=SlotState.STARTING,
-            limits=self._default_limits(),
+            limits=default_limits(self.config.slots),
             token=new_token(),
             created_s=created_s,
             ends_s=created_s + self.config.pool.max_age + self.config.slots.ttl_max,
@@ -398,11 +398,6 @@ class Agent:
             draining=self.draining,
         )
 
-    def _default_limits(self) -> Limits:
-        slots = self.config.slots
-        quota = None if slots.cpu_quota == "none" else parse_quota(slots.cpu_quota, os.cpu_count() or 1)
-        return Limits(slots.memory, slots.cpu_weight, quota, slots.tasks)
-
     def count(self, state: SlotState, image: str | None = None) -> int:
         return sum(
             live.slot.state is state and (image is None or live.slot.image == image) for live in self.slots.values()
@@ -417,6 +412,12 @@ class Agent:
     def _image_unused(self, digest: str) -> bool:
         current = {state.image.digest for state in self.pools.values() if state.image is not None}
         return digest not in current and all(live.slot.digest != digest for live in self.slots.values())
+
+
+def default_limits(slots: SlotSettings) -> Limits:
+    """The limits of a slot whose claim asks for none."""
+    quota = None if slots.cpu_quota == "none" else parse_quota(slots.cpu_quota, os.cpu_count() or 1)
+    return Limits(slots.memory, slots.cpu_weight, quota, slots.tasks)
 
 
 def _why_not(slot: Slot | None, settled: bool) -> str:

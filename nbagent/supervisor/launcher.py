@@ -26,7 +26,7 @@ from nbagent.image.store import Image
 from nbagent.linux import seccomp
 from nbagent.model import Slot
 from nbagent.sandbox import syscalls
-from nbagent.sandbox.plan import CODE_PATH
+from nbagent.sandbox.plan import CODE_PATH, Line
 from nbagent.sandbox.spec import SandboxSpec
 from nbagent.supervisor.waiting import readable
 
@@ -84,6 +84,25 @@ def sandbox_spec(slot: Slot, image: Image, storage_bytes: int) -> SandboxSpec:
         mountpoint=MOUNTPOINT,
         syscall_filter=syscall_filter(),
     )
+
+
+def host_steps(slot: Slot, directory: Path) -> list[Line]:
+    """What the supervisor does on the host for a slot's start, before the sandbox's own plan.
+
+    Each is undone by its name alone, so a successor of this supervisor can do that too.
+    """
+    return [
+        Line(
+            "host", f"directory {directory} with the slot's file, its socket and its static files",
+            "The router finds the slot by this path, and a supervisor that comes after this one the slot.",
+            "removed, first of all: from then on the router says that the slot is gone",
+        ),
+        Line(
+            "host", f"scope {slot.scope} around a shell that waits",
+            "Limits hold before the first instruction of the slot, and all memory it touches is its own.",
+            "stopped: SIGTERM, then SIGKILL to all that is in it",
+        ),
+    ]
 
 
 class ExecLauncher:

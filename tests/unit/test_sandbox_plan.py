@@ -47,12 +47,14 @@ def test_everything_writable_is_bounded_by_the_slots_storage():
             assert 0 < step.inodes <= SPEC.storage_bytes // 4096
 
 
-def test_a_plan_describes_itself_in_numbered_lines():
-    lines = plan(SPEC).describe().splitlines()
-    assert len(lines) == 33
-    assert lines[0].startswith(" 1 user namespace")
-    assert "no capability" in lines[-2]
-    assert lines[-1] == "33 system calls filtered by 1 instructions"
+def test_a_plan_says_of_every_step_what_it_does_why_and_how_it_is_undone():
+    lines = plan(SPEC).lines()
+    assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 28 + ["last"] * 3
+    assert lines[0].step == f"user namespace: ids 0..65535 are {1 << 30}.. on the host"
+    assert lines[-1].step == "system calls filtered by 1 instructions"
+    assert len({line.step for line in lines}) == len(lines)
+    for line in lines:
+        assert len(line.reason) > 12 and not line.reason.endswith(":") and line.undo
 
 
 def test_a_specification_survives_its_journey():

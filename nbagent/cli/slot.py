@@ -1,0 +1,53 @@
+"""`nbagent slot`: what a slot is made of."""
+
+from __future__ import annotations
+
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+import click
+
+from nbagent import config
+from nbagent.cli.images import STORE_PATH
+
+RUN = Path("/run/nbagent/slots")
+WIDTH = 100
+
+
+@click.group()
+def slot() -> None:
+    """Look at how slots are made."""
+
+
+@slot.command()
+@click.argument("image")
+@click.option("--store", type=click.Path(path_type=Path), default=STORE_PATH, show_default=True,
+              help="The image store.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(image: str, store: Path, as_json: bool) -> None:
+    """Print every step of the start of a slot of IMAGE, with its reason.
+
+    Nothing is started. A start that fails says the step in these words, and undoes the ones before.
+    """
+    from nbagent.image.store import ImageStore
+    from nbagent.model import Slot, SlotState
+    from nbagent.sandbox.plan import plan as sandbox_plan
+    from nbagent.supervisor.agent import UID_FIRST, default_limits
+    from nbagent.supervisor.launcher import host_steps, sandbox_spec
+
+    settings, found = config.load(), ImageStore(store).get(image)
+    sample = Slot(
+        id=f"{settings.label}-{'x' * 12}", image=found.name, digest=found.digest, id_base=found.id_base,
+        uid=UID_FIRST, state=SlotState.STARTING, limits=default_limits(settings.slots), token="", created_s=0.0,
+    )
+    spec = sandbox_spec(sample, found, settings.slots.storage)
+    lines = [*host_steps(sample, RUN / sample.id), *sandbox_plan(spec).lines()]
+    if as_json:
+        click.echo(json.dumps([line._asdict() for line in lines], indent=2 if sys.stdout.isatty() else None))
+        return
+    for number, line in enumerate(lines, 1):
+        click.echo(click.style(f"{number:2} {line.part:8} {line.step}", bold=True))
+        for text in (line.reason, f"Undo: {line.undo}."):
+            click.echo(textwrap.fill(text, WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12))

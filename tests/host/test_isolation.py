@@ -1,0 +1,106 @@
+"""A slot is a cell: what a hostile program in it tries, and that each wall is what stops it."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+WALLS = (HERE / "walls.py").read_text()
+HALVES = ["a-word-of-", "the-host-7f3a"]
+WORD, SOCKET, FILE = "".join(HALVES), "nbagent-decoy", "/etc/nbagent-decoy"
+SHM_KEY = 0x6E6261
+# Things of the host that a slot must not find: a process with an abstract socket and shared memory, a file.
+DECOY = f"""
+import ctypes, os, socket
+os.environ["DECOY"] = "{WORD}"
+libc = ctypes.CDLL(None)
+segment = libc.shmget({SHM_KEY}, 4096, 0o1666)
+server = socket.socket(socket.AF_UNIX)
+server.bind("\\0{SOCKET}")
+server.listen()
+with open("{FILE}", "w") as file:
+    file.write("{WORD}\\n")
+os.chmod("{FILE}", 0o644)
+print(os.getpid(), flush=True)
+input()
+libc.shmctl(segment, 0, None)
+os.unlink("{FILE}")
+"""
+# Steps that are no wall: a slot without them is poorer or dies of something harmless, and nobody is less safe.
+FURNITURE = {
+    # A mount namespace of another user namespace receives the host's mounts and never sends any (mount_namespaces(7)).
+    # This step keeps the host's later ones out, of what is unmounted a moment later.
+    "PrivateMounts",
+    "Directory", "Bind tmp", "Tmpfs dev", "Tmpfs dev/shm", "DevPts", "Link", "Home", "Loopback",
+    *(f"Bind dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty")),
+}
+
+
+@pytest.fixture(scope="module")
+def decoys(shared):
+    """The decoys on the shared host, as walls.py wants them."""
+    with shared.host.popen(
+        ["env", f"DECOY={WORD}", "python3", "-c", DECOY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        pid = int(process.stdout.readline())
+        yield {
+            "abstract": SOCKET, "shm": SHM_KEY, "pid": pid, "file": FILE, "word": HALVES,
+            "hostname": shared.run("hostname").strip(), "storage": 512 << 20,
+        }
+        process.stdin.write("\n")
+        process.stdin.flush()
+        process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def variants(shared, decoys):
+    """What became of a sandbox for each step that was left out, or that failed."""
+    shared.host.copy_in([str(HERE / "unwalled.py")], "/root/")
+    done = shared.host.run(
+        ["python3", "-I", "/root/unwalled.py", "minimal", json.dumps(decoys)], input=WALLS, timeout=300
+    )
+    shared.run("rm", "/root/unwalled.py")
+    return json.loads(done.stdout)
+
+
+def test_a_cell_of_a_claimed_slot_gets_through_no_wall(agent, decoys):
+    # Forking in a process with threads is warned about, on the stream of the answer.
+    quiet = "import warnings\nwarnings.simplefilter('ignore')\n"
+    result = agent.open().run(f"{quiet}{WALLS}\nprint(json.dumps(tried({decoys!r})))")
+    assert result.status == "ok", result
+    tries = json.loads(result.stream)
+    assert len(tries) >= 25 and {name: what for name, what in tries.items() if what is not None} == {}
+
+
+def test_a_bare_program_gets_through_no_wall(variants):
+    assert variants["whole"] == {"failed": None, "through": {}, "left": []}
+
+
+def test_without_any_one_wall_something_gets_through_or_nothing_starts(variants):
+    open_walls = {}
+    for name, found in variants.items():
+        if name.startswith("without ") and name.removeprefix("without ") not in FURNITURE:
+            open_walls[name] = found["failed"] or found["through"] or found["through"] is None
+    assert len(open_walls) >= 15
+    assert [name for name, what in open_walls.items() if not what] == []
+
+
+def test_furniture_is_no_wall(variants):
+    for name in FURNITURE:
+        found = variants[f"without {name}"]
+        assert found["failed"] or found["through"] == {}, (name, found)
+
+
+def test_a_step_that_fails_is_named_and_those_before_it_are_undone(variants):
+    failing = {name: found for name, found in variants.items() if name.startswith("fails after ")}
+    assert len(failing) >= 33
+    for name, found in failing.items():
+        assert found["failed"]["step"] == "a step that is refused", (name, found)
+        assert found["failed"]["text"] == "[Errno 1] Operation not permitted"
+        assert found["through"] is None and found["left"] == [], (name, found)
+
+
+def test_what_is_left_out_leaves_nothing_on_the_host_either(variants):
+    assert {name: found["left"] for name, found in variants.items() if found["left"]} == {}

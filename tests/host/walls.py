@@ -1,0 +1,404 @@
+"""What a hostile program in a slot tries, each try against one wall. Runs inside slots, under an image's own Python.
+
+A try yields a few words on what got through, and nothing when the wall held. `tried(decoys)` is all of them. The
+decoys are things of the host that its test made for the tries to find:
+
+    {"abstract": name of an abstract socket, "shm": key of a System V segment, "pid": a process, "file": a path,
+     "word": a word in that file and that process's environment, in two halves, so that nobody finds it here,
+     "hostname": the host's, "storage": the slot's, in bytes}
+
+Standard library only, and no file but this one: its text is also sent into a kernel as a cell.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import resource
+import signal
+import socket
+import stat
+
+LIBC = ctypes.CDLL(None, use_errno=True)
+TRIES = []
+NAMESPACE_BITS = {
+    "mnt": 0x20000, "cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000,
+    "pid": 0x20000000, "net": 0x40000000,
+}
+
+
+def attempt(function):
+    """Adds a try to the list."""
+    TRIES.append(function)
+    return function
+
+
+def call(number, *arguments):
+    """A system call by its number on x86_64; its errno, or 0 for success."""
+    ctypes.set_errno(0)
+    result = LIBC.syscall(ctypes.c_long(number), *(ctypes.c_long(argument) for argument in arguments))
+    return ctypes.get_errno() if result == -1 else 0
+
+
+def refused(code):
+    """Whether an errno says that the call is not allowed or not there, not that its arguments were wrong."""
+    return code in (errno.EPERM, errno.ENOSYS, errno.EACCES)
+
+
+def text(path):
+    """A file's text, "" when it is not to be read."""
+    try:
+        with open(path, errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def mounts():
+    """(mount point, file system type, source, options) of every mount in sight."""
+    found = []
+    for line in text("/proc/self/mountinfo").splitlines():
+        before, _, after = line.partition(" - ")
+        kind, source, options = after.split(" ", 2)
+        found.append((before.split()[4], kind, source, before.split()[5] + "," + options))
+    return found
+
+
+def numbered():
+    """The pids in sight."""
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+# --- who we are ---
+
+
+@attempt
+def to_be_root_of_the_host(decoys):
+    ranges = [line.split() for line in text("/proc/self/uid_map").splitlines()]
+    if not ranges or any(int(outside) < 65536 for _, outside, _ in ranges):
+        yield f"ids of the host: {ranges}"
+
+
+@attempt
+def to_be_root_of_the_slot(decoys):
+    if os.getuid() == 0 or os.getgid() == 0 or 0 in os.getgroups():
+        yield f"uid {os.getuid()}, gid {os.getgid()}, groups {os.getgroups()}"
+    for name, change in (("setuid", os.setuid), ("setgid", os.setgid)):
+        try:
+            change(0)
+            yield f"{name}(0)"
+        except OSError:
+            pass
+
+
+@attempt
+def to_hold_a_capability(decoys):
+    for line in text("/proc/self/status").splitlines():
+        if line.startswith("Cap") and int(line.split()[1], 16):
+            yield line
+
+
+@attempt
+def to_gain_by_a_setuid_file(decoys):
+    if "NoNewPrivs:\t1" not in text("/proc/self/status"):
+        yield "no_new_privs is not set"
+    for point, kind, _, options in mounts():
+        if kind in ("overlay", "tmpfs") and "nosuid" not in options.split(","):
+            yield f"{point} is not nosuid"
+
+
+@attempt
+def to_be_unfiltered(decoys):
+    if "Seccomp:\t2" not in text("/proc/self/status"):
+        yield "no seccomp filter"
+
+
+# --- what the kernel is asked for ---
+
+
+@attempt
+def to_make_a_namespace(decoys):
+    for name, bit in NAMESPACE_BITS.items():
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if refused(call(272, bit)) else 1)  # unshare
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            yield name
+    stack = ctypes.create_string_buffer(65536)
+    top = ctypes.c_void_p(ctypes.addressof(stack) + 65536)
+    entry = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda _: 0)
+    pid = LIBC.clone(entry, top, NAMESPACE_BITS["user"] | signal.SIGCHLD, None)
+    if pid > 0:
+        os.waitpid(pid, 0)
+        yield "clone with CLONE_NEWUSER"
+
+
+@attempt
+def to_make_a_system_call_that_nobody_needs(decoys):
+    unneeded = {
+        "io_uring_setup": 425, "add_key": 248, "request_key": 249, "keyctl": 250, "bpf": 321, "perf_event_open": 298,
+        "userfaultfd": 323, "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "setns": 308,
+        "open_by_handle_at": 304, "name_to_handle_at": 303, "kexec_load": 246, "init_module": 175,
+        "finit_module": 313, "delete_module": 176, "swapon": 167, "reboot": 169, "syslog": 103, "acct": 163,
+        "quotactl": 179, "sethostname": 170, "settimeofday": 164, "fanotify_init": 300, "kcmp": 312, "iopl": 172,
+        "ioperm": 173, "fsopen": 430, "open_tree": 428, "move_mount": 429, "mount_setattr": 442, "vhangup": 153,
+        "clone3": 435, "lookup_dcookie": 212, "move_pages": 279, "vmsplice": 278,
+    }
+    # Arguments that no kernel takes, so that a call that gets through fails with another errno than the filter's.
+    through = [name for name, number in unneeded.items() if not refused(call(number, -1, -1, -1, -1, -1))]
+    if through:
+        yield ", ".join(through)
+
+
+@attempt
+def to_open_a_socket_of_a_rare_family(decoys):
+    for name, family, kind in (("AF_VSOCK", 40, 1), ("AF_ALG", 38, 5), ("AF_PACKET", 17, 3), ("AF_KEY", 15, 3),
+                               ("AF_XDP", 44, 3), ("AF_RDS", 21, 5), ("AF_TIPC", 30, 5), ("AF_BLUETOOTH", 31, 3)):
+        code = call(41, family, kind, 0)
+        if not refused(code):
+            yield f"{name}: {errno.errorcode.get(code, 'opened')}"
+    # Raw sockets are CAP_NET_RAW's.
+    if not refused(call(41, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)):
+        yield "SOCK_RAW"
+
+
+@attempt
+def to_make_a_device(decoys):
+    path = f"/tmp/device-{os.getpid()}"
+    for kind, number in ((stat.S_IFBLK, os.makedev(8, 0)), (stat.S_IFCHR, os.makedev(1, 1))):
+        try:
+            os.mknod(path, kind | 0o666, number)
+            os.unlink(path)
+            yield f"mknod {number:#x}"
+        except OSError:
+            pass
+
+
+@attempt
+def to_dump_core_on_the_host(decoys):
+    if resource.getrlimit(resource.RLIMIT_CORE) != (0, 0):
+        yield f"RLIMIT_CORE is {resource.getrlimit(resource.RLIMIT_CORE)}"
+
+
+@attempt
+def to_open_files_without_end(decoys):
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] > 1 << 16:
+        yield f"RLIMIT_NOFILE is {resource.getrlimit(resource.RLIMIT_NOFILE)}"
+
+
+# --- who else is there ---
+
+
+@attempt
+def to_see_a_process_of_the_host(decoys):
+    for pid in numbered():
+        if "".join(decoys["word"]) in text(f"/proc/{pid}/cmdline") + text(f"/proc/{pid}/environ"):
+            yield f"pid {pid}"
+    if "systemd" in text("/proc/1/comm") or len(numbered()) > 60:
+        yield f"{len(numbered())} processes, the first is {text('/proc/1/comm').strip()}"
+
+
+@attempt
+def to_signal_or_trace_a_process_of_the_host(decoys):
+    if decoys["pid"] in numbered():
+        yield f"pid {decoys['pid']} is here"
+    for pid in (decoys["pid"], 1):
+        # PTRACE_ATTACH
+        if LIBC.ptrace(16, pid, None, None) == 0:
+            LIBC.ptrace(17, pid, None, None)
+            yield f"traced {pid}"
+    try:
+        os.kill(decoys["pid"], 0)
+        yield f"signalled {decoys['pid']}"
+    except OSError:
+        pass
+
+
+@attempt
+def to_look_into_the_first_process(decoys):
+    for name in ("root", "cwd", "exe", "environ", "mem", "maps", "fd"):
+        path = f"/proc/1/{name}"
+        try:
+            if name in ("environ", "mem", "maps"):
+                with open(path, "rb") as file:
+                    file.read(1)
+            elif name == "fd":
+                os.listdir(path)
+            else:
+                os.stat(path + "/." if name != "exe" else path)
+            yield path
+        except OSError:
+            pass
+
+
+@attempt
+def to_connect_to_an_abstract_socket_of_the_host(decoys):
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect("\0" + decoys["abstract"])
+            yield "connected"
+        except OSError:
+            pass
+    if decoys["abstract"] in text("/proc/net/unix"):
+        yield "listed"
+
+
+@attempt
+def to_find_shared_memory_of_the_host(decoys):
+    if LIBC.shmget(decoys["shm"], 0, 0) >= 0:
+        yield "shmget"
+    if str(decoys["shm"]) in text("/proc/sysvipc/shm").split():
+        yield "listed"
+
+
+@attempt
+def to_use_a_network_of_the_host(decoys):
+    names = {name for _, name in socket.if_nameindex()}
+    if names - {"lo"} - set(decoys.get("interfaces", ())):
+        yield f"interfaces {sorted(names)}"
+    for line in text("/proc/net/tcp").splitlines()[1:] + text("/proc/net/tcp6").splitlines()[1:]:
+        port = int(line.split()[1].rsplit(":", 1)[1], 16)
+        if port in (9000, 9001, 8000):
+            yield f"port {port} is listed"
+
+
+@attempt
+def to_learn_the_hosts_name_and_cgroup(decoys):
+    if socket.gethostname() == decoys["hostname"]:
+        yield "its hostname"
+    for line in text("/proc/self/cgroup").splitlines():
+        if line.split(":", 2)[2] != "/":
+            yield f"its cgroup {line}"
+
+
+# --- what is in sight ---
+
+
+@attempt
+def to_read_a_file_of_the_host(decoys):
+    for top in ("", "/..", "/../..", "/proc/self/root/..", "/proc/1/root", "/proc/self/cwd/../../../.."):
+        if "".join(decoys["word"]) in text(top + decoys["file"]):
+            yield top + decoys["file"]
+    for path in ("/etc/nbagent/token", "/etc/shadow", "/run/nbagent/control.sock", "/run/nbagent/slots",
+                 "/run/systemd/private", "/run/dbus/system_bus_socket", "/var/lib/nbagent", "/etc/machine-id"):
+        if os.path.exists(path) and (os.access(path, os.R_OK) or path.startswith(("/run", "/var"))):
+            yield path
+
+
+@attempt
+def to_find_a_mount_of_the_host(decoys):
+    expected = ("/", "/tmp", "/dev", "/dev/pts", "/dev/shm", "/proc", "/run/nbagent/lib/nbagent")
+    points = [point for point, _, _, _ in mounts()]
+    strange = [
+        point for point in points
+        if point not in expected and not point.startswith("/proc/")
+        and not (point.startswith("/dev/") and os.path.exists(point) and stat.S_ISCHR(os.stat(point).st_mode))
+    ]
+    if strange:
+        yield ", ".join(strange[:5])
+    for point in set(expected):
+        if points.count(point) > 1:
+            yield f"{point} covers another mount"
+
+
+@attempt
+def to_write_to_the_image_or_the_code(decoys):
+    for point, kind, _, options in mounts():
+        if point.startswith("/run/nbagent") and "ro" not in options.split(","):
+            yield f"{point} is writable"
+        if point == "/" and kind != "overlay":
+            yield "the root is no overlay"
+
+
+@attempt
+def to_fill_more_than_the_slots_storage(decoys):
+    for path in filter(os.path.exists, ("/", "/tmp", "/dev/shm", "/dev")):
+        status = os.statvfs(path)
+        if status.f_blocks * status.f_frsize > decoys["storage"]:
+            yield f"{path} has {status.f_blocks * status.f_frsize} bytes"
+        if status.f_files > decoys["storage"] // 4096 or not status.f_files:
+            yield f"{path} has {status.f_files} inodes"
+
+
+@attempt
+def to_read_about_the_host_in_proc(decoys):
+    for path in ("/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/latency_stats",
+                 "/proc/interrupts"):
+        if os.path.exists(path) and not stat.S_ISCHR(os.stat(path).st_mode):
+            yield path
+    for path in ("/proc/acpi", "/proc/scsi", "/proc/asound"):
+        if os.path.isdir(path) and os.listdir(path):
+            yield path
+
+
+@attempt
+def to_change_the_hosts_kernel(decoys):
+    for path in ("/proc/sys", "/proc/irq", "/proc/bus", "/proc/fs"):
+        if os.path.exists(path) and not os.statvfs(path).f_flag & os.ST_RDONLY:
+            yield f"{path} is not read-only"
+    if os.path.exists("/proc/sysrq-trigger") and not stat.S_ISCHR(os.stat("/proc/sysrq-trigger").st_mode):
+        yield "/proc/sysrq-trigger"
+    if os.path.isdir("/sys") and os.listdir("/sys"):
+        yield "/sys"
+
+
+@attempt
+def to_find_a_device_that_is_not_everybodys(decoys):
+    allowed = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2)}
+    for directory, _, names in os.walk("/dev"):
+        for name in names:
+            path = os.path.join(directory, name)
+            status = os.lstat(path)
+            if stat.S_ISBLK(status.st_mode):
+                yield path
+            number = (os.major(status.st_rdev), os.minor(status.st_rdev))
+            if stat.S_ISCHR(status.st_mode) and number not in allowed and number[0] != 136:
+                yield path
+
+
+@attempt
+def to_use_a_descriptor_that_was_left_open(decoys):
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+        if target.startswith("/") and not target.startswith(
+            ("/dev/null", "/dev/pts", "/proc/", "/memfd:nbagent-", "/home/", "/tmp/", "/usr/", "/dev/urandom")
+        ):
+            yield f"{name} is {target}"
+        if target.startswith("socket:"):
+            with socket.socket(fileno=os.dup(int(name))) as held:
+                try:
+                    peer = held.getpeername() if held.family == socket.AF_UNIX else ""
+                except OSError:
+                    continue  # it listens
+                # The journal takes the slot's output, and answers nothing.
+                if peer and "journal" not in str(peer):
+                    yield f"{name} is connected to {peer}"
+
+
+@attempt
+def to_inherit_the_hosts_environment(decoys):
+    for name in ("NOTIFY_SOCKET", "LISTEN_FDS", "WATCHDOG_USEC", "INVOCATION_ID", "JOURNAL_STREAM",
+                 "CREDENTIALS_DIRECTORY"):
+        if name in os.environ:
+            yield name
+    if any("".join(decoys["word"]) in value for value in os.environ.values()):
+        yield "the decoy"
+
+
+def tried(decoys):
+    """{name of a try: what got through, or None}"""
+    results = {}
+    for function in TRIES:
+        try:
+            results[function.__name__] = next(function(decoys), None)
+        except Exception as error:
+            results[function.__name__] = f"the try itself failed: {error!r}"
+    return results
+
+
+def report(decoys):
+    """`tried`, as a line of JSON on descriptor 3, where a slot's listening socket would be."""
+    os.write(3, json.dumps(tried(decoys)).encode())
