@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from nbagent.linux.libc import call
+from nbagent.linux.process import raise_permitted
 
 CLONE_NEWNS = 0x00020000
 CLONE_NEWCGROUP = 0x02000000
@@ -30,14 +31,22 @@ def write_id_maps(pid: int, id_base: int, count: int) -> None:
             file.write(f"0 {id_base} {count}\n")
 
 
-def unshare_user(id_base: int, count: int) -> None:
-    """Moves the caller into a new user namespace as its root, with the map above.
+def unshare_user(id_base: int, count: int, owner: int) -> None:
+    """Moves the caller, root, into a new user namespace as its root, with the map above.
+
+    `owner` is the user of the host that the namespace belongs to. What the kernel counts for each
+    user (pending signals and timers, inotify instances, message queues, locked memory) it counts
+    in every namespace up to the host's, there for the owner: were that root, what one namespace
+    takes would be missing to root on the host and to all the others.
 
     A process cannot map ids that are not its own from inside, so a child that stays outside
     writes the maps. Raises OSError; the child's failure comes back with its errno.
     """
     go_read, go_write = os.pipe()
     parent = os.getpid()
+    # Both are the owner, who may write the maps without CAP_SYS_ADMIN, and keep root's capabilities for it.
+    os.setresuid(owner, owner, 0)
+    raise_permitted()
     child = os.fork()
     if child == 0:
         status = 1

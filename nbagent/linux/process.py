@@ -13,6 +13,7 @@ PR_CAPBSET_DROP = 24
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
+_LINUX_CAPABILITY_VERSION_3 = 0x20080522
 
 
 def prctl(option: int, *arguments: int) -> int:
@@ -39,6 +40,18 @@ def become(uid: int) -> None:
     os.setgroups([])
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
+
+
+def raise_permitted() -> None:
+    """Puts all permitted capabilities into effect again, as after a change of the effective user id.
+
+    By capset(2), version 3: for each 32 of them the effective, the permitted and the inheritable.
+    """
+    header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    call("capget", header, sets)
+    sets[0], sets[3] = sets[1], sets[4]
+    call("capset", header, sets)
 
 
 def limit(kind: int, soft: int, hard: int) -> None:

@@ -28,15 +28,16 @@ def compile_filter(
     allowed: Iterable[str],
     refused: Mapping[str, int],
     otherwise: int,
-    equal: Mapping[str, Iterable[int]],
+    equal: Mapping[tuple[str, int], Iterable[int]],
     without: Mapping[str, int],
 ) -> bytes:
     """A filter as the kernel takes it, for this machine's own architecture.
 
     `allowed` may be called; `refused` fail with the errno given; everything else, other
-    architectures' calls too, fails with `otherwise`. `equal`: allowed when the first argument is one
-    of these; `without`: allowed when none of these bits is set in it. A name that this libseccomp
-    does not know is left out, and so fails with `otherwise`.
+    architectures' calls too, fails with `otherwise`. `equal`: allowed when the argument of that
+    number, from 0, is one of these; one that fits is enough. `without`: allowed when none of these
+    bits is set in the first argument. A name that this libseccomp does not know is left out, and
+    so fails with `otherwise`.
     """
     import seccomp
 
@@ -46,8 +47,8 @@ def compile_filter(
         *((name, seccomp.ALLOW, ()) for name in allowed),
         *((name, seccomp.ERRNO(errno), ()) for name, errno in refused.items()),
         *(
-            (name, seccomp.ALLOW, (seccomp.Arg(0, seccomp.EQ, value),))
-            for name, values in equal.items() for value in values
+            (name, seccomp.ALLOW, (seccomp.Arg(number, seccomp.EQ, value),))
+            for (name, number), values in equal.items() for value in values
         ),
         *((name, seccomp.ALLOW, (seccomp.Arg(0, seccomp.MASKED_EQ, bits, 0),)) for name, bits in without.items()),
     ]

@@ -38,6 +38,9 @@ CODE_PATH = "/run/nbagent/lib/nbagent"
 # A file of a notebook user is seldom below 4 KiB; a million empty ones end here, not in memory.
 BYTES_PER_INODE = 4096
 OPEN_FILES = 65536
+PENDING_SIGNALS = 4096
+# Of the 3072 that kernel.pty.max leaves to all slots of a host.
+TERMINALS = 32
 
 
 UNDO = "goes with the process that did it"
@@ -79,7 +82,7 @@ def plan(spec: SandboxSpec) -> Plan:
              ("stderr", "/proc/self/fd/2"), ("ptmx", "pts/ptmx"))
     return Plan(
         outside=(
-            steps.UserNamespace(spec.id_base),
+            steps.UserNamespace(spec.id_base, spec.uid),
             steps.Namespaces(NAMESPACES, "mount, pid, ipc, uts, net, cgroup"),
         ),
         inside=(
@@ -91,7 +94,7 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Bind(f"{base}/tmp".lstrip("/"), "/tmp"),
             steps.Tmpfs("/dev", 65536, 64, "0755", MS_NOSUID | MS_NOEXEC),
             *devices,
-            steps.DevPts("/dev/pts"),
+            steps.DevPts("/dev/pts", TERMINALS),
             steps.Tmpfs("/dev/shm", spec.storage_bytes, inodes, "1777", MS_NOSUID | MS_NODEV | MS_NOEXEC),
             *(steps.Link(f"/dev/{name}", to) for name, to in links),
             steps.Proc("/proc"),
@@ -104,7 +107,7 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Loopback(),
         ),
         last=(
-            steps.Limits(OPEN_FILES),
+            steps.Limits(OPEN_FILES, PENDING_SIGNALS),
             steps.Unprivileged(spec.uid),
             steps.SystemCalls(binascii.a2b_base64(spec.syscall_filter)),
         ),

@@ -59,15 +59,17 @@ class Step(Protocol):
 
 class UserNamespace(NamedTuple):
     """Root inside, an unprivileged range of ids outside: from here on nothing that goes wrong
-    in a step can touch what belongs to the host."""
+    in a step can touch what belongs to the host. It belongs to the slot's own user, so that what
+    the kernel counts for each user is counted for each slot."""
 
     id_base: int
+    uid: int
 
     def describe(self) -> str:
-        return f"user namespace: ids 0..{IDS - 1} are {self.id_base}.. on the host"
+        return f"user namespace of {self.id_base + self.uid}: ids 0..{IDS - 1} are {self.id_base}.. on the host"
 
     def do(self) -> None:
-        unshare_user(self.id_base, IDS)
+        unshare_user(self.id_base, IDS, self.id_base + self.uid)
 
 
 class Namespaces(NamedTuple):
@@ -169,16 +171,19 @@ class Bind(NamedTuple):
 
 
 class DevPts(NamedTuple):
-    """Terminals of the slot's own: a new instance shows nobody else's."""
+    """Terminals of the slot's own: a new instance shows nobody else's. How many there may be on
+    the whole host is one number, kernel.pty.max, so each slot has its share."""
 
     target: str
+    terminals: int
 
     def describe(self) -> str:
-        return f"devpts {self.target}"
+        return f"devpts {self.target}, {self.terminals} terminals"
 
     def do(self) -> None:
         os.makedirs(self.target, exist_ok=True)
-        mount("devpts", self.target, "devpts", MS_NOSUID | MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620")
+        options = f"newinstance,ptmxmode=0666,mode=0620,max={self.terminals}"
+        mount("devpts", self.target, "devpts", MS_NOSUID | MS_NOEXEC, options)
 
 
 class Link(NamedTuple):
@@ -317,16 +322,23 @@ class Detach(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Resource limits that no cgroup has: no core dumps, and files enough for a notebook."""
+    """Resource limits that no cgroup has: no core dumps, and files, timers and queued signals
+    enough for a notebook.
+
+    One byte of core is too little for a file, and the only limit at which the kernel does not start
+    a program of the host that core_pattern names (man 5 core); `syscalls` keeps a slot from lowering it.
+    """
 
     files: int
+    signals: int
 
     def describe(self) -> str:
-        return f"no core dumps, {self.files} open files"
+        return f"no core dumps, {self.files} open files, {self.signals} pending signals"
 
     def do(self) -> None:
-        limit(resource.RLIMIT_CORE, 0, 0)
+        limit(resource.RLIMIT_CORE, 1, 1)
         limit(resource.RLIMIT_NOFILE, self.files, self.files)
+        limit(resource.RLIMIT_SIGPENDING, self.signals, self.signals)
 
 
 class Unprivileged(NamedTuple):

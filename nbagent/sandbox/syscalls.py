@@ -3,7 +3,8 @@
 An allow-list: what an unprivileged program needs, in a terminal, a compiler or a notebook. It is no
 wider than the default of Docker and podman for a container without capabilities, and leaves out what
 those let through or gate by capabilities that a new user namespace would give: namespaces and mounts
-of its own, keyrings, handles. A test compares it with the list that Debian's containers-common has.
+of its own, keyrings, handles; and io_setup(2), as fs.aio-max-nr is one number for the whole host that
+one process can use up. A test compares it with the list that Debian's containers-common has.
 
 Standard library only; the filter itself is compiled by the supervisor.
 """
@@ -22,13 +23,13 @@ ALLOWED = """
     get_robust_list get_thread_area getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer
     getpeername getpgid getpgrp getpid getppid getpriority getrandom getresgid getresuid getrlimit getrusage
     getsid getsockname getsockopt gettid gettimeofday getuid getxattr inotify_add_watch inotify_init
-    inotify_init1 inotify_rm_watch io_cancel io_destroy io_getevents io_setup io_submit ioctl ioprio_get
+    inotify_init1 inotify_rm_watch ioctl ioprio_get
     ioprio_set kill landlock_add_rule landlock_create_ruleset landlock_restrict_self lchown lgetxattr link
     linkat listen listxattr llistxattr lremovexattr lseek lsetxattr lstat madvise mbind membarrier memfd_create
     memfd_secret mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap mprotect mq_getsetattr mq_notify
     mq_open mq_timedreceive mq_timedsend mq_unlink mremap msgctl msgget msgrcv msgsnd msync munlock
     munlockall munmap nanosleep newfstatat open openat openat2 pause pidfd_getfd pidfd_open pidfd_send_signal
-    pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll prctl pread64 preadv preadv2 prlimit64
+    pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll prctl pread64 preadv preadv2
     process_mrelease process_vm_readv process_vm_writev pselect6 ptrace pwrite64 pwritev pwritev2 read readahead
     readlink readlinkat readv recvfrom recvmmsg recvmsg remap_file_pages removexattr rename renameat renameat2
     restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn
@@ -36,7 +37,7 @@ ALLOWED = """
     sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval sched_setaffinity
     sched_setattr sched_setparam sched_setscheduler sched_yield seccomp select semctl semget semop semtimedop
     sendfile sendmmsg sendmsg sendto set_mempolicy set_robust_list set_thread_area set_tid_address setfsgid
-    setfsuid setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid setrlimit
+    setfsuid setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid
     setsid setsockopt setuid setxattr shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4
     socketpair splice stat statfs statx symlink symlinkat sync sync_file_range syncfs sysinfo tee tgkill time
     timer_create timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime
@@ -60,11 +61,17 @@ REFUSED = dict.fromkeys(
 
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _UNAME26 = 0x0020000
-# The first argument has to be one of these. No AF_VSOCK, AF_ALG, AF_PACKET. personality(2) only asks,
-# or says what uname(2) and setarch(8) want.
+_RLIMIT_CORE, _RLIMITS = 4, 16
+_NOT_CORE = tuple(sorted({*range(_RLIMITS)} - {_RLIMIT_CORE}))
+# This argument, counted from 0, has to be one of these. No AF_VSOCK, AF_ALG, AF_PACKET. personality(2)
+# only asks, or says what uname(2) and setarch(8) want. The limit of core dumps stays as it is: prlimit(2)
+# asks for it with a null in the place of a new one.
 EQUAL = {
-    "socket": (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK),
-    "personality": (0, 8, _UNAME26, _UNAME26 | 8, 0xFFFFFFFF),
+    ("socket", 0): (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK),
+    ("personality", 0): (0, 8, _UNAME26, _UNAME26 | 8, 0xFFFFFFFF),
+    ("setrlimit", 0): _NOT_CORE,
+    ("prlimit64", 1): _NOT_CORE,
+    ("prlimit64", 2): (0,),
 }
 # The first argument has none of these bits: no new namespace by clone(2).
 WITHOUT = {"clone": 0x7E020000}

@@ -10,6 +10,7 @@ decoys are things of the host that its test made for the tries to find:
 Standard library only, and no file but this one: its text is also sent into a kernel as a cell.
 """
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -21,6 +22,7 @@ import stat
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 TRIES = []
+IO_SETUP, IO_DESTROY = 206, 207
 NAMESPACE_BITS = {
     "mnt": 0x20000, "cgroup": 0x2000000, "uts": 0x4000000, "ipc": 0x8000000, "user": 0x10000000,
     "pid": 0x20000000, "net": 0x40000000,
@@ -176,8 +178,30 @@ def to_make_a_device(decoys):
 
 @attempt
 def to_dump_core_on_the_host(decoys):
-    if resource.getrlimit(resource.RLIMIT_CORE) != (0, 0):
+    # At 1, and only there, neither a file is written nor the program started that core_pattern may name (core(5)).
+    if resource.getrlimit(resource.RLIMIT_CORE) != (1, 1):
         yield f"RLIMIT_CORE is {resource.getrlimit(resource.RLIMIT_CORE)}"
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        yield "RLIMIT_CORE can be set"
+    except OSError:
+        pass
+
+
+@attempt
+def to_use_up_the_hosts_asynchronous_io(decoys):
+    context = ctypes.c_ulong()
+    if not call(IO_SETUP, 1, ctypes.addressof(context)):
+        call(IO_DESTROY, context.value)
+        yield "io_setup"
+
+
+@attempt
+def to_use_up_the_hosts_terminals(decoys):
+    with contextlib.ExitStack() as opened, contextlib.suppress(OSError):
+        for _ in range(100):
+            opened.callback(os.close, os.open("/dev/ptmx", os.O_RDWR))
+        yield "100 terminals"
 
 
 @attempt
