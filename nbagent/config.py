@@ -63,16 +63,22 @@ def _number(low: float, high: float, kind: type[T]) -> Callable[[Any], T]:
     return parse
 
 
-def _auto_or(parse: Callable[[Any], T]) -> Callable[[Any], T | None]:
-    def parse_auto(value: Any) -> T | None:
-        if value == "auto":
+def _word_or(word: str, parse: Callable[[Any], T]) -> Callable[[Any], T | None]:
+    """`word` is read as None."""
+
+    def parse_either(value: Any) -> T | None:
+        if value == word:
             return None
         try:
             return parse(value)
         except ValueError as error:
-            raise ValueError(f'"auto" or {error}') from None
+            raise ValueError(f'"{word}" or {error}') from None
 
-    return parse_auto
+    return parse_either
+
+
+def _auto_or(parse: Callable[[Any], T]) -> Callable[[Any], T | None]:
+    return _word_or("auto", parse)
 
 
 def _positive_duration(value: Any) -> float:
@@ -109,6 +115,21 @@ def _origins(value: Any) -> tuple[str, ...]:
     raise ValueError('a list of origins such as ["https://example.org"], without a path')
 
 
+def _domain(value: Any) -> str:
+    # An id with its dot takes 30 of the 253 characters that a name in the DNS may have.
+    part = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    name = rf"(?=.{{1,223}}$)(?!(.*\.)?\d+$)({part}\.)*{part}"
+    return _text(name, 'a DNS name in lower case, such as "nb.example.org"')(value)
+
+
+def _cookies(value: Any) -> tuple[str, ...]:
+    expected = 'a list of at most 16 names of cookies such as ["_xsrf", "session-*"]'
+    parse = _text(r"[A-Za-z0-9_.-]{1,64}\*?", expected)
+    if isinstance(value, list) and len(value) <= 16:
+        return tuple(map(parse, value))
+    raise ValueError(expected)
+
+
 def derived_label(hostname: str) -> str:
     """A host label from a hostname: its first part, `[a-z0-9]`, at most 16 characters."""
     return re.sub(r"[^a-z0-9]", "", hostname.split(".")[0].lower())[:16] or "host"
@@ -142,10 +163,21 @@ class ApiSettings:
 class RouterSettings:
     """`[router]`: where users reach their slots."""
 
+    url_mode: str = _setting(
+        "path", _text("path|subdomain", '"path" or "subdomain"'),
+        'Slots share one web origin with "path"; with "subdomain" each has its own, SLOT.domain.',
+    )
+    domain: str | None = _setting(
+        "none", _word_or("none", _domain), 'With url_mode = "subdomain": *.domain leads to the router.'
+    )
+    cookies: tuple[str, ...] = _setting(
+        ["_xsrf"], _cookies,
+        'Cookies that reach a slot beside its own login, by name or "name*"; all others are kept from it.',
+    )
     public_url: str | None = _setting(
         "auto",
         _auto_or(_text(r"https?://[^/\s]+", 'a URL without a path, such as "https://nb.example.org"')),
-        "The front of a claim's url; auto: the name the API was called by, on `port`.",
+        "The front of a claim's url; auto: the name the API was called by, or SLOT.domain, on `port`.",
     )
     port: int = _setting(8000, _number(1, 65535, int), "The router's port in a claim's url.")
 
@@ -253,7 +285,22 @@ def parse(tables: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path] | No
         raise reader.error(("slots", "memory"), f"at most slots.memory_max, {config.slots.memory_max}")
     if config.slots.ttl > config.slots.ttl_max:
         raise reader.error(("slots", "ttl"), f"at most slots.ttl_max, {config.slots.ttl_max:g} seconds")
+    _check_origins(config.router, reader)
     return config
+
+
+def _check_origins(router: RouterSettings, reader: _Reader) -> None:
+    if router.url_mode == "path":
+        if router.domain is not None:
+            raise reader.error(("router", "domain"), '"none", unless router.url_mode is "subdomain"')
+        return
+    if router.domain is None:
+        raise reader.error(("router", "domain"), 'a DNS name, since router.url_mode is "subdomain"')
+    with_port = rf"https?://{re.escape(router.domain)}(:\d{{1,5}})?"
+    if router.public_url and not re.fullmatch(with_port, router.public_url):
+        raise reader.error(
+            ("router", "public_url"), f'"auto" or router.domain with a scheme, as in "https://{router.domain}"'
+        )
 
 
 def _merge(

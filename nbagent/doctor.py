@@ -13,6 +13,7 @@ import functools
 import http.client
 import os
 import re
+import socket
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from nbagent import config, control
+from nbagent import config, control, model
 from nbagent.errors import ConfigError, NbagentError
 from nbagent.quantities import format_size
 
@@ -63,6 +64,7 @@ def examine(config_path: Path = config.DEFAULT_PATH, url: str = "http://127.0.0.
         functools.partial(check_control, control.SOCKET_PATH),
         functools.partial(check_answer, "API", url + "/healthz", "nbagent-api.socket"),
         functools.partial(check_answer, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
+        *([functools.partial(check_wildcard, domain, addresses_of)] if (domain := settings.router.domain) else []),
         functools.partial(check_token, root),
         functools.partial(check_images, root),
         functools.partial(check_memory, root, settings),
@@ -259,6 +261,20 @@ def check_answer(name: str, url: str, unit: str) -> Finding:
     return Finding(name, "ok", f"{url} answers {status}")
 
 
+def check_wildcard(domain: str, resolve: Callable[[str], list[str]]) -> Finding:
+    """Whether names of slots resolve; `resolve` gives the addresses of a name."""
+    # One that nobody can have asked for: neither a cache nor a record of its own answers.
+    name = f"{model.new_id('doctor')}.{domain}"
+    try:
+        addresses = resolve(name)
+    except OSError as error:
+        return Finding(
+            "slots' names", "fail", f"{name} does not resolve: {error.strerror}",
+            f"a record *.{domain} in the DNS, to this host or to what is in front of it",
+        )
+    return Finding("slots' names", "ok", f"*.{domain} is {', '.join(addresses)}")
+
+
 def check_token(root: Path) -> Finding:
     """Whether the API's token is there and is nobody else's to read."""
     path = root / "etc/nbagent/token"
@@ -365,6 +381,11 @@ def capacity_of(root: Path, settings: config.Config) -> int:
         return settings.slots.capacity
     usable_bytes = _meminfo(root)["MemTotal"] - settings.host.memory_reserve
     return max(1, int(usable_bytes * settings.slots.overcommit / settings.slots.memory))
+
+
+def addresses_of(name: str) -> list[str]:
+    """What the system's resolver says. Raises OSError."""
+    return sorted({str(found[4][0]) for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
 
 
 def systemctl_version() -> str:

@@ -20,10 +20,11 @@ def json_response(document: Any, status: int = 200, media_type: str = "applicati
     return Response(text + "\n", status, content_type=media_type)
 
 
-def front(router: RouterSettings, host_header: str) -> str:
-    """Where users reach the router: what the operator says, else the name this API was called by."""
-    host = host_of(host_header) or socket.gethostname()
-    return router.public_url or f"http://{host}:{router.port}"
+def front(router: RouterSettings, slot: str, host_header: str) -> str:
+    """The origin of a slot: what the operator says, else the name this API was called by."""
+    host = router.domain or host_of(host_header) or socket.gethostname()
+    scheme, _, authority = (router.public_url or f"http://{host}:{router.port}").partition("://")
+    return f"{scheme}://{slot}.{authority}" if router.domain else f"{scheme}://{authority}"
 
 
 def claim_url(front_url: str, claim: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ from nbagent.model import CLAIM_FIELDS, UPDATE_FIELDS
 def _claim(service: Service, call: Call) -> Any:
     client = plain_address(call.request.remote_addr or "unknown")
     claim = service.client.call("claim", options=call.options, key=call.key, client=client)
-    front = answers.front(service.config.router, call.request.headers.get("Host", ""))
+    front = answers.front(service.config.router, claim["slot"], call.request.headers.get("Host", ""))
     return claim | {"url": answers.claim_url(front, claim)}
 
 

@@ -32,6 +32,7 @@ sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 # A start makes objects and no garbage to speak of: looking for it is a tenth of its processor time.
 gc.disable()
 
+from jupyter_server.auth.identity import PasswordIdentityProvider
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from jupyterlab.labapp import LabApp
 from tornado.httpserver import HTTPServer
@@ -45,6 +46,31 @@ from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
 KERNEL_OOM_SCORE_ADJ = 500
 # What a page does by itself is read; what a person does writes.
 ACTING_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+
+
+class SlotIdentityProvider(PasswordIdentityProvider):
+    """Knows a browser again by a cookie that is this slot's alone.
+
+    The router passes no other login on. Where the slot has an origin of its own, by TLS, the
+    cookie's name begins with __Host-, and browsers then let nobody but this origin set it.
+    """
+
+    def get_cookie_name(self, handler: Any) -> str:
+        name = "nbagent-" + _slot_of(handler)
+        return "__Host-" + name if _has_own_origin(handler) else name
+
+    def set_login_cookie(self, handler: Any, user: Any) -> None:
+        self.cookie_options = {"path": "/"} if _has_own_origin(handler) else {}
+        super().set_login_cookie(handler, user)
+
+
+def _slot_of(handler: Any) -> str:
+    return str(handler.base_url).strip("/").rpartition("/")[2]
+
+
+def _has_own_origin(handler: Any) -> bool:
+    host = str(handler.request.host)
+    return bool(handler.request.protocol == "https" and host.startswith(_slot_of(handler) + "."))
 
 
 class SlotKernelManager(ServerKernelManager):
@@ -123,6 +149,7 @@ def configuration(base_url: str, token: str) -> Config:
     server.quit_button = False
     server.port_retries = 0
     server.websocket_compression_options = None
+    server.identity_provider_class = "__main__.SlotIdentityProvider"
     config.IdentityProvider.token = token
     config.AsyncMappingKernelManager.kernel_manager_class = "__main__.SlotKernelManager"
     config.LabApp.news_url = None

@@ -13,22 +13,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from selenium.common.exceptions import TimeoutException
-from selenium.webdriver import ActionChains, Chrome, ChromeOptions
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
-from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
+import browser
 import product
 from hosts import Host, state
 from hosts.errors import NoSuchHost
 
 NAME = "up"
-# A first load compiles five megabytes of JavaScript, on a machine that may be busy.
-PATIENCE_S = 120
-FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-         "--disable-dev-shm-usage", "--no-first-run", "--no-proxy-server", "--window-size=1400,1000")
 
 
 def make(target):
@@ -78,90 +70,11 @@ def release(claimed):
         assert connection.getresponse().status in (200, 404)
 
 
-class Page:
-    """A browser window, and what a person does in it."""
-
-    def __init__(self, driver, shots):
-        self.driver, self.shots = driver, shots
-
-    def open(self, url):
-        """Goes there; what is waited for is to be seen, not the end of loading."""
-        self.driver.get(url)
-
-    def see(self, selector, count=1):
-        """Waits until so many elements are there, and gives them."""
-        def found(driver):
-            elements = driver.find_elements(By.CSS_SELECTOR, selector)
-            return len(elements) >= count and elements
-
-        return self.wait(found, f"{count} of {selector}")
-
-    def wait(self, what, for_what):
-        """What `what` gives; a picture of what is there instead when it does not come."""
-        try:
-            return WebDriverWait(self.driver, PATIENCE_S).until(what, for_what)
-        except TimeoutException:
-            self.shoot("in-vain")
-            raise
-
-    def read(self, selector, text):
-        """Waits until an element shows a text."""
-        self.wait(
-            lambda driver: any(text in element.text for element in driver.find_elements(By.CSS_SELECTOR, selector)),
-            f"{text!r} in {selector}")
-
-    def wait_for_kernel(self):
-        # Not by the toolbar's circle, which is idle while there is no kernel at all: JupyterLab starts
-        # one more for a cell that is run then, and drops the cell.
-        self.read("#jp-main-statusbar", "(ipykernel) | Idle")
-
-    def select_first_cell(self):
-        """Clicks into the first code cell until it takes what is typed: a page that still builds itself may move it."""
-        def selected(driver):
-            self.see(".jp-CodeCell .cm-content")[0].click()
-            return driver.find_elements(By.CSS_SELECTOR, ".jp-CodeCell.jp-mod-active .cm-content:focus")
-
-        self.wait(selected, "a selected code cell")
-
-    def type(self, *keys):
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def run_cell(self):
-        ActionChains(self.driver).key_down(Keys.SHIFT).send_keys(Keys.ENTER).key_up(Keys.SHIFT).perform()
-
-    def shoot(self, name):
-        self.driver.save_screenshot(str(self.shots / f"{name}.png"))
-
-    def requests(self):
-        """Every address that the browser asked for since the last call."""
-        addresses = []
-        for line in self.driver.get_log("performance"):
-            message = json.loads(line["message"])["message"]
-            if message["method"] == "Network.requestWillBeSent":
-                addresses.append(message["params"]["request"]["url"])
-            elif message["method"] == "Network.webSocketCreated":
-                addresses.append(message["params"]["url"])
-        return addresses
-
-    def complaints(self):
-        """What the console calls severe."""
-        return [line["message"] for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]
-
-
 @pytest.fixture
 def page(tmp_path):
     """Chromium, with a profile of its own."""
-    options = ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path}/profile"):
-        options.add_argument(flag)
-    options.page_load_strategy = "none"
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(service=Service("/usr/bin/chromedriver"), options=options)
-    try:
-        yield Page(driver, tmp_path)
-    finally:
-        driver.quit()
+    with browser.chromium(tmp_path) as opened:
+        yield opened
 
 
 def foreign(addresses):

@@ -93,6 +93,24 @@ def test_the_operators_public_url_wins_over_the_host_header(
     assert api.get("/claim").json["url"].startswith("https://nb.example.org/user/")
 
 
+@pytest.mark.parametrize(
+    ("public_url", "scheme", "port"),
+    [
+        ("auto", "http", ":8000"),
+        ("https://nb.example.org", "https", ""),
+        ("https://nb.example.org:8443", "https", ":8443"),
+    ],
+)
+def test_with_subdomains_each_url_has_an_origin_of_its_own(
+    supervisor: FakeSupervisor, tmp_path: Path, public_url: str, scheme: str, port: str
+) -> None:
+    router = {"url_mode": "subdomain", "domain": "nb.example.org", "public_url": public_url}
+    api = client(supervisor, tmp_path, router=router)
+    claim = api.get("/claim").json
+    front = f"{scheme}://{claim['slot']}.nb.example.org{port}"
+    assert claim["url"] == f"{front}{claim['path']}?token={claim['token']}"
+
+
 def test_a_deep_link_keeps_its_query_and_its_fragment(api: FlaskClient) -> None:
     claim = api.post("/claim", json={"path": "lab/tree/a.ipynb?reset=1#cell"}).json
     assert claim["url"].endswith(f"/lab/tree/a.ipynb?reset=1&token={claim['token']}#cell")

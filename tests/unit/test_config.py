@@ -43,6 +43,15 @@ def test_an_unknown_key_names_file_and_nearest_known_one(tmp_path):
     ('[host]\nlabel = "C-07"', "host.label: expected .auto. or 1 to 16"),
     ('[api]\ntrusted_networks = ["everyone"]', "api.trusted_networks: expected a list of networks"),
     ('[router]\npublic_url = "nb.example.org"', "router.public_url: expected"),
+    ('[router]\nurl_mode = "port"', 'router.url_mode: expected "path" or "subdomain"'),
+    ('[router]\nurl_mode = "subdomain"', "router.domain: expected a DNS name, since"),
+    ('[router]\ndomain = "nb.example.org"', 'router.domain: expected "none", unless router.url_mode is "subdomain"'),
+    ('[router]\nurl_mode = "subdomain"\ndomain = "10.0.0.7"', 'router.domain: expected "none" or a DNS name'),
+    ('[router]\nurl_mode = "subdomain"\ndomain = "nb.-x"', "router.domain: expected"),
+    ('[router]\nurl_mode = "subdomain"\ndomain = "nb.example"\npublic_url = "https://example"',
+     'router.public_url: expected "auto" or router.domain with a scheme, as in "https://nb.example"'),
+    ('[router]\ncookies = ["a;b"]', "router.cookies: expected a list of at most 16 names"),
+    ('[router]\ncookies = "a"', "router.cookies: expected a list of at most 16 names"),
     ("images = 3", "images: expected a table"),
     ("[images.r]\nwarmth = 3", "unknown setting images.r.warmth"),
 ])
@@ -50,6 +59,12 @@ def test_a_wrong_setting_is_refused_by_name(tmp_path, text, message):
     (tmp_path / "nbagent.toml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         config.load(tmp_path / "nbagent.toml")
+
+
+@pytest.mark.parametrize("public_url", ["auto", "https://nb.example.org", "http://nb.example.org:8080"])
+def test_a_domain_goes_with_its_own_public_url(public_url):
+    router = {"url_mode": "subdomain", "domain": "nb.example.org", "public_url": public_url}
+    assert config.parse({"router": router}).router.domain == "nb.example.org"
 
 
 def test_every_setting_says_what_it_is_for():

@@ -176,3 +176,25 @@ def test_what_cannot_be_seen_is_a_warning(tmp_path: Path) -> None:
     finding = doctor._guarded(check_secret)
     assert (finding.name, finding.status) == ("secret", "warn")
     assert "root" in finding.mend
+
+
+def test_names_of_slots_that_do_not_resolve_are_told() -> None:
+    asked = []
+
+    def resolve(name: str) -> list[str]:
+        asked.append(name)
+        if len(asked) > 1:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return ["192.0.2.7", "2001:db8::7"]
+
+    good = doctor.check_wildcard("nb.example.org", resolve)
+    assert (good.status, good.found) == ("ok", "*.nb.example.org is 192.0.2.7, 2001:db8::7")
+    bad = doctor.check_wildcard("nb.example.org", resolve)
+    assert bad.status == "fail" and "Name or service not known" in bad.found and "*.nb.example.org" in bad.mend
+    assert len(set(asked)) == 2 and all(name.endswith(".nb.example.org") for name in asked)
+
+
+def test_the_resolver_is_the_systems() -> None:
+    assert doctor.addresses_of("127.0.0.1") == ["127.0.0.1"]
+    with pytest.raises(OSError):
+        doctor.addresses_of("not a name")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nbagent import config
+from nbagent import config, router
 
 TOP = Path(__file__).resolve().parents[2]
 UNITS = sorted((TOP / "units").iterdir())
@@ -98,7 +98,11 @@ def test_the_configuration_file_changes_no_default() -> None:
 
 
 @pytest.mark.skipif(not Path("/usr/sbin/nginx").exists(), reason="needs nginx")
-def test_nginx_understands_the_router(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [
+    {}, {"url_mode": "subdomain", "domain": "nb.example.org", "cookies": ["a", "b.c-*"]}, {"cookies": []},
+])
+def test_nginx_understands_the_router(tmp_path: Path, settings: dict[str, object]) -> None:
+    (tmp_path / "settings.conf").write_text(router.nginx(config.parse({"router": settings}).router))
     # -t binds for a moment; the name of a socket is free for sure, a port is not.
     (tmp_path / "listen.conf").write_text(f"listen unix:{tmp_path}/http;\n")
     text = (TOP / "packaging/router/nginx.conf").read_text()
