@@ -12,8 +12,6 @@ import functools
 import json
 import os
 import socket
-import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +26,10 @@ from nbagent.model import Slot
 from nbagent.sandbox import syscalls
 from nbagent.sandbox.plan import CODE_PATH, Line
 from nbagent.sandbox.spec import SandboxSpec
+from nbagent.supervisor import gate
 from nbagent.supervisor.waiting import readable
 
 MOUNTPOINT = "/run/nbagent/sandbox"
-# The shell waits for the word that it is in its scope, and is replaced by a Python that touches
-# all its memory there. A Python that waited itself would leave 5 MiB charged to the supervisor.
-_GATE = 'read -r go && exec "$@" </dev/null'
 _ANSWER_MAX_BYTES = 65536
 
 
@@ -121,11 +117,11 @@ class ExecLauncher:
             with ours:
                 with theirs:
                     passed = (theirs.fileno(), listener.fileno(), activity_fd, config_fd)
-                    process = _spawn(passed)
+                    process = gate.spawn("nbagent.sandbox.launch", passed)
                 launcher_fd = os.pidfd_open(process.pid)
                 try:
                     await enter_scope(process.pid)
-                    _open_gate(process)
+                    gate.open_for(process)
                     ours.send(json.dumps(sandbox_spec(slot, image, storage_bytes).save()).encode())
                     pidfd = await _init_of(ours)
                     try:
@@ -137,8 +133,7 @@ class ExecLauncher:
                     await readable(launcher_fd)
                     process.wait()
                 except BaseException:
-                    process.kill()
-                    process.wait()
+                    gate.end(process)
                     raise
                 finally:
                     os.close(launcher_fd)
@@ -148,21 +143,6 @@ class ExecLauncher:
         finally:
             os.close(config_fd)
         return Launched(pid, pidfd, activity_fd)
-
-
-def _spawn(passed: tuple[int, ...]) -> subprocess.Popen[bytes]:
-    python = [sys.executable, "-I", "-m", "nbagent.sandbox.launch", *map(str, passed)]
-    return subprocess.Popen(
-        ["/bin/sh", "-c", _GATE, "nbagent-launch", *python],
-        stdin=subprocess.PIPE, bufsize=0, pass_fds=passed, start_new_session=True,
-        cwd="/", env={"LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"},
-    )
-
-
-def _open_gate(process: subprocess.Popen[bytes]) -> None:
-    if process.stdin is not None:
-        with process.stdin as gate:
-            gate.write(b"go\n")
 
 
 async def _answer(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
