@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nbagent import urls
 from nbagent.errors import ConfigError
 from nbagent.quantities import (
     QUOTA_EXPECTED,
@@ -130,6 +131,16 @@ def _cookies(value: Any) -> tuple[str, ...]:
     raise ValueError(expected)
 
 
+def _archives(value: Any) -> tuple[str, ...]:
+    expected = 'a list of URLs such as ["https://data.example.org/courses/"], without "?", "#" or ".."'
+    if not isinstance(value, list) or not all(isinstance(v, str) and "?" not in v for v in value):
+        raise ValueError(expected)
+    try:
+        return tuple(value) if [urls.parse(item) for item in value] else ()
+    except ValueError:
+        raise ValueError(expected) from None
+
+
 def derived_label(hostname: str) -> str:
     """A host label from a hostname: its first part, `[a-z0-9]`, at most 16 characters."""
     return re.sub(r"[^a-z0-9]", "", hostname.split(".")[0].lower())[:16] or "host"
@@ -218,6 +229,16 @@ class PoolSettings:
 
 
 @dataclass(frozen=True)
+class ClaimSettings:
+    """`[claims]`: what a claim may bring into its slot."""
+
+    archives: tuple[str, ...] = _setting([], _archives, "Archives below these URLs may be fetched by a slot.")
+    archive_max: int = _setting("128M", parse_size, "Bytes of an archive, packed and unpacked.")
+    archive_entries: int = _setting(10000, _number(1, 1000000, int), "Files and directories of an archive.")
+    timeout: float = _setting("20s", _positive_duration, "Content not in the slot by then: the claim has failed.")
+
+
+@dataclass(frozen=True)
 class CullSettings:
     """`[cull]`: when a slot that somebody claimed is ended by rule."""
 
@@ -242,6 +263,7 @@ class Config:
     router: RouterSettings = field(default_factory=RouterSettings)
     slots: SlotSettings = field(default_factory=SlotSettings)
     pool: PoolSettings = field(default_factory=PoolSettings)
+    claims: ClaimSettings = field(default_factory=ClaimSettings)
     cull: CullSettings = field(default_factory=CullSettings)
     images: Mapping[str, ImageSettings] = field(default_factory=dict)
 

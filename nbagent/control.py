@@ -1,8 +1,8 @@
 """The control socket: how the API asks the supervisor, and the wire both speak.
 
 One connection is one request and one answer, each a packet of JSON on a SOCK_SEQPACKET socket,
-so a request needs no framing and a caller that goes away is seen at once. An answer too large
-for a packet travels as a memfd beside an empty object. The requests:
+so a request needs no framing and a caller that goes away is seen at once. What is too large for
+a packet travels as a sealed memfd beside an empty object. The requests:
 
     {"op": "claim", "args": {"options": {...}, "key": str, "client": str}}
     {"op": "slots" | "stats" | "images" | "drain" | "undrain", "args": {}}
@@ -17,6 +17,7 @@ SO_PEERCRED.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -24,13 +25,18 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from nbagent.content import FILES_MAX_BYTES
 from nbagent.errors import SupervisorUnavailable, from_wire
 
 SOCKET_PATH = Path("/run/nbagent/control.sock")
 # Below net.core.wmem_default (212,992 bytes on every Debian kernel), beyond which a packet is
 # refused with EMSGSIZE.
 PACKET_MAX_BYTES = 128 * 1024
-REQUEST_MAX_BYTES = 64 * 1024
+# A byte of a file is at most six where JSON escapes it; there are other options, and names around all.
+REQUEST_MAX_BYTES = 6 * FILES_MAX_BYTES + 256 * 1024
+# A thousand slots are a megabyte.
+ANSWER_MAX_BYTES = 256 << 20
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 # What may be asked again when the supervisor ended before it answered: the socket is systemd's, so
 # the second connection waits until its successor has adopted every slot.
 REPEATABLE = frozenset({"claim", "slots", "slot", "stats", "images", "drain", "undrain"})
@@ -45,19 +51,34 @@ def send(connection: socket.socket, document: dict[str, Any]) -> None:
     if len(payload) <= PACKET_MAX_BYTES:
         connection.sendall(payload)
         return
-    with open(os.memfd_create("nbagent-answer", os.MFD_CLOEXEC), "r+b") as large:
+    with open(os.memfd_create("nbagent-packet", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING), "wb") as large:
         large.write(payload)
         large.flush()
+        fcntl.fcntl(large, fcntl.F_ADD_SEALS, _SEALS)
         socket.send_fds(connection, [b"{}"], [large.fileno()])
+
+
+def receive_bytes(connection: socket.socket, limit_bytes: int) -> bytes:
+    """Receives what `send` sent, b"" when the other side is gone.
+
+    Raises OSError or ValueError when it is too large, or is beside the packet in anything but a sealed
+    memfd: nothing else is sure to be read at once and to stay as it is.
+    """
+    payload, fds, _, _ = socket.recv_fds(connection, PACKET_MAX_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+    if not fds:
+        return payload
+    try:
+        size = os.fstat(fds[0]).st_size
+        if fcntl.fcntl(fds[0], fcntl.F_GET_SEALS) & _SEALS != _SEALS or size > limit_bytes:
+            raise ValueError(f"more than {limit_bytes} bytes, or not sealed")
+        return os.pread(fds[0], size, 0)
+    finally:
+        os.close(fds[0])
 
 
 def receive(connection: socket.socket) -> dict[str, Any]:
     """Receives one answer. Raises EOFError when there is none, ValueError when it is not one."""
-    payload, fds, _, _ = socket.recv_fds(connection, PACKET_MAX_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-    if fds:
-        with open(fds[0], "rb") as large:
-            large.seek(0)
-            payload = large.read()
+    payload = receive_bytes(connection, ANSWER_MAX_BYTES)
     if not payload:
         raise EOFError("the supervisor closed the connection")
     document = json.loads(payload)

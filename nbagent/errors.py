@@ -14,6 +14,8 @@
       Draining                 the host hands out nothing; carries when to come back
       SupervisorUnavailable    the control socket does not answer
       StartFailed              a slot did not become ready: the step, errno and text
+      ContentFailed            a slot cannot take the files that a claim brings
+        ArchiveFailed          an archive could not be had, or is not fit to be unpacked
       ConfigError              a setting; names file, key and what would be right
       ImageInvalid             an archive or manifest that is refused
 
@@ -158,6 +160,22 @@ class StartFailed(NbagentError):
     code = "start-failed"
     title = "Slot did not start"
     http_status = 503
+
+
+class ContentFailed(NbagentError):
+    """What a claim brings does not fit into a slot."""
+
+    code = "content-failed"
+    title = "Content cannot be brought into the slot"
+    http_status = 422
+
+
+class ArchiveFailed(ContentFailed):
+    """The archive of a claim could not be fetched or unpacked."""
+
+    code = "archive-failed"
+    title = "Archive cannot be brought into the slot"
+    http_status = 502
 
 
 class ConfigError(NbagentError):

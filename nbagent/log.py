@@ -42,6 +42,8 @@ class Event(enum.Enum):
     SLOT_STARTING = Kind("af5ca35bdfcc4e77b18755ac1e49e4a2", Priority.INFO, "slot %(slot)s starts from image %(image)s")
     SLOT_WARM = Kind("e8cd4fce160c4598b8e4b61949266185", Priority.INFO, "slot %(slot)s is warm after %(took_ms)s ms")
     SLOT_CLAIMED = Kind("12ed30e6088e42ccb653d32788675081", Priority.INFO, "slot %(slot)s claimed by %(client)s for %(ttl_s)s s")
+    SLOT_FILLED = Kind("be7eb579348a41f392980cecde64f025", Priority.INFO, "slot %(slot)s has the content of its claim after %(took_ms)s ms: %(text)s")
+    SLOT_NOT_FILLED = Kind("60ac41d29c47403b95636687bf284c72", Priority.NOTICE, "slot %(slot)s ended, as the content of its claim did not come: %(text)s")
     SLOT_UPDATED = Kind("b4e6291587384e9886220ed915f4aeb4", Priority.INFO, "slot %(slot)s updated: %(text)s")
     SLOT_RELEASED = Kind("6fb33426e020411d89d2f6e11b0cbac0", Priority.INFO, "slot %(slot)s released")
     SLOT_CULLED = Kind("7b77b27db7374acea5de2983df49b061", Priority.INFO, "slot %(slot)s culled: %(text)s")

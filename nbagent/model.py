@@ -15,9 +15,11 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
+from nbagent.content import Content, parse_archive, parse_files
 from nbagent.errors import IllegalMove, InvalidField
 from nbagent.quantities import parse_duration, parse_integer, parse_quota, parse_size
 
@@ -37,6 +39,7 @@ class SlotState(enum.Enum):
 
     STARTING = "starting"
     WARM = "warm"
+    FILLING = "filling"
     CLAIMED = "claimed"
     STOPPING = "stopping"
     FAILED = "failed"
@@ -45,7 +48,9 @@ class SlotState(enum.Enum):
 
 MOVES: Mapping[SlotState, frozenset[SlotState]] = {
     SlotState.STARTING: frozenset({SlotState.WARM, SlotState.STOPPING, SlotState.FAILED}),
-    SlotState.WARM: frozenset({SlotState.CLAIMED, SlotState.STOPPING, SlotState.FAILED}),
+    SlotState.WARM: frozenset({SlotState.FILLING, SlotState.CLAIMED, SlotState.STOPPING, SlotState.FAILED}),
+    # A claim's content is on its way in. Whoever finds a slot so finds it half made.
+    SlotState.FILLING: frozenset({SlotState.CLAIMED, SlotState.STOPPING, SlotState.FAILED}),
     SlotState.CLAIMED: frozenset({SlotState.STOPPING, SlotState.FAILED}),
     SlotState.STOPPING: frozenset({SlotState.GONE}),
     SlotState.FAILED: frozenset({SlotState.GONE}),
@@ -162,6 +167,7 @@ class Bounds:
     memory_max_bytes: int
     ttl_max_s: float
     cpus: int
+    archives: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -174,6 +180,7 @@ class Options:
     cpu_quota: float | None = None
     ttl_s: float | None = None
     path: str | None = None
+    content: Content = field(default_factory=Content)
 
     def limits(self, default: Limits) -> Limits:
         """`default` with what is asked for in its place."""
@@ -185,7 +192,7 @@ class Options:
         return dataclasses.replace(default, **{k: v for k, v in asked.items() if v is not None})
 
 
-CLAIM_FIELDS = ("image", "memory", "cpu_weight", "cpu_quota", "ttl", "path")
+CLAIM_FIELDS = ("image", "memory", "cpu_weight", "cpu_quota", "ttl", "path", "files", "archive")
 UPDATE_FIELDS = ("memory", "cpu_weight", "cpu_quota", "ttl")
 MEMORY_MIN_BYTES = 64 << 20
 
@@ -208,6 +215,10 @@ def parse_options(given: Mapping[str, Any], allowed: tuple[str, ...], bounds: Bo
         cpu_quota=_field(given, "cpu_quota", lambda v: parse_quota(v, bounds.cpus)),
         ttl_s=_field(given, "ttl", lambda v: _ttl(v, bounds)),
         path=_field(given, "path", _path),
+        content=Content(
+            files=_field(given, "files", parse_files) or (),
+            archive=_field(given, "archive", lambda v: parse_archive(v, bounds.archives)),
+        ),
     )
 
 
@@ -257,7 +268,7 @@ def _ttl(value: object, bounds: Bounds) -> float:
 def _path(value: object) -> str:
     if isinstance(value, str):
         path = value.removeprefix("/")
-        segments = path.partition("?")[0].replace("%2e", ".").replace("%2E", ".").split("/")
+        segments = unquote(path.partition("?")[0]).split("/")
         if _PATH.fullmatch(path) and not path.startswith("/") and ".." not in segments:
             return path
     raise ValueError(PATH_EXPECTED)

@@ -3,7 +3,7 @@ the supervisor.
 
 Bounds come first: nothing is read that is longer than a request may be. What a value means is
 checked in the supervisor by `model.parse_options`, which knows the host; here it is only made
-sure that it is text or a number under a known name. Raises BadRequest's kin, always with the
+sure that it is text or a number under a known name, and that files are files. Raises BadRequest's kin, always with the
 field and what would be right.
 """
 
@@ -19,6 +19,7 @@ from urllib.parse import unquote_to_bytes
 from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
 from werkzeug.wrappers import Request
 
+from nbagent import content
 from nbagent.errors import InvalidBody, InvalidField, SlotNotFound
 from nbagent.model import ID_EXPECTED, is_slot_id
 
@@ -32,7 +33,8 @@ VALUE_EXPECTED = "text or a number"
 def read_options(request: Request, fields: tuple[str, ...]) -> dict[str, Any]:
     """The options of a request out of its query and its body, each named at most once."""
     options = _read_query(request)
-    for name, value in _read_body(request).items():
+    limit_bytes = content.BODY_MAX_BYTES if "files" in fields else BODY_MAX_BYTES
+    for name, value in _read_body(request, limit_bytes).items():
         if name in options:
             raise InvalidField(
                 f"{name}: given in the query and in the body; expected once", field=name, expected="once"
@@ -40,7 +42,7 @@ def read_options(request: Request, fields: tuple[str, ...]) -> dict[str, Any]:
         options[name] = value
     for name, value in options.items():
         _check_option(name, value, fields)
-    if len(json.dumps(options)) > OPTIONS_MAX_BYTES:
+    if len(json.dumps({name: value for name, value in options.items() if name != "files"})) > OPTIONS_MAX_BYTES:
         raise RequestEntityTooLarge(f"the options are longer than {OPTIONS_MAX_BYTES} bytes")
     return options
 
@@ -69,6 +71,13 @@ def _check_option(name: str, value: Any, fields: tuple[str, ...]) -> None:
         known = f"one of {', '.join(fields)}" if fields else "no field"
         hint = f"; did you mean {near[0]!r}?" if near else f"; expected {known}"
         raise InvalidField(f"unknown field {name[:64]!r}{hint}", field=name[:64], expected=known)
+    if name == "files":
+        # The same on every host, and so refused before it is carried to the supervisor.
+        try:
+            content.parse_files(value)
+        except ValueError as error:
+            raise InvalidField(field=name, value=json.dumps(value)[:80], expected=str(error)) from None
+        return
     if isinstance(value, (list, dict)) or (isinstance(value, float) and not math.isfinite(value)):
         raise InvalidField(field=name, value=json.dumps(value)[:80], expected=VALUE_EXPECTED)
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
@@ -97,8 +106,8 @@ def _query_text(raw: bytes, field: str) -> str:
         raise InvalidField(field=field, value=shown, expected="percent-encoded UTF-8") from None
 
 
-def _read_body(request: Request) -> Mapping[str, Any]:
-    raw = _raw_body(request)
+def _read_body(request: Request, limit_bytes: int) -> Mapping[str, Any]:
+    raw = _raw_body(request, limit_bytes)
     if not raw:
         return {}
     if request.method == "GET":
@@ -112,27 +121,27 @@ def _read_body(request: Request) -> Mapping[str, Any]:
     return _parse_object(raw)
 
 
-def _raw_body(request: Request) -> bytes:
+def _raw_body(request: Request, limit_bytes: int) -> bytes:
     # wsgi.input itself: Flask 2.2 puts no bound on a chunked body.
     stream = request.environ["wsgi.input"]
     length = request.content_length
     if "chunked" in request.headers.get("Transfer-Encoding", "").lower():
-        length = BODY_MAX_BYTES + 1
+        length = limit_bytes + 1
     elif length is None:
         return b""
-    elif length > BODY_MAX_BYTES:
-        _refuse_length()
+    elif length > limit_bytes:
+        _refuse_length(limit_bytes)
     try:
         raw: bytes = stream.read(length)
     except OSError:  # gunicorn's error for a chunk that is not one, and for a caller that left
         raise InvalidBody("the body ended early or its chunks are malformed") from None
-    if len(raw) > BODY_MAX_BYTES:
-        _refuse_length()
+    if len(raw) > limit_bytes:
+        _refuse_length(limit_bytes)
     return raw
 
 
-def _refuse_length() -> NoReturn:
-    raise RequestEntityTooLarge(f"the body is longer than {BODY_MAX_BYTES} bytes")
+def _refuse_length(limit_bytes: int) -> NoReturn:
+    raise RequestEntityTooLarge(f"the body is longer than {limit_bytes} bytes")
 
 
 def _parse_object(raw: bytes) -> Mapping[str, Any]:

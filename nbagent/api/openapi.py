@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from nbagent import __version__
+from nbagent import __version__, content
 from nbagent.api.inputs import BODY_MAX_BYTES, KEY_EXPECTED
 from nbagent.api.problems import HTTP_CODES, MEDIA_TYPE, TYPE_PREFIX
 from nbagent.api.table import Route
@@ -62,13 +62,15 @@ def _operation(route: Route) -> dict[str, Any]:
     }
     parameters = [_KEY_PARAMETER] if route.takes_key else []
     parameters += [
-        {"name": name, "in": "query", "schema": OPTIONS[name], "required": False} for name in route.fields
+        {"name": name, "in": "query", "schema": OPTIONS[name], "required": False}
+        for name in route.fields if name != "files"
     ]
     if parameters:
         operation["parameters"] = parameters
     if route.fields and route.method != "GET":
+        limit_bytes = content.BODY_MAX_BYTES if "files" in route.fields else BODY_MAX_BYTES
         operation["requestBody"] = {
-            "description": f"At most {BODY_MAX_BYTES} bytes. Each field here or in the query, not in both.",
+            "description": f"At most {limit_bytes} bytes. Each field here or in the query, not in both.",
             "required": False,
             "content": {"application/json": {"schema": _object(
                 {name: OPTIONS[name] for name in route.fields}, required=(), closed=True
@@ -144,6 +146,21 @@ OPTIONS: dict[str, Schema] = {
         "description": f"{DURATION_EXPECTED}, counted from the claim; at most slots.ttl_max.",
     },
     "path": {"type": "string", "description": PATH_EXPECTED},
+    "files": {
+        "type": "object",
+        "description": f"What is in the home directory when the claim is answered: {content.FILES_EXPECTED}.",
+        "maxProperties": content.FILES_MAX,
+        "propertyNames": {"description": content.FILE_PATH_EXPECTED},
+        "additionalProperties": {
+            "description": content.FILE_DATA_EXPECTED,
+            "oneOf": [_TEXT, _object({"base64": _TEXT}, closed=True)],
+        },
+    },
+    "archive": {
+        "type": "string", "format": "uri",
+        "description": "A .tar, .tar.gz, .tar.bz2, .tar.xz or .zip, below one of claims.archives, that the slot"
+        " fetches itself and unpacks in the home directory.",
+    },
 }
 
 SCHEMAS: dict[str, Schema] = {

@@ -16,6 +16,8 @@ from nbagent.api import answers, metrics, openapi
 from nbagent.api.hosts import plain_address
 from nbagent.api.table import Call, Route, Service
 from nbagent.errors import (
+    ArchiveFailed,
+    ContentFailed,
     Draining,
     Full,
     IdempotencyMismatch,
@@ -112,12 +114,13 @@ _BY_POST = Route(
     "POST", "/claim", "claim", "Hand out a slot", _claim, "Claim",
     fields=CLAIM_FIELDS, takes_key=True, changes=True,
     problems=(SupervisorUnavailable, Full, Draining, StartFailed, ImageNotFound, InvalidField,
-              InvalidBody, IdempotencyMismatch),
+              InvalidBody, IdempotencyMismatch, ContentFailed, ArchiveFailed),
 )
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/", "index", "Links to what is here", _index, "Index", is_open=True, problems=()),
     _BY_POST,
-    replace(_BY_POST, method="GET", name="claimByGet", summary="Hand out a slot, options in the query"),
+    replace(_BY_POST, method="GET", name="claimByGet", summary="Hand out a slot, options in the query",
+            fields=tuple(field for field in CLAIM_FIELDS if field != "files")),
     Route("GET", "/slots", "slots", "All slots of this host", _slots, "Slot", is_list=True),
     Route("GET", "/slots/{slot}", "slot", "One slot", _slot, "Slot",
           problems=(SupervisorUnavailable, SlotNotFound)),

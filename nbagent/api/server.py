@@ -44,7 +44,7 @@ _LOG = logging.getLogger(__name__)
 
 def claim_deadline_s(config: Config) -> float:
     """How long the API waits for the supervisor's answer to a claim: longer than the claim waits."""
-    return config.pool.claim_timeout + 5
+    return config.pool.claim_timeout + config.claims.timeout + 5
 
 
 class Server(BaseApplication):  # type: ignore[misc]

@@ -85,11 +85,18 @@ def _asks_api(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--cpu-quota", help="Most of the processors, such as 1/32 of the host or 50% of one.")
 @click.option("--ttl", help="How long it lives, such as 2h.  [default: slots.ttl]")
 @click.option("--path", help="Where the link leads, such as lab/tree/notebook.ipynb.")
+@click.option("--file", "files", metavar="FILE[=PATH]", multiple=True,
+              help="A file to be in the slot's home directory, there as PATH; may be repeated.")
+@click.option("--archive", metavar="URL", help="A .tar, .tar.gz or .zip that the slot fetches and unpacks there.")
 @click.option("--idempotency-key", help="The same key gives the same slot again.")
 @_asks_api
-def claim(remote: Remote, as_json: bool, idempotency_key: str | None, **options: str | None) -> None:
+def claim(
+    remote: Remote, as_json: bool, idempotency_key: str | None, files: tuple[str, ...], **options: str | None
+) -> None:
     """Take a slot and print its URL."""
-    asked = {name: value for name, value in options.items() if value is not None}
+    asked: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if files:
+        asked["files"] = dict(_file(argument) for argument in files)
     claimed = remote.call("POST", "/claim", asked, idempotency_key)
     if as_json:
         _print_json(claimed)
@@ -259,6 +266,15 @@ def effective(settings: config.Config) -> dict[str, Any]:
     document = plain(dataclasses.asdict(settings))
     assert isinstance(document, dict)
     return document
+
+
+def _file(argument: str) -> tuple[str, dict[str, str]]:
+    """A file's path in the slot and what is in it, as a claim has them."""
+    from base64 import b64encode
+
+    # A file whose own name has "=" in it is given with a PATH.
+    source, _, path = argument.rpartition("=") if "=" in argument else (argument, "", Path(argument).name)
+    return path, {"base64": b64encode(Path(source).read_bytes()).decode()}
 
 
 def _slot_path(slot: str) -> str:

@@ -17,7 +17,7 @@ from nbagent.errors import ConfigError, InvalidField, NbagentError, from_wire
 
 DEFAULT_URL = "http://127.0.0.1:9000"
 TOKEN_PATH = Path("/etc/nbagent/token")
-# Longer than any claim waits by default (pool.claim_timeout).
+# Longer than any claim waits by default (pool.claim_timeout and claims.timeout).
 TIMEOUT_S = 60.0
 _TYPE_PREFIX = "urn:nbagent:problem:"
 

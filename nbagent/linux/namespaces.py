@@ -1,4 +1,4 @@
-"""unshare(2) and the id maps of a user namespace."""
+"""unshare(2), setns(2) and the id maps of a user namespace."""
 
 from __future__ import annotations
 
@@ -19,6 +19,20 @@ CLONE_NEWNET = 0x40000000
 def unshare(flags: int) -> None:
     """unshare(2). Raises OSError."""
     call("unshare", flags)
+
+
+def enter(pidfd: int, flags: int, owner: int) -> None:
+    """Moves the caller, root, into namespaces of a process, its user namespace among them, as the root of that.
+
+    `owner` is the user of the host that the user namespace belongs to: as such, CAP_SYS_ADMIN in the host's is not
+    needed. Only children are in the pid namespace. Raises OSError, and is then in none of them.
+    """
+    os.setresuid(owner, owner, 0)
+    # Root's capabilities are for a process that is not dumpable.
+    raise_permitted()
+    call("setns", pidfd, flags)
+    # The kernel has given all capabilities in the namespace, and takes them only from who has been its root.
+    _become_root()
 
 
 def write_id_maps(pid: int, id_base: int, count: int) -> None:
@@ -68,6 +82,10 @@ def unshare_user(id_base: int, count: int, owner: int) -> None:
         _, status = os.waitpid(child, 0)
     if code := os.waitstatus_to_exitcode(status):
         raise OSError(code, f"uid_map: {os.strerror(code) if code > 0 else 'child killed'}")
+    _become_root()
+
+
+def _become_root() -> None:
     os.setgroups([])
     os.setresgid(0, 0, 0)
     os.setresuid(0, 0, 0)

@@ -106,9 +106,14 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Home(spec.home, spec.uid),
             steps.Loopback(),
         ),
-        last=(
-            steps.Limits(OPEN_FILES, PENDING_SIGNALS),
-            steps.Unprivileged(spec.uid),
-            steps.SystemCalls(binascii.a2b_base64(spec.syscall_filter)),
-        ),
+        last=last(spec.uid, spec.syscall_filter),
+    )
+
+
+def last(uid: int, syscall_filter: str) -> Tuple[Step, ...]:
+    """What makes a process in the slot's namespaces one of the slot's: the end of every plan."""
+    return (
+        steps.Limits(OPEN_FILES, PENDING_SIGNALS),
+        steps.Unprivileged(uid),
+        steps.SystemCalls(binascii.a2b_base64(syscall_filter)),
     )

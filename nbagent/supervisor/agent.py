@@ -323,7 +323,7 @@ class Agent:
         """Notices the end of the slot's first process, and with it of all the slot's processes."""
         async def watch() -> None:
             await readable(live.pidfd)
-            if live.slot.state in (SlotState.WARM, SlotState.CLAIMED):
+            if live.slot.state in (SlotState.WARM, SlotState.FILLING, SlotState.CLAIMED):
                 kills = max(0, live.use().oom_kills - live.usage.oom_kills)
                 if kills:
                     self._out_of_memory(live, kills)

@@ -19,8 +19,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import nbagent
+from nbagent import urls
+from nbagent.content import Content
 from nbagent.control import OWN_KEY_PREFIX
 from nbagent.errors import (
+    ContentFailed,
     Draining,
     Full,
     IdempotencyMismatch,
@@ -43,6 +46,7 @@ from nbagent.model import (
     parse_options,
 )
 from nbagent.policy import admission
+from nbagent.supervisor import filler
 from nbagent.supervisor.agent import Agent
 from nbagent.supervisor.live import Live
 
@@ -63,12 +67,13 @@ class Calls:
     async def claim(self, given: Mapping[str, Any], key: str, client: str) -> dict[str, Any]:
         """Hands out a slot; the same one for the same key, as long as it lives.
 
-        Raises InvalidField, Draining, Full, StartFailed, IdempotencyMismatch.
+        Raises InvalidField, Draining, Full, StartFailed, ContentFailed, IdempotencyMismatch.
         """
         began_s = now()
         try:
             options = parse_options(given, CLAIM_FIELDS, self._bounds())
             image = self._claimed_image(options)
+            _check_network(options)
             slot = await self._claim_once(image, options, key, _fingerprint(given), client)
         except NbagentError as error:
             self.agent.counters.add("claims_refused")
@@ -123,9 +128,12 @@ class Calls:
             except OSError as error:
                 self.agent.end(live, Event.SLOT_DIED, text=f"limits not set: {error}")
                 raise StartFailed(f"limits not set: {error}", step="limits") from error
+        claimed_s = now()
+        if options.content:
+            await self._fill(live, options.content)
         live.slot = live.slot.to(
             SlotState.CLAIMED,
-            limits=limits, claimed_s=now(), ttl_s=ttl_s,
+            limits=limits, claimed_s=claimed_s, ttl_s=ttl_s,
             path=options.path or live.slot.path, key=key, fingerprint=fingerprint,
         )
         self.agent.records.save(live.slot)
@@ -133,6 +141,28 @@ class Calls:
         emit(Event.SLOT_CLAIMED, slot=live.slot.id, client=client, ttl_s=f"{live.slot.ttl_s:g}")
         self.agent.wake()
         return live.slot
+
+    async def _fill(self, live: Live, content: Content) -> None:
+        """Brings content into a slot that is nobody's yet; one that is not filled to the end is ended."""
+        agent, began_s = self.agent, now()
+        live.slot = live.slot.to(SlotState.FILLING)
+        # From here on a supervisor that finds this slot ends it, as it does with one that is half started.
+        agent.records.save(live.slot)
+        try:
+            filled = await filler.fill(
+                live.slot, live.pidfd, content, agent.config.claims,
+                lambda pid: agent.systemd.attach(live.slot.scope, pid),
+            )
+            if live.slot.state is not SlotState.FILLING:
+                raise ContentFailed("the slot ended")
+        except BaseException as error:
+            text = str(error) if isinstance(error, NbagentError) else "nobody waits for it any more"
+            agent.end(live, Event.SLOT_NOT_FILLED, text=text)
+            raise
+        text = f"{filled.files} files" if content.archive is None else (
+            f"{filled.files} files, {filled.entries} entries of {content.archive}"
+        )
+        emit(Event.SLOT_FILLED, slot=live.slot.id, took_ms=round((now() - began_s) * 1000), text=text)
 
     async def _take_for(self, image: str, ttl_s: float) -> Live:
         """A warm slot that will live for as long as it is claimed for."""
@@ -290,7 +320,8 @@ class Calls:
         return live
 
     def _bounds(self) -> Bounds:
-        return Bounds(self.agent.config.slots.memory_max, self.agent.config.slots.ttl_max, os.cpu_count() or 1)
+        config = self.agent.config
+        return Bounds(config.slots.memory_max, config.slots.ttl_max, os.cpu_count() or 1, config.claims.archives)
 
     def _claimed_image(self, options: Options) -> str:
         name = options.image or self.agent.config.pool.image
@@ -313,6 +344,17 @@ class Calls:
 
 async def _value(slot: Slot) -> Slot:
     return slot
+
+
+def _check_network(options: Options) -> None:
+    """Refuses an archive that the slot's network does not reach. Raises InvalidField."""
+    archive = options.content.archive
+    # Loopback is the slot's own in every mode.
+    if archive is not None and not urls.parse(archive).is_loopback():
+        raise InvalidField(
+            field="archive", value=archive[:80],
+            expected="no archive, as a slot fetches it itself and slots of this host have no network",
+        )
 
 
 def _fingerprint(given: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from nbagent import control
 from nbagent.errors import BadRequest, Forbidden, NbagentError
 from nbagent.supervisor.calls import Calls
+from nbagent.supervisor.waiting import readable
 
 
 class ControlServer:
@@ -42,7 +43,13 @@ class ControlServer:
         loop = asyncio.get_running_loop()
         with connection:
             connection.setblocking(False)
-            payload = await loop.sock_recv(connection, control.REQUEST_MAX_BYTES)
+            await readable(connection.fileno())
+            try:
+                payload = control.receive_bytes(connection, control.REQUEST_MAX_BYTES)
+            except (OSError, ValueError) as error:
+                with contextlib.suppress(OSError):
+                    control.send(connection, {"error": BadRequest(f"unreadable: {error}").to_wire()})
+                return
             if not payload:
                 return
             work = asyncio.ensure_future(self._answer(connection, payload))

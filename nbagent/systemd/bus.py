@@ -28,6 +28,7 @@ KNOWN_UNIT_SIGNATURES.update(
     {
         b"CPUAccounting": b"b",
         b"CPUWeight": b"t",
+        b"DelegateControllers": b"as",
         b"MemoryAccounting": b"b",
         b"OOMPolicy": b"s",
         b"PIDs": b"au",
@@ -77,6 +78,9 @@ class Systemd:
         properties: dict[bytes, Any] = {
             b"CollectMode": b"inactive-or-failed",
             b"CPUAccounting": True,
+            # No controller is delegated and nobody inside sees the cgroup; but only such a unit takes another
+            # process later (AttachProcessesToUnit).
+            b"DelegateControllers": [],
             b"Description": description.encode(),
             b"MemoryAccounting": True,
             b"OOMPolicy": b"continue",
@@ -96,6 +100,10 @@ class Systemd:
             del properties[b"OOMPolicy"]
             job = self._call("StartTransientUnit", name.encode(), b"fail", properties)
         await self._done(job)
+
+    def attach(self, name: str, pid: int) -> None:
+        """Puts one more process into a running scope. Raises OSError."""
+        self._call("AttachProcessesToUnit", name.encode(), b"", [pid])
 
     def set_limits(self, name: str, limits: Limits) -> None:
         """Changes the limits of a running scope. Raises OSError."""

@@ -138,7 +138,7 @@ class Agent:
             ls /run/nbagent/slots
             systemctl list-units --plain --no-legend 'nbagent-*.scope'
             grep nbagent/sandbox /proc/self/mountinfo
-            pgrep -af 'nbagent[.]sandbox[.]launch [0-9]'
+            pgrep -af 'nbagent[.]sandbox[.](launch|enter) [0-9]'
             true""")
         assert not left, f"left behind: {left}"
         self.api.delete("/drain")

@@ -24,7 +24,7 @@ from nbagent.errors import (
 )
 
 LABEL = "c07"
-BOUNDS = model.Bounds(memory_max_bytes=4 << 30, ttl_max_s=86400, cpus=4)
+BOUNDS = model.Bounds(memory_max_bytes=4 << 30, ttl_max_s=86400, cpus=4, archives=("https://data.example.org/",))
 LIMITS = model.Limits(memory_bytes=1 << 30, cpu_weight=100, cpu_quota=None, tasks=256)
 
 
@@ -65,9 +65,9 @@ class FakeSupervisor:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            with connection, contextlib.suppress(OSError):
-                raw = connection.recv(control.REQUEST_MAX_BYTES + 1)
-                if raw and len(raw) <= control.REQUEST_MAX_BYTES:
+            with connection, contextlib.suppress(OSError, ValueError):
+                raw = control.receive_bytes(connection, control.REQUEST_MAX_BYTES)
+                if raw:
                     control.send(connection, self._answer(json.loads(raw)))
 
     def _answer(self, request: dict[str, Any]) -> dict[str, Any]:

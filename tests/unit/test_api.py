@@ -116,6 +116,22 @@ def test_a_deep_link_keeps_its_query_and_its_fragment(api: FlaskClient) -> None:
     assert claim["url"].endswith(f"/lab/tree/a.ipynb?reset=1&token={claim['token']}#cell")
 
 
+def test_a_claim_brings_a_megabyte_of_files(api: FlaskClient, supervisor: FakeSupervisor) -> None:
+    files = {"a/b.txt": "ä" * 400_000, "c.bin": {"base64": "AAEC"}}
+    assert api.post("/claim", json={"files": files}).status_code == 200
+    assert supervisor.asked[-1]["args"]["options"] == {"files": files}
+
+
+def test_files_are_too_long_for_a_query_and_an_archive_is_not(api: FlaskClient) -> None:
+    assert api.get("/claim?files=a").status_code == 400
+    assert api.get("/claim?archive=https://data.example.org/a.zip").status_code == 200
+
+
+def test_only_a_claim_may_be_as_long_as_files_are(api: FlaskClient) -> None:
+    answer = api.patch(f"/slots/{ABSENT}", data=b" " * 70_000, content_type="application/json")
+    assert answer.status_code == 413
+
+
 def test_the_same_idempotency_key_gives_the_same_slot(api: FlaskClient, supervisor: FakeSupervisor) -> None:
     key = {"Idempotency-Key": "one-of-a-kind"}
     first, second = (api.post("/claim", headers=key).json for _ in range(2))

@@ -14,6 +14,7 @@ from flask.testing import FlaskClient
 
 from nbagent import config
 from nbagent.api.app import create_app
+from nbagent.content import BODY_MAX_BYTES
 from nbagent.control import ControlClient
 
 INVALID_FIELD = "urn:nbagent:problem:invalid-field"
@@ -49,6 +50,9 @@ def claim(api: FlaskClient, body: bytes, kind: str = "application/json", **heade
         ("path", "../../etc/passwd"), ("path", "//evil.example/"), ("path", "lab\r\nX: y"),
         ("path", "%2e%2e/x"), ("path", "x" * 3000), ("path", "\ud800"),
         ("image", "../minimal"), ("image", 7),
+        ("files", "a.txt"), ("files", [["a", "b"]]), ("files", {"../a": ""}), ("files", {"a": None}),
+        ("files", {"a\0b": ""}), ("files", {"a": {"base64": "?"}}), ("archive", 7), ("archive", "https://example.org/x"),
+        ("path", "lab/..%2f..%2fx"),
     ],
 )
 def test_an_option_that_is_wrong_is_named_with_what_would_be_right(
@@ -137,7 +141,7 @@ def test_a_body_without_a_length_is_read_only_up_to_the_bound(api: FlaskClient) 
         headers={"Transfer-Encoding": "chunked"},
     )
     assert answer.status_code == 413
-    assert stream.tell() <= 64 * 1024 + 1
+    assert stream.tell() <= BODY_MAX_BYTES + 1
 
 
 def test_options_that_escaping_makes_too_large_are_refused(api: FlaskClient) -> None:

@@ -93,6 +93,19 @@ def test_claim_sends_the_options_that_are_given(run: Any, supervisor: FakeSuperv
     assert run("claim", "--json", *options).json["slot"] == claim["slot"]
 
 
+def test_claim_brings_files_and_an_archive(run: Any, supervisor: FakeSupervisor, tmp_path: Path) -> None:
+    (tmp_path / "a.ipynb").write_bytes(b"{}")
+    (tmp_path / "b=c").write_bytes(b"\0\xff")
+    url = "https://data.example.org/courses/one.tar.gz"
+    done = run("claim", "--file", f"{tmp_path}/a.ipynb", "--file", f"{tmp_path}/b=c=deep/er", "--archive", url)
+    assert done.status == 0
+    assert supervisor.asked[-1]["args"]["options"] == {
+        "files": {"a.ipynb": {"base64": "e30="}, "deep/er": {"base64": "AP8="}}, "archive": url,
+    }
+    missing = run("claim", "--file", f"{tmp_path}/none")
+    assert missing.status == 1 and "none" in missing.err
+
+
 def test_a_refused_option_is_one_line_with_what_would_be_right(run: Any) -> None:
     done = run("claim", "--memory", "lots")
     assert (done.status, done.out) == (2, "")

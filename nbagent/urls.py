@@ -1,0 +1,68 @@
+"""URLs that somebody allowed: taken apart once, compared by their parts and never as text.
+
+`https://data.example.org/courses` allows what is below it, and neither `/courses-of-others`, nor
+another port, nor `/courses/../private` however that is spelt. Shared by the supervisor, which refuses
+a claim, and by the process in a slot that follows redirects. Standard library only; Python 3.9 and up.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from typing import NamedTuple
+from urllib.parse import unquote_to_bytes, urlsplit
+
+URL_MAX_CHARACTERS = 2000
+URL_EXPECTED = 'a URL such as "https://data.example.org/courses/one.tar.gz", without a user, "..", or a fragment'
+PORTS = {"http": 80, "https": 443}
+# Visible ASCII without the backslash, which some readers of URLs take for a slash.
+_TEXT = re.compile(r"[!-\[\]-~]+")
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
+
+
+class Url(NamedTuple):
+    """An http or https URL. `segments` are those of its path, decoded; `target` is what a request asks for."""
+
+    scheme: str
+    host: str
+    port: int
+    segments: tuple[bytes, ...]
+    target: str
+
+    def is_below(self, prefix: Url) -> bool:
+        """Whether `prefix` allows this URL: the same scheme, host and port, and a path below its path."""
+        return self[:3] == prefix[:3] and self.segments[:len(prefix.segments)] == prefix.segments
+
+    def is_loopback(self) -> bool:
+        """Whether the host is a loopback address, which every network namespace has of its own."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def parse(text: str) -> Url:
+    """The parts of `text`. Raises ValueError with what would be right."""
+    if not _TEXT.fullmatch(text) or len(text) > URL_MAX_CHARACTERS or "#" in text:
+        raise ValueError(URL_EXPECTED)
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:
+        raise ValueError(URL_EXPECTED) from None
+    host = parts.hostname or ""
+    if parts.scheme not in PORTS or "@" in parts.netloc or not _HOST.fullmatch(host):
+        raise ValueError(URL_EXPECTED)
+    segments = [unquote_to_bytes(segment) for segment in parts.path.split("/")[1:]]
+    if any(_is_ambiguous(segment) for segment in segments):
+        raise ValueError(URL_EXPECTED)
+    while segments and not segments[-1]:
+        segments.pop()
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Url(parts.scheme, host, PORTS[parts.scheme] if port is None else port, tuple(segments), target)
+
+
+def _is_ambiguous(segment: bytes) -> bool:
+    """Whether a server may take a decoded segment for more or less than one name."""
+    # Some servers cut ";parameters" off before they look for "..".
+    return segment.partition(b";")[0] in (b".", b"..") or bool(re.search(rb"[/\\\x00-\x1f\x7f]", segment))

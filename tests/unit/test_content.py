@@ -1,0 +1,171 @@
+"""What a claim may bring: files and their names, URLs and what allows them, and the wire that carries them."""
+
+from __future__ import annotations
+
+import base64
+import fcntl
+import os
+import socket
+
+import pytest
+
+from nbagent import control, urls
+from nbagent.content import (
+    BODY_MAX_BYTES,
+    FILES_MAX,
+    FILES_MAX_BYTES,
+    File,
+    parse_archive,
+    parse_files,
+)
+from nbagent.errors import InvalidField
+from nbagent.model import CLAIM_FIELDS, Bounds, parse_options
+
+ALLOWED = ("https://data.example.org/courses/", "http://[::1]:8080")
+
+
+def test_files_are_text_or_base64():
+    given = {"a.ipynb": "{}", "deep/er/b.bin": {"base64": "AAEC/w=="}, "ä ü/€.txt": "ü"}
+    assert parse_files(given) == (
+        File("a.ipynb", b"{}"), File("deep/er/b.bin", b"\x00\x01\x02\xff"), File("ä ü/€.txt", "ü".encode())
+    )
+
+
+@pytest.mark.parametrize("path", [
+    "", "/etc/passwd", "../x", "a/../b", "a/..", "./a", "a/./b", "a//b", "a/", "a\0b", "\ud800", "x" * 256,
+    "/".join(["d" * 200] * 6),
+])
+def test_a_path_that_is_no_file_below_home_is_refused_by_name(path):
+    with pytest.raises(InvalidField) as refused:
+        parse_files({"good": "", path: "x"})
+    assert refused.value.details["field"] == "files"
+    assert refused.value.details["value"].startswith(repr(path)[:20])
+    assert "path" in refused.value.details["expected"]
+
+
+@pytest.mark.parametrize("data", [
+    None, 7, [], {}, {"base64": 1}, {"base64": "AA"}, {"base64": "A A="}, {"base64": "AAEC\n"}, {"base64": "ä"},
+    {"base64": "", "text": ""}, {"text": "x"}, "\udc80",
+])
+def test_data_that_is_neither_text_nor_base64_is_refused(data):
+    with pytest.raises(InvalidField) as refused:
+        parse_files({"a": data})
+    assert "'a'" in str(refused.value) and refused.value.details["expected"]
+
+
+@pytest.mark.parametrize("value", [
+    None, "x", [], {f"f{i}": "" for i in range(FILES_MAX + 1)}, {"a": "x" * FILES_MAX_BYTES, "b": "x"},
+    {"a": "ä" * (FILES_MAX_BYTES // 2 + 1)},
+])
+def test_too_many_and_too_large_are_refused_with_the_bound(value):
+    with pytest.raises(InvalidField) as refused:
+        parse_options({"files": value}, CLAIM_FIELDS, Bounds(1 << 30, 60, 1))
+    assert str(FILES_MAX_BYTES) in refused.value.details["expected"]
+    assert len(refused.value.details["value"]) <= 80
+
+
+def test_as_much_as_is_allowed_is_taken():
+    data = {"base64": base64.b64encode(bytes(FILES_MAX_BYTES // FILES_MAX)).decode()}
+    given = {f"{number}": data for number in range(FILES_MAX)}
+    assert len(parse_files(given)) == FILES_MAX
+
+
+def test_one_path_is_not_a_file_and_a_directory():
+    with pytest.raises(InvalidField, match="not both"):
+        parse_files({"a": "", "a/b": ""})
+
+
+@pytest.mark.parametrize("url", [
+    "https://data.example.org/courses", "https://data.example.org/courses/one.tar.gz",
+    "https://data.example.org:443/courses/a/b.zip?version=2", "HTTPS://Data.Example.ORG/courses//x",
+    "https://data.example.org/%63ourses/x", "http://[::1]:8080/x",
+])
+def test_a_url_below_an_allowed_one_is_allowed(url):
+    assert parse_archive(url, ALLOWED) == url
+
+
+@pytest.mark.parametrize("url", [
+    "http://data.example.org/courses/x", "https://data.example.org/", "https://data.example.org/courses-evil/x",
+    "https://data.example.org/courses/../private", "https://data.example.org/courses/%2e%2e/private",
+    "https://data.example.org/courses/..%2fprivate", "https://data.example.org/courses/..;a=b/private",
+    "https://data.example.org/courses/%2E./private", "https://data.example.org/courses/..%5cprivate",
+    "https://data.example.org/courses\\..\\private", "https://data.example.org:8443/courses/x",
+    "https://data.example.org.evil.example/courses/x", "https://evil.example/https://data.example.org/courses/x",
+    "https://data.example.org@evil.example/courses/x", "https://user:word@data.example.org/courses/x",
+    "https://evil.example#@data.example.org/courses/x", "https://data.example.org/courses/x#y",
+    "https://evil.example\\@data.example.org/courses/x", "//data.example.org/courses/x", "courses/x", "",
+    "file:///courses/x", "ftp://data.example.org/courses/x", "https:data.example.org/courses/x",
+    "https://data.example.org:x/courses/x", "https://data.example.org:99999/courses/x", "https://[::1/courses",
+    "https://data.example.org/courses/\n", "https://data.example.org/cour\tses/x", "https://data.example.org/courses/ä",
+    " https://data.example.org/courses/x", "https://dаta.example.org/courses/x",
+    "https://data.example.org%2eevil.example/courses/x", "https://data.example.org/courses/%00",
+    "https://data.example.org/courses/" + "x" * 2000,
+    "http://[::1]:8081/x", "http://127.0.0.1:8080/x", None, 7, ["https://data.example.org/courses/x"],
+])
+def test_no_trick_makes_another_url_allowed(url):
+    with pytest.raises(ValueError, match="URL"):
+        parse_archive(url, ALLOWED)
+
+
+def test_without_a_word_of_the_operator_no_archive_is_allowed():
+    with pytest.raises(InvalidField, match=r"claims\.archives"):
+        parse_options({"archive": "https://data.example.org/x.zip"}, CLAIM_FIELDS, Bounds(1 << 30, 60, 1))
+
+
+def test_loopback_is_known_in_every_spelling_of_an_address():
+    for host in ("127.0.0.1", "127.9.9.9:1", "[::1]"):
+        assert urls.parse(f"http://{host}/").is_loopback()
+    for host in ("localhost.example", "10.0.0.1", "[::2]", "127.1"):
+        assert not urls.parse(f"http://{host}/").is_loopback()
+
+
+@pytest.fixture
+def pair():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.mark.parametrize("size", [10, control.PACKET_MAX_BYTES, BODY_MAX_BYTES])
+def test_a_request_of_any_allowed_size_arrives_whole(pair, size):
+    control.send(pair[0], {"op": "x" * size})
+    assert control.receive(pair[1]) == {"op": "x" * size}
+
+
+def test_a_request_that_is_too_large_is_not_read(pair):
+    control.send(pair[0], {"op": "x" * 500_000})
+    with pytest.raises(ValueError, match="more than 400000"):
+        control.receive_bytes(pair[1], 400_000)
+
+
+def unsealed():
+    return os.memfd_create("x", os.MFD_ALLOW_SEALING)
+
+
+def half_sealed():
+    fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+    return fd
+
+
+def directory():
+    return os.open("/", os.O_RDONLY)
+
+
+def pipe():
+    read, write = os.pipe()
+    os.close(write)
+    return read
+
+
+@pytest.mark.parametrize("make", [unsealed, half_sealed, directory, pipe])
+def test_nothing_but_a_sealed_memfd_is_read(pair, make):
+    fd = make()
+    before = len(os.listdir("/proc/self/fd"))
+    try:
+        socket.send_fds(pair[0], [b"{}"], [fd])
+        with pytest.raises((OSError, ValueError)):
+            control.receive_bytes(pair[1], 1 << 20)
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        os.close(fd)
