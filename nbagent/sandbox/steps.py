@@ -7,7 +7,9 @@ step's reason is its docstring, which `nbagent slot plan` prints.
 
 From Pivot to Detach the working directory is the host's root while the process's root is the
 slot's: a source is a path relative to the host's root, a target is absolute in the slot's. So no
-symbolic link in an image can lead a step anywhere but into the image.
+symbolic link in an image can lead a step anywhere but into the image: the host's root has a name
+that no image can know, and from the moment that /proc/self/cwd is there, nothing but /proc is a
+target.
 
 Standard library only, and little of it: every module is memory of a process that lives as long as
 the slot. So steps are named tuples; dataclasses would be 2 MiB a slot. Python 3.9 and up.
@@ -294,7 +296,9 @@ class Loopback(NamedTuple):
 
 
 class Pivot(NamedTuple):
-    """The new root in the place of the host's, which stays as the working directory for now."""
+    """The new root in the place of the host's, which stays as the working directory for now, under
+    a random name. pivot_root(".", ".") needs none, but stacks the host's root upon the new one, and
+    then ".." in a link of the image leads there."""
 
     root: str
 
@@ -303,8 +307,9 @@ class Pivot(NamedTuple):
 
     def do(self) -> None:
         host = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        os.chdir(self.root)
-        pivot_root(".", ".")
+        behind = f"{self.root}/{os.urandom(16).hex()}"
+        os.mkdir(behind, 0o700)
+        pivot_root(self.root, behind)
         os.fchdir(host)
         os.close(host)
 
@@ -317,8 +322,10 @@ class Detach(NamedTuple):
         return "the host's root is unmounted"
 
     def do(self) -> None:
+        behind = os.getcwd()
         umount2(".", MNT_DETACH)
         os.chdir("/")
+        os.rmdir(behind)
 
 
 class Limits(NamedTuple):

@@ -66,12 +66,8 @@ def variants(shared, decoys):
 
 
 def test_a_cell_of_a_claimed_slot_gets_through_no_wall(agent, decoys):
-    # Forking in a process with threads is warned about, on the stream of the answer.
-    quiet = "import warnings\nwarnings.simplefilter('ignore')\n"
-    result = agent.open().run(f"{quiet}{WALLS}\nprint(json.dumps(tried({decoys!r})))")
-    assert result.status == "ok", result
-    tries = json.loads(result.stream)
-    assert len(tries) >= 25 and {name: what for name, what in tries.items() if what is not None} == {}
+    with agent.open().kernel() as kernel:
+        assert tried(kernel, decoys) == {}
 
 
 def test_a_bare_program_gets_through_no_wall(variants):
@@ -102,5 +98,92 @@ def test_a_step_that_fails_is_named_and_those_before_it_are_undone(variants):
         assert found["through"] is None and found["left"] == [], (name, found)
 
 
+def test_links_in_an_image_lead_no_step_to_the_host(variants):
+    hostile = {name: found for name, found in variants.items() if name.startswith("link ")}
+    assert len(hostile) >= 85
+    for name, found in hostile.items():
+        # The image has no program, so a start gets that far at the most.
+        assert found["failed"] and found["through"] is None and found["left"] == [], (name, found)
+    assert sum(found["failed"]["step"] == "exec" for found in hostile.values()) > 20
+
+
 def test_what_is_left_out_leaves_nothing_on_the_host_either(variants):
     assert {name: found["left"] for name, found in variants.items() if found["left"]} == {}
+
+
+# A slot's own decoys, for its neighbour to look for: the same things, made by a cell.
+NEIGHBOUR = f"""
+import ctypes, json, os, socket, subprocess, sys
+subprocess.Popen(["sleep", "600"], env={{"DECOY": "{WORD}"}})
+segment = ctypes.CDLL(None).shmget({SHM_KEY}, 4096, 0o1666)
+server = socket.socket(socket.AF_UNIX)
+server.bind("\\0{SOCKET}")
+server.listen()
+for path in ("/tmp/decoy", "/dev/shm/decoy"):
+    with open(path, "w") as file:
+        file.write("{WORD}\\n")
+    os.chmod(path, 0o666)
+print(json.dumps([os.getpid(), socket.gethostname()]))
+"""
+
+
+def tried(kernel, decoys):
+    """{try: what got through} of the tries that a kernel makes."""
+    # Forking in a process with threads is warned about, on the stream of the answer.
+    quiet = "import warnings\nwarnings.simplefilter('ignore')\n"
+    result = kernel.run(f"{quiet}{WALLS}\nprint(json.dumps(tried({decoys!r})))")
+    assert result.status == "ok", result
+    return {name: what for name, what in json.loads(result.stream).items() if what is not None}
+
+
+def test_a_slot_finds_nothing_of_its_neighbour(agent, decoys):
+    one, other = agent.open(), agent.open()
+    with one.kernel() as theirs, other.kernel() as ours:
+        pid, hostname = json.loads(theirs.run(NEIGHBOUR).stream)
+        sought = decoys | {"hostname": hostname, "file": "/tmp/decoy", "pid": pid + 1000}
+        # Who made them finds them: the tries can see such things.
+        found = tried(theirs, sought | {"pid": pid})
+        assert set(found) >= {
+            "to_connect_to_an_abstract_socket_of_the_host", "to_find_shared_memory_of_the_host",
+            "to_see_a_process_of_the_host", "to_signal_or_trace_a_process_of_the_host",
+            "to_read_a_file_of_the_host", "to_learn_the_hosts_name_and_cgroup",
+        }
+        assert tried(ours, sought) == {}
+        assert tried(ours, sought | {"file": "/dev/shm/decoy"}) == {}
+
+
+EVIL = r"""
+set -eu
+mkdir -p /root/evil/etc /root/evil/home/jovyan /root/evil/tmp /root/evil/proc /root/evil/dev /root/evil/run
+cd /root/evil
+cp -a --parents /usr/bin/python3.11 /usr/lib/python3.11 .
+rm -rf usr/lib/python3.11/test usr/lib/python3.11/sitecustomize.py
+libraries=$(ldd /usr/bin/python3.11 /usr/lib/python3.11/lib-dynload/_ctypes*.so | grep -o '/[^ :]*[.]so[^ :]*')
+cp -L --parents $(printf '%s\n' "$libraries" | sort -u) .
+printf 'python = "/usr/bin/python3.11"\nhome = "/home/jovyan"\nuser = "jovyan"\n' > etc/nbagent-image.toml
+cat > usr/lib/python3.11/sitecustomize.py
+chmod -R go+rX .
+tar -C /root/evil -cf /root/evil.tar .
+rm -rf /root/evil
+"""
+
+
+def test_a_malicious_image_is_run_behind_all_walls(agent, decoys):
+    """Its sitecustomize runs before the first line of ours, in every Python of the image."""
+    for pattern in (r"slot \S+ did not start: it ended", r"pool evil waits ", r"^nbagent-\S+\.scope: Failed"):
+        agent.expect(pattern)
+    hostile = f"{WALLS}\nprint('TRIED ' + json.dumps(tried({decoys!r})), flush=True)\n"
+    agent.run("sh", "-c", EVIL, input=hostile)
+    try:
+        agent.run("nbagent", "image", "add", "--name", "evil", "/root/evil.tar")
+        agent.run("systemctl", "reload", "nbagent.service")
+        lines = agent.wait(
+            lambda: [e for e in agent.journal("_TRANSPORT=stdout") if str(e["MESSAGE"]).startswith("TRIED ")],
+            "the image to have tried",
+        )
+    finally:
+        agent.run("nbagent", "image", "remove", "evil", check=False)
+        agent.run("rm", "-f", "/root/evil.tar")
+        agent.run("systemctl", "reload", "nbagent.service")
+    tries = json.loads(lines[0]["MESSAGE"].removeprefix("TRIED "))
+    assert len(tries) >= 25 and {name: what for name, what in tries.items() if what is not None} == {}

@@ -1,18 +1,22 @@
-"""Starts sandboxes with one step of the plan left out, or made to fail. Runs as root on a test host.
+"""Starts sandboxes with one step of the plan left out or made to fail, or of an image with a link in a step's way.
 
     python3 unwalled.py IMAGE DECOYS <tests/host/walls.py
 
-Prints JSON: {variant: {"failed": text or null, "through": {try: what got through}, "left": [...]}}, where a variant
-is "whole", "without NAME" or "fails after N"; "through": null means that the program did not run. No supervisor: the
-launcher is called as the supervisor calls it, with the program that tries the walls in the notebook server's place.
+Runs as root on a test host. Prints JSON: {variant: {"failed": text or null, "through": {try: what got through},
+"left": [...]}}, where a variant is "whole", "without STEP", "fails after N" or "link NAME to TARGET"; "through": null
+means that the program did not run. No supervisor: the launcher is called as the supervisor calls it, with the program
+that tries the walls in the notebook server's place.
 """
 
+import itertools
 import json
 import os
 import select
 import socket
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from nbagent import activity
@@ -25,6 +29,13 @@ from nbagent.supervisor.launcher import sandbox_spec
 KINDS = {"mount": ns.CLONE_NEWNS, "pid": ns.CLONE_NEWPID, "ipc": ns.CLONE_NEWIPC, "uts": ns.CLONE_NEWUTS,
          "net": ns.CLONE_NEWNET, "cgroup": ns.CLONE_NEWCGROUP}
 STORAGE = 64 << 20
+# What of an image's tree lies where a step of the plan works, and where its links would like to lead.
+IN_THE_WAY = (
+    "tmp", "dev", "dev/null", "dev/shm", "dev/pts", "proc", "run", "run/nbagent", "run/nbagent/lib", "etc",
+    "etc/passwd", "etc/group", "etc/hosts", "etc/hostname", "etc/resolv.conf", "home", "home/jovyan",
+    "home/jovyan/notes",
+)
+TARGETS = ("/etc", "../../../../../etc/nbagent", "../../../../../tmp", "/proc/self/cwd/tmp", "/var/lib/nbagent")
 whole_plan = plan.plan
 
 
@@ -86,6 +97,22 @@ def failing(number):
     return lambda known: [*known[:number], (known[number][0], Refused()), *known[number:]]
 
 
+def links(spec, below):
+    """name → specification whose image, without a program, has one link in the way of a step"""
+    found = {}
+    for number, (name, target) in enumerate(itertools.product(IN_THE_WAY, TARGETS)):
+        root = Path(below, str(number))
+        for directory in ("tmp", "dev", "proc", "run", "etc", "home/jovyan"):
+            if not (directory + "/").startswith(name + "/"):
+                (root / directory).mkdir(parents=True, exist_ok=True)
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).symlink_to(target)
+        for path in (root, *root.rglob("*")):
+            os.chown(path, spec.id_base, spec.id_base, follow_symlinks=False)
+        found[f"link {name} to {target}"] = spec._replace(root=str(root))
+    return found
+
+
 def run(spec, change):
     """Starts one sandbox as the supervisor would; what came of it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -135,6 +162,14 @@ def traces():
     with open("/proc/self/mountinfo") as file:
         found = {f"mount {line.split()[4]}" for line in file}
     found |= {f"file {name}" for name in os.listdir("/run/nbagent/sandbox")}
+    for top in ("/etc", "/root", "/home", "/var/lib/nbagent", "/tmp", "/dev/shm"):
+        for directory, directories, files in os.walk(top):
+            if directory.endswith("/images"):
+                directories.clear()
+            for name in (".", *files):
+                status = os.lstat(os.path.join(directory, name))
+                facts = (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns)
+                found.add(f"file {directory}/{name} {facts}")
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -153,9 +188,15 @@ def main():
     )
     code = f"{sys.stdin.read()}\nreport({decoys | {'storage': STORAGE}!r})\n"
     spec = sandbox_spec(slot, image, STORAGE)._replace(command=[image.python, "-I", "-c", code])
-    before, found = traces(), {}
+    found = {}
     for name, change in variants(spec).items():
+        before = traces()
         found[name] = run(spec, change) | {"left": left(before)}
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as below:
+        os.chmod(below, 0o755)
+        for name, hostile in links(spec, below).items():
+            before = traces()
+            found[name] = run(hostile, lambda known: known) | {"left": left(before)}
     print(json.dumps(found))
 
 

@@ -22,7 +22,7 @@ def test_the_order_inside():
     assert names(plan(SPEC).inside) == [
         "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Pivot", "Bind", "Tmpfs",
         "Bind", "Bind", "Bind", "Bind", "Bind", "Bind", "DevPts", "Tmpfs", "Link", "Link", "Link", "Link", "Link",
-        "Proc", "Masked", "ReadOnly", "Bind", "Detach", "Identity", "Home", "Loopback",
+        "Bind", "Proc", "Masked", "ReadOnly", "Detach", "Identity", "Home", "Loopback",
     ]
 
 
