@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -84,6 +85,11 @@ ROWS = {
     "service": Row("agent, API and router", "MiB", "PSS of the three services in (8), not divided."),
 }
 ROWS["idle5"].how = "As (8)."
+SANDBOXES = 40
+ISOLATION = f"""\
+The cost of isolation, step by step of `nbagent slot plan`: {SANDBOXES} sandboxes made side by side, all doing one step
+before any does the next (tests/bench/isolation.py). Milliseconds of each one's step; what the cgroup of all grew by in
+that step, the kernel's own memory in it, divided by {SANDBOXES}. The forks copy the pages of Python that they touch."""
 
 
 class Bench:
@@ -322,12 +328,29 @@ The peer has the same image, the overlay on a tmpfs made before its clock starts
 The way into the host takes {bench.entry_ms:.0f} ms of each start of a peer. Ratio: the peer's median by ours."""
 
 
-def write(out: Path, about: str) -> None:
+def isolation(host: Host) -> list[tuple[str, ...]]:
+    """The cost of each step of the sandbox's plan, as cells of a table."""
+    say(f"the cost of isolation: {SANDBOXES} sandboxes in step")
+    host.copy_in([str(HERE / "isolation.py")], "/root/")
+    command = ["python3", "-I", "/root/isolation.py", "minimal", str(SANDBOXES), str(512 << 20)]
+    done = host.run(["systemd-run", "--quiet", "--wait", "--pipe", "-p", "MemoryAccounting=yes", *command])
+    rows = json.loads(done.stdout)
+    cells = [
+        (part, step, f"{statistics.median(took_ms):.2f}", f"{figures.quantile(took_ms, 0.9):.2f}", f"{used / 1024:.0f}")
+        for part, step, took_ms, used in rows
+    ]
+    total_ms = sum(statistics.median(took_ms) for _, _, took_ms, _ in rows)
+    total = ("", "all", f"{total_ms:.1f}", "", f"{sum(used for *_, used in rows) / 1024:.0f}")
+    return [("part", "step", "ms p50", "ms p90", "KiB a slot"), *cells, total]
+
+
+def write(out: Path, about: str, walls: list[tuple[str, ...]]) -> None:
     """The Markdown file and the JSON."""
     out.mkdir(parents=True, exist_ok=True)
     rows = list(ROWS.values())
-    (out / "table.md").write_text(f"{figures.markdown(rows)}\n\n{about}\n")
-    document = {"about": about, "rows": [row.document() for row in rows]}
+    text = f"{figures.markdown(rows)}\n\n{about}\n\n{ISOLATION}\n\n```\n{figures.columns(walls)}\n```\n"
+    (out / "table.md").write_text(text)
+    document = {"about": about, "rows": [row.document() for row in rows], "isolation": walls}
     (out / "figures.json").write_text(json.dumps(document, indent=1) + "\n")
     say(f"written: {out}/table.md and figures.json")
 
@@ -347,9 +370,10 @@ def main() -> None:
         bench = Bench(host)
         with bench.inside:
             bench.run(arguments.rounds)
+        walls = isolation(host)
         about = conditions(bench, began_s)
-    print(f"{figures.text(list(ROWS.values()))}\n\n{about}")
-    write(arguments.out, about)
+    print(f"{figures.text(list(ROWS.values()))}\n\n{about}\n\n{ISOLATION}\n\n{figures.columns(walls)}")
+    write(arguments.out, about, walls)
 
 
 if __name__ == "__main__":

@@ -68,9 +68,18 @@ def cells(row: Row, number: int) -> tuple[str, ...]:
 def text(rows: Sequence[Row]) -> str:
     """The table for a terminal, and below it how each figure is measured."""
     lines = [HEADINGS, *(cells(row, number) for number, row in enumerate(rows, 1))]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
-    table = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-    return "\n".join([*table, "", *(f"({number}) {row.how}" for number, row in enumerate(rows, 1))])
+    return "\n".join([columns(lines), "", *(f"({number}) {row.how}" for number, row in enumerate(rows, 1))])
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Cells below each other: words to the left, numbers to the right; long words are cut."""
+    cut = [[cell if len(cell) <= 76 else f"{cell[:75]}…" for cell in line] for line in lines]
+    made = []
+    for column in zip(*cut, strict=True):
+        numbers = column[1][:1].isdigit() or column[1].startswith("-")
+        width = max(map(len, column))
+        made.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*made, strict=True))
 
 
 def markdown(rows: Sequence[Row]) -> str:

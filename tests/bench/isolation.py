@@ -1,0 +1,97 @@
+#!/usr/bin/python3
+"""What isolation costs, step by step: runs as root on the host that is measured, prints JSON.
+
+    isolation.py IMAGE COUNT STORAGE
+
+Makes COUNT sandboxes side by side, as the launcher makes them but in step: each does one step of the plan when it is
+told to, says how long that took, and waits. After each step of all, the memory of the cgroup they are in is read; what
+it grew by, divided by COUNT, is the step's. Prints [[part, step, milliseconds of each, bytes a slot], ...].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, NoReturn
+
+from nbagent.image.store import ImageStore
+from nbagent.linux import cgroup
+from nbagent.model import Limits, Slot, SlotState
+from nbagent.sandbox.plan import plan
+from nbagent.supervisor.launcher import sandbox_spec
+
+FORK = "fork"
+
+
+def sandbox(spec: Any, control: socket.socket) -> NoReturn:
+    """One sandbox, doing what it is told to, a step at a time; ends when nobody tells it any more."""
+    for part, steps in zip(plan(spec)._fields, plan(spec), strict=True):
+        for step in steps:
+            obey(control, step.do)
+        if part != "last":
+            # The parent of a pid namespace stays outside it; here it waits, to be the one that is waited for.
+            obey(control, lambda: None if os.fork() == 0 else wait_for_child())
+    control.recv(1)
+    os._exit(0)
+
+
+def wait_for_child() -> NoReturn:
+    """The rest is the child's."""
+    os.wait()
+    os._exit(0)
+
+
+def obey(control: socket.socket, action: Any) -> None:
+    """Waits for the word, acts, says how many milliseconds it took."""
+    if not control.recv(1):
+        os._exit(0)
+    began_s = time.perf_counter()
+    action()
+    control.send(f"{1000 * (time.perf_counter() - began_s):.6f}".encode())
+
+
+def main() -> None:
+    """Makes them all and measures."""
+    image, count, storage = ImageStore().get(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    controls = []
+    for number in range(count):
+        slot = Slot(
+            id=f"bench-{number:012}", image=image.name, digest=image.digest, id_base=image.id_base, uid=2000 + number,
+            state=SlotState.STARTING, limits=Limits(1 << 30, 100, None, 256), token="", created_s=0.0,
+        )
+        spec = sandbox_spec(slot, image, storage)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if os.fork() == 0:
+            ours.close()
+            for other in controls:
+                other.close()
+            sandbox(spec, theirs)
+        theirs.close()
+        controls.append(ours)
+    own, rows = cgroup.of_process(os.getpid()), []
+    before = own.usage().memory_bytes
+    lines = plan(spec).lines()
+    for part in ("outside", "inside", "last"):
+        named = [(part, line.step) for line in lines if line.part == part]
+        for name in [*named, *([(part, FORK)] if part != "last" else [])]:
+            took_ms = []
+            for control in controls:
+                control.send(b".")
+                took_ms.append(float(control.recv(100)))
+            after = own.usage().memory_bytes
+            rows.append([*name, took_ms, (after - before) / count])
+            before = after
+    for control in controls:
+        control.close()
+    for _ in controls:
+        os.wait()
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    Path("/run/nbagent/sandbox").mkdir(exist_ok=True)
+    main()
