@@ -3,7 +3,12 @@
 import contextlib
 import json
 
-from selenium.common.exceptions import TimeoutException
+from selenium.common.exceptions import (
+    ElementClickInterceptedException,
+    ElementNotInteractableException,
+    StaleElementReferenceException,
+    TimeoutException,
+)
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
@@ -12,6 +17,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 # A first load compiles five megabytes of JavaScript, on a machine that may be busy.
 PATIENCE_S = 120
+# What a click meets on a page that still builds itself.
+MOVING = (ElementClickInterceptedException, ElementNotInteractableException, StaleElementReferenceException)
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
          "--disable-dev-shm-usage", "--no-first-run", "--no-proxy-server", "--window-size=1400,1000")
 
@@ -75,12 +82,15 @@ class Page:
     def wait_for_kernel(self):
         # Not by the toolbar's circle, which is idle while there is no kernel at all: JupyterLab starts
         # one more for a cell that is run then, and drops the cell.
+        # The status bar speaks of what was clicked last, and on a slow machine of nothing before that.
+        self.select_first_cell()
         self.read("#jp-main-statusbar", "(ipykernel) | Idle")
 
     def select_first_cell(self):
         """Clicks into the first code cell until it takes what is typed: a page that still builds itself may move it."""
         def selected(driver):
-            self.see(".jp-CodeCell .cm-content")[0].click()
+            with contextlib.suppress(*MOVING):
+                self.see(".jp-CodeCell .cm-content")[0].click()
             return driver.find_elements(By.CSS_SELECTOR, ".jp-CodeCell.jp-mod-active .cm-content:focus")
 
         self.wait(selected, "a selected code cell")

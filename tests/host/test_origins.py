@@ -240,6 +240,28 @@ def test_another_origin_neither_changes_nor_reads_nor_connects(request, agent, m
     assert refused.value.status_code == 403
 
 
+@pytest.mark.parametrize("mode", ["path", "subdomain"])
+def test_a_page_of_another_site_that_knows_the_token_works_with_the_slot(request, agent, mode):
+    """As Thebe and its like do, which make the code in a web page run: by the token alone, without any cookie.
+
+    (For what a browser asks about beforehand the image has to name such sites, by ServerApp.allow_origin.)
+    """
+    if mode == "subdomain":
+        request.getfixturevalue("subdomains")
+    claim, origin = agent.claim(), "https://textbook.example"
+    host, base = f"{claim['slot']}.{DOMAIN}:8000", f"/user/{claim['slot']}/"
+    site = ["-H", f"Origin: {origin}", "-H", "Sec-Fetch-Site: cross-site", "-H", "Sec-Fetch-Mode: cors"]
+    token = ["-H", f"Authorization: token {claim['token']}"]
+    for status, arguments in ((201, [*token, "-d", "{}"]), (200, token)):
+        answered, headers, body = ask(agent, f"{base}api/kernels", *site, *arguments, host=host)
+        assert answered == status
+        assert f"Access-Control-Allow-Origin: {origin}" in headers
+    channels = f"{base}api/kernels/{json.loads(body)[0]['id']}/channels"
+    connect(agent, host, f"{channels}?token={claim['token']}", origin, None).close()
+    with pytest.raises(websocket.WebSocketBadStatusException):
+        connect(agent, host, channels, origin, None)
+
+
 def connect(agent, host, path, origin, cookies):
     """A websocket as a browser opens it."""
     with agent.host.connect(product.ROUTER_PORT) as connection:
@@ -374,12 +396,16 @@ ATTEMPTS = {
         await new Promise(resolve => { f.onload = resolve; document.body.append(f) });
         return f.contentDocument.documentElement.outerHTML""",
     "window": """const w = window.open(base + 'lab');
-        for (let i = 0; i < 100; i++) {
-            await new Promise(resolve => setTimeout(resolve, 100));
+        let why = 'late';
+        for (let i = 0; i < 600; i++) {
+            await new Promise(resolve => setTimeout(resolve, 50));
             if (w.closed) return 'cut off';
-            if (w.location.href != 'about:blank' && w.document.readyState == 'complete') break;
+            try {
+                if (w.location.href == 'about:blank' || w.document.readyState != 'complete') continue;
+                const text = w.document.documentElement.outerHTML; w.close(); return text;
+            } catch (error) { why = error }
         }
-        const text = w.document.documentElement.outerHTML; w.close(); return text""",
+        throw why""",
     "start": """const x = await fetch(base + 'api/kernels', {method: 'POST', credentials: 'include', mode: 'no-cors',
         body: '{}', headers: {'Content-Type': 'text/plain'}}); return String(x.status)""",
     "connect": """return await new Promise((resolve, reject) => {
