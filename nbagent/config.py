@@ -10,6 +10,7 @@ Reading files is all this module does to the world; nothing here knows what a se
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import ipaddress
@@ -20,6 +21,7 @@ import tomllib
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,13 +31,17 @@ from nbagent.quantities import (
     QUOTA_EXPECTED,
     parse_duration,
     parse_quota,
+    parse_rate,
     parse_size,
 )
 
 DEFAULT_PATH = Path("/etc/nbagent/nbagent.toml")
+# What a slot's network can be: nothing but loopback, or the public internet by way of the host.
+NETWORK_MODES = ("none", "internet")
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Network = IPv4Network | IPv6Network
 T = TypeVar("T")
+N = TypeVar("N", IPv4Network, IPv6Network)
 
 
 def _setting(default: Any, parse: Callable[[Any], Any], doc: str) -> Any:
@@ -139,6 +145,50 @@ def _archives(value: Any) -> tuple[str, ...]:
         return tuple(value) if [urls.parse(item) for item in value] else ()
     except ValueError:
         raise ValueError(expected) from None
+
+
+def _mode(value: Any) -> str:
+    if value in NETWORK_MODES:
+        return str(value)
+    raise ValueError('"none" or "internet"')
+
+
+def _modes(value: Any) -> tuple[str, ...]:
+    known = isinstance(value, list) and all(mode in NETWORK_MODES for mode in value)
+    if known and value and len(set(value)) == len(value):
+        return tuple(value)
+    raise ValueError('a list with "none", "internet" or both, the default first')
+
+
+_DNS_NAME = re.compile(
+    r"(?=.{1,253}$)(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])"
+)
+
+
+def _reach(value: Any) -> tuple[str | Network, ...]:
+    expected = 'a list of names and networks such as ["pypi.org", "203.0.113.0/24"]'
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(expected)
+    found: list[str | Network] = []
+    for item in value:
+        try:
+            found.append(ipaddress.ip_network(item))
+        except ValueError as error:
+            if not _DNS_NAME.fullmatch(item):
+                raise ValueError(f"{expected}; {error}") from None
+            found.append(item)
+    return tuple(found)
+
+
+def _range(kind: type[N], shortest: int, longest: int) -> Callable[[Any], N]:
+    def parse(value: Any) -> N:
+        with contextlib.suppress(ValueError):
+            network = ipaddress.ip_network(value) if isinstance(value, str) else None
+            if isinstance(network, kind) and shortest <= network.prefixlen <= longest:
+                return network
+        raise ValueError(f"an {kind.__name__[:4]} network with a prefix of {shortest} to {longest} bits")
+
+    return parse
 
 
 def derived_label(hostname: str) -> str:
@@ -248,10 +298,37 @@ class CullSettings:
 
 
 @dataclass(frozen=True)
+class NetworkSettings:
+    """`[network]`: what slots may reach beyond themselves. The host and private networks are refused always."""
+
+    allow: tuple[str, ...] = _setting(
+        ["none"], _modes, 'Networks that a claim may ask for, the default first: "none", "internet".'
+    )
+    only: tuple[str | Network, ...] = _setting(
+        [], _reach, "When not empty: names, with all below them, and ranges that alone are reached; no others resolve."
+    )
+    also: tuple[Network, ...] = _setting([], _networks, "Private ranges that are reached although they are private.")
+    up: int = _setting("100Mbit", parse_rate, "What one slot may send, in bits a second.")
+    down: int = _setting("100Mbit", parse_rate, "What one slot may receive, in bits a second.")
+    connections: int = _setting(512, _number(1, 60000, int), "Connections of one slot at a time.")
+    connection_rate: int = _setting(50, _number(1, 10000, int), "New connections of one slot a second.")
+    range4: IPv4Network = _setting(  # noqa: RUF009  a field, whatever its type
+        "198.18.0.0/16", _range(IPv4Network, 8, 24), "Where slots have their addresses, behind NAT."
+    )
+    range6: IPv6Network = _setting(  # noqa: RUF009  a field, whatever its type
+        "fd6e:6261:6765:6e74::/64", _range(IPv6Network, 32, 112),
+        "Likewise; used where the host forwards IPv6 and has a route.",
+    )
+
+
+@dataclass(frozen=True)
 class ImageSettings:
     """`[images.NAME]`: what differs for one image."""
 
     warm: int | None = _setting("auto", _auto_or(_number(0, 10000, int)), "Warm slots; auto: as in [pool].")
+    network: str | None = _setting(
+        "auto", _auto_or(_mode), "The network of a claim that names none; auto: the first of network.allow."
+    )
 
 
 @dataclass(frozen=True)
@@ -265,6 +342,7 @@ class Config:
     pool: PoolSettings = field(default_factory=PoolSettings)
     claims: ClaimSettings = field(default_factory=ClaimSettings)
     cull: CullSettings = field(default_factory=CullSettings)
+    network: NetworkSettings = field(default_factory=NetworkSettings)
     images: Mapping[str, ImageSettings] = field(default_factory=dict)
 
     @property
@@ -276,6 +354,11 @@ class Config:
         """How many warm slots the pool of `image` wants."""
         settings = self.images.get(image)
         return self.pool.warm if settings is None or settings.warm is None else settings.warm
+
+    def network_mode(self, image: str) -> str:
+        """The network of a claim of `image` that names none."""
+        settings = self.images.get(image)
+        return (settings.network if settings else None) or self.network.allow[0]
 
 
 def settings_files(path: Path = DEFAULT_PATH) -> list[Path]:
@@ -308,6 +391,9 @@ def parse(tables: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path] | No
     if config.slots.ttl > config.slots.ttl_max:
         raise reader.error(("slots", "ttl"), f"at most slots.ttl_max, {config.slots.ttl_max:g} seconds")
     _check_origins(config.router, reader)
+    for name, image in config.images.items():
+        if image.network not in (None, *config.network.allow):
+            raise reader.error(("images", name, "network"), f"one of network.allow, {', '.join(config.network.allow)}")
     return config
 
 

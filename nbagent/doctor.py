@@ -24,10 +24,12 @@ from urllib.parse import urlsplit
 
 from nbagent import config, control, model
 from nbagent.errors import ConfigError, NbagentError
+from nbagent.network.addresses import PREFIX, forwards_ipv6
 from nbagent.quantities import format_size
 
 SYSTEMD_MIN = 252
 UNITS = ("nbagent.service", "nbagent-api.socket", "nbagent-router.service")
+NETWORK_UNITS = ("nbagent-network.service", "nbagent-dns.service")
 TIMEOUT_S = 3.0
 # What a notebook server and two kernels take: threads for pid_max, descriptors for nr_open.
 TASKS_PER_SLOT = 64
@@ -61,6 +63,8 @@ def examine(config_path: Path = config.DEFAULT_PATH, url: str = "http://127.0.0.
         functools.partial(check_overlay, root),
         functools.partial(check_proc, root),
         *(functools.partial(check_unit, unit, unit_state) for unit in UNITS),
+        functools.partial(check_network, root, settings),
+        *_network_checks(settings),
         functools.partial(check_control, control.SOCKET_PATH),
         functools.partial(check_answer, "API", url + "/healthz", "nbagent-api.socket"),
         functools.partial(check_answer, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
@@ -72,6 +76,13 @@ def examine(config_path: Path = config.DEFAULT_PATH, url: str = "http://127.0.0.
         *(functools.partial(check_limit, root, limit, settings) for limit in LIMITS),
     ]
     return [settings_finding, *(_guarded(check) for check in checks)]
+
+
+def _network_checks(settings: config.Config) -> Iterator[Callable[[], Finding]]:
+    """What only a host has whose slots may have a network."""
+    if "internet" in settings.network.allow:
+        yield from (functools.partial(check_unit, unit, unit_state) for unit in NETWORK_UNITS)
+        yield functools.partial(check_firewall, ruleset)
 
 
 def _guarded(check: Callable[[], Finding]) -> Finding:
@@ -224,6 +235,53 @@ def check_unit(unit: str, state_of: Callable[[str], str]) -> Finding:
     if state == "active":
         return Finding(unit, "ok", state)
     return Finding(unit, "fail", state, f"systemctl start {unit}; journalctl -eu {unit}")
+
+
+def check_network(root: Path, settings: config.Config) -> Finding:
+    """What slots may reach, and whether the host has a way there."""
+    if "internet" not in settings.network.allow:
+        return Finding("network", "ok", "slots have none")
+    routes = [line.split() for line in _text(root / "proc/net/route", "").splitlines()[1:]]
+    if not any(route[1] == route[7] == "00000000" for route in routes):
+        return Finding(
+            "network", "warn", "the host has no default route, so slots reach nothing",
+            'give the host a default route, or set network.allow to ["none"]',
+        )
+    if forwards_ipv6(root):
+        return Finding("network", "ok", "slots may reach the internet, by IPv4 and IPv6")
+    ipv6 = "IPv6 would take net.ipv6.conf.all.forwarding=1 and a default route"
+    return Finding("network", "ok", f"slots may reach the internet, by IPv4; {ipv6}")
+
+
+def check_firewall(rules: Callable[[], str]) -> Finding:
+    """Whether our table stands, and no other drops what slots send; `rules` is `nft list ruleset`.
+
+    What one table of nftables accepts, another may drop. A chain that drops by its policy must
+    therefore accept the interfaces of slots; one that names them is taken to do so.
+    """
+    text = rules()
+    if "table inet nbagent {" not in text:
+        return Finding("firewall", "fail", "nftables has no table inet nbagent", "systemctl restart nbagent-network")
+    closed = []
+    for table in re.split(r"^(?=table )", text, flags=re.MULTILINE):
+        name = table.partition("{")[0].removeprefix("table").strip()
+        for chain in re.findall(r"^\tchain (\S+) \{\n(.*?)^\t\}", table, re.MULTILINE | re.DOTALL):
+            hook = re.search(r"hook (forward|input) .*policy drop;", chain[1])
+            if hook and name != "inet nbagent" and f'"{PREFIX}*"' not in table:
+                closed.append((f"{name} {chain[0]}", hook[1]))
+    if not closed:
+        return Finding("firewall", "ok", "no table drops what slots send")
+    where, hook_name = closed[0]
+    insert = f"nft insert rule {where}"
+    mend = f'{insert} iifname "{PREFIX}*" '
+    if hook_name == "input":
+        mend += "udp dport 53 accept"
+    else:
+        mend += f'accept; {insert} oifname "{PREFIX}*" ct state established,related accept'
+    return Finding(
+        "firewall", "warn", f"{', '.join(name for name, _ in closed)} may drop what slots send",
+        f"{mend}; and the same in the file that sets that table up",
+    )
 
 
 def check_control(path: Path) -> Finding:
@@ -396,6 +454,16 @@ def systemctl_version() -> str:
 def unit_state(unit: str) -> str:
     """What `systemctl is-active` prints of a unit."""
     return _systemctl("is-active", unit) or "unknown: systemd does not answer"
+
+
+def ruleset() -> str:
+    """What `nft list ruleset` prints. Raises OSError when it may not."""
+    done = subprocess.run(
+        ["/usr/sbin/nft", "list", "ruleset"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    if done.returncode:
+        raise PermissionError(done.stderr.strip().partition("\n")[0])
+    return done.stdout
 
 
 def _systemctl(*arguments: str) -> str:

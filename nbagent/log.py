@@ -43,7 +43,7 @@ class Event(enum.Enum):
     SLOT_WARM = Kind("e8cd4fce160c4598b8e4b61949266185", Priority.INFO, "slot %(slot)s is warm after %(took_ms)s ms")
     SLOT_CLAIMED = Kind("12ed30e6088e42ccb653d32788675081", Priority.INFO, "slot %(slot)s claimed by %(client)s for %(ttl_s)s s")
     SLOT_FILLED = Kind("be7eb579348a41f392980cecde64f025", Priority.INFO, "slot %(slot)s has the content of its claim after %(took_ms)s ms: %(text)s")
-    SLOT_NOT_FILLED = Kind("60ac41d29c47403b95636687bf284c72", Priority.NOTICE, "slot %(slot)s ended, as the content of its claim did not come: %(text)s")
+    SLOT_NOT_FILLED = Kind("60ac41d29c47403b95636687bf284c72", Priority.NOTICE, "slot %(slot)s ended, as the content or network of its claim did not come: %(text)s")
     SLOT_UPDATED = Kind("b4e6291587384e9886220ed915f4aeb4", Priority.INFO, "slot %(slot)s updated: %(text)s")
     SLOT_RELEASED = Kind("6fb33426e020411d89d2f6e11b0cbac0", Priority.INFO, "slot %(slot)s released")
     SLOT_CULLED = Kind("7b77b27db7374acea5de2983df49b061", Priority.INFO, "slot %(slot)s culled: %(text)s")
@@ -60,6 +60,8 @@ class Event(enum.Enum):
     DRAIN_STARTED = Kind("875ce81d14eb45779076bc769de73b84", Priority.NOTICE, "host drains: no new claims, users stay")
     DRAIN_ENDED = Kind("d8588f3fa3c24bd6b15c944b6a5ea6f6", Priority.NOTICE, "host hands out slots again")
     IMAGE_REMOVED = Kind("76a3d4bb762d4e53947351833104a45f", Priority.INFO, "image %(digest)s removed from the store: nothing uses it")
+    NETWORK_FAILED = Kind("941fcad1b56e411ca4f64dcb31e8503c", Priority.WARNING, "the slots' network is not as it should be: %(text)s")
+    NETWORK_RESTORED = Kind("c56a026931784bdfb4bbe6f67097d3fa", Priority.WARNING, "somebody removed nftables' table inet nbagent; it is there again")
 
 
 def entry(event: Event, **fields: Any) -> dict[str, str]:

@@ -81,6 +81,8 @@ class Slot:
 
     `uid` is the slot's id inside its image's range of 65,536, so the host sees `id_base + uid`.
     `ends_s` is when PID 1 ends the scope whatever happens; nothing can move it.
+    `addresses` are those of its interface, IPv4 and perhaps IPv6, and empty where it has none; whether
+    they lead anywhere is `network`, a mode of the configuration.
     """
 
     id: str
@@ -99,6 +101,8 @@ class Slot:
     key: str | None = None
     fingerprint: str | None = None
     pid: int | None = None
+    network: str = "none"
+    addresses: tuple[str, ...] = ()
     reason: str = ""
 
     @property
@@ -132,6 +136,7 @@ class Slot:
         fields = dict(saved)
         fields["state"] = SlotState(fields["state"])
         fields["limits"] = Limits(**fields["limits"])
+        fields["addresses"] = tuple(fields.get("addresses", ()))
         return cls(**fields)
 
     def claim_document(self) -> dict[str, Any]:
@@ -143,6 +148,7 @@ class Slot:
             "image": self.image,
             "claimed_at": wall(self.claimed_s),
             "expires_at": wall(self.expires_s),
+            "network": self.network,
             "limits": self.limits.document(),
         }
 
@@ -156,6 +162,7 @@ class Slot:
             "claimed_at": wall(self.claimed_s),
             "expires_at": wall(self.expires_s),
             "age_s": round(now_s - (self.created_s if self.claimed_s is None else self.claimed_s), 1),
+            "network": self.network,
             "limits": self.limits.document(),
         }
 
@@ -167,6 +174,7 @@ class Bounds:
     memory_max_bytes: int
     ttl_max_s: float
     cpus: int
+    networks: tuple[str, ...] = ("none",)
     archives: tuple[str, ...] = ()
 
 
@@ -180,6 +188,7 @@ class Options:
     cpu_quota: float | None = None
     ttl_s: float | None = None
     path: str | None = None
+    network: str | None = None
     content: Content = field(default_factory=Content)
 
     def limits(self, default: Limits) -> Limits:
@@ -192,7 +201,7 @@ class Options:
         return dataclasses.replace(default, **{k: v for k, v in asked.items() if v is not None})
 
 
-CLAIM_FIELDS = ("image", "memory", "cpu_weight", "cpu_quota", "ttl", "path", "files", "archive")
+CLAIM_FIELDS = ("image", "memory", "cpu_weight", "cpu_quota", "ttl", "path", "network", "files", "archive")
 UPDATE_FIELDS = ("memory", "cpu_weight", "cpu_quota", "ttl")
 MEMORY_MIN_BYTES = 64 << 20
 
@@ -215,6 +224,7 @@ def parse_options(given: Mapping[str, Any], allowed: tuple[str, ...], bounds: Bo
         cpu_quota=_field(given, "cpu_quota", lambda v: parse_quota(v, bounds.cpus)),
         ttl_s=_field(given, "ttl", lambda v: _ttl(v, bounds)),
         path=_field(given, "path", _path),
+        network=_field(given, "network", lambda v: _network(v, bounds)),
         content=Content(
             files=_field(given, "files", parse_files) or (),
             archive=_field(given, "archive", lambda v: parse_archive(v, bounds.archives)),
@@ -263,6 +273,13 @@ def _ttl(value: object, bounds: Bounds) -> float:
     if 1 <= ttl_s <= bounds.ttl_max_s:
         return ttl_s
     raise ValueError(f"a time from 1 second to {bounds.ttl_max_s:g} seconds")
+
+
+def _network(value: object, bounds: Bounds) -> str:
+    if isinstance(value, str) and value in bounds.networks:
+        return value
+    names = " or ".join(f'"{name}"' for name in bounds.networks)
+    raise ValueError(f"{names}, as network.allow of this host's configuration has it")
 
 
 def _path(value: object) -> str:

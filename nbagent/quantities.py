@@ -1,4 +1,4 @@
-"""Amounts as people write them: memory, time, shares of the processors.
+"""Amounts as people write them: memory, time, shares of the processors, rates of a network.
 
 Pure. The configuration and the API read amounts by these functions and by no others, so the
 same words mean the same thing in both. Every function raises ValueError with what would be
@@ -14,12 +14,15 @@ _SIZE_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DURATION = re.compile(r"(?:[0-9]{1,10}(?:\.[0-9]{1,6})?(?:ms|s|min|m|h|d)\s*){1,6}")
 _DURATION_PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ms|s|min|m|h|d)")
 _DURATION_UNITS = {"ms": 0.001, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
+_RATE = re.compile(r"([0-9]{1,12}(?:\.[0-9]{1,6})?)\s*([kMG]?)bit")
+_RATE_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 _FRACTION = re.compile(r"([0-9]{1,6})/([0-9]{1,6})")
 _PERCENT = re.compile(r"([0-9]{1,7}(?:\.[0-9]+)?)%")
 
 SIZE_EXPECTED = 'a size in bytes such as 536870912 or "512M" (K, M, G, T are powers of 1024)'
 DURATION_EXPECTED = 'a time in seconds such as 3600, or "90s", "30min", "12h", "1d"'
 QUOTA_EXPECTED = 'a share of the host such as "1/32", or of one processor such as "50%" or "150%"'
+RATE_EXPECTED = 'bits a second such as "500kbit", "100Mbit" or "1Gbit" (powers of 1000), from 64kbit to 32Gbit'
 INTEGER_EXPECTED = "a whole number"
 
 
@@ -45,6 +48,18 @@ def parse_duration(value: object) -> float:
         if _DURATION.fullmatch(text):
             return sum(float(n) * _DURATION_UNITS[unit] for n, unit in _DURATION_PART.findall(text))
     raise ValueError(DURATION_EXPECTED)
+
+
+def parse_rate(value: object) -> int:
+    """Bytes a second of `"100Mbit"`. Raises ValueError.
+
+    The upper bound is what 32 bits of bytes hold, in the kernel's token bucket too.
+    """
+    if isinstance(value, str) and (match := _RATE.fullmatch(value.strip())):
+        rate = float(match[1]) * _RATE_UNITS[match[2]]
+        if 64e3 <= rate <= 32e9:
+            return int(rate / 8)
+    raise ValueError(RATE_EXPECTED)
 
 
 def parse_quota(value: object, cpus: int) -> float:

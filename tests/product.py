@@ -27,7 +27,7 @@ API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
 WARM_TIMEOUT_S = {"nspawn": 60, "vm": 300}
 
 
-# What a host is, for a comparison of before and after: files, users, units, cgroups, mounts, listeners, processes.
+# What a host is, for a comparison of before and after: files, users, units, cgroups, mounts, network, processes.
 # Left out are the books of dpkg and apt, caches and logs.
 LISTING = r"""
 find /etc /opt /root /srv /usr /var /run /home \
@@ -41,6 +41,9 @@ systemctl list-unit-files --no-legend --plain --no-pager | awk '{print "unit fil
 systemctl list-units --all --no-legend --plain --no-pager '*nbagent*' | awk '{print "unit " $1}'
 find /sys/fs/cgroup -type d -name '*nbagent*' -printf 'cgroup %p\n'
 awk '{print "mount " $5}' /proc/self/mountinfo
+nft list tables | sed 's/^/nftables /'
+ip -br address | sed 's/^/addresses /'
+grep -s . /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv4/conf/*/forwarding | sed 's/^/forwarding /'
 ss -Htlnx | awk '{print "listener " $5}' | grep -v ' \*$' | grep -v /run/systemd
 ps -e -o user:20=,args= | grep -E 'nbagent|nginx|gunicorn|jupyter' | grep -v grep | sed 's/^/process /'
 true

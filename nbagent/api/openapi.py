@@ -14,6 +14,7 @@ from nbagent import __version__, content
 from nbagent.api.inputs import BODY_MAX_BYTES, KEY_EXPECTED
 from nbagent.api.problems import HTTP_CODES, MEDIA_TYPE, TYPE_PREFIX
 from nbagent.api.table import Route
+from nbagent.config import NETWORK_MODES
 from nbagent.errors import Forbidden, InvalidField, NbagentError, Unauthenticated
 from nbagent.model import ID_EXPECTED, MEMORY_MIN_BYTES, PATH_EXPECTED, SlotState
 from nbagent.quantities import DURATION_EXPECTED, QUOTA_EXPECTED, SIZE_EXPECTED
@@ -161,12 +162,14 @@ OPTIONS: dict[str, Schema] = {
         "description": "A .tar, .tar.gz, .tar.bz2, .tar.xz or .zip, below one of claims.archives, that the slot"
         " fetches itself and unpacks in the home directory.",
     },
+    "network": {"type": "string", "enum": list(NETWORK_MODES), "description": "Within network.allow of the host."},
 }
 
 SCHEMAS: dict[str, Schema] = {
     "Claim": _object({
         "slot": _TEXT, "url": {"type": "string", "format": "uri"}, "path": _TEXT, "token": _TEXT,
-        "image": _TEXT, "claimed_at": _TIME, "expires_at": _TIME, "limits": _ref("Limits"),
+        "image": _TEXT, "claimed_at": _TIME, "expires_at": _TIME, "network": _TEXT,
+        "limits": _ref("Limits"),
     }),
     "Limits": _object(
         {"memory_bytes": _COUNT, "cpu_weight": _COUNT, "cpu_quota": _MAYBE_AMOUNT, "tasks": _COUNT}
@@ -177,9 +180,9 @@ SCHEMAS: dict[str, Schema] = {
             "image": _TEXT, "created_at": _TIME, "claimed_at": _MAYBE_TIME, "expires_at": _MAYBE_TIME,
             "age_s": _AMOUNT, "idle_s": _MAYBE_AMOUNT, "memory_bytes": _MAYBE_AMOUNT,
             "cpu_s": _MAYBE_AMOUNT, "tasks": _MAYBE_AMOUNT, "oom_kills": _MAYBE_AMOUNT,
-            "limits": _ref("Limits"),
+            "network": _TEXT, "limits": _ref("Limits"),
         },
-        required=("slot", "state", "image", "created_at", "claimed_at", "expires_at", "age_s", "limits"),
+        required=("slot", "state", "image", "created_at", "claimed_at", "expires_at", "age_s", "network", "limits"),
     ),
     "Drain": _object({"draining": _FLAG, "claimed": _COUNT, "warm": _COUNT}),
     "Image": _object(

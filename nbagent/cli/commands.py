@@ -25,6 +25,7 @@ from nbagent.cli import tables
 from nbagent.cli.images import image
 from nbagent.cli.remote import DEFAULT_URL, TOKEN_PATH, Remote, read_token
 from nbagent.cli.slot import slot as slot_group
+from nbagent.config import NETWORK_MODES
 from nbagent.errors import ConfigError, NbagentError
 from nbagent.quantities import format_duration
 
@@ -88,6 +89,7 @@ def _asks_api(function: Callable[..., None]) -> Callable[..., None]:
 @click.option("--file", "files", metavar="FILE[=PATH]", multiple=True,
               help="A file to be in the slot's home directory, there as PATH; may be repeated.")
 @click.option("--archive", metavar="URL", help="A .tar, .tar.gz or .zip that the slot fetches and unpacks there.")
+@click.option("--network", type=click.Choice(NETWORK_MODES), help="What it reaches.  [default: the image's]")
 @click.option("--idempotency-key", help="The same key gives the same slot again.")
 @_asks_api
 def claim(

@@ -33,21 +33,24 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     """
     from nbagent.image.store import ImageStore
     from nbagent.model import Slot, SlotState
+    from nbagent.network.addresses import FIRST
     from nbagent.sandbox.plan import plan as sandbox_plan
     from nbagent.supervisor.agent import UID_FIRST, default_limits
     from nbagent.supervisor.launcher import host_steps, sandbox_spec
+    from nbagent.supervisor.network import INTERNET, numbered, uplink
 
     settings, found = config.load(), ImageStore(store).get(image)
     sample = Slot(
         id=f"{settings.label}-{'x' * 12}", image=found.name, digest=found.digest, id_base=found.id_base,
         uid=UID_FIRST, state=SlotState.STARTING, limits=default_limits(settings.slots), token="", created_s=0.0,
+        addresses=numbered(settings.network, FIRST) if INTERNET in settings.network.allow else (),
     )
-    spec = sandbox_spec(sample, found, settings.slots.storage)
+    spec = sandbox_spec(sample, found, settings.slots.storage, uplink(settings.network, sample))
     lines = [*host_steps(sample, RUN / sample.id), *sandbox_plan(spec).lines()]
     if as_json:
         click.echo(json.dumps([line._asdict() for line in lines], indent=2 if sys.stdout.isatty() else None))
         return
     for number, line in enumerate(lines, 1):
-        click.echo(click.style(f"{number:2} {line.part:8} {line.step}", bold=True))
+        click.echo(click.style(f"{number:2} {line.part:9} {line.step}", bold=True))
         for text in (line.reason, f"Undo: {line.undo}."):
             click.echo(textwrap.fill(text, WIDTH, initial_indent=" " * 12, subsequent_indent=" " * 12))

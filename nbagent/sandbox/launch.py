@@ -5,9 +5,12 @@
 Its first instruction runs in the slot's scope already, so all it ever touches is charged to the
 slot. Over CONTROL_FD (SOCK_SEQPACKET) it receives the SandboxSpec, and answers
 
-    {"init": true}             with a pidfd of the slot's first process beside it, then either
+    {"init": true}             with a pidfd of the slot's first process beside it, and, for a slot with
+                               an interface, a descriptor of its network namespace; then either
     {"failed": {"step": str, "errno": int, "text": str}}
     or end of file             the slot's program has been exec'd
+
+For a slot with an interface it receives one packet more, {"attached": true}: the interface is there.
 
 It becomes three generations. This process enters the user namespace and the others, forks, and
 ends. Its child is the first process of the pid namespace: it builds the root, forks the slot's
@@ -64,11 +67,14 @@ def _outside(control: socket.socket, spec: SandboxSpec, fds: list[int]) -> NoRet
     output = init.Output(spec.slot, printed, socket.socket(fileno=stream), socket.socket(fileno=entries))
     steps = plan(spec)
     _run(steps.outside)
+    # Before the fork: the child soon moves the root of both.
+    netns = [] if spec.uplink is None else [os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)]
     pid = os.fork()
     if pid == 0:
+        for fd in netns:
+            os.close(fd)
         _guarded(control, lambda: _inside(control, spec, steps, output))
-    pidfd = os.pidfd_open(pid)
-    socket.send_fds(control, [json.dumps({"init": True}).encode()], [pidfd])
+    socket.send_fds(control, [json.dumps({"init": True}).encode()], [os.pidfd_open(pid), *netns])
     os._exit(0)
 
 
@@ -77,6 +83,10 @@ def _inside(control: socket.socket, spec: SandboxSpec, steps: Plan, output: init
     sys.path.clear()
     sys.path_importer_cache.clear()
     _run(steps.inside)
+    # The supervisor had the interface made while the root was built.
+    if steps.connected:
+        control.recv(SPEC_MAX_BYTES)
+    _run(steps.connected)
     pid = os.fork()
     if pid == 0:
         _guarded(control, lambda: _program(spec, steps))

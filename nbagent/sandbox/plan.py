@@ -3,6 +3,7 @@
 The order is one list, and a test pins it. Two moments divide it. `outside` runs in the process
 that the supervisor started: it ends as the parent of a new pid namespace. `inside` runs in that
 namespace's first process, still root of the user namespace, and ends with the host out of sight.
+`connected` follows when the host has made the slot's interface meanwhile, and is empty without one.
 `last` runs in the slot's own processes and leaves them without a capability.
 
 Every step has its undo, the same for all: what it did is in a namespace, or in the process itself,
@@ -38,6 +39,8 @@ CODE_PATH = "/run/nbagent/lib/nbagent"
 # A file of a notebook user is seldom below 4 KiB; a million empty ones end here, not in memory.
 BYTES_PER_INODE = 4096
 OPEN_FILES = 65536
+# The inner end of a slot's interface.
+INTERFACE = "net0"
 PENDING_SIGNALS = 4096
 # Of the 3072 that kernel.pty.max leaves to all slots of a host.
 TERMINALS = 32
@@ -60,11 +63,12 @@ class Plan(NamedTuple):
 
     outside: Tuple[Step, ...]
     inside: Tuple[Step, ...]
+    connected: Tuple[Step, ...]
     last: Tuple[Step, ...]
 
     def lines(self) -> List[Line]:
         """The plan for people: what each step does, where, and why."""
-        parts = (("outside", self.outside), ("inside", self.inside), ("last", self.last))
+        parts = (("outside", self.outside), ("inside", self.inside), ("connected", self.connected), ("last", self.last))
         return [Line(part, step.describe(), reason(step), UNDO) for part, steps in parts for step in steps]
 
 
@@ -75,7 +79,7 @@ def reason(step: Step) -> str:
 
 def plan(spec: SandboxSpec) -> Plan:
     """The plan of `spec`."""
-    base = spec.mountpoint
+    base, uplink = spec.mountpoint, spec.uplink
     inodes = spec.storage_bytes // BYTES_PER_INODE
     devices = tuple(steps.Bind(f"dev/{name}", f"/dev/{name}") for name in DEVICES)
     links = (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
@@ -105,6 +109,10 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Identity(spec.user, spec.uid, spec.home, spec.slot),
             steps.Home(spec.home, spec.uid),
             steps.Loopback(),
+        ),
+        connected=() if uplink is None else (
+            steps.Interface(INTERFACE, uplink.addresses, uplink.gateways, uplink.rate),
+            steps.Resolver(uplink.gateways[0]),
         ),
         last=last(spec.uid, spec.syscall_filter),
     )

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, NamedTuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
 # Where a slot's process finds what the supervisor made for it.
 LISTEN_FD = 3
 ACTIVITY_FD = 4
 CONFIG_FD = 5
+
+
+class Uplink(NamedTuple):
+    """The slot's side of its interface: for IPv4, and perhaps IPv6, an address and the host's that
+    it is reached by; the first of the latter also resolves names. `rate` is what the slot may
+    send, in bytes a second."""
+
+    addresses: List[str]
+    gateways: List[str]
+    rate: int
 
 
 class SandboxSpec(NamedTuple):
@@ -17,7 +27,7 @@ class SandboxSpec(NamedTuple):
     inside the image's range of ids; `storage_bytes` bounds everything the slot may write;
     `code` is the host's directory of the package nbagent, shown to the slot read-only;
     `mountpoint` is an empty directory of the host, covered in the slot's mount namespace only;
-    `syscall_filter` is a seccomp program, in base64.
+    `syscall_filter` is a seccomp program, in base64; `uplink` is None for a slot that has loopback only.
     """
 
     slot: str
@@ -32,6 +42,7 @@ class SandboxSpec(NamedTuple):
     code: str
     mountpoint: str
     syscall_filter: str
+    uplink: Optional[Uplink] = None
 
     def save(self) -> Dict[str, Any]:
         """The specification as JSON."""
@@ -40,4 +51,7 @@ class SandboxSpec(NamedTuple):
     @classmethod
     def restore(cls, saved: Mapping[str, Any]) -> SandboxSpec:
         """The specification out of JSON. Raises TypeError when it is not one."""
-        return cls(**saved)
+        fields = dict(saved)
+        if fields.get("uplink") is not None:
+            fields["uplink"] = Uplink(*fields["uplink"])
+        return cls(**fields)

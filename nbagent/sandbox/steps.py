@@ -21,9 +21,9 @@ import contextlib
 import os
 import resource
 import socket
-from typing import NamedTuple, Protocol, Tuple
+from typing import List, NamedTuple, Protocol, Tuple
 
-from nbagent.linux import link, seccomp
+from nbagent.linux import link, rtnetlink, seccomp
 from nbagent.linux.mounts import (
     MNT_DETACH,
     MS_BIND,
@@ -293,6 +293,41 @@ class Loopback(NamedTuple):
 
     def do(self) -> None:
         link.set_up("lo")
+
+
+class Interface(NamedTuple):
+    """The slot's end of the interface that the host made for it: addresses, routes, and how fast it
+    may send. Here and not on the host, as a sender that has to wait loses nothing; what the slot's
+    user may not change as well, since that takes a capability. Where it leads is up to the host."""
+
+    name: str
+    addresses: List[str]
+    gateways: List[str]
+    rate: int
+
+    def describe(self) -> str:
+        addresses = ", ".join(self.addresses)
+        return f"interface {self.name} is {addresses} by way of {', '.join(self.gateways)}, {self.rate} bytes/s"
+
+    def do(self) -> None:
+        index = socket.if_nametoindex(self.name)
+        rtnetlink.shape(index, self.rate)
+        rtnetlink.bring_up(index)
+        for address, gateway in zip(self.addresses, self.gateways):  # noqa: B905  strict= is of 3.10
+            rtnetlink.add_address(index, address)
+            rtnetlink.add_default_route(index, gateway)
+
+
+class Resolver(NamedTuple):
+    """Whom the slot asks for names, whatever the image says: nobody else answers there."""
+
+    address: str
+
+    def describe(self) -> str:
+        return f"names are resolved by {self.address}"
+
+    def do(self) -> None:
+        _write("/etc/resolv.conf", f"nameserver {self.address}\noptions timeout:2 attempts:3\n")
 
 
 class Pivot(NamedTuple):

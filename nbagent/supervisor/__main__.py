@@ -26,6 +26,7 @@ from nbagent.log import Event, emit
 from nbagent.supervisor.agent import Agent
 from nbagent.supervisor.calls import Calls
 from nbagent.supervisor.launcher import ExecLauncher
+from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.server import ControlServer, serve_check
 from nbagent.systemd.bus import Systemd
@@ -51,7 +52,7 @@ async def _run(config: configuration.Config) -> None:
     sockets = _activated()
     systemd = Systemd()
     records = Records(RUN / "slots", grp.getgrnam("nbagent-router").gr_gid)
-    agent = Agent(config, systemd, ImageStore(IMAGES), ExecLauncher(), records, RUN / "drain")
+    agent = Agent(config, systemd, ImageStore(IMAGES), ExecLauncher(), records, Network(config, systemd), RUN / "drain")
     adopted = await agent.adopt()
     agent.refresh_images()
     calls = Calls(agent)

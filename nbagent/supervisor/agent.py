@@ -45,6 +45,7 @@ from nbagent.supervisor import probe
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.launcher import Launcher, ended
 from nbagent.supervisor.live import Live, reattach
+from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.waiting import readable
 from nbagent.systemd.bus import JobFailed, Systemd
@@ -53,6 +54,7 @@ from nbagent.systemd.bus import JobFailed, Systemd
 UID_FIRST, UID_LAST = 2000, 65000
 # From a slot's last closed socket to the end of its first process.
 END_SEEN_S = 2.0
+NO_INTERFACE = "made before a network was allowed"
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Agent:
         store: ImageStore,
         launcher: Launcher,
         records: Records,
+        network: Network,
         drain_file: Path,
     ) -> None:
         self.config = config
@@ -84,6 +87,7 @@ class Agent:
         self.store = store
         self.launcher = launcher
         self.records = records
+        self.network = network
         self.drain_file = drain_file
         self.slots: dict[str, Live] = {}
         self.pools: dict[str, PoolState] = {}
@@ -128,6 +132,12 @@ class Agent:
     def reload(self, config: Config) -> None:
         """Takes new settings and looks again at the images; no slot is touched by this itself."""
         self.config = config
+        self.network.reload(config)
+        self.spawn(self._set_up_network())
+        for state in self.pools.values():
+            for live in list(state.warm):
+                if self.network.allowed and not live.slot.addresses:
+                    self.end(live, Event.SLOT_RETIRED, text=NO_INTERFACE)
         self.refresh_images()
 
     def refresh_images(self) -> None:
@@ -147,12 +157,13 @@ class Agent:
 
         Returns how many were adopted.
         """
-        scopes = set(self.systemd.scopes())
+        scopes, unsettled = set(self.systemd.scopes()), False
         for name, slot in list(self.records.load()):
             settled = slot is not None and slot.state in (SlotState.WARM, SlotState.CLAIMED)
             live = reattach(slot) if slot is not None and settled and slot.scope in scopes else None
             scopes.discard(f"nbagent-{name}.scope")
             if live is None:
+                unsettled = unsettled or (slot is not None and bool(slot.addresses))
                 await self.systemd.stop(f"nbagent-{name}.scope", at_once=True)
                 self.records.remove(name)
                 emit(Event.SLOT_REMOVED, slot=name, text=_why_not(slot, settled))
@@ -166,7 +177,18 @@ class Agent:
         for scope in scopes:
             await self.systemd.stop(scope, at_once=True)
             emit(Event.SLOT_REMOVED, slot=scope.removeprefix("nbagent-").removesuffix(".scope"), text="no file")
+        if self.network.allowed or unsettled or any(live.slot.addresses for live in self.slots.values()):
+            self.spawn(self._set_up_network(sweep=True))
         return len(self.slots)
+
+    async def _set_up_network(self, *, sweep: bool = False) -> None:
+        """Rules and resolver as the settings have them; a start of a slot tries again where this fails."""
+        try:
+            await self.network.set_up()
+            if sweep:
+                await self.network.sweep(live.slot for live in self.slots.values())
+        except StartFailed as error:
+            emit(Event.NETWORK_FAILED, text=str(error))
 
     def _decide(self) -> pool.Decision:
         at_s = now()
@@ -241,6 +263,8 @@ class Agent:
         began_s = now()
         self.counters.add("starts")
         try:
+            addresses = self.network.choose(other.slot for other in self.slots.values())
+            live.slot = dataclasses.replace(live.slot, addresses=addresses)
             async with asyncio.timeout(self.config.slots.start_timeout):
                 await self._launch(live, image)
         except asyncio.CancelledError:
@@ -272,7 +296,12 @@ class Agent:
                 )
                 emit(Event.SLOT_STARTING, slot=slot.id, image=image.name)
 
-            launched = await self.launcher.launch(slot, image, listener, settings.storage, enter_scope)
+            async def attach(netns_fd: int) -> None:
+                await self.network.attach(slot, netns_fd)
+
+            launched = await self.launcher.launch(
+                slot, image, listener, settings.storage, self.network.uplink(slot), enter_scope, attach
+            )
             try:
                 live.attach(launched)
             except FileNotFoundError:
@@ -363,6 +392,7 @@ class Agent:
             live.task.cancel()
             await asyncio.gather(live.task, return_exceptions=True)
         live.close()
+        await self.disconnect(slot)
         live.slot = slot.to(SlotState.GONE)
         del self.slots[slot.id]
         self.gone(slot)
@@ -370,6 +400,13 @@ class Agent:
         if self._image_unused(slot.digest):
             self.refresh_images()
         self.wake()
+
+    async def disconnect(self, slot: Slot) -> None:
+        """Removes a slot's interface, if it has one."""
+        try:
+            await self.network.remove(slot)
+        except StartFailed as error:
+            emit(Event.NETWORK_FAILED, text=str(error))
 
     @property
     def draining(self) -> bool:

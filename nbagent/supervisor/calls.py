@@ -47,8 +47,9 @@ from nbagent.model import (
 )
 from nbagent.policy import admission
 from nbagent.supervisor import filler
-from nbagent.supervisor.agent import Agent
+from nbagent.supervisor.agent import NO_INTERFACE, Agent
 from nbagent.supervisor.live import Live
+from nbagent.supervisor.network import INTERNET
 
 RETRY_MAX_S = 60
 
@@ -73,7 +74,7 @@ class Calls:
         try:
             options = parse_options(given, CLAIM_FIELDS, self._bounds())
             image = self._claimed_image(options)
-            _check_network(options)
+            _check_network(options, options.network or self.agent.config.network_mode(image))
             slot = await self._claim_once(image, options, key, _fingerprint(given), client)
         except NbagentError as error:
             self.agent.counters.add("claims_refused")
@@ -120,7 +121,8 @@ class Calls:
         if self.agent.draining:
             raise Draining("the host is draining and hands out no slots", retry_after_s=RETRY_MAX_S)
         ttl_s = options.ttl_s or self.agent.config.slots.ttl
-        live = await self._take_for(image, ttl_s)
+        network = options.network or self.agent.config.network_mode(image)
+        live = await self._take_for(image, ttl_s, network)
         limits = options.limits(live.slot.limits)
         if limits != live.slot.limits:
             try:
@@ -129,51 +131,65 @@ class Calls:
                 self.agent.end(live, Event.SLOT_DIED, text=f"limits not set: {error}")
                 raise StartFailed(f"limits not set: {error}", step="limits") from error
         claimed_s = now()
-        if options.content:
-            await self._fill(live, options.content)
+        if options.content or network == INTERNET:
+            await self._prepare(live, network, options.content)
         live.slot = live.slot.to(
             SlotState.CLAIMED,
             limits=limits, claimed_s=claimed_s, ttl_s=ttl_s,
-            path=options.path or live.slot.path, key=key, fingerprint=fingerprint,
+            path=options.path or live.slot.path, key=key, fingerprint=fingerprint, network=network,
         )
         self.agent.records.save(live.slot)
+        if network != INTERNET:
+            # Closed its interface is already; this takes it out of sight.
+            self.agent.spawn(self.agent.disconnect(live.slot))
         self.agent.counters.add("claims")
         emit(Event.SLOT_CLAIMED, slot=live.slot.id, client=client, ttl_s=f"{live.slot.ttl_s:g}")
         self.agent.wake()
         return live.slot
 
-    async def _fill(self, live: Live, content: Content) -> None:
-        """Brings content into a slot that is nobody's yet; one that is not filled to the end is ended."""
-        agent, began_s = self.agent, now()
-        live.slot = live.slot.to(SlotState.FILLING)
+    async def _prepare(self, live: Live, network: str, content: Content) -> None:
+        """Gives a slot that is nobody's yet its network and its content; one that does not get both is ended."""
+        agent = self.agent
+        live.slot = live.slot.to(SlotState.FILLING, network=network)
         # From here on a supervisor that finds this slot ends it, as it does with one that is half started.
         agent.records.save(live.slot)
         try:
-            filled = await filler.fill(
-                live.slot, live.pidfd, content, agent.config.claims,
-                lambda pid: agent.systemd.attach(live.slot.scope, pid),
-            )
+            if network == INTERNET:
+                await agent.network.open(live.slot)
+            if content:
+                await self._fill(live, content)
             if live.slot.state is not SlotState.FILLING:
                 raise ContentFailed("the slot ended")
         except BaseException as error:
             text = str(error) if isinstance(error, NbagentError) else "nobody waits for it any more"
             agent.end(live, Event.SLOT_NOT_FILLED, text=text)
             raise
+
+    async def _fill(self, live: Live, content: Content) -> None:
+        """Brings content into a slot."""
+        agent, began_s = self.agent, now()
+        filled = await filler.fill(
+            live.slot, live.pidfd, content, agent.config.claims,
+            lambda pid: agent.systemd.attach(live.slot.scope, pid),
+        )
         text = f"{filled.files} files" if content.archive is None else (
             f"{filled.files} files, {filled.entries} entries of {content.archive}"
         )
         emit(Event.SLOT_FILLED, slot=live.slot.id, took_ms=round((now() - began_s) * 1000), text=text)
 
-    async def _take_for(self, image: str, ttl_s: float) -> Live:
-        """A warm slot that will live for as long as it is claimed for."""
+    async def _take_for(self, image: str, ttl_s: float, network: str) -> Live:
+        """A warm slot that will live for as long as it is claimed for, and can have its network."""
         while True:
             live = await self._take(image)
             if live.slot.state is not SlotState.WARM:
                 continue  # it ended on the way from the pool to here
-            if live.slot.ends_s >= now() + ttl_s:
+            if live.slot.ends_s < now() + ttl_s:
+                # Made when the settings allowed shorter lives, and PID 1 keeps to that.
+                self.agent.end(live, Event.SLOT_RETIRED, text="it would end before its claim does")
+            elif network == INTERNET and not live.slot.addresses:
+                self.agent.end(live, Event.SLOT_RETIRED, text=NO_INTERFACE)
+            else:
                 return live
-            # Made when the settings allowed shorter lives, and PID 1 keeps to that.
-            self.agent.end(live, Event.SLOT_RETIRED, text="it would end before its claim does")
 
     async def _take(self, image: str) -> Live:
         """A warm slot out of the pool, or the next one to become warm."""
@@ -320,8 +336,9 @@ class Calls:
         return live
 
     def _bounds(self) -> Bounds:
-        config = self.agent.config
-        return Bounds(config.slots.memory_max, config.slots.ttl_max, os.cpu_count() or 1, config.claims.archives)
+        config, cpus = self.agent.config, os.cpu_count() or 1
+        slots = config.slots
+        return Bounds(slots.memory_max, slots.ttl_max, cpus, config.network.allow, config.claims.archives)
 
     def _claimed_image(self, options: Options) -> str:
         name = options.image or self.agent.config.pool.image
@@ -346,14 +363,14 @@ async def _value(slot: Slot) -> Slot:
     return slot
 
 
-def _check_network(options: Options) -> None:
+def _check_network(options: Options, network: str) -> None:
     """Refuses an archive that the slot's network does not reach. Raises InvalidField."""
     archive = options.content.archive
     # Loopback is the slot's own in every mode.
-    if archive is not None and not urls.parse(archive).is_loopback():
+    if archive is not None and network != INTERNET and not urls.parse(archive).is_loopback():
         raise InvalidField(
             field="archive", value=archive[:80],
-            expected="no archive, as a slot fetches it itself and slots of this host have no network",
+            expected=f'no archive, as a slot fetches it itself and its network is "{network}"',
         )
 
 

@@ -1,8 +1,8 @@
 """Starting a slot's processes: the one part that is another when slots are forked, not exec'd.
 
-A launcher is given a slot, its image and its listening socket, and a callback that puts a pid
-into the slot's scope; it answers when the slot's program runs. It owns nothing afterwards: the
-descriptors it returns are the caller's.
+A launcher is given a slot, its image and its listening socket, and callbacks that put a pid into
+the slot's scope and make an interface in a network namespace; it answers when the slot's program
+runs. It owns nothing afterwards: the descriptors it returns are the caller's.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from nbagent.errors import StartFailed
 from nbagent.image.store import Image
 from nbagent.linux import seccomp
 from nbagent.model import Slot
+from nbagent.network import addresses
 from nbagent.sandbox import syscalls
 from nbagent.sandbox.plan import CODE_PATH, Line
-from nbagent.sandbox.spec import SandboxSpec
+from nbagent.sandbox.spec import SandboxSpec, Uplink
 from nbagent.supervisor import gate
 from nbagent.supervisor.waiting import readable
 
@@ -46,8 +47,8 @@ class Launcher(Protocol):
     """How slots are started."""
 
     async def launch(
-        self, slot: Slot, image: Image, listener: socket.socket, storage_bytes: int,
-        enter_scope: Callable[[int], Awaitable[None]],
+        self, slot: Slot, image: Image, listener: socket.socket, storage_bytes: int, uplink: Uplink | None,
+        enter_scope: Callable[[int], Awaitable[None]], attach: Callable[[int], Awaitable[None]],
     ) -> Launched:
         """Starts the slot's program. Raises StartFailed; what it made is then ended with the scope."""
 
@@ -61,7 +62,7 @@ def syscall_filter() -> str:
     return base64.b64encode(program).decode()
 
 
-def sandbox_spec(slot: Slot, image: Image, storage_bytes: int) -> SandboxSpec:
+def sandbox_spec(slot: Slot, image: Image, storage_bytes: int, uplink: Uplink | None = None) -> SandboxSpec:
     """The sandbox of a slot of `image`."""
     environment = {
         **image.environment, "HOME": image.home, "USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id
@@ -79,6 +80,7 @@ def sandbox_spec(slot: Slot, image: Image, storage_bytes: int) -> SandboxSpec:
         code=str(Path(nbagent.__file__).parent),
         mountpoint=MOUNTPOINT,
         syscall_filter=syscall_filter(),
+        uplink=uplink,
     )
 
 
@@ -87,6 +89,11 @@ def host_steps(slot: Slot, directory: Path) -> list[Line]:
 
     Each is undone by its name alone, so a successor of this supervisor can do that too.
     """
+    interface = Line(
+        "host", f"interface {addresses.interface(slot.id)} to {', '.join(slot.addresses)}, by nbagent-network.service",
+        "Made while the root is built, where it costs no claim time; it leads nowhere until a claim opens it.",
+        "removed, with all that the firewall remembers of it",
+    )
     return [
         Line(
             "host", f"directory {directory} with the slot's file, its socket and its static files",
@@ -98,6 +105,7 @@ def host_steps(slot: Slot, directory: Path) -> list[Line]:
             "Limits hold before the first instruction of the slot, and all memory it touches is its own.",
             "stopped: SIGTERM, then SIGKILL to all that is in it",
         ),
+        *([interface] if slot.addresses else []),
     ]
 
 
@@ -105,8 +113,8 @@ class ExecLauncher:
     """Starts a slot by exec of its image's Python: two seconds, and works with every image."""
 
     async def launch(
-        self, slot: Slot, image: Image, listener: socket.socket, storage_bytes: int,
-        enter_scope: Callable[[int], Awaitable[None]],
+        self, slot: Slot, image: Image, listener: socket.socket, storage_bytes: int, uplink: Uplink | None,
+        enter_scope: Callable[[int], Awaitable[None]], attach: Callable[[int], Awaitable[None]],
     ) -> Launched:
         activity_fd = activity.create()
         config_fd = os.memfd_create("nbagent-config", os.MFD_CLOEXEC)
@@ -122,9 +130,15 @@ class ExecLauncher:
                 try:
                     await enter_scope(process.pid)
                     gate.open_for(process)
-                    ours.send(json.dumps(sandbox_spec(slot, image, storage_bytes).save()).encode())
-                    pidfd = await _init_of(ours)
+                    ours.send(json.dumps(sandbox_spec(slot, image, storage_bytes, uplink).save()).encode())
+                    pidfd, *netns = await _init_of(ours, 1 if uplink is None else 2)
                     try:
+                        for netns_fd in netns:
+                            try:
+                                await attach(netns_fd)
+                            finally:
+                                os.close(netns_fd)
+                            ours.send(json.dumps({"attached": True}).encode())
                         pid = _pid_of(pidfd, slot)
                         await _exec_of(ours)
                     except BaseException:
@@ -147,7 +161,7 @@ class ExecLauncher:
 
 async def _answer(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     await readable(control.fileno())
-    payload, fds, _, _ = socket.recv_fds(control, _ANSWER_MAX_BYTES, 1)
+    payload, fds, _, _ = socket.recv_fds(control, _ANSWER_MAX_BYTES, 2)
     if not payload:
         return None, fds
     answer = json.loads(payload)
@@ -158,12 +172,12 @@ async def _answer(control: socket.socket) -> tuple[dict[str, Any] | None, list[i
     return answer, fds
 
 
-async def _init_of(control: socket.socket) -> int:
-    """A pidfd of the slot's first process."""
+async def _init_of(control: socket.socket, count: int) -> list[int]:
+    """A pidfd of the slot's first process, and for a slot with an interface its network namespace."""
     answer, fds = await _answer(control)
-    if answer is None or len(fds) != 1:
+    if answer is None or len(fds) != count:
         raise StartFailed("the launcher ended before the slot's first process ran", step="launch")
-    return fds[0]
+    return fds
 
 
 async def _exec_of(control: socket.socket) -> None:

@@ -109,6 +109,10 @@ class Systemd:
         """Changes the limits of a running scope. Raises OSError."""
         self._call("SetUnitProperties", name.encode(), True, _limits(limits))
 
+    async def start(self, name: str, *, anew: bool = False) -> None:
+        """Starts a unit, or starts it `anew`, and waits until it runs. Raises JobFailed or OSError."""
+        await self._done(self._call("RestartUnit" if anew else "StartUnit", name.encode(), b"replace"))
+
     async def stop(self, name: str, *, at_once: bool = False) -> None:
         """Ends a unit and waits for its end; one that is not there has ended. Raises OSError.
 

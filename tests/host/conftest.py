@@ -138,6 +138,7 @@ class Agent:
             ls /run/nbagent/slots
             systemctl list-units --plain --no-legend 'nbagent-*.scope'
             grep nbagent/sandbox /proc/self/mountinfo
+            ip -br link | grep '^nb-'
             pgrep -af 'nbagent[.]sandbox[.](launch|enter) [0-9]'
             true""")
         assert not left, f"left behind: {left}"

@@ -8,7 +8,8 @@ import pytest
 
 def test_curl_gets_a_claim_with_everything_a_caller_needs(agent):
     claim = json.loads(agent.run("curl", "-sS", "127.0.0.1:9000/claim"))
-    assert set(claim) == {"slot", "url", "path", "token", "image", "claimed_at", "expires_at", "limits"}
+    assert set(claim) == {"slot", "url", "path", "token", "image", "claimed_at", "expires_at", "network", "limits"}
+    assert claim["network"] == "none"
     assert claim["url"] == f"http://127.0.0.1:8000/user/{claim['slot']}/lab?token={claim['token']}"
     assert claim["image"] == "minimal"
 

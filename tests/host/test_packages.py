@@ -15,7 +15,9 @@ from conftest import SETTINGS, Agent
 from hosts import Host
 
 SERVICES = ("nbagent.service", "nbagent-api.service", "nbagent-router.service")
-SOCKETS = ("nbagent.socket", "nbagent-check.socket", "nbagent-api.socket", "nbagent-router.socket")
+SOCKETS = ("nbagent.socket", "nbagent-check.socket", "nbagent-api.socket", "nbagent-router.socket",
+           "nbagent-network.socket")
+ON_DEMAND = ("nbagent-network.service", "nbagent-dns.service")
 EXPOSURE_MAX = 5.0
 # Files that others of the host made or changed meanwhile; whatever is ours has our name in its path.
 THEIRS = re.compile(r"file /(etc|usr|var|run)/(?!.*nbagent)")
@@ -71,14 +73,15 @@ def test_everything_runs_after_the_installation_and_after_the_next_boot(installe
     installed.release(claim["slot"])
 
 
-@pytest.mark.parametrize("unit", SERVICES)
+@pytest.mark.parametrize("unit", (*SERVICES, *ON_DEMAND))
 def test_no_service_is_more_exposed_than_it_may_be(installed, unit):
     verdict = installed.run("systemd-analyze", "security", "--no-pager", unit).splitlines()[-1]
     assert float(re.search(r"(\d+\.\d+)", verdict)[1]) <= EXPOSURE_MAX, verdict
 
 
 def test_systemd_finds_no_fault_in_the_units(installed):
-    done = installed.host.run(["systemd-analyze", "verify", *SERVICES, *SOCKETS, "nbagent-slots.slice"], check=False)
+    units = (*SERVICES, *ON_DEMAND, *SOCKETS, "nbagent-slots.slice")
+    done = installed.host.run(["systemd-analyze", "verify", *units], check=False)
     assert done.returncode == 0, done.stderr
     assert "nbagent" not in done.stderr, done.stderr
 

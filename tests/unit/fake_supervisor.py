@@ -24,7 +24,9 @@ from nbagent.errors import (
 )
 
 LABEL = "c07"
-BOUNDS = model.Bounds(memory_max_bytes=4 << 30, ttl_max_s=86400, cpus=4, archives=("https://data.example.org/",))
+BOUNDS = model.Bounds(
+    memory_max_bytes=4 << 30, ttl_max_s=86400, cpus=4, networks=("none",), archives=("https://data.example.org/",)
+)
 LIMITS = model.Limits(memory_bytes=1 << 30, cpu_weight=100, cpu_quota=None, tasks=256)
 
 

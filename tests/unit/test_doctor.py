@@ -198,3 +198,36 @@ def test_the_resolver_is_the_systems() -> None:
     assert doctor.addresses_of("127.0.0.1") == ["127.0.0.1"]
     with pytest.raises(OSError):
         doctor.addresses_of("not a name")
+
+
+def test_a_network_without_a_way_out_is_told(tmp_path: Path) -> None:
+    assert doctor.check_network(tmp_path, SETTINGS).found == "slots have none"
+    opened = config.parse({"network": {"allow": ["none", "internet"]}})
+    assert doctor.check_network(tmp_path, opened).status == "warn"
+    head = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
+    host(tmp_path, {"proc/net/route": head + "eth0\t00000000\t02050505\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"})
+    found = doctor.check_network(tmp_path, opened)
+    assert found.status == "ok" and "IPv6 would take" in found.found
+
+
+OURS = "table inet nbagent {\n\tchain forward {\n\t\ttype filter hook forward priority filter; policy accept;\n\t}\n}\n"
+CHAIN = "\tchain %s {\n\t\ttype filter hook %s priority filter; policy %s;\n\t}\n"
+
+
+@pytest.mark.parametrize(
+    ("other", "status", "mend"),
+    [
+        ("table ip filter {\n" + CHAIN % ("FORWARD", "forward", "accept") + "}\n", "ok", ""),
+        ("table ip filter {\n" + CHAIN % ("FORWARD", "forward", "drop") + "}\n", "warn",
+         'nft insert rule ip filter FORWARD iifname "nb-*" accept'),
+        ("table inet fw {\n" + CHAIN % ("in", "input", "drop") + "}\n", "warn",
+         'nft insert rule inet fw in iifname "nb-*" udp dport 53 accept'),
+        ('table inet fw {\n\tchain ours {\n\t\tiifname "nb-*" accept\n\t}\n' + CHAIN % ("f", "forward", "drop") + "}\n",
+         "ok", ""),
+    ],
+)
+def test_a_firewall_that_would_drop_what_slots_send_is_told(other: str, status: str, mend: str) -> None:
+    finding = doctor.check_firewall(lambda: OURS + other)
+    assert finding.status == status
+    assert finding.mend.startswith(mend)
+    assert doctor.check_firewall(lambda: other).status == "fail"

@@ -16,7 +16,7 @@ from nbagent.model import (
     parse_options,
 )
 
-BOUNDS = Bounds(memory_max_bytes=4 << 30, ttl_max_s=86400, cpus=2)
+BOUNDS = Bounds(memory_max_bytes=4 << 30, ttl_max_s=86400, cpus=2, networks=("none",))
 
 
 def make_slot(**changes):

@@ -30,6 +30,7 @@ def staged(tmp_path: Path) -> Path:
     """The units with every program they start at a path that exists on this machine."""
     for unit in UNITS:
         text = unit.read_text().replace("/usr/lib/nbagent/router", str(TOP / "packaging/router/start"))
+        text = text.replace("/usr/sbin/dnsmasq", "/bin/true")
         (tmp_path / unit.name).write_text(text)
     return tmp_path
 

@@ -1,0 +1,86 @@
+"""rtnetlink(7): just enough for one interface, and for the token bucket that both its ends have.
+
+pyroute2 does everything else on the host; it is not there where this also runs. Standard library
+only; Python 3.9 and up. Every function raises OSError with what the kernel answered.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from typing import Dict, Tuple
+
+NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE = 0x1, 0x4, 0x100, 0x400
+NLMSG_ERROR = 2
+RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE, RTM_NEWQDISC = 16, 20, 24, 36
+IFF_UP, IFF_NOARP = 0x1, 0x80
+IFA_ADDRESS, IFA_LOCAL = 1, 2
+RTA_OIF, RTA_GATEWAY = 4, 5
+RT_TABLE_MAIN, RTPROT_STATIC, RTN_UNICAST, RTNH_F_ONLINK = 254, 4, 1, 4
+TCA_KIND, TCA_OPTIONS = 1, 2
+TCA_TBF_PARMS, TCA_TBF_BURST = 1, 6
+TC_H_ROOT = 0xFFFFFFFF
+TC_LINKLAYER_ETHERNET = 1
+NLA_F_NESTED = 0x8000
+_ANSWER_BYTES = 65536
+
+
+def bring_up(index: int) -> None:
+    """Brings an interface up that resolves no addresses: its one neighbour has its own MAC."""
+    flags = IFF_UP | IFF_NOARP
+    _request(RTM_NEWLINK, 0, struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, flags, flags))
+
+
+def add_address(index: int, address: str) -> None:
+    """Gives an interface an address, IPv4 or IPv6, and no network around it."""
+    family, packed = _packed(address)
+    body = struct.pack("=BBBBI", family, 8 * len(packed), 0, 0, index)
+    _request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body, {IFA_LOCAL: packed, IFA_ADDRESS: packed})
+
+
+def add_default_route(index: int, gateway: str) -> None:
+    """Sends everything to `gateway`, which need not be in a network of the interface."""
+    family, packed = _packed(gateway)
+    body = struct.pack(
+        "=BBBBBBBBI", family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, 0, RTN_UNICAST, RTNH_F_ONLINK
+    )
+    attributes = {RTA_GATEWAY: packed, RTA_OIF: struct.pack("=I", index)}
+    _request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, attributes)
+
+
+def shape(index: int, rate: int) -> None:
+    """Lets an interface send `rate` bytes a second, by tc-tbf(8).
+
+    The bucket holds 10 ms, and 64 KiB at least, the largest packet that the kernel hands on in one
+    piece; what waits behind it, 100 ms, after which packets are dropped and TCP slows down.
+    """
+    burst = max(65536, rate // 100)
+    ratespec = struct.pack("=BBHhHI", 0, TC_LINKLAYER_ETHERNET, 0, -1, 0, rate)
+    parameters = ratespec + bytes(12) + struct.pack("=III", burst + max(65536, rate // 10), 0, 0)
+    options = _attribute(TCA_TBF_PARMS, parameters) + _attribute(TCA_TBF_BURST, struct.pack("=I", burst))
+    body = struct.pack("=BxxxiIII", socket.AF_UNSPEC, index, 0x10000, TC_H_ROOT, 0)
+    attributes = {TCA_KIND: b"tbf\0", TCA_OPTIONS | NLA_F_NESTED: options}
+    _request(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_REPLACE, body, attributes)
+
+
+def _request(kind: int, flags: int, body: bytes, attributes: Dict[int, bytes] = {}) -> None:  # noqa: B006  read only
+    payload = body + b"".join(_attribute(*attribute) for attribute in attributes.items())
+    header = struct.pack("=IHHII", 16 + len(payload), kind, flags | NLM_F_REQUEST | NLM_F_ACK, 1, 0)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
+        kernel.send(header + payload)
+        answer = kernel.recv(_ANSWER_BYTES)
+    _, answered = struct.unpack_from("=IH", answer)
+    (error,) = struct.unpack_from("=i", answer, 16)
+    if answered != NLMSG_ERROR or error:
+        raise OSError(-error, os.strerror(-error))
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    length = 4 + len(value)
+    return struct.pack("=HH", length, kind) + value + bytes(-length % 4)
+
+
+def _packed(address: str) -> Tuple[int, bytes]:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return int(family), socket.inet_pton(family, address)

@@ -1,0 +1,433 @@
+"""A slot with the network `internet` reaches public addresses, and nothing else; one without has loopback only.
+
+The internet is a network namespace inside the test host, with one server at every address that matters: public ones,
+private ones, clouds' metadata. The host itself reaches them all, so what a slot does not reach, our rules refuse.
+"""
+
+import json
+import time
+
+import pytest
+
+PUBLIC4, PUBLIC6 = "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"
+OTHER4 = "151.101.0.223"
+# Private, shared, link-local, documentation, reserved; metadata of AWS and most others, Alibaba, Azure, Oracle.
+REFUSED = (
+    "10.1.2.3", "172.16.5.4", "192.168.7.7", "100.64.1.1", "169.254.7.7", "192.0.2.1", "198.51.100.1", "203.0.113.5",
+    "198.19.1.1", "192.88.99.1", "169.254.169.254", "100.100.100.200", "168.63.129.16", "192.0.0.192",
+    "fd00:ec2::254", "fd12:3456::1", "2001:db8::1", "64:ff9b::a01:203", "2002:a01:203::1", "fec0::1",
+)
+# The host's own: its uplink, the slots' gateway, and the same in IPv6.
+HOST = ("5.5.5.1", "198.18.0.1", "2a00:1::1")
+PORTS = (22, 8000, 9000, 9001, 7777)
+SETTINGS = """
+[network]
+allow = ["none", "internet"]
+up = "8Mbit"
+down = "8Mbit"
+connections = 40
+connection_rate = 100
+"""
+DATAGRAMS = (PUBLIC4, "10.1.2.3", "169.254.169.254")
+RATE = 1_000_000  # bytes a second
+# Echoes after saying who came; port 81 sends without end, port 82 counts what it gets, 9 is UDP.
+SERVER = """
+import asyncio
+async def echo(reader, writer):
+    writer.write((writer.get_extra_info("peername")[0] + "\\n").encode())
+    while data := await reader.read(65536):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
+async def source(reader, writer):
+    try:
+        while True:
+            writer.write(bytes(65536))
+            await writer.drain()
+    except OSError:
+        writer.close()
+async def sink(reader, writer):
+    total = 0
+    while data := await reader.read(1 << 20):
+        total += len(data)
+    writer.write(str(total).encode())
+    writer.close()
+seen = []
+class Datagrams(asyncio.DatagramProtocol):
+    def connection_made(self, transport): self.transport = transport
+    def datagram_received(self, data, peer):
+        if data == b"who":
+            data = " ".join(seen).encode()
+        else:
+            seen.append(peer[0])
+        self.transport.sendto(data, peer)
+async def main():
+    loop = asyncio.get_running_loop()
+    for port, serve in ((80, echo), (81, source), (82, sink)):
+        await asyncio.start_server(serve, ["0.0.0.0", "::"], port, backlog=1000)
+    for address in DATAGRAMS:  # each on its own, as the answer has to come from where it was asked
+        await loop.create_datagram_endpoint(Datagrams, (address, 9))
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+INTERNET = f"""
+set -e
+ip netns add internet
+ip link add uplink0 type veth peer name wire netns internet
+ip address add 5.5.5.1/24 dev uplink0; ip address add 2a00:1::1/64 dev uplink0 nodad; ip link set uplink0 up
+ip -n internet address add 5.5.5.2/24 dev wire; ip -n internet address add 2a00:1::2/64 dev wire nodad
+ip -n internet link set wire up; ip -n internet link set lo up
+for address in {PUBLIC4} {PUBLIC6} {OTHER4} {" ".join(REFUSED)}; do
+    case $address in *:*) bits=128 nodad=nodad ;; *) bits=32 nodad= ;; esac
+    ip -n internet address add $address/$bits dev lo $nodad
+done
+ip route replace default via 5.5.5.2; ip -6 route replace default via 2a00:1::2
+ip -n internet route add 198.18.0.0/16 via 5.5.5.1
+ip -n internet -6 route add fd6e:6261:6765:6e74::/64 via 2a00:1::1
+sysctl -qw net.ipv6.conf.all.forwarding=1
+echo nameserver 5.5.5.2 > /etc/resolv.conf
+systemd-run -q --unit=internet-dns ip netns exec internet dnsmasq -k --no-resolv --no-hosts --listen-address=5.5.5.2 \\
+    --bind-interfaces --pid-file= --address=/public.example/{PUBLIC4} --address=/public.example/{PUBLIC6} \\
+    --address=/other.example/{OTHER4} --address=/inside.example/10.1.2.3
+systemd-run -q --unit=internet-server ip netns exec internet python3 -c "$1"
+systemd-run -q --unit=host-server python3 -m http.server 7777 --bind ::
+"""
+NO_INTERNET = """
+systemctl stop internet-dns internet-server host-server
+sysctl -qw net.ipv6.conf.all.forwarding=0
+rm -f /etc/resolv.conf
+ip link delete uplink0; ip netns delete internet
+"""
+# What a slot's kernel knows to begin with.
+TOOLS = """
+import json, socket, time
+def reach(address, port=80, timeout=8):
+    began = time.monotonic()
+    try:
+        with socket.create_connection((address, port), timeout):
+            said = "connected"
+    except OSError as error:
+        said = type(error).__name__ + " " + str(error)
+    return said, time.monotonic() - began
+def ask(address, port=9, data=b"hello", source=None, timeout=4):
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.settimeout(timeout)
+        try:
+            if source:
+                udp.bind((source, 0))
+            udp.connect((address, port))
+            udp.send(data)
+            return udp.recv(65536).decode()
+        except OSError as error:
+            return type(error).__name__
+def names(*given):
+    found = {}
+    for name in given:
+        try:
+            found[name] = sorted({info[4][0] for info in socket.getaddrinfo(name, 80)})
+        except OSError as error:
+            found[name] = []
+    return found
+"""
+
+
+class Slot:
+    """A claimed slot with one kernel, and the walls seen from inside."""
+
+    def __init__(self, agent, **options):
+        self.agent, self.notebook = agent, agent.open(**options)
+        self.id = self.notebook.slot
+        self.kernel = self.notebook.kernel()
+        assert self.kernel.run(TOOLS, timeout=120).status == "ok"
+
+    @property
+    def interface(self):
+        return "nb-" + self.id.rpartition("-")[2]
+
+    def addresses(self):
+        return json.loads(self.agent.run("cat", f"/run/nbagent/slots/{self.id}/slot.json"))["addresses"]
+
+    def eval(self, expression, timeout=180):
+        result = self.kernel.run(f"print(json.dumps({expression}))", timeout)
+        assert result.status == "ok", result
+        return json.loads(result.stream)
+
+    def reach(self, *addresses, port=80):
+        """What becomes of a connection to each."""
+        return self.eval(f"{{a: reach(a, {port}) for a in {addresses!r}}}")
+
+    def release(self):
+        self.kernel.close()
+        self.agent.release(self.id)
+
+
+def configure(agent, settings):
+    """Settings of this module; '' takes them away."""
+    path = "/etc/nbagent/conf.d/80-network.toml"
+    if settings:
+        agent.host.run(["tee", path], input=settings)
+    else:
+        agent.run("rm", "-f", path)
+    agent.run("systemctl", "reload", "nbagent.service")
+
+
+def reconfigure(slot, settings, name, expected):
+    """The same settings with others besides; they are in force when a slot finds that behind a name."""
+    configure(slot.agent, SETTINGS + settings)
+    slot.agent.wait(lambda: slot.eval(f"names({name!r})") == {name: expected}, f"{name} to be {expected}")
+
+
+def from_host(agent, *addresses, port=80):
+    """The same connections, from the host."""
+    code = f"{TOOLS}\nprint(json.dumps({{a: reach(a, {port}) for a in {addresses!r}}}))"
+    return json.loads(agent.run("python3", "-c", code))
+
+
+def refused_at_once(said):
+    """Whether every connection was refused, and none of them by silence."""
+    return {a: what for a, (what, took_s) in said.items() if what.startswith("connected") or took_s > 4} == {}
+
+
+def connected(said):
+    return {what for what, _ in said.values()} == {"connected"}
+
+
+@pytest.fixture(scope="module")
+def internet(shared):
+    """The host with the internet below it, and slots allowed to go there."""
+    shared.run("sh", "-c", INTERNET, "sh", SERVER.replace("DATAGRAMS", repr(DATAGRAMS)))
+    configure(shared, SETTINGS)
+    shared.wait(lambda: [s for s in shared.slots("warm") if "closed" in alias(shared, s["slot"])], "a slot with a link")
+    shared.wait(lambda: connected(from_host(shared, PUBLIC4, PUBLIC6)), "the internet")
+    yield shared
+    for slot in shared.slots():
+        shared.release(slot["slot"])
+    shared.run("sh", "-c", NO_INTERNET)
+    configure(shared, "")
+    for slot in shared.slots():
+        shared.release(slot["slot"])
+    assert remains(shared) == ""
+
+
+@pytest.fixture(scope="module")
+def slot(internet):
+    """A slot that reaches the internet; shared, as a kernel takes seconds."""
+    found = Slot(internet, network="internet")
+    yield found
+    found.release()
+
+
+def alias(agent, slot):
+    done = agent.host.run(["cat", f"/sys/class/net/nb-{slot.rpartition('-')[2]}/ifalias"], check=False)
+    return done.stdout
+
+
+def remains(agent):
+    """Interfaces, routes and elements of slots."""
+    return agent.run("sh", "-c", """
+        ip -br link | grep '^nb-'; ip route | grep nb-; ip -6 route | grep nb-
+        nft list table inet nbagent 2>/dev/null | grep '"nb-[0-9a-z]'
+        true""")
+
+
+def test_a_claim_for_a_network_that_is_not_allowed_says_what_would_be(agent):
+    answer = agent.api.post("/claim", {"network": "internet"})
+    assert answer.status == 400 and answer.json()["field"] == "network"
+    assert '"none", as network.allow' in answer.json()["expected"]
+    assert agent.api.get("/claim?network=internet").status == 400
+    # Nobody asked for a network, so nothing of one is there.
+    assert agent.run("systemctl", "show", "-P", "ExecMainStartTimestampMonotonic", "nbagent-network").strip() == "0"
+    assert remains(agent) == "" and "nbagent" not in agent.run("nft", "list", "tables")
+
+
+def test_public_addresses_are_reached_and_names_resolved(slot):
+    assert connected(slot.reach(PUBLIC4, PUBLIC6, OTHER4))
+    assert slot.eval(f"ask({PUBLIC4!r})") == "hello"
+    assert slot.eval("names('public.example')") == {"public.example": [PUBLIC6, PUBLIC4]}
+    # The internet sees the host.
+    assert slot.eval(f"socket.create_connection(({PUBLIC4!r}, 80)).recv(100).decode()") == "5.5.5.1\n"
+    assert slot.eval(f"socket.create_connection(({PUBLIC6!r}, 80)).recv(100).decode()") == "2a00:1::1\n"
+    shown = slot.agent.api.get(f"/slots/{slot.id}").json()
+    assert shown["network"] == "internet"
+
+
+def test_nothing_private_reserved_or_of_a_cloud_is_reached(slot):
+    assert connected(from_host(slot.agent, *REFUSED))  # there it is
+    said = slot.reach(*REFUSED)
+    assert refused_at_once(said), said
+    assert slot.eval("[ask(a) for a in ('10.1.2.3', '169.254.169.254')]") != ["hello", "hello"]
+    # Nor is it told what is where in the operator's network.
+    assert slot.eval("names('inside.example')") == {"inside.example": []}
+
+
+def test_the_host_is_not_reached_but_for_its_resolver(slot):
+    for port in PORTS:
+        said = slot.reach(*HOST, "fd6e:6261:6765:6e74::1", port=port)
+        assert refused_at_once(said), (port, said)
+    assert connected(from_host(slot.agent, *HOST, port=7777))
+    assert connected(slot.reach("198.18.0.1", port=53))
+    assert refused_at_once(slot.reach("5.5.5.1", port=53))
+
+
+def test_slots_do_not_reach_each_other_and_nobody_reaches_a_slot(internet, slot):
+    other = Slot(internet, network="internet")
+    addresses = other.addresses()
+    assert len(addresses) == 2
+    server = "server = socket.create_server(('::', 8080), family=socket.AF_INET6, dualstack_ipv6=True)"
+    assert other.kernel.run(server).status == "ok"
+    assert connected(other.reach(*addresses, port=8080))  # by itself
+    assert refused_at_once(slot.reach(*addresses, port=8080))
+    code = f"{TOOLS}\nprint(json.dumps([reach(a, 8080, 1)[0] for a in {addresses!r}]))"
+    assert "connected" not in internet.run("python3", "-c", code)
+    assert "connected" not in internet.run("ip", "netns", "exec", "internet", "python3", "-c", code)
+    resolver = f"{TOOLS}\nprint(reach('198.18.0.1', 53, 1)[0])"
+    assert "connected" not in internet.run("ip", "netns", "exec", "internet", "python3", "-c", resolver)
+    other.release()
+
+
+def test_a_slot_that_is_not_to_have_a_network_has_loopback_only(internet):
+    internet.wait_warm()
+    plain = Slot(internet)
+    assert plain.addresses()  # it had an interface while nobody had it
+    internet.wait(lambda: plain.eval("[name for _, name in socket.if_nameindex()]") == ["lo"], "the interface to go")
+    assert alias(internet, plain.id) == ""
+    said = plain.reach(PUBLIC4, "198.18.0.1", "10.1.2.3")
+    assert {what for what, _ in said.values()} == {"OSError [Errno 101] Network is unreachable"}
+    plain.release()
+
+
+def test_what_does_not_come_from_a_slots_own_address_is_dropped(slot):
+    # A slot's user cannot even try; root of its namespaces, which nobody in it is, gives itself another address.
+    pid = slot.agent.processes(slot.id)[0]
+    inside = ["nsenter", f"--target={pid}", "--net"]
+    spoof = f"{TOOLS}\nprint(ask({PUBLIC4!r}, source='198.18.255.9', timeout=1))"
+    who = f"{TOOLS}\nprint(ask({PUBLIC4!r}, data=b'who'))"
+    slot.agent.run(*inside, "ip", "address", "add", "198.18.255.9/32", "dev", "net0")
+    try:
+        assert slot.agent.run(*inside, "python3", "-c", spoof).strip() == "TimeoutError"
+        # The check is what drops it: without, it arrives.
+        before = slot.agent.run("python3", "-c", who)
+        slot.agent.run("nft", "flush", "chain", "inet", "nbagent", "arrival")
+        slot.agent.run(*inside, "python3", "-c", spoof)
+        assert len(slot.agent.run("python3", "-c", who).split()) == len(before.split()) + 1
+    finally:
+        slot.agent.run(*inside, "ip", "address", "delete", "198.18.255.9/32", "dev", "net0")
+        restart(slot.agent)
+
+
+def restart(agent):
+    """The network service killed and up again: it writes the rules anew."""
+    before = agent.run("systemctl", "show", "-P", "InvocationID", "nbagent-network.service")
+    agent.expect(r"nbagent-network.service: (Main process exited|Failed with result)")
+    agent.run("systemctl", "kill", "-s", "KILL", "nbagent-network.service")
+    state = ["systemctl", "show", "-P", "InvocationID,ActiveState", "nbagent-network.service"]
+    agent.wait(lambda: (now := agent.run(*state).split()) and "active" in now and before.strip() not in now, "it back")
+
+
+def test_each_wall_is_what_refuses(slot):
+    """Without its rules, the same connections succeed: so the tests above cannot pass by accident."""
+    nft = ("nft", "flush", "chain", "inet", "nbagent")
+    try:
+        slot.agent.run(*nft, "outward")
+        assert connected(slot.reach("10.1.2.3", "169.254.169.254", "fd00:ec2::254"))
+        slot.agent.run(*nft, "input")
+        assert connected(slot.reach(*HOST, port=7777))
+    finally:
+        restart(slot.agent)
+    assert refused_at_once(slot.reach("10.1.2.3", "169.254.169.254", "fd00:ec2::254"))
+    assert refused_at_once(slot.reach(*HOST, port=7777))
+
+
+def test_connections_are_limited_in_number_and_in_pace(slot):
+    opened = """
+        held = []
+        for _ in range(80):
+            try:
+                held.append(socket.create_connection(({!r}, 80), 8))
+            except ConnectionRefusedError:
+                break
+        print(len(held))
+        for one in held:
+            one.close()
+    """.replace("\n        ", "\n").format(PUBLIC4)
+    assert 20 <= int(slot.kernel.run(opened, timeout=120).stream) <= 41
+    slot.agent.wait(lambda: connected(slot.reach(PUBLIC4)), "room for a connection again")
+    time.sleep(2)  # the bucket of new ones fills up: 200 at 100 a second
+    hasty = """
+        said = [reach({!r})[0] for _ in range(1500)]
+        print(said.count("connected"), sum("refused" in one for one in said))
+    """.replace("\n        ", "\n").format(PUBLIC4)
+    good, refused = map(int, slot.kernel.run(hasty, timeout=120).stream.split())
+    assert good >= 30 and refused > 0 and good + refused == 1500
+    slot.agent.wait(lambda: connected(slot.reach(PUBLIC4)), "the pace to be forgiven")
+
+
+def test_bandwidth_is_limited_both_ways(slot):
+    down = f"""
+began, total = time.monotonic(), 0
+with socket.create_connection(({PUBLIC4!r}, 81), 8) as source:
+    while total < 3 * {RATE}:
+        total += len(source.recv(65536))
+print(time.monotonic() - began)
+"""
+    up = f"""
+began = time.monotonic()
+with socket.create_connection(({PUBLIC4!r}, 82), 60) as sink:
+    sink.sendall(bytes(3 * {RATE}))
+    sink.shutdown(socket.SHUT_WR)
+    assert int(sink.recv(100)) == 3 * {RATE}
+print(time.monotonic() - began)
+"""
+    for code in (down, up):
+        took_s = float(slot.kernel.run(code, timeout=120).stream)
+        # Never faster, but for the bucket; and not much slower, unless the machine is.
+        assert 2.4 < took_s < 30, took_s
+
+
+def test_no_connection_is_lost_by_restarts_or_by_somebody_who_flushes_all_rules(slot):
+    agent = slot.agent
+    slot.kernel.run(f"long = socket.create_connection(({PUBLIC4!r}, 80), 8); long.recv(100)")
+    echo = "(long.send(b'still'), long.recv(5).decode())[1]"
+    restart(agent)
+    assert slot.eval(echo) == "still"
+    agent.run("systemctl", "restart", "nbagent.service", "nbagent-dns.service")
+    agent.wait(lambda: agent.api.get("/healthz").status == 200, "the API to answer")
+    assert slot.eval(echo) == "still"
+    agent.expect("somebody removed nftables' table")
+    agent.run("nft", "flush", "ruleset")
+    agent.wait(lambda: "slots4" in (rules := agent.run("nft", "list", "ruleset")) and slot.interface in rules, "rules")
+    assert connected(slot.reach(PUBLIC4, PUBLIC6)) and refused_at_once(slot.reach("10.1.2.3", "5.5.5.1"))
+    assert slot.eval(echo) == "still"
+    agent.wait(lambda: slot.eval("names('other.example')") == {"other.example": [OTHER4]}, "names")
+
+
+def test_the_operator_names_what_is_reached(slot):
+    reconfigure(slot, 'only = ["public.example", "203.0.113.0/24"]\n', "other.example", [])
+    # A name opens the way to its addresses when it is resolved, and no earlier.
+    assert refused_at_once(slot.reach(PUBLIC4, PUBLIC6, OTHER4))
+    assert slot.eval("names('public.example', 'other.example', 'www.other.example')") == {
+        "public.example": [PUBLIC6, PUBLIC4], "other.example": [], "www.other.example": [],
+    }
+    assert connected(slot.reach(PUBLIC4, PUBLIC6, "203.0.113.5"))
+    assert refused_at_once(slot.reach(OTHER4, "10.1.2.3", "192.0.2.1"))
+    reconfigure(slot, 'also = ["10.1.2.0/24"]\n', "inside.example", ["10.1.2.3"])
+    assert connected(slot.reach(PUBLIC4, OTHER4, "10.1.2.3"))
+    assert refused_at_once(slot.reach("203.0.113.5", "172.16.5.4"))
+    reconfigure(slot, "", "inside.example", [])
+    assert refused_at_once(slot.reach("10.1.2.3"))
+
+
+def test_an_image_may_have_a_network_of_its_own(internet):
+    configure(internet, SETTINGS + '[images.minimal]\nnetwork = "internet"\n')
+    claimed = internet.wait(lambda: (claim := internet.claim())["network"] == "internet" and claim, "the new setting")
+    assert "internet" in alias(internet, claimed["slot"])
+    assert internet.claim(network="none")["network"] == "none"
+
+
+def test_a_released_slot_leaves_nothing_of_its_network(internet):
+    slot = Slot(internet, network="internet")
+    assert connected(slot.reach(PUBLIC4)) and slot.eval("names('public.example')")
+    found = remains(internet)
+    assert found.count(slot.interface) >= 5
+    slot.release()
+    assert slot.interface not in remains(internet)

@@ -1,0 +1,193 @@
+"""The slots' network as decided: who gets which address, which are refused, what the rules and the resolver say."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import re
+from pathlib import Path
+
+import pytest
+
+from nbagent import config
+from nbagent.errors import ConfigError, InvalidField
+from nbagent.model import CLAIM_FIELDS, Bounds, Slot, parse_options
+from nbagent.network import addresses, resolver, rules
+from nbagent.sandbox.plan import plan
+from nbagent.sandbox.spec import SandboxSpec, Uplink
+from nbagent.supervisor import network
+
+SETTINGS = config.NetworkSettings()
+RANGE4 = ipaddress.IPv4Network("198.18.0.0/29")
+
+
+def rendered(**changes: object) -> str:
+    return rules.render(network.rules(dataclasses.replace(SETTINGS, **changes)))
+
+
+def test_addresses_go_round_and_rest_as_long_as_possible() -> None:
+    given = []
+    for _ in range(5):
+        given.append(addresses.next_number(given[-1] if given else addresses.GATEWAY, (), RANGE4))
+    # Neither the network, nor the host, nor the last.
+    assert given == [2, 3, 4, 5, 6]
+    assert addresses.next_number(6, (), RANGE4) == 2
+    assert addresses.next_number(6, {2, 3, 5}, RANGE4) == 4
+    assert addresses.next_number(999_999, {2}, RANGE4) in (3, 4, 5, 6)
+    with pytest.raises(LookupError, match="no address is free"):
+        addresses.next_number(2, set(range(2, 7)), RANGE4)
+
+
+def test_an_interface_has_as_long_a_name_as_the_kernel_allows() -> None:
+    assert addresses.interface("c07-x8q2m4k9w1ze") == "nb-x8q2m4k9w1ze"
+    assert len(addresses.interface("a" * 16 + "-" + "0" * 12)) == 15
+
+
+@pytest.mark.parametrize("address", [
+    "0.0.0.0", "10.0.0.1", "100.64.0.1", "100.100.100.200", "127.0.0.1", "168.63.129.16", "169.254.169.254",
+    "172.16.0.1", "172.31.255.255", "192.0.0.192", "192.0.2.1", "192.168.1.1", "198.18.0.1", "198.19.0.1",
+    "198.51.100.1", "203.0.113.1", "224.0.0.1", "239.255.255.250", "240.0.0.1", "255.255.255.255",
+    "::", "::1", "::ffff:10.0.0.1", "::10.0.0.1", "64:ff9b::a00:1", "100::1", "2001::1", "2001:db8::1", "2002:a00:1::",
+    "3fff::1", "5f00::1", "fc00::1", "fd00:ec2::254", "fd20:ce::254", "fe80::1", "fec0::1", "ff02::1",
+])
+def test_what_is_not_public_is_refused(address: str) -> None:
+    assert any(refuses(address))
+
+
+@pytest.mark.parametrize("address", [
+    "1.1.1.1", "9.255.255.255", "11.0.0.1", "100.63.255.255", "100.128.0.1", "151.101.0.223", "172.15.255.255",
+    "172.32.0.1", "192.167.255.255", "198.17.255.255", "198.20.0.1", "223.255.255.255",
+    "2001:4860:4860::8888", "2606:4700::1111", "2a04:4e42::223", "2003::1", "2400:cb00::1",
+])
+def test_what_is_public_is_not(address: str) -> None:
+    assert not any(refuses(address))
+
+
+def refuses(address: str) -> list[bool]:
+    """By the rules as they are written, not by the list they were made of."""
+    known = ipaddress.ip_address(address)
+    (elements,) = re.findall(rf"add element inet nbagent refused{known.version} \{{ (.*) \}}", rendered())
+    return [known in ipaddress.ip_network(element) for element in elements.split(", ")]
+
+
+def test_ranges_that_are_named_come_before_those_refused() -> None:
+    text = rendered(also=(ipaddress.ip_network("10.1.2.0/24"), ipaddress.ip_network("fd00:1::/64")))
+    assert "add element inet nbagent named4 { 10.1.2.0/24 }" in text
+    assert "add element inet nbagent named6 { fd00:1::/64 }" in text
+    outward = text[text.index("chain outward"):]
+    assert outward.index("@named4") < outward.index("@refused4") < outward.index("goto counted\n    }")
+    assert "answers4 goto" not in text
+
+
+def test_with_an_allow_list_all_else_is_refused() -> None:
+    text = rendered(only=("pypi.org", ipaddress.ip_network("203.0.113.0/24"), ipaddress.ip_network("203.0.113.7/32")))
+    assert "add element inet nbagent named4 { 203.0.113.0/24 }" in text
+    outward = text[text.index("chain outward"):text.index("chain counted")]
+    assert outward.index("@refused4") < outward.index("@answers4 goto counted")
+    assert outward.rstrip(" }\n").endswith("goto refused")
+
+
+def test_rules_survive_their_journey() -> None:
+    made = network.rules(dataclasses.replace(SETTINGS, only=("pypi.org", ipaddress.ip_network("10.0.0.0/8"))))
+    assert made.closed and rules.Rules.restore(made.save()) == made
+
+
+def test_the_resolver_knows_only_allowed_names_and_tells_no_private_address() -> None:
+    everything = resolver.render("198.18.0.1", [], ["10.0.0.1"], private=False)
+    # Then it follows the host's resolv.conf by itself.
+    assert "stop-dns-rebind" in everything and "10.0.0.1" not in everything and "/#/" not in everything
+    text = "# DHCP\nsearch lan\nnameserver 10.0.0.1\nnameserver 2001:db8::53\nnameserver\noptions edns0\n"
+    some = resolver.render("198.18.0.1", ["pypi.org"], resolver.upstreams(text), private=True).splitlines()
+    assert {"address=/#/", "no-resolv", "server=/pypi.org/10.0.0.1", "server=/pypi.org/2001:db8::53"} <= set(some)
+    assert "stop-dns-rebind" not in some
+    assert "nftset=/pypi.org/4#inet#nbagent#answers4,6#inet#nbagent#answers6" in some
+    # As long as an answer opens a way, it is asked for anew.
+    assert "cache-size=0" in some
+
+
+def test_ipv6_is_used_where_the_host_forwards_it_and_has_a_route(tmp_path: Path) -> None:
+    assert not addresses.forwards_ipv6(tmp_path)
+    forwarding, routes = tmp_path / "proc/sys/net/ipv6/conf/all/forwarding", tmp_path / "proc/net/ipv6_route"
+    forwarding.parent.mkdir(parents=True)
+    routes.parent.mkdir(parents=True)
+    nothing, by = "0" * 32, "2a000001000000000000000000000002"
+    unreachable = f"{nothing} 00 {nothing} 00 {nothing} ffffffff 00000001 00000000 00200200       lo\n"
+    route = f"{nothing} 00 {nothing} 00 {by} 00000400 00000003 00000000 00000003     eth0\n"
+    routes.write_text(unreachable)
+    forwarding.write_text("1\n")
+    assert not addresses.forwards_ipv6(tmp_path)
+    routes.write_text(unreachable + route)
+    assert addresses.forwards_ipv6(tmp_path)
+    forwarding.write_text("0\n")
+    assert not addresses.forwards_ipv6(tmp_path)
+
+
+@pytest.mark.parametrize(("table", "key"), [
+    ({"network": {"allow": []}}, "network.allow"),
+    ({"network": {"allow": ["internet", "internet"]}}, "network.allow"),
+    ({"network": {"allow": ["host"]}}, "network.allow"),
+    ({"network": {"only": ["https://pypi.org"]}}, "network.only"),
+    ({"network": {"only": ["*.pypi.org"]}}, "network.only"),
+    ({"network": {"only": ["pypi.org/x\nserver=1.2.3.4"]}}, "network.only"),
+    ({"network": {"also": ["intranet.example"]}}, "network.also"),
+    ({"network": {"up": "100"}}, "network.up"),
+    ({"network": {"down": "1kbit"}}, "network.down"),
+    ({"network": {"connections": 0}}, "network.connections"),
+    ({"network": {"range4": "fd00::/64"}}, "network.range4"),
+    ({"network": {"range4": "198.18.0.0/30"}}, "network.range4"),
+    ({"network": {"range6": "2001:db8::1/64"}}, "network.range6"),
+    ({"images": {"lab": {"network": "internet"}}}, "images.lab.network"),
+])
+def test_wrong_settings_are_named(table: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config.parse(table)
+    assert caught.value.details["key"] == key
+
+
+def test_settings_are_understood() -> None:
+    given = config.parse({
+        "network": {"allow": ["none", "internet"], "only": ["pypi.org", "203.0.113.0/24", "2001:db8::/32"],
+                    "up": "500kbit", "down": "1.5Gbit", "range4": "10.9.0.0/16"},
+        "images": {"lab": {"network": "internet"}},
+    })
+    ranges = (ipaddress.ip_network("203.0.113.0/24"), ipaddress.ip_network("2001:db8::/32"))
+    assert given.network.only == ("pypi.org", *ranges)
+    assert (given.network.up, given.network.down) == (62_500, 187_500_000)
+    assert (given.network_mode("lab"), given.network_mode("minimal")) == ("internet", "none")
+
+
+def test_a_claim_asks_within_what_is_allowed() -> None:
+    closed = Bounds(memory_max_bytes=1 << 30, ttl_max_s=60, cpus=1, networks=("none",))
+    with pytest.raises(InvalidField) as caught:
+        parse_options({"network": "internet"}, CLAIM_FIELDS, closed)
+    assert caught.value.details["field"] == "network" and caught.value.details["expected"].startswith('"none", as')
+    opened = dataclasses.replace(closed, networks=("none", "internet"))
+    assert parse_options({"network": "internet"}, CLAIM_FIELDS, opened).network == "internet"
+    for wrong in ("host", "", 1, None):
+        with pytest.raises(InvalidField):
+            parse_options({"network": wrong}, CLAIM_FIELDS, opened)
+
+
+def test_a_slot_of_an_older_agent_has_no_addresses() -> None:
+    saved = {
+        "id": "c07-x8q2m4k9w1ze", "image": "minimal", "digest": "d", "id_base": 1, "uid": 2, "state": "claimed",
+        "limits": {"memory_bytes": 1, "cpu_weight": 1, "cpu_quota": None, "tasks": 1}, "token": "t", "created_s": 0.0,
+    }
+    slot = Slot.restore(saved)
+    assert (slot.addresses, slot.network) == ((), "none")
+    with_some = dataclasses.replace(slot, addresses=("198.18.0.2", "fd00::2"), network="internet")
+    assert Slot.restore(with_some.save()) == with_some
+
+
+def test_only_a_slot_with_an_uplink_has_the_steps_for_it() -> None:
+    spec = SandboxSpec(
+        slot="c07-x8q2m4k9w1ze", root="/r", id_base=1 << 30, uid=2001, user="jovyan", home="/home/jovyan",
+        storage_bytes=64 << 20, command=["/usr/bin/python3"], environment={}, code="/c", mountpoint="/m",
+        syscall_filter="AAAAAAAAAAA=",
+    )
+    assert plan(spec).connected == ()
+    connected = spec._replace(uplink=Uplink(["198.18.0.2", "fd00::2"], ["198.18.0.1", "fd00::1"], 1000))
+    assert SandboxSpec.restore(connected.save()) == connected
+    assert [type(step).__name__ for step in plan(connected).connected] == ["Interface", "Resolver"]
+    said = [line.step for line in plan(connected).lines() if line.part == "connected"]
+    assert "198.18.0.2, fd00::2 by way of 198.18.0.1, fd00::1" in said[0] and "by 198.18.0.1" in said[1]
