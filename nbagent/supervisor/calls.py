@@ -161,7 +161,7 @@ class Calls:
             if live.slot.state is not SlotState.FILLING:
                 raise ContentFailed("the slot ended")
         except BaseException as error:
-            text = str(error) if isinstance(error, NbagentError) else "nobody waits for it any more"
+            text = "the claim was given up" if isinstance(error, asyncio.CancelledError) else str(error) or repr(error)
             agent.end(live, Event.SLOT_NOT_FILLED, text=text)
             raise
 

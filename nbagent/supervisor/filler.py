@@ -50,7 +50,10 @@ async def fill(
             order.flush()
             order.seek(0)
             passed = (theirs.fileno(), pidfd, order.fileno())
-            process = gate.spawn("nbagent.sandbox.enter", passed, subprocess.DEVNULL)
+            try:
+                process = gate.spawn("nbagent.sandbox.enter", passed, subprocess.DEVNULL)
+            except OSError as error:
+                raise StartFailed(f"enter: {error}", step="enter", errno=error.errno or 0) from error
         try:
             join_scope(process.pid)
             gate.open_for(process)

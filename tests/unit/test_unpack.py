@@ -10,6 +10,8 @@ import os
 import random
 import ssl
 import stat
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -174,6 +176,8 @@ def test_what_is_in_the_way_of_a_file_is_said(home, top, path, reason):
 class Site(BaseHTTPRequestHandler):
     """A web server with a few ways to answer."""
 
+    made = b""
+
     def do_GET(self):
         where = {
             "/ok/a.tar": None, "/ok/there": "/ok/a.tar", "/ok/here": "a.tar", "/ok/round": "/ok/round",
@@ -184,6 +188,8 @@ class Site(BaseHTTPRequestHandler):
             self.answer(200, GOOD[:100_000], length=len(GOOD))
         elif self.path == "/ok/silent":
             self.server.released.wait(30)
+        elif self.path == "/ok/made":
+            self.answer(200, self.made)
         elif where is None:
             self.answer(200, GOOD)
         elif where == self.path:
@@ -236,6 +242,54 @@ def test_a_server_that_does_not_give_it_is_named_with_the_reason(site, home, pat
     monkeypatch.setattr(download, "SILENCE_S", 0.5 if "silent" in path else 30)
     with pytest.raises(Refused, match=reason):
         fetched(site + path, site, home)
+
+
+ALONE = """
+import ssl, sys
+from nbagent.sandbox import download, unpack
+from nbagent.sandbox.home import Home
+url, certificate, path = sys.argv[1:]
+context = ssl.create_default_context(cafile=certificate)
+loaded = set(sys.modules)
+sys.path.clear()
+sys.path_importer_cache.clear()
+with Home(path) as home, download.get(url, [url], context) as body:
+    entries = unpack.unpack(body, home, unpack.Limits(1 << 20, 20))
+print(entries, *sorted(set(sys.modules) - loaded))
+"""
+
+
+@pytest.fixture
+def secure_site(tmp_path):
+    """A server at https://localhost, and its certificate."""
+    files = [str(tmp_path / name) for name in ("certificate", "key")]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "1",
+         "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-out", files[0], "-keyout", files[1]],
+        check=True, capture_output=True,
+    )
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*files)
+    with context.wrap_socket(server.socket, server_side=True) as server.socket:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        yield f"https://localhost:{server.server_address[1]}", files[0]
+        server.shutdown()
+        thread.join()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("name", "archive"), [
+    ("gz", gzip.compress(GOOD)), ("bz2", bz2.compress(GOOD)), ("xz", lzma.compress(GOOD)),
+    ("zip", zipped(*((f"{i}", b"", 0) for i in range(4)), ("x", b"1", 0)).replace(b"x", b"\x81")),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_nothing_is_imported_any_more_where_the_image_could_have_it(secure_site, home, top, monkeypatch, name, archive):
+    url, certificate = secure_site
+    monkeypatch.setattr(Site, "made", archive)
+    argv = [sys.executable, "-c", ALONE, f"{url}/ok/made", certificate, str(top / "home")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("5\n", "")
 
 
 def test_a_server_that_is_not_there_is_named(site, home):
