@@ -282,7 +282,7 @@ class PoolSettings:
 class ClaimSettings:
     """`[claims]`: what a claim may bring into its slot."""
 
-    archives: tuple[str, ...] = _setting([], _archives, "Archives below these URLs may be fetched by a slot.")
+    archives: tuple[str, ...] = _setting([], _archives, "A slot with a network may fetch archives below these URLs.")
     archive_max: int = _setting("128M", parse_size, "Bytes of an archive, packed and unpacked.")
     archive_entries: int = _setting(10000, _number(1, 1000000, int), "Files and directories of an archive.")
     timeout: float = _setting("20s", _positive_duration, "Content not in the slot by then: the claim has failed.")

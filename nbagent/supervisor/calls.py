@@ -74,7 +74,8 @@ class Calls:
         try:
             options = parse_options(given, CLAIM_FIELDS, self._bounds())
             image = self._claimed_image(options)
-            _check_network(options, options.network or self.agent.config.network_mode(image))
+            config = self.agent.config
+            _check_network(options, options.network or config.network_mode(image), config.network.allow)
             slot = await self._claim_once(image, options, key, _fingerprint(given), client)
         except NbagentError as error:
             self.agent.counters.add("claims_refused")
@@ -363,15 +364,19 @@ async def _value(slot: Slot) -> Slot:
     return slot
 
 
-def _check_network(options: Options, network: str) -> None:
+def _check_network(options: Options, network: str, allowed: tuple[str, ...]) -> None:
     """Refuses an archive that the slot's network does not reach. Raises InvalidField."""
     archive = options.content.archive
     # Loopback is the slot's own in every mode.
-    if archive is not None and network != INTERNET and not urls.parse(archive).is_loopback():
-        raise InvalidField(
-            field="archive", value=archive[:80],
-            expected=f'no archive, as a slot fetches it itself and its network is "{network}"',
-        )
+    if archive is None or network == INTERNET or urls.parse(archive).is_loopback():
+        return
+    if INTERNET in allowed:
+        expected = f'"{INTERNET}", as a slot fetches its archive itself'
+        raise InvalidField(field="network", value=network, expected=expected)
+    raise InvalidField(
+        field="archive", value=archive[:80],
+        expected="no archive, as a slot fetches it itself, and network.allow of this host's configuration lets none",
+    )
 
 
 def _fingerprint(given: Mapping[str, Any]) -> str:

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from notebook import Notebook
+
 PUBLIC4, PUBLIC6 = "93.184.216.34", "2606:2800:220:1:248:1893:25c8:1946"
 OTHER4 = "151.101.0.223"
 # Private, shared, link-local, documentation, reserved; metadata of AWS and most others, Alibaba, Azure, Oracle.
@@ -97,6 +99,12 @@ systemctl stop internet-dns internet-server host-server
 sysctl -qw net.ipv6.conf.all.forwarding=0
 rm -f /etc/resolv.conf
 ip link delete uplink0; ip netns delete internet
+"""
+# An archive, at every address of the internet.
+SITE = """
+mkdir -p /root/site/course; echo brought > /root/site/course/one.txt
+tar -C /root/site -czf /root/site/course.tar.gz course
+systemd-run -q --unit=internet-site ip netns exec internet python3 -um http.server 8080 --bind :: --directory /root/site
 """
 # What a slot's kernel knows to begin with.
 TOOLS = """
@@ -294,6 +302,35 @@ def test_a_slot_that_is_not_to_have_a_network_has_loopback_only(internet):
     said = plain.reach(PUBLIC4, "198.18.0.1", "10.1.2.3")
     assert {what for what, _ in said.values()} == {"OSError [Errno 101] Network is unreachable"}
     plain.release()
+
+
+def test_an_archive_of_a_claim_comes_by_the_slots_own_network_and_by_no_other(internet):
+    internet.run("sh", "-c", SITE)
+    sites = "http://public.example:8080/", "http://inside.example:8080/", "http://10.1.2.3:8080/"
+    configure(internet, f"{SETTINGS}\n[claims]\narchives = {json.dumps(sites)}\n")
+    public, inside, private = (f"/claim?archive={site}course.tar.gz&network=" for site in sites)
+    try:
+        internet.wait(lambda: connected(from_host(internet, PUBLIC4, "10.1.2.3", port=8080)), "the site")
+        refused = internet.api.get(public + "none")
+        assert refused.status == 400 and refused.json()["field"] == "network"
+        assert refused.json()["expected"].startswith('"internet"')
+        internet.wait_warm()
+        claim = internet.api.get(public + "internet")
+        assert claim.status == 200, claim.body
+        notebook = Notebook(internet.host, claim.json())
+        assert notebook.get("api/contents/course/one.txt")["content"] == "brought\n"
+        # The site saw the host's address, as of everything that comes from a slot; the host itself asked for nothing.
+        log = internet.run("journalctl", "-u", "internet-site", "-o", "cat")
+        assert log.count("GET /course.tar.gz") == 1
+        internet.release(notebook.slot)
+        for url in (inside, private):
+            internet.wait_warm()
+            failed = internet.api.get(url + "internet")
+            assert failed.status == 502 and failed.json()["type"] == "urn:nbagent:problem:archive-failed", failed.body
+        assert internet.run("journalctl", "-u", "internet-site", "-o", "cat").count("GET /course.tar.gz") == 1
+    finally:
+        internet.run("sh", "-c", "systemctl stop internet-site; rm -r /root/site")
+        configure(internet, SETTINGS)
 
 
 def test_what_does_not_come_from_a_slots_own_address_is_dropped(slot):
