@@ -92,7 +92,7 @@ def stranger(shared):
 def ask(agent, path, *arguments, host=None):
     """A request as it is, by curl: status, headers as lines in lower case, body."""
     where = ["-H", f"Host: {host}"] if host else []
-    answer = agent.run("curl", "-sS", "--path-as-is", "-i", *where, *arguments, f"http://127.0.0.1:8000{path}")
+    answer = agent.run("curl", "-sS", "--path-as-is", "--max-time", "120", "-i", *where, *arguments, f"http://127.0.0.1:8000{path}")
     head, _, body = answer.replace("\r\n", "\n").partition("\n\n")
     status, *headers = head.splitlines()
     return int(status.split()[1]), headers, body
@@ -128,6 +128,29 @@ def test_no_header_of_a_slot_speaks_for_its_origin_or_its_domain(agent, stranger
     status, headers, _ = ask(agent, told(stranger, [header, "X-Other: y"]))
     assert status == 200 and "X-Other: y" in headers
     assert header not in headers
+
+
+WALLS = {
+    "Cross-Origin-Opener-Policy": ("same-origin-allow-popups", "same-origin"),
+    "Cross-Origin-Resource-Policy": ("same-origin", "cross-origin"),
+    "Referrer-Policy": ("same-origin", "no-referrer"),
+    "X-Frame-Options": ("SAMEORIGIN", "DENY"),
+}
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_walls_stand_where_a_slot_has_put_none_of_its_own(agent, stranger, own):
+    headers = [f"{name}: {values[1]}" for name, values in WALLS.items()] if own else []
+    _, answered, _ = ask(agent, told(stranger, headers))
+    found = [line for line in answered if line.partition(":")[0] in WALLS]
+    assert sorted(found) == sorted(f"{name}: {values[own]}" for name, values in WALLS.items())
+    assert "Origin-Agent-Cluster: ?1" in answered
+
+
+def test_a_slot_that_says_who_may_frame_it_is_framed_by_those(agent, stranger):
+    policy = "Content-Security-Policy: frame-ancestors https://school.example"
+    _, answered, _ = ask(agent, told(stranger, [policy]))
+    assert policy in answered and not [line for line in answered if line.startswith("X-Frame-Options")]
 
 
 @pytest.mark.parametrize("target", ["/_nbagent/gone.html", "/healthz", "@slot", "@trouble", "victim"])
