@@ -253,7 +253,9 @@ class SlotSettings:
     overcommit: float = _setting(4.0, _number(0.1, 100, float), "How often the host's memory may be promised.")
     memory: int = _setting("1G", parse_size, "MemoryMax= of a slot, unless the claim asks otherwise.")
     memory_max: int = _setting("4G", parse_size, "The most that a claim may ask for.")
-    storage: int = _setting("512M", parse_size, "Files a slot may write; they count as its memory.")
+    storage: int | None = _setting(
+        "auto", _auto_or(parse_size), "Files a slot may write, which are in its memory; auto: half of `memory`."
+    )
     cpu_weight: int = _setting(100, _number(1, 10000, int), "CPUWeight= of a slot.")
     cpu_quota: str = _setting("none", _quota, 'CPUQuota= of a slot: "1/32" of the host, "50%" of one, "none".')
     tasks: int = _setting(256, _number(16, 65536, int), "TasksMax= of a slot: processes and threads.")
@@ -261,6 +263,11 @@ class SlotSettings:
     ttl_max: float = _setting("24h", _positive_duration, "The longest life that a claim may ask for.")
     start_timeout: float = _setting("60s", _positive_duration, "A slot not ready by then has failed.")
     stop_timeout: float = _setting("3s", _positive_duration, "From SIGTERM to SIGKILL.")
+
+    @property
+    def storage_bytes(self) -> int:
+        """The size of a slot's file system."""
+        return self.memory // 2 if self.storage is None else self.storage
 
 
 @dataclass(frozen=True)
@@ -388,6 +395,8 @@ def parse(tables: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path] | No
     config = reader.section(Config, tables, ())
     if config.slots.memory > config.slots.memory_max:
         raise reader.error(("slots", "memory"), f"at most slots.memory_max, {config.slots.memory_max}")
+    if config.slots.storage_bytes > config.slots.memory:
+        raise reader.error(("slots", "storage"), f"at most slots.memory, {config.slots.memory}")
     if config.slots.ttl > config.slots.ttl_max:
         raise reader.error(("slots", "ttl"), f"at most slots.ttl_max, {config.slots.ttl_max:g} seconds")
     _check_origins(config.router, reader)

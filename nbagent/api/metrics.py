@@ -33,6 +33,7 @@ _COUNTERS = {
     "oom_kills": "Processes of slots that the kernel killed for memory.",
     "culled_idle": "Slots ended because nobody used them.",
     "culled_age": "Slots ended because they were too old.",
+    "culled_memory": "Slots ended because their processes were killed for memory on and on.",
 }
 _POOL_GAUGES = {
     "wanted": "Warm slots that the pool should hold.",

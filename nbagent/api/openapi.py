@@ -180,6 +180,7 @@ SCHEMAS: dict[str, Schema] = {
             "image": _TEXT, "created_at": _TIME, "claimed_at": _MAYBE_TIME, "expires_at": _MAYBE_TIME,
             "age_s": _AMOUNT, "idle_s": _MAYBE_AMOUNT, "memory_bytes": _MAYBE_AMOUNT,
             "cpu_s": _MAYBE_AMOUNT, "tasks": _MAYBE_AMOUNT, "oom_kills": _MAYBE_AMOUNT,
+            "tasks_refused": _MAYBE_AMOUNT, "storage_bytes": _MAYBE_AMOUNT,
             "network": _TEXT, "limits": _ref("Limits"),
         },
         required=("slot", "state", "image", "created_at", "claimed_at", "expires_at", "age_s", "network", "limits"),

@@ -1,4 +1,4 @@
-"""What a cgroup has used: memory, processor time, tasks, OOM kills; version 1 and 2 alike.
+"""What a cgroup has used and was refused: memory, processor time, tasks, OOM kills; version 1 and 2 alike.
 
 Reads the kernel's files and nothing else: a read wakes nobody, so a thousand slots may be
 looked at without one of them noticing.
@@ -20,6 +20,7 @@ class Usage:
     cpu_s: float
     tasks: int
     oom_kills: int
+    tasks_refused: int
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Cgroup:
             cpu_s=_keyed(self.cpu / "cpu.stat", "usage_usec") / 1e6,
             tasks=_number(self.pids / "pids.current"),
             oom_kills=_keyed(self.memory / ("memory.events" if unified else "memory.oom_control"), "oom_kill"),
+            tasks_refused=_keyed(self.pids / "pids.events", "max"),
         )
 
 

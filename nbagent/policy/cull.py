@@ -3,11 +3,17 @@
 Active is: a kernel busy, a person or a kernel acting, or the processors in use above a
 threshold. An open browser tab is none of these, so a tab on a sleeping machine keeps nothing
 alive, and a cell that computes for hours without a word is never idle.
+
+Of limits, only memory ends a slot: the kernel's log tells of each kill, with a list of the slot's
+processes, two a second at the most (oom_kill_process in mm/oom_kill.c), and a slot that is killed
+on and on fills it. A thousand are ten minutes of that; a leaking notebook is killed a few times.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+OOM_KILLS_MAX = 1000
 
 
 @dataclass(frozen=True)
@@ -15,7 +21,7 @@ class Look:
     """A claimed slot at one moment.
 
     `active_s`: when it was last known to be active; `cpu`: processors' worth of time used since
-    the look before, None at the first one.
+    the look before, None at the first one; `oom_kills`: processes killed for memory, in all its life.
     """
 
     claimed_s: float
@@ -24,6 +30,7 @@ class Look:
     acted_s: float
     busy: int
     cpu: float | None
+    oom_kills: int
 
 
 def active_since(look: Look, cpu_threshold: float, now_s: float) -> float:
@@ -38,9 +45,11 @@ def active_since(look: Look, cpu_threshold: float, now_s: float) -> float:
 
 
 def reason(look: Look, idle_s: float, cpu_threshold: float, now_s: float) -> str | None:
-    """`"age"`, `"idle"`, or None when the slot goes on."""
+    """`"age"`, `"idle"`, `"memory"`, or None when the slot goes on."""
     if now_s >= look.expires_s:
         return "age"
+    if look.oom_kills >= OOM_KILLS_MAX:
+        return "memory"
     if now_s - active_since(look, cpu_threshold, now_s) >= idle_s:
         return "idle"
     return None

@@ -5,9 +5,10 @@ slot's processes write into a pipe, and only init holds the journal. So a slot t
 end fills no journal with it: beyond a budget its lines are dropped, and an entry says how many.
 
 It promises: what is printed within the budget reaches the journal, the last words too; the slot
-waits for a journal that stands still for STALL_S at most, once; init holds LINE_MAX_BYTES of
-output and a read more. The kernel keeps it safe: no process of its pid namespace can kill or stop
-it, and as it is not dumpable, none can trace it or take its descriptors.
+waits for a journal that stands still for STALL_S at most, once, and for PAUSE_S a read when its
+budget is spent; init holds LINE_MAX_BYTES of output and a read more. The kernel keeps it safe: no
+process of its pid namespace can kill or stop it, and as it is not dumpable, none can trace it or
+take its descriptors.
 
 Standard library only, and little of it: this is memory of every slot. Python 3.9 and up.
 """
@@ -36,6 +37,8 @@ LINE_MAX_BYTES = 16384
 # From the first line dropped to the entry that says so, and from that to the next.
 NOTE_FIRST_S, NOTE_NEXT_S = 1.0, 60.0
 STALL_S = 5.0
+# Between two reads of what is dropped: 800 KB/s. Read as fast as it is written, it would keep two processors busy.
+PAUSE_S = 0.02
 # What a pipe holds at the most (fs.pipe-max-size) is read out at the end, and no more: a writer may be left.
 LAST_READS = (1 << 20) // LINE_MAX_BYTES
 
@@ -48,6 +51,7 @@ class Output:
         os.set_blocking(source_fd, False)
         entries.setblocking(False)
         self.note_due_s: Optional[float] = None
+        self.paused_until_s = 0.0
         self._began = b""
         self._budget = float(BUDGET_BYTES)
         self._counted_s = time.monotonic()
@@ -61,11 +65,14 @@ class Output:
             data = os.read(self.source_fd, LINE_MAX_BYTES)
         except BlockingIOError:
             return False
+        dropped = self._lines
         *lines, self._began = (self._began + data).split(b"\n")
         if len(self._began) >= LINE_MAX_BYTES or not data:
             lines.append(self._began)
             self._began = b""
         self._write([line for line in lines if line and self._affords(line)])
+        if self._lines > dropped:
+            self.paused_until_s = time.monotonic() + PAUSE_S
         return bool(data)
 
     def finish(self, words: str) -> None:
@@ -130,19 +137,21 @@ def run(program: int, output: Output) -> NoReturn:
     signal.signal(signal.SIGTERM, forward)
     # Without a handler of its own the signal would wake nobody.
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    waiting = select.poll()
-    for fd in (wake_read, output.source_fd):
-        waiting.register(fd, select.POLLIN)
+    watched = {wake_read, output.source_fd}
     while (status := _reap(program)) is None:
-        due_s = output.note_due_s
-        found = waiting.poll(None if due_s is None else max(0.0, due_s - time.monotonic()) * 1000)
-        for fd, _ in found:
+        now_s = time.monotonic()
+        if output.note_due_s is not None and now_s >= output.note_due_s:
+            output.note()
+        paused = now_s < output.paused_until_s
+        waiting = select.poll()
+        for fd in watched - {output.source_fd} if paused else watched:
+            waiting.register(fd, select.POLLIN)
+        due_s = output.paused_until_s if paused else output.note_due_s
+        for fd, _ in waiting.poll(None if due_s is None else max(0.0, due_s - now_s) * 1000):
             if fd == wake_read:
                 os.read(wake_read, 512)
             elif not output.pass_on():
-                waiting.unregister(fd)
-        if output.note_due_s is not None and time.monotonic() >= output.note_due_s:
-            output.note()
+                watched.discard(fd)
     code = os.waitstatus_to_exitcode(status)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
     output.finish(f"the slot's program {how}")

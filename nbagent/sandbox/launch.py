@@ -62,6 +62,8 @@ def _outside(control: socket.socket, spec: SandboxSpec, fds: list[int]) -> NoRet
     entries = _aside(journal.entries().detach())
     # What the slot prints goes into a pipe; init alone holds the journal, at its other end.
     printed, print_fd = (_aside(fd) for fd in os.pipe())
+    # Who opens /dev/stdout opens this pipe anew, and needs to be allowed to.
+    os.fchown(print_fd, spec.id_base + spec.uid, -1)
     _place(print_fd, fds)
     os.closerange(CONFIG_FD + 1, FREE_FD)
     output = init.Output(spec.slot, printed, socket.socket(fileno=stream), socket.socket(fileno=entries))

@@ -19,7 +19,7 @@ import binascii
 from typing import List, NamedTuple, Tuple
 
 from nbagent.linux import namespaces as ns
-from nbagent.linux.mounts import MS_NODEV, MS_NOEXEC, MS_NOSUID
+from nbagent.linux.mounts import MS_NOEXEC, MS_NOSUID
 from nbagent.sandbox import steps
 from nbagent.sandbox.spec import SandboxSpec
 from nbagent.sandbox.steps import Step
@@ -94,12 +94,13 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Tmpfs(base, spec.storage_bytes, inodes, "0755"),
             steps.Overlay(spec.root, f"{base}/upper", f"{base}/work", f"{base}/root"),
             steps.Directory(f"{base}/tmp", 0o1777),
+            steps.Directory(f"{base}/shm", 0o1777),
             steps.Pivot(f"{base}/root"),
             steps.Bind(f"{base}/tmp".lstrip("/"), "/tmp"),
             steps.Tmpfs("/dev", 65536, 64, "0755", MS_NOSUID | MS_NOEXEC),
             *devices,
             steps.DevPts("/dev/pts", TERMINALS),
-            steps.Tmpfs("/dev/shm", spec.storage_bytes, inodes, "1777", MS_NOSUID | MS_NODEV | MS_NOEXEC),
+            steps.Bind(f"{base}/shm".lstrip("/"), "/dev/shm", no_exec=True),
             *(steps.Link(f"/dev/{name}", to) for name, to in links),
             steps.Bind(spec.code.lstrip("/"), CODE_PATH, read_only=True),
             steps.Proc("/proc"),

@@ -156,9 +156,11 @@ class Bind(NamedTuple):
     source: str
     target: str
     read_only: bool = False
+    no_exec: bool = False
 
     def describe(self) -> str:
-        return f"bind {self.source} at {self.target}{', read-only' if self.read_only else ''}"
+        but = f"{', read-only' if self.read_only else ''}{', no programs' if self.no_exec else ''}"
+        return f"bind {self.source} at {self.target}{but}"
 
     def do(self) -> None:
         if os.path.isdir(self.source):
@@ -166,10 +168,11 @@ class Bind(NamedTuple):
         else:
             os.close(os.open(self.target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
         mount(self.source, self.target, None, MS_BIND)
-        if self.read_only:
+        flags = MS_RDONLY * self.read_only | MS_NOEXEC * self.no_exec
+        if flags:
             # Flags that the source's mount is locked to must be repeated in a user namespace.
-            locked = _locked_flags(self.target)
-            mount(None, self.target, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | locked)
+            flags |= MS_NOSUID | MS_NODEV | _locked_flags(self.target)
+            mount(None, self.target, None, MS_BIND | MS_REMOUNT | flags)
 
 
 class DevPts(NamedTuple):

@@ -44,7 +44,7 @@ from nbagent.quantities import parse_quota
 from nbagent.supervisor import probe
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.launcher import Launcher, ended
-from nbagent.supervisor.live import Live, reattach
+from nbagent.supervisor.live import Live, Sight, reattach
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.waiting import readable
@@ -54,6 +54,8 @@ from nbagent.systemd.bus import JobFailed, Systemd
 UID_FIRST, UID_LAST = 2000, 65000
 # From a slot's last closed socket to the end of its first process.
 END_SEEN_S = 2.0
+# From the SIGKILL of a slot's processes to the end of the last.
+END_MAX_S = 60.0
 NO_INTERFACE = "made before a network was allowed"
 
 
@@ -227,14 +229,17 @@ class Agent:
         for live in list(self.slots.values()):
             if live.slot.state is not SlotState.CLAIMED:
                 continue
-            look, kills = live.look(at_s, settings.cpu)
-            if kills:
-                self._out_of_memory(live, kills)
+            look, sight = live.look(at_s, settings.cpu)
+            self._tell(live, sight)
             why = cull.reason(look, settings.idle, settings.cpu, at_s)
             if why is not None:
                 self.counters.add(f"culled_{why}")
-                text = "its time is up" if why == "age" else f"idle for {at_s - live.active_s:.0f} s"
-                self.end(live, Event.SLOT_CULLED, text=text)
+                texts = {
+                    "age": "its time is up",
+                    "idle": f"idle for {at_s - live.active_s:.0f} s",
+                    "memory": f"{look.oom_kills} of its processes were killed for memory",
+                }
+                self.end(live, Event.SLOT_CULLED, text=texts[why])
 
     # -- a slot's life -------------------------------------------------------------------------
 
@@ -300,7 +305,7 @@ class Agent:
                 await self.network.attach(slot, netns_fd)
 
             launched = await self.launcher.launch(
-                slot, image, listener, settings.storage, self.network.uplink(slot), enter_scope, attach
+                slot, image, listener, settings.storage_bytes, self.network.uplink(slot), enter_scope, attach
             )
             try:
                 live.attach(launched)
@@ -355,15 +360,29 @@ class Agent:
             if live.slot.state in (SlotState.WARM, SlotState.FILLING, SlotState.CLAIMED):
                 kills = max(0, live.use().oom_kills - live.usage.oom_kills)
                 if kills:
-                    self._out_of_memory(live, kills)
+                    self._out_of_memory(live, kills, 0)
                 self.counters.add("died")
                 self.end(live, Event.SLOT_DIED, text="its processes ended")
 
         live.task = self.spawn(watch())
 
-    def _out_of_memory(self, live: Live, kills: int) -> None:
+    def _tell(self, live: Live, sight: Sight) -> None:
+        """Says which limits a slot has run into."""
+        slot, storage = live.slot, sight.storage
+        if sight.oom_kills:
+            self._out_of_memory(live, sight.oom_kills, storage.used_bytes)
+        if sight.refuses_tasks:
+            emit(Event.SLOT_TASKS_REFUSED, slot=slot.id, tasks=slot.limits.tasks)
+        if sight.storage_full:
+            text = (f"{storage.used_bytes} of {storage.size_bytes} bytes,"
+                    f" {storage.used_files} of {storage.most_files} files")
+            emit(Event.SLOT_STORAGE_FULL, slot=slot.id, text=text)
+
+    def _out_of_memory(self, live: Live, kills: int, files_bytes: int) -> None:
         self.counters.add("oom_kills", kills)
         text = f"{kills} processes killed at MemoryMax={live.slot.limits.memory_bytes}"
+        if files_bytes > live.slot.limits.memory_bytes / 4:
+            text += f", of which files are {files_bytes}"
         emit(Event.SLOT_OOM, slot=live.slot.id, text=text)
 
     def end(self, live: Live, event: Event, state: SlotState = SlotState.STOPPING, **fields: Any) -> None:
@@ -381,22 +400,31 @@ class Agent:
         cleaning.add_done_callback(self._cleaning.discard)
 
     async def _clean(self, live: Live) -> None:
-        slot = live.slot
+        slot, cpu_s, began_s = live.slot, live.use().cpu_s, now()
         try:
             await self.systemd.stop(slot.scope, at_once=slot.claimed_s is None)
         except OSError as error:
             # The next start of the agent tries again; until then the slot counts as stopping.
             emit(Event.SLOT_REMOVED, slot=slot.id, text=f"not stopped: {error}")
             return
+        timeout_s = self.config.slots.stop_timeout
+        if slot.claimed_s is not None and now() - began_s >= timeout_s:
+            emit(Event.SLOT_KILLED, slot=slot.id, wait_s=f"{timeout_s:g}")
         if live.task is not None and live.task is not asyncio.current_task():
             live.task.cancel()
             await asyncio.gather(live.task, return_exceptions=True)
+        if live.pidfd >= 0:
+            # Killed is not ended: memory and files by the hundred thousand take the kernel seconds to give back, and
+            # systemd waits no longer than before. A first process ends after all others of its pid namespace.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_MAX_S):
+                    await readable(live.pidfd)
         live.close()
         await self.disconnect(slot)
         live.slot = slot.to(SlotState.GONE)
         del self.slots[slot.id]
         self.gone(slot)
-        emit(Event.SLOT_GONE, slot=slot.id, age_s=round(now() - slot.created_s))
+        emit(Event.SLOT_GONE, slot=slot.id, age_s=round(now() - slot.created_s), cpu_s=round(cpu_s))
         if self._image_unused(slot.digest):
             self.refresh_images()
         self.wake()

@@ -12,11 +12,24 @@ from nbagent import activity
 from nbagent.linux import cgroup
 from nbagent.linux.cgroup import Cgroup, Usage
 from nbagent.model import Slot
+from nbagent.policy import trouble
 from nbagent.policy.cull import Look, active_since
+from nbagent.policy.trouble import Storage, Trouble
 from nbagent.sandbox.spec import ACTIVITY_FD
 from nbagent.supervisor.launcher import Launched
 
-NOTHING_USED = Usage(0, 0.0, 0, 0)
+NOTHING_USED = Usage(0, 0.0, 0, 0, 0)
+NO_TROUBLE = Trouble()
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What is new at a look: OOM kills, and limits that the slot has run into."""
+
+    storage: Storage
+    oom_kills: int
+    refuses_tasks: bool
+    storage_full: bool
 
 
 @dataclass(eq=False)
@@ -28,6 +41,7 @@ class Live:
     activity_fd: int = -1
     cgroup: Cgroup | None = None
     usage: Usage = NOTHING_USED
+    trouble: Trouble = NO_TROUBLE
     looked_s: float | None = None
     active_s: float = 0.0
     task: asyncio.Task[None] | None = None
@@ -48,18 +62,39 @@ class Live:
         """What the slot uses now."""
         return self.cgroup.usage() if self.cgroup else NOTHING_USED
 
-    def look(self, now_s: float, cpu_threshold: float) -> tuple[Look, int]:
-        """Looks at a claimed slot: what the rules need, and the OOM kills since the last look."""
-        usage = self.use()
+    def storage(self) -> Storage:
+        """What the slot's files take. Its root is an overlay, which answers for the tmpfs above it."""
+        try:
+            status = os.statvfs(f"/proc/{self.slot.pid}/root")
+        except OSError:
+            return Storage()
+        return Storage(
+            used_bytes=(status.f_blocks - status.f_bfree) * status.f_frsize,
+            size_bytes=status.f_blocks * status.f_frsize,
+            used_files=status.f_files - status.f_ffree,
+            most_files=status.f_files,
+        )
+
+    def look(self, now_s: float, cpu_threshold: float) -> tuple[Look, Sight]:
+        """Looks at a claimed slot: what the rules need, and what is new since the last look."""
+        usage, storage = self.use(), self.storage()
         past_s = None if self.looked_s is None else now_s - self.looked_s
         cpu = (usage.cpu_s - self.usage.cpu_s) / past_s if past_s and past_s > 0.1 else None
         acted_s, busy = activity.read(self.activity_fd, now_s)
         claimed_s = self.slot.claimed_s or 0.0
-        look = Look(claimed_s, self.slot.expires_s or now_s, self.active_s, acted_s, busy, cpu)
-        kills = max(0, usage.oom_kills - self.usage.oom_kills)
+        look = Look(
+            claimed_s, self.slot.expires_s or now_s, self.active_s, acted_s, busy, cpu, usage.oom_kills
+        )
+        found = trouble.find(self.trouble, usage.tasks_refused, storage)
+        sight = Sight(
+            storage=storage,
+            oom_kills=max(0, usage.oom_kills - self.usage.oom_kills),
+            refuses_tasks=found.refuses_tasks and not self.trouble.refuses_tasks,
+            storage_full=found.storage_full and not self.trouble.storage_full,
+        )
         self.active_s = active_since(look, cpu_threshold, now_s)
-        self.usage, self.looked_s = usage, now_s
-        return look, kills
+        self.usage, self.trouble, self.looked_s = usage, found, now_s
+        return look, sight
 
     def document(self, now_s: float) -> dict[str, Any]:
         """The slot for GET /slots: its state and what it uses."""
@@ -74,6 +109,8 @@ class Live:
             "cpu_s": round(usage.cpu_s, 3),
             "tasks": usage.tasks,
             "oom_kills": usage.oom_kills,
+            "tasks_refused": usage.tasks_refused,
+            "storage_bytes": self.storage().used_bytes,
         }
 
 
@@ -94,6 +131,9 @@ def reattach(slot: Slot) -> Live | None:
             live = Live(slot)
             page = os.open(f"/proc/{slot.pid}/fd/{ACTIVITY_FD}", os.O_RDONLY | os.O_CLOEXEC)
             live.attach(Launched(slot.pid, pidfd, page))
+            # What the agent before this one has seen is not new.
+            live.usage = live.use()
+            live.trouble = trouble.find(Trouble(live.usage.tasks_refused), live.usage.tasks_refused, live.storage())
             return live
     except OSError:
         pass

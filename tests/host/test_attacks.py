@@ -1,6 +1,220 @@
 """Attacks on what a host has of everything: each ends in the slot that makes it, and its neighbours hardly notice."""
 
+import contextlib
 import json
+import statistics
+import time
+
+import pytest
+
+from nbagent.log import Event
+
+# The slot that attacks; its storage is half of the shared settings' memory.
+MEMORY = "384M"
+# Each runs as a program of its own in the attacking slot until the slot ends.
+FORK = """
+import os
+while True:
+    try: os.fork()
+    except OSError: pass
+"""
+ZOMBIES = """
+import os, time
+while True:
+    try:
+        if os.fork() == 0: os._exit(0)
+    except OSError: time.sleep(0.01)
+"""
+DESCRIPTORS = """
+import os, time
+for _ in range(60):
+    if os.fork() == 0: break
+held = []
+while True:
+    try: held.append(os.pipe())
+    except OSError: time.sleep(1)
+"""
+ALLOCATE = """
+import os
+while True:
+    if os.fork() == 0:
+        held = []
+        while True: held.append(bytearray(1 << 20))
+    os.wait()
+"""
+FILL = """
+import os, time
+while True:
+    for number, directory in enumerate(("/home/jovyan", "/tmp", "/dev/shm")):
+        try:
+            with open(f"{directory}/full", "ab") as file:
+                while True: file.write(b"x" * (1 << 20))
+        except OSError: time.sleep(0.1)
+"""
+CROWD = """
+import os
+for directory in ("/home/jovyan", "/tmp", "/dev/shm"):
+    try:
+        for number in range(1_000_000): open(f"{directory}/{number}", "x").close()
+    except OSError: pass
+while True:
+    for number in range(1000):
+        os.unlink(f"/home/jovyan/{number}")
+        open(f"/home/jovyan/{number}", "x").close()
+"""
+# A petabyte by its length; each page that is touched is one of storage.
+SPARSE = """
+import mmap, os
+while True:
+    if os.fork() == 0:
+        with open("/tmp/sparse", "w+b") as file:
+            os.ftruncate(file.fileno(), 1 << 50)
+            room = mmap.mmap(file.fileno(), 1 << 40)
+            for at in range(0, 1 << 40, 4096): room[at] = 1
+    os.wait()
+"""
+# The journal's own stream was what a slot's server held; now it is a pipe.
+PRINT = """
+import os
+server = 2  # of this pid namespace; init is 1
+with open(f"/proc/{server}/fd/1", "wb", buffering=0) as output:
+    while True: output.write((b"A" * 2000 + b"\\n") * 16)
+"""
+# Hashing holds no lock of the interpreter: these are 64 that want a processor.
+COMPUTE = """
+import hashlib, threading
+for _ in range(64): threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 2**31 - 1)).start()
+"""
+CRASH = """
+import os, signal
+while True:
+    if os.fork() == 0: os.kill(os.getpid(), signal.SIGSEGV)
+    os.wait()
+"""
+DEAF = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while True:
+    os.kill(2, signal.SIGSTOP)  # the server, which would end, and all others with it
+    time.sleep(0.001)
+"""
+# What bounds it, as the journal says. Nothing is refused to a slot that computes or crashes: it gets its share.
+ATTACKS = {
+    "fork bomb": (FORK, Event.SLOT_TASKS_REFUSED),
+    "zombies": (ZOMBIES, Event.SLOT_TASKS_REFUSED),
+    "descriptors": (DESCRIPTORS, Event.SLOT_OOM),
+    "memory": (ALLOCATE, Event.SLOT_OOM),
+    "full storage": (FILL, Event.SLOT_STORAGE_FULL),
+    "a million files": (CROWD, Event.SLOT_STORAGE_FULL),
+    "sparse files": (SPARSE, Event.SLOT_STORAGE_FULL),
+    "log flood": (PRINT, Event.SLOT_OUTPUT_DROPPED),
+    "64 threads": (COMPUTE, None),
+    "crashes": (CRASH, None),
+    "deaf to SIGTERM": (DEAF, Event.SLOT_KILLED),
+}
+SLOWER_AT_MOST, CLAIM_AT_MOST_S = 3, 0.1
+
+
+@pytest.fixture(scope="module")
+def neighbour(shared):
+    """A kernel in another slot, which lives through all attacks."""
+    shared.wait_warm()
+    notebook = shared.open()
+    with notebook.kernel() as kernel:
+        cell_s(kernel)
+        yield kernel
+    shared.release(notebook.slot)
+
+
+@pytest.fixture
+def host(shared, neighbour):
+    """The shared host with a pool of two, so that claims need not wait; only the neighbour is there after."""
+    shared.expect(r"ran out of memory|prints too much|killed by the OOM killer|Still around after SIGKILL")
+    shared.configure("[pool]\nwarm = 2\n")
+    shared.wait_warm(2)
+    yield shared
+    for slot in shared.slots("claimed"):
+        if slot["slot"] != neighbour.notebook.slot:
+            shared.release(slot["slot"])
+    shared.configure("")
+
+
+def cell_s(kernel):
+    """How long a cell takes, in the median of many."""
+    took = []
+    for _ in range(25):
+        began = time.monotonic()
+        assert kernel.run("1 + 1").text == "2"
+        took.append(time.monotonic() - began)
+    return statistics.median(took)
+
+
+def claim_s(host):
+    """How long a claim takes of a slot that is warm."""
+    host.wait_warm()
+    began = time.monotonic()
+    slot = host.claim()["slot"]
+    took = time.monotonic() - began
+    host.api.delete(f"/slots/{slot}")
+    return took
+
+
+@contextlib.contextmanager
+def paused(host, slot):
+    """The attack stands still, so that the same moment without it can be compared."""
+    host.run("kill", "-STOP", *map(str, host.processes(slot)), check=False)
+    yield
+    host.run("kill", "-CONT", *map(str, host.processes(slot)), check=False)
+
+
+def said(host, slot, event):
+    return host.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={event.value.message_id}")
+
+
+def took_hold(host, slot, name):
+    """Whether an attack is at work: by what the journal says, or else by what is seen of it."""
+    if name == "64 threads":
+        return host.api.get(f"/slots/{slot}").json()["tasks"] > 64
+    if name == "crashes":
+        return host.api.get(f"/slots/{slot}").json()["cpu_s"] > 4
+    if name == "deaf to SIGTERM":
+        return "T" in host.run("ps", "-o", "stat=", "-p", ",".join(map(str, host.processes(slot))))
+    return said(host, slot, ATTACKS[name][1])
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_ends_in_its_slot(host, neighbour, name):
+    code, event = ATTACKS[name]
+    attacker = host.open(memory=MEMORY)
+    with attacker.kernel() as kernel:
+        assert kernel.run("1").text == "1"
+        host.wait_warm(2)
+        quiet = cell_s(neighbour)
+        began = kernel.run(
+            "import subprocess\n"
+            f"subprocess.Popen(['python3', '-ISc', {code!r}], stdin=subprocess.DEVNULL, start_new_session=True)"
+        )
+        assert began.status == "ok"
+        host.wait(lambda: took_hold(host, attacker.slot, name), f"{name} to take hold")
+        # Best of several: what others do on this machine is no attack. Pools are refilled under attack, too.
+        slower, claim = cell_s(neighbour) / quiet, claim_s(host)
+        for _ in range(5):
+            if slower > SLOWER_AT_MOST:
+                loud = cell_s(neighbour)
+                with paused(host, attacker.slot):
+                    slower = min(slower, loud / cell_s(neighbour))
+            if claim > CLAIM_AT_MOST_S:
+                claim = min(claim, claim_s(host))
+        ended = time.monotonic()
+        host.release(attacker.slot)
+    ended = time.monotonic() - ended
+    why = [line["MESSAGE"] for line in said(host, attacker.slot, event or Event.SLOT_GONE)]
+    print(f"{name}: neighbour {slower:.1f} x {1000 * quiet:.1f} ms, claim {1000 * claim:.0f} ms, "
+          f"gone after {ended:.1f} s, {why}")
+    assert slower <= SLOWER_AT_MOST
+    assert claim <= CLAIM_AT_MOST_S
+    assert why and neighbour.run("6 * 7").text == "42"
+
 
 # What the kernel counts for each user and has a ceiling for, taken until it is refused: locked memory (8 MiB),
 # message queues (800 KiB), pending signals, which timers are counted among.

@@ -33,7 +33,7 @@ FURNITURE = {
     # A mount namespace of another user namespace receives the host's mounts and never sends any (mount_namespaces(7)).
     # This step keeps the host's later ones out, of what is unmounted a moment later.
     "PrivateMounts",
-    "Directory", "Bind tmp", "Tmpfs dev", "Tmpfs dev/shm", "DevPts", "Link", "Home", "Loopback",
+    "Directory", "Bind tmp", "Tmpfs dev", "Bind dev/shm", "DevPts", "Link", "Home", "Loopback",
     *(f"Bind dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty")),
 }
 
@@ -47,7 +47,7 @@ def decoys(shared):
         pid = int(process.stdout.readline())
         yield {
             "abstract": SOCKET, "shm": SHM_KEY, "pid": pid, "file": FILE, "word": HALVES,
-            "hostname": shared.run("hostname").strip(), "storage": 512 << 20,
+            "hostname": shared.run("hostname").strip(), "storage": 256 << 20,
         }
         process.stdin.write("\n")
         process.stdin.flush()

@@ -80,7 +80,10 @@ def test_tasks_end_at_the_limit_and_the_server_stays(any_agent):
         made, errno = map(int, kernel.run(BOMB, timeout=180).stream.split())
         assert errno == EAGAIN and 150 < made < 256
         state = agent.api.get(f"/slots/{notebook.slot}").json()
-        assert (state["tasks"], state["limits"]["tasks"]) == (256, 256)
+        assert (state["tasks"], state["limits"]["tasks"]) == (256, 256) and state["tasks_refused"] >= 1
+        match = (f"NBAGENT_SLOT={notebook.slot}", f"MESSAGE_ID={Event.SLOT_TASKS_REFUSED.value.message_id}")
+        said = agent.wait(lambda: agent.journal(*match), "the journal to say so")
+        assert said[0]["PRIORITY"] == "5" and "TasksMax=256" in said[0]["MESSAGE"]
         assert [known["id"] for known in notebook.get("api/kernels")] == [kernel.id]
 
 

@@ -139,7 +139,7 @@ class FakeSupervisor:
     def _op_stats(self) -> Any:
         durations = {"count": 3, "sum": 0.06, "buckets": {"0.01": 1, "0.05": 3, "0.1": 3}}
         counters = ("claims", "claims_refused", "starts", "start_failures", "released", "died",
-                    "oom_kills", "culled_idle", "culled_age")
+                    "oom_kills", "culled_idle", "culled_age", "culled_memory")
         return {
             "version": "0.1.0", "label": LABEL,
             "available": 0 if self.draining else self.capacity - len(self.slots),
@@ -159,5 +159,6 @@ class FakeSupervisor:
 
     @staticmethod
     def _document(slot: model.Slot) -> dict[str, Any]:
-        measured = {"idle_s": 1.5, "memory_bytes": 90 << 20, "cpu_s": 2.5, "tasks": 11, "oom_kills": 0}
+        measured = {"idle_s": 1.5, "memory_bytes": 90 << 20, "cpu_s": 2.5, "tasks": 11, "oom_kills": 0,
+                    "tasks_refused": 0, "storage_bytes": 1 << 20}
         return slot.document(model.now()) | measured

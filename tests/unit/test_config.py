@@ -39,6 +39,7 @@ def test_an_unknown_key_names_file_and_nearest_known_one(tmp_path):
     ("[slots]\ncpu_weight = true", "slots.cpu_weight: expected a whole number"),
     ('[slots]\ncpu_quota = "half"', "slots.cpu_quota: expected"),
     ('[slots]\nttl = "48h"', "slots.ttl: expected at most slots.ttl_max"),
+    ('[slots]\nstorage = "2G"', "slots.storage: expected at most slots.memory"),
     ('[slots]\nmemory = "8G"', "slots.memory: expected at most slots.memory_max"),
     ('[host]\nlabel = "C-07"', "host.label: expected .auto. or 1 to 16"),
     ('[api]\ntrusted_networks = ["everyone"]', "api.trusted_networks: expected a list of networks"),

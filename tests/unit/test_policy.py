@@ -2,9 +2,12 @@
 
 import dataclasses
 
-from nbagent.policy import admission, cull, pool
+import pytest
+
+from nbagent.policy import admission, cull, pool, trouble
 from nbagent.policy.cull import Look
 from nbagent.policy.pool import Pool, Retire, Warm
+from nbagent.policy.trouble import Storage
 
 GIB = 1 << 30
 HOST = admission.Host(
@@ -126,7 +129,7 @@ def test_why_there_is_no_room_is_said():
     assert "draining" in admission.obstacle(host(draining=True))
 
 
-LOOK = Look(claimed_s=100.0, expires_s=10000.0, active_s=100.0, acted_s=0.0, busy=0, cpu=0.0)
+LOOK = Look(claimed_s=100.0, expires_s=10000.0, active_s=100.0, acted_s=0.0, busy=0, cpu=0.0, oom_kills=0)
 
 
 def reason_at(now_s, **changes):
@@ -141,6 +144,11 @@ def test_a_claimed_slot_that_nobody_uses_is_idle_from_its_claim():
 def test_an_act_counts_from_when_it_was():
     assert reason_at(1199.0, acted_s=600.0) is None
     assert reason_at(1200.0, acted_s=600.0) == "idle"
+
+
+def test_a_slot_that_is_killed_for_memory_on_and_on_is_ended_however_busy():
+    assert reason_at(200.0, oom_kills=cull.OOM_KILLS_MAX - 1, busy=1) is None
+    assert reason_at(200.0, oom_kills=cull.OOM_KILLS_MAX, busy=1) == "memory"
 
 
 def test_a_busy_kernel_is_never_idle_however_silent():
@@ -158,3 +166,28 @@ def test_what_is_not_known_yet_is_not_idle():
 
 def test_too_old_ends_even_a_busy_slot():
     assert reason_at(10000.0, busy=3, cpu=2.0) == "age"
+
+
+def storage(share, files=0.0):
+    return Storage(int(1000 * share), 1000, int(1000 * files), 1000)
+
+
+def test_refused_tasks_are_trouble_while_the_count_rises():
+    calm = trouble.find(trouble.Trouble(), 0, storage(0))
+    assert calm == trouble.Trouble(0, False, False)
+    bomb = trouble.find(calm, 7, storage(0))
+    assert bomb.refuses_tasks and trouble.find(bomb, 9, storage(0)).refuses_tasks
+    assert trouble.find(bomb, 7, storage(0)) == trouble.Trouble(7, False, False)
+
+
+@pytest.mark.parametrize("full", [storage(0.99), storage(0.1, files=0.99), storage(1.0, files=1.0)])
+def test_storage_is_full_until_there_is_room_again(full):
+    found = trouble.find(trouble.Trouble(), 0, full)
+    assert found.storage_full
+    assert trouble.find(found, 0, storage(0.95)).storage_full
+    assert not trouble.find(trouble.Trouble(), 0, storage(0.95)).storage_full
+    assert not trouble.find(found, 0, storage(0.5)).storage_full
+
+
+def test_storage_that_cannot_be_looked_at_is_not_full():
+    assert not trouble.find(trouble.Trouble(), 0, Storage()).storage_full

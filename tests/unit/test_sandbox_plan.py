@@ -20,8 +20,8 @@ def test_the_host_is_left_before_anything_is_built():
 
 def test_the_order_inside():
     assert names(plan(SPEC).inside) == [
-        "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Pivot", "Bind", "Tmpfs",
-        "Bind", "Bind", "Bind", "Bind", "Bind", "Bind", "DevPts", "Tmpfs", "Link", "Link", "Link", "Link", "Link",
+        "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Directory", "Pivot", "Bind", "Tmpfs",
+        "Bind", "Bind", "Bind", "Bind", "Bind", "Bind", "DevPts", "Bind", "Link", "Link", "Link", "Link", "Link",
         "Bind", "Proc", "Masked", "ReadOnly", "Detach", "Identity", "Home", "Loopback",
     ]
 
@@ -49,7 +49,7 @@ def test_everything_writable_is_bounded_by_the_slots_storage():
 
 def test_a_plan_says_of_every_step_what_it_does_why_and_how_it_is_undone():
     lines = plan(SPEC).lines()
-    assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 28 + ["last"] * 3
+    assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 29 + ["last"] * 3
     assert lines[0].step == f"user namespace of {(1 << 30) + 2001}: ids 0..65535 are {1 << 30}.. on the host"
     assert lines[-1].step == "system calls filtered by 1 instructions"
     assert len({line.step for line in lines}) == len(lines)
