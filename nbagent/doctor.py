@@ -35,6 +35,7 @@ TIMEOUT_S = 3.0
 TASKS_PER_SLOT = 64
 FILES_PER_SLOT = 16
 CONNECTIONS_PER_SLOT = 64
+TERMINALS_PER_SLOT = 2
 
 Status = Literal["ok", "warn", "fail"]
 
@@ -395,12 +396,16 @@ def check_swap(root: Path) -> Finding:
 
 @dataclass(frozen=True)
 class Limit:
-    """A kernel limit that many slots run into. `path` is below /proc/sys."""
+    """A kernel limit that many slots run into. `path` is below /proc/sys.
+
+    `each_bytes`: what one costs in memory, where nothing but its memory keeps one slot from taking all.
+    """
 
     path: str
     base: int
     per_slot: int
     what: str
+    each_bytes: int | None = None
 
     @property
     def sysctl(self) -> str:
@@ -413,7 +418,10 @@ LIMITS = (
     Limit("kernel/threads-max", 4096, TASKS_PER_SLOT, "processes and threads"),
     # The router holds four descriptors for each user: two a websocket, in one process.
     Limit("fs/nr_open", 65536, FILES_PER_SLOT, "open files of one process"),
-    Limit("fs/file-max", 65536, FILES_PER_SLOT * 16, "open files"),
+    # struct file, as /proc/slabinfo has it. systemd sets no limit at boot; a container has that of its machine.
+    Limit("fs/file-max", 65536, FILES_PER_SLOT * 16, "open files", each_bytes=192),
+    # 1024 are the host's own, kernel.pty.reserve. One slot has 32 at most.
+    Limit("kernel/pty/max", 1024 + 32, TERMINALS_PER_SLOT, "terminals"),
     Limit("net/netfilter/nf_conntrack_max", 16384, CONNECTIONS_PER_SLOT, "tracked connections"),
 )
 
@@ -425,6 +433,8 @@ def check_limit(root: Path, limit: Limit, settings: config.Config) -> Finding:
         return Finding(limit.sysctl, "ok", "not in use")
     value, capacity = int(text), capacity_of(root, settings)
     need = limit.base + capacity * limit.per_slot
+    if limit.each_bytes is not None:
+        need += settings.slots.memory_max // limit.each_bytes
     if value >= need:
         return Finding(limit.sysctl, "ok", f"{value} {limit.what}")
     return Finding(

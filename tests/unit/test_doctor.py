@@ -161,6 +161,15 @@ def test_a_kernel_limit_below_what_the_slots_need_is_told(tmp_path: Path) -> Non
     assert doctor.check_limit(tmp_path, doctor.LIMITS[-1], settings).found == "not in use"
 
 
+def test_open_files_are_enough_when_one_slot_cannot_hold_them_all(tmp_path: Path) -> None:
+    (limit,) = (known for known in doctor.LIMITS if known.each_bytes)
+    settings = config.parse({"slots": {"capacity": 100, "memory_max": "1G"}})
+    host(tmp_path, {"proc/sys/fs/file-max": "2000000\n"})
+    assert doctor.check_limit(tmp_path, limit, settings).status == "warn"
+    host(tmp_path, {"proc/sys/fs/file-max": f"{2**63 - 1}\n"})
+    assert doctor.check_limit(tmp_path, limit, settings).status == "ok"
+
+
 def test_a_refused_configuration_does_not_stop_the_others(tmp_path: Path) -> None:
     path = tmp_path / "nbagent.toml"
     path.write_text("[api]\nworkres = 1\n")
