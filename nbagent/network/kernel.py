@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nftables import Nftables
-from pyroute2 import IPRoute
+from pyroute2 import IPRoute, NetlinkError
 
 from nbagent.linux import rtnetlink
 from nbagent.network.addresses import PREFIX, gateway
@@ -28,6 +28,8 @@ MAC = "02:6e:62:61:67:74"
 LABEL = "lo:nbagent"
 OPEN, CLOSED = "internet", "closed"
 MTU = 1500
+# Any public address: nothing is sent there, it is looked up in the host's routes.
+PUBLIC = "8.8.8.8"
 SYSCTL = Path("/proc/sys/net")
 _SCOPE_HOST = 254
 _NETLINK_NETFILTER = 12
@@ -40,7 +42,7 @@ class NftFailed(OSError):
 
 
 class Kernel:
-    """The network of one host. Needs CAP_NET_ADMIN. Every method raises OSError or its kin."""
+    """The network of one host. Needs CAP_NET_ADMIN. Every method raises OSError or NetlinkError."""
 
     def __init__(self) -> None:
         self._nft = Nftables()
@@ -65,21 +67,21 @@ class Kernel:
             if state == OPEN:
                 self._admit(name, addresses)
         self._put_resolver(gateway(rules.range4))
-        self.forward(str(network[0]) for network in rules.named if network.version == 4)
+        routes = self._ip.get_default_routes(family=socket.AF_INET)
+        ways = {route.get_attr("RTA_OIF") for route in routes} - {None}
+        for network in rules.named:
+            ways |= self._ways_to(str(network[0])) if network.version == 4 else set()
+        self._forward(ways)
 
     def is_applied(self) -> bool:
         """Whether our table is there; anybody may flush all rules of the host."""
         return f"table {TABLE}\n" in self._command("list tables inet")
 
-    def forward(self, towards: Iterable[str] = ()) -> None:
+    def _forward(self, ways: Iterable[int]) -> None:
         """Lets the host's ways out forward IPv4, if need be, for slots and for nobody else."""
         if (SYSCTL / "ipv4/ip_forward").read_text().strip() == "1":
             return  # somebody made this host a router; what it does for others is not ours to guard
-        indexes = {route.get_attr("RTA_OIF") for route in self._ip.get_default_routes(family=socket.AF_INET)}
-        for address in towards:
-            with contextlib.suppress(OSError, IndexError):
-                indexes.add(self._ip.route("get", dst=address)[0].get_attr("RTA_OIF"))
-        for index in indexes - {None}:
+        for index in ways:
             name = socket.if_indextoname(index)
             setting = SYSCTL / "ipv4/conf" / name / "forwarding"
             if name != "lo" and setting.read_text().strip() == "0":
@@ -107,8 +109,11 @@ class Kernel:
         """
         if name in (known for _, known in socket.if_nameindex()):
             self.remove(name, addresses)  # asked again, as the answer to the first time was lost
-        self.forward()
-        mtu = self._mtu()
+        # Asked anew for each, as the host's way out may be another by now; and by one question to the kernel, not by
+        # reading all routes, of which each slot is one.
+        ways = self._ways_to(PUBLIC)
+        self._forward(ways)
+        mtu = self._mtu(ways)
         peer = {"ifname": inner, "address": MAC, "mtu": mtu, "net_ns_fd": netns_fd}
         self._ip.link("add", ifname=name, kind="veth", address=MAC, mtu=mtu, peer=peer)
         index = socket.if_nametoindex(name)
@@ -137,7 +142,7 @@ class Kernel:
             self._forget(f"slots{6 if ':' in address else 4}", name, address)
         for counted in COUNTED:
             self._forget(counted, name)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, NetlinkError):
             self._ip.link("del", index=socket.if_nametoindex(name))
 
     def sweep(self, keep: Collection[str]) -> None:
@@ -148,7 +153,7 @@ class Kernel:
                     self._forget(chosen, *element)
         for index, name in socket.if_nameindex():
             if name.startswith(PREFIX) and name not in keep:
-                with contextlib.suppress(OSError):  # gone with its network namespace meanwhile
+                with contextlib.suppress(NetlinkError):  # gone with its network namespace meanwhile
                     self._ip.link("del", index=index)
 
     # -- helpers -------------------------------------------------------------------------------
@@ -203,11 +208,15 @@ class Kernel:
         if wanted is not None and wanted not in held:
             self._ip.addr("add", index=index, address=wanted, prefixlen=32, label=LABEL, scope=_SCOPE_HOST)
 
-    def _mtu(self) -> int:
+    def _ways_to(self, address: str) -> set[int]:
+        """The interface by which the host sends to an address; none when it has no route there."""
+        with contextlib.suppress(NetlinkError, IndexError):
+            return {self._ip.route("get", dst=address)[0].get_attr("RTA_OIF")}
+        return set()
+
+    def _mtu(self, ways: Iterable[int]) -> int:
         """Of the narrowest way out, so that no packet of a slot is too large for it."""
-        routes = self._ip.get_default_routes(family=socket.AF_INET)
-        indexes = {route.get_attr("RTA_OIF") for route in routes} - {None}
-        return min((link.get_attr("IFLA_MTU") for index in indexes for link in self._ip.get_links(index)), default=MTU)
+        return min((link.get_attr("IFLA_MTU") for way in ways for link in self._ip.get_links(way)), default=MTU)
 
     def _command(self, script: str) -> str:
         status, output, error = self._nft.cmd(script)
