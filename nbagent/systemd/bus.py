@@ -135,12 +135,17 @@ class Systemd:
                 yield unit[0].decode()
 
     def _call(self, method: str, *arguments: Any) -> Any:
+        # A signal would break off the wait for an answer that comes all the same, and sd-bus calls that EINTR: a
+        # reload of the agent would fail the start of a slot. It is handled when the call is over.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             result = getattr(self._manager.Manager, method)(*arguments)
         except dbusexc.DBusNoSuchUnitError as error:
             raise FileNotFoundError(str(error)) from error
         except dbusexc.DBusBaseError as error:
             raise OSError(str(error)) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # sd-bus may have read signals while it waited for the answer; the descriptor is then
         # not readable any more, and nobody else would look.
         self._loop.call_soon(self._process)
