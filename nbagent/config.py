@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from nbagent import urls
 from nbagent.errors import ConfigError
+from nbagent.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
 from nbagent.quantities import (
     QUOTA_EXPECTED,
     parse_duration,
@@ -197,7 +198,7 @@ def derived_label(hostname: str) -> str:
 
 
 _LABEL = _text(r"[a-z0-9]{1,16}", "1 to 16 characters of a-z and 0-9")
-_IMAGE_NAME = _text(r"[a-z0-9][a-z0-9.-]{0,62}", "an image name of a-z, 0-9, '.' and '-'")
+_IMAGE_NAME = _text(IMAGE_NAME.pattern, IMAGE_NAME_EXPECTED)
 
 
 @dataclass(frozen=True)
@@ -470,6 +471,9 @@ class _Reader:
         if setting.name == "images":
             if not isinstance(value, Mapping):
                 raise self.error(key, "a table of image names")
+            for name in value:
+                if not IMAGE_NAME.fullmatch(name):
+                    raise self.error((*key, name), IMAGE_NAME_EXPECTED)
             return {name: self.section(ImageSettings, item, (*key, name)) for name, item in value.items()}
         return self.section(typing.get_type_hints(Config)[setting.name], value, key)
 

@@ -18,6 +18,7 @@
         ArchiveFailed          an archive could not be had, or is not fit to be unpacked
       ConfigError              a setting; names file, key and what would be right
       ImageInvalid             an archive or manifest that is refused
+      FetchFailed              an image did not come from where it is
 
 Codes are stable: clients and alerts match on them, never on the text. A code travels over the
 control socket, and `from_wire` makes the same exception of it on the other side.
@@ -193,6 +194,15 @@ class ImageInvalid(NbagentError):
     title = "Image refused"
     http_status = 400
     exit_status = 65  # EX_DATAERR of sysexits.h
+
+
+class FetchFailed(NbagentError):
+    """An image could not be fetched: nothing there, no answer, or no program to fetch it."""
+
+    code = "fetch-failed"
+    title = "Image not fetched"
+    http_status = 502
+    exit_status = 69  # EX_UNAVAILABLE of sysexits.h
 
 
 def _tree(root: type[NbagentError]) -> dict[str, type[NbagentError]]:

@@ -30,6 +30,8 @@ _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _ID = re.compile(r"([a-z0-9]{1,16})-([a-z0-9]{12})")
 _PATH = re.compile(r"[A-Za-z0-9/._~%!$&'()*+,;=:@?#-]{1,2000}")
 
+IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+IMAGE_NAME_EXPECTED = "a name of a-z, 0-9, '.', '_' and '-', at most 63 characters, the first a letter or digit"
 ID_EXPECTED = "an id as a claim gave it, LABEL-RANDOM, of this host"
 PATH_EXPECTED = 'a path below the slot, such as "lab/tree/notebook.ipynb", without ".."'
 
@@ -79,6 +81,7 @@ class Limits:
 class Slot:
     """One slot as the agent knows it; a new one is made for every change.
 
+    `path` and `query` are where the claim's link leads below the slot, as its image or the claim has it.
     `uid` is the slot's id inside its image's range of 65,536, so the host sees `id_base + uid`.
     `ends_s` is when PID 1 ends the scope whatever happens; nothing can move it.
     `addresses` are those of its interface, IPv4 and perhaps IPv6, and empty where it has none; whether
@@ -98,6 +101,7 @@ class Slot:
     claimed_s: float | None = None
     ttl_s: float | None = None
     path: str = "lab"
+    query: str = "token={token}"
     key: str | None = None
     fingerprint: str | None = None
     pid: int | None = None
@@ -140,10 +144,14 @@ class Slot:
         return cls(**fields)
 
     def claim_document(self) -> dict[str, Any]:
-        """What the one who claimed the slot learns, its token included; the API adds `url`."""
+        """What the one who claimed the slot learns, its token included.
+
+        The API makes `url` of it, and of `query`, which nobody else needs.
+        """
         return {
             "slot": self.id,
             "path": self.base_path + self.path,
+            "query": self.query.replace("{token}", self.token),
             "token": self.token,
             "image": self.image,
             "claimed_at": wall(self.claimed_s),
@@ -245,7 +253,7 @@ def _field(given: Mapping[str, Any], name: str, parse: Callable[[Any], T]) -> T 
 
 
 def _image(value: object) -> str:
-    if isinstance(value, str) and re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,62}", value):
+    if isinstance(value, str) and IMAGE_NAME.fullmatch(value):
         return value
     raise ValueError("the name of an image on this host; GET /images lists them")
 

@@ -28,6 +28,7 @@ def front(router: RouterSettings, slot: str, host_header: str) -> str:
 
 
 def claim_url(front_url: str, claim: Mapping[str, Any]) -> str:
-    """The link that opens the slot of a claim document, its token in the query."""
+    """The link that opens the slot of a claim document, with the query its program asks for, mostly its token."""
     path, mark, fragment = str(claim["path"]).partition("#")
-    return f"{front_url}{path}{'&' if '?' in path else '?'}token={claim['token']}{mark}{fragment}"
+    query = f"{'&' if '?' in path else '?'}{claim['query']}" if claim["query"] else ""
+    return f"{front_url}{path}{query}{mark}{fragment}"

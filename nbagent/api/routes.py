@@ -37,7 +37,8 @@ def _claim(service: Service, call: Call) -> Any:
     client = plain_address(call.request.remote_addr or "unknown")
     claim = service.client.call("claim", options=call.options, key=call.key, client=client)
     front = answers.front(service.config.router, claim["slot"], call.request.headers.get("Host", ""))
-    return claim | {"url": answers.claim_url(front, claim)}
+    url = answers.claim_url(front, claim)
+    return {name: value for name, value in claim.items() if name != "query"} | {"url": url}
 
 
 def _slots(service: Service, call: Call) -> Any:

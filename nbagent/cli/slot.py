@@ -45,7 +45,8 @@ def plan(image: str, store: Path, as_json: bool) -> None:
         uid=UID_FIRST, state=SlotState.STARTING, limits=default_limits(settings.slots), token="", created_s=0.0,
         addresses=numbered(settings.network, FIRST) if INTERNET in settings.network.allow else (),
     )
-    spec = sandbox_spec(sample, found, settings.slots.storage_bytes, uplink(settings.network, sample))
+    uplinked = uplink(settings.network, sample)
+    spec = sandbox_spec(sample, found, settings.slots.storage_bytes, settings.slots.start_timeout, uplinked)
     lines = [*host_steps(sample, RUN / sample.id), *sandbox_plan(spec).lines()]
     if as_json:
         click.echo(json.dumps([line._asdict() for line in lines], indent=2 if sys.stdout.isatty() else None))

@@ -21,31 +21,54 @@ from nbagent.errors import ImageInvalid
 PATH = "etc/nbagent-image.toml"
 MAX_BYTES = 64 * 1024
 
-# How a slot of the image can be started. `exec`: its own `python -m jupyterlab`, cold.
+# How a slot of the image can be started. `exec`: its program is started for each slot, cold.
 LAUNCHES = ("exec",)
 
-_KEYS = ("python", "home", "user", "launch", "environment", "static")
-_USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_KEYS = (
+    *("python", "command", "port", "ready", "url", "home", "directory", "user", "launch"),
+    *("environment", "static"),
+)
+# Command and environment travel to the launcher in one message.
+_PROGRAM_MAX_BYTES = 32 * 1024
+USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+_URL_PATH = r"[A-Za-z0-9._~%!$&'()*+,;=:@-][A-Za-z0-9/._~%!$&'()*+,;=:@-]{0,999}"
+_READY = re.compile(rf"(?:{_URL_PATH})?")
+_URL = re.compile(rf"(?:{_URL_PATH})?(?:\?(?:\{{token\}}|[A-Za-z0-9/._~%!$&'()*+,;=:@?-])+)?")
 _PREFIX = re.compile(r"(?:[A-Za-z0-9_@][A-Za-z0-9_.@-]*(?:/[A-Za-z0-9_@][A-Za-z0-9_.@-]*)*)?")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """`static` maps URL prefixes below `{base_url}static/` to directories of the image."""
+    """What runs in a slot is either `python`, an interpreter that has JupyterLab, or `command`.
 
-    python: str
+    A command serves HTTP on `port` of the slot's own loopback. In it and in `environment`, `{base_path}`,
+    `{port}` and `{token}` stand for the slot's. Below the slot's address, `ready` is asked whether the program
+    is, and `url` is where a claim's link leads. `static` maps URL prefixes below `{base_url}static/` to
+    directories of the image.
+    """
+
+    python: str | None
+    command: tuple[str, ...]
+    port: int | None
+    ready: str
+    url: str
     home: str
+    directory: str
     user: str
     launch: str
     environment: Mapping[str, str]
     static: Mapping[str, str]
 
 
-def parse(text: str) -> Manifest:
-    """The manifest in `text`. Raises ImageInvalid."""
+def parse(content: bytes) -> Manifest:
+    """The manifest in a file's `content`. Raises ImageInvalid."""
+    if len(content) > MAX_BYTES:
+        raise ImageInvalid(f"/{PATH} is larger than {MAX_BYTES} bytes")
     try:
-        data = tomllib.loads(text)
+        data = tomllib.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise ImageInvalid(f"/{PATH} is not UTF-8: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ImageInvalid(f"/{PATH} is not TOML: {error}") from None
     return from_mapping(data)
@@ -60,26 +83,46 @@ def from_mapping(data: Mapping[str, Any]) -> Manifest:
                 key, f"no such key; did you mean {near[0]}?" if near else f"no such key; known: {_KEYS}"
             )
     user = data.get("user")
-    if not isinstance(user, str) or not _USER.fullmatch(user):
+    if not isinstance(user, str) or not USER.fullmatch(user):
         raise _wrong("user", 'expected the name of a user of the image, such as "jovyan"')
     launch = data.get("launch", LAUNCHES[0])
     if launch not in LAUNCHES:
         raise _wrong("launch", "expected " + " or ".join(f'"{known}"' for known in LAUNCHES))
+    if ("python" in data) == ("command" in data):
+        raise _wrong("python", "expected either python, for JupyterLab, or a command, and not both")
+    python = _path("python", data["python"], "/usr/bin/python3") if "python" in data else None
+    if python and "port" in data:
+        raise _wrong("port", "only a command has one; JupyterLab is handed its socket")
+    home = _path("home", data.get("home"), "/home/jovyan")
+    command = () if python else _command(data["command"])
+    environment = _environment(data.get("environment", {}))
+    if sum(map(len, (*command, *environment, *environment.values()))) > _PROGRAM_MAX_BYTES:
+        raise _wrong("environment", f"with the command it is longer than {_PROGRAM_MAX_BYTES} characters")
     return Manifest(
-        python=_path("python", data.get("python"), "/usr/bin/python3"),
-        home=_path("home", data.get("home"), "/home/jovyan"),
+        python=python,
+        command=command,
+        port=None if python else _port(data.get("port", 8888)),
+        ready=_address("ready", data.get("ready", "api" if python else ""), _READY, "health"),
+        url=_address("url", data.get("url", "lab?token={token}" if python else ""), _URL, "?token={token}"),
+        home=home,
+        directory=_path("directory", data.get("directory", home), home),
         user=user,
         launch=launch,
-        environment=_environment(data.get("environment", {})),
+        environment=environment,
         static=_static(data.get("static", {})),
     )
 
 
 def to_mapping(manifest: Manifest) -> dict[str, Any]:
     """What `from_mapping` takes, in JSON's types."""
-    return {
-        key: dict(value) if isinstance(value := getattr(manifest, key), Mapping) else value for key in _KEYS
-    }
+    mapping: dict[str, Any] = {}
+    for key in _KEYS:
+        value = getattr(manifest, key)
+        if isinstance(value, Mapping):
+            mapping[key] = dict(value)
+        elif value is not None and value != ():
+            mapping[key] = list(value) if isinstance(value, tuple) else value
+    return mapping
 
 
 def _wrong(key: str, what: str) -> ImageInvalid:
@@ -99,11 +142,30 @@ def _path(key: str, value: object, example: str) -> str:
     raise _wrong(key, f'expected an absolute path without "..", such as "{example}"')
 
 
+def _command(value: object) -> tuple[str, ...]:
+    words = value if isinstance(value, list) else []
+    if words and words[0] and all(isinstance(word, str) and "\0" not in word for word in words):
+        return tuple(words)
+    raise _wrong("command", 'expected a program and its arguments, such as ["serve", "--port", "{port}"]')
+
+
+def _port(value: object) -> int:
+    if isinstance(value, int) and not isinstance(value, bool) and 1024 <= value <= 65535:
+        return value
+    raise _wrong("port", "expected a whole number from 1024 to 65535")
+
+
+def _address(key: str, value: object, pattern: re.Pattern[str], example: str) -> str:
+    if isinstance(value, str) and pattern.fullmatch(value) and ".." not in value.partition("?")[0].split("/"):
+        return value
+    raise _wrong(key, f'expected what comes after the slot\'s address, such as "{example}", without ".." and "#"')
+
+
 def _environment(value: object) -> Mapping[str, str]:
     if not isinstance(value, dict):
         raise _wrong("environment", 'expected a table, such as LANG = "C.UTF-8" below [environment]')
     for name, text in value.items():
-        if not _VARIABLE.fullmatch(name):
+        if not VARIABLE.fullmatch(name):
             raise _wrong(f"environment.{name}", "expected a name of letters, digits and _")
         if not isinstance(text, str) or "\0" in text:
             raise _wrong(f"environment.{name}", "expected a text without NUL")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +26,7 @@ class NotInTree(OSError):
 class Tree:
     """Descriptors of a tree's directories, opened on demand and closed with the context.
 
-    Directories are remembered, so none of them may be renamed or replaced while a Tree is open.
+    Directories are remembered, so none of them may be renamed or replaced while a Tree is open but by `remove`.
     """
 
     _REMEMBERED = 64
@@ -38,6 +40,10 @@ class Tree:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes every descriptor."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -66,6 +72,24 @@ class Tree:
             os.close(self._open.pop(oldest))
         self._open[key] = opened_fd
         return opened_fd
+
+    def remove(self, parts: Parts) -> bool:
+        """Removes what is there, a directory with all that is in it; whether there was something.
+
+        Raises NotInTree.
+        """
+        try:
+            parent_fd = self.directory_fd(parts[:-1])
+            if not stat.S_ISDIR(os.stat(parts[-1], dir_fd=parent_fd, follow_symlinks=False).st_mode):
+                os.unlink(parts[-1], dir_fd=parent_fd)
+                return True
+        except FileNotFoundError:
+            return False
+        for known in [known for known in self._open if known[: len(parts)] == parts]:
+            os.close(self._open.pop(known))
+        # By descriptors and without following links, so what is in the tree leads it nowhere else.
+        shutil.rmtree(parts[-1], dir_fd=parent_fd)
+        return True
 
     def open_file(self, parts: Sequence[str]) -> int:
         """Descriptor, the caller's own, for reading a file that is not a link. A FIFO does not block."""

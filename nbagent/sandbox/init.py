@@ -21,7 +21,7 @@ import select
 import signal
 import socket
 import time
-from typing import NoReturn, Optional
+from typing import NoReturn, Optional, Tuple
 
 from nbagent.linux import journal
 from nbagent.log import Event, entry
@@ -124,8 +124,9 @@ class Output:
             self.note_due_s = max(time.monotonic() + NOTE_FIRST_S, self._noted_s + NOTE_NEXT_S)
 
 
-def run(program: int, output: Output) -> NoReturn:
-    """Until the program with this pid ends; then the kernel ends all others."""
+def run(program: int, output: Output, forwarder: int = 0) -> NoReturn:
+    """Until the program with this pid ends, or the forwarder it is nothing without; then the kernel ends
+    all others."""
     def forward(number: int, _frame: object) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.kill(program, number)
@@ -138,7 +139,7 @@ def run(program: int, output: Output) -> NoReturn:
     # Without a handler of its own the signal would wake nobody.
     signal.signal(signal.SIGCHLD, lambda *_: None)
     watched = {wake_read, output.source_fd}
-    while (status := _reap(program)) is None:
+    while (ended := _reap((program, forwarder))) is None:
         now_s = time.monotonic()
         if output.note_due_s is not None and now_s >= output.note_due_s:
             output.note()
@@ -152,16 +153,17 @@ def run(program: int, output: Output) -> NoReturn:
                 os.read(wake_read, 512)
             elif not output.pass_on():
                 watched.discard(fd)
+    pid, status = ended
     code = os.waitstatus_to_exitcode(status)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-    output.finish(f"the slot's program {how}")
+    output.finish(f"the slot's {'program' if pid == program else 'forwarder'} {how}")
     os._exit(code if code >= 0 else 128 - code)
 
 
-def _reap(program: int) -> Optional[int]:
-    """Takes in all that have ended; the program's wait status when it is among them."""
+def _reap(awaited: Tuple[int, int]) -> Optional[Tuple[int, int]]:
+    """Takes in all that have ended; pid and wait status of the first that is awaited."""
     with contextlib.suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            if ended[0] == program:
-                return ended[1]
+            if ended[0] in awaited:
+                return ended
     return None

@@ -15,7 +15,8 @@ For a slot with an interface it receives one packet more, {"attached": true}: th
 It becomes three generations. This process enters the user namespace and the others, forks, and
 ends. Its child is the first process of the pid namespace: it builds the root, forks the slot's
 program, and stays as `init`; the kernel kills all others when it ends. The grandchild loses its
-privileges and execs.
+privileges and execs. A program that cannot be handed a socket has a sibling, as unprivileged, that
+forwards to its port.
 
 Not for: anything the supervisor decides.
 """
@@ -33,8 +34,8 @@ from typing import Any, Dict, Iterable, NoReturn
 
 from nbagent.linux import journal
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
-from nbagent.sandbox import init
-from nbagent.sandbox.plan import Plan, plan
+from nbagent.sandbox import forward, init
+from nbagent.sandbox.plan import OPEN_FILES, Plan, plan
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD, SandboxSpec
 from nbagent.sandbox.steps import Step
 
@@ -92,6 +93,9 @@ def _inside(control: socket.socket, spec: SandboxSpec, steps: Plan, output: init
     pid = os.fork()
     if pid == 0:
         _guarded(control, lambda: _program(spec, steps))
+    forwarder = 0
+    if spec.port and (forwarder := os.fork()) == 0:
+        _guarded(control, lambda: _forward(spec, steps))
     os.close(LISTEN_FD)
     os.close(CONFIG_FD)
     for fd in (1, 2):
@@ -100,7 +104,22 @@ def _inside(control: socket.socket, spec: SandboxSpec, steps: Plan, output: init
     control.close()  # not before: its own failure must be heard, as the program ends with it
     # The program has the same user id; it may not look into this process, nor trace it.
     prctl(PR_SET_DUMPABLE, 0)
-    init.run(pid, output)
+    init.run(pid, output, forwarder)
+
+
+def _forward(spec: SandboxSpec, steps: Plan) -> NoReturn:
+    _run(steps.last)
+    prctl(PR_SET_DUMPABLE, 0)
+    # systemd asks every process of a scope to end; this one stays as long as the program does.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    # The control socket and init's way to the journal among them.
+    os.closerange(CONFIG_FD, OPEN_FILES)
+    try:
+        forward.serve(LISTEN_FD, spec.port, ACTIVITY_FD, spec.listen_timeout_s)
+    except BaseException as error:  # the process ends here; nothing may be lost
+        print(f"the slot's forwarder failed: {error!r}", flush=True)
+    os._exit(1)
 
 
 def _program(spec: SandboxSpec, steps: Plan) -> NoReturn:
@@ -110,10 +129,10 @@ def _program(spec: SandboxSpec, steps: Plan) -> NoReturn:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.umask(0o022)
-    os.chdir(spec.home)
+    os.chdir(spec.directory)
     for fd in (LISTEN_FD, ACTIVITY_FD, CONFIG_FD):
-        os.set_inheritable(fd, True)
-    os.execve(spec.command[0], spec.command, spec.environment)
+        os.set_inheritable(fd, not spec.port)
+    os.execvpe(spec.command[0], spec.command, spec.environment)
 
 
 def _run(steps: Iterable[Step]) -> None:

@@ -23,6 +23,9 @@ class Uplink(NamedTuple):
 class SandboxSpec(NamedTuple):
     """One slot's sandbox.
 
+    `command` is started in `directory`, its first word looked for on the PATH of `environment`. Where `port`
+    is not 0, it listens on that port of the slot's own loopback, within `listen_timeout_s`, and what comes
+    in at LISTEN_FD is forwarded there; else the program is handed the three descriptors above.
     `root` is the image's tree on the host, owned by `id_base` and up; `uid` is the slot's id
     inside the image's range of ids; `storage_bytes` bounds everything the slot may write;
     `code` is the host's directory of the package nbagent, shown to the slot read-only;
@@ -38,6 +41,9 @@ class SandboxSpec(NamedTuple):
     home: str
     storage_bytes: int
     command: List[str]
+    directory: str
+    port: int
+    listen_timeout_s: float
     environment: Dict[str, str]
     code: str
     mountpoint: str

@@ -263,6 +263,7 @@ class Identity(NamedTuple):
         return f"user {self.user} is {self.uid}, home {self.home}, host {self.hostname}"
 
     def do(self) -> None:
+        os.makedirs("/etc", exist_ok=True)
         shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
         _set_line("/etc/passwd", self.user, f"{self.user}:x:{self.uid}:{self.uid}::{self.home}:{shell}")
         _set_line("/etc/group", self.user, f"{self.user}:x:{self.uid}:")

@@ -90,6 +90,7 @@ def _reload(agent: Agent) -> None:
         emit(Event.CONFIG_RELOADED)
     except ConfigError as error:
         emit(Event.CONFIG_REFUSED, text=str(error))
+        agent.refresh_images()
     daemon.notify("READY=1")
 
 

@@ -43,7 +43,7 @@ from nbagent.policy import admission, cull, pool
 from nbagent.quantities import parse_quota
 from nbagent.supervisor import probe
 from nbagent.supervisor.counters import Counters
-from nbagent.supervisor.launcher import Launcher, ended
+from nbagent.supervisor.launcher import Launcher, ended, sandbox_spec
 from nbagent.supervisor.live import Live, Sight, reattach
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
@@ -150,9 +150,17 @@ class Agent:
             if state.image != images.get(name):
                 state.failures, state.not_before_s = 0, 0.0
             state.image = images.get(name)
-        for digest in self.store.collect({live.slot.digest for live in self.slots.values()}):
-            emit(Event.IMAGE_REMOVED, digest=digest)
+        # A slot starts on the image of its pool, whatever the name means by now, so that is in use too.
+        current = {state.image.digest for state in self.pools.values() if state.image is not None}
+        retired = self.store.retire(current | {live.slot.digest for live in self.slots.values()})
+        self.spawn(self._sweep(retired))
         self.wake()
+
+    async def _sweep(self, retired: list[str]) -> None:
+        """Deletes image trees: tens of thousands of files, so beside the loop."""
+        await asyncio.to_thread(self.store.sweep)
+        for digest in retired:
+            emit(Event.IMAGE_REMOVED, digest=digest)
 
     async def adopt(self) -> int:
         """Takes over the slots that outlived the agent and removes what is half made.
@@ -247,6 +255,7 @@ class Agent:
         image = self.pools[image_name].image
         assert image is not None
         created_s = now()
+        path, _, query = image.url.partition("?")
         slot = Slot(
             id=new_id(self.label),
             image=image.name,
@@ -258,6 +267,8 @@ class Agent:
             token=new_token(),
             created_s=created_s,
             ends_s=created_s + self.config.pool.max_age + self.config.slots.ttl_max,
+            path=path,
+            query=query,
         )
         live = Live(slot)
         self.slots[slot.id] = live
@@ -304,9 +315,9 @@ class Agent:
             async def attach(netns_fd: int) -> None:
                 await self.network.attach(slot, netns_fd)
 
-            launched = await self.launcher.launch(
-                slot, image, listener, settings.storage_bytes, self.network.uplink(slot), enter_scope, attach
-            )
+            uplink = self.network.uplink(slot)
+            spec = sandbox_spec(slot, image, settings.storage_bytes, settings.start_timeout, uplink)
+            launched = await self.launcher.launch(slot, spec, listener, enter_scope, attach)
             try:
                 live.attach(launched)
             except FileNotFoundError:
@@ -314,7 +325,7 @@ class Agent:
             live.slot = slot = dataclasses.replace(live.slot, pid=launched.pid)
             self.records.save(slot)
         # From here on only the slot's own processes hold the socket: when they end, so does the wait.
-        serving = asyncio.ensure_future(probe.ready(self.records.http_path(slot), f"{slot.base_path}api"))
+        serving = asyncio.ensure_future(probe.ready(self.records.http_path(slot), f"{slot.base_path}{image.ready}"))
         over = asyncio.ensure_future(readable(live.pidfd))
         try:
             await asyncio.wait({serving, over}, return_when=asyncio.FIRST_COMPLETED)

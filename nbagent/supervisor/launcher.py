@@ -11,6 +11,7 @@ import base64
 import functools
 import json
 import os
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Launcher(Protocol):
     """How slots are started."""
 
     async def launch(
-        self, slot: Slot, image: Image, listener: socket.socket, storage_bytes: int, uplink: Uplink | None,
+        self, slot: Slot, spec: SandboxSpec, listener: socket.socket,
         enter_scope: Callable[[int], Awaitable[None]], attach: Callable[[int], Awaitable[None]],
     ) -> Launched:
         """Starts the slot's program. Raises StartFailed; what it made is then ended with the scope."""
@@ -62,11 +63,13 @@ def syscall_filter() -> str:
     return base64.b64encode(program).decode()
 
 
-def sandbox_spec(slot: Slot, image: Image, storage_bytes: int, uplink: Uplink | None = None) -> SandboxSpec:
-    """The sandbox of a slot of `image`."""
-    environment = {
-        **image.environment, "HOME": image.home, "USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id
-    }
+def sandbox_spec(
+    slot: Slot, image: Image, storage_bytes: int, start_timeout_s: float, uplink: Uplink | None = None
+) -> SandboxSpec:
+    """The sandbox of a slot of `image`, and what runs in it."""
+    notebook = [image.python, "-I", f"{CODE_PATH}/zygote/notebook.py"] if image.python else []
+    environment = {name: _filled(value, slot, image) for name, value in image.environment.items()}
+    environment |= {"HOME": image.home, "USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
     return SandboxSpec(
         slot=slot.id,
         root=str(image.root),
@@ -75,7 +78,11 @@ def sandbox_spec(slot: Slot, image: Image, storage_bytes: int, uplink: Uplink | 
         user=image.user,
         home=image.home,
         storage_bytes=storage_bytes,
-        command=[image.python, "-I", f"{CODE_PATH}/zygote/notebook.py"],
+        command=notebook or [_filled(word, slot, image) for word in image.command],
+        directory=image.directory,
+        port=image.port or 0,
+        # A little before the supervisor gives up, so that the journal has the better reason.
+        listen_timeout_s=start_timeout_s * 0.9,
         environment=environment,
         code=str(Path(nbagent.__file__).parent),
         mountpoint=MOUNTPOINT,
@@ -109,11 +116,18 @@ def host_steps(slot: Slot, directory: Path) -> list[Line]:
     ]
 
 
+def _filled(text: str, slot: Slot, image: Image) -> str:
+    """`text` of an image's manifest with what is the slot's own in it."""
+    values = {"base_path": slot.base_path.rstrip("/"), "port": str(image.port or ""), "token": slot.token}
+    # In one pass, and by these names only: what is filled in is not looked at again.
+    return re.sub(r"\{(base_path|port|token)\}", lambda match: values[match[1]], text)
+
+
 class ExecLauncher:
-    """Starts a slot by exec of its image's Python: two seconds, and works with every image."""
+    """Starts a slot by exec of its image's program: two seconds, and works with every image."""
 
     async def launch(
-        self, slot: Slot, image: Image, listener: socket.socket, storage_bytes: int, uplink: Uplink | None,
+        self, slot: Slot, spec: SandboxSpec, listener: socket.socket,
         enter_scope: Callable[[int], Awaitable[None]], attach: Callable[[int], Awaitable[None]],
     ) -> Launched:
         activity_fd = activity.create()
@@ -130,8 +144,8 @@ class ExecLauncher:
                 try:
                     await enter_scope(process.pid)
                     gate.open_for(process)
-                    ours.send(json.dumps(sandbox_spec(slot, image, storage_bytes, uplink).save()).encode())
-                    pidfd, *netns = await _init_of(ours, 1 if uplink is None else 2)
+                    ours.send(json.dumps(spec.save()).encode())
+                    pidfd, *netns = await _init_of(ours, 1 if spec.uplink is None else 2)
                     try:
                         for netns_fd in netns:
                             try:

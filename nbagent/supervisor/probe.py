@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 from nbagent.errors import StartFailed
 
 
 async def ready(path: Path, url: str) -> None:
-    """Returns when `GET url` on the unix socket is answered 200. Raises StartFailed otherwise.
+    """Returns when `GET url` on the unix socket is answered below 500. Raises StartFailed otherwise.
 
+    A program that asks who is there, or sends one elsewhere, is ready all the same.
     There is no polling: the connection waits in the listening socket's backlog, and the answer
     comes with the first turn of the server's loop.
     """
@@ -24,6 +26,6 @@ async def ready(path: Path, url: str) -> None:
     finally:
         if writer is not None:
             writer.close()
-    if b" 200 " not in status:
+    if not re.match(rb"HTTP/1\.[01] [1-4][0-9][0-9] ", status):
         answer = status.decode(errors="replace").strip() or "nothing"
         raise StartFailed(f"GET {url} was answered {answer}", step="ready")

@@ -63,7 +63,7 @@ def main() -> None:
             id=f"bench-{number:012}", image=image.name, digest=image.digest, id_base=image.id_base, uid=2000 + number,
             state=SlotState.STARTING, limits=Limits(1 << 30, 100, None, 256), token="", created_s=0.0,
         )
-        spec = sandbox_spec(slot, image, storage)
+        spec = sandbox_spec(slot, image, storage, 60.0)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         if os.fork() == 0:
             ours.close()

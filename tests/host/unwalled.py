@@ -187,7 +187,7 @@ def main():
         state=SlotState.STARTING, limits=Limits(1 << 30, 100, None, 256), token="", created_s=0.0,
     )
     code = f"{sys.stdin.read()}\nreport({decoys | {'storage': STORAGE}!r})\n"
-    spec = sandbox_spec(slot, image, STORAGE)._replace(command=[image.python, "-I", "-c", code])
+    spec = sandbox_spec(slot, image, STORAGE, 60.0)._replace(command=[image.python, "-I", "-c", code])
     found = {}
     for name, change in variants(spec).items():
         before = traces()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
 import json
 import lzma
 import os
@@ -13,59 +12,17 @@ import subprocess
 import tarfile
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from archives import MANIFEST, Archive, Layers
 from nbagent.errors import ImageInvalid, ImageNotFound, NbagentError
-from nbagent.image import ids, manifest
+from nbagent.image import ids, manifest, oci
 from nbagent.image.archive import Limits
 from nbagent.image.store import Image, ImageStore
-
-MANIFEST = """
-python = "/usr/bin/python3"
-home = "/home/jovyan"
-user = "jovyan"
-launch = "exec"
-[environment]
-LANG = "C.UTF-8"
-[static]
-"lab" = "/usr/share/lab"
-"""
-
-
-class Archive:
-    """A tar archive in the making; `with_image` starts one that is a good image."""
-
-    def __init__(self) -> None:
-        self._buffer = io.BytesIO()
-        self._tar = tarfile.open(fileobj=self._buffer, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
-
-    @classmethod
-    def with_image(cls, text: str = MANIFEST) -> Archive:
-        archive = cls()
-        archive.add("etc/nbagent-image.toml", text.encode())
-        archive.add("usr/share/lab/main.js", b"let x = 1;\n" * 500)
-        archive.add("usr/share/lab/tiny.js", b"1")
-        return archive
-
-    def add(self, name: str, content: bytes = b"", **fields: Any) -> Archive:
-        info = tarfile.TarInfo(name)
-        info.size = len(content)
-        info.mtime = 1_000_000_000
-        for field, value in fields.items():
-            setattr(info, field, value)
-        self._tar.addfile(info, io.BytesIO(content))
-        return self
-
-    def bytes(self) -> bytes:
-        self._tar.close()
-        return self._buffer.getvalue()
-
-    def save(self, path: Path) -> Path:
-        path.write_bytes(self.bytes())
-        return path
 
 
 class Owners:
@@ -211,15 +168,80 @@ def test_ids_that_the_host_gave_away_are_passed_over(tmp_path: Path) -> None:
     assert range(1) in found  # root
 
 
-def test_a_name_moves_and_the_old_tree_goes_when_nobody_uses_it(store: ImageStore) -> None:
+def retire(store: ImageStore, in_use: set[str] | None = None) -> list[str]:
+    retired = store.retire(in_use or set())
+    store.sweep()
+    return retired
+
+
+def test_a_name_moves_and_the_tree_before_last_goes_when_nobody_uses_it(store: ImageStore) -> None:
+    oldest = add(store, Archive.with_image())
+    old = add(store, Archive.with_image().add("x"))
+    assert retire(store) == []
+    new = add(store, Archive.with_image().add("y"))
+    assert (store.get("minimal"), store.former("minimal")) == (new, old.digest)
+    assert retire(store, {oldest.digest}) == []
+    assert oldest.root.is_dir()
+    assert retire(store) == [oldest.digest]
+    assert not oldest.root.parent.exists()
+    assert old.root.is_dir() and new.root.is_dir()
+
+
+def test_use_goes_back_and_forth(store: ImageStore) -> None:
     old = add(store, Archive.with_image())
     new = add(store, Archive.with_image().add("x"))
-    assert store.get("minimal") == new
-    assert store.collect({old.digest}) == []
-    assert old.root.is_dir()
-    assert store.collect(set()) == [old.digest]
-    assert not old.root.parent.exists()
-    assert new.root.is_dir()
+    assert store.use("minimal", old.digest[:13]) == old
+    assert store.former("minimal") == new.digest
+    assert retire(store) == []
+    assert store.use("minimal", new.digest.removeprefix("sha256-")) == new
+    assert store.use("minimal", new.digest).digest == new.digest
+    assert store.former("minimal") == old.digest, "using what is used already forgets nothing"
+
+
+def test_use_names_an_image_after_another_name(store: ImageStore) -> None:
+    tried = add(store, Archive.with_image(), "testing")
+    assert store.use("stable", "testing").digest == tried.digest
+    store.remove("testing")
+    assert retire(store) == []
+    assert store.get("stable").root.is_dir()
+
+
+def test_use_of_what_is_not_there_or_not_one_is_refused_and_changes_nothing(store: ImageStore) -> None:
+    image = add(store, Archive.with_image())
+    for digest in ("sha256-" + "ab" * 32, "sha256-" + "ac" * 32):
+        shutil.copytree(image.root.parent, store.path / digest)
+    for reference, said in (("no-such", "no image"), ("a", "no image"), ("abc", "no image"), ("../x", "no image"),
+                            ("f" * 64, "no image"), ("", "no image")):
+        with pytest.raises(ImageNotFound, match=said):
+            store.use("minimal", reference)
+    shutil.copytree(image.root.parent, store.path / ("sha256-" + "abab" + "f" * 60))
+    with pytest.raises(ImageNotFound, match="more than one image"):
+        store.use("minimal", "abab")
+    assert store.get("minimal") == image
+
+
+def test_whoever_adds_keeps_no_other_writer_waiting_and_loses_nothing_to_them(
+    store: ImageStore, tmp_path: Path
+) -> None:
+    add(store, Archive.with_image(), "other")
+    old = add(store, Archive.with_image().add("x"), "other")
+
+    class Slow:
+        """A container image whose layout comes when the other writers have been."""
+
+        @contextmanager
+        def layout(self, staging: Path, id_base: int, limits: Limits) -> Iterator[oci.Layout]:
+            assert store.retire(set()) == []
+            store.sweep()
+            assert staging.is_dir(), "swept away while in use"
+            assert abs(add(store, Archive.with_image().add("y"), "third").id_base - id_base) >= ids.COUNT
+            with Layers().layer(Archive.with_image()).save(tmp_path / "layout") as layout:
+                yield layout
+
+    image = store.import_oci(Slow(), "slow")
+    assert image.root.is_dir()
+    assert len({image.id_base for image in store.list()}) == 3
+    assert store.get("other") == old
 
 
 def test_a_removed_name_is_gone_and_its_tree_collected(store: ImageStore) -> None:
@@ -230,8 +252,8 @@ def test_a_removed_name_is_gone_and_its_tree_collected(store: ImageStore) -> Non
     with pytest.raises(ImageNotFound):
         store.remove("minimal")
     assert store.list() == []
-    assert store.collect(()) == [image.digest]
-    assert sorted(p.name for p in store.path.iterdir()) == [".lock", "names"]
+    assert retire(store) == [image.digest]
+    assert sorted(p.name for p in store.path.iterdir()) == [".lock", "former", "names"]
 
 
 def test_an_empty_store_has_no_image(tmp_path: Path) -> None:
@@ -427,7 +449,7 @@ def test_a_manifest_that_is_a_link_or_missing_or_huge_is_refused(store: ImageSto
 def test_a_wrong_manifest_names_the_key_and_what_would_be_right(
     change: dict[str, object], key: str, said: str
 ) -> None:
-    good = manifest.to_mapping(manifest.parse(MANIFEST))
+    good = manifest.to_mapping(manifest.parse(MANIFEST.encode()))
     with pytest.raises(ImageInvalid) as raised:
         manifest.from_mapping(good | change)
     assert key in str(raised.value)
@@ -439,4 +461,4 @@ def test_what_is_known_about_an_image_is_readable_json(store: ImageStore) -> Non
     facts = json.loads((image.root.parent / "image.json").read_text())
     assert facts["digest"] == image.digest
     assert facts["id_base"] == image.id_base
-    assert manifest.from_mapping(facts["manifest"]) == manifest.parse(MANIFEST)
+    assert manifest.from_mapping(facts["manifest"]) == manifest.parse(MANIFEST.encode())

@@ -5,7 +5,8 @@ from nbagent.sandbox.spec import SandboxSpec
 
 SPEC = SandboxSpec(
     slot="c07-x8q2m4k9w1ze", root="/images/rootfs", id_base=1 << 30, uid=2001, user="jovyan", home="/home/jovyan",
-    storage_bytes=64 << 20, command=["/usr/bin/python3"], environment={}, code="/usr/lib/nbagent",
+    storage_bytes=64 << 20, command=["/usr/bin/python3"], directory="/home/jovyan", port=0, listen_timeout_s=60.0,
+    environment={}, code="/usr/lib/nbagent",
     mountpoint="/run/box", syscall_filter="AAAAAAAAAAA=",
 )
 

@@ -1,0 +1,337 @@
+"""Container images: layers that are laid over each other, hostile ones too, and what an image says of itself."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import stat
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_image_store import Owners
+
+from archives import MANIFEST, Archive, Layers
+from nbagent.errors import BadRequest, FetchFailed, ImageInvalid
+from nbagent.image import fetch, manifest
+from nbagent.image.archive import Limits
+from nbagent.image.fetch import DockerArchive, OciDirectory, Registry
+from nbagent.image.store import Image, ImageStore
+
+DIRECTORY = {"type": tarfile.DIRTYPE, "mode": 0o755}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[ImageStore]:
+    yield ImageStore(tmp_path / "images", chown=Owners())
+    assert not list((tmp_path / "images").glob(".staging-*")), "something half made was left"
+
+
+def bring(store: ImageStore, image: Layers, given: manifest.Manifest | None = None) -> Image:
+    layout = store.path.parent / f"layout{len(list(store.path.parent.iterdir()))}"
+    image.save(layout).close()
+    return store.import_oci(OciDirectory(layout, None), "mine", given)
+
+
+def refused(store: ImageStore, image: Layers) -> str:
+    with pytest.raises(ImageInvalid) as raised:
+        bring(store, image)
+    assert store.list() == []
+    return str(raised.value)
+
+
+def over(*layers: Archive) -> Layers:
+    """An image with a manifest in its first layer and these on it."""
+    image = Layers().layer(Archive.with_image())
+    for layer in layers:
+        image.layer(layer)
+    return image
+
+
+def names(root: Path) -> set[str]:
+    return {str(path.relative_to(root)) for path in root.rglob("*")}
+
+
+def test_later_layers_lie_over_earlier_ones(store: ImageStore) -> None:
+    lower = Archive().add("a", b"old").add("b", b"kept").add("d", **DIRECTORY).add("d/x", b"1").add("e/y", b"2")
+    upper = Archive().add("a", b"new", mode=0o640).add("d", b"a file now").add("e", type=tarfile.DIRTYPE, mode=0o750)
+    root = bring(store, over(lower, upper)).root
+    assert [(root / name).read_text() for name in ("a", "b", "d", "e/y")] == ["new", "kept", "a file now", "2"]
+    assert stat.S_IMODE((root / "a").stat().st_mode) == 0o640
+    assert stat.S_IMODE((root / "e").stat().st_mode) == 0o750
+
+
+def test_the_order_of_layers_is_the_images(store: ImageStore) -> None:
+    one, other = Archive().add("a", b"1"), Archive().add("a", b"2")
+    assert (bring(store, over(one, other)).root / "a").read_text() == "2"
+    assert (bring(store, over(Archive().add("a", b"2"), Archive().add("a", b"1"))).root / "a").read_text() == "1"
+
+
+def test_a_whiteout_takes_away_what_is_below_and_only_that(store: ImageStore) -> None:
+    lower = Archive().add("d/x", b"x").add("d/deep/y", b"y").add("d/z", b"z").add("f", b"f")
+    # The new d/x comes before its whiteout: what a layer has itself it does not take away.
+    upper = Archive().add("d/x", b"new").add("d/.wh.x").add("d/.wh.deep").add(".wh.f").add("not/.wh.there")
+    root = bring(store, over(lower, upper)).root
+    assert (root / "d/x").read_text() == "new"
+    assert {name for name in names(root) if name[0] in "dfn"} == {"d", "d/x", "d/z"}
+
+
+def test_an_opaque_directory_hides_all_below_and_nothing_beside(store: ImageStore) -> None:
+    lower = Archive().add("d/x", b"x").add("d/deep/y", b"y").add("e/z", b"z")
+    upper = Archive().add("d/new", b"n").add("d/deep/.wh..wh..opq").add("d/.wh..wh..opq")
+    root = bring(store, over(lower, upper)).root
+    assert {name for name in names(root) if name.split("/")[0] in ("d", "e")} == {"d", "d/new", "e", "e/z"}
+
+
+def test_what_was_taken_away_can_come_again(store: ImageStore) -> None:
+    lower = Archive().add("d", type=tarfile.DIRTYPE, mode=0o700).add("d/x", b"1").add("d/sub/y", b"2")
+    root = bring(store, over(lower, Archive().add(".wh.d"), Archive().add("d/sub/z", b"3"))).root
+    assert {name for name in names(root) if name.startswith("d")} == {"d", "d/sub", "d/sub/z"}
+    assert stat.S_IMODE((root / "d").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("name", [".wh.", "d/.wh.", "d/.wh..", "d/.wh...", "d/.wh..wh.plnk", ".wh..wh.x",
+                                  ".wh.d/x", "d/.wh.y/x"])
+def test_whiteouts_of_what_cannot_be_a_name_are_refused(store: ImageStore, name: str) -> None:
+    assert repr(name) in refused(store, over(Archive().add("d/x", b"x"), Archive().add(name)))
+
+
+@pytest.mark.parametrize("name", ["../.wh.victim", "/.wh.victim", "d/../../.wh.victim", "trap/.wh.victim",
+                                  "trap/.wh..wh..opq", "trap/victim", "trap/sub/x"])
+def test_nothing_outside_is_touched_by_any_layer(store: ImageStore, tmp_path: Path, name: str) -> None:
+    (tmp_path / "victim").write_text("v")
+    trap = Archive().add("trap", type=tarfile.SYMTYPE, linkname=str(tmp_path)).add("d/x", b"x")
+    refused(store, over(trap, Archive().add(name, b"owned")))
+    assert (tmp_path / "victim").read_text() == "v"
+
+
+def test_a_link_is_replaced_and_never_followed(store: ImageStore, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/secret").write_text("s")
+    outside = str(tmp_path / "outside")
+    lower = Archive()
+    for name in ("file", "directory", "gone"):
+        lower.add(name, type=tarfile.SYMTYPE, linkname=outside + ("/secret" if name == "file" else ""))
+    upper = Archive().add("file", b"mine").add("directory", **DIRECTORY).add("directory/x", b"x").add(".wh.gone")
+    root = bring(store, over(lower, upper)).root
+    assert (root / "file").read_text() == "mine"
+    assert (root / "directory/x").read_text() == "x"
+    assert not (root / "gone").is_symlink()
+    assert [(path.name, path.read_text()) for path in (tmp_path / "outside").iterdir()] == [("secret", "s")]
+
+
+def test_hard_links_reach_into_lower_layers_and_never_write_through(store: ImageStore) -> None:
+    lower = Archive().add("a", b"one").add("b", type=tarfile.LNKTYPE, linkname="a")
+    upper = Archive().add("c", type=tarfile.LNKTYPE, linkname="a").add("b", b"two").add("d/e", b"x")
+    root = bring(store, over(lower, upper)).root
+    assert (root / "a").samefile(root / "c")
+    assert ((root / "a").read_text(), (root / "b").read_text()) == ("one", "two")
+
+
+@pytest.mark.parametrize("linkname", ["gone", "../victim", "/etc/passwd", "d", "c", "link"])
+def test_hard_links_to_what_is_not_a_file_of_the_image_are_refused(store: ImageStore, linkname: str) -> None:
+    lower = Archive().add("gone", b"x").add("d/x").add("link", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+    upper = Archive().add(".wh.gone").add("c", type=tarfile.LNKTYPE, linkname=linkname)
+    refused(store, over(lower, upper))
+
+
+def test_devices_and_set_id_bits_of_a_layer_get_nowhere(store: ImageStore) -> None:
+    for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
+        assert "device" in refused(store, over(Archive().add("dev/sda", type=kind, devmajor=8)))
+    root = bring(store, over(Archive().add("su", b"x", mode=0o6755))).root
+    assert stat.S_IMODE((root / "su").stat().st_mode) == 0o755
+
+
+def test_the_limits_are_for_all_layers_together(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / "images", chown=Owners(), limits=Limits(unpacked_bytes=1 << 20, entries=200))
+    half = bytes(600_000)
+    assert "larger" in refused(store, over(Archive().add("a", half), Archive().add("a", half)))
+    assert "larger" in refused(store, over().layer(bytes(2 << 20)))
+    crowd = [Archive() for _ in range(3)]
+    for number in range(80):
+        for layer in crowd:
+            layer.add(f"{number}")
+    assert "entries" in refused(store, over(*crowd))
+    whiteouts = Archive()
+    for number in range(201):
+        whiteouts.add(f".wh.{number}")
+    assert "entries" in refused(store, over(whiteouts))
+    assert "deep" in refused(store, over(Archive().add("d/" * 2000 + "f")))
+
+
+def test_large_files_pass_and_what_claims_to_be_larger_does_not(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / "images", chown=Owners(), limits=Limits(unpacked_bytes=8 << 20))
+    assert (bring(store, over(Archive().add("big", bytes(3 << 20)))).root / "big").stat().st_size == 3 << 20
+    for kind in (tarfile.REGTYPE, tarfile.CONTTYPE, b"Z"):
+        header = tarfile.TarInfo(".wh.x")
+        header.type, header.size = kind, 1 << 60
+        if store.list():
+            store.remove("mine")
+        refused(store, over().layer(header.tobuf(tarfile.GNU_FORMAT) + bytes(2048)))
+
+
+def test_layers_of_every_packing_and_empty_ones(store: ImageStore) -> None:
+    image = over().layer(Archive().add("plain", b"x").bytes(), bytes).layer(bytes(1024)).layer(bytes(1024), bytes)
+    assert (bring(store, image).root / "plain").read_text() == "x"
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar", gzip.compress(b"no tar"), gzip.compress(bytes(4096))[:20]])
+def test_what_is_no_layer_is_refused(store: ImageStore, content: bytes) -> None:
+    refused(store, over().layer(content, bytes))
+
+
+def test_the_digest_is_the_images_own_and_another_with_another_manifest(store: ImageStore, tmp_path: Path) -> None:
+    image = bring(store, over())
+    layout = next(path for path in tmp_path.iterdir() if path.name.startswith("layout"))
+    (named,) = json.loads((layout / "index.json").read_text())["manifests"]
+    assert image.digest == named["digest"].replace(":", "-")
+    other = manifest.parse(MANIFEST.replace('"jovyan"', '"maria"').encode())
+    given = store.import_oci(OciDirectory(layout, None), "given", other)
+    assert (given.user, given.root == image.root) == ("maria", False)
+    assert store.import_oci(OciDirectory(layout, "latest"), "again").root == image.root
+
+
+def test_one_of_several_is_chosen_by_its_tag(store: ImageStore, tmp_path: Path) -> None:
+    for tag in ("one", "two"):
+        over(Archive().add("which", tag.encode())).save(tmp_path / "layout", tag).close()
+    assert (store.import_oci(OciDirectory(tmp_path / "layout", "two"), "x").root / "which").read_text() == "two"
+    for tag in (None, "three"):
+        with pytest.raises(ImageInvalid, match="no image"):
+            store.import_oci(OciDirectory(tmp_path / "layout", tag), "x")
+
+
+def test_one_for_another_machine_is_refused(store: ImageStore) -> None:
+    image = over()
+    image.architecture = "s390x"
+    assert "linux/s390x" in refused(store, image)
+
+
+def damaged(layout: Path, how: str) -> None:
+    index = json.loads((layout / "index.json").read_text())
+    (named,) = index["manifests"]
+    blobs = layout / "blobs/sha256"
+    document = json.loads((blobs / named["digest"][7:]).read_text())
+    layer = blobs / document["layers"][0]["digest"][7:]
+    if how == "a blob that is a link":
+        layer.rename(layout / "elsewhere")
+        layer.symlink_to(layout / "elsewhere")
+    elif how == "a blob that is a pipe":
+        layer.unlink()
+        os.mkfifo(layer)
+    elif how == "another content":
+        layer.write_bytes(layer.read_bytes() + b"x")
+    elif how == "a blob that is not there":
+        layer.unlink()
+    elif how == "another manifest":
+        (blobs / named["digest"][7:]).write_text(json.dumps(document | {"layers": []}))
+    elif how == "a digest that leads out":
+        (layout / "index.json").write_text(json.dumps({"manifests": [named | {"digest": "sha256:../../../x"}]}))
+    elif how == "no JSON":
+        (layout / "index.json").write_text("[" * 100_000)
+    elif how == "no objects":
+        (layout / "index.json").write_text('{"manifests": ["x"]}')
+    elif how == "another kind":
+        (layout / "index.json").write_text(json.dumps({"manifests": [named | {"mediaType": "text/plain"}]}))
+
+
+@pytest.mark.parametrize("how", [
+    "a blob that is a link", "a blob that is a pipe", "another content", "a blob that is not there",
+    "another manifest", "a digest that leads out", "no JSON", "no objects", "another kind",
+])
+def test_a_layout_that_lies_is_refused(store: ImageStore, tmp_path: Path, how: str) -> None:
+    over().save(tmp_path / "layout").close()
+    damaged(tmp_path / "layout", how)
+    with pytest.raises(ImageInvalid):
+        store.import_oci(OciDirectory(tmp_path / "layout", None), "x")
+    assert store.list() == []
+
+
+def bare(*extra: tuple[str, bytes], **config: Any) -> Layers:
+    """An image that knows nothing of nbagent."""
+    archive = Archive().add("etc/passwd", b"root:x:0:0::/root:/bin/sh\nnb:x:1000:100::/home/nb:/bin/bash\nbroken\n")
+    for name, content in extra:
+        archive.add(name, content)
+    return Layers(**config).layer(archive)
+
+
+def test_an_image_with_jupyterlab_is_a_notebook_server(store: ImageStore) -> None:
+    image = bring(store, bare(
+        ("opt/conda/bin/jupyter-lab", b"#!/opt/conda/bin/python3.12\nimport sys\n"),
+        Env=["PATH=/opt/conda/bin:/bin", "LANG=C.UTF-8", "BAD.NAME=x", "HOME=/home/nb"],
+        User="1000", WorkingDir="/srv/work/", Entrypoint=["tini", "--"], Cmd=["start-notebook.sh"],
+    ))
+    assert (image.python, image.command, image.port) == ("/opt/conda/bin/python3.12", (), None)
+    assert (image.user, image.home, image.directory) == ("nb", "/home/nb", "/srv/work")
+    assert dict(image.environment) == {"PATH": "/opt/conda/bin:/bin", "LANG": "C.UTF-8", "HOME": "/home/nb"}
+    assert (image.ready, image.url) == ("api", "lab?token={token}")
+
+
+def test_another_images_entry_point_is_its_command(store: ImageStore) -> None:
+    image = bring(store, bare(
+        Entrypoint=["serve"], Cmd=["--base", "{base_path}", "--port", "{port}"], ExposedPorts={"3000/tcp": {}},
+        Env=["SECRET={token}"],
+    ))
+    assert image.python is None
+    assert image.command == ("serve", "--base", "{base_path}", "--port", "{port}")
+    assert (image.port, image.ready, image.url) == (3000, "", "")
+    # Root in the image is nobody in particular in a slot.
+    assert (image.user, image.home, image.directory) == ("jovyan", "/home/jovyan", "/home/jovyan")
+    assert image.environment["SECRET"] == "{token}"
+
+
+def test_an_image_that_says_nothing_at_all_is_refused(store: ImageStore) -> None:
+    assert "--manifest" in refused(store, bare())
+
+
+def test_sources_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "a:b").mkdir()
+    assert fetch.source(f"oci:{tmp_path}") == OciDirectory(tmp_path, None)
+    assert fetch.source(f"oci:{tmp_path}:v1") == OciDirectory(tmp_path, "v1")
+    assert fetch.source(f"oci:{tmp_path}/a:b") == OciDirectory(tmp_path / "a:b", None)
+    assert fetch.source("docker-archive:x.tar") == DockerArchive(Path("x.tar"))
+    assert fetch.source("docker://host:5000/a/b:c", insecure=True) == Registry("host:5000/a/b:c", True)
+
+
+@pytest.mark.parametrize("text", ["", "oci:", "docker-archive:", "x.tar", "docker:x", "docker://", "docker://$HOME",
+                                  "docker://-x", "docker://a b", "containers-storage:x", "dir:/etc"])
+def test_other_sources_are_refused_and_the_right_ones_named(text: str) -> None:
+    with pytest.raises(BadRequest, match="docker-archive:FILE"):
+        fetch.source(text)
+
+
+def test_a_source_that_is_not_there_is_named(store: ImageStore, tmp_path: Path) -> None:
+    for source in (OciDirectory(tmp_path / "no", None), DockerArchive(tmp_path / "no.tar")):
+        if isinstance(source, DockerArchive) and os.geteuid() != 0:
+            continue
+        with pytest.raises(FetchFailed, match="No such file"):
+            store.import_oci(source, "x")
+
+
+@pytest.mark.parametrize(("change", "key"), [
+    ({"command": ["x"]}, "python"),
+    ({"port": 8888}, "port"),
+    ({"python": None, "command": "x"}, "command"),
+    ({"python": None, "command": []}, "command"),
+    ({"python": None, "command": ["x\0"]}, "command"),
+    ({"python": None, "command": ["x"], "port": 80}, "port"),
+    ({"python": None, "command": ["x"], "port": True}, "port"),
+    ({"python": None, "command": ["x" * 40_000]}, "environment"),
+    ({"ready": "/x"}, "ready"),
+    ({"ready": "a/../../x"}, "ready"),
+    ({"ready": "x?y"}, "ready"),
+    ({"url": "//evil.example/"}, "url"),
+    ({"url": "x#y"}, "url"),
+    ({"url": "{token}"}, "url"),
+    ({"url": "?t={secret}"}, "url"),
+    ({"directory": "work"}, "directory"),
+])
+def test_a_wrong_command_or_address_is_refused(change: dict[str, object], key: str) -> None:
+    good = manifest.to_mapping(manifest.parse(MANIFEST.encode()))
+    wanted = {name: value for name, value in (good | change).items() if value is not None}
+    for default in ("ready", "url") if "python" not in wanted else ():
+        wanted.pop(default)
+    with pytest.raises(ImageInvalid, match=f": {key}: "):
+        manifest.from_mapping(wanted)
