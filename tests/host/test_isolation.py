@@ -187,3 +187,35 @@ def test_a_malicious_image_is_run_behind_all_walls(agent, decoys):
         agent.run("systemctl", "reload", "nbagent.service")
     tries = json.loads(lines[0]["MESSAGE"].removeprefix("TRIED "))
     assert len(tries) >= 25 and {name: what for name, what in tries.items() if what is not None} == {}
+
+
+# Programs that everybody has for getting out, or for seeing how one could; the image has them from Debian.
+TOOLS = (
+    "unshare --user true", "unshare --map-root-user --mount true", "unshare --net true", "nsenter --target 1 --all true",
+    "mount -t tmpfs none /mnt", "mount --bind / /mnt", "umount /proc", "chroot / true", "dmesg", "swapon /dev/null",
+    "su root -c true", "setpriv --reuid 0 true", "hostname other", "date --set 2020-01-01", "mknod /tmp/sda b 8 0",
+    "renice -n -5 -p 1", "chown root /tmp", "fallocate -l 2T /tmp/big", "sysctl -w kernel.panic=1",
+    "cat /dev/mem", "cat /proc/kcore", "prlimit --nofile=1048576 true",
+)
+
+
+def test_public_tools_get_through_no_wall_either(agent):
+    with agent.open().kernel() as kernel:
+        result = kernel.run(f"""
+import json, shutil, subprocess
+found = {{}}
+for line in {TOOLS!r}:
+    if shutil.which(line.split()[0]):
+        done = subprocess.run(line.split(), capture_output=True, text=True, timeout=30)
+        found[line] = [done.returncode, done.stderr.strip()[-100:]]
+found["setpriv"] = subprocess.run(["setpriv", "--dump"], capture_output=True, text=True).stdout
+print(json.dumps(found))""")
+        tools = json.loads(result.stream)
+        privileges = dict(line.split(": ", 1) for line in tools.pop("setpriv").splitlines())
+        # The kernel does as if, and leaves the first process of a pid namespace alone.
+        assert kernel.run("import os; os.kill(1, 9); 6 * 7").text == "42"
+    assert len(tools) >= 16
+    assert [line for line, (code, _) in tools.items() if code == 0] == []
+    assert privileges["no_new_privs"] == "1"
+    for name in ("Inheritable capabilities", "Ambient capabilities", "Capability bounding set"):
+        assert privileges[name] == "[none]", privileges

@@ -344,7 +344,7 @@ def test_a_released_slot_leaves_no_process_mount_namespace_or_file(agent):
     with notebook.kernel() as kernel:
         assert kernel.run("import subprocess; subprocess.run(['setsid', '-f', 'sleep', '600'])").status == "ok"
         known, group = record(agent, notebook.slot), shown(agent, notebook.slot)["ControlGroup"]
-        pids = agent.processes(notebook.slot)
+        pids, uid = agent.processes(notebook.slot), known["id_base"] + known["uid"]
         ids = {link.split("[")[1].rstrip("]") for link in namespaces(agent, known["pid"]).values()}
 
         def listed():
@@ -355,11 +355,14 @@ def test_a_released_slot_leaves_no_process_mount_namespace_or_file(agent):
         assert not ids & listed()
         left = agent.run("sh", "-c", f"""
             ps -o pid= -p {','.join(map(str, pids))}
-            ps -o pid= -u {known['id_base'] + known['uid']}
+            ps -o pid= -u {uid}
             ls -d /run/nbagent/slots/{notebook.slot} /sys/fs/cgroup{group} /sys/fs/cgroup/*{group}
             grep -l nbagent/sandbox /proc/1/mountinfo /proc/$(systemctl show -P MainPID nbagent.service)/mountinfo
             systemctl list-units --all --plain --no-legend nbagent-{notebook.slot}.scope
             ls -A /run/nbagent/sandbox
+            find / /run /dev /tmp -xdev -path /proc -prune -o '(' -uid {uid} -o -gid {uid} ')' -print
+            grep -w '^ *{uid}:' /proc/key-users
+            awk '$8 == {uid}' /proc/sysvipc/shm /proc/sysvipc/sem /proc/sysvipc/msg
             true""")
         assert left == ""
 
