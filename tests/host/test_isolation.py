@@ -191,9 +191,9 @@ def test_a_malicious_image_is_run_behind_all_walls(agent, decoys):
 
 # Programs that everybody has for getting out, or for seeing how one could; the image has them from Debian.
 TOOLS = (
-    "unshare --user true", "unshare --map-root-user --mount true", "unshare --net true", "nsenter --target 1 --all true",
+    "unshare --user true", "unshare --map-root-user --mount true", "unshare --net true", "nsenter -t 1 --all true",
     "mount -t tmpfs none /mnt", "mount --bind / /mnt", "umount /proc", "chroot / true", "dmesg", "swapon /dev/null",
-    "su root -c true", "setpriv --reuid 0 true", "hostname other", "date --set 2020-01-01", "mknod /tmp/sda b 8 0",
+    "su root -c true", "setpriv --reuid 0 true", "hostname other", "date -s 2020-01-01", "mknod /tmp/sda b 8 0",
     "renice -n -5 -p 1", "chown root /tmp", "fallocate -l 2T /tmp/big", "sysctl -w kernel.panic=1",
     "cat /dev/mem", "cat /proc/kcore", "prlimit --nofile=1048576 true",
 )
