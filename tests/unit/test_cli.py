@@ -293,7 +293,11 @@ def test_the_version_is_told_without_loading_what_it_does_not_need() -> None:
 def test_a_terminal_gets_a_table(run: Any, url: str, watch: list[str]) -> None:
     slot = run("claim", "--json").json["slot"]
     leader, follower = pty.openpty()
-    code = "import sys; from nbagent.cli import main; main(sys.argv[1:])"
+    # A shell's background jobs ignore SIGINT, and what they start with them.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from nbagent.cli import main; main(sys.argv[1:])"
+    )
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "160", "LINES": "40"}
     process = subprocess.Popen(
         [sys.executable, "-c", code, "slots", "--url", url, *watch],
