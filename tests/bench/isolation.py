@@ -25,6 +25,8 @@ from nbagent.sandbox.plan import plan
 from nbagent.supervisor.launcher import sandbox_spec
 
 FORK = "fork"
+# The parts that end with one: the parent of a pid namespace stays outside it, and init is the parent of the program.
+FORKING = ("outside", "inside")
 
 
 def sandbox(spec: Any, control: socket.socket) -> NoReturn:
@@ -32,8 +34,8 @@ def sandbox(spec: Any, control: socket.socket) -> NoReturn:
     for part, steps in zip(plan(spec)._fields, plan(spec), strict=True):
         for step in steps:
             obey(control, step.do)
-        if part != "last":
-            # The parent of a pid namespace stays outside it; here it waits, to be the one that is waited for.
+        if part in FORKING:
+            # Who is not needed any more waits here, to be the one that is waited for.
             obey(control, lambda: None if os.fork() == 0 else wait_for_child())
     control.recv(1)
     os._exit(0)
@@ -75,9 +77,9 @@ def main() -> None:
     own, rows = cgroup.of_process(os.getpid()), []
     before = own.usage().memory_bytes
     lines = plan(spec).lines()
-    for part in ("outside", "inside", "last"):
+    for part in plan(spec)._fields:
         named = [(part, line.step) for line in lines if line.part == part]
-        for name in [*named, *([(part, FORK)] if part != "last" else [])]:
+        for name in [*named, *([(part, FORK)] if part in FORKING else [])]:
             took_ms = []
             for control in controls:
                 control.send(b".")
