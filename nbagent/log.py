@@ -62,6 +62,7 @@ class Event(enum.Enum):
     HOST_FULL = Kind("57891dcfb3fc4e91ac0219ef96c2537c", Priority.NOTICE, "claim refused: %(text)s")
     DRAIN_STARTED = Kind("875ce81d14eb45779076bc769de73b84", Priority.NOTICE, "host drains: no new claims, users stay")
     DRAIN_ENDED = Kind("d8588f3fa3c24bd6b15c944b6a5ea6f6", Priority.NOTICE, "host hands out slots again")
+    IMAGE_UNREADABLE = Kind("0bc63350b4844358b8076fa893514ce8", Priority.WARNING, "image %(image)s is passed over: %(text)s")
     IMAGE_REMOVED = Kind("76a3d4bb762d4e53947351833104a45f", Priority.INFO, "image %(digest)s removed from the store: nothing uses it")
     NETWORK_FAILED = Kind("941fcad1b56e411ca4f64dcb31e8503c", Priority.WARNING, "the slots' network is not as it should be: %(text)s")
     NETWORK_RESTORED = Kind("c56a026931784bdfb4bbe6f67097d3fa", Priority.WARNING, "somebody removed nftables' table inet nbagent; it is there again")

@@ -39,6 +39,7 @@ from nbagent.image import ids, oci, static
 from nbagent.image import manifest as manifests
 from nbagent.image.manifest import Manifest
 from nbagent.image.tree import NotInTree, Tree
+from nbagent.log import Event, emit
 from nbagent.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
 
 DEFAULT_PATH = Path("/var/lib/nbagent/images")
@@ -161,13 +162,17 @@ class ImageStore:
             return None
 
     def list(self) -> list[Image]:
-        """All images that have a name, by name."""
+        """All images that have a name, by name. One that cannot be read is passed over, and the journal told:
+        the others' users have nothing to do with it.
+        """
         found = []
         for name in self._names():
             try:
                 found.append(self.get(name))
             except ImageNotFound:  # removed since we looked
                 continue
+            except ImageInvalid as error:
+                emit(Event.IMAGE_UNREADABLE, image=name, text=str(error))
         return found
 
     def remove(self, name: str) -> None:
@@ -338,8 +343,13 @@ def _check_name(name: str) -> None:
 
 
 def _read_facts(tree: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((tree / "image.json").read_text())
-    if facts["format"] != _FORMAT:
+    """What is known about an image. Raises FileNotFoundError, ImageInvalid."""
+    try:
+        facts: dict[str, Any] = json.loads((tree / "image.json").read_text())
+        known = facts["format"] == _FORMAT and {"id_base", "manifest"} <= facts.keys()
+    except (ValueError, KeyError, TypeError) as error:
+        raise ImageInvalid(f"{tree}/image.json is damaged; remove the image and add it again: {error!r}") from None
+    if not known:
         raise ImageInvalid(f"{tree} is of another version of nbagent; remove it and add the image again")
     return facts
 

@@ -256,6 +256,22 @@ def test_a_removed_name_is_gone_and_its_tree_collected(store: ImageStore) -> Non
     assert sorted(p.name for p in store.path.iterdir()) == [".lock", "former", "names"]
 
 
+@pytest.mark.parametrize(
+    "facts",
+    ["", "{", "[]", "{}", '{"format": 1}', '{"format": 99}', '{"format": 1, "id_base": 1, "manifest": {"new": 1}}'],
+)
+def test_an_image_that_cannot_be_read_is_in_nobodys_way(store: ImageStore, facts: str) -> None:
+    broken, whole = add(store, Archive.with_image(), "broken"), add(store, Archive.with_image().add("x"), "whole")
+    (store.path / broken.digest / "image.json").write_text(facts)
+    assert [image.name for image in store.list()] == ["whole"]
+    with pytest.raises(ImageInvalid):
+        store.get("broken")
+    assert retire(store) == []
+    store.remove("broken")
+    assert retire(store) == [broken.digest]
+    assert store.get("whole") == whole
+
+
 def test_an_empty_store_has_no_image(tmp_path: Path) -> None:
     nowhere = ImageStore(tmp_path / "nowhere")
     assert nowhere.list() == []
