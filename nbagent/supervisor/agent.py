@@ -307,8 +307,8 @@ class Agent:
             async def enter_scope(pid: int) -> None:
                 await self.systemd.start_scope(
                     slot.scope, pid, f"Notebook slot {slot.id}", slot.limits,
-                    runtime_max_s=math.ceil(slot.ends_s - slot.created_s),
-                    stop_timeout_s=math.ceil(settings.stop_timeout),
+                    runtime_max_s=slot.ends_s - slot.created_s,
+                    stop_timeout_s=settings.stop_timeout,
                 )
                 emit(Event.SLOT_STARTING, slot=slot.id, image=image.name)
 

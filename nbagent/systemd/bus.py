@@ -70,7 +70,7 @@ class Systemd:
         for job in self._jobs.values():
             job.cancel()
 
-    async def start_scope(self, name: str, pid: int, description: str, limits: Limits, **settings: int) -> None:
+    async def start_scope(self, name: str, pid: int, description: str, limits: Limits, **settings: float) -> None:
         """Puts the process into a new scope below the slots' slice, and waits until it is there.
 
         `settings`: `runtime_max_s`, `stop_timeout_s`. Raises JobFailed or OSError.
@@ -85,10 +85,10 @@ class Systemd:
             b"MemoryAccounting": True,
             b"OOMPolicy": b"continue",
             b"PIDs": [pid],
-            b"RuntimeMaxUSec": settings["runtime_max_s"] * 1_000_000,
+            b"RuntimeMaxUSec": _usec(settings["runtime_max_s"]),
             b"Slice": SLICE.encode(),
             b"TasksAccounting": True,
-            b"TimeoutStopUSec": settings["stop_timeout_s"] * 1_000_000,
+            b"TimeoutStopUSec": _usec(settings["stop_timeout_s"]),
             **_limits(limits),
         }
         try:
@@ -169,6 +169,10 @@ class Systemd:
         _, job, _, result = message.body
         if (future := self._jobs.get(job)) and not future.done():
             future.set_result(result.decode())
+
+
+def _usec(seconds: float) -> int:
+    return round(seconds * 1_000_000)
 
 
 def _limits(limits: Limits) -> Mapping[bytes, Any]:
