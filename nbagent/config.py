@@ -278,7 +278,8 @@ class PoolSettings:
     image: str = _setting("minimal", _IMAGE_NAME, "The image of a claim that names none.")
     warm: int = _setting(2, _number(0, 10000, int), "Warm slots of each image.")
     starts: int | None = _setting(
-        "auto", _auto_or(_number(1, 1000, int)), "Starts at a time; auto: one a processor."
+        "auto", _auto_or(_number(1, 1000, int)),
+        "Starts at a time, of which four by fork count as one; auto: one a processor.",
     )
     max_age: float = _setting("6h", _positive_duration, "A warm slot older than this is replaced.")
     backoff: float = _setting("1s", _positive_duration, "Pause after a failed start; doubles with each.")

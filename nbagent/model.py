@@ -8,7 +8,6 @@ into the time of day for people.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import enum
 import math
 import re
@@ -74,7 +73,7 @@ class Limits:
 
     def document(self) -> dict[str, Any]:
         """The limits as JSON."""
-        return dataclasses.asdict(self)
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,7 @@ class Slot:
 
     def save(self) -> dict[str, Any]:
         """The slot as its file holds it."""
-        return dataclasses.asdict(self) | {"state": self.state.value}
+        return {**vars(self), "state": self.state.value, "limits": self.limits.document()}
 
     @classmethod
     def restore(cls, saved: Mapping[str, Any]) -> Slot:
@@ -324,5 +323,4 @@ def wall(boot_s: float | None) -> str | None:
     """RFC 3339 UTC of a CLOCK_BOOTTIME instant, to the second."""
     if boot_s is None:
         return None
-    instant = time.time() - now() + boot_s
-    return datetime.datetime.fromtimestamp(instant, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - now() + boot_s))

@@ -15,8 +15,7 @@ import contextlib
 import dataclasses
 import math
 import os
-import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,15 +46,17 @@ from nbagent.supervisor.launcher import Launcher, ended, sandbox_spec
 from nbagent.supervisor.live import Live, Sight, reattach
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
+from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.waiting import readable
 from nbagent.systemd.bus import JobFailed, Systemd
 
-# Slots' ids within the image's range start here; below are the image's own users.
-UID_FIRST, UID_LAST = 2000, 65000
 # From a slot's last closed socket to the end of its first process.
 END_SEEN_S = 2.0
 # From the SIGKILL of a slot's processes to the end of the last.
 END_MAX_S = 60.0
+# /proc/meminfo takes the kernel and us longer to write and read than all else that an event costs. In this time starts
+# touch a few MiB that are then counted neither as set aside nor as used.
+MEMORY_AGE_S = 0.1
 NO_INTERFACE = "made before a network was allowed"
 
 
@@ -69,6 +70,15 @@ class PoolState:
     failures: int = 0
     not_before_s: float = 0.0
     last_failure: StartFailed | None = None
+
+    @property
+    def launch(self) -> str:
+        """How its slots start."""
+        return self.image.launch if self.image else "exec"
+
+    def count_waiting(self) -> int:
+        """The claims that wait for a slot of it."""
+        return sum(not claim.done() for claim in self.waiting)
 
 
 class Agent:
@@ -91,12 +101,13 @@ class Agent:
         self.records = records
         self.network = network
         self.drain_file = drain_file
-        self.slots: dict[str, Live] = {}
+        self.slots = Slots()
         self.pools: dict[str, PoolState] = {}
         self.gone: Callable[[Slot], None] = lambda slot: None
         self.counters = Counters()
         self.started_s = now()
         self.stopping = False
+        self._memory_read_s, self._memory_bytes = -math.inf, (0, 0)
         self.label = config.label
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -178,7 +189,7 @@ class Agent:
                 self.records.remove(name)
                 emit(Event.SLOT_REMOVED, slot=name, text=_why_not(slot, settled))
                 continue
-            self.slots[live.slot.id] = live
+            self.slots.add(live)
             self._watch(live)
             state = self.pools.setdefault(live.slot.image, PoolState(None))
             if live.slot.state is SlotState.WARM:
@@ -206,18 +217,16 @@ class Agent:
             pool.Pool(
                 image=name,
                 digest=state.image.digest if state.image else None,
+                launch=state.launch,
                 wanted=self.config.warm(name),
-                warm=tuple(
-                    pool.Warm(w.slot.id, w.slot.digest, at_s - w.slot.created_s, w.slot.ends_s - at_s)
-                    for w in state.warm
-                ),
-                starting=self.count(SlotState.STARTING, name),
-                waiting=sum(not claim.done() for claim in state.waiting),
+                warm=[live.slot for live in state.warm],
+                starting=self.slots.count(SlotState.STARTING, name),
+                waiting=state.count_waiting(),
                 paused_s=state.not_before_s - at_s,
             )
             for name, state in self.pools.items()
         ]
-        return pool.decide(pools, self.host(), self.config.pool.max_age, self.config.slots.ttl_max)
+        return pool.decide(pools, self.host(), at_s, self.config.pool.max_age, self.config.slots.ttl_max)
 
     def _apply(self, decision: pool.Decision) -> None:
         for move in decision.retire:
@@ -261,7 +270,7 @@ class Agent:
             image=image.name,
             digest=image.digest,
             id_base=image.id_base,
-            uid=self._free_uid(image.id_base),
+            uid=self.slots.free_uid(image.id_base),
             state=SlotState.STARTING,
             limits=default_limits(self.config.slots),
             token=new_token(),
@@ -271,7 +280,7 @@ class Agent:
             query=query,
         )
         live = Live(slot)
-        self.slots[slot.id] = live
+        self.slots.add(live)
         live.task = self.spawn(self._bring_up(live, image))
 
     async def _bring_up(self, live: Live, image: Image) -> None:
@@ -279,8 +288,7 @@ class Agent:
         began_s = now()
         self.counters.add("starts")
         try:
-            addresses = self.network.choose(other.slot for other in self.slots.values())
-            live.slot = dataclasses.replace(live.slot, addresses=addresses)
+            self.slots.give(live, self.network.choose(self.slots.addresses))
             async with asyncio.timeout(self.config.slots.start_timeout):
                 await self._launch(live, image)
         except asyncio.CancelledError:
@@ -296,7 +304,7 @@ class Agent:
         took_s = now() - began_s
         state.failures, state.not_before_s = 0, 0.0
         self.counters.start_seconds.observe(took_s)
-        live.slot = live.slot.to(SlotState.WARM)
+        self.slots.move(live, SlotState.WARM)
         self.records.save(live.slot)
         emit(Event.SLOT_WARM, slot=live.slot.id, took_ms=round(took_s * 1000))
         self.offer(live)
@@ -400,7 +408,7 @@ class Agent:
         """Ends a slot. The router stops serving it at once, its processes soon after."""
         if live.slot.state in (SlotState.STOPPING, SlotState.FAILED, SlotState.GONE):
             return
-        live.slot = live.slot.to(state, reason=event.name.lower())
+        self.slots.move(live, state, reason=event.name.lower())
         with contextlib.suppress(ValueError):
             self.pools[live.slot.image].warm.remove(live)
         # Should the agent end before the scope does, its successor stops a scope without a file.
@@ -432,8 +440,8 @@ class Agent:
                     await readable(live.pidfd)
         live.close()
         await self.disconnect(slot)
-        live.slot = slot.to(SlotState.GONE)
-        del self.slots[slot.id]
+        self.slots.move(live, SlotState.GONE)
+        self.slots.remove(live)
         self.gone(slot)
         emit(Event.SLOT_GONE, slot=slot.id, age_s=round(now() - slot.created_s), cpu_s=round(cpu_s))
         if self._image_unused(slot.digest):
@@ -462,32 +470,32 @@ class Agent:
         return task
 
     def host(self) -> admission.Host:
-        memory = psutil.virtual_memory()
-        slots = self.config.slots
+        """What there is of the host, and what is taken."""
+        slots, starting = self.config.slots, Counter[str]()
+        for name, state in self.pools.items():
+            starting[state.launch] += self.slots.count(SlotState.STARTING, name)
+        total, available = self._memory()
         return admission.Host(
-            capacity=admission.capacity(slots.capacity, memory.total, slots.memory, slots.overcommit),
+            capacity=admission.capacity(slots.capacity, total, slots.memory, slots.overcommit),
             live=len(self.slots),
-            starting=self.count(SlotState.STARTING),
+            starts=admission.under_way(starting),
             starts_max=self.config.pool.starts or os.cpu_count() or 1,
-            memory_available_bytes=memory.available,
+            memory_available_bytes=available,
             memory_reserve_bytes=self.config.host.memory_reserve,
             draining=self.draining,
         )
 
-    def count(self, state: SlotState, image: str | None = None) -> int:
-        return sum(
-            live.slot.state is state and (image is None or live.slot.image == image) for live in self.slots.values()
-        )
-
-    def _free_uid(self, id_base: int) -> int:
-        used = {live.slot.uid for live in self.slots.values() if live.slot.id_base == id_base}
-        while (uid := UID_FIRST + secrets.randbelow(UID_LAST - UID_FIRST)) in used:
-            pass
-        return uid
+    def _memory(self) -> tuple[int, int]:
+        """The host's memory, and what of it is available, read not long ago."""
+        at_s = now()
+        if at_s >= self._memory_read_s + MEMORY_AGE_S:
+            memory = psutil.virtual_memory()
+            self._memory_bytes, self._memory_read_s = (memory.total, memory.available), at_s
+        return self._memory_bytes
 
     def _image_unused(self, digest: str) -> bool:
         current = {state.image.digest for state in self.pools.values() if state.image is not None}
-        return digest not in current and all(live.slot.digest != digest for live in self.slots.values())
+        return digest not in current and not self.slots.uses(digest)
 
 
 def default_limits(slots: SlotSettings) -> Limits:

@@ -134,8 +134,8 @@ class Calls:
         claimed_s = now()
         if options.content or network == INTERNET:
             await self._prepare(live, network, options.content)
-        live.slot = live.slot.to(
-            SlotState.CLAIMED,
+        self.agent.slots.move(
+            live, SlotState.CLAIMED,
             limits=limits, claimed_s=claimed_s, ttl_s=ttl_s,
             path=options.path or live.slot.path, key=key, fingerprint=fingerprint, network=network,
         )
@@ -151,7 +151,7 @@ class Calls:
     async def _prepare(self, live: Live, network: str, content: Content) -> None:
         """Gives a slot that is nobody's yet its network and its content; one that does not get both is ended."""
         agent = self.agent
-        live.slot = live.slot.to(SlotState.FILLING, network=network)
+        agent.slots.move(live, SlotState.FILLING, network=network)
         # From here on a supervisor that finds this slot ends it, as it does with one that is half started.
         agent.records.save(live.slot)
         try:
@@ -197,13 +197,7 @@ class Calls:
         state = self.agent.pools[image]
         if state.warm:
             return state.warm.popleft()
-        host = self.agent.host()
-        # A slot on its way in may be this claim's, one on its way out makes room for it.
-        ending = self.agent.count(SlotState.STOPPING) + self.agent.count(SlotState.FAILED)
-        queued = sum(not claim.done() for claim in state.waiting)
-        coming = self.agent.count(SlotState.STARTING, image) + ending - queued
-        if admission.room(host) == 0 and coming <= 0:
-            raise Full(f"no slot is free: {admission.obstacle(host)}", retry_after_s=self._retry_after_s())
+        self._check_hope(image)
         waiter: asyncio.Future[Live] = asyncio.get_running_loop().create_future()
         state.waiting.append(waiter)
         self.agent.wake()
@@ -219,6 +213,19 @@ class Calls:
             if waiter.done() and not waiter.cancelled() and (task := asyncio.current_task()) and task.cancelling():
                 self.agent.offer(waiter.result())
             waiter.cancel()
+
+    def _check_hope(self, image: str) -> None:
+        """Raises Full when the slots that can come are all for claims that wait already."""
+        slots, host = self.agent.slots, self.agent.host()
+        short = {
+            name: state.count_waiting() - slots.count(SlotState.STARTING, name)
+            for name, state in self.agent.pools.items()
+        }
+        ending = slots.count(SlotState.STOPPING) + slots.count(SlotState.FAILED)
+        room = admission.room(host, self.agent.pools[image].launch)
+        if not admission.may_wait(image, short, room, ending):
+            obstacle = "as many claims wait as there is room for" if room else admission.obstacle(host)
+            raise Full(f"no slot is free: {obstacle}", retry_after_s=self._retry_after_s())
 
     def unclaim(self, slot_id: str) -> None:
         """Ends a slot whose claim nobody received."""
@@ -280,8 +287,8 @@ class Calls:
         self.agent.wake()
         return {
             "draining": draining,
-            "claimed": self.agent.count(SlotState.CLAIMED),
-            "warm": self.agent.count(SlotState.WARM),
+            "claimed": self.agent.slots.count(SlotState.CLAIMED),
+            "warm": self.agent.slots.count(SlotState.WARM),
         }
 
     def images(self) -> list[dict[str, Any]]:
@@ -298,9 +305,9 @@ class Calls:
     def stats(self) -> dict[str, Any]:
         """The host at a glance."""
         host = self.agent.host()
-        states = {state.value: self.agent.count(state) for state in SlotState}
+        states = {state.value: self.agent.slots.count(state) for state in SlotState}
         default = self.agent.pools.get(self.agent.config.pool.image)
-        available = 0 if host.draining else states["warm"] + states["starting"] + admission.room(host)
+        available = 0 if host.draining else states["warm"] + states["starting"] + self._room(host)
         return {
             "version": nbagent.__version__,
             "label": self.agent.label,
@@ -315,7 +322,7 @@ class Calls:
             "pools": {
                 name: {
                     "wanted": self.agent.config.warm(name), "warm": len(state.warm),
-                    "starting": self.agent.count(SlotState.STARTING, name), "failures": state.failures,
+                    "starting": self.agent.slots.count(SlotState.STARTING, name), "failures": state.failures,
                 }
                 for name, state in sorted(self.agent.pools.items())
             },
@@ -326,9 +333,14 @@ class Calls:
     def free_percent(self) -> int:
         """Capacity that is left to hand out, in percent; 0 only when a claim would be refused."""
         host = self.agent.host()
-        free = self.agent.count(SlotState.WARM) + self.agent.count(SlotState.STARTING) + admission.room(host)
+        slots = self.agent.slots
+        free = slots.count(SlotState.WARM) + slots.count(SlotState.STARTING) + self._room(host)
         return min(100, math.ceil(100 * free / host.capacity)) if not host.draining else 0
 
+    def _room(self, host: admission.Host) -> int:
+        """How many more slots of the default image may be started."""
+        default = self.agent.pools.get(self.agent.config.pool.image)
+        return admission.room(host, default.launch) if default else 0
 
     def _live(self, slot_id: str) -> Live:
         live = self.agent.slots.get(slot_id)
