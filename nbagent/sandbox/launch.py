@@ -50,12 +50,13 @@ class StepFailed(Exception):
 
 def main() -> NoReturn:
     """Runs in the slot's scope, as root of the host; never returns."""
-    control = socket.socket(fileno=fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD_CLOEXEC, FREE_FD))
+    passed = [int(number) for number in sys.argv[1:5]]
+    control = socket.socket(fileno=fcntl.fcntl(passed[0], fcntl.F_DUPFD_CLOEXEC, FREE_FD))
     spec = SandboxSpec.restore(json.loads(control.recv(SPEC_MAX_BYTES)))
-    _guarded(control, lambda: _outside(control, spec, [int(number) for number in sys.argv[2:5]]))
+    _guarded(control, lambda: _outside(control, spec, passed))
 
 
-def _outside(control: socket.socket, spec: SandboxSpec, fds: list[int]) -> NoReturn:
+def _outside(control: socket.socket, spec: SandboxSpec, passed: list[int]) -> NoReturn:
     # The supervisor is the last to go when memory ends; a slot is as good as any other process.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("0")
@@ -65,8 +66,12 @@ def _outside(control: socket.socket, spec: SandboxSpec, fds: list[int]) -> NoRet
     printed, print_fd = (_aside(fd) for fd in os.pipe())
     # Who opens /dev/stdout opens this pipe anew, and needs to be allowed to.
     os.fchown(print_fd, spec.id_base + spec.uid, -1)
-    _place(print_fd, fds)
+    _place(print_fd, passed[1:])
     os.closerange(CONFIG_FD + 1, FREE_FD)
+    # A supervisor of many slots has higher numbers. They were passed as they are: exec would not close them.
+    for fd in passed:
+        if fd >= FREE_FD:
+            os.close(fd)
     output = init.Output(spec.slot, printed, socket.socket(fileno=stream), socket.socket(fileno=entries))
     steps = plan(spec)
     _run(steps.outside)
