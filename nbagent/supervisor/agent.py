@@ -38,12 +38,13 @@ from nbagent.model import (
     new_token,
     now,
 )
-from nbagent.policy import admission, cull, pool
+from nbagent.policy import admission, pool
 from nbagent.quantities import parse_quota
 from nbagent.supervisor import probe
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.launcher import Launcher, ended, sandbox_spec
-from nbagent.supervisor.live import Live, Sight, reattach
+from nbagent.supervisor.live import Live, reattach
+from nbagent.supervisor.looks import Looks
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.slots import Slots
@@ -105,6 +106,7 @@ class Agent:
         self.pools: dict[str, PoolState] = {}
         self.gone: Callable[[Slot], None] = lambda slot: None
         self.counters = Counters()
+        self.looks = Looks(self.counters, self.end)
         self.started_s = now()
         self.stopping = False
         self._memory_read_s, self._memory_bytes = -math.inf, (0, 0)
@@ -117,15 +119,13 @@ class Agent:
 
     async def run(self) -> None:
         """Reconciles until `stop`; wakes when something changed, and to look at the rules."""
-        looked_s = -math.inf
         while not self.stopping:
             self._changed.clear()
             self._apply(self._decide())
-            # From the last look, so that a new interval counts at once.
-            if now() >= looked_s + self.config.cull.interval:
-                self._look()
-                looked_s = now()
-            next_s = self._next_s(looked_s + self.config.cull.interval)
+            interval_s = self.config.cull.interval
+            if now() >= self.looks.next_s(interval_s):
+                self.looks.look(self.config.cull, now())
+            next_s = min(self._next_s(now() + interval_s), self.looks.next_s(interval_s))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(0.05, next_s - now()))
 
@@ -194,6 +194,8 @@ class Agent:
             state = self.pools.setdefault(live.slot.image, PoolState(None))
             if live.slot.state is SlotState.WARM:
                 state.warm.append(live)
+            else:
+                self.looks.add(live, now())
             emit(Event.SLOT_ADOPTED, slot=name, state=live.slot.state.value)
         for scope in scopes:
             await self.systemd.stop(scope, at_once=True)
@@ -235,28 +237,10 @@ class Agent:
         for image in decision.start:
             self._start(image)
 
-    def _next_s(self, next_look_s: float) -> float:
-        """The next instant at which something may be due without an event."""
+    def _next_s(self, latest_s: float) -> float:
+        """The next instant at which a pool may want something without an event."""
         pauses = [state.not_before_s for state in self.pools.values() if state.not_before_s > now()]
-        return min([next_look_s, *pauses])
-
-    def _look(self) -> None:
-        settings = self.config.cull
-        at_s = now()
-        for live in list(self.slots.values()):
-            if live.slot.state is not SlotState.CLAIMED:
-                continue
-            look, sight = live.look(at_s, settings.cpu)
-            self._tell(live, sight)
-            why = cull.reason(look, settings.idle, settings.cpu, at_s)
-            if why is not None:
-                self.counters.add(f"culled_{why}")
-                texts = {
-                    "age": "its time is up",
-                    "idle": f"idle for {at_s - live.active_s:.0f} s",
-                    "memory": f"{look.oom_kills} of its processes were killed for memory",
-                }
-                self.end(live, Event.SLOT_CULLED, text=texts[why])
+        return min([latest_s, *pauses])
 
     # -- a slot's life -------------------------------------------------------------------------
 
@@ -377,32 +361,11 @@ class Agent:
         async def watch() -> None:
             await readable(live.pidfd)
             if live.slot.state in (SlotState.WARM, SlotState.FILLING, SlotState.CLAIMED):
-                kills = max(0, live.use().oom_kills - live.usage.oom_kills)
-                if kills:
-                    self._out_of_memory(live, kills, 0)
+                self.looks.last(live)
                 self.counters.add("died")
                 self.end(live, Event.SLOT_DIED, text="its processes ended")
 
         live.task = self.spawn(watch())
-
-    def _tell(self, live: Live, sight: Sight) -> None:
-        """Says which limits a slot has run into."""
-        slot, storage = live.slot, sight.storage
-        if sight.oom_kills:
-            self._out_of_memory(live, sight.oom_kills, storage.used_bytes)
-        if sight.refuses_tasks:
-            emit(Event.SLOT_TASKS_REFUSED, slot=slot.id, tasks=slot.limits.tasks)
-        if sight.storage_full:
-            text = (f"{storage.used_bytes} of {storage.size_bytes} bytes,"
-                    f" {storage.used_files} of {storage.most_files} files")
-            emit(Event.SLOT_STORAGE_FULL, slot=slot.id, text=text)
-
-    def _out_of_memory(self, live: Live, kills: int, files_bytes: int) -> None:
-        self.counters.add("oom_kills", kills)
-        text = f"{kills} processes killed at MemoryMax={live.slot.limits.memory_bytes}"
-        if files_bytes > live.slot.limits.memory_bytes / 4:
-            text += f", of which files are {files_bytes}"
-        emit(Event.SLOT_OOM, slot=live.slot.id, text=text)
 
     def end(self, live: Live, event: Event, state: SlotState = SlotState.STOPPING, **fields: Any) -> None:
         """Ends a slot. The router stops serving it at once, its processes soon after."""
@@ -419,7 +382,7 @@ class Agent:
         cleaning.add_done_callback(self._cleaning.discard)
 
     async def _clean(self, live: Live) -> None:
-        slot, cpu_s, began_s = live.slot, live.use().cpu_s, now()
+        slot, cpu_s, began_s = live.slot, live.cpu_s(), now()
         try:
             await self.systemd.stop(slot.scope, at_once=slot.claimed_s is None)
         except OSError as error:

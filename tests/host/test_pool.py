@@ -126,7 +126,7 @@ def test_no_slot_is_started_when_the_hosts_memory_would_run_short(agent):
 
 def test_a_warm_slot_that_waited_too_long_is_replaced_by_a_fresh_one(agent):
     before = warm_slots(agent)
-    agent.configure('[pool]\nwarm = 1\nmax_age = "1s"\n')
+    agent.configure('[pool]\nwarm = 1\nmax_age = "4s"\n')
     assert agent.wait(lambda: warm_slots(agent) - before, "a fresh warm slot")
     agent.wait(lambda: not before & {slot["slot"] for slot in agent.slots()}, "the old one to be gone")
     agent.configure("")
