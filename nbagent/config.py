@@ -218,7 +218,7 @@ class ApiSettings:
     )
     allowed_origins: tuple[str, ...] = _setting([], _origins, 'Web origins whose pages may call; "*": any.')
     workers: int = _setting(2, _number(1, 64, int), "gunicorn worker processes.")
-    threads: int = _setting(16, _number(1, 256, int), "Threads of each worker: calls that wait at a time.")
+    threads: int = _setting(64, _number(1, 256, int), "Threads of each worker: calls that wait at a time.")
 
 
 @dataclass(frozen=True)

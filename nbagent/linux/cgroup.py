@@ -61,12 +61,12 @@ def of_process(pid: int, root: Path = ROOT) -> Cgroup:
         for controller in controllers.split(","):
             paths[controller] = path.lstrip("/")
     if "memory" not in paths:
-        unified = str(root / paths[""])
+        unified = f"{root}/{paths['']}"
         return Cgroup(unified, unified, unified)
     return Cgroup(
-        memory=str(root / "memory" / paths["memory"]),
-        cpu=str(root / "unified" / paths[""]),
-        pids=str(root / "pids" / paths["pids"]),
+        memory=f"{root}/memory/{paths['memory']}",
+        cpu=f"{root}/unified/{paths['']}",
+        pids=f"{root}/pids/{paths['pids']}",
     )
 
 

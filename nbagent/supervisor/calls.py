@@ -66,6 +66,7 @@ class Calls:
             if live.slot.state is SlotState.CLAIMED and live.slot.key is not None:
                 self.keys[live.slot.key] = (live.slot.fingerprint or "", agent.spawn(_value(live.slot)))
         agent.gone = self._slot_gone
+        self._first_end_s, self._looked_s = 0.0, -math.inf
 
     async def claim(self, given: Mapping[str, Any], key: str, client: str) -> dict[str, Any]:
         """Hands out a slot; the same one for the same key, as long as it lives.
@@ -368,8 +369,12 @@ class Calls:
         raise InvalidField(field="image", value=name, expected=f"an image of this host: {known}")
 
     def _retry_after_s(self) -> int:
-        ends = [live.slot.expires_s for live in self.agent.slots.values() if live.slot.expires_s is not None]
-        return max(1, min(RETRY_MAX_S, math.ceil(min(ends, default=0.0) - now())))
+        """Seconds until the first slot ends. Looked for once a second, as many are refused when the host is full."""
+        at_s = now()
+        if at_s >= self._looked_s + 1:
+            ends = [live.slot.expires_s for live in self.agent.slots.values() if live.slot.expires_s is not None]
+            self._first_end_s, self._looked_s = min(ends, default=0.0), at_s
+        return max(1, min(RETRY_MAX_S, math.ceil(self._first_end_s - at_s)))
 
     def _slot_gone(self, slot: Slot) -> None:
         if slot.key in self.keys:
