@@ -134,8 +134,8 @@ _TIME: Schema = {"type": "string", "format": "date-time"}
 _MAYBE_TIME: Schema = {"type": ["string", "null"], "format": "date-time"}
 _MAYBE_AMOUNT: Schema = {"type": ["number", "null"], "minimum": 0}
 _USED: Schema = _MAYBE_AMOUNT | {
-    "description": "As it is now; in the list of all slots as it was up to 10 ms ago for each of them (1 s for a"
-    " hundred, 10 s for a thousand), at most cull.interval."
+    "description": "As it is now; in the list of all slots as it was up to 30 ms ago for each of them (3 s for a"
+    " hundred, 30 s for a thousand), at most cull.interval."
 }
 
 OPTIONS: dict[str, Schema] = {

@@ -312,7 +312,7 @@ class Agent:
             launched = await self.launcher.launch(slot, spec, listener, enter_scope, attach)
             try:
                 live.attach(launched)
-            except FileNotFoundError:
+            except (FileNotFoundError, ProcessLookupError):
                 raise ended(slot) from None
             live.slot = slot = dataclasses.replace(live.slot, pid=launched.pid)
             self.records.save(slot)

@@ -53,7 +53,7 @@ from nbagent.supervisor.network import INTERNET
 
 RETRY_MAX_S = 60
 # For each slot of the host, as api.openapi tells callers: reading what one uses takes 50 us, a thousand hold up claims.
-READING_AGE_S = 0.01
+READING_AGE_S = 0.03
 
 
 class Calls:
@@ -237,7 +237,7 @@ class Calls:
             self.agent.end(live, Event.SLOT_RELEASED)
 
     def list_slots(self) -> list[dict[str, Any]]:
-        """All slots. What they use may be old by 10 ms for each slot of the host, and by a look's interval at most."""
+        """All slots. What they use may be old by 30 ms for each slot of the host, and by a look's interval at most."""
         slots, at_s = self.agent.slots, now()
         age_s = min(self.agent.config.cull.interval, len(slots) * READING_AGE_S)
         return [live.document(at_s, at_s - age_s) for live in slots.values()]
