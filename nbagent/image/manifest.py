@@ -21,16 +21,18 @@ from nbagent.errors import ImageInvalid
 PATH = "etc/nbagent-image.toml"
 MAX_BYTES = 64 * 1024
 
-# How a slot of the image can be started. `exec`: its program is started for each slot, cold.
-LAUNCHES = ("exec",)
+# How slots of the image are started. `fork`: a notebook server is started once, and each slot is a fork of it.
+# `exec`: the program is started for each slot, cold; for a command there is no other way.
+LAUNCHES = ("fork", "exec")
 
 _KEYS = (
     *("python", "command", "port", "ready", "url", "home", "directory", "user", "launch"),
-    *("environment", "static"),
+    *("preload", "environment", "static"),
 )
 # Command and environment travel to the launcher in one message.
 _PROGRAM_MAX_BYTES = 32 * 1024
 USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+MODULE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _URL_PATH = r"[A-Za-z0-9._~%!$&'()*+,;=:@-][A-Za-z0-9/._~%!$&'()*+,;=:@-]{0,999}"
 _READY = re.compile(rf"(?:{_URL_PATH})?")
@@ -45,7 +47,8 @@ class Manifest:
     A command serves HTTP on `port` of the slot's own loopback. In it and in `environment`, `{base_path}`,
     `{port}` and `{token}` stand for the slot's. Below the slot's address, `ready` is asked whether the program
     is, and `url` is where a claim's link leads. `static` maps URL prefixes below `{base_url}static/` to
-    directories of the image.
+    directories of the image. `preload` are modules that the notebook server of `launch` "fork" and its kernels
+    have imported before there is a slot.
     """
 
     python: str | None
@@ -57,6 +60,7 @@ class Manifest:
     directory: str
     user: str
     launch: str
+    preload: tuple[str, ...]
     environment: Mapping[str, str]
     static: Mapping[str, str]
 
@@ -85,15 +89,19 @@ def from_mapping(data: Mapping[str, Any]) -> Manifest:
     user = data.get("user")
     if not isinstance(user, str) or not USER.fullmatch(user):
         raise _wrong("user", 'expected the name of a user of the image, such as "jovyan"')
-    launch = data.get("launch", LAUNCHES[0])
-    if launch not in LAUNCHES:
-        raise _wrong("launch", "expected " + " or ".join(f'"{known}"' for known in LAUNCHES))
     if ("python" in data) == ("command" in data):
         raise _wrong("python", "expected either python, for JupyterLab, or a command, and not both")
     python = _path("python", data["python"], "/usr/bin/python3") if "python" in data else None
     if python and "port" in data:
         raise _wrong("port", "only a command has one; JupyterLab is handed its socket")
     home = _path("home", data.get("home"), "/home/jovyan")
+    launches = LAUNCHES if python else LAUNCHES[1:]
+    launch = data.get("launch", launches[0])
+    if launch not in launches:
+        raise _wrong("launch", "expected " + " or ".join(f'"{known}"' for known in launches))
+    preload = _preload(data.get("preload", []))
+    if preload and launch != "fork":
+        raise _wrong("preload", 'only with launch = "fork" is there a server to import it')
     command = () if python else _command(data["command"])
     environment = _environment(data.get("environment", {}))
     if sum(map(len, (*command, *environment, *environment.values()))) > _PROGRAM_MAX_BYTES:
@@ -108,6 +116,7 @@ def from_mapping(data: Mapping[str, Any]) -> Manifest:
         directory=_path("directory", data.get("directory", home), home),
         user=user,
         launch=launch,
+        preload=preload,
         environment=environment,
         static=_static(data.get("static", {})),
     )
@@ -147,6 +156,14 @@ def _command(value: object) -> tuple[str, ...]:
     if words and words[0] and all(isinstance(word, str) and "\0" not in word for word in words):
         return tuple(words)
     raise _wrong("command", 'expected a program and its arguments, such as ["serve", "--port", "{port}"]')
+
+
+def _preload(value: object) -> tuple[str, ...]:
+    if isinstance(value, list) and len(value) <= 200 and all(
+        isinstance(name, str) and len(name) <= 200 and MODULE.fullmatch(name) for name in value
+    ):
+        return tuple(value)
+    raise _wrong("preload", 'expected names of modules, such as ["numpy", "matplotlib.pyplot"]')
 
 
 def _port(value: object) -> int:

@@ -73,10 +73,12 @@ class Image:
     directory: str
     user: str
     launch: str
+    preload: tuple[str, ...]
     environment: Mapping[str, str]
 
 
-_OF_MANIFEST = ("python", "command", "port", "ready", "url", "home", "directory", "user", "launch", "environment")
+_OF_MANIFEST = ("python", "command", "port", "ready", "url", "home", "directory", "user", "launch",
+                "preload", "environment")
 
 
 class ImageStore:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 
 from nbagent.linux.libc import call
 from nbagent.linux.process import raise_permitted
@@ -14,6 +16,8 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
+# include/uapi/linux/nsfs.h
+_NS_GET_OWNER_UID = 0xB704
 
 
 def unshare(flags: int) -> None:
@@ -21,12 +25,27 @@ def unshare(flags: int) -> None:
     call("unshare", flags)
 
 
-def enter(pidfd: int, flags: int, owner: int) -> None:
+def join(fd: int) -> None:
+    """Moves the caller into the namespace of the descriptor; of a pid namespace, its children. Raises OSError."""
+    call("setns", fd, 0)
+
+
+def owner_of_user_namespace(pid: int) -> int:
+    """The user of ours that the user namespace of a process belongs to. Raises OSError."""
+    fd = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return int(struct.unpack("I", fcntl.ioctl(fd, _NS_GET_OWNER_UID, bytes(4)))[0])
+    finally:
+        os.close(fd)
+
+
+def enter(pidfd: int, pid: int, flags: int) -> None:
     """Moves the caller, root, into namespaces of a process, its user namespace among them, as the root of that.
 
-    `owner` is the user of the host that the user namespace belongs to: as such, CAP_SYS_ADMIN in the host's is not
-    needed. Only children are in the pid namespace. Raises OSError, and is then in none of them.
+    It does so as the user that the user namespace belongs to, who needs no CAP_SYS_ADMIN in the host's.
+    Only children are in the pid namespace. Raises OSError, and is then in none of them.
     """
+    owner = owner_of_user_namespace(pid)
     os.setresuid(owner, owner, 0)
     # Root's capabilities are for a process that is not dumpable.
     raise_permitted()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+from typing import Iterable
 
 from nbagent.linux.libc import call
 
@@ -32,6 +33,20 @@ def drop_bounding_set(last: int) -> None:
     """Makes every capability up to `last` unobtainable for this process and its children."""
     for capability in range(last + 1):
         prctl(PR_CAPBSET_DROP, capability)
+
+
+def keep_capabilities(kept: Iterable[int], last: int) -> None:
+    """Leaves the caller, root of its user namespace, these capabilities alone, by exec too."""
+    kept = frozenset(kept)
+    for capability in range(last + 1):
+        if capability not in kept:
+            prctl(PR_CAPBSET_DROP, capability)
+    header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
+    sets = (ctypes.c_uint32 * 6)()
+    for capability in kept:
+        for kind in (0, 1):
+            sets[3 * (capability // 32) + kind] |= 1 << capability % 32
+    call("capset", header, sets)
 
 
 def become(uid: int) -> None:

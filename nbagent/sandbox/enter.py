@@ -40,14 +40,14 @@ NAMESPACES = plan.NAMESPACES | ns.CLONE_NEWUSER
 
 
 class Order(NamedTuple):
-    """What is to be brought, and as whom: `uid` in the slot, `owner` on the host.
+    """What is to be brought, and as whom: `uid` in the slot, whose first process on the host is `pid`.
 
     `files` are pairs of path and base64; `allowed` are URLs' beginnings.
     `timeout_s` is for all of it; the supervisor ends the slot a little later.
     """
 
     uid: int
-    owner: int
+    pid: int
     syscall_filter: str
     files: List[List[str]]
     archive: Optional[str]
@@ -80,7 +80,7 @@ def _outside(control: socket.socket, pidfd: int, order_fd: int) -> NoReturn:
         order = Order.restore(json.load(order_file))
     fetch = _fetcher() if order.archive is not None else None
     prctl(PR_SET_DUMPABLE, 0)
-    ns.enter(pidfd, NAMESPACES, order.owner)
+    ns.enter(pidfd, order.pid, NAMESPACES)
     os.close(pidfd)
     # What is not imported by now must never be: it would be the image's.
     sys.path.clear()

@@ -6,6 +6,10 @@ namespace's first process, still root of the user namespace, and ends with the h
 `connected` follows when the host has made the slot's interface meanwhile, and is empty without one.
 `last` runs in the slot's own processes and leaves them without a capability.
 
+A slot by fork has the same plan. Of its two processes, both forked for it, the first begins in the image's user
+namespace and as the first of a pid namespace; the other, forked off the zygote, joins the rest and does `last`.
+The zygote itself is in a root made by `zygote_plan`, once for many slots.
+
 Every step has its undo, the same for all: what it did is in a namespace, or in the process itself,
 that no process of the host's is in, and the kernel takes it back when the process that failed has
 ended. There is no second list of steps backwards that could fail as well.
@@ -42,6 +46,9 @@ OPEN_FILES = 65536
 # The inner end of a slot's interface.
 INTERFACE = "net0"
 PENDING_SIGNALS = 4096
+# CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_SYS_CHROOT and CAP_SYS_ADMIN (capabilities(7)): setns(2) asks for the last
+# two, the user and the end of all capabilities for the others.
+FORKING = (6, 7, 8, 18, 21)
 # Of the 3072 that kernel.pty.max leaves to all slots of a host.
 TERMINALS = 32
 
@@ -85,7 +92,7 @@ def plan(spec: SandboxSpec) -> Plan:
     links = (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
              ("stderr", "/proc/self/fd/2"), ("ptmx", "pts/ptmx"))
     return Plan(
-        outside=(
+        outside=(_joined(),) if spec.forked else (
             steps.UserNamespace(spec.id_base, spec.uid),
             steps.Namespaces(NAMESPACES, "mount, pid, ipc, uts, net, cgroup"),
         ),
@@ -116,6 +123,29 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Resolver(uplink.gateways[0]),
         ),
         last=last(spec.uid, spec.syscall_filter),
+    )
+
+
+def _joined() -> steps.Namespaces:
+    return steps.Namespaces(NAMESPACES & ~ns.CLONE_NEWPID, "mount, ipc, uts, net, cgroup")
+
+
+def zygote_plan(spec: SandboxSpec) -> Plan:
+    """The plan of a zygote: a slot's, but for what it needs to fork slots.
+
+    It is the root of the image's user namespace, of whose capabilities it keeps few, and in the host's pid
+    namespace: the end of a pid namespace ends the ones within, and no slot ends with its zygote.
+    """
+    whole = plan(spec)
+    return Plan(
+        outside=(steps.UserNamespace(spec.id_base, spec.uid), _joined()),
+        inside=tuple(steps.HostProc(step.target) if isinstance(step, steps.Proc) else step for step in whole.inside),
+        connected=(),
+        last=(
+            steps.Limits(OPEN_FILES, PENDING_SIGNALS),
+            steps.Forking(FORKING),
+            steps.SystemCalls(binascii.a2b_base64(spec.syscall_filter)),
+        ),
     )
 
 

@@ -43,12 +43,15 @@ from nbagent.linux.process import (
     PR_SET_NO_NEW_PRIVS,
     become,
     drop_bounding_set,
+    keep_capabilities,
     last_capability,
     limit,
     prctl,
 )
 
 IDS = 65536
+# The kernel's own defaults, which the service of a zygote lifts for the sum of all its slots.
+LOCKED_BYTES, QUEUED_BYTES = 8 << 20, 819200
 
 
 class Step(Protocol):
@@ -217,6 +220,20 @@ class Proc(NamedTuple):
         mount("proc", self.target, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
+class HostProc(NamedTuple):
+    """The host's /proc as the service of the zygote has it: of processes, it shows those alone that
+    one may trace. A zygote stays in the host's pid namespace, as those of its slots must not end with it."""
+
+    target: str
+
+    def describe(self) -> str:
+        return f"the host's proc at {self.target}, without others' processes"
+
+    def do(self) -> None:
+        os.makedirs(self.target, exist_ok=True)
+        mount("proc", self.target, None, MS_BIND | MS_REC)
+
+
 class Masked(NamedTuple):
     """Parts of /proc that tell about the whole host, or would act on it if a permission check
     ever failed: Docker's list. Files show /dev/null, directories an empty one."""
@@ -368,8 +385,8 @@ class Detach(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Resource limits that no cgroup has: no core dumps, and files, timers and queued signals
-    enough for a notebook.
+    """Resource limits that no cgroup has: no core dumps, and files, timers, queued signals, locked
+    memory and message queues enough for a notebook.
 
     One byte of core is too little for a file, and the only limit at which the kernel does not start
     a program of the host that core_pattern names (man 5 core); `syscalls` keeps a slot from lowering it.
@@ -382,9 +399,13 @@ class Limits(NamedTuple):
         return f"no core dumps, {self.files} open files, {self.signals} pending signals"
 
     def do(self) -> None:
-        limit(resource.RLIMIT_CORE, 1, 1)
+        # A zygote's slots have it from the zygote, under a filter that lets nobody set it.
+        if resource.getrlimit(resource.RLIMIT_CORE) != (1, 1):
+            limit(resource.RLIMIT_CORE, 1, 1)
         limit(resource.RLIMIT_NOFILE, self.files, self.files)
         limit(resource.RLIMIT_SIGPENDING, self.signals, self.signals)
+        limit(resource.RLIMIT_MEMLOCK, LOCKED_BYTES, LOCKED_BYTES)
+        limit(resource.RLIMIT_MSGQUEUE, QUEUED_BYTES, QUEUED_BYTES)
 
 
 class Unprivileged(NamedTuple):
@@ -398,6 +419,21 @@ class Unprivileged(NamedTuple):
     def do(self) -> None:
         drop_bounding_set(last_capability())
         become(self.uid)
+        prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+class Forking(NamedTuple):
+    """What a zygote needs to make another process a slot's: it joins namespaces, becomes the slot's
+    user and gives up the rest. In the image's user namespace only, and with no network's or file's
+    privilege even there."""
+
+    capabilities: Tuple[int, ...]
+
+    def describe(self) -> str:
+        return f"capabilities {', '.join(map(str, self.capabilities))} of the user namespace, no_new_privs"
+
+    def do(self) -> None:
+        keep_capabilities(self.capabilities, last_capability())
         prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 

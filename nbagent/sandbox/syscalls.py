@@ -76,3 +76,6 @@ EQUAL = {
 # The first argument has none of these bits: no new namespace by clone(2).
 WITHOUT = {"clone": 0x7E020000}
 OTHERWISE = errno.ENOSYS
+
+# What a zygote's own filter allows beside, under which each slot that it forks has the one above as well.
+FORKING = ("setns",)

@@ -25,10 +25,10 @@ from nbagent.image.store import ImageStore
 from nbagent.log import Event, emit
 from nbagent.supervisor.agent import Agent
 from nbagent.supervisor.calls import Calls
-from nbagent.supervisor.launcher import ExecLauncher
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.server import ControlServer, serve_check
+from nbagent.supervisor.zygotes import ForkLauncher, Zygotes
 from nbagent.systemd.bus import Systemd
 
 IMAGES = Path("/var/lib/nbagent/images")
@@ -52,7 +52,13 @@ async def _run(config: configuration.Config) -> None:
     sockets = _activated()
     systemd = Systemd()
     records = Records(RUN / "slots", grp.getgrnam("nbagent-router").gr_gid)
-    agent = Agent(config, systemd, ImageStore(IMAGES), ExecLauncher(), records, Network(config, systemd), RUN / "drain")
+    zygotes = Zygotes(config, systemd)
+    await zygotes.open()
+    agent = Agent(
+        config, systemd, ImageStore(IMAGES), ForkLauncher(zygotes), zygotes, records, Network(config, systemd),
+        RUN / "drain",
+    )
+    zygotes.changed = agent.wake
     adopted = await agent.adopt()
     agent.refresh_images()
     calls = Calls(agent)

@@ -72,9 +72,10 @@ async def fill(
 
 
 def _order(slot: Slot, content: Content, settings: ClaimSettings) -> Order:
+    assert slot.pid is not None
     return Order(
         uid=slot.uid,
-        owner=slot.id_base + slot.uid,
+        pid=slot.pid,
         syscall_filter=syscall_filter(),
         files=[[file.path, base64.b64encode(file.data).decode()] for file in content.files],
         archive=content.archive,

@@ -1,6 +1,6 @@
-"""Starting a slot's processes: the one part that is another when slots are forked, not exec'd.
+"""Starting a slot's processes: by exec of the image's program, or by a fork of its zygote.
 
-A launcher is given a slot, its image and its listening socket, and callbacks that put a pid into
+A launcher is given a slot, its image and its listening socket, and callbacks that put pids into
 the slot's scope and make an interface in a network namespace; it answers when the slot's program
 runs. It owns nothing afterwards: the descriptors it returns are the caller's.
 """
@@ -8,12 +8,13 @@ runs. It owns nothing afterwards: the descriptors it returns are the caller's.
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import json
 import os
 import re
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,12 +45,16 @@ class Launched:
     activity_fd: int
 
 
+EnterScope = Callable[[Sequence[int]], Awaitable[None]]
+Attach = Callable[[int], Awaitable[None]]
+
+
 class Launcher(Protocol):
     """How slots are started."""
 
     async def launch(
         self, slot: Slot, spec: SandboxSpec, listener: socket.socket,
-        enter_scope: Callable[[int], Awaitable[None]], attach: Callable[[int], Awaitable[None]],
+        enter_scope: EnterScope, attach: Attach,
     ) -> Launched:
         """Starts the slot's program. Raises StartFailed; what it made is then ended with the scope."""
 
@@ -63,11 +68,21 @@ def syscall_filter() -> str:
     return base64.b64encode(program).decode()
 
 
+@functools.cache
+def forking_filter() -> str:
+    """The zygotes' seccomp program, in base64; compiled once."""
+    refused = {name: errno for name, errno in syscalls.REFUSED.items() if name not in syscalls.FORKING}
+    program = seccomp.compile_filter(
+        [*syscalls.ALLOWED, *syscalls.FORKING], refused, syscalls.OTHERWISE, syscalls.EQUAL, syscalls.WITHOUT
+    )
+    return base64.b64encode(program).decode()
+
+
 def sandbox_spec(
     slot: Slot, image: Image, storage_bytes: int, start_timeout_s: float, uplink: Uplink | None = None
 ) -> SandboxSpec:
     """The sandbox of a slot of `image`, and what runs in it."""
-    notebook = [image.python, "-I", f"{CODE_PATH}/zygote/notebook.py"] if image.python else []
+    notebook = [image.python, "-I", f"{CODE_PATH}/zygote/cold.py"] if image.python else []
     environment = {name: _filled(value, slot, image) for name, value in image.environment.items()}
     environment |= {"HOME": image.home, "USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
     return SandboxSpec(
@@ -123,54 +138,88 @@ def _filled(text: str, slot: Slot, image: Image) -> str:
     return re.sub(r"\{(base_path|port|token)\}", lambda match: values[match[1]], text)
 
 
+class Parts:
+    """What is made for a slot on either way of starting; a context that closes what nobody has taken over.
+
+    `control` is the supervisor's end of the slot's control socket, which speaks as nbagent.sandbox.making has it.
+    """
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def __enter__(self) -> Parts:
+        with contextlib.ExitStack() as stack:
+            self.activity_fd = activity.create()
+            self._activity = stack.enter_context(contextlib.ExitStack())
+            self._activity.callback(os.close, self.activity_fd)
+            self.config_fd = os.memfd_create("nbagent-config", os.MFD_CLOEXEC)
+            stack.callback(os.close, self.config_fd)
+            settings = {"base_url": self.slot.base_path, "token": self.slot.token}
+            os.write(self.config_fd, json.dumps(settings).encode())
+            os.lseek(self.config_fd, 0, os.SEEK_SET)
+            ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self.control, self.theirs = (stack.enter_context(end) for end in ends)
+            self._all = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._all.close()
+
+    async def processes(self, count: int) -> list[int]:
+        """Pidfds of the processes that belong into the slot's scope. Raises StartFailed."""
+        answer, fds = await _answer(self.control)
+        if answer is None or len(fds) != count:
+            for fd in fds:
+                os.close(fd)
+            raise StartFailed("it ended before the slot's first process ran", step="launch")
+        return fds
+
+    async def running(self, pidfd: int, spec: SandboxSpec, attach: Attach) -> Launched:
+        """Returns when the slot's program runs. `pidfd`, of its first process, is the caller's if this raises."""
+        if spec.uplink is not None:
+            netns_fd, = await self.processes(1)
+            try:
+                await attach(netns_fd)
+            finally:
+                os.close(netns_fd)
+            self.control.send(json.dumps({"attached": True}).encode())
+        pid = pid_of(pidfd, self.slot)
+        answer, _ = await _answer(self.control)
+        if answer is not None:
+            raise StartFailed(f"unexpected answer {answer}", step="launch")
+        self._activity.pop_all()
+        return Launched(pid, pidfd, self.activity_fd)
+
+
 class ExecLauncher:
-    """Starts a slot by exec of its image's program: two seconds, and works with every image."""
+    """Starts a slot by exec of its image's program: a second, and works with every image."""
 
     async def launch(
-        self, slot: Slot, spec: SandboxSpec, listener: socket.socket,
-        enter_scope: Callable[[int], Awaitable[None]], attach: Callable[[int], Awaitable[None]],
+        self, slot: Slot, spec: SandboxSpec, listener: socket.socket, enter_scope: EnterScope, attach: Attach
     ) -> Launched:
-        activity_fd = activity.create()
-        config_fd = os.memfd_create("nbagent-config", os.MFD_CLOEXEC)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            os.write(config_fd, json.dumps({"base_url": slot.base_path, "token": slot.token}).encode())
-            os.lseek(config_fd, 0, os.SEEK_SET)
-            with ours:
-                with theirs:
-                    passed = (theirs.fileno(), listener.fileno(), activity_fd, config_fd)
-                    process = gate.spawn("nbagent.sandbox.launch", passed)
-                launcher_fd = os.pidfd_open(process.pid)
+        with Parts(slot) as parts:
+            with parts.theirs:
+                passed = (parts.theirs.fileno(), listener.fileno(), parts.activity_fd, parts.config_fd)
+                process = gate.spawn("nbagent.sandbox.launch", passed)
+            launcher_fd = os.pidfd_open(process.pid)
+            try:
+                await enter_scope([process.pid])
+                gate.open_for(process)
+                parts.control.send(json.dumps(spec.save()).encode())
+                pidfd, = await parts.processes(1)
                 try:
-                    await enter_scope(process.pid)
-                    gate.open_for(process)
-                    ours.send(json.dumps(spec.save()).encode())
-                    pidfd, *netns = await _init_of(ours, 1 if spec.uplink is None else 2)
-                    try:
-                        for netns_fd in netns:
-                            try:
-                                await attach(netns_fd)
-                            finally:
-                                os.close(netns_fd)
-                            ours.send(json.dumps({"attached": True}).encode())
-                        pid = _pid_of(pidfd, slot)
-                        await _exec_of(ours)
-                    except BaseException:
-                        os.close(pidfd)
-                        raise
-                    await readable(launcher_fd)
-                    process.wait()
+                    launched = await parts.running(pidfd, spec, attach)
                 except BaseException:
-                    gate.end(process)
+                    os.close(pidfd)
                     raise
-                finally:
-                    os.close(launcher_fd)
-        except BaseException:
-            os.close(activity_fd)
-            raise
-        finally:
-            os.close(config_fd)
-        return Launched(pid, pidfd, activity_fd)
+                await readable(launcher_fd)
+                process.wait()
+                return launched
+            except BaseException:
+                gate.end(process)
+                raise
+            finally:
+                os.close(launcher_fd)
 
 
 async def _answer(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
@@ -186,27 +235,13 @@ async def _answer(control: socket.socket) -> tuple[dict[str, Any] | None, list[i
     return answer, fds
 
 
-async def _init_of(control: socket.socket, count: int) -> list[int]:
-    """A pidfd of the slot's first process, and for a slot with an interface its network namespace."""
-    answer, fds = await _answer(control)
-    if answer is None or len(fds) != count:
-        raise StartFailed("the launcher ended before the slot's first process ran", step="launch")
-    return fds
-
-
-async def _exec_of(control: socket.socket) -> None:
-    """Returns when the last process that holds the other end has exec'd."""
-    answer, _ = await _answer(control)
-    if answer is not None:
-        raise StartFailed(f"unexpected answer {answer}", step="launch")
-
-
 def ended(slot: Slot) -> StartFailed:
     """What a start has come to whose program ended, wherever that is noticed first."""
     return StartFailed(f"it ended; journalctl -u {slot.scope} says why", step="ready")
 
 
-def _pid_of(pidfd: int, slot: Slot) -> int:
+def pid_of(pidfd: int, slot: Slot) -> int:
+    """The process of a pidfd. Raises StartFailed when it has ended."""
     for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
         if line.startswith("Pid:"):
             pid = int(line.split()[1])

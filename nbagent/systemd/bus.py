@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pystemd import dbusexc
@@ -22,8 +22,6 @@ from nbagent.model import Limits
 
 SLICE = "nbagent-slots.slice"
 INFINITY = 2**64 - 1
-# The signals that the supervisor handles; no other interrupts a call.
-HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 # What Debian 12's pystemd 0.11 does not know yet.
 KNOWN_UNIT_SIGNATURES.update(
@@ -72,8 +70,10 @@ class Systemd:
         for job in self._jobs.values():
             job.cancel()
 
-    async def start_scope(self, name: str, pid: int, description: str, limits: Limits, **settings: float) -> None:
-        """Puts the process into a new scope below the slots' slice, and waits until it is there.
+    async def start_scope(
+        self, name: str, pids: Sequence[int], description: str, limits: Limits, **settings: float
+    ) -> None:
+        """Puts processes into a new scope below the slots' slice, and waits until they are there.
 
         `settings`: `runtime_max_s`, `stop_timeout_s`. Raises JobFailed or OSError.
         """
@@ -86,7 +86,7 @@ class Systemd:
             b"Description": description.encode(),
             b"MemoryAccounting": True,
             b"OOMPolicy": b"continue",
-            b"PIDs": [pid],
+            b"PIDs": list(pids),
             b"RuntimeMaxUSec": _usec(settings["runtime_max_s"]),
             b"Slice": SLICE.encode(),
             b"TasksAccounting": True,
@@ -136,10 +136,16 @@ class Systemd:
             if unit[3] not in (b"inactive", b"failed"):
                 yield unit[0].decode()
 
+    def zygotes(self) -> Iterator[str]:
+        """The names of all zygotes' units that are not inactive."""
+        for unit in self._call("ListUnitsByPatterns", [], [b"nbagent-zygote@*.service"]):
+            if unit[3] not in (b"inactive", b"failed"):
+                yield unit[0].decode()
+
     def _call(self, method: str, *arguments: Any) -> Any:
         # A signal would break off the wait for an answer that comes all the same, and sd-bus calls that EINTR: a
         # reload of the agent would fail the start of a slot. It is handled when the call is over.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             result = getattr(self._manager.Manager, method)(*arguments)
         except dbusexc.DBusNoSuchUnitError as error:

@@ -1,11 +1,10 @@
 """The notebook server of a slot: JupyterLab on a socket it is handed, with a token nobody sees.
 
-    python3 -I notebook.py
-
-Runs inside an image, as the slot's user, under the image's own Python. It finds, by number:
-LISTEN_FD, a bound and listening unix socket; ACTIVITY_FD, the activity page; CONFIG_FD, a file
-of JSON {"base_url": str, "token": str}. Neither the command line nor the environment holds the
-token, and the configuration is closed before any code of the user runs.
+Runs inside an image, as the slot's user, under the image's own Python; started by exec (`cold`) or
+forked when all is initialised (`zygote`). It finds, by number: LISTEN_FD, a bound and listening unix
+socket; ACTIVITY_FD, the activity page; CONFIG_FD, a file of JSON {"base_url": str, "token": str}.
+Neither the command line nor the environment holds the token, and the configuration is closed before
+any code of the user runs.
 
 What it adds to a stock JupyterLab: the activity page is written when a person or a kernel acts
 (a browser tab that only polls is not acting), and kernels die before the server when memory ends.
@@ -13,6 +12,7 @@ What it adds to a stock JupyterLab: the activity page is written when a person o
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import datetime
 import gc
@@ -22,20 +22,21 @@ import os
 import signal
 import socket
 import sys
-from typing import Any, Dict
+import tempfile
+from typing import Any, Dict, Optional
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 # jsonschema imports it if it is there, to check the formats iri and iri-reference, which no schema of
 # the server uses; it compiles a grammar on import, two thirds of a start's processor time and 15 MiB.
 # jsonschema then does not check these formats. Kernels are processes of their own and not concerned.
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
-# A start makes objects and no garbage to speak of: looking for it is a tenth of its processor time.
-gc.disable()
 
 from jupyter_server.auth.identity import PasswordIdentityProvider
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from jupyterlab.labapp import LabApp
 from tornado.httpserver import HTTPServer
+from tornado.httputil import HTTPMessageDelegate, HTTPServerRequest
+from tornado.ioloop import IOLoop
+from tornado.routing import Router
 from traitlets import default, observe
 from traitlets.config import Config
 
@@ -128,10 +129,10 @@ def _note_requests(server: Any) -> None:
     TermSocket.on_message = note_and_pass_on
 
 
-def _keep_out_of_log(log: logging.Logger, token: str) -> None:
+def _keep_out_of_log(log: logging.Logger, settings: Dict[str, Any]) -> None:
     """Hides the token in what the server logs: tornado writes the whole address of a request that failed."""
     def hide(record: logging.LogRecord) -> bool:
-        record.msg, record.args = record.getMessage().replace(token, "..."), None
+        record.msg, record.args = record.getMessage().replace(settings["token"], "..."), None
         return True
 
     for handler in log.handlers:
@@ -149,32 +150,40 @@ def configuration(base_url: str, token: str) -> Config:
     server.quit_button = False
     server.port_retries = 0
     server.websocket_compression_options = None
-    server.identity_provider_class = "__main__.SlotIdentityProvider"
+    server.identity_provider_class = f"{__name__}.SlotIdentityProvider"
     config.IdentityProvider.token = token
-    config.AsyncMappingKernelManager.kernel_manager_class = "__main__.SlotKernelManager"
+    config.AsyncMappingKernelManager.kernel_manager_class = f"{__name__}.SlotKernelManager"
     config.LabApp.news_url = None
     config.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
     return config
 
 
-def serve(settings: Dict[str, str]) -> None:
-    """Serves until SIGTERM."""
+def read_settings() -> Dict[str, str]:
+    """The configuration of the slot, after which its descriptor is closed."""
+    with open(CONFIG_FD) as file:
+        return dict(json.load(file))
+
+
+def initialise(base_url: str, token: str) -> Any:
+    """A ServerApp that is ready to serve, with an event loop that does not run."""
     server = LabApp.make_serverapp(
-        jpserver_extensions={"jupyterlab": True}, config=configuration(settings["base_url"], settings["token"])
+        jpserver_extensions={"jupyterlab": True}, config=configuration(base_url, token)
     )
     # Both would write the token to a file, for nobody to read.
     server.write_server_info_file = lambda: None
     server.write_browser_open_files = lambda: None
     server.initialize([], starter_extension=LabApp.name, new_httpserver=False)
     _note_requests(server)
-    _keep_out_of_log(server.log, settings["token"])
-    http = HTTPServer(
-        server.web_app, xheaders=True, max_body_size=server.max_body_size, max_buffer_size=server.max_buffer_size
-    )
+    _keep_out_of_log(server.log, server.web_app.settings)
+    return server
+
+
+def serve(server: Any, application: Any) -> None:
+    """Serves `application`, all requests of the slot's socket, until SIGTERM."""
     listener = socket.socket(fileno=LISTEN_FD)
     listener.setblocking(False)  # tornado accepts until there is nobody left to accept
-    http.add_socket(listener)
-    server._http_server = http
+    server._http_server = _http_server(server, application)
+    server._http_server.add_socket(listener)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # What is there now stays, and need not be looked at by every full collection to come.
     gc.freeze()
@@ -182,14 +191,85 @@ def serve(settings: Dict[str, str]) -> None:
     server.start()
 
 
-def main() -> None:
-    """Reads the configuration and serves."""
-    for fd in (LISTEN_FD, ACTIVITY_FD, CONFIG_FD):
-        os.set_inheritable(fd, False)
-    with open(CONFIG_FD) as file:
-        settings = json.load(file)
-    serve(settings)
+def _http_server(server: Any, application: Any) -> HTTPServer:
+    return HTTPServer(
+        application, xheaders=True, max_body_size=server.max_body_size, max_buffer_size=server.max_buffer_size
+    )
 
 
-if __name__ == "__main__":
-    main()
+class Renamed(Router):
+    """An application that was made for one address and is served at another.
+
+    Only the choice of the handler is made by the former; the handler has the request as it came.
+    """
+
+    def __init__(self, application: Any, made_for: str, base_url: str) -> None:
+        self.application, self.made_for, self.base_url = application, made_for, base_url
+
+    def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Optional[HTTPMessageDelegate]:
+        asked = request.path
+        if not (asked + "/").startswith(self.base_url):
+            return None
+        request.path = self.made_for + asked[len(self.base_url):]
+        try:
+            found: Optional[HTTPMessageDelegate] = self.application.find_handler(request, **kwargs)
+            return found
+        finally:
+            request.path = asked
+
+
+def adopt(server: Any, made_for: str, base_url: str) -> Renamed:
+    """What a forked server serves: nothing in it is another's, and it has a loop of its own."""
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    server.io_loop = IOLoop.current()
+    settings = server.web_app.settings
+    server.cookie_secret = settings["cookie_secret"] = os.urandom(32)
+    settings["started"] = settings["last_activity"] = datetime.datetime.now(datetime.timezone.utc)
+    # The directory of the zygote's own run is in the zygote's root.
+    os.makedirs(server.runtime_dir, mode=0o700, exist_ok=True)
+    return Renamed(server.web_app, made_for, base_url)
+
+
+# What JupyterLab asks for when it opens.
+REHEARSED = (
+    "api", "lab", "api/contents?content=1", "api/kernelspecs", "api/me", "api/status", "api/kernels", "api/terminals",
+    "lab/api/settings", "lab/api/workspaces/default", "lab/api/translations", "api/contents/none.ipynb",
+)
+
+
+def rehearse(server: Any) -> None:
+    """Serves what a browser asks for first, on a socket of its own, and puts the event loop away.
+
+    Code and caches that the first requests fill are then shared by all who are forked, and not each one's own.
+    """
+    loop = server.io_loop.asyncio_loop
+    loop.run_until_complete(_play(server))
+    loop.run_until_complete(loop.shutdown_default_executor())
+    server.io_loop.close()
+    asyncio.set_event_loop(None)
+
+
+async def _play(server: Any) -> None:
+    http = _http_server(server, server.web_app)
+    # Errors are a part of the play.
+    level, server.log.level = server.log.level, logging.CRITICAL
+    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
+        path = f"{directory}/http.sock"
+        listener.bind(path)
+        listener.listen()
+        listener.setblocking(False)
+        http.add_socket(listener)
+        try:
+            for wanted in REHEARSED:
+                reader, writer = await asyncio.open_unix_connection(path)
+                writer.write((
+                    f"GET {server.base_url}{wanted} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+                    f"Authorization: token {server.web_app.settings['token']}\r\n\r\n"
+                ).encode())
+                await reader.read()
+                writer.close()
+                await writer.wait_closed()
+        finally:
+            http.stop()
+            await http.close_all_connections()
+            server.log.level = level

@@ -170,23 +170,36 @@ rm -rf /root/evil
 
 def test_a_malicious_image_is_run_behind_all_walls(agent, decoys):
     """Its sitecustomize runs before the first line of ours, in every Python of the image."""
-    for pattern in (r"slot \S+ did not start: it ended", r"pool evil waits ", r"^nbagent-\S+\.scope: Failed"):
+    for pattern in (
+        r"slot \S+ did not start: it ended", r"pool evil waits ", r"^nbagent-\S+\.scope: Failed",
+        r"zygote evil:\S+ is given up", r"^nbagent-zygote@evil:\S+: (Failed|Main process exited)",
+    ):
         agent.expect(pattern)
     hostile = f"{WALLS}\nprint('TRIED ' + json.dumps(tried({decoys!r})), flush=True)\n"
     agent.run("sh", "-c", EVIL, input=hostile)
     try:
         agent.run("nbagent", "image", "add", "--name", "evil", "/root/evil.tar")
         agent.run("systemctl", "reload", "nbagent.service")
-        lines = agent.wait(
-            lambda: [e for e in agent.journal("_TRANSPORT=stdout") if str(e["MESSAGE"]).startswith("TRIED ")],
-            "the image to have tried",
-        )
+        def told():
+            """By the zygote, and by the slot that is exec'd as there is no zygote."""
+            lines = [e for e in agent.journal("_TRANSPORT=stdout") if str(e["MESSAGE"]).startswith("TRIED ")]
+            found = {e["_SYSTEMD_UNIT"].endswith(".service"): e["MESSAGE"] for e in lines}
+            return found if len(found) == 2 else None
+
+        found = agent.wait(told, "the image to have tried")
     finally:
         agent.run("nbagent", "image", "remove", "evil", check=False)
         agent.run("rm", "-f", "/root/evil.tar")
         agent.run("systemctl", "reload", "nbagent.service")
-    tries = json.loads(lines[0]["MESSAGE"].removeprefix("TRIED "))
-    assert len(tries) >= 25 and {name: what for name, what in tries.items() if what is not None} == {}
+    tries = {zygote: json.loads(line.removeprefix("TRIED ")) for zygote, line in found.items()}
+    through = {zygote: {n: what for n, what in each.items() if what is not None} for zygote, each in tries.items()}
+    assert len(tries[True]) == len(tries[False]) >= 25
+    assert through[False] == {}
+    # What a fork of a slot takes, and no more: packaging/docs/security.md.
+    assert through[True] == {
+        "to_be_root_of_the_slot": "uid 0, gid 0, groups []", "to_hold_a_capability": "CapPrm:\t00000000002401c0",
+        "to_make_a_system_call_that_nobody_needs": "setns",
+    }
 
 
 # Programs that everybody has for getting out, or for seeing how one could; the image has them from Debian.

@@ -4,7 +4,6 @@ import io
 import json
 import re
 import tarfile
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -46,7 +45,9 @@ def broken(agent):
     files = {name.lstrip("/"): agent.host.run(["cat", name], text=False).stdout for name in names}
     files["usr/bin/python3"] = f"#!/bin/dash\necho {LAST_WORDS}\nexit 3\n".encode()
     files["etc/passwd"] = b"jovyan:x:1000:1000::/home/jovyan:/bin/dash\n"
-    files["etc/nbagent-image.toml"] = b'python = "/usr/bin/python3"\nhome = "/home/jovyan"\nuser = "jovyan"\n'
+    files["etc/nbagent-image.toml"] = (
+        b'python = "/usr/bin/python3"\nhome = "/home/jovyan"\nuser = "jovyan"\nlaunch = "exec"\n'
+    )
     for pattern in PROVOKED:
         agent.expect(pattern)
     agent.configure(FAST)
@@ -114,18 +115,6 @@ def test_the_pool_never_goes_above_capacity(agent):
     assert len(agent.slots()) == 2
 
 
-def test_of_claims_at_once_on_an_empty_pool_each_gets_a_slot_or_is_told_that_there_is_none(agent):
-    # Whoever waits for a slot that cannot come would still wait when the test has ended.
-    agent.configure('[slots]\ncapacity = 3\n[pool]\nwarm = 0\nclaim_timeout = "10min"\n')
-    agent.wait(lambda: not agent.slots(), "an empty pool")
-    with ThreadPoolExecutor(5) as callers:
-        answers = [one.result() for one in [callers.submit(agent.api.post, "/claim") for _ in range(5)]]
-    assert sorted(answer.status for answer in answers) == [200, 200, 200, 503, 503]
-    assert len({answer.json()["slot"] for answer in answers if answer.status == 200}) == 3
-    refused = [answer.json() for answer in answers if answer.status == 503]
-    assert all(problem["type"] == "urn:nbagent:problem:full" for problem in refused), refused
-
-
 def test_no_slot_is_started_when_the_hosts_memory_would_run_short(agent):
     available = agent.api.get("/stats").json()["memory_available_bytes"]
     agent.configure(f"[host]\nmemory_reserve = {available + (4 << 30)}\n[slots]\ncapacity = 9\n[pool]\nwarm = 3\n")
@@ -139,7 +128,7 @@ def test_no_slot_is_started_when_the_hosts_memory_would_run_short(agent):
 
 def test_a_warm_slot_that_waited_too_long_is_replaced_by_a_fresh_one(agent):
     before = warm_slots(agent)
-    agent.configure('[pool]\nwarm = 1\nmax_age = "4s"\n')
+    agent.configure('[pool]\nwarm = 1\nmax_age = "1s"\n')
     assert agent.wait(lambda: warm_slots(agent) - before, "a fresh warm slot")
     agent.wait(lambda: not before & {slot["slot"] for slot in agent.slots()}, "the old one to be gone")
     agent.configure("")

@@ -1,0 +1,304 @@
+"""The keeper: makes an image's user namespace, starts its zygote there, and makes of each request a slot.
+
+    python3 -I -m nbagent.sandbox.keeper IMAGE:GENERATION       (nbagent-zygote@.service)
+
+It is our code under the host's Python; of an image it runs nothing. It connects to the supervisor
+(ZYGOTE_PATH, SOCK_SEQPACKET), says {"unit": IMAGE:GENERATION}, and is sent {"spec": SandboxSpec of the
+zygote, "preload": [modules]}. When the zygote is ready it answers {"ready": true}. Then each packet is
+the SandboxSpec of a slot, with five descriptors beside it: the slot's control socket, its listening
+socket, the activity page, the configuration and a stream to the journal. What comes of it is said over the
+slot's own control socket, as `making` has it.
+
+Two processes are forked for a slot, and touch nothing before they are in its scope. The keeper's
+child is the first process of a new pid namespace: it makes the other namespaces, builds the root and stays
+as `init`. The zygote's child is born into that pid namespace, joins the rest, and is the program.
+
+The connection is its life: when the supervisor ends or is done with it, it ends, and the zygote with it.
+Slots do not: nothing of theirs is in its unit or under its processes. A zygote that does not
+fork within FORK_TIMEOUT_S is given up; then too the keeper ends.
+
+Standard library only; Python 3.9 and up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
+
+from nbagent.linux import journal
+from nbagent.linux import namespaces as ns
+from nbagent.linux.process import PR_SET_DUMPABLE, prctl
+from nbagent.sandbox import init
+from nbagent.sandbox.making import (
+    FREE_FD,
+    PACKET_MAX_BYTES,
+    StepFailed,
+    aside,
+    become_init,
+    guarded,
+    output_pipe,
+    place,
+    run,
+)
+from nbagent.sandbox.plan import Plan, plan, zygote_plan
+from nbagent.sandbox.spec import ACTIVITY_FD, SandboxSpec
+
+ZYGOTE_PATH = "/run/nbagent/zygote.sock"
+# A fork takes the kernel 2 ms; beside it a busy host may be slow to run the zygote at all.
+FORK_TIMEOUT_S = 5.0
+# Of the kernel's counts for each user, those that no resource limit bounds: what one slot may have. The host's own
+# maximum is for all slots of an image together, so the package raises it (packaging/nbagent.sysctl).
+USER_MAXIMA = {"max_inotify_instances": 128, "max_inotify_watches": 65536}
+# What a slot's program joins, in this order: the mount namespace last, as /proc goes with it.
+JOINED = ("ipc", "uts", "net", "cgroup", "mnt")
+REQUEST_FDS = 5
+
+
+class ZygoteGone(Exception):
+    """The zygote ended, or does not answer."""
+
+
+class Keeper:
+    """One zygote and the requests for it. It owns its three sockets for as long as it lives."""
+
+    def __init__(self, supervisor: socket.socket, zygote: socket.socket, entries: socket.socket) -> None:
+        self.supervisor, self.zygote, self.entries = supervisor, zygote, entries
+
+    def begin(self, preload: List[str]) -> None:
+        """Returns when the zygote is ready. Raises ZygoteGone."""
+        found, report = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with found, report:
+            if os.fork() == 0:
+                guarded(report, lambda: _fork_first(report, report, lambda: os._exit(0)))
+            _, made, _, _ = socket.recv_fds(found, PACKET_MAX_BYTES, 2)
+        try:
+            socket.send_fds(self.zygote, [json.dumps({"preload": preload}).encode()], made[1:])
+        finally:
+            for fd in made:
+                os.close(fd)
+        answer, _ = self.answer()
+        if "ready" not in answer:
+            failed = answer.get("failed", "an answer that is none")
+            raise ZygoteGone(f"{failed.get('step')}: {failed.get('text')}" if isinstance(failed, dict) else str(failed))
+
+    def serve(self) -> None:
+        """Until the supervisor or the zygote is gone."""
+        waiting = select.poll()
+        for end in (self.supervisor, self.zygote):
+            waiting.register(end.fileno(), select.POLLIN)
+        while True:
+            ready = [fd for fd, _ in waiting.poll()]
+            # Between requests a zygote has nothing to say but that it ends.
+            if self.zygote.fileno() in ready:
+                raise ZygoteGone("the zygote ended")
+            payload, fds, _, _ = socket.recv_fds(self.supervisor, PACKET_MAX_BYTES, REQUEST_FDS)
+            if not payload:
+                return
+            with contextlib.ExitStack() as stack:
+                for fd in fds:
+                    stack.callback(os.close, fd)
+                self._make(SandboxSpec.restore(json.loads(payload)), fds)
+
+    def _make(self, spec: SandboxSpec, fds: List[int]) -> None:
+        control = socket.socket(fileno=os.dup(fds[0]))
+        with control:
+            try:
+                self._fork(spec, control, fds)
+            except (OSError, ZygoteGone) as error:
+                report = {"step": "fork", "errno": getattr(error, "errno", 0) or 0, "text": str(error)}
+                with contextlib.suppress(OSError):
+                    control.send(json.dumps({"failed": report}).encode())
+                if isinstance(error, ZygoteGone):
+                    raise
+
+    def _fork(self, spec: SandboxSpec, control: socket.socket, fds: List[int]) -> None:
+        _, listen_fd, activity_fd, config_fd, stream_fd = fds
+        with contextlib.ExitStack() as stack:
+            def owned(fd: int) -> int:
+                stack.callback(os.close, fd)
+                return fd
+
+            def pair() -> Tuple[socket.socket, socket.socket]:
+                ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                return stack.enter_context(ends[0]), stack.enter_context(ends[1])
+
+            printed, print_fd = (owned(fd) for fd in output_pipe(spec))
+            (ours, theirs), (found, report) = pair(), pair()
+            # A process whose children are born into another pid namespace cannot undo that, for want of a right over
+            # the host's; so this is one of its own, which ends.
+            if os.fork() == 0:
+                def first() -> NoReturn:
+                    # Whoever waits at the other end of one of these is to see its end.
+                    for end in (self.supervisor, self.zygote, theirs, report):
+                        end.close()
+                    output = init.Output(spec.slot, printed, socket.socket(fileno=stream_fd), self.entries)
+                    _first(control, spec, ours, activity_fd, output)
+
+                guarded(control, lambda: _fork_first(report, control, first))
+            report.close()
+            _, made, _, _ = socket.recv_fds(found, PACKET_MAX_BYTES, 2)
+            if len(made) != 2:
+                raise OSError("no first process for the slot")
+            first_fd, pidns = (owned(fd) for fd in made)
+            passed = [pidns, theirs.fileno(), control.fileno(), listen_fd, activity_fd, config_fd, print_fd]
+            socket.send_fds(self.zygote, [json.dumps(program(spec)).encode()], passed)
+            socket.send_fds(control, [json.dumps({"init": True}).encode()], [first_fd, owned(self._forked())])
+
+    def _forked(self) -> int:
+        """A pidfd of the process that the zygote has forked."""
+        answer, fds = self.answer(FORK_TIMEOUT_S)
+        if "failed" in answer or len(fds) != 1:
+            for fd in fds:
+                os.close(fd)
+            raise ZygoteGone(f"the zygote: {answer.get('failed', 'no process')}")
+        return fds[0]
+
+    def answer(self, timeout_s: Optional[float] = None) -> Tuple[Dict[str, Any], List[int]]:
+        """The zygote's next packet. Raises ZygoteGone."""
+        self.zygote.settimeout(timeout_s)
+        try:
+            payload, fds, _, _ = socket.recv_fds(self.zygote, PACKET_MAX_BYTES, 1)
+        except TimeoutError:
+            raise ZygoteGone(f"the zygote does not answer within {timeout_s:g} s") from None
+        except ConnectionResetError:
+            payload, fds = b"", []
+        if not payload:
+            raise ZygoteGone("the zygote ended")
+        try:
+            answer = json.loads(payload)
+        except ValueError:
+            answer = None
+        return (answer if isinstance(answer, dict) else {"failed": "an answer that is none"}), list(fds)
+
+
+def program(spec: SandboxSpec) -> Dict[str, Any]:
+    """What the zygote has to know of a slot; its secrets are in the configuration, which the slot alone reads."""
+    return {
+        "uid": spec.uid, "directory": spec.directory, "environment": spec.environment, "home": spec.home,
+        "syscall_filter": spec.syscall_filter,
+    }
+
+
+def _fork_first(report: socket.socket, control: socket.socket, first: Callable[[], NoReturn]) -> NoReturn:
+    """Forks the first process of a new pid namespace; its pidfd and the namespace go back by `report`."""
+    ns.unshare(ns.CLONE_NEWPID)
+    pid = os.fork()
+    if pid == 0:
+        guarded(control, first)
+    pidns = os.open("/proc/self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC)
+    socket.send_fds(report, [b"first"], [os.pidfd_open(pid), pidns])
+    os._exit(0)
+
+
+def _first(
+    control: socket.socket, spec: SandboxSpec, sibling: socket.socket, activity_fd: int, output: init.Output
+) -> NoReturn:
+    """The slot's first process; `sibling` leads to the one that will be its program."""
+    # The supervisor says when both are in the slot's scope.
+    if not control.recv(PACKET_MAX_BYTES):
+        os._exit(0)
+    sibling.send(b"go")
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    control = _moved(control)
+    sibling = _moved(sibling)
+    output.stream, output.entries = _moved(output.stream), _moved(output.entries)
+    with open("/dev/null") as null:
+        for number in (0, 1, 2):
+            os.dup2(null.fileno(), number)
+    page = aside(activity_fd)
+    os.closerange(3, FREE_FD)
+    os.dup2(page, ACTIVITY_FD)
+    os.close(page)
+    steps = plan(spec)
+    run(steps.outside)
+    joined = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in JOINED]
+    if spec.uplink is not None:
+        socket.send_fds(control, [json.dumps({"netns": True}).encode()], [joined[JOINED.index("net")]])
+
+    def start() -> Tuple[int, int]:
+        with sibling:
+            socket.send_fds(sibling, [b"root"], joined)
+            for fd in joined:
+                os.close(fd)
+            pid = sibling.recv(PACKET_MAX_BYTES)
+        if not pid:
+            raise OSError("the slot's program ended before it ran")
+        return int(pid), 0
+
+    become_init(control, spec, steps, output, start)
+
+
+def _moved(end: socket.socket) -> socket.socket:
+    return socket.socket(fileno=aside(end.detach()))
+
+
+def _start_zygote(spec: SandboxSpec, steps: Plan) -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        if os.fork() == 0:
+            ours.close()
+            guarded(theirs, lambda: _exec_zygote(theirs, spec, steps))
+    return ours
+
+
+def _exec_zygote(control: socket.socket, spec: SandboxSpec, steps: Plan) -> NoReturn:
+    os.setsid()
+    output = os.dup(1)
+    place(output, [os.dup(control.fileno())])
+    run(steps.outside[1:])
+    sys.path.clear()
+    sys.path_importer_cache.clear()
+    run(steps.inside)
+    # Its children have to know which process they fork from, and it itself which descriptors it has.
+    run(steps.last)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.chdir(spec.directory)
+    os.execvpe(spec.command[0], spec.command, spec.environment)
+
+
+def main() -> int:
+    """Runs as the service's main process. Returns the exit status."""
+    supervisor = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    supervisor.connect(ZYGOTE_PATH)
+    supervisor.send(json.dumps({"unit": sys.argv[1]}).encode())
+    payload = supervisor.recv(PACKET_MAX_BYTES)
+    if not payload:
+        return 0
+    asked = json.loads(payload)
+    spec = SandboxSpec.restore(asked["spec"])
+    # As root: journald believes nobody else which unit an entry is of.
+    entries = journal.entries()
+    steps = zygote_plan(spec)
+    try:
+        run(steps.outside[:1])
+        for name, most in USER_MAXIMA.items():
+            with open(f"/proc/sys/user/{name}", "w") as file:
+                file.write(str(most))
+        prctl(PR_SET_DUMPABLE, 0)
+        keeper = Keeper(supervisor, _start_zygote(spec, steps), entries)
+        # The slots' first processes are children that nobody waits for; a slot's end is seen by its pidfd.
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        keeper.begin(asked["preload"])
+        gc.collect()
+        gc.freeze()
+        supervisor.send(json.dumps({"ready": True}).encode())
+        keeper.serve()
+    except (OSError, StepFailed, ZygoteGone) as error:
+        text = f"{error}: {error.__cause__}" if isinstance(error, StepFailed) else str(error)
+        print(f"zygote {sys.argv[1]}: {text}", flush=True)
+        with contextlib.suppress(OSError):
+            supervisor.send(json.dumps({"failed": {"step": "zygote", "errno": 0, "text": text}}).encode())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

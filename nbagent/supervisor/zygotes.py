@@ -1,0 +1,343 @@
+"""The zygotes: one for each image whose slots are forked, and the launcher that has them fork.
+
+A zygote and its keeper are a unit of systemd's, `nbagent-zygote@IMAGE:GENERATION.service`. The keeper connects
+here, and that connection is the zygote: closed by either side, it is over, and no slot with it. So a supervisor
+that starts begins with zygotes of its own. A zygote that has forked many slots or is old is replaced by one that
+is ready; one that ended, or does not answer, by one that is started then, and slots start by exec until it is
+there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import socket
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nbagent.config import Config
+from nbagent.errors import StartFailed
+from nbagent.image.store import Image
+from nbagent.linux import cgroup, journal
+from nbagent.log import Event, emit
+from nbagent.model import Limits, Slot, SlotState, now
+from nbagent.policy.pool import backoff
+from nbagent.sandbox.keeper import ZYGOTE_PATH
+from nbagent.sandbox.plan import CODE_PATH
+from nbagent.sandbox.spec import SandboxSpec
+from nbagent.supervisor.launcher import (
+    Attach,
+    EnterScope,
+    ExecLauncher,
+    Launched,
+    Parts,
+    forking_filter,
+    pid_of,
+    sandbox_spec,
+)
+from nbagent.supervisor.waiting import readable
+from nbagent.systemd.bus import JobFailed, Systemd
+
+# From a request to the processes of the slot; the keeper itself gives its zygote up before.
+FORK_TIMEOUT_S = 10.0
+HELLO_TIMEOUT_S = 20.0
+_PACKET_BYTES = 65536
+
+
+class ZygoteGone(Exception):
+    """A zygote that did not fork: it ended, or does not answer."""
+
+
+@dataclass(eq=False)
+class Zygote:
+    """One zygote. `connection` leads to its keeper."""
+
+    instance: str
+    image: Image
+    connection: socket.socket
+    born_s: float
+    forks: int = 0
+
+    @property
+    def unit(self) -> str:
+        """The unit of it and its keeper."""
+        return unit_of(self.instance)
+
+    def dismiss(self) -> None:
+        """Lets it end when it has made the slots it was asked for."""
+        # Closed under the watch, the descriptor might be another's before the watch ends.
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+
+
+@dataclass(eq=False)
+class Nursery:
+    """What is known of one image's zygotes. `zygote` is the one that forks; `task` brings up the next.
+
+    `settled` is set when the first has come up, or has failed to.
+    """
+
+    image: Image
+    zygote: Zygote | None = None
+    task: asyncio.Task[None] | None = None
+    failures: int = 0
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Zygotes:
+    """The zygotes of this host. `changed` is called when slots of an image start in another way than before."""
+
+    def __init__(self, config: Config, systemd: Systemd, changed: Callable[[], None] = lambda: None) -> None:
+        self.config = config
+        self.changed = changed
+        self._systemd = systemd
+        self._nurseries: dict[str, Nursery] = {}
+        self._expected: dict[str, asyncio.Future[socket.socket]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._listener: socket.socket | None = None
+
+    async def open(self, path: Path = Path(ZYGOTE_PATH)) -> None:
+        """Ends what is left of a former supervisor's zygotes, and listens for keepers."""
+        for unit in self._systemd.zygotes():
+            with contextlib.suppress(OSError):
+                await self._systemd.stop(unit, at_once=True)
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        before = os.umask(0o177)
+        try:
+            self._listener.bind(str(path))
+        finally:
+            os.umask(before)
+        self._listener.listen()
+        self._listener.setblocking(False)
+        self._spawn(self._accept(self._listener))
+
+    async def close(self) -> None:
+        """Lets go of all zygotes, which end; slots do not."""
+        self.want({})
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+
+    def want(self, images: Mapping[str, Image]) -> None:
+        """Has a zygote for each of these images that forks its slots, and for no other."""
+        wanted = {name: image for name, image in images.items() if image.launch == "fork"}
+        for name, nursery in list(self._nurseries.items()):
+            if wanted.get(name) != nursery.image:
+                self._end(name)
+        for name, image in wanted.items():
+            if name not in self._nurseries:
+                nursery = self._nurseries[name] = Nursery(image)
+                nursery.task = self._spawn(self._bring_up(nursery))
+
+    def digests(self) -> set[str]:
+        """The images that zygotes run on."""
+        return {nursery.image.digest for nursery in self._nurseries.values()}
+
+    async def of(self, slot: Slot) -> Zygote | None:
+        """Who forks this slot; None where it starts by exec. The first zygote of an image is waited for."""
+        nursery = self._nurseries.get(slot.image)
+        if nursery is None or nursery.image.digest != slot.digest:
+            return None
+        await nursery.settled.wait()
+        return nursery.zygote
+
+    def forked(self, zygote: Zygote) -> None:
+        """Counts a fork, and replaces a zygote that has done its share."""
+        zygote.forks += 1
+        nursery = self._nurseries.get(zygote.image.name)
+        if nursery is None or nursery.zygote is not zygote or nursery.task is not None:
+            return
+        settings, age_s = self.config.pool, now() - zygote.born_s
+        if zygote.forks >= settings.zygote_slots or age_s >= settings.zygote_age:
+            emit(Event.ZYGOTE_REPLACED, zygote=zygote.instance, text=f"{zygote.forks} slots in {age_s:.0f} s")
+            nursery.task = self._spawn(self._bring_up(nursery))
+
+    def give_up(self, zygote: Zygote, text: str) -> None:
+        """Ends a zygote that is no good, and starts another."""
+        nursery = self._nurseries.get(zygote.image.name)
+        if nursery is None or nursery.zygote is not zygote:
+            return
+        nursery.zygote = None
+        nursery.failures += 1
+        emit(Event.ZYGOTE_ENDED, zygote=zygote.instance, image=zygote.image.name, text=text)
+        self._spawn(self._stop(zygote))
+        if nursery.task is None:
+            nursery.task = self._spawn(self._bring_up(nursery))
+        self.changed()
+
+    def _end(self, name: str) -> None:
+        nursery = self._nurseries.pop(name)
+        nursery.settled.set()
+        if nursery.task is not None:
+            nursery.task.cancel()
+        if nursery.zygote is not None:
+            zygote, nursery.zygote = nursery.zygote, None
+            zygote.dismiss()
+
+    async def _stop(self, zygote: Zygote) -> None:
+        with contextlib.suppress(OSError):
+            await self._systemd.stop(zygote.unit, at_once=True)
+
+    async def _bring_up(self, nursery: Nursery) -> None:
+        """Until there is a new zygote, which takes the place of the former."""
+        while True:
+            settings = self.config.pool
+            if nursery.zygote is None:
+                await asyncio.sleep(backoff(nursery.failures, settings.backoff, settings.backoff_max))
+            began_s, instance = now(), f"{nursery.image.name}:{secrets.token_hex(3)}"
+            try:
+                async with asyncio.timeout(self.config.slots.start_timeout):
+                    connection = await self._start(nursery.image, instance)
+            except (OSError, JobFailed, TimeoutError, StartFailed) as error:
+                text = str(error) or f"not ready after {self.config.slots.start_timeout:g} s"
+                nursery.failures += 1
+                emit(Event.ZYGOTE_ENDED, zygote=instance, image=nursery.image.name, text=text)
+                with contextlib.suppress(OSError):
+                    await self._systemd.stop(unit_of(instance), at_once=True)
+                nursery.settled.set()
+                continue
+            former, nursery.zygote = nursery.zygote, Zygote(instance, nursery.image, connection, now())
+            nursery.task = None
+            emit(Event.ZYGOTE_READY, zygote=instance, image=nursery.image.name, took_ms=round((now() - began_s) * 1000))
+            self._spawn(self._watch(nursery, nursery.zygote))
+            if former is not None:
+                former.dismiss()
+            nursery.settled.set()
+            self.changed()
+            return
+
+    async def _start(self, image: Image, instance: str) -> socket.socket:
+        hello = self._expected[instance] = asyncio.get_running_loop().create_future()
+        try:
+            await self._systemd.start(unit_of(instance))
+            connection: socket.socket = await hello
+        finally:
+            del self._expected[instance]
+        try:
+            spec = zygote_spec(image, self.config.slots.storage_bytes)
+            connection.send(json.dumps({"spec": spec.save(), "preload": list(image.preload)}).encode())
+            answer = json.loads(await _packet(connection) or b"{}")
+            if "ready" not in answer:
+                failed = answer.get("failed", {"text": "its keeper ended"})
+                raise StartFailed(str(failed["text"]), step="zygote")
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    async def _watch(self, nursery: Nursery, zygote: Zygote) -> None:
+        """Notices the end of a zygote."""
+        with zygote.connection:
+            await readable(zygote.connection.fileno())
+        if nursery.zygote is zygote:
+            # A life of some length makes good for the failures before.
+            if now() - zygote.born_s > self.config.pool.backoff_max:
+                nursery.failures = 0
+            self.give_up(zygote, "it ended")
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(listener)
+            connection.setblocking(False)
+            self._spawn(self._greet(connection))
+
+    async def _greet(self, connection: socket.socket) -> None:
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                hello = json.loads(await _packet(connection))
+            expected = self._expected.get(str(hello["unit"]))
+        except (TimeoutError, OSError, ValueError, KeyError, TypeError):
+            expected = None
+        if expected is None or expected.done() or struct.unpack("3i", credentials)[1] != 0:
+            connection.close()
+        else:
+            expected.set_result(connection)
+
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+class ForkLauncher:
+    """Starts a slot by a fork of its image's zygote, in milliseconds; by exec where there is none."""
+
+    def __init__(self, zygotes: Zygotes) -> None:
+        self.zygotes = zygotes
+        self._exec = ExecLauncher()
+
+    async def launch(
+        self, slot: Slot, spec: SandboxSpec, listener: socket.socket, enter_scope: EnterScope, attach: Attach
+    ) -> Launched:
+        while (zygote := await self.zygotes.of(slot)) is not None:
+            try:
+                return await self._fork(zygote, slot, spec._replace(forked=True), listener, enter_scope, attach)
+            except ZygoteGone as error:
+                self.zygotes.give_up(zygote, str(error))
+        return await self._exec.launch(slot, spec, listener, enter_scope, attach)
+
+    async def _fork(
+        self, zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket,
+        enter_scope: EnterScope, attach: Attach,
+    ) -> Launched:
+        with Parts(slot) as parts, contextlib.ExitStack() as stack:
+            with parts.theirs, journal.stream(slot.id, slot.scope) as stream:
+                fds = [parts.theirs.fileno(), listener.fileno(), parts.activity_fd, parts.config_fd, stream.fileno()]
+                try:
+                    socket.send_fds(zygote.connection, [json.dumps(spec.save()).encode()], fds)
+                except OSError as error:
+                    raise ZygoteGone(f"its keeper takes no request: {error}") from error
+            self.zygotes.forked(zygote)
+            try:
+                async with asyncio.timeout(FORK_TIMEOUT_S):
+                    first, program = await parts.processes(2)
+            except (TimeoutError, StartFailed) as error:
+                raise ZygoteGone(str(error) or f"no fork within {FORK_TIMEOUT_S:g} s") from error
+            stack.callback(os.close, program)
+            try:
+                pids = [pid_of(fd, slot) for fd in (first, program)]
+                # The word of an image: only what is forked in its own unit is taken for a slot.
+                for pid in pids:
+                    if cgroup.unit_of_process(pid) != zygote.unit:
+                        raise StartFailed(f"process {pid} is none of {zygote.unit}", step="fork")
+                await enter_scope(pids)
+                parts.control.send(json.dumps({"scope": slot.scope}).encode())
+                return await parts.running(first, spec, attach)
+            except BaseException:
+                os.close(first)
+                raise
+
+
+def unit_of(instance: str) -> str:
+    """The unit of a zygote."""
+    return f"nbagent-zygote@{instance}.service"
+
+
+def zygote_spec(image: Image, storage_bytes: int) -> SandboxSpec:
+    """The sandbox of a zygote of `image`: a slot's, as nobody's."""
+    nobody = Slot(
+        id="zygote", image=image.name, digest=image.digest, id_base=image.id_base, uid=0, state=SlotState.STARTING,
+        limits=Limits(0, 0, None, 0), token="", created_s=0.0,
+    )
+    assert image.python is not None
+    return sandbox_spec(nobody, image, storage_bytes, 0.0)._replace(
+        user="root", command=[image.python, "-I", f"{CODE_PATH}/zygote/zygote.py"],
+        syscall_filter=forking_filter(),
+    )
+
+
+async def _packet(connection: socket.socket) -> bytes:
+    await readable(connection.fileno())
+    return connection.recv(_PACKET_BYTES)

@@ -1,0 +1,218 @@
+"""The zygote: a notebook server that is ready in all but name, and forks slots.
+
+    python3 -I zygote.py
+
+Runs inside an image, under the image's own Python, in a root of its own, as root of the image's user namespace
+with the few capabilities that a fork of a slot takes (nbagent.sandbox.plan). At CONTROL_FD it hears the keeper:
+first {"preload": [modules]}, with a pid namespace beside it in which nothing can be born any more; answered by
+{"ready": true} when all is imported, initialised and rehearsed. Each packet after that is a slot
+(nbagent.sandbox.keeper, `program`), with descriptors beside it: the pid namespace, the socket to the slot's first
+process, the slot's control socket, the listening socket, the activity page, the configuration and the end of a pipe
+to print to; answered by {"forked": true} with a pidfd.
+
+It has one thread, no event loop and the descriptors it had at first, and checks that before each fork. Nothing of
+a slot is known to it but what it is told above; the token is in the configuration, which it does not read. What the
+server was initialised with in the place of a slot's secrets and address is found by looking at all objects,
+and replaced in the child.
+
+Standard library, the image's JupyterLab and IPython; Python 3.9 and up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from typing import Any, Dict, List, NoReturn, Tuple
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+gc.disable()
+
+from nbagent.linux import namespaces as ns
+from nbagent.sandbox import plan
+from nbagent.sandbox.making import PACKET_MAX_BYTES, aside, guarded, place, run
+from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
+from nbagent.zygote import notebook
+from nbagent.zygote.fresh import Generators
+
+CONTROL_FD = LISTEN_FD
+# In the place of a slot's own, of the same form, so that whatever is made of them is of the right form too.
+BASE_URL = "/user/zygote-000000000000/"
+TOKEN = "zygote-token-" + "0" * 32
+REQUEST_FDS = 7
+
+
+class Unclean(Exception):
+    """A state from which no fork may be made."""
+
+
+class Places:
+    """Where in the objects of this process the values of `names` are, as they are or as a part of a text."""
+
+    def __init__(self, *names: str) -> None:
+        self._names = names
+        self._found: List[Tuple[Any, Any]] = []
+        for known in gc.get_objects():
+            if isinstance(known, dict):
+                items: Any = list(known.items())
+            elif isinstance(known, list):
+                items = list(enumerate(known))
+            else:
+                continue
+            if known is self.__dict__ or known is globals():
+                continue
+            self._found += [
+                (known, key) for key, value in items
+                if isinstance(value, str) and any(name in value for name in names)
+            ]
+
+    def fill(self, *values: str) -> None:
+        """Puts `values` there instead, in the order of the names."""
+        for known, key in self._found:
+            text = known[key]
+            for name, value in zip(self._names, values):  # noqa: B905  strict= is of 3.10
+                text = text.replace(name, value)
+            known[key] = text
+
+
+class Zygote:
+    """The state that every slot begins with."""
+
+    def __init__(self, control: socket.socket, nowhere: int, preload: List[str]) -> None:
+        self.control, self.nowhere = control, nowhere
+        self.server = notebook.initialise(BASE_URL, TOKEN)
+        for name in preload:
+            importlib.import_module(name)
+        notebook.rehearse(self.server)
+        gc.collect()
+        self.generators = Generators()
+        self.places = Places(BASE_URL, TOKEN)
+        # What is there now stays, and no collection of a child's writes to it.
+        gc.freeze()
+        self.fds = _open_fds()
+
+    def serve(self) -> None:
+        """Forks on request, until the keeper is gone."""
+        # Nobody waits for what it forks: the process that forks once more and ends, in the slot's scope.
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        while True:
+            payload, fds, _, _ = socket.recv_fds(self.control, PACKET_MAX_BYTES, REQUEST_FDS)
+            if not payload:
+                return
+            try:
+                self.check(fds)
+                pid = self._fork(json.loads(payload), fds)
+                pidfd = os.pidfd_open(pid)
+            except (OSError, Unclean) as error:
+                self.control.send(json.dumps({"failed": str(error)}).encode())
+                continue
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            try:
+                socket.send_fds(self.control, [json.dumps({"forked": True}).encode()], [pidfd])
+            finally:
+                os.close(pidfd)
+
+    def check(self, given: List[int]) -> None:
+        """Raises Unclean unless there is one thread, and no descriptor but those of the start and of the request."""
+        threads = len(os.listdir("/proc/self/task"))
+        if threads != 1:
+            raise Unclean(f"{threads} threads, where a fork copies one")
+        strange = _open_fds() - self.fds - set(given)
+        if strange:
+            raise Unclean(f"open descriptors that were not there at first: {sorted(strange)}")
+
+    def _fork(self, asked: Dict[str, Any], fds: List[int]) -> int:
+        pidns, *others = fds
+        # For its children; there is no way back from it but to one like it, which keeps nothing of the slot.
+        ns.join(pidns)
+        pid = os.fork()
+        if pid == 0:
+            os.close(pidns)
+            os.close(self.nowhere)
+            self.control.close()
+            self._child(asked, others)
+        ns.join(self.nowhere)
+        return pid
+
+    def _child(self, asked: Dict[str, Any], fds: List[int]) -> NoReturn:
+        sibling, control = (socket.socket(fileno=fd) for fd in fds[:2])
+        if not sibling.recv(PACKET_MAX_BYTES):
+            os._exit(0)
+        # Once more, in the slot's scope: what a fork costs the kernel is the slot's, and init will be the parent.
+        if os.fork():
+            os._exit(0)
+        guarded(control, lambda: self._program(asked, sibling, control, fds[2:]))
+
+    def _program(
+        self, asked: Dict[str, Any], sibling: socket.socket, control: socket.socket, fds: List[int]
+    ) -> NoReturn:
+        sibling.send(str(os.getpid()).encode())
+        *passed, print_fd = fds
+        _, joined, _, _ = socket.recv_fds(sibling, PACKET_MAX_BYTES, 8)
+        sibling.close()
+        if not joined:
+            os._exit(0)
+        for fd in joined:
+            ns.join(fd)
+            os.close(fd)
+        control = socket.socket(fileno=aside(control.detach()))
+        place(print_fd, passed)
+        for number in (LISTEN_FD, ACTIVITY_FD, CONFIG_FD):
+            os.set_inheritable(number, False)
+        os.setsid()
+        run(plan.last(asked["uid"], asked["syscall_filter"]))
+        for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, signal.SIG_DFL)
+        os.umask(0o022)
+        os.chdir(asked["directory"])
+        os.environ.clear()
+        os.environ.update(asked["environment"])
+        self.generators.renew()
+        settings = notebook.read_settings()
+        self.places.fill(settings["base_url"], settings["token"])
+        application = notebook.adopt(self.server, BASE_URL, settings["base_url"])
+        control.close()
+        try:
+            notebook.serve(self.server, application)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+
+
+def _open_fds() -> frozenset[int]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            os.fstat(int(name))
+            found.add(int(name))
+    return frozenset(found)
+
+
+def main() -> None:
+    """Serves the keeper."""
+    control = socket.socket(fileno=CONTROL_FD)
+    control.set_inheritable(False)
+    # The numbers that a slot's descriptors will have are free for them.
+    for number in (ACTIVITY_FD, CONFIG_FD):
+        os.dup2(0, number, inheritable=False)
+    payload, (nowhere,), _, _ = socket.recv_fds(control, PACKET_MAX_BYTES, 1)
+    try:
+        zygote = Zygote(control, nowhere, json.loads(payload)["preload"])
+    except Exception as error:  # of an image: whatever it is, the operator has to read it
+        control.send(json.dumps({"failed": {"step": "initialise", "text": repr(error)}}).encode())
+        raise
+    control.send(json.dumps({"ready": True}).encode())
+    zygote.serve()
+
+
+if __name__ == "__main__":
+    main()
