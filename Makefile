@@ -5,7 +5,7 @@ export NBAGENT_CACHE ?= /var/cache/nbagent-build
 DIST := $(NBAGENT_CACHE)/dist
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up down test unit host check bench image debs tools clean
+.PHONY: up down test unit host check bench bench-density bench-tools image debs tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -25,8 +25,14 @@ host: tools          ## on real systemd hosts
 check: tools         ## ruff, mypy, the floors, lintian
 	@tests/check
 
-bench: tools debs    ## figures, side by side with peers
-	$(PYTHON) tests/bench/bench.py
+bench: bench-tools debs          ## figures, side by side with peers; BENCH="--rounds 1" is the quick one
+	$(PYTHON) tests/bench/bench.py $(BENCH)
+
+bench-density: bench-tools debs  ## a thousand live users on a host of its own; BENCH="--users 30"
+	$(PYTHON) tests/bench/density.py $(BENCH)
+
+bench-tools: tools
+	@tests/bench/install-tools
 
 image:               ## images/minimal as a .deb
 	@packaging/build-image-deb minimal $(DIST)

@@ -218,7 +218,7 @@ class ApiSettings:
     )
     allowed_origins: tuple[str, ...] = _setting([], _origins, 'Web origins whose pages may call; "*": any.')
     workers: int = _setting(2, _number(1, 64, int), "gunicorn worker processes.")
-    threads: int = _setting(16, _number(1, 256, int), "Threads of each worker: calls that wait at a time.")
+    threads: int = _setting(64, _number(1, 256, int), "Threads of each worker: calls that wait at a time.")
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,8 @@ class PoolSettings:
     image: str = _setting("minimal", _IMAGE_NAME, "The image of a claim that names none.")
     warm: int = _setting(2, _number(0, 10000, int), "Warm slots of each image.")
     starts: int | None = _setting(
-        "auto", _auto_or(_number(1, 1000, int)), "Starts at a time; auto: one a processor."
+        "auto", _auto_or(_number(1, 1000, int)),
+        "Starts at a time, of which four by fork count as one; auto: one a processor.",
     )
     max_age: float = _setting("6h", _positive_duration, "A warm slot older than this is replaced.")
     backoff: float = _setting("1s", _positive_duration, "Pause after a failed start; doubles with each.")

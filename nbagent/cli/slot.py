@@ -35,9 +35,10 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     from nbagent.model import Slot, SlotState
     from nbagent.network.addresses import FIRST
     from nbagent.sandbox.plan import plan as sandbox_plan
-    from nbagent.supervisor.agent import UID_FIRST, default_limits
+    from nbagent.supervisor.agent import default_limits
     from nbagent.supervisor.launcher import host_steps, sandbox_spec
     from nbagent.supervisor.network import INTERNET, numbered, uplink
+    from nbagent.supervisor.slots import UID_FIRST
 
     settings, found = config.load(), ImageStore(store).get(image)
     sample = Slot(

@@ -7,7 +7,7 @@ ranges, on an interface that nobody shares. Number 1 is the host, for every slot
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Container
 from pathlib import Path
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -55,8 +55,8 @@ def gateway(network: Network) -> str:
     return str(network[GATEWAY])
 
 
-def next_number(last: int, used: Collection[int], range4: Network) -> int:
-    """The number after `last` that nobody has; after the last of the range the first.
+def next_number(last: int, taken: Container[str], range4: Network) -> int:
+    """The number after `last` whose address is not taken; after the last of the range the first.
 
     In a circle, so that an address rests as long as possible before another slot has it: what was
     sent to the one before is then not delivered to the next. Raises LookupError when none is free.
@@ -64,7 +64,7 @@ def next_number(last: int, used: Collection[int], range4: Network) -> int:
     count = range4.num_addresses - 1 - FIRST  # without the last, a broadcast address to old programs
     for step in range(count):
         number = FIRST + (last + 1 - FIRST + step) % count
-        if number not in used:
+        if str(range4[number]) not in taken:
             return number
     raise LookupError(f"no address is free in {range4}")
 

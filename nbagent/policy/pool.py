@@ -10,30 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nbagent.policy.admission import Host, room
-
-
-@dataclass(frozen=True)
-class Warm:
-    """One warm slot: its id, the image it was made of, how long it has been there and can still be."""
-
-    id: str
-    digest: str
-    age_s: float
-    left_s: float
+from nbagent.model import Slot
+from nbagent.policy import admission
+from nbagent.policy.admission import Host
 
 
 @dataclass(frozen=True)
 class Pool:
     """One image's pool. `digest` None: the image is gone and nothing is wanted of it.
 
-    `paused_s`: the seconds that must still pass before a start is tried again.
+    `launch` is how its slots start. `paused_s`: the seconds that must still pass before a start is tried again.
     """
 
     image: str
     digest: str | None
+    launch: str
     wanted: int
-    warm: tuple[Warm, ...]
+    warm: Sequence[Slot]
     starting: int
     waiting: int
     paused_s: float = 0.0
@@ -55,26 +48,36 @@ class Decision:
     retire: tuple[Retire, ...]
 
 
-def decide(pools: Sequence[Pool], host: Host, max_age_s: float, life_s: float) -> Decision:
+def decide(pools: Sequence[Pool], host: Host, now_s: float, max_age_s: float, life_s: float) -> Decision:
     """The next moves of all pools of a host, within its capacity, memory and bound on starts.
 
     A fresh slot has waited for `max_age_s` at most, and can be claimed for `life_s` seconds.
     """
-    def fresh(pool: Pool) -> list[Warm]:
-        return [w for w in pool.warm if w.digest == pool.digest and w.age_s <= max_age_s and w.left_s >= life_s]
-
     if host.draining:
         return Decision((), tuple(Retire(slot.id, "the host drains") for pool in pools for slot in pool.warm))
-    spare = room(host)
-    retire = [move for pool in pools for move in _retire(pool, fresh(pool), spare == 0)]
-    missing = {pool.image: _missing(pool, len(fresh(pool))) for pool in pools if pool.paused_s <= 0}
+    # Asked at each event, of a thousand warm slots perhaps: each is looked at once.
+    oldest_s, least_s = now_s - max_age_s, now_s + life_s
+    fresh = {
+        pool.image: [
+            slot for slot in pool.warm
+            if slot.digest == pool.digest and slot.created_s >= oldest_s and slot.ends_s >= least_s
+        ]
+        for pool in pools
+    }
+    retire = [
+        move for pool in pools
+        for move in _retire(pool, fresh[pool.image], admission.room(host, pool.launch) == 0)
+    ]
+    missing = {pool.image: _missing(pool, len(fresh[pool.image])) for pool in pools if pool.paused_s <= 0}
     waiting = {pool.image: pool.waiting for pool in pools}
+    launches = {pool.image: pool.launch for pool in pools}
     start: list[str] = []
-    for _ in range(min(spare, host.starts_max - host.starting)):
+    while True:
         image = max(missing, key=lambda name: (waiting[name] > 0, missing[name]), default=None)
-        if image is None or missing[image] <= 0:
+        if image is None or missing[image] <= 0 or not admission.may_start(host, launches[image]):
             break
         start.append(image)
+        host = admission.started(host, launches[image])
         missing[image] -= 1
         waiting[image] -= 1
     return Decision(tuple(start), tuple(retire))
@@ -91,16 +94,18 @@ def _missing(pool: Pool, fresh: int) -> int:
     return pool.wanted + pool.waiting - fresh - pool.starting
 
 
-def _retire(pool: Pool, fresh: Sequence[Warm], no_room: bool) -> Iterable[Retire]:
+def _retire(pool: Pool, fresh: Sequence[Slot], no_room: bool) -> Iterable[Retire]:
     if pool.digest is None:
         yield from (Retire(slot.id, "its image was removed") for slot in pool.warm)
-    elif len(fresh) >= pool.wanted or no_room:
-        stale = [slot for slot in pool.warm if slot not in fresh]
+        return
+    if len(fresh) < len(pool.warm) and (len(fresh) >= pool.wanted or no_room):
+        known = {slot.id for slot in fresh}
+        stale = [slot for slot in pool.warm if slot.id not in known]
         # Without room, one at a time: each makes the room for its own replacement.
         for slot in stale[:1] if no_room and len(fresh) < pool.wanted else stale:
             reason = "its image was replaced" if slot.digest != pool.digest else "it is too old to be claimed"
             yield Retire(slot.id, reason)
-    if pool.waiting == 0:
-        oldest_first = sorted(fresh, key=lambda slot: -slot.age_s)
-        surplus = max(0, len(fresh) - pool.wanted)
+    if pool.waiting == 0 and len(fresh) > pool.wanted:
+        oldest_first = sorted(fresh, key=lambda slot: slot.created_s)
+        surplus = len(fresh) - pool.wanted
         yield from (Retire(slot.id, "the pool is smaller now") for slot in oldest_first[:surplus])

@@ -43,20 +43,25 @@ from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD, SandboxSpec
 
 def main() -> NoReturn:
     """Runs in the slot's scope, as root of the host; never returns."""
-    control = socket.socket(fileno=fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD_CLOEXEC, FREE_FD))
+    passed = [int(number) for number in sys.argv[1:5]]
+    control = socket.socket(fileno=fcntl.fcntl(passed[0], fcntl.F_DUPFD_CLOEXEC, FREE_FD))
     spec = SandboxSpec.restore(json.loads(control.recv(PACKET_MAX_BYTES)))
-    guarded(control, lambda: _outside(control, spec, [int(number) for number in sys.argv[2:5]]))
+    guarded(control, lambda: _outside(control, spec, passed))
 
 
-def _outside(control: socket.socket, spec: SandboxSpec, fds: List[int]) -> NoReturn:
+def _outside(control: socket.socket, spec: SandboxSpec, passed: List[int]) -> NoReturn:
     # The supervisor is the last to go when memory ends; a slot is as good as any other process.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("0")
     stream = aside(journal.stream(spec.slot, f"nbagent-{spec.slot}.scope").detach())
     entries = aside(journal.entries().detach())
     printed, print_fd = output_pipe(spec)
-    place(print_fd, fds)
+    place(print_fd, passed[1:])
     os.closerange(CONFIG_FD + 1, FREE_FD)
+    # A supervisor of many slots has higher numbers. They were passed as they are: exec would not close them.
+    for fd in passed:
+        if fd >= FREE_FD:
+            os.close(fd)
     output = init.Output(spec.slot, printed, socket.socket(fileno=stream), socket.socket(fileno=entries))
     steps = plan(spec)
     run(steps.outside)

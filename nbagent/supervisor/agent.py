@@ -15,8 +15,7 @@ import contextlib
 import dataclasses
 import math
 import os
-import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,24 +38,27 @@ from nbagent.model import (
     new_token,
     now,
 )
-from nbagent.policy import admission, cull, pool
+from nbagent.policy import admission, pool
 from nbagent.quantities import parse_quota
 from nbagent.supervisor import probe
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.launcher import Launcher, ended, sandbox_spec
-from nbagent.supervisor.live import Live, Sight, reattach
+from nbagent.supervisor.live import Live, reattach
+from nbagent.supervisor.looks import Looks
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
+from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.waiting import readable
 from nbagent.supervisor.zygotes import Zygotes
 from nbagent.systemd.bus import JobFailed, Systemd
 
-# Slots' ids within the image's range start here; below are the image's own users.
-UID_FIRST, UID_LAST = 2000, 65000
 # From a slot's last closed socket to the end of its first process.
 END_SEEN_S = 2.0
 # From the SIGKILL of a slot's processes to the end of the last.
 END_MAX_S = 60.0
+# /proc/meminfo takes the kernel and us longer to write and read than all else that an event costs. In this time starts
+# touch a few MiB that are then counted neither as set aside nor as used.
+MEMORY_AGE_S = 0.1
 NO_INTERFACE = "made before a network was allowed"
 
 
@@ -70,6 +72,15 @@ class PoolState:
     failures: int = 0
     not_before_s: float = 0.0
     last_failure: StartFailed | None = None
+
+    @property
+    def launch(self) -> str:
+        """How its slots start."""
+        return self.image.launch if self.image else "exec"
+
+    def count_waiting(self) -> int:
+        """The claims that wait for a slot of it."""
+        return sum(not claim.done() for claim in self.waiting)
 
 
 class Agent:
@@ -94,12 +105,14 @@ class Agent:
         self.records = records
         self.network = network
         self.drain_file = drain_file
-        self.slots: dict[str, Live] = {}
+        self.slots = Slots()
         self.pools: dict[str, PoolState] = {}
         self.gone: Callable[[Slot], None] = lambda slot: None
         self.counters = Counters()
+        self.looks = Looks(self.counters, self.end)
         self.started_s = now()
         self.stopping = False
+        self._memory_read_s, self._memory_bytes = -math.inf, (0, 0)
         self.label = config.label
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -109,15 +122,13 @@ class Agent:
 
     async def run(self) -> None:
         """Reconciles until `stop`; wakes when something changed, and to look at the rules."""
-        looked_s = -math.inf
         while not self.stopping:
             self._changed.clear()
             self._apply(self._decide())
-            # From the last look, so that a new interval counts at once.
-            if now() >= looked_s + self.config.cull.interval:
-                self._look()
-                looked_s = now()
-            next_s = self._next_s(looked_s + self.config.cull.interval)
+            interval_s = self.config.cull.interval
+            if now() >= self.looks.next_s(interval_s):
+                self.looks.look(self.config.cull, now())
+            next_s = min(self._next_s(now() + interval_s), self.looks.next_s(interval_s))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(0.05, next_s - now()))
 
@@ -184,11 +195,13 @@ class Agent:
                 self.records.remove(name)
                 emit(Event.SLOT_REMOVED, slot=name, text=_why_not(slot, settled))
                 continue
-            self.slots[live.slot.id] = live
+            self.slots.add(live)
             self._watch(live)
             state = self.pools.setdefault(live.slot.image, PoolState(None))
             if live.slot.state is SlotState.WARM:
                 state.warm.append(live)
+            else:
+                self.looks.add(live, now())
             emit(Event.SLOT_ADOPTED, slot=name, state=live.slot.state.value)
         for scope in scopes:
             await self.systemd.stop(scope, at_once=True)
@@ -212,18 +225,16 @@ class Agent:
             pool.Pool(
                 image=name,
                 digest=state.image.digest if state.image else None,
+                launch=state.launch,
                 wanted=self.config.warm(name),
-                warm=tuple(
-                    pool.Warm(w.slot.id, w.slot.digest, at_s - w.slot.created_s, w.slot.ends_s - at_s)
-                    for w in state.warm
-                ),
-                starting=self.count(SlotState.STARTING, name),
-                waiting=sum(not claim.done() for claim in state.waiting),
+                warm=[live.slot for live in state.warm],
+                starting=self.slots.count(SlotState.STARTING, name),
+                waiting=state.count_waiting(),
                 paused_s=state.not_before_s - at_s,
             )
             for name, state in self.pools.items()
         ]
-        return pool.decide(pools, self.host(), self.config.pool.max_age, self.config.slots.ttl_max)
+        return pool.decide(pools, self.host(), at_s, self.config.pool.max_age, self.config.slots.ttl_max)
 
     def _apply(self, decision: pool.Decision) -> None:
         for move in decision.retire:
@@ -232,28 +243,10 @@ class Agent:
         for image in decision.start:
             self._start(image)
 
-    def _next_s(self, next_look_s: float) -> float:
-        """The next instant at which something may be due without an event."""
+    def _next_s(self, latest_s: float) -> float:
+        """The next instant at which a pool may want something without an event."""
         pauses = [state.not_before_s for state in self.pools.values() if state.not_before_s > now()]
-        return min([next_look_s, *pauses])
-
-    def _look(self) -> None:
-        settings = self.config.cull
-        at_s = now()
-        for live in list(self.slots.values()):
-            if live.slot.state is not SlotState.CLAIMED:
-                continue
-            look, sight = live.look(at_s, settings.cpu)
-            self._tell(live, sight)
-            why = cull.reason(look, settings.idle, settings.cpu, at_s)
-            if why is not None:
-                self.counters.add(f"culled_{why}")
-                texts = {
-                    "age": "its time is up",
-                    "idle": f"idle for {at_s - live.active_s:.0f} s",
-                    "memory": f"{look.oom_kills} of its processes were killed for memory",
-                }
-                self.end(live, Event.SLOT_CULLED, text=texts[why])
+        return min([latest_s, *pauses])
 
     # -- a slot's life -------------------------------------------------------------------------
 
@@ -267,7 +260,7 @@ class Agent:
             image=image.name,
             digest=image.digest,
             id_base=image.id_base,
-            uid=self._free_uid(image.id_base),
+            uid=self.slots.free_uid(image.id_base),
             state=SlotState.STARTING,
             limits=default_limits(self.config.slots),
             token=new_token(),
@@ -277,7 +270,7 @@ class Agent:
             query=query,
         )
         live = Live(slot)
-        self.slots[slot.id] = live
+        self.slots.add(live)
         live.task = self.spawn(self._bring_up(live, image))
 
     async def _bring_up(self, live: Live, image: Image) -> None:
@@ -285,8 +278,7 @@ class Agent:
         began_s = now()
         self.counters.add("starts")
         try:
-            addresses = self.network.choose(other.slot for other in self.slots.values())
-            live.slot = dataclasses.replace(live.slot, addresses=addresses)
+            self.slots.give(live, self.network.choose(self.slots.addresses))
             async with asyncio.timeout(self.config.slots.start_timeout):
                 await self._launch(live, image)
         except asyncio.CancelledError:
@@ -302,7 +294,7 @@ class Agent:
         took_s = now() - began_s
         state.failures, state.not_before_s = 0, 0.0
         self.counters.start_seconds.observe(took_s)
-        live.slot = live.slot.to(SlotState.WARM)
+        self.slots.move(live, SlotState.WARM)
         self.records.save(live.slot)
         emit(Event.SLOT_WARM, slot=live.slot.id, took_ms=round(took_s * 1000))
         self.offer(live)
@@ -326,7 +318,7 @@ class Agent:
             launched = await self.launcher.launch(slot, spec, listener, enter_scope, attach)
             try:
                 live.attach(launched)
-            except FileNotFoundError:
+            except (FileNotFoundError, ProcessLookupError):
                 raise ended(slot) from None
             live.slot = slot = dataclasses.replace(live.slot, pid=launched.pid)
             self.records.save(slot)
@@ -375,38 +367,17 @@ class Agent:
         async def watch() -> None:
             await readable(live.pidfd)
             if live.slot.state in (SlotState.WARM, SlotState.FILLING, SlotState.CLAIMED):
-                kills = max(0, live.use().oom_kills - live.usage.oom_kills)
-                if kills:
-                    self._out_of_memory(live, kills, 0)
+                self.looks.last(live)
                 self.counters.add("died")
                 self.end(live, Event.SLOT_DIED, text="its processes ended")
 
         live.task = self.spawn(watch())
 
-    def _tell(self, live: Live, sight: Sight) -> None:
-        """Says which limits a slot has run into."""
-        slot, storage = live.slot, sight.storage
-        if sight.oom_kills:
-            self._out_of_memory(live, sight.oom_kills, storage.used_bytes)
-        if sight.refuses_tasks:
-            emit(Event.SLOT_TASKS_REFUSED, slot=slot.id, tasks=slot.limits.tasks)
-        if sight.storage_full:
-            text = (f"{storage.used_bytes} of {storage.size_bytes} bytes,"
-                    f" {storage.used_files} of {storage.most_files} files")
-            emit(Event.SLOT_STORAGE_FULL, slot=slot.id, text=text)
-
-    def _out_of_memory(self, live: Live, kills: int, files_bytes: int) -> None:
-        self.counters.add("oom_kills", kills)
-        text = f"{kills} processes killed at MemoryMax={live.slot.limits.memory_bytes}"
-        if files_bytes > live.slot.limits.memory_bytes / 4:
-            text += f", of which files are {files_bytes}"
-        emit(Event.SLOT_OOM, slot=live.slot.id, text=text)
-
     def end(self, live: Live, event: Event, state: SlotState = SlotState.STOPPING, **fields: Any) -> None:
         """Ends a slot. The router stops serving it at once, its processes soon after."""
         if live.slot.state in (SlotState.STOPPING, SlotState.FAILED, SlotState.GONE):
             return
-        live.slot = live.slot.to(state, reason=event.name.lower())
+        self.slots.move(live, state, reason=event.name.lower())
         with contextlib.suppress(ValueError):
             self.pools[live.slot.image].warm.remove(live)
         # Should the agent end before the scope does, its successor stops a scope without a file.
@@ -417,7 +388,7 @@ class Agent:
         cleaning.add_done_callback(self._cleaning.discard)
 
     async def _clean(self, live: Live) -> None:
-        slot, cpu_s, began_s = live.slot, live.use().cpu_s, now()
+        slot, cpu_s, began_s = live.slot, live.cpu_s(), now()
         try:
             await self.systemd.stop(slot.scope, at_once=slot.claimed_s is None)
         except OSError as error:
@@ -438,8 +409,8 @@ class Agent:
                     await readable(live.pidfd)
         live.close()
         await self.disconnect(slot)
-        live.slot = slot.to(SlotState.GONE)
-        del self.slots[slot.id]
+        self.slots.move(live, SlotState.GONE)
+        self.slots.remove(live)
         self.gone(slot)
         emit(Event.SLOT_GONE, slot=slot.id, age_s=round(now() - slot.created_s), cpu_s=round(cpu_s))
         if self._image_unused(slot.digest):
@@ -468,32 +439,32 @@ class Agent:
         return task
 
     def host(self) -> admission.Host:
-        memory = psutil.virtual_memory()
-        slots = self.config.slots
+        """What there is of the host, and what is taken."""
+        slots, starting = self.config.slots, Counter[str]()
+        for name, state in self.pools.items():
+            starting[state.launch] += self.slots.count(SlotState.STARTING, name)
+        total, available = self._memory()
         return admission.Host(
-            capacity=admission.capacity(slots.capacity, memory.total, slots.memory, slots.overcommit),
+            capacity=admission.capacity(slots.capacity, total, slots.memory, slots.overcommit),
             live=len(self.slots),
-            starting=self.count(SlotState.STARTING),
+            starts=admission.under_way(starting),
             starts_max=self.config.pool.starts or os.cpu_count() or 1,
-            memory_available_bytes=memory.available,
+            memory_available_bytes=available,
             memory_reserve_bytes=self.config.host.memory_reserve,
             draining=self.draining,
         )
 
-    def count(self, state: SlotState, image: str | None = None) -> int:
-        return sum(
-            live.slot.state is state and (image is None or live.slot.image == image) for live in self.slots.values()
-        )
-
-    def _free_uid(self, id_base: int) -> int:
-        used = {live.slot.uid for live in self.slots.values() if live.slot.id_base == id_base}
-        while (uid := UID_FIRST + secrets.randbelow(UID_LAST - UID_FIRST)) in used:
-            pass
-        return uid
+    def _memory(self) -> tuple[int, int]:
+        """The host's memory, and what of it is available, read not long ago."""
+        at_s = now()
+        if at_s >= self._memory_read_s + MEMORY_AGE_S:
+            memory = psutil.virtual_memory()
+            self._memory_bytes, self._memory_read_s = (memory.total, memory.available), at_s
+        return self._memory_bytes
 
     def _image_unused(self, digest: str) -> bool:
         current = {state.image.digest for state in self.pools.values() if state.image is not None}
-        return digest not in current and all(live.slot.digest != digest for live in self.slots.values())
+        return digest not in current and not self.slots.uses(digest)
 
 
 def default_limits(slots: SlotSettings) -> Limits:

@@ -52,6 +52,8 @@ from nbagent.supervisor.live import Live
 from nbagent.supervisor.network import INTERNET
 
 RETRY_MAX_S = 60
+# For each slot of the host, as api.openapi tells callers: reading what one uses takes 50 us, a thousand hold up claims.
+READING_AGE_S = 0.03
 
 
 class Calls:
@@ -64,6 +66,7 @@ class Calls:
             if live.slot.state is SlotState.CLAIMED and live.slot.key is not None:
                 self.keys[live.slot.key] = (live.slot.fingerprint or "", agent.spawn(_value(live.slot)))
         agent.gone = self._slot_gone
+        self._first_end_s, self._looked_s = 0.0, -math.inf
 
     async def claim(self, given: Mapping[str, Any], key: str, client: str) -> dict[str, Any]:
         """Hands out a slot; the same one for the same key, as long as it lives.
@@ -134,12 +137,13 @@ class Calls:
         claimed_s = now()
         if options.content or network == INTERNET:
             await self._prepare(live, network, options.content)
-        live.slot = live.slot.to(
-            SlotState.CLAIMED,
+        self.agent.slots.move(
+            live, SlotState.CLAIMED,
             limits=limits, claimed_s=claimed_s, ttl_s=ttl_s,
             path=options.path or live.slot.path, key=key, fingerprint=fingerprint, network=network,
         )
         self.agent.records.save(live.slot)
+        self.agent.looks.add(live, claimed_s)
         if network != INTERNET:
             # Closed its interface is already; this takes it out of sight.
             self.agent.spawn(self.agent.disconnect(live.slot))
@@ -151,7 +155,7 @@ class Calls:
     async def _prepare(self, live: Live, network: str, content: Content) -> None:
         """Gives a slot that is nobody's yet its network and its content; one that does not get both is ended."""
         agent = self.agent
-        live.slot = live.slot.to(SlotState.FILLING, network=network)
+        agent.slots.move(live, SlotState.FILLING, network=network)
         # From here on a supervisor that finds this slot ends it, as it does with one that is half started.
         agent.records.save(live.slot)
         try:
@@ -197,13 +201,7 @@ class Calls:
         state = self.agent.pools[image]
         if state.warm:
             return state.warm.popleft()
-        host = self.agent.host()
-        # A slot on its way in may be this claim's, one on its way out makes room for it.
-        ending = self.agent.count(SlotState.STOPPING) + self.agent.count(SlotState.FAILED)
-        queued = sum(not claim.done() for claim in state.waiting)
-        coming = self.agent.count(SlotState.STARTING, image) + ending - queued
-        if admission.room(host) == 0 and coming <= 0:
-            raise Full(f"no slot is free: {admission.obstacle(host)}", retry_after_s=self._retry_after_s())
+        self._check_hope(image)
         waiter: asyncio.Future[Live] = asyncio.get_running_loop().create_future()
         state.waiting.append(waiter)
         self.agent.wake()
@@ -220,19 +218,33 @@ class Calls:
                 self.agent.offer(waiter.result())
             waiter.cancel()
 
+    def _check_hope(self, image: str) -> None:
+        """Raises Full when the slots that can come are all for claims that wait already."""
+        slots, host = self.agent.slots, self.agent.host()
+        short = {
+            name: state.count_waiting() - slots.count(SlotState.STARTING, name)
+            for name, state in self.agent.pools.items()
+        }
+        ending = slots.count(SlotState.STOPPING) + slots.count(SlotState.FAILED)
+        room = admission.room(host, self.agent.pools[image].launch)
+        if not admission.may_wait(image, short, room, ending):
+            obstacle = "as many claims wait as there is room for" if room else admission.obstacle(host)
+            raise Full(f"no slot is free: {obstacle}", retry_after_s=self._retry_after_s())
+
     def unclaim(self, slot_id: str) -> None:
         """Ends a slot whose claim nobody received."""
         if live := self.agent.slots.get(slot_id):
             self.agent.end(live, Event.SLOT_RELEASED)
 
     def list_slots(self) -> list[dict[str, Any]]:
-        """All slots."""
-        at_s = now()
-        return [live.document(at_s) for live in self.agent.slots.values()]
+        """All slots. What they use may be old by 30 ms for each slot of the host, and by a look's interval at most."""
+        slots, at_s = self.agent.slots, now()
+        age_s = min(self.agent.config.cull.interval, len(slots) * READING_AGE_S)
+        return [live.document(at_s, at_s - age_s) for live in slots.values()]
 
     def slot(self, slot_id: str) -> dict[str, Any]:
         """One slot. Raises SlotNotFound."""
-        return self._live(slot_id).document(now())
+        return _fresh(self._live(slot_id))
 
     def update(self, slot_id: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Changes a claimed slot's limits, or its life counted from now.
@@ -259,7 +271,7 @@ class Calls:
         live.slot = dataclasses.replace(live.slot, limits=limits, ttl_s=ttl_s)
         self.agent.records.save(live.slot)
         emit(Event.SLOT_UPDATED, slot=slot_id, text=", ".join(f"{k}={v}" for k, v in given.items()) or "nothing")
-        return live.document(now())
+        return _fresh(live)
 
     def release(self, slot_id: str) -> dict[str, Any]:
         """Ends a slot. Raises SlotNotFound."""
@@ -267,7 +279,7 @@ class Calls:
         if live.slot.state is SlotState.CLAIMED:
             self.agent.counters.add("released")
         self.agent.end(live, Event.SLOT_RELEASED)
-        return live.document(now())
+        return _fresh(live)
 
     def set_draining(self, draining: bool) -> dict[str, Any]:
         """Stops or resumes handing out. It survives a restart of the agent, not a reboot."""
@@ -280,8 +292,8 @@ class Calls:
         self.agent.wake()
         return {
             "draining": draining,
-            "claimed": self.agent.count(SlotState.CLAIMED),
-            "warm": self.agent.count(SlotState.WARM),
+            "claimed": self.agent.slots.count(SlotState.CLAIMED),
+            "warm": self.agent.slots.count(SlotState.WARM),
         }
 
     def images(self) -> list[dict[str, Any]]:
@@ -298,9 +310,9 @@ class Calls:
     def stats(self) -> dict[str, Any]:
         """The host at a glance."""
         host = self.agent.host()
-        states = {state.value: self.agent.count(state) for state in SlotState}
+        states = {state.value: self.agent.slots.count(state) for state in SlotState}
         default = self.agent.pools.get(self.agent.config.pool.image)
-        available = 0 if host.draining else states["warm"] + states["starting"] + admission.room(host)
+        available = 0 if host.draining else states["warm"] + states["starting"] + self._room(host)
         return {
             "version": nbagent.__version__,
             "label": self.agent.label,
@@ -315,7 +327,7 @@ class Calls:
             "pools": {
                 name: {
                     "wanted": self.agent.config.warm(name), "warm": len(state.warm),
-                    "starting": self.agent.count(SlotState.STARTING, name), "failures": state.failures,
+                    "starting": self.agent.slots.count(SlotState.STARTING, name), "failures": state.failures,
                 }
                 for name, state in sorted(self.agent.pools.items())
             },
@@ -326,9 +338,14 @@ class Calls:
     def free_percent(self) -> int:
         """Capacity that is left to hand out, in percent; 0 only when a claim would be refused."""
         host = self.agent.host()
-        free = self.agent.count(SlotState.WARM) + self.agent.count(SlotState.STARTING) + admission.room(host)
+        slots = self.agent.slots
+        free = slots.count(SlotState.WARM) + slots.count(SlotState.STARTING) + self._room(host)
         return min(100, math.ceil(100 * free / host.capacity)) if not host.draining else 0
 
+    def _room(self, host: admission.Host) -> int:
+        """How many more slots of the default image may be started."""
+        default = self.agent.pools.get(self.agent.config.pool.image)
+        return admission.room(host, default.launch) if default else 0
 
     def _live(self, slot_id: str) -> Live:
         live = self.agent.slots.get(slot_id)
@@ -352,12 +369,21 @@ class Calls:
         raise InvalidField(field="image", value=name, expected=f"an image of this host: {known}")
 
     def _retry_after_s(self) -> int:
-        ends = [live.slot.expires_s for live in self.agent.slots.values() if live.slot.expires_s is not None]
-        return max(1, min(RETRY_MAX_S, math.ceil(min(ends, default=0.0) - now())))
+        """Seconds until the first slot ends. Looked for once a second, as many are refused when the host is full."""
+        at_s = now()
+        if at_s >= self._looked_s + 1:
+            ends = [live.slot.expires_s for live in self.agent.slots.values() if live.slot.expires_s is not None]
+            self._first_end_s, self._looked_s = min(ends, default=0.0), at_s
+        return max(1, min(RETRY_MAX_S, math.ceil(self._first_end_s - at_s)))
 
     def _slot_gone(self, slot: Slot) -> None:
         if slot.key in self.keys:
             self._forget(slot.key, self.keys[slot.key][1])
+
+
+def _fresh(live: Live) -> dict[str, Any]:
+    at_s = now()
+    return live.document(at_s, at_s)
 
 
 async def _value(slot: Slot) -> Slot:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from nbagent import activity
 from nbagent.linux import cgroup
 from nbagent.linux.cgroup import Cgroup, Usage
-from nbagent.model import Slot
+from nbagent.model import Slot, now
 from nbagent.policy import trouble
 from nbagent.policy.cull import Look, active_since
 from nbagent.policy.trouble import Storage, Trouble
@@ -32,14 +33,29 @@ class Sight:
     storage_full: bool
 
 
+class Reading(NamedTuple):
+    """What a slot used at one moment."""
+
+    at_s: float
+    usage: Usage
+    storage: Storage
+
+
+NEVER_READ = Reading(-math.inf, NOTHING_USED, Storage())
+
+
 @dataclass(eq=False)
 class Live:
-    """One slot's runtime side. It owns `pidfd` and `activity_fd` from `attach` to `close`."""
+    """One slot's runtime side. It owns `pidfd` and `activity_fd` from `attach` to `close`.
+
+    `reading` is the last one, whoever asked for it; `usage`, `trouble` and `looked_s` are those of the last look.
+    """
 
     slot: Slot
     pidfd: int = -1
     activity_fd: int = -1
     cgroup: Cgroup | None = None
+    reading: Reading = NEVER_READ
     usage: Usage = NOTHING_USED
     trouble: Trouble = NO_TROUBLE
     looked_s: float | None = None
@@ -58,11 +74,24 @@ class Live:
                 os.close(fd)
         self.pidfd = self.activity_fd = -1
 
-    def use(self) -> Usage:
-        """What the slot uses now."""
+    def read(self, now_s: float, oldest_s: float) -> Reading:
+        """What the slot uses, read at `oldest_s` or later."""
+        if self.reading.at_s < oldest_s:
+            self.reading = Reading(now_s, self._use(), self._storage())
+        return self.reading
+
+    def new_oom_kills(self) -> int:
+        """The processes killed for memory since the last look."""
+        return max(0, self._use().oom_kills - self.usage.oom_kills)
+
+    def cpu_s(self) -> float:
+        """The processor time that the slot has used."""
+        return self.cgroup.cpu_s() if self.cgroup else 0.0
+
+    def _use(self) -> Usage:
         return self.cgroup.usage() if self.cgroup else NOTHING_USED
 
-    def storage(self) -> Storage:
+    def _storage(self) -> Storage:
         """What the slot's files take. Its root is an overlay, which answers for the tmpfs above it."""
         try:
             status = os.statvfs(f"/proc/{self.slot.pid}/root")
@@ -77,7 +106,7 @@ class Live:
 
     def look(self, now_s: float, cpu_threshold: float) -> tuple[Look, Sight]:
         """Looks at a claimed slot: what the rules need, and what is new since the last look."""
-        usage, storage = self.use(), self.storage()
+        _, usage, storage = self.read(now_s, now_s)
         past_s = None if self.looked_s is None else now_s - self.looked_s
         cpu = (usage.cpu_s - self.usage.cpu_s) / past_s if past_s and past_s > 0.1 else None
         acted_s, busy = activity.read(self.activity_fd, now_s)
@@ -96,9 +125,9 @@ class Live:
         self.usage, self.trouble, self.looked_s = usage, found, now_s
         return look, sight
 
-    def document(self, now_s: float) -> dict[str, Any]:
-        """The slot for GET /slots: its state and what it uses."""
-        usage = self.use()
+    def document(self, now_s: float, oldest_s: float) -> dict[str, Any]:
+        """The slot for GET /slots: its state, and what it used at `oldest_s` or later."""
+        _, usage, storage = self.read(now_s, oldest_s)
         idle_s = None
         if self.slot.claimed_s is not None and self.activity_fd >= 0:
             acted_s, busy = activity.read(self.activity_fd, now_s)
@@ -110,7 +139,7 @@ class Live:
             "tasks": usage.tasks,
             "oom_kills": usage.oom_kills,
             "tasks_refused": usage.tasks_refused,
-            "storage_bytes": self.storage().used_bytes,
+            "storage_bytes": storage.used_bytes,
         }
 
 
@@ -132,8 +161,8 @@ def reattach(slot: Slot) -> Live | None:
             page = os.open(f"/proc/{slot.pid}/fd/{ACTIVITY_FD}", os.O_RDONLY | os.O_CLOEXEC)
             live.attach(Launched(slot.pid, pidfd, page))
             # What the agent before this one has seen is not new.
-            live.usage = live.use()
-            live.trouble = trouble.find(Trouble(live.usage.tasks_refused), live.usage.tasks_refused, live.storage())
+            _, live.usage, storage = live.read(now(), now())
+            live.trouble = trouble.find(Trouble(live.usage.tasks_refused), live.usage.tasks_refused, storage)
             return live
     except OSError:
         pass

@@ -8,12 +8,11 @@ allowed a network never starts the service.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import json
 import os
 import secrets
 import socket
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +73,13 @@ class Network:
                     raise StartFailed(f"{resolver.UNIT}: {error}", step="network") from error
                 self._asked = asked
 
-    def choose(self, used: Iterable[Slot]) -> tuple[str, ...]:
-        """Addresses for a new slot; none where no network is allowed. Raises StartFailed."""
+    def choose(self, taken: Container[str]) -> tuple[str, ...]:
+        """Addresses for a new slot, not `taken` ones; none where no network is allowed. Raises StartFailed."""
         if not self.allowed:
             return ()
         range4 = self.settings.range4
-        held = (ipaddress.IPv4Address(slot.addresses[0]) for slot in used if slot.addresses)
-        numbers = {int(address) - int(range4.network_address) for address in held}
         try:
-            self._last = addresses.next_number(self._last, numbers, range4)
+            self._last = addresses.next_number(self._last, taken, range4)
         except LookupError as error:
             raise StartFailed(str(error), step="network") from None
         return numbered(self.settings, self._last)

@@ -49,11 +49,11 @@ class Records:
 
     def save(self, slot: Slot) -> None:
         """Writes the slot's file whole or not at all. It is on tmpfs, so there is no fsync."""
-        file = self.path / slot.id / "slot.json"
-        fd = os.open(file.with_suffix(".new"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        file = f"{self.path}/{slot.id}/slot.json"
+        fd = os.open(f"{file}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(fd, "w") as stream:
-            json.dump(slot.save(), stream)
-        os.rename(file.with_suffix(".new"), file)
+            stream.write(json.dumps(slot.save()))
+        os.rename(f"{file}.new", file)
 
     def load(self) -> Iterator[tuple[str, Slot | None]]:
         """Every slot's name with its Slot, or None where the file is missing, broken or another slot's."""

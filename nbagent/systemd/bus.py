@@ -22,6 +22,8 @@ from nbagent.model import Limits
 
 SLICE = "nbagent-slots.slice"
 INFINITY = 2**64 - 1
+# The signals that the supervisor handles; no other interrupts a call.
+HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 # What Debian 12's pystemd 0.11 does not know yet.
 KNOWN_UNIT_SIGNATURES.update(
@@ -145,7 +147,7 @@ class Systemd:
     def _call(self, method: str, *arguments: Any) -> Any:
         # A signal would break off the wait for an answer that comes all the same, and sd-bus calls that EINTR: a
         # reload of the agent would fail the start of a slot. It is handled when the call is over.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
             result = getattr(self._manager.Manager, method)(*arguments)
         except dbusexc.DBusNoSuchUnitError as error:

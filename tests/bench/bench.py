@@ -1,379 +1,426 @@
 #!/usr/bin/python3
-"""`make bench`: figures of nbagent beside `systemd-run --scope … jupyter lab`, on one host in one run.
+"""`make bench`: figures of nbagent beside its peers, on one host in one run.
 
-    tests/bench/bench.py [--out DIRECTORY] [--rounds N]
+    tests/bench/bench.py [--out DIRECTORY] [--rounds N] [--burst N] [--users N] [--peers N] [--only KEY,KEY…]
 
-Makes an nspawn host of its own, installs the packages as an operator would, measures and removes the
-host. The table goes to standard output; table.md and figures.json, with every sample, go to DIRECTORY
-(default: $NBAGENT_CACHE/bench). What is compared is measured in turns, so that both sides see the same
-machine; absolute times are this machine's, ratios travel better.
+Makes an nspawn host of its own, installs the packages as an operator would, and beside them the peers; measures all
+sides in turns, so that they see the same machine, and removes the host. The tables go to standard output; bench.txt,
+bench.md, bench.png and bench.json, with every sample, go to DIRECTORY (default: $NBAGENT_CACHE/bench). Absolute times
+are this machine's, ratios travel better. One round takes about ten minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import http.client
+import asyncio
+import datetime
 import json
 import os
 import platform
 import signal
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import chart
 import figures
-import peer
-from figures import Row
+import sides
+from client import Client, Server
+from figures import Column, Line
+from sides import Ours, Side
 
 import product
-from hosts import Host, netns
-from notebook import Notebook
-from product import API_PORT, Api, say
+from hosts import Host
+from product import say
 
-POOL = 10
-REFILL_TIMEOUT_S = 120
-DEFAULT_OUT = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / "bench"
-# One start at a time, as the peer's, so that each start's time is its own. With room for the pool
-# alone, nothing is started while claims are timed, unless a row says otherwise.
-SETTINGS = "[pool]\nwarm = {warm}\nstarts = 1\n[slots]\ncapacity = {capacity}\n"
-
-CLAIM = (
-    "POST /claim to gunicorn on loopback, from the request to its whole answer; the pool is warm, nothing starts "
-    "meanwhile"
-)
-PEER_READY = "The peer: from systemd-run to the first 200 of GET /api, asked every 5 ms"
-ROWS = {
-    "keepalive": Row("claim, keep-alive", "ms", f"{CLAIM}; the connection is there. {PEER_READY}."),
-    "new": Row("claim, new connection", "ms", f"{CLAIM}; connect() included. {PEER_READY}."),
-    "refill": Row(
-        "claim while slots start", "ms", "As (2), one claim every 0.5 s while the pool, never dry, starts others."
-    ),
-    "burst": Row(
-        f"burst of {POOL}: last answer", "ms",
-        f"{POOL} claims at once, each on a new connection, on {POOL} warm slots, until the last is answered. The peer: "
-        f"{POOL} systemd-runs at once until the last answers 200.",
-    ),
-    "cell": Row(
-        "claim to first result", "ms",
-        "From POST /claim to the result of `1+1` in a new kernel, by the websocket through the router. The peer: from "
-        "systemd-run to the same, by its own port.",
-    ),
-    "start": Row(
-        "start of one slot", "ms",
-        "One start at a time: NBAGENT_TOOK_MS of the journal, from the pool's decision to the first 200 of GET api. "
-        f"{PEER_READY}.",
-    ),
-    "idle5": Row("memory a user, 5 idle", "MiB", ""),
-    "idle10": Row(
-        "memory a user, 10 idle", "MiB",
-        "PSS of all processes of the slots' scopes, with nbagent.service, nbagent-api.service and "
-        "nbagent-router.service, divided by the users; nobody has opened a page. The peer: PSS of its scopes. While "
-        "one side is measured, nothing of the other runs but our three services.",
-    ),
-    "cell10": Row("memory a user, 10 kernels", "MiB", "As (8), each user with one kernel that ran one cell."),
-    "cell5": Row("memory a user, 5 kernels", "MiB", "As (9), 5 of the users gone."),
-    "alone10": Row("of it, the slot's own, idle", "MiB", "As (8), without the services: what one more user costs."),
-    "service": Row("agent, API and router", "MiB", "PSS of the three services in (8), not divided."),
-}
-ROWS["idle5"].how = "As (8)."
+POLL_S = 0.005
+BASE = "systemd-run"
+SINGLES = {True: 5, False: 2}  # starts of one slot in a round: ours, a peer's
+CLAIMS = 20
 SANDBOXES = 40
-ISOLATION = f"""\
-The cost of isolation, step by step of `nbagent slot plan`: {SANDBOXES} sandboxes made side by side, all doing one step
-before any does the next (tests/bench/isolation.py). Milliseconds of each one's step; what the cgroup of all grew by in
-that step, the kernel's own memory in it, divided by {SANDBOXES}. The forks copy the pages of Python that they touch."""
+
+COLUMNS = [
+    Column("ready", "start to ready", "s",
+           "one start at a time from nothing, until the first 200 of GET api, asked every 5 ms (a hub says itself when "
+           "it is ready). The way into the test host is in the time of systemd-run and podman, and said below."),
+    Column("cold", "start to result", "s",
+           "the same start until the result of `1+1` in a new kernel has come by its websocket."),
+    Column("cell", "claim to result", "s",
+           "what a person waits for: nbagent from POST /claim on a warm pool to the result of `1+1`; peers have no "
+           "pool, so theirs is start to result."),
+    Column("idle", "memory, idle", "MiB",
+           "PSS of all processes of the side, its services included, divided by its users; nobody has opened a page."),
+    Column("kernel", "memory, kernel", "MiB", "the same, after each user has run a cell in a kernel of their own."),
+    Column("taken", "MemAvailable lost", "MiB",
+           "what the machine's MemAvailable fell by from before the burst until each user has a kernel, divided by the "
+           "users: also what no PSS has, as page tables, stacks of the kernel and files in memory; without services "
+           "that ran before, and programs' pages, which the kernel could read again."),
+    Column("burst", "burst: last ready", "s",
+           "all that the column `at once` says asked for at once, from nothing, until the last answers 200.",
+           of_all=True),
+    Column("rate", "slots a second", "1/s", "that number divided by that time.", more_is_better=True),
+]
+CLAIM_COLUMNS = ("keepalive", "new", "refill", "burst")
+CLAIM_HOW = {
+    "keepalive": "claim, warm pool, kept connection",
+    "new": "claim, warm pool, new connection",
+    "refill": "claim while the pool refills",
+    "burst": "claim in the burst, pool empty",
+}
 
 
 class Bench:
-    """One run on one host. Everything that is timed runs in threads that are in the host's network."""
+    """One run on one host."""
 
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        self.api = Api(host)
-        self.peers = peer.Peers(host, POOL)
-        self.inside = ThreadPoolExecutor(POOL, initializer=netns.enter, initargs=(netns.path_of(host.name),))
-        self.entry_ms = sorted(timed(lambda: host.run(["true"])) for _ in range(11))[5]
+    def __init__(self, host: Host, client: Client, arguments: argparse.Namespace) -> None:
+        self.host, self.client, self.options = host, client, arguments
+        self.lines: list[Line] = []
+        self.claims: dict[str, dict[str, list[float]]] = {}
+        self.parts: dict[str, list[dict[str, float]]] = {}
+        self.steps: list[tuple[str, str, float, float]] = []
+        self.bare: dict[str, Any] = {}
+        self.loads: list[float] = []
+        self.entry_ms = statistics.median(timed_ms(lambda: host.run(["true"])) for _ in range(11))
 
-    def run(self, rounds: int) -> None:
-        """All figures, the compared ones in turns."""
-        for number in range(1, rounds + 1):
-            say(f"round {number} of {rounds}: claims, first results, starts")
-            self.refill()
-            self.claims()
-            for _ in range(2):
-                self.first_result()
-                self.peer_first_result()
-        say("claims while slots start")
-        self.refill()
-        self.claims_while_starting()
-        for number in range(1, 4):
-            say(f"burst {number} of 3")
-            self.refill()
-            self.burst()
-        ROWS["start"].ours += self.starts()
-        self.memory()
-        self.peer_memory()
+    def sides(self) -> list[tuple[Line, Side]]:
+        """All sides that can be tried here, each with its line; a line without a side says why."""
+        minimal = sides.image(self.host, "minimal")
+        root, base, peers = minimal["root"], str(minimal["id_base"]), self.options.peers
+        user = self.host.run(["stat", "-c", "%u", f"{root}/home/jovyan"]).stdout.strip()
+        made: list[Side] = [Ours(self.host, self.client, "exec", "exec")]
+        if minimal["launch"] == "fork":
+            made.insert(0, Ours(self.host, self.client, "fork", "minimal"))
+        else:
+            why = f"image minimal of this checkout says launch = \"{minimal['launch']}\""
+            self.lines.append(Line("fork", "nbagent, by fork", "", ours=True, why=why))
+        # One slot was warm when the packages were installed.
+        made[0].close()
+        made.append(sides.SystemdRun(self.host, self.client, root, user, peers))
+        made += [sides.Hub(self.host, self.client, spawner) for spawner in ("systemd", "local")]
+        made.append(sides.Podman(self.host, self.client, root, base))
+        if self.options.only:
+            made = [side for side in made if side.key in self.options.only]
+        pairs = []
+        for side in made:
+            ours = isinstance(side, Ours)
+            at_once, users = (self.options.burst, self.options.users) if ours else (peers, peers)
+            pairs.append((Line(side.key, side.name, side.how, ours, at_once, min(users, at_once)), side))
+        self.lines += [line for line, _ in pairs]
+        return pairs
 
-    def settle(self, what: Callable[[dict[str, Any]], bool]) -> None:
-        """Waits until the stats are such, and a moment more for what a start leaves to do."""
-        deadline_s = time.monotonic() + REFILL_TIMEOUT_S
-        while not what(stats := self.api.get("/stats").json()):
-            if time.monotonic() > deadline_s:
-                raise TimeoutError(f"the pool did not settle: {stats}")
-            time.sleep(0.1)
-        time.sleep(0.3)
+    def run(self) -> None:
+        """All rounds; a side that fails is out of the rest, and its line says why."""
+        pairs = self.sides()
+        for number in range(1, self.options.rounds + 1):
+            for line, side in pairs:
+                if line.why:
+                    continue
+                say(f"round {number} of {self.options.rounds}: {line.name}")
+                try:
+                    self.turn(line, side)
+                except Exception as error:
+                    line.why = " ".join(f"{type(error).__name__}: {error}".split())[:600]
+                    say(f"{line.name} failed: {line.why}")
+                    # Half of it says nothing about the whole.
+                    line.samples.clear()
+                finally:
+                    try:
+                        side.close()
+                    except Exception as error:
+                        say(f"{line.name} was not closed: {error}")
 
-    def release(self) -> None:
-        """Ends every claimed slot."""
-        for slot in self.api.get("/slots").json():
-            if slot["state"] == "claimed":
-                self.api.delete(f"/slots/{slot['slot']}")
-
-    def refill(self) -> None:
-        """Ends every claimed slot and waits for a whole pool."""
-        self.release()
-        self.settle(lambda s: s["warm"] == POOL and s["claimed"] + s["starting"] + s["stopping"] == 0)
-
-    def configure(self, warm: int, capacity: int) -> None:
-        """Other sizes of pool and host."""
-        settings = SETTINGS.format(warm=warm, capacity=capacity)
-        self.host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=settings)
-        self.host.run(["systemctl", "reload", "nbagent.service"])
-
-    # -- claims --------------------------------------------------------------------------------
-
-    def claims(self) -> None:
-        """By turns on a connection that is there and on a new one: eight, two slots stay."""
-        def all_of_them() -> None:
-            kept = http.client.HTTPConnection("127.0.0.1", API_PORT)
-            kept.request("GET", "/")
-            kept.getresponse().read()
-            for _ in range(POOL // 2 - 1):
-                add(ROWS["keepalive"].ours, timed(lambda: claim(kept)))
-                add(ROWS["new"].ours, timed(claim))
-            kept.close()
-
-        self.inside.submit(all_of_them).result()
-        note_load(ROWS["keepalive"], ROWS["new"])
-
-    def claims_while_starting(self) -> None:
-        """With room for more, every claim makes the pool start another."""
-        self.configure(POOL, 4 * POOL)
-        for _ in range(POOL + 2):
-            add(ROWS["refill"].ours, self.inside.submit(timed, claim).result())
-            note_load(ROWS["refill"])
-            time.sleep(0.5)
-        self.configure(POOL, POOL)
-
-    def burst(self) -> None:
-        """As many claims at once as there are warm slots."""
+    def turn(self, line: Line, side: Side) -> None:
+        """One side's turn of one round."""
+        side.open(line.at_once)
+        for _ in range(SINGLES[line.ours]):
+            line_ms = self.client.run(self.single(side))
+            line.add("ready", line_ms[0] / 1000)
+            line.add("cold", line_ms[1] / 1000)
+            if not line.ours:
+                line.add("cell", line_ms[1] / 1000)
+            side.end()
+        if isinstance(side, Ours):
+            self.warm_claims(line, side)
+            side.open(line.at_once)
+        self.loads.append(os.getloadavg()[0])
+        before = self.memory(side)
         began_s = time.monotonic()
-        for asked in [self.inside.submit(claim) for _ in range(POOL)]:
-            asked.result()
-        add(ROWS["burst"].ours, 1000 * (time.monotonic() - began_s))
-        note_load(ROWS["burst"])
+        servers = self.client.run(self.burst(line, side))
+        took_s = time.monotonic() - began_s
+        line.add("burst", took_s)
+        line.add("rate", line.at_once / took_s)
+        side.end(keep=line.users)
+        idle = self.memory(side)
+        line.add("idle", figures.per_user(idle, line.users)["all"])
+        kernels = self.client.run(self.kernels(servers[: line.users]))
+        after = self.memory(side)
+        line.add("kernel", figures.per_user(after, line.users)["all"])
+        line.add("taken", figures.taken(before, after, line.users))
+        self.parts.setdefault(side.key, []).append(figures.per_user(after, line.users))
+        self.client.run(_close(kernels))
+        side.end()
 
-    def first_result(self) -> None:
-        """A claim, and its first cell."""
-        def one() -> Notebook:
-            notebook = Notebook(self.host, claim())
-            check_cell(notebook)
-            return notebook
+    async def single(self, side: Side) -> tuple[float, float]:
+        """Milliseconds to ready, and to the first result."""
+        began_s = time.perf_counter()
+        server = await side.start(0, POLL_S)
+        ready_s = time.perf_counter()
+        kernel = await self.client.first_cell(server)
+        done_s = time.perf_counter()
+        await kernel.close()
+        return 1000 * (ready_s - began_s), 1000 * (done_s - began_s)
 
-        add(ROWS["cell"].ours, timed(self.inside.submit(one).result))
-        note_load(ROWS["cell"])
+    def warm_claims(self, line: Line, side: Ours) -> None:
+        """Claims on a warm pool: to the first result, and by themselves."""
+        singles = SINGLES[True]
+        side.warm(singles, singles)
+        for _ in range(singles):
+            line.add("cell", self.client.run(self.claimed(side)) / 1000)
+        side.end()
+        for name, new in (("keepalive", False), ("new", True)):
+            side.warm(CLAIMS // 2, CLAIMS // 2)
+            self.note(side, name, [self.client.run(self.claim_ms(side, new)) for _ in range(CLAIMS // 2)])
+            side.end()
+        # With room for more, every claim makes the pool start another.
+        side.warm(CLAIMS // 2, 3 * CLAIMS // 2)
+        for _ in range(CLAIMS // 2):
+            self.note(side, "refill", [self.client.run(self.claim_ms(side))])
+            time.sleep(0.2)
+        side.end()
 
-    def peer_first_result(self) -> None:
-        """A peer's start, and its first cell."""
-        began_s = time.monotonic()
-        with self.peers.running(0) as notebook:
-            ready_ms = 1000 * (time.monotonic() - began_s)
-            check_cell(notebook)
-            add(ROWS["cell"].peer, 1000 * (time.monotonic() - began_s))
-        for name in ("keepalive", "new", "start"):
-            add(ROWS[name].peer, ready_ms)
-        note_load(ROWS["start"])
+    async def claimed(self, side: Ours) -> float:
+        began_s = time.perf_counter()
+        kernel = await self.client.first_cell(await side.claim())
+        took_ms = 1000 * (time.perf_counter() - began_s)
+        await kernel.close()
+        return took_ms
 
-    def starts(self) -> list[float]:
-        """How long every start so far took."""
-        journal = self.host.run(["journalctl", "-t", "nbagent", "-o", "json", "--output-fields=NBAGENT_TOOK_MS"])
-        entries = [json.loads(line) for line in journal.stdout.splitlines()]
-        return [float(entry["NBAGENT_TOOK_MS"]) for entry in entries if "NBAGENT_TOOK_MS" in entry]
+    async def claim_ms(self, side: Ours, new: bool = False) -> float:
+        began_s = time.perf_counter()
+        server = await self.client.claim(side.image, new_connection=new)
+        took_ms = 1000 * (time.perf_counter() - began_s)
+        side.took(server)
+        return took_ms
 
-    # -- memory --------------------------------------------------------------------------------
+    def note(self, side: Side, name: str, samples_ms: list[float]) -> None:
+        self.claims.setdefault(side.key, {}).setdefault(name, []).extend(round(value, 3) for value in samples_ms)
 
-    def memory(self) -> None:
-        """Claimed slots only: the pool is empty while memory is measured."""
-        services = r"nbagent(-api|-router)?\.service"
-        slots = rf"nbagent-(?!slots).*\.scope|{services}"
-        say("memory of 5 and 10 slots")
-        self.release()
-        notebooks: list[Notebook] = []
-        for users in (POOL // 2, POOL):
-            self.configure(POOL // 2, users)
-            self.settle(lambda s: s["warm"] == POOL // 2 and s["starting"] + s["stopping"] == 0)
-            notebooks += [Notebook(self.host, self.inside.submit(claim).result()) for _ in range(POOL // 2)]
-            add(ROWS[f"idle{users}"].ours, self.pss(slots) / users)
-            note_load(ROWS[f"idle{users}"])
-        add(ROWS["service"].ours, self.pss(services))
-        add(ROWS["alone10"].ours, (POOL * ROWS["idle10"].ours[-1] - ROWS["service"].ours[-1]) / POOL)
-        for notebook in notebooks:
-            check_cell(notebook)
-        add(ROWS["cell10"].ours, self.pss(slots) / POOL)
-        self.configure(0, POOL)
-        for notebook in notebooks[POOL // 2 :]:
-            self.api.delete(f"/slots/{notebook.slot}")
-        self.settle(lambda s: s["claimed"] == POOL // 2 and s["warm"] + s["starting"] + s["stopping"] == 0)
-        add(ROWS["cell5"].ours, self.pss(slots) / (POOL // 2))
-        note_load(ROWS["service"], ROWS["alone10"], ROWS["cell10"], ROWS["cell5"])
-        self.release()
-        self.settle(lambda s: s["claimed"] + s["stopping"] == 0)
+    async def burst(self, line: Line, side: Side) -> list[Server]:
+        """All at once. What cannot be waited for is asked less often the more there are: it shares the processors."""
+        async def one(number: int) -> Server:
+            began_s = time.perf_counter()
+            if isinstance(side, Ours):
+                server = await side.claim()
+                self.note(side, "burst", [1000 * (time.perf_counter() - began_s)])
+                await self.client.ready(server, POLL_S)
+                return server
+            return await side.start(number, POLL_S * line.at_once)
 
-    def peer_memory(self) -> None:
-        """The same of the peers, and their burst."""
-        peers = r"peer-.*\.scope"
-        say("memory of 5 and 10 peers")
-        with self.several(POOL // 2):
-            add(ROWS["idle5"].peer, self.pss(peers) / (POOL // 2))
-        began_s = time.monotonic()
-        with self.several(POOL) as running:
-            add(ROWS["burst"].peer, 1000 * (time.monotonic() - began_s))
-            add(ROWS["idle10"].peer, self.pss(peers) / POOL)
-            add(ROWS["alone10"].peer, ROWS["idle10"].peer[-1])
-            for _, notebook in running:
-                check_cell(notebook)
-            add(ROWS["cell10"].peer, self.pss(peers) / POOL)
-            for number in range(POOL // 2, POOL):
-                self.peers.end(number, running[number][0])
-            time.sleep(0.5)
-            add(ROWS["cell5"].peer, self.pss(peers) / (POOL // 2))
+        servers = await asyncio.gather(*map(one, range(line.at_once)))
+        if isinstance(side, Ours):
+            side.in_order(servers)
+        return list(servers)
 
-    @contextlib.contextmanager
-    def several(self, count: int) -> Iterator[list[tuple[subprocess.Popen[Any], peer.PeerNotebook]]]:
-        """Peers started at once, all of them ready."""
-        running = [self.peers.start(number) for number in range(count)]
-        try:
-            for process, notebook in running:
-                peer.wait_ready(process, notebook)
-            yield running
-        finally:
-            for number, (process, _) in enumerate(running):
-                self.peers.end(number, process)
+    async def kernels(self, servers: list[Server]) -> list[Any]:
+        """A kernel and its first cell for each, four at a time."""
+        turn = asyncio.Semaphore(4)
 
-    def pss(self, units: str) -> float:
-        """MiB of all processes of the units that match, once they have come to rest."""
-        time.sleep(1)
-        done = self.host.run(["python3", "-", units], input=(HERE / "memory.py").read_text())
-        return float(sum(json.loads(done.stdout).values())) / 1024
+        async def one(server: Server) -> Any:
+            async with turn:
+                return await self.client.first_cell(server)
+
+        return list(await asyncio.gather(*map(one, servers)))
+
+    def memory(self, side: Side) -> dict[str, Any]:
+        """What memory.py finds, once the side has come to rest."""
+        time.sleep(2)
+        code = (HERE / "memory.py").read_text()
+        found = self.host.run(["python3", "-", side.slots, side.services], input=code, timeout=sides.TIMEOUT_S)
+        document: dict[str, Any] = json.loads(found.stdout)
+        return document
+
+    # -- where it goes -------------------------------------------------------------------------
+
+    def isolation(self) -> list[tuple[str, str, float, float]]:
+        """Part, step, milliseconds and KiB of each step of the sandbox's plan."""
+        say(f"the cost of isolation: {SANDBOXES} sandboxes in step")
+        self.host.copy_in([str(HERE / "isolation.py")], "/root/")
+        command = ["python3", "-I", "/root/isolation.py", "minimal", str(SANDBOXES), str(512 << 20)]
+        done = self.host.run(["systemd-run", "--quiet", "--wait", "--pipe", "-p", "MemoryAccounting=yes", *command])
+        rows = json.loads(done.stdout)
+        return [(part, step, statistics.median(took_ms), used / 1024) for part, step, took_ms, used in rows]
+
+    def floor(self) -> dict[str, Any]:
+        """A bare fork of a Python that has in it what a zygote has."""
+        say("the floor: a bare fork")
+        root = sides.image(self.host, "minimal")["root"]
+        user = self.host.run(["stat", "-c", "%u", f"{root}/home/jovyan"]).stdout.strip()
+        self.host.run(["sh", "-c", sides.MOUNTS, "mounts", root, "1"])
+        command = ["env", "-i", "HOME=/home/jovyan", "LANG=C.UTF-8", "PATH=/usr/local/bin:/usr/bin:/bin"]
+        command += ["/usr/sbin/chroot", f"--userspec={user}:{user}", "/run/peer/0/root", "python3", "-"]
+        document: dict[str, Any] = json.loads(self.host.run(command, input=(HERE / "floor.py").read_text()).stdout)
+        return document
+
+    def breakdown(self) -> list[list[str]]:
+        """Where the time and memory of a slot go: a table with the floor as its last line."""
+        self.steps, self.bare = self.isolation(), self.floor()
+        steps, floor = self.steps, self.bare
+        ours = [line for line in self.lines if line.ours and line.samples]
+        table = [["", *(f"{line.name}, {unit}" for line in ours for unit in ("ms", "MiB"))]]
+        walls_ms = sum(took_ms for *_, took_ms, _ in steps)
+        named: dict[str, list[str]] = {}
+
+        def put(what: str, number: int, took_ms: float | None, used: float | None) -> None:
+            cells = named.setdefault(what, ["-"] * (2 * len(ours)))
+            cells[2 * number : 2 * number + 2] = ["-" if v is None else figures.number(v) for v in (took_ms, used)]
+
+        for number, line in enumerate(ours):
+            claim_ms = statistics.median(self.claims[line.key]["keepalive"])
+            ready_ms, cold_ms = (1000 * (line.median(name) or 0) for name in ("ready", "cold"))
+            found = self.parts[line.key]
+            parts = {part: statistics.median(turn[part] for turn in found) for part in found[0]}
+            lost = line.median("taken") or 0
+            put("claim: API, control, answer; all services", number, claim_ms, parts["services"])
+            put("walls: namespaces, root, limits, identity; init", number, walls_ms, parts["init"])
+            put("scope, start of the server, until it answers", number, ready_ms - claim_ms - walls_ms, parts["server"])
+            put("kernel, until its first result", number, cold_ms - ready_ms, parts["kernel"])
+            own = parts[figures.KERNEL]
+            put("the kernel's own memory: tables, stacks, inodes", number, None, own)
+            put("all of it", number, cold_ms, parts["all"] + own)
+            put("as MemAvailable has it", number, None, lost)
+            floor_ms, floor_mib = statistics.median(floor["took_ms"]), floor["taken"] / 1024
+            put("the floor: a bare fork (200, idle)", number, floor_ms, floor_mib)
+            put("left to gain above two bare forks", number, cold_ms - 2 * floor_ms, lost - 2 * floor_mib)
+        return table + [[what, *cells] for what, cells in named.items()]
 
 
-def claim(connection: http.client.HTTPConnection | None = None) -> dict[str, Any]:
-    """A claim from within the host's network, by default on a connection of its own."""
-    used = connection or http.client.HTTPConnection("127.0.0.1", API_PORT)
-    used.request("POST", "/claim", b"{}", {"Content-Type": "application/json"})
-    answer = used.getresponse()
-    body = answer.read()
-    if connection is None:
-        used.close()
-    if answer.status != 200:
-        raise RuntimeError(f"claim: {answer.status} {body!r}")
-    document: dict[str, Any] = json.loads(body)
-    return document
+async def _close(kernels: list[Any]) -> None:
+    await asyncio.gather(*(kernel.close() for kernel in kernels))
 
 
-def check_cell(notebook: Notebook) -> None:
-    """The first cell of a new kernel, which stays."""
-    result = notebook.kernel().run("1+1")
-    if result.text != "2":
-        raise RuntimeError(f"1+1: {result}")
+BREAKDOWN_HOW = """\
+Where the time and memory of one user go, from nothing to the first result. Time: medians of this run; the walls are the
+steps of `nbagent slot plan`, each done side by side by 40 sandboxes (tests/bench/isolation.py), their sum; the claim is
+that on a warm pool. Memory: PSS by process at the users of the table above, services divided by them; the kernel's own
+is what it charges to the slots' cgroups. The floor: a Python with JupyterLab and ipykernel imported forks children that
+do nothing (tests/bench/floor.py): fork() to its first byte, and what MemAvailable falls by. A user has two processes at
+work, a server and a kernel, so what is left to gain is what lies above two of these."""
 
 
-def timed(action: Callable[[], Any]) -> float:
-    """How many milliseconds it takes."""
+def timed_ms(action: Any) -> float:
     began_s = time.perf_counter()
     action()
     return 1000 * (time.perf_counter() - began_s)
 
 
-def add(samples: list[float], value: float) -> None:
-    samples.append(round(value, 3))
-
-
-def note_load(*rows: Row) -> None:
-    for row in rows:
-        row.loads.append(os.getloadavg()[0])
-
-
 def conditions(bench: Bench, began_s: float) -> str:
     """What a reader has to know about the run."""
-    say_what = ". /etc/os-release; echo $PRETTY_NAME; systemctl --version | head -n 1"
-    debian, systemd = bench.host.run(["sh", "-c", say_what]).stdout.splitlines()
-    loads = [load for row in ROWS.values() for load in row.loads]
-    command = peer.COMMAND.format(user="ID", root="/run/peer/N/root", port="PORT", token="TOKEN")
-    return f"""\
-One nspawn host ({debian}, {systemd}), {os.cpu_count()} processors, Linux {platform.release()}; load average
-{min(loads):.1f} to {max(loads):.1f}, the measuring's own included; {time.monotonic() - began_s:.0f} s in all.
-The peer has the same image, the overlay on a tmpfs made before its clock starts (tests/bench/peer.py):
-
-    {command}
-
-The way into the host takes {bench.entry_ms:.0f} ms of each start of a peer. Ratio: the peer's median by ours."""
-
-
-def isolation(host: Host) -> list[tuple[str, ...]]:
-    """The cost of each step of the sandbox's plan, as cells of a table."""
-    say(f"the cost of isolation: {SANDBOXES} sandboxes in step")
-    host.copy_in([str(HERE / "isolation.py")], "/root/")
-    command = ["python3", "-I", "/root/isolation.py", "minimal", str(SANDBOXES), str(512 << 20)]
-    done = host.run(["systemd-run", "--quiet", "--wait", "--pipe", "-p", "MemoryAccounting=yes", *command])
-    rows = json.loads(done.stdout)
-    cells = [
-        (part, step, f"{statistics.median(took_ms):.2f}", f"{figures.quantile(took_ms, 0.9):.2f}", f"{used / 1024:.0f}")
-        for part, step, took_ms, used in rows
-    ]
-    total_ms = sum(statistics.median(took_ms) for _, _, took_ms, _ in rows)
-    total = ("", "all", f"{total_ms:.1f}", "", f"{sum(used for *_, used in rows) / 1024:.0f}")
-    return [("part", "step", "ms p50", "ms p90", "KiB a slot"), *cells, total]
+    say_what = ". /etc/os-release; echo $PRETTY_NAME; systemctl --version | head -n 1; podman --version"
+    debian, systemd, podman = bench.host.run(["sh", "-c", say_what]).stdout.splitlines()
+    warnings = bench.host.run(["journalctl", "-q", "-t", "nbagent", "-p", "warning"], check=False).stdout.splitlines()
+    for warning in warnings:
+        say(f"in the journal: {warning}")
+    loads = bench.loads or [os.getloadavg()[0]]
+    memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return (
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC; one nspawn host ({debian}, {systemd}, {podman}), "
+        f"{os.cpu_count()} processors, {memory_gib:.0f} GiB, Linux {platform.release()}; "
+        f"load average {min(loads):.1f} to {max(loads):.1f}; "
+        f"rounds: {bench.options.rounds}, in {time.monotonic() - began_s:.0f} s. "
+        f"The client used {bench.client.cpu_s:.1f} s of a processor; "
+        f"the way into the host takes {bench.entry_ms:.0f} ms of each start of systemd-run and podman."
+        + f" Warnings of the agent in its journal: {len(warnings)}." * bool(warnings)
+    )
 
 
-def write(out: Path, about: str, walls: list[tuple[str, ...]]) -> None:
-    """The Markdown file and the JSON."""
+def claims_table(bench: Bench) -> list[list[str]]:
+    """Our own claims, in milliseconds."""
+    table = [["claims, ms", "n", "p50", "p90", "p99", "max"]]
+    for line in bench.lines:
+        for name in CLAIM_COLUMNS:
+            if samples := bench.claims.get(line.key, {}).get(name):
+                said = figures.latency(samples)
+                cells = [figures.number(said[key]) for key in ("p50", "p90", "p99", "max")]
+                table.append([f"{line.name}: {CLAIM_HOW[name]}", str(len(samples)), *cells])
+    return table
+
+
+def write(out: Path, bench: Bench, about: str, base: Line, broken: list[list[str]]) -> str:
+    """The files; returns the text."""
     out.mkdir(parents=True, exist_ok=True)
-    rows = list(ROWS.values())
-    text = f"{figures.markdown(rows)}\n\n{about}\n\n{ISOLATION}\n\n```\n{figures.columns(walls)}\n```\n"
-    (out / "table.md").write_text(text)
-    document = {"about": about, "rows": [row.document() for row in rows], "isolation": walls}
-    (out / "figures.json").write_text(json.dumps(document, indent=1) + "\n")
-    say(f"written: {out}/table.md and figures.json")
+    steps = [["step of the sandbox", "ms", "KiB"]]
+    steps += [[f"{part}: {step}", f"{ms:.2f}", f"{kib:.0f}"] for part, step, ms, kib in bench.steps]
+    tables = [*figures.comparison(bench.lines, COLUMNS, base), claims_table(bench), broken, steps]
+    said = figures.notes(bench.lines, COLUMNS)
+    sections = [
+        (tables[0], "Medians, in brackets least and most. " + about), (tables[1], ""), (tables[2], ""),
+        (tables[3], BREAKDOWN_HOW), (tables[4], ""),
+    ]
+    text = "\n\n".join(
+        "\n\n".join(part for part in (figures.columns_of(table), below) if part) for table, below in sections
+    ) + "\n\n" + "\n".join(f"· {line}" for line in said) + "\n"
+    marked = "\n\n".join(
+        "\n\n".join(part for part in (figures.markdown(table), below) if part) for table, below in sections
+    ) + "\n\n" + "\n".join(f"- {line}" for line in said) + "\n"
+    (out / "bench.txt").write_text(text)
+    (out / "bench.md").write_text(marked)
+    document = {
+        "about": about, "base": base.key, "lines": [line.document() for line in bench.lines], "claims": bench.claims,
+        "memory": bench.parts, "isolation": bench.steps, "floor": bench.bare, "breakdown": broken,
+        "columns": [{"key": c.key, "heading": c.heading, "unit": c.unit, "how": c.how} for c in COLUMNS],
+    }
+    (out / "bench.json").write_text(json.dumps(document, indent=1) + "\n")
+    chart.draw(out / "bench.png", bench.lines, COLUMNS, base, about)
+    say(f"written: {out}/bench.txt, bench.md, bench.png and bench.json")
+    return text
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=sides.OUT, help="where the files go")
+    parser.add_argument("--rounds", type=int, default=3, choices=range(1, 21), metavar="N", help="default: 3")
+    parser.add_argument("--burst", type=int, default=100, metavar="N", help="our slots at once; default: 100")
+    parser.add_argument("--users", type=int, default=50, metavar="N", help="ours, for memory; default: 50")
+    parser.add_argument("--peers", type=int, default=50, metavar="N", help="a peer's, also for memory; default: 50")
+    parser.add_argument("--only", type=lambda text: text.split(","), metavar="KEY,…", help="these sides and no others")
+    return parser.parse_args(argv)
 
 
 def main() -> None:
     """Measures, prints, writes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="where table.md and figures.json go")
-    parser.add_argument("--rounds", type=int, default=6, choices=range(1, 51), metavar="N", help="default: 6")
-    arguments = parser.parse_args()
+    arguments = parse()
     # Told to end, it still takes its host down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began_s = time.monotonic()
     packages = product.build(say)
-    with Host.up(name=f"bench-{os.getpid()}") as host:
-        product.install(host, packages, SETTINGS.format(warm=POOL, capacity=POOL))
-        bench = Bench(host)
-        with bench.inside:
-            bench.run(arguments.rounds)
-        walls = isolation(host)
-        about = conditions(bench, began_s)
-    print(f"{figures.text(list(ROWS.values()))}\n\n{about}\n\n{ISOLATION}\n\n{figures.columns(walls)}")
-    write(arguments.out, about, walls)
+    # Before the host is there: it takes a minute the first time.
+    sides.built_hub()
+    with Host.up(name=f"bench-{os.getpid()}", packages=sides.PACKAGES) as host:
+        product.install(host, packages, sides.SETTINGS)
+        sides.add_exec_image(host, sides.image(host, "minimal")["root"])
+        with Client(host) as client:
+            bench = Bench(host, client, arguments)
+            bench.run()
+            failed = [line.name for line in bench.lines if line.ours and line.how and line.why]
+            try:
+                broken = bench.breakdown()
+            except Exception as error:
+                # What took an hour to measure is not lost for it.
+                failed.append(f"breakdown: {error}"[:500])
+                broken = [["no breakdown"], [failed[-1]]]
+            about = conditions(bench, began_s)
+    measured = [line for line in bench.lines if line.samples]
+    if not measured:
+        raise SystemExit("no side could be measured: " + "; ".join(line.why for line in bench.lines))
+    base = next((line for line in measured if line.key == BASE), measured[-1])
+    print(write(arguments.out, bench, about, base, broken))
+    if failed:
+        raise SystemExit("failed: " + "; ".join(failed))
 
 
 if __name__ == "__main__":

@@ -1,35 +1,50 @@
-"""Figures: samples of two sides, what is said of them, and how a reader sees them. Pure."""
+"""Figures: samples of several sides, what is said of them, and how a reader sees them. Pure."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 
-@dataclass
-class Row:
-    """One figure. `how` says what is timed, for a stranger to repeat it; `loads` are the machine's
-    one-minute load averages while it was measured. An empty `peer` has nothing to compare with."""
+@dataclass(frozen=True)
+class Column:
+    """One figure. `how` says what is timed, for a stranger to repeat it."""
 
-    name: str
+    key: str
+    heading: str
     unit: str
     how: str
-    ours: list[float] = field(default_factory=list)
-    peer: list[float] = field(default_factory=list)
-    loads: list[float] = field(default_factory=list)
+    more_is_better: bool = False
+    of_all: bool = False  # what all of those take that were asked for at once: only equal numbers compare
 
-    def ratio(self) -> float | None:
-        """How many times the peer's median is ours."""
-        return statistics.median(self.peer) / statistics.median(self.ours) if self.peer and self.ours else None
+
+@dataclass
+class Line:
+    """One side with its samples by column. `why` says why it has none; `at_once` and `users` how many there were."""
+
+    key: str
+    name: str
+    how: str
+    ours: bool
+    at_once: int = 0
+    users: int = 0
+    why: str = ""
+    samples: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, column: str, value: float) -> None:
+        self.samples.setdefault(column, []).append(round(value, 3))
+
+    def median(self, column: str) -> float | None:
+        found = self.samples.get(column)
+        return statistics.median(found) if found else None
 
     def document(self) -> dict[str, Any]:
-        """The figure as JSON: what is said of it, and every sample."""
+        """The side as JSON: what is said of it, and every sample."""
         return {
-            "name": self.name, "unit": self.unit, "how": self.how, "ratio": self.ratio(),
-            "load": statistics.median(self.loads) if self.loads else None,
-            "ours": summary(self.ours), "peer": summary(self.peer),
+            "key": self.key, "name": self.name, "how": self.how, "at_once": self.at_once, "users": self.users,
+            "why": self.why, "figures": {column: summary(found) for column, found in self.samples.items()},
         }
 
 
@@ -38,63 +53,99 @@ def quantile(samples: Sequence[float], share: float) -> float:
     return sorted(samples)[min(len(samples) - 1, int(share * len(samples)))]
 
 
-def summary(samples: Sequence[float]) -> dict[str, Any] | None:
-    """What is said of one side's samples, or None when there are none."""
-    if not samples:
-        return None
-    shares = {"p10": 0.1, "p90": 0.9, "p99": 0.99}
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """What is said of samples; there must be some."""
+    shares = {"p90": 0.9, "p99": 0.99}
     return {
         "n": len(samples), "p50": statistics.median(samples),
-        **{name: quantile(samples, share) for name, share in shares.items()}, "samples": list(samples),
+        **{name: quantile(samples, share) for name, share in shares.items()},
+        "min": min(samples), "max": max(samples), "samples": list(samples),
     }
 
 
-HEADINGS = ("", "nbagent p50", "p10..p90", "p99", "n", "peer p50", "p10..p90", "n", "ratio", "load")
+def better(line: Line, base: Line, column: Column) -> float | None:
+    """How many times better than `base` the line's median is: 2 is half the time, half the memory or twice the rate."""
+    ours, theirs = line.median(column.key), base.median(column.key)
+    if not ours or not theirs or (column.of_all and line.at_once != base.at_once):
+        return None
+    return ours / theirs if column.more_is_better else theirs / ours
 
 
-def cells(row: Row, number: int) -> tuple[str, ...]:
-    """One line of the table."""
-    ours, peer, ratio = summary(row.ours), summary(row.peer), row.ratio()
-    load = f"{statistics.median(row.loads):.1f}" if row.loads else ""
-    return (
-        f"{row.name} ({number})",
-        *(_side(ours, row.unit)), _number(ours["p99"]) if ours and ours["n"] >= 20 else "-",
-        str(ours["n"]) if ours else "0",
-        *(_side(peer, row.unit)), str(peer["n"]) if peer else "-",
-        f"{ratio:.3g}" if ratio else "-", load,
-    )
+def number(value: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def text(rows: Sequence[Row]) -> str:
-    """The table for a terminal, and below it how each figure is measured."""
-    lines = [HEADINGS, *(cells(row, number) for number, row in enumerate(rows, 1))]
-    return "\n".join([columns(lines), "", *(f"({number}) {row.how}" for number, row in enumerate(rows, 1))])
+def factor(value: float | None) -> str:
+    return "-" if value is None else f"{number(value)}×"
 
 
-def columns(lines: Sequence[Sequence[str]]) -> str:
+def cell(line: Line, column: Column) -> str:
+    """Median, and in brackets least and most where there are several samples."""
+    found = line.samples.get(column.key)
+    if not found:
+        return "-"
+    spread = f" ({number(min(found))}..{number(max(found))})" if len(found) > 1 else ""
+    return number(statistics.median(found)) + spread
+
+
+def comparison(lines: Sequence[Line], columns: Sequence[Column], base: Line) -> list[list[list[str]]]:
+    """Two tables, each with a heading: the figures, and how many times better than `base` each is."""
+    shown = [line for line in lines if line.samples]
+    headings = [f"{column.heading}, {column.unit}" for column in columns]
+    figures = [["", *headings, "at once", "users"]]
+    figures += [
+        [line.name, *(cell(line, column) for column in columns), str(line.at_once), str(line.users)] for line in shown
+    ]
+    ratios = [["times better than " + base.name, *headings]]
+    ratios += [[line.name, *(factor(better(line, base, column)) for column in columns)] for line in shown]
+    return [figures, ratios]
+
+
+def notes(lines: Sequence[Line], columns: Sequence[Column]) -> list[str]:
+    """What each column and each line is, and why a line is not there."""
+    said = [f"{column.heading}: {column.how}" for column in columns]
+    said += [f"{line.name}: {line.how}" for line in lines if line.how]
+    return said + [f"{line.name} is not in the table: {line.why}" for line in lines if line.why]
+
+
+def columns_of(table: Sequence[Sequence[str]]) -> str:
     """Cells below each other: words to the left, numbers to the right; long words are cut."""
-    cut = [[cell if len(cell) <= 76 else f"{cell[:75]}…" for cell in line] for line in lines]
+    cut = [[cell if len(cell) <= 76 else f"{cell[:75]}…" for cell in line] for line in table]
     made = []
-    for column in zip(*cut, strict=True):
-        numbers = column[1][:1].isdigit() or column[1].startswith("-")
+    for position, column in enumerate(zip(*cut, strict=True)):
         width = max(map(len, column))
-        made.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in column])
+        made.append([cell.ljust(width) if position == 0 else cell.rjust(width) for cell in column])
     return "\n".join("  ".join(line).rstrip() for line in zip(*made, strict=True))
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """The table as Markdown, and below it how each figure is measured."""
-    lines = [HEADINGS, tuple(["---"] + ["--:"] * (len(HEADINGS) - 1))]
-    lines += [cells(row, number) for number, row in enumerate(rows, 1)]
-    table = ["| " + " | ".join(line) + " |" for line in lines]
-    return "\n".join([*table, "", *(f"{number}. {row.how}" for number, row in enumerate(rows, 1))])
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A table as Markdown."""
+    rule = ["---", *["--:"] * (len(table[0]) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [table[0], rule, *table[1:]])
 
 
-def _side(found: dict[str, Any] | None, unit: str) -> tuple[str, str]:
-    if found is None:
-        return "-", "-"
-    return f"{_number(found['p50'])} {unit}", f"{_number(found['p10'])}..{_number(found['p90'])}"
+KERNEL = "kernel's own"
 
 
-def _number(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def per_user(found: Mapping[str, Any], users: int) -> dict[str, float]:
+    """MiB a user of what memory.py found: the sum of all, and of what it is made.
+
+    The parts are PSS by kind of process and the kernel's own memory, which no process' PSS has.
+    """
+    roles = {role: kinds["pss"] for role, kinds in found["roles"].items()}
+    parts = {role: roles.get(role, 0) for role in ("init", "server", "kernel", "slots", "services")}
+    kib = {"all": sum(roles.values()), **parts, KERNEL: found["kernel"]}
+    return {name: value / users / 1024 for name, value in kib.items()}
+
+
+def taken(before: Mapping[str, Any], after: Mapping[str, Any], users: int) -> float:
+    """MiB that the machine has less for each user: the difference of MemAvailable between two looks."""
+    lost: float = before["meminfo"]["MemAvailable"] - after["meminfo"]["MemAvailable"]
+    return lost / users / 1024
+
+
+def latency(samples_ms: Sequence[float]) -> dict[str, float]:
+    """What is said of many users' waits, in milliseconds."""
+    found = summary(samples_ms)
+    return {name: round(found[name], 2) for name in ("n", "p50", "p90", "p99", "max")}

@@ -4,6 +4,7 @@ import io
 import json
 import re
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -115,6 +116,18 @@ def test_the_pool_never_goes_above_capacity(agent):
     assert len(agent.slots()) == 2
 
 
+def test_of_claims_at_once_on_an_empty_pool_each_gets_a_slot_or_is_told_that_there_is_none(agent):
+    # Whoever waits for a slot that cannot come would still wait when the test has ended.
+    agent.configure('[slots]\ncapacity = 3\n[pool]\nwarm = 0\nclaim_timeout = "10min"\n')
+    agent.wait(lambda: not agent.slots(), "an empty pool")
+    with ThreadPoolExecutor(5) as callers:
+        answers = [one.result() for one in [callers.submit(agent.api.post, "/claim") for _ in range(5)]]
+    assert sorted(answer.status for answer in answers) == [200, 200, 200, 503, 503]
+    assert len({answer.json()["slot"] for answer in answers if answer.status == 200}) == 3
+    refused = [answer.json() for answer in answers if answer.status == 503]
+    assert all(problem["type"] == "urn:nbagent:problem:full" for problem in refused), refused
+
+
 def test_no_slot_is_started_when_the_hosts_memory_would_run_short(agent):
     available = agent.api.get("/stats").json()["memory_available_bytes"]
     agent.configure(f"[host]\nmemory_reserve = {available + (4 << 30)}\n[slots]\ncapacity = 9\n[pool]\nwarm = 3\n")
@@ -128,7 +141,7 @@ def test_no_slot_is_started_when_the_hosts_memory_would_run_short(agent):
 
 def test_a_warm_slot_that_waited_too_long_is_replaced_by_a_fresh_one(agent):
     before = warm_slots(agent)
-    agent.configure('[pool]\nwarm = 1\nmax_age = "1s"\n')
+    agent.configure('[pool]\nwarm = 1\nmax_age = "4s"\n')
     assert agent.wait(lambda: warm_slots(agent) - before, "a fresh warm slot")
     agent.wait(lambda: not before & {slot["slot"] for slot in agent.slots()}, "the old one to be gone")
     agent.configure("")

@@ -341,6 +341,23 @@ def test_init_and_server_hold_the_descriptors_they_need_and_no_other(agent):
         assert [link for link in links if not DESCRIPTORS.fullmatch(link)] == []
 
 
+def test_a_slot_of_a_supervisor_with_many_descriptors_starts_and_holds_no_more_than_others(agent):
+    connections = "import socket, time; held = [socket.socket(1, 5) for _ in range(100)];"
+    connections += " [one.connect('/run/nbagent/control.sock') for one in held]; time.sleep(600)"
+    agent.run("systemd-run", "-q", "--unit=holder", "/usr/bin/python3", "-c", connections)
+    pid = agent.run("systemctl", "show", "-P", "MainPID", "nbagent.service").strip()
+    try:
+        agent.wait(lambda: len(agent.run("ls", f"/proc/{pid}/fd").split()) > 100, "many connections")
+        before = agent.claim()["slot"]
+        slot = agent.wait(lambda: [one for one in agent.slots("warm") if one["slot"] != before], "a warm slot")[0]
+        for process in agent.processes(slot["slot"]):
+            numbers = {int(number) for number in agent.run("ls", f"/proc/{process}/fd").split()}
+            held = [agent.run("readlink", f"/proc/{process}/fd/{number}").strip() for number in numbers]
+            assert len(numbers) <= 10 and not any("nbagent-config" in one for one in held), held
+    finally:
+        agent.run("systemctl", "stop", "holder.service")
+
+
 def test_a_released_slot_leaves_no_process_mount_namespace_or_file(agent):
     notebook = agent.open()
     with notebook.kernel() as kernel:

@@ -81,13 +81,14 @@ class Host:
         suite: str = "bookworm",
         memory: str | int | None = None,
         cpus: int | None = None,
+        packages: Sequence[str] = (),
         say: Say = say_on_stderr,
     ) -> Host:
         """Return a host that is fully booted: a healthy one of that name as it is, else a new one.
 
         `memory` (bytes, or a number with K, M, G) and `cpus` limit the whole host. Without them an nspawn
-        host has all of the machine, and a virtual machine 4G and 2. Raises `BootFailed` after clearing
-        whatever was made.
+        host has all of the machine, and a virtual machine 4G and 2. `packages` are Debian's, beside those of
+        every host. Raises `BootFailed` after clearing whatever was made.
         """
         state.check_name(name)
         if driver not in state.DRIVERS:
@@ -112,7 +113,7 @@ class Host:
                 _clear(name)
             tools.ensure(driver, say)
             started = time.monotonic()
-            recipe = rootfs.Recipe(suite, driver)
+            recipe = rootfs.Recipe(suite, driver, tuple(packages))
             try:
                 with rootfs.held(recipe, say) as tree:
                     state.make_directory(name)

@@ -145,24 +145,31 @@ chmod 755 usr/lib/testhost/identity
 systemctl --root="$1" enable --quiet testhost-identity.service testhost-ready.service
 """,
 }
+# Podman would look for containers to start and to update, and fail where there is no network.
+EXTRA_SETUP = r"""
+systemctl --root="$1" mask --quiet podman.socket podman-auto-update.timer podman-auto-update.service \
+    podman-restart.service
+"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     suite: str
     role: str
+    extra: tuple[str, ...] = ()  # packages that only some hosts need, those of the benchmarks
 
     @property
     def kind(self) -> str:
-        return f"{self.role}-{self.suite}"
+        # Builds of one kind are pruned for each other, so one with more is of another kind.
+        return f"{'more-' if self.extra else ''}{self.role}-{self.suite}"
 
     @property
     def packages(self) -> list[str]:
-        return sorted(COMMON_PACKAGES + ROLE_PACKAGES[self.role])
+        return sorted({*COMMON_PACKAGES, *ROLE_PACKAGES[self.role], *self.extra})
 
     @property
     def setup(self) -> str:
-        return COMMON_SETUP + ROLE_SETUP[self.role]
+        return COMMON_SETUP + ROLE_SETUP[self.role] + (EXTRA_SETUP if self.extra else "")
 
     @property
     def digest(self) -> str:

@@ -4,20 +4,23 @@ import dataclasses
 
 import pytest
 
+from nbagent.model import Limits, Slot, SlotState
 from nbagent.policy import admission, cull, pool, trouble
+from nbagent.policy.admission import COSTS, Cost
 from nbagent.policy.cull import Look
-from nbagent.policy.pool import Pool, Retire, Warm
+from nbagent.policy.pool import Pool, Retire
 from nbagent.policy.trouble import Storage
 
 GIB = 1 << 30
+NOW_S = 5000.0
 HOST = admission.Host(
-    capacity=10, live=0, starting=0, starts_max=4,
+    capacity=10, live=0, starts=Cost(0.0, 0), starts_max=4,
     memory_available_bytes=8 * GIB, memory_reserve_bytes=GIB, draining=False,
 )
 
 
 def make_pool(warm=(), **changes):
-    fields = {"image": "minimal", "digest": "new", "wanted": 2, "starting": 0, "waiting": 0}
+    fields = {"image": "minimal", "digest": "new", "launch": "exec", "wanted": 2, "starting": 0, "waiting": 0}
     return Pool(**{**fields, "warm": tuple(warm), **changes})
 
 
@@ -25,12 +28,24 @@ def host(**changes):
     return dataclasses.replace(HOST, **changes)
 
 
-def fresh(name, age_s=1.0, left_s=1000.0):
-    return Warm(name, "new", age_s, left_s)
+def busy(**starting):
+    """What starts under way take, so many by each way of starting."""
+    return admission.under_way(starting)
+
+
+def fresh(name, age_s=1.0, left_s=1000.0, digest="new"):
+    return Slot(
+        id=name, image="minimal", digest=digest, id_base=1 << 20, uid=2000, state=SlotState.WARM,
+        limits=Limits(GIB, 100, None, 256), token="", created_s=NOW_S - age_s, ends_s=NOW_S + left_s,
+    )
+
+
+def former(name):
+    return fresh(name, 5.0, digest="former")
 
 
 def decide(pools, on, max_age_s, life_s=500.0):
-    return pool.decide(pools, on, max_age_s, life_s)
+    return pool.decide(pools, on, NOW_S, max_age_s, life_s)
 
 
 def test_an_empty_pool_is_filled():
@@ -42,7 +57,7 @@ def test_what_is_starting_is_not_started_again():
 
 
 def test_starts_at_a_time_are_bounded():
-    decision = decide([make_pool(wanted=9)], host(starting=1, starts_max=3), 100)
+    decision = decide([make_pool(wanted=9)], host(starts=busy(exec=1), starts_max=3), 100)
     assert decision.start == ("minimal", "minimal")
 
 
@@ -52,12 +67,41 @@ def test_never_above_capacity():
 
 
 def test_never_above_memory_and_what_starts_counts():
-    enough_for_two = GIB + 2 * admission.START_MEMORY_BYTES
+    enough_for_two = GIB + 2 * COSTS["exec"].memory_bytes
     quiet = host(memory_available_bytes=enough_for_two)
-    one_starting = dataclasses.replace(quiet, starting=1)
+    one_starting = dataclasses.replace(quiet, starts=busy(exec=1))
     assert len(decide([make_pool(wanted=9)], quiet, 100).start) == 2
     assert len(decide([make_pool(wanted=9, starting=1)], one_starting, 100).start) == 1
     assert decide([make_pool()], host(memory_available_bytes=GIB // 2), 100).start == ()
+
+
+def test_of_starts_by_fork_more_are_under_way_and_each_sets_aside_less():
+    forked = make_pool(launch="fork", wanted=99)
+    assert len(decide([forked], host(capacity=99, starts_max=2), 100).start) == 8
+    assert len(decide([forked], host(capacity=99, starts_max=2, starts=busy(fork=3, exec=1)), 100).start) == 1
+    enough_for_five = GIB + 5 * COSTS["fork"].memory_bytes
+    assert len(decide([forked], host(memory_available_bytes=enough_for_five), 100).start) == 5
+    assert decide([make_pool()], host(memory_available_bytes=enough_for_five - 1), 100).start == ()
+
+
+def test_a_small_start_does_not_overtake_a_large_one_that_is_wanted_more():
+    waited_for = make_pool(image="slow", wanted=0, waiting=1)
+    low = make_pool(image="fast", launch="fork", wanted=9)
+    assert decide([low, waited_for], host(starts_max=1, starts=busy(fork=1)), 100).start == ()
+
+
+def test_a_claim_waits_while_there_is_a_slot_for_it_to_wait_for():
+    assert admission.may_wait("a", {"a": 0}, room=1, ending=0)
+    assert admission.may_wait("a", {"a": 0}, room=0, ending=1)
+    assert admission.may_wait("a", {"a": -1}, room=0, ending=0)
+    assert not admission.may_wait("a", {"a": 0}, room=0, ending=0)
+    assert not admission.may_wait("a", {"a": 3}, room=2, ending=1)
+
+
+def test_a_claim_waits_behind_those_of_other_images_and_not_for_their_slots():
+    assert not admission.may_wait("a", {"a": 0, "b": 2}, room=2, ending=0)
+    assert admission.may_wait("a", {"a": 0, "b": -2}, room=1, ending=0)
+    assert not admission.may_wait("a", {"a": 0, "b": -2}, room=0, ending=0)
 
 
 def test_a_claim_that_waits_comes_before_a_pool_that_is_low():
@@ -75,7 +119,7 @@ def test_the_pause_doubles_and_is_bounded():
 
 
 def test_a_stale_slot_serves_until_fresh_ones_are_there():
-    old = Warm("old", "former", 5.0, 1000.0)
+    old = former("old")
     assert decide([make_pool([old])], HOST, 100).retire == ()
     decision = decide([make_pool([old, fresh("a"), fresh("b")])], HOST, 100)
     assert decision.retire == (Retire("old", "its image was replaced"),)
@@ -96,7 +140,7 @@ def test_a_slot_that_cannot_live_as_long_as_a_claim_may_ask_is_replaced_then_ret
 
 
 def test_without_room_a_stale_slot_makes_room_for_its_replacement():
-    stale = [Warm("x", "former", 5.0, 1000.0), Warm("y", "former", 5.0, 1000.0)]
+    stale = [former("x"), former("y")]
     assert len(decide([make_pool(stale)], host(live=10), 100).retire) == 1
 
 

@@ -1,0 +1,96 @@
+"""Looking at claimed slots: which limits they have run into, and which of them end by rule.
+
+Each slot is looked at once an interval of [cull], a few at a time, so that a thousand of them hold up no claim.
+A look reads files of the kernel and the slot's page; no slot notices it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from typing import Any, Protocol
+
+from nbagent.config import CullSettings
+from nbagent.log import Event, emit
+from nbagent.model import SlotState
+from nbagent.policy import cull
+from nbagent.supervisor.counters import Counters
+from nbagent.supervisor.live import Live, Sight
+
+# Of an interval. Thirty slots at a time, of a thousand, are a millisecond or two.
+BATCHES = 30
+
+
+class End(Protocol):
+    """Ends a slot and tells why."""
+
+    def __call__(self, live: Live, event: Event, **fields: Any) -> None: ...
+
+
+class Looks:
+    """The claimed slots in the order in which they are due."""
+
+    def __init__(self, counters: Counters, end: End) -> None:
+        self._counters = counters
+        self._end = end
+        self._queue: deque[tuple[float, Live]] = deque()
+        self._batch_s = -math.inf
+
+    def add(self, live: Live, now_s: float) -> None:
+        """Takes a slot that was claimed, or adopted as such; one that ends is forgotten when it is due."""
+        self._queue.append((now_s, live))
+
+    def next_s(self, interval_s: float) -> float:
+        """When slots are due."""
+        if not self._queue:
+            return math.inf
+        return max(self._queue[0][0] + interval_s, self._batch_s + interval_s / BATCHES)
+
+    def look(self, settings: CullSettings, now_s: float) -> None:
+        """Looks at the slots that are due, at so many that each has its turn in time."""
+        self._batch_s = now_s
+        for _ in range(math.ceil(len(self._queue) / BATCHES)):
+            looked_s, live = self._queue[0]
+            if looked_s + settings.interval > now_s:
+                return
+            self._queue.popleft()
+            if live.slot.state is SlotState.CLAIMED:
+                self._look_at(live, settings, now_s)
+                self._queue.append((now_s, live))
+
+    def _look_at(self, live: Live, settings: CullSettings, now_s: float) -> None:
+        look, sight = live.look(now_s, settings.cpu)
+        self._tell(live, sight)
+        why = cull.reason(look, settings.idle, settings.cpu, now_s)
+        if why is not None:
+            self._counters.add(f"culled_{why}")
+            texts = {
+                "age": "its time is up",
+                "idle": f"idle for {now_s - live.active_s:.0f} s",
+                "memory": f"{look.oom_kills} of its processes were killed for memory",
+            }
+            self._end(live, Event.SLOT_CULLED, text=texts[why])
+
+    def _tell(self, live: Live, sight: Sight) -> None:
+        """Says which limits a slot has run into."""
+        slot, storage = live.slot, sight.storage
+        if sight.oom_kills:
+            self._out_of_memory(live, sight.oom_kills, storage.used_bytes)
+        if sight.refuses_tasks:
+            emit(Event.SLOT_TASKS_REFUSED, slot=slot.id, tasks=slot.limits.tasks)
+        if sight.storage_full:
+            text = (f"{storage.used_bytes} of {storage.size_bytes} bytes,"
+                    f" {storage.used_files} of {storage.most_files} files")
+            emit(Event.SLOT_STORAGE_FULL, slot=slot.id, text=text)
+
+    def last(self, live: Live) -> None:
+        """Says of a slot whose processes have ended what no look has seen."""
+        if kills := live.new_oom_kills():
+            self._out_of_memory(live, kills, 0)
+
+    def _out_of_memory(self, live: Live, kills: int, files_bytes: int) -> None:
+        self._counters.add("oom_kills", kills)
+        text = f"{kills} processes killed at MemoryMax={live.slot.limits.memory_bytes}"
+        if files_bytes > live.slot.limits.memory_bytes / 4:
+            text += f", of which files are {files_bytes}"
+        emit(Event.SLOT_OOM, slot=live.slot.id, text=text)

@@ -1,0 +1,454 @@
+"""The sides of the comparison: this project by fork and by exec, and what else gives a person a notebook server.
+
+A side is opened, starts servers, ends them and is closed; while one is open, nothing of another runs but this project's
+idle services. What can be made before a user comes, a peer has made before its clock starts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import aiohttp
+from client import TIMEOUT_S, Client, Server
+
+from hosts import Host
+from product import Api, say
+
+HERE = Path(__file__).resolve().parent
+PYTHON = "/usr/bin/python3"
+CACHE = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build"))
+OUT = CACHE / "bench"
+# No claim of a burst is given up, and no pool is kept but that of the side whose turn it is.
+SETTINGS = f'[pool]\nwarm = 0\nclaim_timeout = "{TIMEOUT_S}s"\n[images.minimal]\nwarm = 1\n'
+# What the peers need on the host, from Debian, beside what every test host has.
+PACKAGES = ("crun", "nodejs", "podman")
+FIRST_PORT = 20000
+SPARE_USERS = 10
+ZYGOTE_TIMEOUT_S = 60
+NOTHING = r"(?!)"
+SERVER = "jupyter lab --no-browser --ip=127.0.0.1 --port={port} --ServerApp.root_dir=/home/jovyan"
+# The same limits as a slot's.
+SYSTEMD_RUN = (
+    "systemd-run --scope --quiet --collect --unit=peer-{number} "
+    "-p MemoryMax=1G -p MemorySwapMax=0 -p CPUWeight=100 -p TasksMax=256 "
+    "env -i HOME=/home/jovyan LANG=C.UTF-8 PATH=/usr/local/bin:/usr/bin:/bin "
+    "/usr/sbin/chroot --userspec={user}:{user} /run/peer/{number}/root "
+    f"{SERVER} --IdentityProvider.token={{token}}"
+)
+PODMAN = (
+    "podman run --detach --rm --name=peer-{number} --network=host --uidmap=0:{base}:65536 --gidmap=0:{base}:65536 "
+    "--memory=1g --pids-limit=256 --user=1000 --env=HOME=/home/jovyan --workdir=/home/jovyan --rootfs {root}:O "
+    f"{SERVER} --IdentityProvider.token={{token}}"
+)
+MOUNTS = """
+set -e
+for n in $(seq 0 $(($2 - 1))); do
+    at=/run/peer/$n
+    mkdir -p $at && mount -t tmpfs -o size=512M,mode=0755 tmpfs $at && mkdir $at/upper $at/work $at/root
+    mount -t overlay -o "lowerdir=$1,upperdir=$at/upper,workdir=$at/work" overlay $at/root
+    mount --bind /proc $at/root/proc && mount --bind /dev $at/root/dev
+    chmod 1777 $at/root/tmp
+done
+"""
+# Podman's layers cannot be on the host's own overlay; it needs none of its drivers to run a tree that is there.
+PODMAN_STORAGE = """
+set -e
+mkdir -p /var/lib/containers && mount -t tmpfs -o size=50% tmpfs /var/lib/containers
+printf '[storage]\\ndriver = "vfs"\\nrunroot = "/run/containers/storage"\\n' >/etc/containers/storage.conf
+printf 'graphroot = "/var/lib/containers/storage"\\n' >>/etc/containers/storage.conf
+podman info >/dev/null
+"""
+
+
+CLEAR_HUB = "rm -rf /run/bench-hub /run/jupyter-u*-singleuser && mkdir /run/bench-hub && systemctl reset-failed"
+
+
+class Side(Protocol):
+    """What is compared. `slots` and `services` are regular expressions of its units; `services` serve all users."""
+
+    key: str
+    name: str
+    how: str
+    slots: str
+    services: str
+
+    def open(self, count: int) -> None:
+        """Makes ready for so many servers at once."""
+
+    async def start(self, number: int, poll_s: float) -> Server:
+        """Starts one and returns when it answers 200."""
+
+    def end(self, keep: int = 0) -> None:
+        """Ends all but the first `keep`, and returns when they are gone."""
+
+    def close(self) -> None:
+        """Ends what `open` made."""
+
+
+class Ours:
+    """This project: claims of one image, from an empty pool unless `warm` filled it."""
+
+    slots = r"nbagent-(?!slots).*\.scope"
+
+    def __init__(self, host: Host, client: Client, key: str, image: str) -> None:
+        self.host, self.client, self.key, self.image, self.api = host, client, key, image, Api(host)
+        self.name = f"nbagent, by {key}"
+        self.how = (
+            f"claims of an image with launch = \"{key}\", through gunicorn and nginx; the pool is empty, so a claim "
+            "waits for a start, except where a column says that it is warm"
+        )
+        # A zygote serves those who are forked from it.
+        zygotes = r"|nbagent-zygote@.*\.service" if key == "fork" else ""
+        self.services = rf"nbagent(-api|-router|-network)?\.service{zygotes}"
+        self._claimed: list[str] = []
+
+    def open(self, count: int) -> None:
+        self.configure(0, count)
+        if self.key == "fork":
+            self._wait_zygote()
+
+    def _wait_zygote(self) -> None:
+        """Until a zygote is ready, slots of its image start by exec: that is not what is measured here."""
+        deadline_s = time.monotonic() + ZYGOTE_TIMEOUT_S
+        while "zygote" not in self.host.run(["journalctl", "-q", "-t", "nbagent", "-g", "ready"], check=False).stdout:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"no zygote of {self.image} said in {ZYGOTE_TIMEOUT_S} s that it is ready")
+            time.sleep(0.5)
+
+    def warm(self, count: int, capacity: int) -> None:
+        """Fills the pool with so many and returns when it is full and at rest."""
+        self.configure(count, capacity)
+        self._settle(lambda s: s["warm"] == min(count, capacity - s["claimed"]) and not s["starting"] + s["stopping"])
+
+    async def start(self, number: int, poll_s: float) -> Server:
+        server = await self.claim()
+        await self.client.ready(server, poll_s)
+        return server
+
+    async def claim(self) -> Server:
+        """As a user claims; it is answered when the slot's server answers."""
+        server = await self.client.claim(self.image)
+        self.took(server)
+        return server
+
+    def took(self, server: Server) -> None:
+        """A slot that was claimed elsewhere is ended with the others."""
+        self._claimed.append(server.slot)
+
+    def in_order(self, servers: list[Server]) -> None:
+        """What `end` keeps are the first of these."""
+        self._claimed = [server.slot for server in servers]
+
+    def end(self, keep: int = 0) -> None:
+        for slot in self._claimed[keep:]:
+            self.api.delete(f"/slots/{slot}")
+        del self._claimed[keep:]
+        self._settle(lambda s: s["claimed"] == keep and not s["stopping"])
+
+    def close(self) -> None:
+        self.end()
+        self.configure(0, 1)
+        self._settle(lambda s: not s["warm"] + s["starting"] + s["stopping"])
+
+    def configure(self, warm: int, capacity: int) -> None:
+        """Sizes of the pool and of the host; the other image has no pool."""
+        sizes = {"minimal": 0, "exec": 0, self.image: warm}
+        settings = f"[slots]\ncapacity = {capacity}\n"
+        settings += "".join(f"[images.{image}]\nwarm = {number}\n" for image, number in sizes.items())
+        self.host.run(["tee", "/etc/nbagent/conf.d/60-sizes.toml"], input=settings)
+        self.host.run(["systemctl", "reload", "nbagent.service"])
+
+    def _settle(self, what: Callable[[dict[str, Any]], bool]) -> None:
+        """Waits until the stats are such, and a moment more for what a start leaves to do."""
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while not what(stats := self.api.get("/stats").json()):
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"the pool did not settle: {stats}")
+            time.sleep(0.1)
+        time.sleep(0.3)
+
+
+class Peers:
+    """What peers that are one process each have in common: a port and a token for each number."""
+
+    services = NOTHING
+
+    def __init__(self, host: Host, client: Client, root: str) -> None:
+        self.host, self.client, self.root = host, client, root
+        self._running: dict[int, subprocess.Popen[Any]] = {}
+
+    async def _start(self, number: int, poll_s: float, command: str, **values: object) -> Server:
+        server = Server(f"http://127.0.0.1:{FIRST_PORT + number}/", secrets.token_hex(16), str(number))
+        words = command.format(number=number, port=FIRST_PORT + number, token=server.token, **values).split()
+        self._running[number] = self.host.popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        await self.client.ready(server, poll_s)
+        return server
+
+    def _reap(self, keep: int) -> list[int]:
+        """The numbers that end; what was started for them is reaped."""
+        ended = [number for number in self._running if number >= keep]
+        for number in ended:
+            process = self._running.pop(number)
+            process.kill()
+            process.wait()
+        return ended
+
+
+class SystemdRun(Peers):
+    """`systemd-run --scope … jupyter lab`: what an operator has without an agent."""
+
+    key, name, slots = "systemd-run", "systemd-run", r"peer-.*\.scope"
+
+    def __init__(self, host: Host, client: Client, root: str, user: str, count: int) -> None:
+        super().__init__(host, client, root)
+        self.user = user
+        self.how = (
+            "the same image under an overlay on a tmpfs, made before its clock starts, with the host's /proc and /dev "
+            "and no namespaces: " + SYSTEMD_RUN.format(user="ID", number="N", port="PORT", token="TOKEN")
+        )
+        host.run(["sh", "-c", MOUNTS, "mounts", root, str(count)])
+
+    def open(self, count: int) -> None: ...
+
+    async def start(self, number: int, poll_s: float) -> Server:
+        return await self._start(number, poll_s, SYSTEMD_RUN, user=self.user)
+
+    def end(self, keep: int = 0) -> None:
+        for number in self._reap(keep):
+            self.host.run(["systemctl", "kill", "--signal=KILL", f"peer-{number}.scope"], check=False)
+        time.sleep(0.5)
+
+    def close(self) -> None:
+        self.end()
+
+
+class Podman(Peers):
+    """`podman run` of the same tree."""
+
+    key, name, slots = "podman", "podman run", r"libpod.*\.scope"
+
+    def __init__(self, host: Host, client: Client, root: str, base: str) -> None:
+        super().__init__(host, client, root)
+        self.base = base
+        self.how = (
+            "Debian's podman with crun; the same image, its owners' ids as they are, podman's overlay above it on a "
+            "tmpfs: " + PODMAN.format(base="BASE", root="ROOT", number="N", port="PORT", token="TOKEN")
+        )
+
+    def open(self, count: int) -> None:
+        if self.host.run(["mountpoint", "-q", "/var/lib/containers"], check=False).returncode:
+            self.host.run(["sh", "-c", PODMAN_STORAGE])
+        trial = PODMAN.format(number="trial", port=1, token="none", base=self.base, root=self.root).split()
+        words = [word for word in trial[: trial.index("jupyter")] if word != "--detach"]
+        self.host.run([*words, "true"])
+
+    async def start(self, number: int, poll_s: float) -> Server:
+        return await self._start(number, poll_s, PODMAN, base=self.base, root=self.root)
+
+    def end(self, keep: int = 0) -> None:
+        names = [f"peer-{number}" for number in self._reap(keep)]
+        if names:
+            self.host.run(["podman", "rm", "--force", "--ignore", "--time=0", *names], timeout=TIMEOUT_S)
+
+    def close(self) -> None:
+        self.end()
+
+
+class Hub:
+    """JupyterHub with one of its spawners, and its default proxy."""
+
+    url = "http://127.0.0.1:8100"
+
+    def __init__(self, host: Host, client: Client, spawner: str) -> None:
+        self.host, self.client = host, client
+        local = spawner == "local"
+        self.key = f"hub-{spawner}"
+        self.name = "JupyterHub, local" if local else "JupyterHub, systemd"
+        self.spawner = "jupyterhub.spawner.LocalProcessSpawner" if local else "systemd"
+        self.how = (
+            ("LocalProcessSpawner, with system users made before" if local else "SystemdSpawner with dynamic_users")
+            + ", mem_limit 1G, configurable-http-proxy; POST users/N/server, then the progress events until it says "
+            "ready and the first 200 through the proxy. Its JupyterLab is that of the image, but for the host's Python "
+            "(tests/bench/hub)"
+        )
+        self.slots = NOTHING if local else r"jupyter-.*\.service"
+        self.services = r"bench-hub\.service"
+        self._users: list[str] = []
+        self._running: dict[int, str] = {}
+
+    def open(self, count: int) -> None:
+        self.at = install_hub(self.host)
+        self.token = secrets.token_hex(16)
+        # Each start has a user of its own: a dynamic one's directory in /run stays as a link to nowhere, and
+        # SystemdSpawner 1.0.2 fails on it when it starts the same user again.
+        self._users = [f"u{number}" for number in range(count + SPARE_USERS)]
+        users = "for name; do id -u $name >/dev/null 2>&1 || useradd --create-home $name; done"
+        if self.spawner != "systemd":
+            self.host.run(["sh", "-c", users, "users", *self._users], timeout=TIMEOUT_S)
+        self.host.run(["sh", "-c", CLEAR_HUB])
+        environment = {
+            "BENCH_AT": str(self.at), "BENCH_SPAWNER": self.spawner, "BENCH_TOKEN": self.token,
+            "PATH": f"{self.at}/hub/bin:/usr/local/bin:/usr/bin:/bin",
+        }
+        self.host.run([
+            "systemd-run", "--unit=bench-hub", "--collect", "-p", "WorkingDirectory=/run/bench-hub",
+            *(f"--setenv={name}={value}" for name, value in environment.items()),
+            f"{self.at}/hub/bin/jupyterhub", "-f", f"{self.at}/jupyterhub_config.py",
+        ])
+        self.client.run(self._open())
+
+    async def _open(self) -> None:
+        deadline_s = time.monotonic() + 60
+        names = {"usernames": self._users}
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(aiohttp.ClientError, RuntimeError):
+                await self._call("GET", "", 200)
+                await self._call("POST", "users", 201, json=names)
+                return
+            await asyncio.sleep(0.2)
+        journal = self.host.run(["journalctl", "-u", "bench-hub", "-n", "15", "--no-pager", "-o", "cat"]).stdout
+        raise RuntimeError(f"the hub does not answer: {journal}")
+
+    async def _call(self, method: str, path: str, *expected: int, **options: Any) -> int:
+        url = f"{self.url}/hub/api/{path}"
+        async with self.client.http.request(method, url, headers=self._headers, **options) as answer:
+            text = await answer.text()
+        if answer.status not in expected:
+            raise RuntimeError(f"{method} {path}: {answer.status} {text[:300]}")
+        return answer.status
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"token {self.token}"}
+
+    async def start(self, number: int, poll_s: float) -> Server:
+        user = self._running[number] = self._users.pop()
+        if await self._call("POST", f"users/{user}/server", 201, 202) == 202:
+            await self._progress(user)
+        server = Server(f"{self.url}/user/{user}/", self.token, user)
+        await self.client.ready(server, poll_s)
+        return server
+
+    async def _progress(self, user: str) -> None:
+        """Waits without asking: an event says that the server is ready, or has failed."""
+        url = f"{self.url}/hub/api/users/{user}/server/progress"
+        async with self.client.http.get(url, headers=self._headers) as events:
+            async for line in events.content:
+                event = json.loads(line[5:]) if line.startswith(b"data:") else {}
+                if event.get("failed"):
+                    raise RuntimeError(f"{user}: {event['message']}")
+                if event.get("ready"):
+                    return
+        raise RuntimeError(f"{user}: no word that it is ready")
+
+    def end(self, keep: int = 0) -> None:
+        numbers = [number for number in self._running if number >= keep]
+        self.client.run(self._end([self._running.pop(number) for number in numbers]))
+
+    async def _end(self, users: list[str]) -> None:
+        async def one(user: str) -> None:
+            await self._call("DELETE", f"users/{user}/server", 202, 204, 400)
+            # 400: another action is pending, or no server is there. The user is asked for until none is.
+            url = f"{self.url}/hub/api/users/{user}"
+            async with asyncio.timeout(60):
+                while True:
+                    async with self.client.http.get(url, headers=self._headers) as got:
+                        model = await got.json()
+                    if not model.get("servers") and not model.get("pending"):
+                        return
+                    await asyncio.sleep(0.2)
+
+        await asyncio.gather(*map(one, users))
+
+    def close(self) -> None:
+        """What is left of its users ends with it."""
+        self._running.clear()
+        self.host.run(["systemctl", "stop", "bench-hub.service", "jupyter-u*.service"], check=False, timeout=TIMEOUT_S)
+
+
+def install_hub(host: Host) -> Path:
+    """JupyterHub, from PyPI, and its proxy, from npm, at the same place on the host as in this machine's cache."""
+    at = built_hub()
+    if host.run(["test", "-e", str(at)], check=False).returncode:
+        host.run(["mkdir", "-p", str(at.parent)])
+        host.copy_in(str(at), str(at.parent))
+    return at
+
+
+def built_hub() -> Path:
+    """Made once, and again when the requirements change."""
+    recipe = b"".join(path.read_bytes() for path in sorted((HERE / "hub").iterdir()) if path.is_file())
+    at = CACHE / f"bench-hub-{hashlib.sha256(recipe).hexdigest()[:16]}"
+    if (at / "ready").exists():
+        return at
+    say("installing JupyterHub and its proxy, once")
+    shutil.rmtree(at, ignore_errors=True)
+    at.mkdir(parents=True)
+    proxy = (HERE / "hub/proxy").read_text().split()
+    for command in (
+        [PYTHON, "-m", "venv", str(at / "hub")],
+        [str(at / "hub/bin/python"), "-m", "pip", "install", "-q", "-r", str(HERE / "hub/requirements.txt")],
+        ["npm", "install", "--prefix", str(at / "proxy"), "--no-audit", "--no-fund", *proxy],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr[-500:]}")
+    shutil.copy(HERE / "hub/jupyterhub_config.py", at)
+    at.chmod(0o755)
+    (at / "ready").touch()
+    for old in CACHE.glob("bench-hub-*"):
+        if old != at:
+            shutil.rmtree(old, ignore_errors=True)
+    return at
+
+
+# Beside minimal an image of the same tree whose manifest says launch = "exec": the package's archive as the only layer
+# of a container image, which takes a manifest from outside.
+EXEC_IMAGE = r"""
+import hashlib, json, os, pathlib, re, subprocess, sys
+top = pathlib.Path("/root/exec-image")
+blobs = top / "blobs/sha256"
+blobs.mkdir(parents=True)
+def put(content):
+    digest = hashlib.sha256(content).hexdigest()
+    (blobs / digest).write_bytes(content)
+    return {"digest": "sha256:" + digest, "size": len(content)}
+archive = pathlib.Path("/usr/share/nbagent/images/minimal.tar.zst").read_bytes()
+layer = {"mediaType": "application/vnd.oci.image.layer.v1.tar+zstd", **put(archive)}
+config = {"architecture": "amd64", "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}, "config": {}}
+config = {"mediaType": "application/vnd.oci.image.config.v1+json", **put(json.dumps(config).encode())}
+kind = "application/vnd.oci.image.manifest.v1+json"
+manifest = {"schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer]}
+chosen = {"mediaType": kind, **put(json.dumps(manifest).encode())}
+(top / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [chosen]}))
+(top / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
+says = (pathlib.Path(sys.argv[1]) / "etc/nbagent-image.toml").read_text()
+says = re.sub(r"(?ms)^preload\s*=\s*\[.*?\]$|^launch\s*=[^\n]*$", "", says)
+pathlib.Path("/root/exec.toml").write_text('launch = "exec"\n' + says)
+command = ["nbagent", "image", "import", "--name", "exec", "--manifest", "/root/exec.toml", f"oci:{top}"]
+subprocess.run(command, check=True)
+"""
+
+
+def add_exec_image(host: Host, root: str) -> None:
+    """Image `exec` beside `minimal`."""
+    host.run(["python3", "-", root], input=EXEC_IMAGE, timeout=TIMEOUT_S)
+
+
+def image(host: Host, name: str) -> dict[str, Any]:
+    """What the store says of an image."""
+    found: list[dict[str, Any]] = json.loads(host.run(["nbagent", "image", "list", "--json"]).stdout)
+    return next(entry for entry in found if entry["name"] == name)
