@@ -39,34 +39,55 @@ class Server:
 
 
 class Kernel:
-    """A kernel's open websocket. It stays open until `close`, as an open browser tab's does."""
+    """A kernel's open websocket, which is listened to until `close`, as an open browser tab does.
+
+    Not only while a cell runs: the server pings, and hangs up on who does not answer.
+    """
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket, self._session = socket, uuid.uuid4().hex
+        self._results: dict[str, asyncio.Future[str]] = {}
+        self._listener = asyncio.create_task(self._listen())
 
     async def run(self, code: str) -> str:
         """Runs a cell; its result as text. Raises RuntimeError when there is none, TimeoutError when it is late."""
+        if self._listener.done():
+            raise RuntimeError(f"the kernel's websocket was closed with {self._socket.close_code}")
         message_id = uuid.uuid4().hex
         header = {"msg_id": message_id, "msg_type": "execute_request", "username": "", "session": self._session,
                   "version": "5.3", "date": ""}
         content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
-        await self._socket.send_json(
-            {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
-        )
-        async with asyncio.timeout(TIMEOUT_S):
-            while True:
-                message = await self._socket.receive_json()
-                if message["parent_header"].get("msg_id") != message_id:
-                    continue
-                kind, content = message["header"]["msg_type"], message["content"]
-                if kind == "execute_result":
-                    return str(content["data"]["text/plain"])
-                # The reply comes by another way, and may come first; idle comes last of what the result comes by.
-                if kind == "error" or (kind == "status" and content["execution_state"] == "idle"):
-                    raise RuntimeError(f"{code}: {content}")
+        result = self._results[message_id] = asyncio.get_running_loop().create_future()
+        try:
+            await self._socket.send_json(
+                {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
+            )
+            async with asyncio.timeout(TIMEOUT_S):
+                return await result
+        finally:
+            del self._results[message_id]
+
+    async def _listen(self) -> None:
+        async for message in self._socket:
+            document = json.loads(message.data)
+            result = self._results.get(document["parent_header"].get("msg_id", ""))
+            if result is not None and not result.done():
+                self._tell(result, document["header"]["msg_type"], document["content"])
+        for result in self._results.values():
+            if not result.done():
+                result.set_exception(RuntimeError(f"the websocket was closed with {self._socket.close_code}"))
+
+    @staticmethod
+    def _tell(result: asyncio.Future[str], kind: str, content: dict[str, Any]) -> None:
+        if kind == "execute_result":
+            result.set_result(str(content["data"]["text/plain"]))
+        # The reply comes by another way, and may come first; idle comes last of what the result comes by.
+        elif kind == "error" or (kind == "status" and content["execution_state"] == "idle"):
+            result.set_exception(RuntimeError(f"no result but {content}"))
 
     async def close(self) -> None:
         await self._socket.close()
+        await self._listener
 
 
 class Client:

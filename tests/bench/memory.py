@@ -5,8 +5,8 @@
 
 SLOTS and SERVICES are regular expressions of units; what is below such a unit's cgroup counts. KiB everywhere.
 PSS shares a page that several processes have among them, so the sum over all is what they really have; `private` is
-what a process alone has. `roles` tell a slot's processes apart by their number in its pid namespace. With UNIT, its
-processes' processor seconds and RSS as well.
+what a process alone has. `roles` tell a slot's processes apart by their numbers in its pid namespace: 1 is its init,
+the next its server, all others have to do with kernels. With UNIT, only its processes' processor seconds and RSS.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-Found = dict[str, Counter[str]]
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -33,8 +32,8 @@ def units_of(pid: str) -> tuple[list[str], str]:
     return named[0].split("/"), memory[0]
 
 
-def measure(pid: str, role: str) -> tuple[str, Counter[str]] | None:
-    """One process's figures; None when it is gone, or a kernel thread."""
+def measure(pid: str) -> tuple[int, Counter[str]] | None:
+    """A process's number in its innermost pid namespace, 0 if that is ours, and its figures; None when it is gone."""
     try:
         rollup = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE))
         status = dict(re.findall(r"^(\w+):\s+(.+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
@@ -42,18 +41,19 @@ def measure(pid: str, role: str) -> tuple[str, Counter[str]] | None:
         return None
     if not rollup:
         return None
-    if role == "slots":
-        inner = int(status["NSpid"].split()[-1])
-        role = {1: "init", 2: "server"}.get(inner, "kernel") if len(status["NSpid"].split()) > 1 else "slots"
-    return role, Counter(
+    numbers = [int(number) for number in status["NSpid"].split()]
+    return numbers[-1] if len(numbers) > 1 else 0, Counter(
         pss=int(rollup["Pss"]), private=int(rollup["Private_Clean"]) + int(rollup["Private_Dirty"]),
         rss=int(rollup["Rss"]), page_tables=int(status["VmPTE"].split()[0]), processes=1,
         threads=int(status["Threads"]),
     )
 
 
-def _measure(job: tuple[str, str]) -> tuple[str, Counter[str]] | None:
-    return measure(*job)
+def roles_of(numbers: list[int]) -> list[str]:
+    """What each process of one slot is for, by its number in the slot's pid namespace; peers have none."""
+    server = min((number for number in numbers if number > 1), default=0)
+    names = {0: "slots", 1: "init", server: "server" if server else "slots"}
+    return [names.get(number, "kernel") for number in numbers]
 
 
 def kernel_memory(cgroups: set[str]) -> int:
@@ -98,7 +98,7 @@ def main(slots: str, services: str, unit: str = "") -> None:
     if unit:
         print(json.dumps({"meminfo": books, "unit": used_by(unit), "clock_s": began_s}))
         return
-    jobs, cgroups = [], set()
+    pids, groups = [], []
     for process in Path("/proc").glob("[0-9]*"):
         try:
             units, memory = units_of(process.name)
@@ -106,18 +106,24 @@ def main(slots: str, services: str, unit: str = "") -> None:
             continue
         for role, pattern in (("slots", slots), ("services", services)):
             if any(re.fullmatch(pattern, part) for part in units):
-                jobs.append((process.name, role))
-                if role == "slots":
-                    cgroups.add(memory)
+                groups.append((role, memory))
+                pids.append(process.name)
                 break
-    roles: Found = {}
     with multiprocessing.Pool() as pool:
-        for found in pool.imap_unordered(_measure, jobs, chunksize=16):
-            if found:
-                roles.setdefault(found[0], Counter()).update(found[1])
+        measured = pool.map(measure, pids, chunksize=16)
+    roles: dict[str, Counter[str]] = {}
+    slots_processes: dict[str, list[tuple[int, Counter[str]]]] = {}
+    for (role, memory), found in zip(groups, measured, strict=True):
+        if found and role == "slots":
+            slots_processes.setdefault(memory, []).append(found)
+        elif found:
+            roles.setdefault(role, Counter()).update(found[1])
+    for processes in slots_processes.values():
+        for role, (_, figures) in zip(roles_of([number for number, _ in processes]), processes, strict=True):
+            roles.setdefault(role, Counter()).update(figures)
     total: Counter[str] = sum(roles.values(), Counter())
     document: dict[str, Any] = {
-        "total": total, "roles": roles, "kernel": kernel_memory(cgroups), "meminfo": books,
+        "total": total, "roles": roles, "kernel": kernel_memory(set(slots_processes)), "meminfo": books,
         "took_s": round(time.monotonic() - began_s, 2),
     }
     print(json.dumps(document))

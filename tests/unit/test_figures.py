@@ -94,13 +94,21 @@ def test_memory_a_user_is_the_sum_of_all_processes_by_users() -> None:
 def test_a_process_is_measured_as_the_kernel_has_it() -> None:
     import memory
 
-    role, found = memory.measure(str(os.getpid()), "services")
-    assert role == "services"
+    number, found = memory.measure(str(os.getpid()))
+    assert 0 <= number <= os.getpid()
     assert 1024 < found["private"] <= found["rss"]
     assert found["pss"] <= found["rss"]
     assert found["page_tables"] > 0
-    assert memory.measure("0", "services") is None
+    assert memory.measure("0") is None
     assert memory.units_of(str(os.getpid()))[0][0] == ""
+
+
+def test_a_slots_processes_are_told_apart_by_their_numbers_in_it() -> None:
+    import memory
+
+    assert memory.roles_of([7, 1, 3, 9]) == ["kernel", "init", "server", "kernel"]
+    assert memory.roles_of([1, 2]) == ["init", "server"]
+    assert memory.roles_of([0, 0]) == ["slots", "slots"]
 
 
 def test_books_of_the_machine_have_what_is_asked_for() -> None:
