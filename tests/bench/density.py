@@ -103,6 +103,7 @@ class Density:
                 for name in ("PageTables", "KernelStack", "Slab", "Shmem")
             },
             "processes": after["total"]["processes"], "threads": after["total"]["threads"],
+            "services_mib_a_user": {unit: pss / users / 1024 for unit, pss in sorted(after["services"].items())},
             "private_mib": {role: found["private"] / users / 1024 for role, found in after["roles"].items()},
             "memory_took_s": after["took_s"], "idle": idle, "slots_ms": statistics.median(listing_ms),
             "warm_claim_ms": {"few": at_few, "all": probed},
@@ -266,6 +267,7 @@ def report(found: dict[str, Any]) -> str:
     parts = [["memory, MiB a user", ""]]
     shown = {name: value for name, value in memory.items() if value and name not in ("all", figures.KERNEL)}
     parts += [[f"PSS, {name}", f"{value:.2f}"] for name, value in shown.items()]
+    parts += [[f"  {unit}", f"{value:.2f}"] for unit, value in found["services_mib_a_user"].items()]
     parts += [["PSS of everything", f"{memory['all']:.2f}"]]
     parts += [["kernel memory in the slots' cgroups", f"{memory[figures.KERNEL]:.2f}"]]
     parts += [[f"  /proc/meminfo, {name}", f"{value:.2f}"] for name, value in found["grown_mib_a_user"].items()]

@@ -105,26 +105,28 @@ def main(slots: str, services: str, unit: str = "") -> None:
         except OSError:
             continue
         for role, pattern in (("slots", slots), ("services", services)):
-            if any(re.fullmatch(pattern, part) for part in units):
-                groups.append((role, memory))
+            if unit := next((part for part in units if re.fullmatch(pattern, part)), ""):
+                groups.append((role, memory if role == "slots" else unit))
                 pids.append(process.name)
                 break
     with multiprocessing.Pool() as pool:
         measured = pool.map(measure, pids, chunksize=16)
     roles: dict[str, Counter[str]] = {}
+    pss_of: Counter[str] = Counter()
     slots_processes: dict[str, list[tuple[int, Counter[str]]]] = {}
-    for (role, memory), found in zip(groups, measured, strict=True):
+    for (role, group), found in zip(groups, measured, strict=True):
         if found and role == "slots":
-            slots_processes.setdefault(memory, []).append(found)
+            slots_processes.setdefault(group, []).append(found)
         elif found:
             roles.setdefault(role, Counter()).update(found[1])
+            pss_of[group] += found[1]["pss"]
     for processes in slots_processes.values():
         for role, (_, figures) in zip(roles_of([number for number, _ in processes]), processes, strict=True):
             roles.setdefault(role, Counter()).update(figures)
     total: Counter[str] = sum(roles.values(), Counter())
     document: dict[str, Any] = {
-        "total": total, "roles": roles, "kernel": kernel_memory(set(slots_processes)), "meminfo": books,
-        "took_s": round(time.monotonic() - began_s, 2),
+        "total": total, "roles": roles, "services": pss_of, "kernel": kernel_memory(set(slots_processes)),
+        "meminfo": books, "took_s": round(time.monotonic() - began_s, 2),
     }
     print(json.dumps(document))
 
