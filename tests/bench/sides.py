@@ -391,7 +391,8 @@ def install_hub(host: Host) -> Path:
 def built_hub() -> Path:
     """Made once, and again when the requirements change."""
     recipe = b"".join(path.read_bytes() for path in sorted((HERE / "hub").iterdir()) if path.is_file())
-    at = CACHE / f"bench-hub-{hashlib.sha256(recipe).hexdigest()[:16]}"
+    # A cache may be a link to another; what is installed has its own path written into it.
+    at = (CACHE / f"bench-hub-{hashlib.sha256(recipe).hexdigest()[:16]}").resolve()
     if (at / "ready").exists():
         return at
     say("installing JupyterHub and its proxy, once")
@@ -409,7 +410,7 @@ def built_hub() -> Path:
     shutil.copy(HERE / "hub/jupyterhub_config.py", at)
     at.chmod(0o755)
     (at / "ready").touch()
-    for old in CACHE.glob("bench-hub-*"):
+    for old in at.parent.glob("bench-hub-*"):
         if old != at:
             shutil.rmtree(old, ignore_errors=True)
     return at
