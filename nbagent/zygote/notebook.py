@@ -42,6 +42,7 @@ from traitlets.config import Config
 
 from nbagent import activity
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
+from nbagent.zygote import provisioner
 
 # Of 0 to 1000: the kernel's OOM killer takes a notebook's kernel long before its server.
 KERNEL_OOM_SCORE_ADJ = 500
@@ -153,6 +154,8 @@ def configuration(base_url: str, token: str) -> Config:
     server.identity_provider_class = f"{__name__}.SlotIdentityProvider"
     config.IdentityProvider.token = token
     config.AsyncMappingKernelManager.kernel_manager_class = f"{__name__}.SlotKernelManager"
+    provisioner.register()
+    config.KernelProvisionerFactory.default_provisioner_name = provisioner.NAME
     config.LabApp.news_url = None
     config.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
     return config

@@ -1,0 +1,390 @@
+"""A kernel by fork: what the zygote makes ready, and what a forked kernel has still to do.
+
+`prepare` runs in the zygote, once, after the server is initialised. It imports what a kernel imports sooner or later,
+rehearses a kernel's whole life (so that everything that is made on first use is made, and the interpreter has
+specialised the code, which it does by writing into it), and builds an IPython shell.
+Of all this the server in the same process notices nothing.
+
+`run` runs in a fork of a fork. It puts back what the server had made of the process, and starts ipykernel's own
+application, which finds the shell ready. The application reads its configuration files as ever; when they say
+something else than they did in the zygote, the shell is built anew, and it is an ordinary start.
+
+Runs under the image's own Python, 3.9 and up, with whatever ipykernel (6.20 and up) the image has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import builtins
+import contextlib
+import gc
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NoReturn, Optional, Tuple
+
+import zmq
+from ipykernel import kernelapp
+from ipykernel.ipkernel import IPythonKernel
+from ipykernel.zmqshell import ZMQInteractiveShell
+from jupyter_client.connect import write_connection_file
+from jupyter_client.session import Session
+from tornado import ioloop
+from traitlets.config import Config, SingletonConfigurable
+
+from nbagent.zygote import entropy
+
+# What a kernel imports only when it is needed, and what the server does: tests/lazy-modules writes it.
+LIST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modules.json")
+# ipykernel looks every second whether this process is still its parent; 1 means never. The kernel
+# tells a forked kernel when its parent has ended, at no cost.
+NOBODY = 1
+REHEARSAL_TIMEOUT_S = 60.0
+# The server's applications, whose loggers have tornado's among their children.
+APPLICATIONS = frozenset({"ServerApp", "LabApp"})
+
+_shell: Any = None
+# What may be dropped but not destroyed: the server's event loop would close descriptors that it shares with the server.
+_kept: List[Any] = []
+
+
+class KernelApp(kernelapp.IPKernelApp):
+    """ipykernel's application with the command line already read, and perhaps a shell already made."""
+
+    ready_shell: Any = None
+    bound: Any = None
+
+    def parse_command_line(self, argv: Any = None) -> None:
+        """What `ipykernel_launcher -f FILE` comes to."""
+        self.update_config(Config({"IPKernelApp": {"connection_file": self.connection_file}}))
+
+    def log_connection_info(self) -> None:
+        """Says that the kernel listens: to the log, and to who waits for it."""
+        super().log_connection_info()
+        if self.bound is not None:
+            self.bound()
+
+    def init_kernel(self) -> None:
+        """Makes the kernel, around the ready shell if that is what the configuration would make."""
+        shell = self.ready_shell
+        if shell is None or _what_makes_a_shell(self.config) != _what_makes_a_shell(shell.config):
+            super().init_kernel()
+            return
+        # It is shared by all that were made with it.
+        shell.config.IPKernelApp = self.config.IPKernelApp
+        self.user_ns = shell.user_ns
+        _make_current(ZMQInteractiveShell, shell)
+        super().init_kernel()
+        shell.parent = shell.kernel = self.kernel
+        shell.profile_dir, shell.ipython_dir = self.profile_dir, self.ipython_dir
+        _settle(shell)
+
+
+def _what_makes_a_shell(config: Mapping[str, Any]) -> Dict[str, Any]:
+    return {section: values for section, values in config.items() if section != "IPKernelApp"}
+
+
+def _make_current(kind: Any, instance: Any) -> None:
+    """Makes `instance`, or None, what `kind.instance()` gives."""
+    for base in kind.mro():
+        if issubclass(base, SingletonConfigurable) and base is not SingletonConfigurable:
+            base._instance = instance
+
+
+def _settle(shell: Any) -> None:
+    """Does again what a shell's making does to the process, and finds in it."""
+    shell.init_environment()
+    shell.save_sys_module_state()
+    shell.sys_excepthook = sys.excepthook
+    shell.init_sys_modules()
+    shell.init_builtins()
+    shell.init_pushd_popd_magic()
+    shell.starting_dir = os.getcwd()
+    if shell.config.HistoryManager.get("enabled", True) and not shell.history_manager.enabled:
+        # With its database, and a thread that writes to it.
+        shell.configurables.remove(shell.history_manager)
+        shell.init_history()
+        shell.init_user_ns()
+    shell.history_manager.dir_hist[:] = [type(path)(os.getcwd()) for path in shell.history_manager.dir_hist[:1]]
+    atexit.register(shell.atexit_operations)
+
+
+# In the zygote.
+
+
+def prepare(preload: Iterable[str] = ()) -> None:
+    """Makes ready what kernels are to inherit, the modules `preload` among it.
+
+    Afterwards there are one thread, the descriptors that there were, and no zmq context. Raises RuntimeError when
+    that is not so, and ImportError for a module of `preload` that is not there.
+    """
+    global _shell
+    with open(LIST) as file:
+        listed = json.load(file)
+    descriptors = set(os.listdir("/proc/self/fd"))
+    with _as_it_was():
+        _import([*listed["kernel"], *listed["server"]])
+        for name in preload:
+            importlib.import_module(name)
+        _rehearse()
+        _shell = _ready_shell()
+    entropy.find()
+    gc.collect()
+    threads = os.listdir("/proc/self/task")
+    more = set(os.listdir("/proc/self/fd")) - descriptors
+    more = {os.readlink(f"/proc/self/fd/{fd}") for fd in more if os.path.lexists(f"/proc/self/fd/{fd}")}
+    if len(threads) != 1 or more:
+        raise RuntimeError(f"a prepared zygote has {len(threads)} threads and the descriptors {sorted(more)} more")
+
+
+def _import(names: Iterable[str]) -> None:
+    for name in names:
+        # An image need not have every module of the list, nor one that imports without trouble.
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def _as_it_was() -> Iterator[None]:
+    """Puts back afterwards what a kernel changes of the process."""
+    streams = sys.stdout, sys.stderr, sys.displayhook, sys.excepthook
+    main, environment = sys.modules["__main__"], dict(os.environ)
+    names = {name: builtins.__dict__.get(name) for name in ("__IPYTHON__", "display", "get_ipython")}
+    current = [(kind, kind._instance) for kind in _kinds(SingletonConfigurable)]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    loggers = [(logger, vars(logger).copy(), logger.handlers[:]) for logger in _loggers()]
+    loop = _current_loop()
+    _kept.append(loop)
+    for kind, _instance in current:
+        kind._instance = None
+    try:
+        with warnings.catch_warnings():
+            yield
+    finally:
+        sys.stdout, sys.stderr, sys.displayhook, sys.excepthook = streams
+        sys.modules["__main__"] = main
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+        for name, value in names.items():
+            if value is None:
+                builtins.__dict__.pop(name, None)
+            else:
+                builtins.__dict__[name] = value
+        for kind in _kinds(SingletonConfigurable):
+            kind._instance = None
+        for kind, instance in current:
+            kind._instance = instance
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for logger, state, its_handlers in loggers:
+            vars(logger).update(state)
+            logger.handlers[:] = its_handlers
+        asyncio.set_event_loop(loop)
+
+
+def _loggers() -> List[logging.Logger]:
+    known = logging.root.manager.loggerDict.values()
+    return [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]
+
+
+def _kinds(base: Any) -> Iterator[Any]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
+
+
+def _current_loop() -> Optional[asyncio.AbstractEventLoop]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        try:
+            return asyncio.get_event_loop()
+        except RuntimeError:
+            return None
+
+
+def _ready_shell() -> Any:
+    """A shell as ipykernel makes it, but for its database of history."""
+    app = KernelApp()
+    app.parse_command_line()
+    app.init_profile_dir()
+    app.init_config_files()
+    app.load_config_file()
+    history = dict(app.config.HistoryManager)
+    app.config.HistoryManager.enabled = False
+    namespace: Dict[str, Any] = {}
+    shell = ZMQInteractiveShell(parent=app, profile_dir=app.profile_dir, user_ns=namespace,
+                                compiler_class=IPythonKernel.compiler_class.default_value)
+    app.config.HistoryManager.pop("enabled")
+    app.config.HistoryManager.update(history)
+    atexit.unregister(shell.atexit_operations)
+    shell.parent = None
+    return shell
+
+
+def _rehearse() -> None:
+    """Starts a kernel, has it do a little of everything, and ends it."""
+    connection_file, _connection = write_connection_file()
+    loop = ioloop.IOLoop()
+    asyncio.set_event_loop(loop.asyncio_loop)
+    app = KernelApp.instance(connection_file=connection_file, parent_handle=NOBODY, capture_fd_output=False,
+                             log_level=logging.CRITICAL)
+    app.config.HistoryManager.enabled = False
+    failures: List[BaseException] = []
+
+    def audience() -> None:
+        try:
+            _ask(connection_file)
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            loop.add_callback(loop.stop)
+
+    app.initialize([])
+    thread = threading.Thread(target=audience)
+    thread.start()
+    app.start()
+    thread.join()
+    app.close()
+    atexit.unregister(app.close)
+    atexit.unregister(app.iopub_thread.stop)
+    atexit.unregister(app.shell.atexit_operations)
+    os.unlink(connection_file)
+    loop.close(all_fds=True)
+    if failures:
+        raise RuntimeError("a kernel could not be rehearsed") from failures[0]
+
+
+REHEARSED: Tuple[Tuple[str, Dict[str, Any]], ...] = (
+    ("kernel_info_request", {}),
+    *(
+        ("execute_request", {"code": code, "silent": False, "store_history": True, "user_expressions": {},
+                             "allow_stdin": False, "stop_on_error": False})
+        for code in (
+            "1 + 1", "import sys; print('x', file=sys.stderr)", "1 / 0", "def f(x):\n    return x\nf(1)", "%pwd",
+            "from IPython.display import HTML, display; display(HTML('x'))", "import asyncio; await asyncio.sleep(0)",
+            "f?", "nothing", "a b", "[f] * 3",
+        )
+    ),
+    ("complete_request", {"code": "sys.ver", "cursor_pos": 7}),
+    ("inspect_request", {"code": "sys", "cursor_pos": 3, "detail_level": 0}),
+    ("is_complete_request", {"code": "1 +"}),
+    ("comm_info_request", {}),
+    ("history_request", {"hist_access_type": "tail", "n": 1, "raw": True, "output": False}),
+)
+
+
+def _ask(connection_file: str) -> None:
+    """Sends each of REHEARSED and waits for the reply."""
+    with open(connection_file) as file:
+        connection = json.load(file)
+    session = Session(key=connection["key"].encode())
+    context = zmq.Context()
+    try:
+        shell, iopub = context.socket(zmq.DEALER), context.socket(zmq.SUB)
+        with shell, iopub:
+            iopub.subscribe(b"")
+            for channel, port in ((shell, "shell_port"), (iopub, "iopub_port")):
+                channel.linger = 0
+                channel.connect(f"tcp://{connection['ip']}:{connection[port]}")
+            for kind, content in REHEARSED:
+                sent = session.send(shell, kind, content)["header"]["msg_id"]
+                deadline = time.monotonic() + REHEARSAL_TIMEOUT_S
+                while True:
+                    if not shell.poll(max(0, int(1000 * (deadline - time.monotonic())))):
+                        raise TimeoutError(f"no reply to {kind} {content}")
+                    if session.recv(shell)[1]["parent_header"].get("msg_id") == sent:
+                        break
+    finally:
+        context.term()
+
+
+# In the fork.
+
+
+def run(order: Mapping[str, Any], bound: Callable[[], None]) -> NoReturn:
+    """Is a kernel. `order` gives its "connection_file", "cwd" and "environment"; it calls `bound` when it listens."""
+    gc.disable()
+    _become_a_process_of_its_own(order)
+    app = KernelApp.instance(connection_file=order["connection_file"], parent_handle=NOBODY)
+    app.ready_shell, app.bound = _shell, bound
+    status = 0
+    try:
+        app.initialize([])
+        gc.enable()
+        app.start()
+    except SystemExit as wish:
+        status = wish.code if isinstance(wish.code, int) else int(wish.code is not None)
+    # As at the end of every program, but for frames of the zygote's below this one.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(status)
+
+
+def _become_a_process_of_its_own(order: Mapping[str, Any]) -> None:
+    """Undoes what this process is by having been the server: what a new Python would not have."""
+    for number in range(1, signal.NSIG):
+        if number not in (signal.SIGKILL, signal.SIGSTOP):
+            with contextlib.suppress(OSError, ValueError):
+                signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.set_wakeup_fd(-1)
+    os.chdir(order["cwd"])
+    os.environ.clear()
+    os.environ.update(order["environment"], JPY_PARENT_PID=str(os.getppid()))
+    time.tzset()
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    entropy.renew()
+    for kind in _kinds(SingletonConfigurable):
+        kind._instance = None
+    _leave_logging()
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    # Packages that the server does without: notebook.py.
+    for name in [name for name, module in sys.modules.items() if module is None]:
+        del sys.modules[name]
+    sys.argv[:] = ["ipykernel_launcher", "-f", order["connection_file"]]
+    _extend_path()
+
+
+def _leave_logging() -> None:
+    """Takes away what the server's loggers do with what is logged."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if isinstance(logger, logging.Logger):
+            logger.name = name
+            logger.handlers[:] = [handler for handler in logger.handlers if isinstance(handler, logging.NullHandler)]
+            parent = logger.parent
+            if not logger.propagate or (parent is not None and parent.name in APPLICATIONS):
+                logger.propagate, logger.parent = True, logging.root
+                logger.setLevel(logging.NOTSET)
+    logging.root.handlers.clear()
+    logging.root.setLevel(logging.WARNING)
+
+
+def _extend_path() -> None:
+    """The user's own packages, and the kernel's directory, where a new Python would look for them.
+
+    The server is started so that it looks at neither; ipykernel would then not add the latter.
+    """
+    import site
+
+    mine = site.getusersitepackages()
+    packages = ("site-packages", "dist-packages")
+    first = next((place for place, path in enumerate(sys.path) if path.endswith(packages)), len(sys.path))
+    if mine not in sys.path and os.path.isdir(mine):
+        sys.path.insert(first, mine)
+    if "" not in sys.path and not os.environ.get("PYTHONSAFEPATH"):
+        sys.path.insert(first, "")

@@ -1,0 +1,258 @@
+"""Kernels by fork: they do all that kernels do, start the ordinary way where they must, and share no secret.
+
+In slots forked in the image minimal without an agent (forked.py); seed, provisioner and kernels are the real ones.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import forked
+import lazy
+import pytest
+from forked import Slot
+
+KERNEL_TEST = "jupyter_kernel_test==0.7.0"
+
+
+@pytest.fixture(scope="module")
+def tree(packages: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The image minimal, unpacked."""
+    (package,) = (path for path in packages if "image-minimal" in path.name)
+    directory = tmp_path_factory.mktemp("image")
+    yield forked.unpack(package, directory)
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("slots")
+    for path in (directory, directory.parent):
+        path.chmod(0o755)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def slots(tree: Path, shared: Path) -> Iterator[list[Slot]]:
+    with forked.slots(tree, shared, 2) as made:
+        yield made
+
+
+@pytest.fixture
+def slot(slots: list[Slot]) -> Slot:
+    return slots[0]
+
+
+# Who reads it in /proc: a forked kernel never was another program than the zygote.
+FORKED = "'forked_slot' in open('/proc/self/cmdline').read()"
+
+
+def test_the_public_test_suite_of_kernels_passes(tree: Path, tmp_path: Path) -> None:
+    cache = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / KERNEL_TEST.replace("==", "-")
+    if not cache.is_dir():
+        subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "suite",
+                        KERNEL_TEST], check=True, timeout=300)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-r", tmp_path / "suite", cache], check=True)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    subprocess.run(["cp", "-r", cache, shared / "suite"], check=True)
+    for path in (shared, tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        path.chmod(0o755)
+    done = subprocess.run(forked.command(tree, shared, "suite", "/run/shared/suite"), stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and "test_it_is_a_fork" in done.stderr, done.stderr[-5000:]
+    # What says nothing about a kernel of this kind is passed over by the suite itself: at least these ran.
+    for name in ("execute_stdout", "execute_stderr", "completion", "error", "execute_result", "display_data", "pager",
+                 "inspect", "clear_output", "is_complete", "kernel_info"):
+        assert any(name in line and line.endswith("ok") for line in done.stderr.splitlines()), (name, done.stderr)
+
+
+def test_the_server_is_as_it_was_without_the_kernel_in_it(slot: Slot) -> None:
+    assert slot.call("GET", "/modules")["whole"]
+
+
+def test_nothing_is_imported_after_the_fork(slot: Slot) -> None:
+    found = lazy.imported(slot)
+    assert found == {"kernel": [], "server": []}, f"run {lazy.COMMAND}"
+
+
+def test_cells_streams_display_and_shell(slot: Slot) -> None:
+    with slot.kernel() as kernel:
+        assert kernel.value(FORKED) == "True"
+        assert kernel.run("import os; print('a'); os.system('echo b')\n!echo c")["stream"].split() == ["a", "b", "c"]
+        assert kernel.run("import os; os.write(2, b'low\\n')")["status"] == "ok"
+        assert kernel.run("1 / 0")["error"] == "ZeroDivisionError: division by zero"
+        pixel = base64.b64encode(b"\x89PNG\r\n\x1a\n" + bytes(9)).decode()
+        shown = kernel.run(f"import base64; from IPython.display import Image; Image(base64.b64decode('{pixel}'))")
+        assert shown["data"]["image/png"].strip() == pixel
+        assert kernel.value("(await __import__('asyncio').sleep(0, 7))") == "7"
+        assert kernel.run("print(input('name? '))", typed="Ada")["stream"] == "Ada\n"
+        assert "path" in kernel.ask("complete_request", {"code": "import os; os.pat", "cursor_pos": 17})["matches"]
+        assert kernel.value("type(get_ipython()).__name__, __name__") == "('ZMQInteractiveShell', '__main__')"
+        assert kernel.value("get_ipython().history_manager.enabled") == "False"  # as the image has it configured
+        assert kernel.value("import sys, os; ('' in sys.path, os.path.expanduser('~/.local') in str(sys.path), "
+                            "os.readlink('/proc/self/fd/0'), 'TERM' in os.environ)") \
+            == "(True, True, '/dev/null', True)"
+        # The server may say of it that it goes first when memory ends.
+        assert kernel.value("os.stat('/proc/self/oom_score_adj').st_uid == os.getuid()") == "True"
+
+
+def test_threads_subprocesses_and_multiprocessing(slot: Slot) -> None:
+    with slot.kernel() as kernel:
+        assert kernel.value("import subprocess; subprocess.run(['echo', 'x'], capture_output=True).stdout") == "b'x\\n'"
+        assert kernel.value("from concurrent.futures import ThreadPoolExecutor as T; list(T().map(abs, [-1, -2]))") \
+            == "[1, 2]"
+        for how in ("fork", "spawn"):
+            assert kernel.value(f"import multiprocessing as m; p = m.get_context('{how}').Pool(2); "
+                                "r = p.map(abs, [-1, -2]); p.close(); p.join(); r") == "[1, 2]"
+
+
+def test_comms_carry_messages_both_ways(slot: Slot) -> None:
+    with slot.kernel() as kernel:
+        opened = kernel.start("import comm; c = comm.create_comm(target_name='t', data={'a': 1})\n"
+                              "got = []; c.on_msg(lambda m: got.append(m['content']['data']))")
+        comm_id = kernel.wait_for("comm_open", target_name="t")["content"]["comm_id"]
+        kernel.finish(opened)
+        kernel.send("comm_msg", {"comm_id": comm_id, "data": {"b": 2}})
+        assert kernel.value("got") == "[{'b': 2}]"
+
+
+def test_interrupt_reaches_the_cell_and_its_children(slot: Slot) -> None:
+    with slot.kernel() as kernel:
+        for code in ("import time; print('on', flush=True); time.sleep(60)", "print('on', flush=True)\n!sleep 60"):
+            cell = kernel.start(code)
+            kernel.wait_for("stream", text="on\n")
+            time.sleep(0.3)  # the second one's child is still to come
+            slot.call("POST", f"/api/kernels/{kernel.id}/interrupt")
+            assert kernel.finish(cell)["status"] in ("error", "ok")
+        assert kernel.value("6 * 7") == "42"
+        assert subprocess.run(["pgrep", "-fx", "sleep 60"], check=False, stdout=subprocess.DEVNULL).returncode == 1
+
+
+def test_restart_and_autorestart_fork_anew(slot: Slot) -> None:
+    with slot.kernel() as kernel:
+        first = kernel.value("x = 1; import os; os.getpid()")
+        slot.call("POST", f"/api/kernels/{kernel.id}/restart")
+        kernel.wait_restarted()
+        assert kernel.run("x")["error"].startswith("NameError")
+        second = kernel.value(f"import os; assert {FORKED}; os.getpid()")
+        assert second != first
+        kernel.start("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+        kernel.wait_for("status", execution_state="restarting")
+        kernel.wait_restarted()
+        third = kernel.value(f"import os; assert {FORKED}; os.getpid()")
+        assert third not in (first, second)
+
+
+def test_the_debugger_stops_at_a_breakpoint(slot: Slot) -> None:
+    with slot.kernel() as kernel:
+        assert kernel.debug("initialize", clientID="test", adapterID="", pathFormat="path", linesStartAt1=True,
+                            columnsStartAt1=True)["success"]
+        assert kernel.debug("attach")["success"]
+        code = "a = 1\nb = a + 1\nprint(b)"
+        path = kernel.debug("dumpCell", code=code)["body"]["sourcePath"]
+        assert kernel.debug("setBreakpoints", breakpoints=[{"line": 2}], source={"path": path},
+                            sourceModified=False)["success"]
+        kernel.debug("configurationDone")
+        kernel.start(code)
+        thread = kernel.wait_for("debug_event", event="stopped")["content"]["body"]["threadId"]
+        frames = kernel.debug("stackTrace", threadId=thread)["body"]["stackFrames"]
+        assert frames[0]["line"] == 2
+        kernel.debug("continue", threadId=thread)
+        assert kernel.wait_for("stream", name="stdout")["content"]["text"] == "2\n"
+
+
+SECRETS = """
+import json, os, random, ssl, tempfile, uuid, multiprocessing, secrets
+[random.random(), random.Random().random(), secrets.token_hex(), uuid.uuid4().hex, uuid.uuid1().hex,
+ tempfile.mktemp(), ssl.RAND_bytes(8).hex(), bytes(multiprocessing.current_process().authkey).hex(),
+ get_ipython().kernel.session.session, get_ipython().kernel.session.key.decode(),
+ [r.random() for r in __import__('nbagent.zygote.entropy', fromlist=['x'])._found
+  if not isinstance(r, random.SystemRandom)]]
+"""
+
+
+def test_no_two_kernels_share_a_random_state(slots: list[Slot]) -> None:
+    drawn = []
+    for slot in (slots[0], slots[0], slots[1]):
+        with slot.kernel() as kernel:
+            drawn.append(eval(kernel.value(SECRETS)))
+    assert drawn[0][-1], "no generator was found in the zygote"
+    for values in zip(*drawn, strict=True):
+        assert len({str(value) for value in values}) == 3, values
+
+
+def test_what_the_user_configures_counts(slot: Slot) -> None:
+    with slot.kernel() as kernel:
+        kernel.value("import os; d = os.path.expanduser('~/.ipython/profile_default'); "
+                     "os.makedirs(d + '/startup', exist_ok=True)")
+        kernel.value("open(d + '/ipython_kernel_config.py', 'w').write("
+                     "'c.InteractiveShell.cache_size = 77; c.HistoryManager.enabled = True')")
+        kernel.value("open(d + '/startup/s.py', 'w').write('started = 8')")
+        try:
+            with slot.kernel() as other:
+                assert other.value(f"(started, get_ipython().cache_size, {FORKED})") == "(8, 77, True)"
+                assert other.value("get_ipython().history_manager.enabled") == "True"
+        finally:
+            kernel.run("os.unlink(d + '/ipython_kernel_config.py'); os.unlink(d + '/startup/s.py')")
+
+
+def test_other_kernels_start_the_ordinary_way(slot: Slot) -> None:
+    with slot.kernel() as kernel:
+        spec = {"argv": ["/usr/bin/python3", "-X", "utf8", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                "display_name": "Other", "language": "python"}
+        kernel.value("import os; d = os.path.expanduser('~/.local/share/jupyter/kernels/other'); os.makedirs(d); "
+                     f"open(d + '/kernel.json', 'w').write({json.dumps(spec)!r})")
+        with slot.kernel(name="other") as other:
+            assert other.value(FORKED) == "False"
+        # What is installed over a loaded package would not be seen by a fork.
+        kernel.value("import site; s = site.getusersitepackages(); os.makedirs(s, exist_ok=True); "
+                     "open(s + '/decorator.py', 'w').close(); open(s + '/six.py', 'w').write('mine = 1')")
+        try:
+            with slot.kernel() as third:
+                assert third.value(f"import six; (six.mine, {FORKED})") == "(1, False)"
+        finally:
+            kernel.run("os.unlink(s + '/decorator.py'); os.unlink(s + '/six.py')")
+
+
+def test_two_kernels_at_once(slot: Slot) -> None:
+    with slot.kernel() as one, slot.kernel() as two:
+        sent = one.start("import time; time.sleep(1); 'one'")
+        assert two.value("'two'") == "'two'"
+        assert one.finish(sent)["text"] == "'one'"
+
+
+def test_a_dead_seed_is_no_harm_and_takes_its_kernels_along(slots: list[Slot], shared: Path) -> None:
+    slot = slots[1]
+    with slot.kernel() as kernel:
+        assert kernel.value(FORKED) == "True"
+        kernel.start("import os, signal; os.kill(os.getppid(), signal.SIGKILL)")
+        kernel.wait_for("status", execution_state="restarting")
+        kernel.wait_restarted()
+        assert kernel.value(FORKED) == "False"
+    assert "the seed has died" in (shared / "log").read_text()
+
+
+def test_many_starts_at_once_each_have_a_kernel(slot: Slot) -> None:
+    values: list[str] = []
+
+    def start() -> None:
+        with slot.kernel() as kernel:
+            values.append(kernel.value("1 + 1"))
+
+    threads = [threading.Thread(target=start) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert values == ["2"] * 4
