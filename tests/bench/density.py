@@ -33,7 +33,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import figures
 import sides
-from client import Client, Kernel
+from client import Client, Kernel, Server
 from sides import NOTHING, Ours
 
 import product
@@ -59,6 +59,8 @@ class Density:
         self.host, self.client, self.options = host, client, options
         self.side = Ours(host, client, sides.image(host, options.image)["launch"], options.image)
         self.kernels: list[Kernel] = []
+        self.claimed: list[Server] = []
+        self.live: list[Server] = []
         self.claim_ms: list[float] = []
         self.first_ms: list[float] = []
         self.claiming_s = 0.0
@@ -82,6 +84,9 @@ class Density:
         except TooSmall as error:
             stopped = str(error)
             say(f"stopped at {len(self.kernels)} users of {wanted}: {stopped}")
+            # Slots of the last wave without a kernel are nobody's, and would be counted as the others'.
+            self.side.in_order([*self.live, *(server for server in self.claimed if server not in self.live)])
+            self.side.end(keep=len(self.live))
         users = len(self.kernels)
         if not users:
             raise SystemExit(f"not one user: {stopped} {self.failures[:3]}")
@@ -117,6 +122,7 @@ class Density:
         self.claiming_s += time.monotonic() - began_s
         for server in servers:
             self.side.took(server)
+        self.claimed += servers
         # A wave is counted whole or not: who has no kernel is no user.
         self.kernels += self.client.run(self.at_a_time(len(servers), lambda number: self.first_cell(servers[number])))
         if len(servers) < count or self.failures:
@@ -154,6 +160,7 @@ class Density:
         began_s = time.perf_counter()
         kernel = await self.client.first_cell(server)
         self.first_ms.append(1000 * (time.perf_counter() - began_s))
+        self.live.append(server)
         return kernel
 
     async def cells(self) -> list[float]:
