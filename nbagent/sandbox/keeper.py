@@ -66,17 +66,18 @@ class ZygoteGone(Exception):
 
 
 class Keeper:
-    """One zygote and the requests for it. It owns its three sockets for as long as it lives."""
+    """One zygote, `pid`, and the requests for it. It owns its three sockets for as long as it lives."""
 
-    def __init__(self, supervisor: socket.socket, zygote: socket.socket, entries: socket.socket) -> None:
-        self.supervisor, self.zygote, self.entries = supervisor, zygote, entries
+    def __init__(self, supervisor: socket.socket, entries: socket.socket, zygote: socket.socket, pid: int) -> None:
+        self.supervisor, self.entries, self.zygote, self.pid = supervisor, entries, zygote, pid
 
     def begin(self, preload: List[str]) -> None:
         """Returns when the zygote is ready. Raises ZygoteGone."""
         found, report = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with found, report:
-            if os.fork() == 0:
+            if (helper := os.fork()) == 0:
                 guarded(report, lambda: _fork_first(report, report, lambda: os._exit(0)))
+            os.waitpid(helper, 0)
             _, made, _, _ = socket.recv_fds(found, PACKET_MAX_BYTES, 2)
         try:
             socket.send_fds(self.zygote, [json.dumps({"preload": preload}).encode()], made[1:])
@@ -97,7 +98,7 @@ class Keeper:
             ready = [fd for fd, _ in waiting.poll()]
             # Between requests a zygote has nothing to say but that it ends.
             if self.zygote.fileno() in ready:
-                raise ZygoteGone("the zygote ended")
+                raise self._ended()
             payload, fds, _, _ = socket.recv_fds(self.supervisor, PACKET_MAX_BYTES, REQUEST_FDS)
             if not payload:
                 return
@@ -133,7 +134,7 @@ class Keeper:
             (ours, theirs), (found, report) = pair(), pair()
             # A process whose children are born into another pid namespace cannot undo that, for want of a right over
             # the host's; so this is one of its own, which ends.
-            if os.fork() == 0:
+            if (helper := os.fork()) == 0:
                 def first() -> NoReturn:
                     # Whoever waits at the other end of one of these is to see its end.
                     for end in (self.supervisor, self.zygote, theirs, report):
@@ -142,6 +143,7 @@ class Keeper:
                     _first(control, spec, ours, activity_fd, output)
 
                 guarded(control, lambda: _fork_first(report, control, first))
+            os.waitpid(helper, 0)
             report.close()
             _, made, _, _ = socket.recv_fds(found, PACKET_MAX_BYTES, 2)
             if len(made) != 2:
@@ -170,12 +172,19 @@ class Keeper:
         except ConnectionResetError:
             payload, fds = b"", []
         if not payload:
-            raise ZygoteGone("the zygote ended")
+            raise self._ended()
         try:
             answer = json.loads(payload)
         except ValueError:
             answer = None
         return (answer if isinstance(answer, dict) else {"failed": "an answer that is none"}), list(fds)
+
+
+    def _ended(self) -> ZygoteGone:
+        """How a zygote has ended that holds its socket no more, and so soon will have."""
+        code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        return ZygoteGone(f"the zygote {how}")
 
 
 def program(spec: SandboxSpec) -> Dict[str, Any]:
@@ -206,7 +215,6 @@ def _first(
         os._exit(0)
     sibling.send(b"go")
     os.setsid()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     control = _moved(control)
     sibling = _moved(sibling)
     output.stream, output.entries = _moved(output.stream), _moved(output.entries)
@@ -240,13 +248,14 @@ def _moved(end: socket.socket) -> socket.socket:
     return socket.socket(fileno=aside(end.detach()))
 
 
-def _start_zygote(spec: SandboxSpec, steps: Plan) -> socket.socket:
+def _start_zygote(spec: SandboxSpec, steps: Plan) -> Tuple[socket.socket, int]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
-        if os.fork() == 0:
+        pid = os.fork()
+        if pid == 0:
             ours.close()
             guarded(theirs, lambda: _exec_zygote(theirs, spec, steps))
-    return ours
+    return ours, pid
 
 
 def _exec_zygote(control: socket.socket, spec: SandboxSpec, steps: Plan) -> NoReturn:
@@ -283,9 +292,7 @@ def main() -> int:
             with open(f"/proc/sys/user/{name}", "w") as file:
                 file.write(str(most))
         prctl(PR_SET_DUMPABLE, 0)
-        keeper = Keeper(supervisor, _start_zygote(spec, steps), entries)
-        # The slots' first processes are children that nobody waits for; a slot's end is seen by its pidfd.
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        keeper = Keeper(supervisor, entries, *_start_zygote(spec, steps))
         keeper.begin(asked["preload"])
         gc.collect()
         gc.freeze()

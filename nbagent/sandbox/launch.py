@@ -59,9 +59,8 @@ def _outside(control: socket.socket, spec: SandboxSpec, passed: List[int]) -> No
     place(print_fd, passed[1:])
     os.closerange(CONFIG_FD + 1, FREE_FD)
     # A supervisor of many slots has higher numbers. They were passed as they are: exec would not close them.
-    for fd in passed:
-        if fd >= FREE_FD:
-            os.close(fd)
+    if passed[0] >= FREE_FD:
+        os.close(passed[0])
     output = init.Output(spec.slot, printed, socket.socket(fileno=stream), socket.socket(fileno=entries))
     steps = plan(spec)
     run(steps.outside)

@@ -23,7 +23,7 @@ def main() -> None:
     """Reads the configuration and serves until SIGTERM."""
     for fd in (LISTEN_FD, ACTIVITY_FD, CONFIG_FD):
         os.set_inheritable(fd, False)
-    settings = notebook.read_settings()
+    settings = notebook.read_settings(CONFIG_FD)
     server = notebook.initialise(settings["base_url"], settings["token"])
     notebook.serve(server, server.web_app)
 

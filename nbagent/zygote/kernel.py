@@ -25,7 +25,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -134,9 +133,7 @@ def prepare(preload: Iterable[str] = ()) -> None:
         _import([*listed["kernel"], *listed["server"]])
         for name in preload:
             importlib.import_module(name)
-        # Not by the loopback interface, which a zygote need not have.
-        with tempfile.TemporaryDirectory() as directory:
-            _rehearse(directory)
+        _rehearse()
         _shell = _ready_shell()
     entropy.find()
     gc.collect()
@@ -232,11 +229,9 @@ def _ready_shell() -> Any:
     return shell
 
 
-def _rehearse(directory: str) -> None:
-    """Starts a kernel, has it do a little of everything, and ends it; its sockets are in `directory`."""
-    connection_file, _connection = write_connection_file(
-        f"{directory}/kernel.json", transport="ipc", ip=f"{directory}/kernel"
-    )
+def _rehearse() -> None:
+    """Starts a kernel, has it do a little of everything, and ends it."""
+    connection_file, _connection = write_connection_file()
     loop = ioloop.IOLoop()
     asyncio.set_event_loop(loop.asyncio_loop)
     app = KernelApp.instance(connection_file=connection_file, parent_handle=NOBODY, capture_fd_output=False,
@@ -252,9 +247,7 @@ def _rehearse(directory: str) -> None:
         finally:
             loop.add_callback(loop.stop)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no loopback, among others
-        app.initialize([])
+    app.initialize([])
     thread = threading.Thread(target=audience)
     thread.start()
     app.start()
@@ -263,6 +256,7 @@ def _rehearse(directory: str) -> None:
     atexit.unregister(app.close)
     atexit.unregister(app.iopub_thread.stop)
     atexit.unregister(app.shell.atexit_operations)
+    os.unlink(connection_file)
     loop.close(all_fds=True)
     if failures:
         raise RuntimeError("a kernel could not be rehearsed") from failures[0]
@@ -299,7 +293,7 @@ def _ask(connection_file: str) -> None:
             iopub.subscribe(b"")
             for channel, port in ((shell, "shell_port"), (iopub, "iopub_port")):
                 channel.linger = 0
-                channel.connect(f"ipc://{connection['ip']}-{connection[port]}")
+                channel.connect(f"tcp://{connection['ip']}:{connection[port]}")
             for kind, content in REHEARSED:
                 sent = session.send(shell, kind, content)["header"]["msg_id"]
                 deadline = time.monotonic() + REHEARSAL_TIMEOUT_S

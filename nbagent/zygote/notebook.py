@@ -41,7 +41,7 @@ from traitlets import default, observe
 from traitlets.config import Config
 
 from nbagent import activity
-from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
+from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.zygote import provisioner
 
 # Of 0 to 1000: the kernel's OOM killer takes a notebook's kernel long before its server.
@@ -161,9 +161,9 @@ def configuration(base_url: str, token: str) -> Config:
     return config
 
 
-def read_settings() -> Dict[str, str]:
+def read_settings(fd: int) -> Dict[str, str]:
     """The configuration of the slot, after which its descriptor is closed."""
-    with open(CONFIG_FD) as file:
+    with open(fd) as file:
         return dict(json.load(file))
 
 
@@ -191,6 +191,10 @@ def serve(server: Any, application: Any) -> None:
     # What is there now stays, and need not be looked at by every full collection to come.
     gc.freeze()
     gc.enable()
+    # What it says when it starts, addresses that are none of a slot's, says nothing to anybody.
+    level = server.log.level
+    server.log.setLevel(logging.WARNING)
+    server.io_loop.add_callback(server.log.setLevel, level)
     server.start()
 
 
@@ -228,8 +232,6 @@ def adopt(server: Any, made_for: str, base_url: str) -> Renamed:
     settings = server.web_app.settings
     server.cookie_secret = settings["cookie_secret"] = os.urandom(32)
     settings["started"] = settings["last_activity"] = datetime.datetime.now(datetime.timezone.utc)
-    # The directory of the zygote's own run is in the zygote's root.
-    os.makedirs(server.runtime_dir, mode=0o700, exist_ok=True)
     return Renamed(server.web_app, made_for, base_url)
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import importlib
 import json
 import os
 import signal
@@ -38,8 +37,8 @@ from nbagent.linux import namespaces as ns
 from nbagent.sandbox import plan
 from nbagent.sandbox.making import PACKET_MAX_BYTES, aside, guarded, place, run
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
-from nbagent.zygote import notebook
-from nbagent.zygote.fresh import Generators
+from nbagent.zygote import entropy, immortal, kernel, notebook, provisioner
+from nbagent.zygote.seed import Seed
 
 CONTROL_FD = LISTEN_FD
 # In the place of a slot's own, of the same form, so that whatever is made of them is of the right form too.
@@ -87,15 +86,13 @@ class Zygote:
     def __init__(self, control: socket.socket, nowhere: int, preload: List[str]) -> None:
         self.control, self.nowhere = control, nowhere
         self.server = notebook.initialise(BASE_URL, TOKEN)
-        for name in preload:
-            importlib.import_module(name)
+        kernel.prepare(preload)
         notebook.rehearse(self.server)
+        entropy.find()
         gc.collect()
-        self.generators = Generators()
         self.places = Places(BASE_URL, TOKEN)
-        # What is there now stays, and no collection of a child's writes to it.
-        gc.freeze()
         self.fds = _open_fds()
+        immortal.freeze()
 
     def serve(self) -> None:
         """Forks on request, until the keeper is gone."""
@@ -137,7 +134,9 @@ class Zygote:
         if pid == 0:
             os.close(pidns)
             os.close(self.nowhere)
-            self.control.close()
+            # Its number stays taken, as the next two, until the slot's descriptors are placed.
+            self.control.detach()
+            os.dup2(ACTIVITY_FD, CONTROL_FD, inheritable=False)
             self._child(asked, others)
         ns.join(self.nowhere)
         return pid
@@ -155,7 +154,11 @@ class Zygote:
         self, asked: Dict[str, Any], sibling: socket.socket, control: socket.socket, fds: List[int]
     ) -> NoReturn:
         sibling.send(str(os.getpid()).encode())
-        *passed, print_fd = fds
+        listen_fd, activity_fd, config_fd, print_fd = fds
+        # While the root is built: all that needs none.
+        entropy.renew()
+        os.environ.clear()
+        os.environ.update(asked["environment"])
         _, joined, _, _ = socket.recv_fds(sibling, PACKET_MAX_BYTES, 8)
         sibling.close()
         if not joined:
@@ -164,7 +167,7 @@ class Zygote:
             ns.join(fd)
             os.close(fd)
         control = socket.socket(fileno=aside(control.detach()))
-        place(print_fd, passed)
+        place(print_fd, [listen_fd, activity_fd, config_fd])
         for number in (LISTEN_FD, ACTIVITY_FD, CONFIG_FD):
             os.set_inheritable(number, False)
         os.setsid()
@@ -173,14 +176,15 @@ class Zygote:
             signal.signal(number, signal.SIG_DFL)
         os.umask(0o022)
         os.chdir(asked["directory"])
-        os.environ.clear()
-        os.environ.update(asked["environment"])
-        self.generators.renew()
-        settings = notebook.read_settings()
-        self.places.fill(settings["base_url"], settings["token"])
-        application = notebook.adopt(self.server, BASE_URL, settings["base_url"])
+        # The one of the zygote's own run is in the zygote's root.
+        os.makedirs(self.server.runtime_dir, mode=0o700, exist_ok=True)
         control.close()
         try:
+            # Before the server has its secrets, which are none of a kernel's.
+            provisioner.use(Seed.start(kernel.run))
+            settings = notebook.read_settings(CONFIG_FD)
+            self.places.fill(settings["base_url"], settings["token"])
+            application = notebook.adopt(self.server, BASE_URL, settings["base_url"])
             notebook.serve(self.server, application)
         except BaseException:
             traceback.print_exc()
@@ -202,8 +206,8 @@ def main() -> None:
     control = socket.socket(fileno=CONTROL_FD)
     control.set_inheritable(False)
     # The numbers that a slot's descriptors will have are free for them.
-    for number in (ACTIVITY_FD, CONFIG_FD):
-        os.dup2(0, number, inheritable=False)
+    while os.open(os.devnull, os.O_RDWR) < CONFIG_FD:
+        pass
     payload, (nowhere,), _, _ = socket.recv_fds(control, PACKET_MAX_BYTES, 1)
     try:
         zygote = Zygote(control, nowhere, json.loads(payload)["preload"])
