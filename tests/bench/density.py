@@ -84,6 +84,11 @@ class Density:
         except TooSmall as error:
             stopped = str(error)
             say(f"stopped at {len(self.kernels)} users of {wanted}: {stopped}")
+            if self.failures:
+                # What an operator would look at; the host goes with this run.
+                found = "Error|Traceback|given up|by itself"
+                journal = ["journalctl", "--no-pager", "-o", "cat", "-n", "40", "-g", found]
+                say(self.host.run(journal, check=False).stdout)
             # Slots of the last wave without a kernel are nobody's, and would be counted as the others'.
             self.side.in_order([*self.live, *(server for server in self.claimed if server not in self.live)])
             self.side.end(keep=len(self.live))
