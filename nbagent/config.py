@@ -167,7 +167,7 @@ _DNS_NAME = re.compile(
 
 
 def _reach(value: Any) -> tuple[str | Network, ...]:
-    expected = 'a list of names and networks such as ["pypi.org", "203.0.113.0/24"]'
+    expected = 'a list of names and networks such as ["pip.example", "203.0.113.0/24"]'
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError(expected)
     found: list[str | Network] = []

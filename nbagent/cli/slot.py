@@ -29,16 +29,19 @@ def slot() -> None:
 def plan(image: str, store: Path, as_json: bool) -> None:
     """Print every step of the start of a slot of IMAGE, with its reason.
 
-    Nothing is started. A start that fails says the step in these words, and undoes the ones before.
+    Nothing is started. A start that fails says the step in these words, and undoes the ones before. Where
+    slots are forked, the steps of the zygote, done once for many slots, come first.
     """
     from nbagent.image.store import ImageStore
     from nbagent.model import Slot, SlotState
     from nbagent.network.addresses import FIRST
     from nbagent.sandbox.plan import plan as sandbox_plan
+    from nbagent.sandbox.plan import zygote_plan
     from nbagent.supervisor.agent import default_limits
     from nbagent.supervisor.launcher import host_steps, sandbox_spec
     from nbagent.supervisor.network import INTERNET, numbered, uplink
     from nbagent.supervisor.slots import UID_FIRST
+    from nbagent.supervisor.zygotes import zygote_spec
 
     settings, found = config.load(), ImageStore(store).get(image)
     sample = Slot(
@@ -48,7 +51,12 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     )
     uplinked = uplink(settings.network, sample)
     spec = sandbox_spec(sample, found, settings.slots.storage_bytes, settings.slots.start_timeout, uplinked)
-    lines = [*host_steps(sample, RUN / sample.id), *sandbox_plan(spec).lines()]
+    lines = []
+    if found.launch == "fork":
+        spec = spec._replace(forked=True)
+        made_once = zygote_plan(zygote_spec(found, settings.slots.storage_bytes))
+        lines = [line._replace(part="zygote") for line in made_once.lines()]
+    lines += [*host_steps(sample, RUN / sample.id, spec.forked), *sandbox_plan(spec).lines()]
     if as_json:
         click.echo(json.dumps([line._asdict() for line in lines], indent=2 if sys.stdout.isatty() else None))
         return

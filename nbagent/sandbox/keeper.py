@@ -301,8 +301,10 @@ def main() -> int:
     except (OSError, StepFailed, ZygoteGone) as error:
         text = f"{error}: {error.__cause__}" if isinstance(error, StepFailed) else str(error)
         print(f"zygote {sys.argv[1]}: {text}", flush=True)
-        with contextlib.suppress(OSError):
+        try:
             supervisor.send(json.dumps({"failed": {"step": "zygote", "errno": 0, "text": text}}).encode())
+        except OSError:
+            return 0  # nobody wants it any more
         return 1
     return 0
 

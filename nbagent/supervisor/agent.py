@@ -73,11 +73,6 @@ class PoolState:
     not_before_s: float = 0.0
     last_failure: StartFailed | None = None
 
-    @property
-    def launch(self) -> str:
-        """How its slots start."""
-        return self.image.launch if self.image else "exec"
-
     def count_waiting(self) -> int:
         """The claims that wait for a slot of it."""
         return sum(not claim.done() for claim in self.waiting)
@@ -225,7 +220,7 @@ class Agent:
             pool.Pool(
                 image=name,
                 digest=state.image.digest if state.image else None,
-                launch=state.launch,
+                launch=self.zygotes.launch(name),
                 wanted=self.config.warm(name),
                 warm=[live.slot for live in state.warm],
                 starting=self.slots.count(SlotState.STARTING, name),
@@ -441,8 +436,8 @@ class Agent:
     def host(self) -> admission.Host:
         """What there is of the host, and what is taken."""
         slots, starting = self.config.slots, Counter[str]()
-        for name, state in self.pools.items():
-            starting[state.launch] += self.slots.count(SlotState.STARTING, name)
+        for name in self.pools:
+            starting[self.zygotes.launch(name)] += self.slots.count(SlotState.STARTING, name)
         total, available = self._memory()
         return admission.Host(
             capacity=admission.capacity(slots.capacity, total, slots.memory, slots.overcommit),

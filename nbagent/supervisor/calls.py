@@ -226,7 +226,7 @@ class Calls:
             for name, state in self.agent.pools.items()
         }
         ending = slots.count(SlotState.STOPPING) + slots.count(SlotState.FAILED)
-        room = admission.room(host, self.agent.pools[image].launch)
+        room = admission.room(host, self.agent.zygotes.launch(image))
         if not admission.may_wait(image, short, room, ending):
             obstacle = "as many claims wait as there is room for" if room else admission.obstacle(host)
             raise Full(f"no slot is free: {obstacle}", retry_after_s=self._retry_after_s())
@@ -344,8 +344,8 @@ class Calls:
 
     def _room(self, host: admission.Host) -> int:
         """How many more slots of the default image may be started."""
-        default = self.agent.pools.get(self.agent.config.pool.image)
-        return admission.room(host, default.launch) if default else 0
+        default = self.agent.config.pool.image
+        return admission.room(host, self.agent.zygotes.launch(default)) if default in self.agent.pools else 0
 
     def _live(self, slot_id: str) -> Live:
         live = self.agent.slots.get(slot_id)

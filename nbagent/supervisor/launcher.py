@@ -106,11 +106,12 @@ def sandbox_spec(
     )
 
 
-def host_steps(slot: Slot, directory: Path) -> list[Line]:
+def host_steps(slot: Slot, directory: Path, forked: bool) -> list[Line]:
     """What the supervisor does on the host for a slot's start, before the sandbox's own plan.
 
     Each is undone by its name alone, so a successor of this supervisor can do that too.
     """
+    inside = "two processes just forked, the first of a pid namespace, that wait" if forked else "a shell that waits"
     interface = Line(
         "host", f"interface {addresses.interface(slot.id)} to {', '.join(slot.addresses)}, by nbagent-network.service",
         "Made while the root is built, where it costs no claim time; it leads nowhere until a claim opens it.",
@@ -123,7 +124,7 @@ def host_steps(slot: Slot, directory: Path) -> list[Line]:
             "removed, first of all: from then on the router says that the slot is gone",
         ),
         Line(
-            "host", f"scope {slot.scope} around a shell that waits",
+            "host", f"scope {slot.scope} around {inside}",
             "Limits hold before the first instruction of the slot, and all memory it touches is its own.",
             "stopped: SIGTERM, then SIGKILL to all that is in it",
         ),

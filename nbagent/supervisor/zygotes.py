@@ -142,6 +142,11 @@ class Zygotes:
         """The images that zygotes run on."""
         return {nursery.image.digest for nursery in self._nurseries.values()}
 
+    def launch(self, image: str) -> str:
+        """How slots of an image start now: "fork", also while they wait for its first zygote, or "exec"."""
+        nursery = self._nurseries.get(image)
+        return "fork" if nursery is not None and (nursery.zygote or not nursery.settled.is_set()) else "exec"
+
     async def of(self, slot: Slot) -> Zygote | None:
         """Who forks this slot; None where it starts by exec. The first zygote of an image is waited for."""
         nursery = self._nurseries.get(slot.image)

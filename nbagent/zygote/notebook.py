@@ -92,7 +92,9 @@ class SlotKernelManager(ServerKernelManager):
     async def _async_post_start_kernel(self, **kwargs: Any) -> None:
         await super()._async_post_start_kernel(**kwargs)
         if pid := getattr(self.provisioner, "pid", None):
-            with contextlib.suppress(ProcessLookupError), open(f"/proc/{pid}/oom_score_adj", "w") as file:
+            # It may have ended by now.
+            gone = (ProcessLookupError, FileNotFoundError)
+            with contextlib.suppress(*gone), open(f"/proc/{pid}/oom_score_adj", "w") as file:
                 file.write(str(KERNEL_OOM_SCORE_ADJ))
 
     async def shutdown_kernel(self, *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ import select
 import signal
 import socket
 import traceback
-from typing import Any, Callable, Dict, Mapping, NoReturn, Optional
+from typing import Any, Callable, Dict, List, Mapping, NoReturn, Optional
 
 from nbagent.linux.process import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, prctl
 
@@ -50,9 +50,9 @@ class ForkedProcess:
 
     stdin = stdout = stderr = None
 
-    def __init__(self, pid: int, pidfd: int, channel: socket.socket) -> None:
+    def __init__(self, pid: int, pidfd: int, channel: socket.socket, bound: bool) -> None:
         self.pid, self.returncode = pid, None  # type: int, Optional[int]
-        self._pidfd, self._channel = pidfd, channel
+        self._pidfd, self._channel, self._bound = pidfd, channel, bound
 
     def poll(self) -> Optional[int]:
         """The exit status, negative for a signal; None while it runs."""
@@ -69,6 +69,8 @@ class ForkedProcess:
 
         Who connects before finds nobody, and libzmq tries again 100 ms later.
         """
+        if self._bound:
+            return
         loop, heard = asyncio.get_running_loop(), asyncio.Event()
         channel_fd = self._channel.fileno()
         loop.add_reader(channel_fd, heard.set)
@@ -142,15 +144,20 @@ class Seed:
             with theirs:
                 socket.send_fds(self._orders, [json.dumps(order).encode()], [theirs.fileno()])
             channel.settimeout(FORK_TIMEOUT_S)
-            said, fds, _flags, _address = socket.recv_fds(channel, ORDER_MAX_BYTES, 1)
-            answer = json.loads(said or '{"failed": "the seed has died"}')
+            answer: Dict[str, Any] = {}
+            fds: List[int] = []
+            # On a busy machine the kernel says that it listens before the seed says which it is.
+            while not {"pid", "failed"} & answer.keys():
+                said, more, _flags, _address = socket.recv_fds(channel, ORDER_MAX_BYTES, 1)
+                answer.update(json.loads(said or '{"failed": "the seed has died"}'))
+                fds += more
         except OSError as error:
             channel.close()
             raise ForkFailed(f"no answer from the seed: {error}") from error
         if "failed" in answer:
             channel.close()
             raise ForkFailed(answer["failed"])
-        return ForkedProcess(answer["pid"], fds[0], channel)
+        return ForkedProcess(answer["pid"], fds[0], channel, "bound" in answer)
 
 
 class _Kernel:

@@ -34,6 +34,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspa
 gc.disable()
 
 from nbagent.linux import namespaces as ns
+from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.sandbox import plan
 from nbagent.sandbox.making import PACKET_MAX_BYTES, aside, guarded, place, run
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
@@ -172,8 +173,10 @@ class Zygote:
             os.set_inheritable(number, False)
         os.setsid()
         run(plan.last(asked["uid"], asked["syscall_filter"]))
-        for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, signal.SIG_DFL)
+        # The change of user took it away. It is the user's own, as after an exec: its /proc, and to debug.
+        prctl(PR_SET_DUMPABLE, 1)
+        # SIGPIPE and SIGXFSZ stay ignored, as in every Python: a browser that goes away ends no server.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         os.umask(0o022)
         os.chdir(asked["directory"])
         # The one of the zygote's own run is in the zygote's root.

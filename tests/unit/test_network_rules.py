@@ -80,7 +80,9 @@ def test_ranges_that_are_named_come_before_those_refused() -> None:
 
 
 def test_with_an_allow_list_all_else_is_refused() -> None:
-    text = rendered(only=("pypi.org", ipaddress.ip_network("203.0.113.0/24"), ipaddress.ip_network("203.0.113.7/32")))
+    text = rendered(
+        only=("pip.example", ipaddress.ip_network("203.0.113.0/24"), ipaddress.ip_network("203.0.113.7/32"))
+    )
     assert "add element inet nbagent named4 { 203.0.113.0/24 }" in text
     outward = text[text.index("chain outward"):text.index("chain counted")]
     assert outward.index("@refused4") < outward.index("@answers4 goto counted")
@@ -88,7 +90,7 @@ def test_with_an_allow_list_all_else_is_refused() -> None:
 
 
 def test_rules_survive_their_journey() -> None:
-    made = network.rules(dataclasses.replace(SETTINGS, only=("pypi.org", ipaddress.ip_network("10.0.0.0/8"))))
+    made = network.rules(dataclasses.replace(SETTINGS, only=("pip.example", ipaddress.ip_network("10.0.0.0/8"))))
     assert made.closed and rules.Rules.restore(made.save()) == made
 
 
@@ -97,10 +99,10 @@ def test_the_resolver_knows_only_allowed_names_and_tells_no_private_address() ->
     # Then it follows the host's resolv.conf by itself.
     assert "stop-dns-rebind" in everything and "10.0.0.1" not in everything and "/#/" not in everything
     text = "# DHCP\nsearch lan\nnameserver 10.0.0.1\nnameserver 2001:db8::53\nnameserver\noptions edns0\n"
-    some = resolver.render("198.18.0.1", ["pypi.org"], resolver.upstreams(text), private=True).splitlines()
-    assert {"address=/#/", "no-resolv", "server=/pypi.org/10.0.0.1", "server=/pypi.org/2001:db8::53"} <= set(some)
+    some = resolver.render("198.18.0.1", ["pip.example"], resolver.upstreams(text), private=True).splitlines()
+    assert {"address=/#/", "no-resolv", "server=/pip.example/10.0.0.1", "server=/pip.example/2001:db8::53"} <= set(some)
     assert "stop-dns-rebind" not in some
-    assert "nftset=/pypi.org/4#inet#nbagent#answers4,6#inet#nbagent#answers6" in some
+    assert "nftset=/pip.example/4#inet#nbagent#answers4,6#inet#nbagent#answers6" in some
     # As long as an answer opens a way, it is asked for anew.
     assert "cache-size=0" in some
 
@@ -126,9 +128,9 @@ def test_ipv6_is_used_where_the_host_forwards_it_and_has_a_route(tmp_path: Path)
     ({"network": {"allow": []}}, "network.allow"),
     ({"network": {"allow": ["internet", "internet"]}}, "network.allow"),
     ({"network": {"allow": ["host"]}}, "network.allow"),
-    ({"network": {"only": ["https://pypi.org"]}}, "network.only"),
-    ({"network": {"only": ["*.pypi.org"]}}, "network.only"),
-    ({"network": {"only": ["pypi.org/x\nserver=1.2.3.4"]}}, "network.only"),
+    ({"network": {"only": ["https://pip.example"]}}, "network.only"),
+    ({"network": {"only": ["*.pip.example"]}}, "network.only"),
+    ({"network": {"only": ["pip.example/x\nserver=1.2.3.4"]}}, "network.only"),
     ({"network": {"also": ["intranet.example"]}}, "network.also"),
     ({"network": {"up": "100"}}, "network.up"),
     ({"network": {"down": "1kbit"}}, "network.down"),
@@ -146,12 +148,12 @@ def test_wrong_settings_are_named(table: dict[str, object], key: str) -> None:
 
 def test_settings_are_understood() -> None:
     given = config.parse({
-        "network": {"allow": ["none", "internet"], "only": ["pypi.org", "203.0.113.0/24", "2001:db8::/32"],
+        "network": {"allow": ["none", "internet"], "only": ["pip.example", "203.0.113.0/24", "2001:db8::/32"],
                     "up": "500kbit", "down": "1.5Gbit", "range4": "10.9.0.0/16"},
         "images": {"lab": {"network": "internet"}},
     })
     ranges = (ipaddress.ip_network("203.0.113.0/24"), ipaddress.ip_network("2001:db8::/32"))
-    assert given.network.only == ("pypi.org", *ranges)
+    assert given.network.only == ("pip.example", *ranges)
     assert (given.network.up, given.network.down) == (62_500, 187_500_000)
     assert (given.network_mode("lab"), given.network_mode("minimal")) == ("internet", "none")
 
