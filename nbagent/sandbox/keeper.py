@@ -179,7 +179,6 @@ class Keeper:
             answer = None
         return (answer if isinstance(answer, dict) else {"failed": "an answer that is none"}), list(fds)
 
-
     def _ended(self) -> ZygoteGone:
         """How a zygote has ended that holds its socket no more, and so soon will have."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -190,7 +189,7 @@ class Keeper:
 def program(spec: SandboxSpec) -> Dict[str, Any]:
     """What the zygote has to know of a slot; its secrets are in the configuration, which the slot alone reads."""
     return {
-        "uid": spec.uid, "directory": spec.directory, "environment": spec.environment, "home": spec.home,
+        "uid": spec.uid, "directory": spec.directory, "environment": spec.environment,
         "syscall_filter": spec.syscall_filter,
     }
 

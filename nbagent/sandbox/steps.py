@@ -65,7 +65,7 @@ class Step(Protocol):
 class UserNamespace(NamedTuple):
     """Root inside, an unprivileged range of ids outside: from here on nothing that goes wrong
     in a step can touch what belongs to the host. It belongs to the slot's own user, so that what
-    the kernel counts for each user is counted for each slot."""
+    the kernel counts for each user is counted for each slot; a zygote's to the image's root, for all its slots."""
 
     id_base: int
     uid: int
