@@ -138,6 +138,10 @@ def _cookies(value: Any) -> tuple[str, ...]:
     raise ValueError(expected)
 
 
+def _sentence(low: int, high: int) -> Callable[[Any], str]:
+    return _text(rf"[^\x00-\x1f\x7f]{{{low},{high}}}", f"text of {low} to {high} characters in one line")
+
+
 def _archives(value: Any) -> tuple[str, ...]:
     expected = 'a list of URLs such as ["https://data.example.org/courses/"], without "?", "#" or ".."'
     if not isinstance(value, list) or not all(isinstance(v, str) and "?" not in v for v in value):
@@ -242,6 +246,32 @@ class RouterSettings:
         "The front of a claim's url; auto: the name the API was called by, or SLOT.domain, on `port`.",
     )
     port: int = _setting(8000, _number(1, 65535, int), "The router's port in a claim's url.")
+    trusted_proxies: tuple[Network, ...] = _setting(
+        [], _networks, "Gateways and proxies in front, whose X-Forwarded-For says who the client is."
+    )
+
+
+@dataclass(frozen=True)
+class DoorSettings:
+    """`[door]`: the pages where people start a notebook, and tmpnb's public API; served by the router."""
+
+    access: str = _setting(
+        "public", _text("public|token|off", '"public", "token" or "off"'),
+        'Who may start a slot: anybody; programs with the token of /etc/nbagent/door-token; "off": there is no door.',
+    )
+    start: str = _setting(
+        "click", _text("click|at once", '"click" or "at once"'), "Whether the front page waits for its button."
+    )
+    title: str = _setting("A notebook, at once", _sentence(1, 80), "What the front page says first.")
+    text: str = _setting(
+        "A live Jupyter notebook in your browser, with nothing to install. It is yours when you press the button.",
+        _sentence(0, 600), "And what below.",
+    )
+    rate: int = _setting(60, _number(1, 100000, int), "Slots that one address may start a minute, IPv6 by /64.")
+    banned: tuple[Network, ...] = _setting([], _networks, "Addresses that are served nothing.")
+    allowed_origins: tuple[str, ...] = _setting(
+        [], _origins, 'Web origins whose pages may start slots by the API; "*": any.'
+    )
 
 
 @dataclass(frozen=True)
@@ -349,6 +379,7 @@ class Config:
     host: HostSettings = field(default_factory=HostSettings)
     api: ApiSettings = field(default_factory=ApiSettings)
     router: RouterSettings = field(default_factory=RouterSettings)
+    door: DoorSettings = field(default_factory=DoorSettings)
     slots: SlotSettings = field(default_factory=SlotSettings)
     pool: PoolSettings = field(default_factory=PoolSettings)
     claims: ClaimSettings = field(default_factory=ClaimSettings)

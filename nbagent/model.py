@@ -175,6 +175,13 @@ class Slot:
         }
 
 
+def claim_link(claim: Mapping[str, Any]) -> str:
+    """The path that opens the slot of a claim document, with the query its program asks for, mostly its token."""
+    path, mark, fragment = str(claim["path"]).partition("#")
+    query = f"{'&' if '?' in path else '?'}{claim['query']}" if claim["query"] else ""
+    return f"{path}{query}{mark}{fragment}"
+
+
 @dataclass(frozen=True)
 class Bounds:
     """What options are checked against: the operator's limits and the host's size."""

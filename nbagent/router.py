@@ -1,5 +1,7 @@
 """What the router has to know of the settings, as the part of nginx's configuration that says it.
 
+Inside http{}: maps, the door's upstream, and who is believed about whose request it is.
+
 Written when the router starts and when it reloads, by packaging/router/start; the rest of the
 configuration is a file of the package. Nothing in it is about one slot.
 """
@@ -9,15 +11,48 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from nbagent.config import RouterSettings
+from nbagent.config import ApiSettings, Config, DoorSettings, Network, RouterSettings
 
 # A slot's own login, as nbagent.zygote.notebook names it; \\1 is the slot.
 LOGIN_COOKIES = (r"__Host-nbagent-\1", r"nbagent-\1")
 
 
-def nginx(settings: RouterSettings) -> str:
-    """The maps $at_home, $cookie_root and $own_cookies."""
-    return "".join([*_at_home(settings.domain), *_own_cookies(settings.cookies)])
+def nginx(config: Config) -> str:
+    """The maps $at_home, $cookie_root, $own_cookies, $listed and $at_door, the zone and the upstream "door"."""
+    return "".join([
+        *_clients(config.router),
+        *_at_home(config.router.domain),
+        *_own_cookies(config.router.cookies),
+        *_banned(config.door.banned),
+        *_door(config.door, config.router.domain, config.api),
+    ])
+
+
+def _clients(router: RouterSettings) -> Iterator[str]:
+    if router.trusted_proxies:
+        yield from (f"set_real_ip_from {network};\n" for network in router.trusted_proxies)
+        # From the last that is none of them: what stands before that, the client wrote itself.
+        yield "real_ip_header X-Forwarded-For;\nreal_ip_recursive on;\n"
+
+
+def _banned(networks: tuple[Network, ...]) -> Iterator[str]:
+    yield "geo $listed { default 0; " + "".join(f"{network} 1; " for network in networks) + "}\n"
+
+
+def _door(door: DoorSettings, domain: str | None, api: ApiSettings) -> Iterator[str]:
+    if door.access == "off":
+        yield "map $host $at_door { default 0; }\n"
+    elif domain is None:
+        yield "map $host $at_door { default 1; }\n"
+    else:
+        # The name of a slot is an origin of its program's, where a page of ours has nothing to say.
+        yield f'map $host $at_door {{ default 1; "~\\.{re.escape(domain)}$" 0; }}\n'
+    # A minute's worth at once: a class comes by one address, and all of it at the same moment.
+    yield f"limit_req_zone $claimant zone=claims:8m rate={door.rate}r/m;\n"
+    yield f"limit_req zone=claims burst={door.rate} nodelay;\nlimit_req_status 429;\n"
+    # The rest of the API's threads is for those who call it by its own port.
+    connections = max(1, api.workers * api.threads * 3 // 4)
+    yield f"upstream door {{ zone door 64k; server unix:/run/nbagent/door.sock max_conns={connections}; }}\n"
 
 
 def _at_home(domain: str | None) -> Iterator[str]:

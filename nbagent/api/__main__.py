@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nbagent import config, control
 from nbagent.api import access
 from nbagent.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication
+
+# units/nbagent-door.socket.
+_DOOR = Path("/run/nbagent/door.sock")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,6 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, default=config.DEFAULT_PATH)
     parser.add_argument("--control", type=Path, default=control.SOCKET_PATH, help="the supervisor's socket")
     parser.add_argument("--token", type=Path, default=access.TOKEN_PATH, help="the file with the token")
+    parser.add_argument("--door", type=Path, default=_DOOR, help="the socket of the front door, from systemd")
+    parser.add_argument("--door-token", type=Path, default=access.DOOR_TOKEN_PATH, help="its token")
     parser.add_argument("--bind", help="where to listen without socket activation")
     parser.add_argument("--check", action="store_true", help="only read the configuration")
     arguments = parser.parse_args(argv)
@@ -31,13 +40,16 @@ def main(argv: list[str] | None = None) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     # Only now: a refused configuration is told in a tenth of the time.
-    from flask import Flask
-
     from nbagent.api import app, server
+    from nbagent.api.house import HostHouse
+    from nbagent.door.app import create_app as create_door
+    from nbagent.tokens import TokenFile
 
-    def make_app(settings: config.Config) -> Flask:
+    def make_app(settings: config.Config) -> WSGIApplication:
         client = control.ControlClient(arguments.control, server.claim_deadline_s(settings))
-        return app.create_app(settings, client, arguments.token)
+        probe = control.ControlClient(arguments.control, app.PROBE_TIMEOUT_S)
+        door = create_door(settings.door, HostHouse(settings, client, probe), TokenFile(arguments.door_token).matches)
+        return server.by_listener(app.create_app(settings, client, arguments.token), {str(arguments.door): door})
 
     server.configure_logging()
     address = arguments.bind or server.DEFAULT_ADDRESS

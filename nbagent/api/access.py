@@ -16,7 +16,6 @@ Three questions, in this order:
 
 from __future__ import annotations
 
-import hmac
 import ipaddress
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,35 +25,12 @@ from werkzeug.wrappers import Request
 from nbagent.api.hosts import host_of, is_address, machine_names, origin_of, plain_address
 from nbagent.config import Config, Network
 from nbagent.errors import Forbidden, Unauthenticated
+from nbagent.tokens import TokenFile, bearer_token
 
 TOKEN_PATH = Path("/etc/nbagent/token")
+# Of the front door: what it opens is a slot, and nothing of this API.
+DOOR_TOKEN_PATH = Path("/etc/nbagent/door-token")
 _PROXY_HEADERS = frozenset({"forwarded", "via", "x-real-ip", "true-client-ip", "cf-connecting-ip"})
-
-
-class TokenFile:
-    """The token as its file holds it now; a changed file is read again."""
-
-    def __init__(self, path: Path = TOKEN_PATH) -> None:
-        self.path = path
-        self._seen: tuple[int, int, int] | None = None
-        self._token = b""
-        self.read()
-
-    def read(self) -> bytes:
-        """The token, or nothing when there is none that this process may read."""
-        try:
-            status = self.path.stat()
-            seen = (status.st_ino, status.st_mtime_ns, status.st_size)
-            if seen != self._seen:
-                self._token, self._seen = self.path.read_bytes().strip(), seen
-        except OSError:
-            self._token, self._seen = b"", None
-        return self._token
-
-    def matches(self, given: str) -> bool:
-        """Whether `given` is the token, in a time that does not tell how much of it is right."""
-        token = self.read()
-        return bool(token) and hmac.compare_digest(given.encode(errors="replace"), token)
 
 
 class Access:
@@ -71,7 +47,7 @@ class Access:
 
     def admit(self, request: Request, changes: bool) -> None:
         """Returns when the request may be answered. Raises Forbidden or Unauthenticated."""
-        given = _bearer_token(request)
+        given = bearer_token(request.headers.get("Authorization", ""))
         self._refuse_cross_site(request, changes and request.method == "GET" and given is None)
         if given is not None:
             if not self.token.matches(given):
@@ -132,9 +108,3 @@ def is_trusted(peer: str, networks: Iterable[Network]) -> bool:
     except ValueError:
         return False
     return any(address in network for network in networks)
-
-
-def _bearer_token(request: Request) -> str | None:
-    # Another scheme, such as Basic from somebody's .netrc, says nothing to this API.
-    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-    return credentials.strip() if scheme.lower() in ("bearer", "token") else None

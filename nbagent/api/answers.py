@@ -1,10 +1,9 @@
-"""What goes back: JSON in one line, and the url that opens a claimed slot."""
+"""What goes back: JSON in one line, and the origin of a claimed slot."""
 
 from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping
 from typing import Any
 
 from flask import Response
@@ -25,10 +24,3 @@ def front(router: RouterSettings, slot: str, host_header: str) -> str:
     host = router.domain or host_of(host_header) or socket.gethostname()
     scheme, _, authority = (router.public_url or f"http://{host}:{router.port}").partition("://")
     return f"{scheme}://{slot}.{authority}" if router.domain else f"{scheme}://{authority}"
-
-
-def claim_url(front_url: str, claim: Mapping[str, Any]) -> str:
-    """The link that opens the slot of a claim document, with the query its program asks for, mostly its token."""
-    path, mark, fragment = str(claim["path"]).partition("#")
-    query = f"{'&' if '?' in path else '?'}{claim['query']}" if claim["query"] else ""
-    return f"{front_url}{path}{query}{mark}{fragment}"

@@ -11,13 +11,14 @@ from werkzeug.exceptions import MethodNotAllowed
 from werkzeug.wrappers import Response as AnyResponse
 
 from nbagent.api import inputs, problems
-from nbagent.api.access import TOKEN_PATH, Access, TokenFile
+from nbagent.api.access import TOKEN_PATH, Access
 from nbagent.api.answers import json_response
 from nbagent.api.routes import ROUTES
 from nbagent.api.table import Call, Route, Service
 from nbagent.config import Config
 from nbagent.control import ControlClient
 from nbagent.errors import Forbidden
+from nbagent.tokens import TokenFile
 
 PROBE_TIMEOUT_S = 3.0
 PREFLIGHT_MAX_AGE_S = 600

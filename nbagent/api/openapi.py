@@ -205,7 +205,7 @@ SCHEMAS: dict[str, Schema] = {
         "available": _COUNT, "capacity": _COUNT,
         **dict.fromkeys(("warm", "starting", "claimed", "stopping"), _COUNT),
         "draining": _FLAG, "ready": _FLAG,
-        "memory_available_bytes": _COUNT, "free_percent": _COUNT, "uptime_s": _AMOUNT,
+        "memory_available_bytes": _COUNT, "free_percent": _COUNT, "next_end_s": _MAYBE_AMOUNT, "uptime_s": _AMOUNT,
         "pools": {"type": "object", "additionalProperties": _ref("Pool")},
         "counters": {"type": "object", "additionalProperties": _COUNT},
         "start_seconds": _ref("Durations"), "claim_seconds": _ref("Durations"),

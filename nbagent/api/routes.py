@@ -30,15 +30,14 @@ from nbagent.errors import (
     StartFailed,
     SupervisorUnavailable,
 )
-from nbagent.model import CLAIM_FIELDS, UPDATE_FIELDS
+from nbagent.model import CLAIM_FIELDS, UPDATE_FIELDS, claim_link
 
 
 def _claim(service: Service, call: Call) -> Any:
     client = plain_address(call.request.remote_addr or "unknown")
     claim = service.client.call("claim", options=call.options, key=call.key, client=client)
     front = answers.front(service.config.router, claim["slot"], call.request.headers.get("Host", ""))
-    url = answers.claim_url(front, claim)
-    return {name: value for name, value in claim.items() if name != "query"} | {"url": url}
+    return {name: value for name, value in claim.items() if name != "query"} | {"url": front + claim_link(claim)}
 
 
 def _slots(service: Service, call: Call) -> Any:

@@ -20,16 +20,18 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from flask import Flask
 from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 from gunicorn.workers.gthread import ThreadWorker
 
 from nbagent.config import Config
 from nbagent.errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 DEFAULT_ADDRESS = "127.0.0.1:9000"
 READ_TIMEOUT_S = 10.0
@@ -40,6 +42,19 @@ LINGER_MAX_BYTES = 32 << 20
 # A deep link of 2,000 characters may be three times as long when percent-encoded.
 REQUEST_LINE_MAX_BYTES = 8190
 _LOG = logging.getLogger(__name__)
+
+
+def by_listener(app: WSGIApplication, others: Mapping[str, WSGIApplication]) -> WSGIApplication:
+    """`app`, but one of `others` for connections to the unix socket of its path.
+
+    The socket decides, and nothing that a caller says: no path, header or address leads from one to the other.
+    """
+
+    def serve(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        name = environ["gunicorn.socket"].getsockname()
+        return (others[name] if isinstance(name, str) else app)(environ, start_response)
+
+    return serve
 
 
 def claim_deadline_s(config: Config) -> float:
@@ -57,7 +72,7 @@ class Server(BaseApplication):  # type: ignore[misc]
     def __init__(
         self,
         read_config: Callable[[], Config],
-        make_app: Callable[[Config], Flask],
+        make_app: Callable[[Config], WSGIApplication],
         address: str = DEFAULT_ADDRESS,
     ) -> None:
         self.read_config = read_config
@@ -101,7 +116,7 @@ class Server(BaseApplication):  # type: ignore[misc]
         for name, value in settings.items():
             self.cfg.set(name, value)
 
-    def load(self) -> Flask:
+    def load(self) -> WSGIApplication:
         """The WSGI application."""
         return self.make_app(self.config)
 

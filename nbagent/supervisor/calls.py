@@ -66,7 +66,8 @@ class Calls:
             if live.slot.state is SlotState.CLAIMED and live.slot.key is not None:
                 self.keys[live.slot.key] = (live.slot.fingerprint or "", agent.spawn(_value(live.slot)))
         agent.gone = self._slot_gone
-        self._first_end_s, self._looked_s = 0.0, -math.inf
+        self._first_end_s: float | None = None
+        self._looked_s = -math.inf
 
     async def claim(self, given: Mapping[str, Any], key: str, client: str) -> dict[str, Any]:
         """Hands out a slot; the same one for the same key, as long as it lives.
@@ -324,6 +325,7 @@ class Calls:
             "container_image": self.agent.config.pool.image,
             "memory_available_bytes": host.memory_available_bytes,
             "free_percent": self.free_percent(),
+            "next_end_s": self._next_end_s(),
             "pools": {
                 name: {
                     "wanted": self.agent.config.warm(name), "warm": len(state.warm),
@@ -369,12 +371,19 @@ class Calls:
         raise InvalidField(field="image", value=name, expected=f"an image of this host: {known}")
 
     def _retry_after_s(self) -> int:
-        """Seconds until the first slot ends. Looked for once a second, as many are refused when the host is full."""
+        next_end_s = self._next_end_s()
+        return 1 if next_end_s is None else max(1, min(RETRY_MAX_S, math.ceil(next_end_s)))
+
+    def _next_end_s(self) -> float | None:
+        """Seconds until the first slot in use is too old, None without one.
+
+        Looked for once a second, as many are refused when the host is full.
+        """
         at_s = now()
         if at_s >= self._looked_s + 1:
             ends = [live.slot.expires_s for live in self.agent.slots.values() if live.slot.expires_s is not None]
-            self._first_end_s, self._looked_s = min(ends, default=0.0), at_s
-        return max(1, min(RETRY_MAX_S, math.ceil(self._first_end_s - at_s)))
+            self._first_end_s, self._looked_s = min(ends, default=None), at_s
+        return None if self._first_end_s is None else max(0.0, round(self._first_end_s - at_s, 1))
 
     def _slot_gone(self, slot: Slot) -> None:
         if slot.key in self.keys:

@@ -15,8 +15,8 @@ from conftest import SETTINGS, Agent
 from hosts import Host
 
 SERVICES = ("nbagent.service", "nbagent-api.service", "nbagent-router.service")
-SOCKETS = ("nbagent.socket", "nbagent-check.socket", "nbagent-api.socket", "nbagent-router.socket",
-           "nbagent-network.socket")
+SOCKETS = ("nbagent.socket", "nbagent-check.socket", "nbagent-api.socket", "nbagent-door.socket",
+           "nbagent-router.socket", "nbagent-network.socket")
 ON_DEMAND = ("nbagent-network.service", "nbagent-dns.service")
 EXPOSURE_MAX = 5.0
 # Files that others of the host made or changed meanwhile; whatever is ours has our name in its path.

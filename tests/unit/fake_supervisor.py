@@ -146,7 +146,7 @@ class FakeSupervisor:
             "capacity": self.capacity,
             "warm": 2, "starting": 1, "claimed": len(self.slots), "stopping": 0,
             "draining": self.draining, "ready": self.ready, "container_image": "minimal",
-            "memory_available_bytes": 8 << 30, "free_percent": 90,
+            "memory_available_bytes": 8 << 30, "free_percent": 90, "next_end_s": 4.2,
             "pools": {"minimal": {"wanted": 2, "warm": 2, "starting": 1, "failures": 0}},
             "counters": {name: index for index, name in enumerate(counters)},
             "start_seconds": durations, "claim_seconds": durations, "uptime_s": 12.5,

@@ -11,9 +11,9 @@ import pytest
 from fake_supervisor import LABEL, FakeSupervisor
 from flask.testing import FlaskClient
 
-from nbagent import config
+from nbagent import config, tokens
 from nbagent.api import hosts
-from nbagent.api.access import TokenFile, is_trusted
+from nbagent.api.access import is_trusted
 from nbagent.api.app import create_app
 from nbagent.config import ApiSettings
 from nbagent.control import ControlClient
@@ -96,7 +96,7 @@ def test_an_empty_or_absent_token_file_admits_nobody(supervisor: FakeSupervisor,
 
 
 def test_a_changed_token_file_is_read_again(token_file: Path) -> None:
-    token = TokenFile(token_file)
+    token = tokens.TokenFile(token_file)
     assert token.matches(TOKEN)
     token_file.write_text("another")
     os.utime(token_file, ns=(1, 1))

@@ -100,10 +100,13 @@ def test_the_configuration_file_changes_no_default() -> None:
 
 @pytest.mark.skipif(not Path("/usr/sbin/nginx").exists(), reason="needs nginx")
 @pytest.mark.parametrize("settings", [
-    {}, {"url_mode": "subdomain", "domain": "nb.example.org", "cookies": ["a", "b.c-*"]}, {"cookies": []},
+    {},
+    {"router": {"url_mode": "subdomain", "domain": "nb.example.org", "cookies": ["a", "b.c-*"]}},
+    {"router": {"cookies": [], "trusted_proxies": ["10.0.0.0/8", "fd00::/8"]}},
+    {"door": {"access": "off", "banned": ["192.0.2.0/24", "2001:db8::/32"]}},
 ])
 def test_nginx_understands_the_router(tmp_path: Path, settings: dict[str, object]) -> None:
-    (tmp_path / "settings.conf").write_text(router.nginx(config.parse({"router": settings}).router))
+    (tmp_path / "settings.conf").write_text(router.nginx(config.parse(settings)))
     # -t binds for a moment; the name of a socket is free for sure, a port is not.
     (tmp_path / "listen.conf").write_text(f"listen unix:{tmp_path}/http;\n")
     text = (TOP / "packaging/router/nginx.conf").read_text()
