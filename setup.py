@@ -17,18 +17,12 @@ setup(
     license="BSD-3-Clause",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    # Named as PyPI names them; dh_python3 turns each into Debian's package of it.
-    install_requires=[
-        "click",
-        "flask",
-        "gunicorn",
-        "prometheus-client",
-        "psutil",
-        "pyroute2",
-        "pystemd",
-        "rich",
-        "systemd-python",
-    ],
+    # Named as PyPI names them; dh_python3 turns each of the first into what python3-nbagent depends on. The others are
+    # in packaging/debian/control, at the package that runs what needs them.
+    install_requires=["click", "rich"],
+    extras_require={
+        "agent": ["flask", "gunicorn", "prometheus-client", "psutil", "pyroute2", "pystemd", "systemd-python"],
+    },
     packages=find_packages(include=["nbagent", "nbagent.*"]),
     package_data={"nbagent": ["py.typed", "**/*.json", "**/*.html"]},
     entry_points={"console_scripts": ["nbagent = nbagent.cli:main"]},

@@ -3,4 +3,4 @@
 The package holds no code of its own; `design` of the rooms is in README.md, section Hacking.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from hosts import Host
 
 TOP = Path(__file__).resolve().parent.parent
 DIST = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / "dist"
+# What is installed on a compute server.
+HOST = ("python3-nbagent", "nbagent", "nbagent-image-minimal")
 API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
 # On a virtual machine without hardware help everything takes its time.
 WARM_TIMEOUT_S = {"nspawn": 60, "vm": 300}
@@ -55,19 +57,22 @@ def listing(host: Host) -> set[str]:
     return set(host.run(["sh", "-c", LISTING]).stdout.splitlines())
 
 
-def build(say: Callable[[str], None]) -> list[Path]:
-    """Builds both packages; takes a second when nothing changed."""
-    found = []
-    for name, command in (
-        ("nbagent", [TOP / "packaging/build-deb", DIST]),
+def build(say: Callable[[str], None], names: Sequence[str] = HOST) -> list[Path]:
+    """Builds the packages that are named; takes a second when nothing changed."""
+    found: dict[str, Path] = {}
+    for what, command in (
+        ("the program", [TOP / "packaging/build-deb", DIST]),
         ("nbagent-image-minimal", [TOP / "packaging/build-image-deb", "minimal", DIST]),
     ):
-        say(f"building {name}")
+        if what != "the program" and what not in names:
+            continue
+        say(f"building {what}")
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode:
-            raise SystemExit(f"building {name} failed, see above")
-        found.append(Path(done.stdout.split()[-1]))
-    return found
+            raise SystemExit(f"building {what} failed, see above")
+        made = [Path(line) for line in done.stdout.splitlines() if line.endswith(".deb")]
+        found |= {package.name.split("_")[0]: package for package in made}
+    return [found[name] for name in names]
 
 
 def install(host: Host, packages: list[Path], settings: str = "") -> None:

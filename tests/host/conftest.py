@@ -127,7 +127,7 @@ class Agent:
 
     def purge(self) -> str:
         """Purges the packages; what apt said."""
-        done = self.host.run(["apt-get", "-q", "purge", "-y", "nbagent", "nbagent-image-minimal"], timeout=900)
+        done = self.host.run(["apt-get", "-q", "purge", "-y", *product.HOST], timeout=900)
         return done.stdout + done.stderr
 
     def check_remains(self) -> None:
@@ -168,7 +168,7 @@ def made(packages: list[Path], name: str, driver: str, suite: str) -> Iterator[A
         agent.check_remains()
         agent.check_journal()
         agent.purge()
-        left = [line for line in product.listing(host) - before if "nbagent" in line and "/root/nbagent" not in line]
+        left = [line for line in product.listing(host) - before if "nbagent" in line and " /root/" not in line]
         assert not left, f"left by purge: {left}"
     finally:
         host.down()

@@ -32,6 +32,13 @@ def install(host, packages, *options):
     return host.run(["apt-get", "-q", "install", "-y", *options, *names], timeout=900)
 
 
+def depends(packages):
+    """The names of all packages that these depend on."""
+    fields = [subprocess.run(["dpkg-deb", "-f", str(package), "Depends"], check=True, stdout=subprocess.PIPE, text=True)
+              for package in packages]
+    return {re.match(r"[a-z0-9.+-]+", part.strip())[0] for field in fields for part in field.stdout.split(",")}
+
+
 @pytest.fixture(scope="module")
 def clean():
     """A host that has never seen the packages."""
@@ -45,9 +52,7 @@ def installed(clean, packages):
     # What the packages depend on comes first, so that only they themselves are compared.
     for package in packages:
         clean.copy_in(str(package), "/root/")
-    depends = subprocess.run(["dpkg-deb", "-f", str(packages[0]), "Depends"], check=True, stdout=subprocess.PIPE,
-                             text=True).stdout
-    names = [re.match(r"[a-z0-9.+-]+", part.strip())[0] for part in depends.split(",")]
+    names = depends(packages) - set(product.HOST)
     clean.run(["apt-get", "-q", "update"], timeout=300)
     clean.run(["apt-get", "-q", "install", "-y", *names], timeout=900)
     before = product.listing(clean)

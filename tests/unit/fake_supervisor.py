@@ -141,7 +141,7 @@ class FakeSupervisor:
         counters = ("claims", "claims_refused", "starts", "start_failures", "released", "died",
                     "oom_kills", "culled_idle", "culled_age", "culled_memory")
         return {
-            "version": "0.1.0", "label": LABEL,
+            "version": "0.2.0", "label": LABEL,
             "available": 0 if self.draining else self.capacity - len(self.slots),
             "capacity": self.capacity,
             "warm": 2, "starting": 1, "claimed": len(self.slots), "stopping": 0,

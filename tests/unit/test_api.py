@@ -204,7 +204,7 @@ def test_metrics_are_prometheus_text_of_the_stats(api: FlaskClient) -> None:
         'nbagent_slots{state="warm"} 2.0',
         'nbagent_pool_warm{image="minimal"} 2.0',
         "nbagent_claims_refused_total 1.0",
-        'nbagent_build_info{label="c07",version="0.1.0"} 1.0',
+        'nbagent_build_info{label="c07",version="0.2.0"} 1.0',
         'nbagent_claim_seconds_bucket{le="0.05"} 3.0',
         'nbagent_claim_seconds_bucket{le="+Inf"} 3.0',
         "nbagent_claim_seconds_count 3.0",

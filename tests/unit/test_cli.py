@@ -318,3 +318,18 @@ def test_a_terminal_gets_a_table(run: Any, url: str, watch: list[str]) -> None:
         assert process.wait(10) == 0, shown
     assert b"90M of 1G" in shown
     assert b"\x1b[" in shown
+
+
+def test_a_machine_with_the_program_alone_can_ask_a_server(url: str) -> None:
+    # What python3-nbagent does not depend on: only compute servers have it.
+    script = f"""
+import sys
+for name in "flask gunicorn nftables prometheus_client psutil pyroute2 pystemd seccomp systemd".split():
+    sys.modules[name] = None
+from nbagent.cli import main
+main(["stats", "--json", "--url", {url!r}])
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["label"] == LABEL
