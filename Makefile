@@ -5,7 +5,7 @@ export NBAGENT_CACHE ?= /var/cache/nbagent-build
 DIST := $(NBAGENT_CACHE)/dist
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up down test unit host check bench bench-density bench-tools image debs tools clean
+.PHONY: up down test unit host check bench bench-density bench-compressed bench-tools image debs tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -30,6 +30,9 @@ bench: bench-tools debs          ## figures, side by side with peers; BENCH="--r
 
 bench-density: bench-tools debs  ## a thousand live users on a host of its own; BENCH="--users 30"
 	$(PYTHON) tests/bench/density.py $(BENCH)
+
+bench-compressed: tools debs     ## slots at rest in compressed memory, on a virtual machine; BENCH="--slots 2"
+	$(PYTHON) tests/bench/compressed.py $(BENCH)
 
 bench-tools: tools
 	@tests/bench/install-tools

@@ -331,11 +331,15 @@ class ClaimSettings:
 
 @dataclass(frozen=True)
 class CullSettings:
-    """`[cull]`: when a slot that somebody claimed is ended by rule."""
+    """`[cull]`: when a slot that nobody uses is compressed, and when one that somebody claimed is ended."""
 
     idle: float = _setting("1h", _positive_duration, "No kernel busy and nobody acting for this long.")
     cpu: float = _setting(0.05, _number(0, 64, float), "Processors' worth of use below which a slot is idle.")
     interval: float = _setting("30s", _positive_duration, "How often the rules are looked at.")
+    compress: float | None = _setting(
+        "10min", _word_or("never", _positive_duration),
+        'At rest for this long, a slot\'s memory is compressed, where all swap of the host is zram; or "never".',
+    )
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 
 from nbagent import config, control, model
 from nbagent.errors import ConfigError, NbagentError
+from nbagent.linux import swap
 from nbagent.network.addresses import PREFIX, forwards_ipv6
 from nbagent.quantities import format_size
 
@@ -73,7 +74,7 @@ def examine(config_path: Path = config.DEFAULT_PATH, url: str = "http://127.0.0.
         functools.partial(check_token, root),
         functools.partial(check_images, root),
         functools.partial(check_memory, root, settings),
-        functools.partial(check_swap, root),
+        functools.partial(check_swap, root, settings),
         *(functools.partial(check_limit, root, limit, settings) for limit in LIMITS),
     ]
     return [settings_finding, *(_guarded(check) for check in checks)]
@@ -386,12 +387,22 @@ def check_memory(root: Path, settings: config.Config) -> Finding:
     return Finding("memory", "ok", found)
 
 
-def check_swap(root: Path) -> Finding:
-    """What swap is good for here: slots have MemorySwapMax=0, so it is the host's own."""
-    swap_bytes = _meminfo(root)["SwapTotal"]
-    if swap_bytes:
-        return Finding("swap", "ok", f"{format_size(swap_bytes)}, for the host; slots use none")
-    return Finding("swap", "ok", "none; slots would use none")
+def check_swap(root: Path, settings: config.Config) -> Finding:
+    """Whether slots at rest are compressed, which takes cgroup v2 and swap that is compressed memory, all of it."""
+    swap_bytes, areas = _meminfo(root)["SwapTotal"], swap.read(root)
+    if settings.cull.compress is None or not (root / "sys/fs/cgroup/cgroup.controllers").exists():
+        there = f"{format_size(swap_bytes)}, for the host; slots use none"
+        return Finding("swap", "ok", there if swap_bytes else "none; slots would use none")
+    mend = "apt install systemd-zram-generator && systemctl daemon-reload && systemctl start dev-zram0.swap"
+    if areas.on_disk:
+        return Finding(
+            "swap", "warn",
+            f"{', '.join(areas.on_disk)} may lead to a disk, where nothing of a slot is to be: none is compressed",
+            f"swapoff it, and {mend}; or cull.compress = \"never\"",
+        )
+    if not areas.in_memory:
+        return Finding("swap", "ok", f"none; swap in zram would have slots compressed at rest: {mend}")
+    return Finding("swap", "ok", f"{format_size(swap_bytes)} in memory; slots are compressed into it at rest")
 
 
 @dataclass(frozen=True)

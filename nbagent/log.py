@@ -54,6 +54,7 @@ class Event(enum.Enum):
     SLOT_TASKS_REFUSED = Kind("c15ff9ed3706454ab8d676f69ba81e37", Priority.NOTICE, "slot %(slot)s is refused more processes and threads: it has TasksMax=%(tasks)s")
     SLOT_STORAGE_FULL = Kind("d3ae5651de5d48468d4d58578c7b0622", Priority.NOTICE, "slot %(slot)s has no room for more files: %(text)s")
     SLOT_OUTPUT_DROPPED = Kind("5bfc573930c940edb49bc630c883030f", Priority.WARNING, "slot %(slot)s prints too much: %(lines)s lines dropped, %(bytes)s bytes")
+    SLOT_COMPRESSED = Kind("a7cce4919dbf4fd1ab1668e620950dbb", Priority.DEBUG, "memory of slot %(slot)s compressed in %(took_ms)s ms: %(before)s bytes before, %(after)s after and %(swapped)s in zram")
     SLOT_KILLED = Kind("07264f1dabc849c28a0039a0d392c6aa", Priority.NOTICE, "slot %(slot)s did not end within %(wait_s)s s of SIGTERM; what was left of it was killed")
     SLOT_GONE = Kind("5d228306df004b76b0638734c77a88c0", Priority.INFO, "slot %(slot)s is gone without a trace after %(age_s)s s; it used %(cpu_s)s s of processor time")
     SLOT_ADOPTED = Kind("bcd85f62197b418f81d82c0888bae142", Priority.INFO, "slot %(slot)s adopted, %(state)s")

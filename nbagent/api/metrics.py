@@ -34,6 +34,7 @@ _COUNTERS = {
     "culled_idle": "Slots ended because nobody used them.",
     "culled_age": "Slots ended because they were too old.",
     "culled_memory": "Slots ended because their processes were killed for memory on and on.",
+    "compressed": "Times that the memory of a slot at rest was compressed.",
 }
 _POOL_GAUGES = {
     "wanted": "Warm slots that the pool should hold.",

@@ -137,6 +137,7 @@ _USED: Schema = _MAYBE_AMOUNT | {
     "description": "As it is now; in the list of all slots as it was up to 30 ms ago for each of them (3 s for a"
     " hundred, 30 s for a thousand), at most cull.interval."
 }
+_MEASURED = ("memory_bytes", "swapped_bytes", "cpu_s", "tasks", "oom_kills", "tasks_refused", "storage_bytes")
 
 OPTIONS: dict[str, Schema] = {
     "image": {"type": "string", "description": "A name that GET /images lists."},
@@ -183,7 +184,7 @@ SCHEMAS: dict[str, Schema] = {
             "slot": _TEXT, "state": {"type": "string", "enum": [state.value for state in SlotState]},
             "image": _TEXT, "created_at": _TIME, "claimed_at": _MAYBE_TIME, "expires_at": _MAYBE_TIME,
             "age_s": _AMOUNT, "idle_s": _MAYBE_AMOUNT,
-            **dict.fromkeys(("memory_bytes", "cpu_s", "tasks", "oom_kills", "tasks_refused", "storage_bytes"), _USED),
+            **dict.fromkeys(_MEASURED, _USED),
             "network": _TEXT, "limits": _ref("Limits"),
         },
         required=("slot", "state", "image", "created_at", "claimed_at", "expires_at", "age_s", "network", "limits"),

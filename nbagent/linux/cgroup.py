@@ -1,7 +1,7 @@
 """What a cgroup has used and was refused: memory, processor time, tasks, OOM kills; version 1 and 2 alike.
 
 Reads the kernel's files and nothing else: a read wakes nobody, so a thousand slots may be
-looked at without one of them noticing.
+looked at without one of them noticing. The one thing that it writes, `reclaim`, changes no limit.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class Usage:
     """What the processes of one cgroup use at one moment."""
 
     memory_bytes: int
+    swapped_bytes: int
     cpu_s: float
     tasks: int
     oom_kills: int
@@ -37,11 +38,18 @@ class Cgroup:
     cpu: str
     pids: str
 
+    @property
+    def unified(self) -> bool:
+        """Whether it is of version 2."""
+        return self.memory == self.cpu
+
     def usage(self) -> Usage:
         """What it uses now. A cgroup that is gone uses nothing."""
-        unified = self.memory == self.cpu
+        unified = self.unified
         return Usage(
             memory_bytes=_number(f"{self.memory}/{'memory.current' if unified else 'memory.usage_in_bytes'}"),
+            # Version 1 has it only where the kernel counts memory and swap together, and nothing is swapped there.
+            swapped_bytes=_number(f"{self.memory}/memory.swap.current") if unified else 0,
             cpu_s=self.cpu_s(),
             tasks=_number(f"{self.pids}/pids.current"),
             oom_kills=_keyed(f"{self.memory}/{'memory.events' if unified else 'memory.oom_control'}", b"oom_kill"),
@@ -51,6 +59,27 @@ class Cgroup:
     def cpu_s(self) -> float:
         """The processor time it has used; 0 where it is gone."""
         return _keyed(f"{self.cpu}/cpu.stat", b"usage_usec") / 1e6
+
+    def may_swap(self) -> bool:
+        """Whether any of its memory may be swapped out."""
+        try:
+            return self.unified and _read(f"{self.memory}/memory.swap.max").strip() != b"0"
+        except OSError:
+            return False
+
+    def reclaim(self, size_bytes: int) -> bool:
+        """Has the kernel swap out, or drop from its cache, so much of its memory; False when less was to be had.
+
+        Blocks until that is done. Raises OSError: of version 1, before Linux 5.19, and gone are FileNotFoundError.
+        """
+        fd = os.open(f"{self.memory}/memory.reclaim", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, str(size_bytes).encode())
+        except BlockingIOError:  # EAGAIN: the kernel gave up after sixteen rounds that freed nothing more
+            return False
+        finally:
+            os.close(fd)
+        return True
 
 
 def of_process(pid: int, root: Path = ROOT) -> Cgroup:

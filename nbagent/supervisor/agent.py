@@ -41,6 +41,7 @@ from nbagent.model import (
 from nbagent.policy import admission, pool
 from nbagent.quantities import parse_quota
 from nbagent.supervisor import probe
+from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.launcher import Launcher, ended, sandbox_spec
 from nbagent.supervisor.live import Live, reattach
@@ -104,7 +105,8 @@ class Agent:
         self.pools: dict[str, PoolState] = {}
         self.gone: Callable[[Slot], None] = lambda slot: None
         self.counters = Counters()
-        self.looks = Looks(self.counters, self.end)
+        self.compressor = Compressor(systemd, self.counters, self.spawn)
+        self.looks = Looks(self.counters, self.end, self.compressor.offer)
         self.started_s = now()
         self.stopping = False
         self._memory_read_s, self._memory_bytes = -math.inf, (0, 0)
@@ -195,8 +197,8 @@ class Agent:
             state = self.pools.setdefault(live.slot.image, PoolState(None))
             if live.slot.state is SlotState.WARM:
                 state.warm.append(live)
-            else:
-                self.looks.add(live, now())
+            self.looks.add(live, now())
+            self.compressor.adopt(live)
             emit(Event.SLOT_ADOPTED, slot=name, state=live.slot.state.value)
         for scope in scopes:
             await self.systemd.stop(scope, at_once=True)
@@ -291,6 +293,7 @@ class Agent:
         self.counters.start_seconds.observe(took_s)
         self.slots.move(live, SlotState.WARM)
         self.records.save(live.slot)
+        self.looks.add(live, now())
         emit(Event.SLOT_WARM, slot=live.slot.id, took_ms=round(took_s * 1000))
         self.offer(live)
 

@@ -144,7 +144,6 @@ class Calls:
             path=options.path or live.slot.path, key=key, fingerprint=fingerprint, network=network,
         )
         self.agent.records.save(live.slot)
-        self.agent.looks.add(live, claimed_s)
         if network != INTERNET:
             # Closed its interface is already; this takes it out of sight.
             self.agent.spawn(self.agent.disconnect(live.slot))

@@ -19,7 +19,7 @@ from nbagent.policy.trouble import Storage, Trouble
 from nbagent.sandbox.spec import ACTIVITY_FD
 from nbagent.supervisor.launcher import Launched
 
-NOTHING_USED = Usage(0, 0.0, 0, 0, 0)
+NOTHING_USED = Usage(0, 0, 0.0, 0, 0, 0)
 NO_TROUBLE = Trouble()
 
 
@@ -48,7 +48,8 @@ NEVER_READ = Reading(-math.inf, NOTHING_USED, Storage())
 class Live:
     """One slot's runtime side. It owns `pidfd` and `activity_fd` from `attach` to `close`.
 
-    `reading` is the last one, whoever asked for it; `usage`, `trouble` and `looked_s` are those of the last look.
+    `reading` is the last one, whoever asked for it; `usage`, `trouble` and `looked_s` are those of the last look;
+    `compressed_s` is when its memory was compressed last.
     """
 
     slot: Slot
@@ -60,6 +61,7 @@ class Live:
     trouble: Trouble = NO_TROUBLE
     looked_s: float | None = None
     active_s: float = 0.0
+    compressed_s: float | None = None
     task: asyncio.Task[None] | None = None
 
     def attach(self, launched: Launched) -> None:
@@ -104,6 +106,13 @@ class Live:
             most_files=status.f_files,
         )
 
+    def rests_since(self, now_s: float) -> float:
+        """Since when nobody has needed it, as the last look and its page have it; a busy kernel needs it now."""
+        if self.slot.claimed_s is None:
+            return self.slot.created_s
+        acted_s, busy = activity.read(self.activity_fd, now_s)
+        return now_s if busy else max(self.slot.claimed_s, self.active_s, acted_s)
+
     def look(self, now_s: float, cpu_threshold: float) -> tuple[Look, Sight]:
         """Looks at a claimed slot: what the rules need, and what is new since the last look."""
         _, usage, storage = self.read(now_s, now_s)
@@ -130,11 +139,11 @@ class Live:
         _, usage, storage = self.read(now_s, oldest_s)
         idle_s = None
         if self.slot.claimed_s is not None and self.activity_fd >= 0:
-            acted_s, busy = activity.read(self.activity_fd, now_s)
-            idle_s = 0.0 if busy else round(now_s - max(self.slot.claimed_s, self.active_s, acted_s), 1)
+            idle_s = round(now_s - self.rests_since(now_s), 1)
         return self.slot.document(now_s) | {
             "idle_s": idle_s,
             "memory_bytes": usage.memory_bytes,
+            "swapped_bytes": usage.swapped_bytes,
             "cpu_s": round(usage.cpu_s, 3),
             "tasks": usage.tasks,
             "oom_kills": usage.oom_kills,

@@ -1,6 +1,7 @@
-"""Looking at claimed slots: which limits they have run into, and which of them end by rule.
+"""Looking at slots: which limits they have run into, which of them end by rule, and which are long at rest.
 
-Each slot is looked at once an interval of [cull], a few at a time, so that a thousand of them hold up no claim.
+Each slot is looked at once an interval of [cull], a few at a time, so that a thousand of them hold up no claim. Limits
+and ends are those of claimed slots; a warm slot can only be at rest.
 A look reads files of the kernel and the slot's page; no slot notices it.
 """
 
@@ -8,17 +9,19 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from nbagent.config import CullSettings
 from nbagent.log import Event, emit
 from nbagent.model import SlotState
-from nbagent.policy import cull
+from nbagent.policy import compress, cull
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.live import Live, Sight
 
 # Of an interval. Thirty slots at a time, of a thousand, are a millisecond or two.
 BATCHES = 30
+LOOKED_AT = (SlotState.WARM, SlotState.FILLING, SlotState.CLAIMED)
 
 
 class End(Protocol):
@@ -28,16 +31,17 @@ class End(Protocol):
 
 
 class Looks:
-    """The claimed slots in the order in which they are due."""
+    """The warm and claimed slots in the order in which they are due; `at_rest` is given those to compress."""
 
-    def __init__(self, counters: Counters, end: End) -> None:
+    def __init__(self, counters: Counters, end: End, at_rest: Callable[[Live], None]) -> None:
         self._counters = counters
         self._end = end
+        self._at_rest = at_rest
         self._queue: deque[tuple[float, Live]] = deque()
         self._batch_s = -math.inf
 
     def add(self, live: Live, now_s: float) -> None:
-        """Takes a slot that was claimed, or adopted as such; one that ends is forgotten when it is due."""
+        """Takes a slot that became warm, or was adopted; one that ends is forgotten when it is due."""
         self._queue.append((now_s, live))
 
     def next_s(self, interval_s: float) -> float:
@@ -56,6 +60,9 @@ class Looks:
             self._queue.popleft()
             if live.slot.state is SlotState.CLAIMED:
                 self._look_at(live, settings, now_s)
+            if live.slot.state in LOOKED_AT:
+                if compress.due(live.rests_since(now_s), live.compressed_s, settings.compress, now_s):
+                    self._at_rest(live)
                 self._queue.append((now_s, live))
 
     def _look_at(self, live: Live, settings: CullSettings, now_s: float) -> None:

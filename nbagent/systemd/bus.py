@@ -113,6 +113,10 @@ class Systemd:
         """Changes the limits of a running scope. Raises OSError."""
         self._call("SetUnitProperties", name.encode(), True, _limits(limits))
 
+    def set_swap(self, name: str, size_bytes: int) -> None:
+        """Changes how much memory of a running scope may be swapped out; 0 as it starts. Raises OSError."""
+        self._call("SetUnitProperties", name.encode(), True, {b"MemorySwapMax": size_bytes})
+
     async def start(self, name: str, *, anew: bool = False) -> None:
         """Starts a unit, or starts it `anew`, and waits until it runs. Raises JobFailed or OSError."""
         await self._done(self._call("RestartUnit" if anew else "StartUnit", name.encode(), b"replace"))

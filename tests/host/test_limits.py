@@ -35,6 +35,23 @@ print(bomb.stdout.readline())
 EAGAIN = 11
 
 
+ZRAM = "modprobe zram; echo 1G >/sys/block/zram0/disksize; mkswap -q /dev/zram0; swapon /dev/zram0"
+DISK = "fallocate -l 64M /swapfile; chmod 600 /swapfile; mkswap -q /swapfile; swapon /swapfile"
+
+
+@pytest.fixture
+def swapping(any_agent):
+    """The host; with swap in zram and on its disk where it has cgroup v2, the virtual machines."""
+    if any_agent.host.driver != "vm":
+        yield any_agent
+        return
+    try:
+        any_agent.run("sh", "-ec", f"{DISK}; {ZRAM}", timeout=60)
+        yield any_agent
+    finally:
+        any_agent.run("sh", "-c", "swapoff -a; rm -f /swapfile; modprobe -r zram", timeout=120)
+
+
 def used(agent, *slots):
     """The processor time of slots, all at one moment, and that moment."""
     known = {slot["slot"]: slot["cpu_s"] for slot in agent.slots()}
@@ -111,6 +128,40 @@ def test_two_busy_slots_share_the_processors_by_their_weights_and_a_quota_is_the
     time.sleep(6)
     (after,), ended = used(agent, heavy.slot)
     assert 0.05 < (after - before) / (ended - began) <= 0.25 * 1.15
+
+
+def test_a_slot_at_rest_is_compressed_and_wakes_up(swapping):
+    agent = swapping
+
+    def state():
+        return agent.api.get(f"/slots/{notebook.slot}").json()
+
+    def compressed():
+        return agent.api.get("/stats").json()["counters"]["compressed"]
+
+    before = compressed()
+    agent.configure('[cull]\ncompress = "5s"\n')
+    notebook = opened(agent)
+    with notebook.kernel() as kernel:
+        assert kernel.run("numbers = list(range(300_000)); sum(numbers)", timeout=180).text == "44999850000"
+        # Nothing that is in a slot is for a disk, nor is there on cgroup v1 a way to swap out one slot alone.
+        agent.wait(lambda: state()["idle_s"] > 10, "the slot to be at rest for long enough", timeout=120)
+        awake = state()
+        assert awake["swapped_bytes"] == 0 and awake["memory_bytes"] > 10 << 20 and compressed() == before
+        if agent.host.driver != "vm":
+            return
+        agent.run("swapoff", "/swapfile", timeout=60)
+        agent.wait(lambda: state()["memory_bytes"] < awake["memory_bytes"] / 2, "its memory to be elsewhere")
+        # A host short of memory may not do so on its own, with whatever swap it has by then.
+        show = ("systemctl", "show", "-P", "MemorySwapMax", f"nbagent-{notebook.slot}.scope")
+        agent.wait(lambda: agent.run(*show) == "0\n", "the limit to be as it was")
+        asleep = state()
+        assert asleep["swapped_bytes"] > 10 << 20 and compressed() > before
+        assert kernel.run("sum(numbers)", timeout=180).text == "44999850000"
+        assert state()["memory_bytes"] > asleep["memory_bytes"]
+    # One that nobody has claimed rests from its start.
+    agent.wait(lambda: any(slot["swapped_bytes"] for slot in agent.slots("warm")), "a warm slot's memory in zram")
+    assert opened(agent).run("6 * 7", timeout=180).text == "42"
 
 
 def test_pid_1_ends_a_slot_at_its_greatest_age_while_no_agent_runs(any_agent):

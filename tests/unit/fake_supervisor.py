@@ -139,7 +139,7 @@ class FakeSupervisor:
     def _op_stats(self) -> Any:
         durations = {"count": 3, "sum": 0.06, "buckets": {"0.01": 1, "0.05": 3, "0.1": 3}}
         counters = ("claims", "claims_refused", "starts", "start_failures", "released", "died",
-                    "oom_kills", "culled_idle", "culled_age", "culled_memory")
+                    "oom_kills", "culled_idle", "culled_age", "culled_memory", "compressed")
         return {
             "version": "0.2.0", "label": LABEL,
             "available": 0 if self.draining else self.capacity - len(self.slots),
@@ -159,6 +159,6 @@ class FakeSupervisor:
 
     @staticmethod
     def _document(slot: model.Slot) -> dict[str, Any]:
-        measured = {"idle_s": 1.5, "memory_bytes": 90 << 20, "cpu_s": 2.5, "tasks": 11, "oom_kills": 0,
-                    "tasks_refused": 0, "storage_bytes": 1 << 20}
+        measured = {"idle_s": 1.5, "memory_bytes": 90 << 20, "swapped_bytes": 5 << 20, "cpu_s": 2.5, "tasks": 11,
+                    "oom_kills": 0, "tasks_refused": 0, "storage_bytes": 1 << 20}
         return slot.document(model.now()) | measured

@@ -146,7 +146,30 @@ def test_memory_is_held_against_what_is_promised(tmp_path: Path) -> None:
     assert doctor.check_memory(tmp_path, greedy).status == "warn"
     large = config.parse({"slots": {"memory": "16G", "memory_max": "16G"}})
     assert doctor.check_memory(tmp_path, large).status == "fail"
-    assert doctor.check_swap(tmp_path).found.startswith("1G")
+
+
+ZRAM = "/dev/zram0    partition    1048572    0    100\n"
+
+
+@pytest.mark.parametrize(
+    ("areas", "status", "says"),
+    [("", "ok", "systemd-zram-generator"), (ZRAM, "ok", "1G in memory; slots are compressed"),
+     ("/dev/sda2  partition  1048572  0  -2\n" + ZRAM, "warn", "/dev/sda2 may lead to a disk"),
+     ("/swapfile  file  1048572  0  -2\n", "warn", "/swapfile may lead to a disk")],
+)
+def test_what_keeps_slots_from_being_compressed_is_told(tmp_path: Path, areas: str, status: str, says: str) -> None:
+    total = 1048576 if areas else 0
+    host(tmp_path, {
+        "proc/meminfo": f"MemTotal: 8912896 kB\nSwapTotal: {total} kB\n", "proc/swaps": "Filename Type\n" + areas,
+        "sys/block/zram0/comp_algorithm": "lzo [lz4]\n", "sys/fs/cgroup/cgroup.controllers": "memory\n",
+    })
+    finding = doctor.check_swap(tmp_path, SETTINGS)
+    assert finding.status == status and says in finding.found
+    assert bool(finding.mend) == (status == "warn")
+    # Where slots are never compressed, swap is the host's own business.
+    assert doctor.check_swap(tmp_path, config.parse({"cull": {"compress": "never"}})).status == "ok"
+    (tmp_path / "sys/fs/cgroup/cgroup.controllers").unlink()
+    assert "for the host" in doctor.check_swap(tmp_path, SETTINGS).found or not areas
 
 
 def test_a_kernel_limit_below_what_the_slots_need_is_told(tmp_path: Path) -> None:

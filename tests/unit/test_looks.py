@@ -1,4 +1,4 @@
-"""When claimed slots are looked at: each once an interval, never many at once, and what a look finds is told."""
+"""When slots are looked at: each once an interval, never many at once, and what a look finds is told."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.live import Live
 from nbagent.supervisor.looks import BATCHES, Looks
 
-SETTINGS = CullSettings(idle=600.0, cpu=0.05, interval=30.0)
+SETTINGS = CullSettings(idle=600.0, cpu=0.05, interval=30.0, compress=300.0)
 SLOT = Slot(
     id="h-0", image="minimal", digest="d", id_base=1 << 20, uid=2000, state=SlotState.CLAIMED,
     limits=Limits(1 << 30, 100, None, 256), token="t", created_s=0.0, claimed_s=0.0, ttl_s=100000.0,
@@ -27,7 +27,8 @@ class World:
 
     def __init__(self, directory):
         self.directory, self.ended, self.told, self.counters = directory, [], [], Counters()
-        self.looks = Looks(self.counters, self.end)
+        self.at_rest = []
+        self.looks = Looks(self.counters, self.end, self.at_rest.append)
 
     def end(self, live, event, **fields):
         self.ended.append((live.slot.id, event, fields["text"]))
@@ -118,6 +119,41 @@ def test_kills_that_no_look_has_seen_are_told_at_the_end(world):
     live.document(40.0, 40.0)
     world.looks.last(live)
     assert world.counters.document()["counters"]["oom_kills"] == 3
+
+
+def test_a_slot_at_rest_is_to_be_compressed_and_a_computing_one_is_not(world):
+    rests, computes = world.claim(1), world.claim(2)
+    for number in range(1, 16):
+        world.write(computes, cpu_s=10.0 * number)
+        at_s = number * SETTINGS.interval
+        for _ in range(2):
+            world.looks.look(SETTINGS, at_s)
+        # The first look cannot tell yet how busy its processors were, so it rests from then on.
+        assert world.at_rest == [rests] * (at_s >= SETTINGS.interval + SETTINGS.compress)
+        if world.at_rest:
+            break
+    assert at_s == SETTINGS.interval + SETTINGS.compress
+    rests.compressed_s = at_s
+    for number in range(16, 19):
+        world.write(computes, cpu_s=10.0 * number)
+        for _ in range(2):
+            world.looks.look(SETTINGS, number * SETTINGS.interval)
+    assert world.at_rest == [rests]
+
+
+def test_a_warm_slot_rests_from_its_start_and_is_nothing_else(world):
+    live = world.claim(1)
+    live.slot = dataclasses.replace(live.slot, state=SlotState.WARM, claimed_s=None, ttl_s=None)
+    world.write(live, oom_kills=1)
+    for number in range(1, 11):
+        assert world.at_rest == [] == world.told
+        world.looks.look(SETTINGS, number * SETTINGS.interval)
+    assert world.at_rest == [live] and world.ended == []
+    # Its claim begins a new rest.
+    live.compressed_s = 300.0
+    live.slot = live.slot.to(SlotState.CLAIMED, claimed_s=310.0, ttl_s=100000.0)
+    world.looks.look(SETTINGS, 330.0)
+    assert world.at_rest == [live] and live.looked_s == 330.0
 
 
 def test_a_list_reads_what_is_older_than_it_may_be_and_nothing_else(world):

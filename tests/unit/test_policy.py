@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from nbagent.model import Limits, Slot, SlotState
-from nbagent.policy import admission, cull, pool, trouble
+from nbagent.policy import admission, compress, cull, pool, trouble
 from nbagent.policy.admission import COSTS, Cost
 from nbagent.policy.cull import Look
 from nbagent.policy.pool import Pool, Retire
@@ -235,3 +235,20 @@ def test_storage_is_full_until_there_is_room_again(full):
 
 def test_storage_that_cannot_be_looked_at_is_not_full():
     assert not trouble.find(trouble.Trouble(), 0, Storage()).storage_full
+
+
+def test_a_slot_is_compressed_once_for_each_rest():
+    assert not compress.due(100.0, None, 60.0, 159.0)
+    assert compress.due(100.0, None, 60.0, 160.0)
+    assert not compress.due(100.0, 160.0, 60.0, 9000.0)
+    assert not compress.due(200.0, 160.0, 60.0, 259.0)
+    assert compress.due(200.0, 160.0, 60.0, 260.0)
+
+
+def test_a_slot_is_never_compressed_where_that_is_set():
+    assert not compress.due(100.0, None, None, 9000.0)
+
+
+def test_compressing_takes_steps_and_leaves_the_processor_to_users_in_between():
+    assert [compress.steps(size << 20) for size in (0, 1, 32, 33, 4096)] == [0, 1, 1, 2, 128]
+    assert compress.pause_s(0.2) == pytest.approx(0.2)
