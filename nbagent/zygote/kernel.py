@@ -131,8 +131,7 @@ def prepare(preload: Iterable[str] = ()) -> None:
     descriptors = set(os.listdir("/proc/self/fd"))
     with _as_it_was():
         _import([*listed["kernel"], *listed["server"]])
-        for name in preload:
-            importlib.import_module(name)
+        _preload(preload)
         _rehearse()
         _shell = _ready_shell()
     entropy.find()
@@ -149,6 +148,20 @@ def _import(names: Iterable[str]) -> None:
         # An image need not have every module of the list, nor one that imports without trouble.
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+
+
+def _preload(names: Iterable[str]) -> None:
+    """Imports what the image wants to be there; what starts threads as it is imported, as OpenBLAS does, ends them."""
+    # Matplotlib takes its backend from here when it is imported. A kernel says so too late, when it starts.
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    for name in names:
+        importlib.import_module(name)
+    # Who can be forked ends its threads by pthread_atfork(3) before a fork and starts them again on first use. This is
+    # that fork: afterwards there is one thread, and the zygote copies no other.
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
 
 
 @contextlib.contextmanager
