@@ -135,7 +135,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM: accepts nothing more, but reads what was accepted, which gunicorn 23 drops."""
-        self._ends_s = time.monotonic() + LAST_READ_S
+        # The arbiter says it again each second until the worker is gone, which must not put the end off.
+        if self._ends_s is None:
+            self._ends_s = time.monotonic() + LAST_READ_S
 
     def accept(self, server: Any, listener: Any) -> None:
         """Takes a connection unless told to stop: then a successor finds it in the backlog."""
