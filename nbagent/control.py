@@ -5,7 +5,7 @@ so a request needs no framing and a caller that goes away is seen at once. What 
 a packet travels as a sealed memfd beside an empty object. The requests:
 
     {"op": "claim", "args": {"options": {...}, "key": str, "client": str}}
-    {"op": "slots" | "stats" | "images" | "drain" | "undrain", "args": {}}
+    {"op": "slots" | "stats" | "images" | "drain" | "undrain" | "renew", "args": {}}
     {"op": "slot" | "release", "args": {"id": str}}
     {"op": "update", "args": {"id": str, "options": {...}}}
 

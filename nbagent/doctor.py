@@ -71,7 +71,9 @@ def examine(config_path: Path = config.DEFAULT_PATH, url: str = "http://127.0.0.
         functools.partial(check_answer, "API", url + "/healthz", "nbagent-api.socket"),
         functools.partial(check_answer, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
         *([functools.partial(check_wildcard, domain, addresses_of)] if (domain := settings.router.domain) else []),
-        functools.partial(check_token, root),
+        functools.partial(check_token, root, "token", "only trusted networks may call the API"),
+        *([functools.partial(check_token, root, "door-token", "nobody may start a slot at the door")]
+          if settings.door.access == "token" else []),
         functools.partial(check_images, root),
         functools.partial(check_memory, root, settings),
         functools.partial(check_swap, root, settings),
@@ -335,28 +337,29 @@ def check_wildcard(domain: str, resolve: Callable[[str], list[str]]) -> Finding:
     return Finding("slots' names", "ok", f"*.{domain} is {', '.join(addresses)}")
 
 
-def check_token(root: Path) -> Finding:
-    """Whether the API's token is there and is nobody else's to read."""
-    path = root / "etc/nbagent/token"
+def check_token(root: Path, name: str, without: str) -> Finding:
+    """Whether a token of the API is there and is nobody else's to read; `without`: what is when it is not."""
+    path, shown = root / "etc/nbagent" / name, f"/etc/nbagent/{name}"
+    kind = name.replace("-", " ")
     try:
         status = path.stat()
     except FileNotFoundError:
         return Finding(
-            "token", "warn", "/etc/nbagent/token is absent: only trusted networks may call",
-            "install -m 0640 -g nbagent <(openssl rand -hex 32) /etc/nbagent/token",
+            kind, "warn", f"{shown} is absent: {without}",
+            f"install -m 0640 -g nbagent <(openssl rand -hex 32) {shown}",
         )
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o027:
         return Finding(
-            "token", "fail", f"/etc/nbagent/token has mode {mode:04o}: others can read or change it",
-            "chmod 0640 /etc/nbagent/token, and make a new one",
+            kind, "fail", f"{shown} has mode {mode:04o}: others can read or change it",
+            f"chmod 0640 {shown}, and make a new one",
         )
     if status.st_size < 16:
         return Finding(
-            "token", "fail", f"/etc/nbagent/token has {status.st_size} bytes and can be guessed",
+            kind, "fail", f"{shown} has {status.st_size} bytes and can be guessed",
             "put 32 random bytes in it: openssl rand -hex 32",
         )
-    return Finding("token", "ok", f"mode {mode:04o}")
+    return Finding(kind, "ok", f"mode {mode:04o}")
 
 
 def check_images(root: Path) -> Finding:

@@ -36,6 +36,8 @@ def create_app(config: Config, client: ControlClient, token_path: Path = TOKEN_P
         app.add_url_rule(
             flask_path(route.path), route.name, _view(route, service),
             methods=[route.method], provide_automatic_options=False,
+            # What tmpnb's clients call, some of them write with a slash behind it.
+            strict_slashes=not route.path.startswith("/api/"),
         )
     for rule in app.url_map.iter_rules():
         # Werkzeug answers HEAD by GET, but a HEAD of /claim would hand out a slot.

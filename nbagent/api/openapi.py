@@ -190,6 +190,7 @@ SCHEMAS: dict[str, Schema] = {
         required=("slot", "state", "image", "created_at", "claimed_at", "expires_at", "age_s", "network", "limits"),
     ),
     "Drain": _object({"draining": _FLAG, "claimed": _COUNT, "warm": _COUNT}),
+    "Renewed": _object({"drained": _COUNT}),
     "Image": _object(
         {"name": _TEXT, "digest": _TEXT, "launch": _TEXT, "warm": _COUNT,
          "wanted": _COUNT, "default": _FLAG},

@@ -66,6 +66,10 @@ def _undrain(service: Service, call: Call) -> Any:
     return service.client.call("undrain")
 
 
+def _renew(service: Service, call: Call) -> Any:
+    return service.client.call("renew")
+
+
 def _stats(service: Service, call: Call) -> Any:
     return service.client.call("stats")
 
@@ -131,6 +135,8 @@ ROUTES: tuple[Route, ...] = (
           problems=(SupervisorUnavailable, SlotNotFound, IllegalMove)),
     Route("POST", "/drain", "drain", "Stop handing out slots; users stay", _drain, "Drain", changes=True),
     Route("DELETE", "/drain", "undrain", "Hand out slots again", _undrain, "Drain", changes=True),
+    Route("DELETE", "/api/pool", "renewPool", "End all warm slots; the pool makes new ones (tmpnb's admin API)", _renew,
+          "Renewed", changes=True),
     Route("GET", "/stats", "stats", "How full the host is, and what it has done", _stats, "Stats"),
     Route("GET", "/images", "images", "What a claim can ask for", _images, "Image", is_list=True),
     Route("GET", "/metrics", "metrics", "The stats for Prometheus", _metrics, "Metrics",

@@ -296,6 +296,14 @@ class Calls:
             "warm": self.agent.slots.count(SlotState.WARM),
         }
 
+    def renew(self) -> dict[str, Any]:
+        """Ends every warm slot; new ones take their places. tmpnb calls it draining the pool."""
+        warm = [live for state in self.agent.pools.values() for live in state.warm]
+        for live in warm:
+            self.agent.end(live, Event.SLOT_RETIRED, text="the pool is renewed")
+        self.agent.wake()
+        return {"drained": len(warm)}
+
     def images(self) -> list[dict[str, Any]]:
         """The images of this host."""
         return [

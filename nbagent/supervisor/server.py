@@ -103,6 +103,8 @@ class ControlServer:
                 return calls.release(str(args.get("id")))
             case "drain" | "undrain":
                 return calls.set_draining(op == "drain")
+            case "renew":
+                return calls.renew()
             case "stats":
                 return calls.stats()
             case "images":

@@ -132,6 +132,9 @@ class FakeSupervisor:
         self.draining = False
         return {"draining": False, "claimed": len(self.slots), "warm": 2}
 
+    def _op_renew(self) -> Any:
+        return {"drained": 2}
+
     def _op_images(self) -> Any:
         return [{"name": "minimal", "digest": "sha256-0", "launch": "exec",
                  "warm": 2, "wanted": 2, "default": True}]

@@ -122,14 +122,14 @@ def test_a_port_where_nothing_answers_is_told() -> None:
 
 
 def test_a_token_that_others_can_read_is_told(tmp_path: Path) -> None:
-    assert doctor.check_token(tmp_path).status == "warn"
+    assert doctor.check_token(tmp_path, "token", "none may call").status == "warn"
     path = host(tmp_path, {"etc/nbagent/token": "x" * 43}) / "etc/nbagent/token"
     for mode, status in ((0o640, "ok"), (0o600, "ok"), (0o644, "fail"), (0o660, "fail")):
         path.chmod(mode)
-        assert doctor.check_token(tmp_path).status == status
+        assert doctor.check_token(tmp_path, "token", "none may call").status == status
     path.write_text("short")
     path.chmod(0o640)
-    assert doctor.check_token(tmp_path).status == "fail"
+    assert doctor.check_token(tmp_path, "token", "none may call").status == "fail"
 
 
 def test_an_empty_image_store_is_told(tmp_path: Path) -> None:
