@@ -71,6 +71,14 @@ def create_app(settings: DoorSettings, house: House, token_matches: Callable[[st
                 methods=methods, provide_automatic_options=False,
             )
 
+    app.after_request(door.finish)
+    if settings.access == "off":
+        return app
+
+    @app.before_request
+    def preflight() -> AnyResponse | None:
+        return Response(status=204) if request.method == "OPTIONS" else None
+
     serve("/api/spawn", door.spawn_by_api, "POST")
     serve("/api/stats", door.stats, "GET")
     serve("/stats", lambda: redirect("/api/stats", 301), "GET")
@@ -88,12 +96,6 @@ def create_app(settings: DoorSettings, house: House, token_matches: Callable[[st
         # Werkzeug answers HEAD by GET, and what only looks whether a link works shall take no slot.
         if rule.rule.startswith("/spawn") and rule.methods:
             rule.methods.discard("HEAD")
-
-    @app.before_request
-    def preflight() -> AnyResponse | None:
-        return Response(status=204) if request.method == "OPTIONS" else None
-
-    app.after_request(door.finish)
     return app
 
 
@@ -235,7 +237,8 @@ class _Door:
     def finish(self, response: Response) -> Response:
         """What every answer has."""
         response.headers["Cache-Control"] = "no-store"
-        response.headers["Referrer-Policy"] = "no-referrer"
+        # With no-referrer a browser would not say either that our own button was pressed on a page of ours.
+        response.headers["Referrer-Policy"] = "same-origin"
         response.headers["X-Content-Type-Options"] = "nosniff"
         origin = request.headers.get("Origin")
         if self.settings.allowed_origins:

@@ -131,9 +131,9 @@ def test_whose_notebook_has_ended_is_told_so_on_a_page(page, claim):
     page.shoot("gone")
     assert page.driver.execute_script("return performance.getEntriesByType('resource').length") == 0
     assert claimed["token"] not in page.driver.find_element(By.TAG_NAME, "body").text
-    page.open("http://127.0.0.1:8000/")
-    page.read("h1", "Live notebooks run here")
-    page.shoot("welcome-page")
+    page.see("button")[0].click()
+    page.see(".jp-Launcher")
+    assert claimed["slot"] not in page.driver.current_url
     assert foreign(page.requests()) == []
 
 

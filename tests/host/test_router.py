@@ -77,7 +77,6 @@ def test_what_is_no_address_of_a_slot_is_not_found(agent):
         answer = agent.router.get(path, Accept="text/html")
         assert answer.status == 404, path
         assert b"nothing at this address" in answer.body
-    assert b"Live notebooks run here" in agent.router.get("/").body
 
 
 def test_a_missing_slash_is_mended_by_a_redirect_that_keeps_method_and_query(agent):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -28,8 +29,11 @@ class Server:
         (folder / "nbagent.toml").write_text(f'[host]\nlabel = "{LABEL}"\n[api]\nworkers = 1\nthreads = 4\n')
         self.folder = folder
         self.stderr = folder / "stderr"
-        # As systemd does it: the socket is descriptor 3 and LISTEN_PID the process itself.
+        # As systemd does it: the sockets are descriptors from 3 on and LISTEN_PID is the process itself.
         self.listener = socket.create_server(("127.0.0.1", 0))
+        self.door = socket.socket(socket.AF_UNIX)
+        self.door.bind(str(folder / "door.sock"))
+        self.door.listen()
         self.port = self.listener.getsockname()[1]
         self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.notify.bind(str(folder / "notify.sock"))
@@ -40,16 +44,17 @@ class Server:
         """Starts the process and returns when it is ready, as systemd sees it."""
         folder = self.folder
         activate = (
-            "import os, sys; os.dup2(int(sys.argv[1]), 3);"
-            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1');"
-            "os.execv(sys.executable, [sys.executable, '-m', 'nbagent.api', *sys.argv[2:]])"
+            "import fcntl, os, sys; api, door = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]);"
+            "os.dup2(api, 3); os.dup2(door, 4);"
+            "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2');"
+            "os.execv(sys.executable, [sys.executable, '-m', 'nbagent.api', *sys.argv[3:]])"
         )
         with self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", activate, str(self.listener.fileno()),
+                [sys.executable, "-c", activate, str(self.listener.fileno()), str(self.door.fileno()),
                  "--config", str(folder / "nbagent.toml"), "--control", str(folder / "control.sock"),
-                 "--token", str(folder / "token")],
-                cwd=ROOT, stderr=stderr, pass_fds=[self.listener.fileno()],
+                 "--token", str(folder / "token"), "--door", str(folder / "door.sock")],
+                cwd=ROOT, stderr=stderr, pass_fds=[self.listener.fileno(), self.door.fileno()],
                 env=os.environ | {"NOTIFY_SOCKET": str(folder / "notify.sock"), "JOURNAL_STREAM": "1:1"},
             )
         assert b"READY=1" in self.notify.recv(4096)
@@ -58,6 +63,7 @@ class Server:
         self.process.terminate()
         self.process.wait(60)
         self.listener.close()
+        self.door.close()
         self.notify.close()
 
     def wait_for(self, path: str, found: str) -> None:
@@ -188,6 +194,33 @@ def test_a_killed_worker_is_replaced(server: Server) -> None:
     children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGTERM)
     assert server.ask(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")[0] == 200
+
+
+def test_a_worker_that_is_told_to_end_again_and_again_ends(server: Server) -> None:
+    # The arbiter says so each second; a worker looks each second whether it is time, and must not start anew each time.
+    server.wait_for("/healthz", "200 OK")
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    worker, deadline_s = int(children[0]), time.monotonic() + 10
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < deadline_s:
+            os.kill(worker, signal.SIGTERM)
+            time.sleep(0.05)
+    assert not Path(f"/proc/{worker}").exists()
+
+
+def test_the_socket_alone_decides_between_the_control_api_and_the_front_door(server: Server, supervisor: Any) -> None:
+    def at_door(request: str) -> str:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(server.folder / "door.sock"))
+            connection.sendall(f"{request} HTTP/1.0\r\nX-Real-IP: 192.0.2.1\r\n\r\n".encode())
+            with connection.makefile("rb") as answer:
+                return answer.read().decode()
+
+    assert '{"url":"/user/' in at_door("POST /api/spawn")
+    assert "404 NOT FOUND" in at_door("GET /slots") and "404 NOT FOUND" in at_door("POST /claim")
+    assert "405" in server.raw("POST / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert "404 NOT FOUND" in server.raw("POST /api/spawn HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert supervisor.asked[-1]["args"]["client"] == "192.0.2.1"
 
 
 def test_a_reload_reads_the_configuration_and_a_refused_one_changes_nothing(tmp_path: Path) -> None:
