@@ -1,9 +1,7 @@
 """Settings: what may be set, its default, how it is written, and how wrong input is explained.
 
 Read from `/etc/nbagent/nbagent.toml`, then every `/etc/nbagent/conf.d/*.toml` in the order of
-their names; a later file wins key by key. Every setting has a default that works on one host.
-An unknown key refuses to start and names the nearest known one, because a misspelt limit that is
-silently ignored is worse than no agent.
+their names, as nbagent.settings reads them. Every setting has a default that works on one host.
 
 Reading files is all this module does to the world; nothing here knows what a setting is for.
 """
@@ -11,14 +9,9 @@ Reading files is all this module does to the world; nothing here knows what a se
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
 import ipaddress
-import os
 import re
 import socket
-import tomllib
-import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
@@ -26,74 +19,33 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nbagent import urls
-from nbagent.errors import ConfigError
 from nbagent.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
 from nbagent.quantities import (
     QUOTA_EXPECTED,
-    parse_duration,
     parse_quota,
     parse_rate,
     parse_size,
+)
+from nbagent.settings import (
+    Network,
+    Reader,
+    auto_or,
+    dns_domain,
+    matching,
+    networks,
+    number,
+    positive_duration,
+    read_tables,
+    setting,
+    tables,
+    word_or,
 )
 
 DEFAULT_PATH = Path("/etc/nbagent/nbagent.toml")
 # What a slot's network can be: nothing but loopback, or the public internet by way of the host.
 NETWORK_MODES = ("none", "internet")
 
-Network = IPv4Network | IPv6Network
-T = TypeVar("T")
 N = TypeVar("N", IPv4Network, IPv6Network)
-
-
-def _setting(default: Any, parse: Callable[[Any], Any], doc: str) -> Any:
-    """A field whose value in a file goes through `parse`, which raises ValueError."""
-    metadata = {"parse": parse, "doc": doc, "default": default}
-    return field(default_factory=lambda: parse(default), metadata=metadata)
-
-
-def _text(pattern: str, expected: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        if isinstance(value, str) and re.fullmatch(pattern, value):
-            return value
-        raise ValueError(expected)
-
-    return parse
-
-
-def _number(low: float, high: float, kind: type[T]) -> Callable[[Any], T]:
-    def parse(value: Any) -> T:
-        whole = "a whole number" if kind is int else "a number"
-        types = (int,) if kind is int else (int, float)
-        if isinstance(value, types) and not isinstance(value, bool) and low <= value <= high:
-            return kind(value)  # type: ignore[call-arg]
-        raise ValueError(f"{whole} from {low:g} to {high:g}")
-
-    return parse
-
-
-def _word_or(word: str, parse: Callable[[Any], T]) -> Callable[[Any], T | None]:
-    """`word` is read as None."""
-
-    def parse_either(value: Any) -> T | None:
-        if value == word:
-            return None
-        try:
-            return parse(value)
-        except ValueError as error:
-            raise ValueError(f'"{word}" or {error}') from None
-
-    return parse_either
-
-
-def _auto_or(parse: Callable[[Any], T]) -> Callable[[Any], T | None]:
-    return _word_or("auto", parse)
-
-
-def _positive_duration(value: Any) -> float:
-    duration_s = parse_duration(value)
-    if duration_s <= 0:
-        raise ValueError("a time above 0")
-    return duration_s
 
 
 def _quota(value: Any) -> str:
@@ -106,16 +58,6 @@ def _quota(value: Any) -> str:
     return str(value)
 
 
-def _networks(value: Any) -> tuple[Network, ...]:
-    expected = 'a list of networks such as ["127.0.0.0/8", "10.1.0.0/16"]'
-    if not isinstance(value, list):
-        raise ValueError(expected)
-    try:
-        return tuple(ipaddress.ip_network(item) for item in value)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{expected}; {error}") from None
-
-
 def _origins(value: Any) -> tuple[str, ...]:
     pattern = r"\*|https?://[^/\s]+"
     if isinstance(value, list) and all(isinstance(v, str) and re.fullmatch(pattern, v) for v in value):
@@ -123,23 +65,16 @@ def _origins(value: Any) -> tuple[str, ...]:
     raise ValueError('a list of origins such as ["https://example.org"], without a path')
 
 
-def _domain(value: Any) -> str:
-    # An id with its dot takes 30 of the 253 characters that a name in the DNS may have.
-    part = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-    name = rf"(?=.{{1,223}}$)(?!(.*\.)?\d+$)({part}\.)*{part}"
-    return _text(name, 'a DNS name in lower case, such as "nb.example.org"')(value)
-
-
 def _cookies(value: Any) -> tuple[str, ...]:
     expected = 'a list of at most 16 names of cookies such as ["_xsrf", "session-*"]'
-    parse = _text(r"[A-Za-z0-9_.-]{1,64}\*?", expected)
+    parse = matching(r"[A-Za-z0-9_.-]{1,64}\*?", expected)
     if isinstance(value, list) and len(value) <= 16:
         return tuple(map(parse, value))
     raise ValueError(expected)
 
 
 def _sentence(low: int, high: int) -> Callable[[Any], str]:
-    return _text(rf"[^\x00-\x1f\x7f]{{{low},{high}}}", f"text of {low} to {high} characters in one line")
+    return matching(rf"[^\x00-\x1f\x7f]{{{low},{high}}}", f"text of {low} to {high} characters in one line")
 
 
 def _archives(value: Any) -> tuple[str, ...]:
@@ -201,53 +136,53 @@ def derived_label(hostname: str) -> str:
     return re.sub(r"[^a-z0-9]", "", hostname.split(".")[0].lower())[:16] or "host"
 
 
-_LABEL = _text(r"[a-z0-9]{1,16}", "1 to 16 characters of a-z and 0-9")
-_IMAGE_NAME = _text(IMAGE_NAME.pattern, IMAGE_NAME_EXPECTED)
+_LABEL = matching(r"[a-z0-9]{1,16}", "1 to 16 characters of a-z and 0-9")
+_IMAGE_NAME = matching(IMAGE_NAME.pattern, IMAGE_NAME_EXPECTED)
 
 
 @dataclass(frozen=True)
 class HostSettings:
     """`[host]`: this machine in the fleet."""
 
-    label: str | None = _setting("auto", _auto_or(_LABEL), "Unique in the fleet; auto: from the hostname.")
-    memory_reserve: int = _setting("512M", parse_size, "No slot is started when less than this would be left.")
+    label: str | None = setting("auto", auto_or(_LABEL), "Unique in the fleet; auto: from the hostname.")
+    memory_reserve: int = setting("512M", parse_size, "No slot is started when less than this would be left.")
 
 
 @dataclass(frozen=True)
 class ApiSettings:
     """`[api]`: who may call the control API, and how it is served."""
 
-    trusted_networks: tuple[Network, ...] = _setting(
-        ["127.0.0.0/8", "::1/128"], _networks, "Peers that need no token."
+    trusted_networks: tuple[Network, ...] = setting(
+        ["127.0.0.0/8", "::1/128"], networks, "Peers that need no token."
     )
-    allowed_origins: tuple[str, ...] = _setting([], _origins, 'Web origins whose pages may call; "*": any.')
-    workers: int = _setting(2, _number(1, 64, int), "gunicorn worker processes.")
-    threads: int = _setting(64, _number(1, 256, int), "Threads of each worker: calls that wait at a time.")
+    allowed_origins: tuple[str, ...] = setting([], _origins, 'Web origins whose pages may call; "*": any.')
+    workers: int = setting(2, number(1, 64, int), "gunicorn worker processes.")
+    threads: int = setting(64, number(1, 256, int), "Threads of each worker: calls that wait at a time.")
 
 
 @dataclass(frozen=True)
 class RouterSettings:
     """`[router]`: where users reach their slots."""
 
-    url_mode: str = _setting(
-        "path", _text("path|subdomain", '"path" or "subdomain"'),
+    url_mode: str = setting(
+        "path", matching("path|subdomain", '"path" or "subdomain"'),
         'Slots share one web origin with "path"; with "subdomain" each has its own, SLOT.domain.',
     )
-    domain: str | None = _setting(
-        "none", _word_or("none", _domain), 'With url_mode = "subdomain": *.domain leads to the router.'
+    domain: str | None = setting(
+        "none", word_or("none", dns_domain), 'With url_mode = "subdomain": *.domain leads to the router.'
     )
-    cookies: tuple[str, ...] = _setting(
+    cookies: tuple[str, ...] = setting(
         ["_xsrf"], _cookies,
         'Cookies that reach a slot beside its own login, by name or "name*"; all others are kept from it.',
     )
-    public_url: str | None = _setting(
+    public_url: str | None = setting(
         "auto",
-        _auto_or(_text(r"https?://[^/\s]+", 'a URL without a path, such as "https://nb.example.org"')),
+        auto_or(matching(r"https?://[^/\s]+", 'a URL without a path, such as "https://nb.example.org"')),
         "The front of a claim's url; auto: the name the API was called by, or SLOT.domain, on `port`.",
     )
-    port: int = _setting(8000, _number(1, 65535, int), "The router's port in a claim's url.")
-    trusted_proxies: tuple[Network, ...] = _setting(
-        [], _networks, "Gateways and proxies in front, whose X-Forwarded-For says who the client is."
+    port: int = setting(8000, number(1, 65535, int), "The router's port in a claim's url.")
+    trusted_proxies: tuple[Network, ...] = setting(
+        [], networks, "Gateways and proxies in front, whose X-Forwarded-For says who the client is."
     )
 
 
@@ -255,21 +190,21 @@ class RouterSettings:
 class DoorSettings:
     """`[door]`: the pages where people start a notebook, and tmpnb's public API; served by the router."""
 
-    access: str = _setting(
-        "public", _text("public|token|off", '"public", "token" or "off"'),
+    access: str = setting(
+        "public", matching("public|token|off", '"public", "token" or "off"'),
         'Who may start a slot: anybody; programs with the token of /etc/nbagent/door-token; "off": there is no door.',
     )
-    start: str = _setting(
-        "click", _text("click|at once", '"click" or "at once"'), "Whether the front page waits for its button."
+    start: str = setting(
+        "click", matching("click|at once", '"click" or "at once"'), "Whether the front page waits for its button."
     )
-    title: str = _setting("A notebook, at once", _sentence(1, 80), "What the front page says first.")
-    text: str = _setting(
+    title: str = setting("A notebook, at once", _sentence(1, 80), "What the front page says first.")
+    text: str = setting(
         "A live Jupyter notebook in your browser, with nothing to install. It is yours when you press the button.",
         _sentence(0, 600), "And what below.",
     )
-    rate: int = _setting(60, _number(1, 100000, int), "Slots that one address may start a minute, IPv6 by /64.")
-    banned: tuple[Network, ...] = _setting([], _networks, "Addresses that are served nothing.")
-    allowed_origins: tuple[str, ...] = _setting(
+    rate: int = setting(60, number(1, 100000, int), "Slots that one address may start a minute, IPv6 by /64.")
+    banned: tuple[Network, ...] = setting([], networks, "Addresses that are served nothing.")
+    allowed_origins: tuple[str, ...] = setting(
         [], _origins, 'Web origins whose pages may start slots by the API; "*": any.'
     )
 
@@ -278,22 +213,22 @@ class DoorSettings:
 class SlotSettings:
     """`[slots]`: what one slot may use, and for how long."""
 
-    capacity: int | None = _setting(
-        "auto", _auto_or(_number(1, 60000, int)), "Slots at a time; auto: from memory and overcommit."
+    capacity: int | None = setting(
+        "auto", auto_or(number(1, 60000, int)), "Slots at a time; auto: from memory and overcommit."
     )
-    overcommit: float = _setting(4.0, _number(0.1, 100, float), "How often the host's memory may be promised.")
-    memory: int = _setting("1G", parse_size, "MemoryMax= of a slot, unless the claim asks otherwise.")
-    memory_max: int = _setting("4G", parse_size, "The most that a claim may ask for.")
-    storage: int | None = _setting(
-        "auto", _auto_or(parse_size), "Files a slot may write, which are in its memory; auto: half of `memory`."
+    overcommit: float = setting(4.0, number(0.1, 100, float), "How often the host's memory may be promised.")
+    memory: int = setting("1G", parse_size, "MemoryMax= of a slot, unless the claim asks otherwise.")
+    memory_max: int = setting("4G", parse_size, "The most that a claim may ask for.")
+    storage: int | None = setting(
+        "auto", auto_or(parse_size), "Files a slot may write, which are in its memory; auto: half of `memory`."
     )
-    cpu_weight: int = _setting(100, _number(1, 10000, int), "CPUWeight= of a slot.")
-    cpu_quota: str = _setting("none", _quota, 'CPUQuota= of a slot: "1/32" of the host, "50%" of one, "none".')
-    tasks: int = _setting(256, _number(16, 65536, int), "TasksMax= of a slot: processes and threads.")
-    ttl: float = _setting("12h", _positive_duration, "How long a claimed slot lives, unless asked otherwise.")
-    ttl_max: float = _setting("24h", _positive_duration, "The longest life that a claim may ask for.")
-    start_timeout: float = _setting("60s", _positive_duration, "A slot not ready by then has failed.")
-    stop_timeout: float = _setting("3s", _positive_duration, "From SIGTERM to SIGKILL.")
+    cpu_weight: int = setting(100, number(1, 10000, int), "CPUWeight= of a slot.")
+    cpu_quota: str = setting("none", _quota, 'CPUQuota= of a slot: "1/32" of the host, "50%" of one, "none".')
+    tasks: int = setting(256, number(16, 65536, int), "TasksMax= of a slot: processes and threads.")
+    ttl: float = setting("12h", positive_duration, "How long a claimed slot lives, unless asked otherwise.")
+    ttl_max: float = setting("24h", positive_duration, "The longest life that a claim may ask for.")
+    start_timeout: float = setting("60s", positive_duration, "A slot not ready by then has failed.")
+    stop_timeout: float = setting("3s", positive_duration, "From SIGTERM to SIGKILL.")
 
     @property
     def storage_bytes(self) -> int:
@@ -305,39 +240,39 @@ class SlotSettings:
 class PoolSettings:
     """`[pool]`: warm slots, ready before anyone asks."""
 
-    image: str = _setting("minimal", _IMAGE_NAME, "The image of a claim that names none.")
-    warm: int = _setting(2, _number(0, 10000, int), "Warm slots of each image.")
-    starts: int | None = _setting(
-        "auto", _auto_or(_number(1, 1000, int)),
+    image: str = setting("minimal", _IMAGE_NAME, "The image of a claim that names none.")
+    warm: int = setting(2, number(0, 10000, int), "Warm slots of each image.")
+    starts: int | None = setting(
+        "auto", auto_or(number(1, 1000, int)),
         "Starts at a time, of which four by fork count as one; auto: one a processor.",
     )
-    max_age: float = _setting("6h", _positive_duration, "A warm slot older than this is replaced.")
-    backoff: float = _setting("1s", _positive_duration, "Pause after a failed start; doubles with each.")
-    backoff_max: float = _setting("60s", _positive_duration, "The longest pause.")
-    claim_timeout: float = _setting("30s", _positive_duration, "How long a claim waits for a start.")
-    zygote_slots: int = _setting(1000, _number(1, 1_000_000, int), "A zygote is replaced after so many slots.")
-    zygote_age: float = _setting("1h", _positive_duration, "A zygote older than this is replaced.")
+    max_age: float = setting("6h", positive_duration, "A warm slot older than this is replaced.")
+    backoff: float = setting("1s", positive_duration, "Pause after a failed start; doubles with each.")
+    backoff_max: float = setting("60s", positive_duration, "The longest pause.")
+    claim_timeout: float = setting("30s", positive_duration, "How long a claim waits for a start.")
+    zygote_slots: int = setting(1000, number(1, 1_000_000, int), "A zygote is replaced after so many slots.")
+    zygote_age: float = setting("1h", positive_duration, "A zygote older than this is replaced.")
 
 
 @dataclass(frozen=True)
 class ClaimSettings:
     """`[claims]`: what a claim may bring into its slot."""
 
-    archives: tuple[str, ...] = _setting([], _archives, "A slot with a network may fetch archives below these URLs.")
-    archive_max: int = _setting("128M", parse_size, "Bytes of an archive, packed and unpacked.")
-    archive_entries: int = _setting(10000, _number(1, 1000000, int), "Files and directories of an archive.")
-    timeout: float = _setting("20s", _positive_duration, "Content not in the slot by then: the claim has failed.")
+    archives: tuple[str, ...] = setting([], _archives, "A slot with a network may fetch archives below these URLs.")
+    archive_max: int = setting("128M", parse_size, "Bytes of an archive, packed and unpacked.")
+    archive_entries: int = setting(10000, number(1, 1000000, int), "Files and directories of an archive.")
+    timeout: float = setting("20s", positive_duration, "Content not in the slot by then: the claim has failed.")
 
 
 @dataclass(frozen=True)
 class CullSettings:
     """`[cull]`: when a slot that nobody uses is compressed, and when one that somebody claimed is ended."""
 
-    idle: float = _setting("1h", _positive_duration, "No kernel busy and nobody acting for this long.")
-    cpu: float = _setting(0.05, _number(0, 64, float), "Processors' worth of use below which a slot is idle.")
-    interval: float = _setting("30s", _positive_duration, "How often the rules are looked at.")
-    compress: float | None = _setting(
-        "10min", _word_or("never", _positive_duration),
+    idle: float = setting("1h", positive_duration, "No kernel busy and nobody acting for this long.")
+    cpu: float = setting(0.05, number(0, 64, float), "Processors' worth of use below which a slot is idle.")
+    interval: float = setting("30s", positive_duration, "How often the rules are looked at.")
+    compress: float | None = setting(
+        "10min", word_or("never", positive_duration),
         'At rest for this long, a slot\'s memory is compressed, where all swap of the host is zram; or "never".',
     )
 
@@ -346,21 +281,21 @@ class CullSettings:
 class NetworkSettings:
     """`[network]`: what slots may reach beyond themselves. The host and private networks are refused always."""
 
-    allow: tuple[str, ...] = _setting(
+    allow: tuple[str, ...] = setting(
         ["none"], _modes, 'Networks that a claim may ask for, the default first: "none", "internet".'
     )
-    only: tuple[str | Network, ...] = _setting(
+    only: tuple[str | Network, ...] = setting(
         [], _reach, "When not empty: names, with all below them, and ranges that alone are reached; no others resolve."
     )
-    also: tuple[Network, ...] = _setting([], _networks, "Private ranges that are reached although they are private.")
-    up: int = _setting("100Mbit", parse_rate, "What one slot may send, in bits a second.")
-    down: int = _setting("100Mbit", parse_rate, "What one slot may receive, in bits a second.")
-    connections: int = _setting(512, _number(1, 60000, int), "Connections of one slot at a time.")
-    connection_rate: int = _setting(50, _number(1, 10000, int), "New connections of one slot a second.")
-    range4: IPv4Network = _setting(  # noqa: RUF009  a field, whatever its type
+    also: tuple[Network, ...] = setting([], networks, "Private ranges that are reached although they are private.")
+    up: int = setting("100Mbit", parse_rate, "What one slot may send, in bits a second.")
+    down: int = setting("100Mbit", parse_rate, "What one slot may receive, in bits a second.")
+    connections: int = setting(512, number(1, 60000, int), "Connections of one slot at a time.")
+    connection_rate: int = setting(50, number(1, 10000, int), "New connections of one slot a second.")
+    range4: IPv4Network = setting(  # noqa: RUF009  a field, whatever its type
         "198.18.0.0/16", _range(IPv4Network, 8, 24), "Where slots have their addresses, behind NAT."
     )
-    range6: IPv6Network = _setting(  # noqa: RUF009  a field, whatever its type
+    range6: IPv6Network = setting(  # noqa: RUF009  a field, whatever its type
         "fd6e:6261:6765:6e74::/64", _range(IPv6Network, 32, 112),
         "Likewise; used where the host forwards IPv6 and has a route.",
     )
@@ -370,9 +305,9 @@ class NetworkSettings:
 class ImageSettings:
     """`[images.NAME]`: what differs for one image."""
 
-    warm: int | None = _setting("auto", _auto_or(_number(0, 10000, int)), "Warm slots; auto: as in [pool].")
-    network: str | None = _setting(
-        "auto", _auto_or(_mode), "The network of a claim that names none; auto: the first of network.allow."
+    warm: int | None = setting("auto", auto_or(number(0, 10000, int)), "Warm slots; auto: as in [pool].")
+    network: str | None = setting(
+        "auto", auto_or(_mode), "The network of a claim that names none; auto: the first of network.allow."
     )
 
 
@@ -389,7 +324,7 @@ class Config:
     claims: ClaimSettings = field(default_factory=ClaimSettings)
     cull: CullSettings = field(default_factory=CullSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
-    images: Mapping[str, ImageSettings] = field(default_factory=dict)
+    images: Mapping[str, ImageSettings] = tables(ImageSettings, IMAGE_NAME.pattern, IMAGE_NAME_EXPECTED, "image names")
 
     @property
     def label(self) -> str:
@@ -415,22 +350,12 @@ def settings_files(path: Path = DEFAULT_PATH) -> list[Path]:
 
 def load(path: Path = DEFAULT_PATH) -> Config:
     """Reads the configuration. Raises ConfigError naming file, key and what would be right."""
-    tables: dict[str, Any] = {}
-    origin: dict[tuple[str, ...], Path] = {}
-    for file in settings_files(path):
-        try:
-            document = tomllib.loads(file.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file}: not valid TOML: {error}", file=str(file)) from None
-        except OSError as error:
-            raise ConfigError(f"{file}: {os.strerror(error.errno or 0)}", file=str(file)) from None
-        _merge(tables, document, file, origin, ())
-    return parse(tables, origin)
+    return parse(*read_tables(settings_files(path)))
 
 
 def parse(tables: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path] | None = None) -> Config:
     """A Config of tables as TOML gives them. `origin` says which file each key came from."""
-    reader = _Reader(origin or {})
+    reader = Reader(origin or {})
     config = reader.section(Config, tables, ())
     if config.slots.memory > config.slots.memory_max:
         raise reader.error(("slots", "memory"), f"at most slots.memory_max, {config.slots.memory_max}")
@@ -445,7 +370,7 @@ def parse(tables: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path] | No
     return config
 
 
-def _check_origins(router: RouterSettings, reader: _Reader) -> None:
+def _check_origins(router: RouterSettings, reader: Reader) -> None:
     if router.url_mode == "path":
         if router.domain is not None:
             raise reader.error(("router", "domain"), '"none", unless router.url_mode is "subdomain"')
@@ -457,72 +382,3 @@ def _check_origins(router: RouterSettings, reader: _Reader) -> None:
         raise reader.error(
             ("router", "public_url"), f'"auto" or router.domain with a scheme, as in "https://{router.domain}"'
         )
-
-
-def _merge(
-    into: dict[str, Any],
-    document: Mapping[str, Any],
-    file: Path,
-    origin: dict[tuple[str, ...], Path],
-    prefix: tuple[str, ...],
-) -> None:
-    for key, value in document.items():
-        origin[*prefix, key] = file
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value, file, origin, (*prefix, key))
-        elif isinstance(value, dict):
-            into[key] = {}
-            _merge(into[key], value, file, origin, (*prefix, key))
-        else:
-            into[key] = value
-
-
-@dataclass(frozen=True)
-class _Reader:
-    origin: Mapping[tuple[str, ...], Path]
-
-    def error(self, key: tuple[str, ...], expected: str) -> ConfigError:
-        file, name = self.origin.get(key), ".".join(key)
-        where = f"{file}: " if file else ""
-        return ConfigError(
-            f"{where}{name}: expected {expected}", file=str(file or ""), key=name, expected=expected
-        )
-
-    def section(self, kind: type[T], table: Any, prefix: tuple[str, ...]) -> T:
-        if not isinstance(table, Mapping):
-            raise self.error(prefix, "a table")
-        fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        values: dict[str, Any] = {}
-        for name, value in table.items():
-            key = (*prefix, name)
-            if name not in fields:
-                raise self.unknown(key, list(fields))
-            values[name] = self.value(fields[name], value, key)
-        return kind(**values)
-
-    def value(self, setting: dataclasses.Field[Any], value: Any, key: tuple[str, ...]) -> Any:
-        if parse_value := setting.metadata.get("parse"):
-            try:
-                return parse_value(value)
-            except ValueError as error:
-                raise self.error(key, str(error)) from None
-        if setting.name == "images":
-            if not isinstance(value, Mapping):
-                raise self.error(key, "a table of image names")
-            for name in value:
-                if not IMAGE_NAME.fullmatch(name):
-                    raise self.error((*key, name), IMAGE_NAME_EXPECTED)
-            return {name: self.section(ImageSettings, item, (*key, name)) for name, item in value.items()}
-        return self.section(typing.get_type_hints(Config)[setting.name], value, key)
-
-    def unknown(self, key: tuple[str, ...], known: list[str]) -> ConfigError:
-        near = difflib.get_close_matches(key[-1], known, 1, 0.5)
-        expected = f'"{near[0]}"?' if near else "one of " + ", ".join(sorted(known))
-        file, name = self.origin.get(key), ".".join(key)
-        where = f"{file}: " if file else ""
-        return ConfigError(
-            f"{where}unknown setting {name}; did you mean {expected}" if near
-            else f"{where}unknown setting {name}; known here: {', '.join(sorted(known))}",
-            file=str(file or ""), key=name, expected=expected,
-        )
-

@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from nbagent.config import ApiSettings, Config, DoorSettings, Network, RouterSettings
+from nbagent.config import ApiSettings, Config, DoorSettings, RouterSettings
+from nbagent.settings import Network
 
 # A slot's own login, as nbagent.zygote.notebook names it; \\1 is the slot.
 LOGIN_COOKIES = (r"__Host-nbagent-\1", r"nbagent-\1")

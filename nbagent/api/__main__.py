@@ -14,8 +14,14 @@ from nbagent.errors import ConfigError
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+_ADDRESS = "127.0.0.1:9000"
 # units/nbagent-door.socket.
 _DOOR = Path("/run/nbagent/door.sock")
+
+
+def claim_deadline_s(settings: config.Config) -> float:
+    """How long the API waits for the supervisor's answer to a claim: longer than the claim waits."""
+    return settings.pool.claim_timeout + settings.claims.timeout + 5
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,20 +46,24 @@ def main(argv: list[str] | None = None) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     # Only now: a refused configuration is told in a tenth of the time.
-    from nbagent.api import app, server
+    from nbagent import serving
+    from nbagent.api import app
     from nbagent.api.house import HostHouse
     from nbagent.door.app import create_app as create_door
     from nbagent.tokens import TokenFile
 
+    def shape(settings: config.Config) -> serving.Shape:
+        return serving.Shape(settings.api.workers, settings.api.threads, claim_deadline_s(settings) + 5)
+
     def make_app(settings: config.Config) -> WSGIApplication:
-        client = control.ControlClient(arguments.control, server.claim_deadline_s(settings))
+        client = control.ControlClient(arguments.control, claim_deadline_s(settings))
         probe = control.ControlClient(arguments.control, app.PROBE_TIMEOUT_S)
         door = create_door(settings.door, HostHouse(settings, client, probe), TokenFile(arguments.door_token).matches)
-        return server.by_listener(app.create_app(settings, client, arguments.token), {str(arguments.door): door})
+        return serving.by_listener(app.create_app(settings, client, arguments.token), {str(arguments.door): door})
 
-    server.configure_logging()
-    address = arguments.bind or server.DEFAULT_ADDRESS
-    server.Server(lambda: config.load(arguments.config), make_app, address).run()
+    serving.configure_logging()
+    address = arguments.bind or _ADDRESS
+    serving.Server("nbagent-api", lambda: config.load(arguments.config), shape, make_app, address).run()
 
 
 if __name__ == "__main__":

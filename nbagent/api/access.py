@@ -23,8 +23,9 @@ from pathlib import Path
 from werkzeug.wrappers import Request
 
 from nbagent.api.hosts import host_of, is_address, machine_names, origin_of, plain_address
-from nbagent.config import Config, Network
+from nbagent.config import Config
 from nbagent.errors import Forbidden, Unauthenticated
+from nbagent.settings import Network
 from nbagent.tokens import TokenFile, bearer_token
 
 TOKEN_PATH = Path("/etc/nbagent/token")

@@ -1,8 +1,8 @@
-"""gunicorn as this API needs it: embedded, threaded, on systemd's socket or on localhost.
+"""gunicorn as our services need it: embedded, threaded, on systemd's socket or an address.
 
 What differs from gunicorn's own ways, and why:
 - A connection that says nothing holds one of the few threads. It may for READ_TIMEOUT_S, so
-  idle connections neither block the API nor delay its restart.
+  idle connections neither block a service nor delay its restart.
 - An answer that is sent before the body was read (413, 401, 403) would be lost: closing a socket
   with unread data resets it. So the rest is read and thrown away, within bounds.
 - A header with an underscore looks like another one to WSGI, and gunicorn 20 takes SCRIPT_NAME
@@ -21,19 +21,18 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
 from gunicorn.workers.gthread import ThreadWorker
 
-from nbagent.config import Config
 from nbagent.errors import ConfigError
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-DEFAULT_ADDRESS = "127.0.0.1:9000"
 READ_TIMEOUT_S = 10.0
 KEEPALIVE_S = 30
 LAST_READ_S = 0.3
@@ -42,6 +41,7 @@ LINGER_MAX_BYTES = 32 << 20
 # A deep link of 2,000 characters may be three times as long when percent-encoded.
 REQUEST_LINE_MAX_BYTES = 8190
 _LOG = logging.getLogger(__name__)
+C = TypeVar("C")
 
 
 def by_listener(app: WSGIApplication, others: Mapping[str, WSGIApplication]) -> WSGIApplication:
@@ -57,29 +57,38 @@ def by_listener(app: WSGIApplication, others: Mapping[str, WSGIApplication]) -> 
     return serve
 
 
-def claim_deadline_s(config: Config) -> float:
-    """How long the API waits for the supervisor's answer to a claim: longer than the claim waits."""
-    return config.pool.claim_timeout + config.claims.timeout + 5
+@dataclass(frozen=True)
+class Shape:
+    """How a service is served: processes, threads of each, and how long a call under way may take to its end."""
+
+    workers: int
+    threads: int
+    graceful_s: float
 
 
-class Server(BaseApplication):  # type: ignore[misc]
-    """The API under gunicorn's arbiter.
+class Server(BaseApplication, Generic[C]):  # type: ignore[misc]
+    """A service under gunicorn's arbiter.
 
     `make_app` runs in the arbiter, before the workers are forked, so that they share its memory;
-    and again at each reload. `read_config` raises ConfigError.
+    and again at each reload. `read_config` raises ConfigError. `address` is where to listen without
+    socket activation.
     """
 
     def __init__(
         self,
-        read_config: Callable[[], Config],
-        make_app: Callable[[Config], WSGIApplication],
-        address: str = DEFAULT_ADDRESS,
+        name: str,
+        read_config: Callable[[], C],
+        shape: Callable[[C], Shape],
+        make_app: Callable[[C], WSGIApplication],
+        address: str,
     ) -> None:
+        self.name = name
         self.read_config = read_config
         self.config = read_config()
+        self.shape = shape
         self.make_app = make_app
         self.address = address
-        super().__init__(prog="nbagent-api")
+        super().__init__(prog=name)
 
     def reload(self) -> None:
         """Called by gunicorn at SIGHUP. A configuration that is refused changes nothing."""
@@ -93,21 +102,22 @@ class Server(BaseApplication):  # type: ignore[misc]
 
     def load_config(self) -> None:
         """Sets what differs from gunicorn's defaults; LISTEN_FDS wins over the address."""
+        shape = self.shape(self.config)
         settings: dict[str, Any] = {
             "bind": self.address,
-            "workers": self.config.api.workers,
-            "threads": self.config.api.threads,
+            "workers": shape.workers,
+            "threads": shape.threads,
             "worker_class": f"{__name__}.{Worker.__name__}",
             "preload_app": True,
-            "graceful_timeout": int(claim_deadline_s(self.config)) + 5,
+            "graceful_timeout": int(shape.graceful_s),
             "keepalive": KEEPALIVE_S,
             "limit_request_line": REQUEST_LINE_MAX_BYTES,
             "accesslog": None,
             "errorlog": "-",
             "loglevel": "warning",
             "logger_class": JournalLogger,
-            "proc_name": "nbagent-api",
-            # Nobody's X-Forwarded-Proto decides what this API believes.
+            "proc_name": self.name,
+            # Nobody's X-Forwarded-Proto decides what a service of ours believes.
             "forwarded_allow_ips": "",
             "post_fork": heed_sigterm,
             "pre_request": drop_ambiguous_headers,
