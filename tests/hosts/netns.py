@@ -33,14 +33,14 @@ def create(host: str) -> None:
         if not DIRECTORY.exists():
             # iproute2 makes it a mount point when it is first used, and never takes that back; so we have to.
             (state.directory() / "netns-is-ours").touch()
-        _ip("netns", "add", name_of(host))
-        _ip("-n", name_of(host), "link", "set", "lo", "up")
+        ip("netns", "add", name_of(host))
+        ip("-n", name_of(host), "link", "set", "lo", "up")
 
 
 def remove(host: str) -> None:
     with state.locked(state.directory() / "locks" / ".netns"):
         if path_of(host).exists():
-            _ip("netns", "del", name_of(host))
+            ip("netns", "del", name_of(host))
         ours = state.directory() / "netns-is-ours"
         if ours.exists() and not (DIRECTORY.exists() and any(DIRECTORY.iterdir())):
             subprocess.run(["umount", DIRECTORY], check=False, capture_output=True)
@@ -61,9 +61,12 @@ def enter(path: str | Path) -> None:
         os.close(fd)
 
 
-def connect(host: str, port: int, timeout_s: float) -> socket.socket:
-    """A TCP connection made inside the namespace. A socket belongs to the namespace it was made in, whoever
-    uses it.
+def connect(
+    host: str, port: int, timeout_s: float, address: str = "127.0.0.1", source: str = ""
+) -> socket.socket:
+    """A TCP connection made inside the namespace, from the address `source` if one is given.
+
+    A socket belongs to the namespace it was made in, whoever uses it.
 
     The thread that enters ends right after, so no other code can run in the wrong namespace.
     """
@@ -72,7 +75,8 @@ def connect(host: str, port: int, timeout_s: float) -> socket.socket:
     def make() -> None:
         try:
             enter(path_of(host))
-            result.append(socket.create_connection(("127.0.0.1", port), timeout=timeout_s))
+            bound = (source, 0) if source else None
+            result.append(socket.create_connection((address, port), timeout=timeout_s, source_address=bound))
         except BaseException as error:
             result.append(error)
 
@@ -85,7 +89,9 @@ def connect(host: str, port: int, timeout_s: float) -> socket.socket:
     return result[0]
 
 
-def _ip(*arguments: str) -> None:
+def ip(*arguments: str) -> str:
+    """What iproute2 says."""
     done = subprocess.run(["ip", *arguments], check=False, capture_output=True, text=True)
     if done.returncode:
         raise HostError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
+    return done.stdout
