@@ -5,12 +5,15 @@ export NBAGENT_CACHE ?= /var/cache/nbagent-build
 DIST := $(NBAGENT_CACHE)/dist
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up down test unit host check bench bench-density bench-compressed bench-tools image debs tools clean
+.PHONY: up up-fleet down test unit host check bench bench-density bench-compressed bench-tools image debs tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
 
-down:                ## removes what `make up` made
+up-fleet: tools      ## three hosts and a gateway, on 127.0.0.1:8080
+	@tests/up --fleet
+
+down:                ## removes what these two made
 	@tests/up --down
 
 test: tools check    ## everything passes

@@ -22,6 +22,7 @@ setup(
     install_requires=["click", "rich"],
     extras_require={
         "agent": ["flask", "gunicorn", "prometheus-client", "psutil", "pyroute2", "pystemd", "systemd-python"],
+        "gateway": ["flask", "gunicorn"],
     },
     packages=find_packages(include=["nbagent", "nbagent.*"]),
     package_data={"nbagent": ["py.typed", "**/*.json", "**/*.html"]},

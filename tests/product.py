@@ -6,6 +6,7 @@ Shared by `make up`, the host tests and the benchmarks, so all three try the sam
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import http.client
 import json
 import os
@@ -24,6 +25,8 @@ TOP = Path(__file__).resolve().parent.parent
 DIST = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / "dist"
 # What is installed on a compute server.
 HOST = ("python3-nbagent", "nbagent", "nbagent-image-minimal")
+# What is installed on the gateway of a fleet.
+GATEWAY = ("python3-nbagent", "nbagent-gateway")
 API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
 # On a virtual machine without hardware help everything takes its time.
 WARM_TIMEOUT_S = {"nspawn": 60, "vm": 300}
@@ -80,12 +83,27 @@ def install(host: Host, packages: list[Path], settings: str = "") -> None:
     if settings:
         host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
         host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=settings)
+    add(host, packages)
+    wait_warm(host)
+
+
+def add(host: Host, packages: list[Path]) -> None:
+    """Installs the packages by apt."""
     for package in packages:
         host.copy_in(str(package), "/root/")
     names = [f"/root/{package.name}" for package in packages]
     # A package that was built anew has the version that it had before; apt takes it for installed.
     host.run(["apt-get", "-q", "install", "-y", "--reinstall", *names], timeout=900)
-    wait_warm(host)
+
+
+def add_changed(host: Host, packages: list[Path]) -> bool:
+    """Installs the packages where the host does not have these very ones."""
+    wanted = "\n".join(f"{hashlib.sha256(package.read_bytes()).hexdigest()}  {package.name}" for package in packages)
+    if host.run(["cat", "/root/installed"], check=False).stdout == wanted:
+        return False
+    add(host, packages)
+    host.run(["tee", "/root/installed"], input=wanted)
+    return True
 
 
 def wait_warm(host: Host, count: int = 1) -> dict[str, Any]:

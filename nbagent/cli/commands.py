@@ -22,6 +22,7 @@ import click
 
 from nbagent import __version__, config
 from nbagent.cli import tables
+from nbagent.cli.gateway import gateway
 from nbagent.cli.images import image
 from nbagent.cli.remote import DEFAULT_URL, TOKEN_PATH, Remote, read_token
 from nbagent.cli.slot import slot as slot_group
@@ -60,6 +61,7 @@ def nbagent() -> None:
     """Notebook slots on this host: claim, watch and end them."""
 
 
+nbagent.add_command(gateway)
 nbagent.add_command(image)
 nbagent.add_command(slot_group)
 

@@ -16,7 +16,7 @@ from nbagent import config, router
 
 TOP = Path(__file__).resolve().parents[2]
 UNITS = sorted((TOP / "units").iterdir())
-PAGES = sorted((TOP / "packaging/router/pages").iterdir())
+PAGES = sorted((TOP / "packaging").glob("*/pages/*"))
 SERVICES = [unit for unit in UNITS if unit.suffix == ".service"]
 # Those of which slots are made, and all others.
 EXPOSURE_MAX = {"nbagent.service": 5.0, "nbagent-zygote@.service": 3.5}
@@ -31,7 +31,7 @@ def staged(tmp_path: Path) -> Path:
     """The units with every program they start at a path that exists on this machine."""
     for unit in UNITS:
         text = unit.read_text().replace("/usr/lib/nbagent/router", str(TOP / "packaging/router/start"))
-        text = text.replace("/usr/sbin/dnsmasq", "/bin/true")
+        text = re.sub("/usr/sbin/(dnsmasq|haproxy)|/usr/bin/nbagent", "/bin/true", text)
         (tmp_path / unit.name).write_text(text)
     return tmp_path
 
@@ -79,14 +79,13 @@ def test_the_supervisor_may_not_mount_on_the_host() -> None:
     assert "CAP_SYS_ADMIN" not in " ".join(granted).split()
 
 
-def test_the_configuration_file_is_what_the_settings_say() -> None:
-    written = (TOP / "packaging/nbagent.toml").read_text()
-    assert written == _settings("toml"), "run packaging/settings toml > packaging/nbagent.toml"
-
-
-def test_the_manual_page_is_what_the_settings_say() -> None:
-    written = (TOP / "packaging/man/nbagent.toml.5").read_text()
-    assert written == _settings("man"), "run packaging/settings man > packaging/man/nbagent.toml.5"
+@pytest.mark.parametrize(("kind", "file"), [
+    ("toml", "nbagent.toml"), ("man", "man/nbagent.toml.5"),
+    ("gateway-toml", "gateway.toml"), ("gateway-man", "man/nbagent-gateway.toml.5"),
+])
+def test_what_is_written_about_the_settings_is_what_they_say(kind: str, file: str) -> None:
+    written = (TOP / "packaging" / file).read_text()
+    assert written == _settings(kind), f"run packaging/settings {kind} > packaging/{file}"
 
 
 def test_the_configuration_file_changes_no_default() -> None:

@@ -1,0 +1,144 @@
+"""`nbagent gateway`: the front door of a fleet, on the machine that it runs on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from nbagent.errors import NbagentError
+
+if TYPE_CHECKING:
+    from nbagent.gateway.changes import Fleet
+
+SETTINGS_PATH = Path("/etc/nbagent/gateway.toml")
+UNITS = ("nbagent-gateway.service", "nbagent-gateway-status.service")
+
+_FILE = click.option("--config", "file", type=click.Path(path_type=Path), default=SETTINGS_PATH, show_default=True,
+                     help="The configuration; beside it gateway.d.")
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+class NotReloaded(NbagentError):
+    """systemd did not reload the gateway."""
+
+    code = "not-reloaded"
+    title = "The gateway was not reloaded"
+
+
+@click.group()
+def gateway() -> None:
+    """Set up and change the front door of a fleet: HAProxy, and the hosts behind it."""
+
+
+@gateway.command()
+@_FILE
+def render(file: Path) -> None:
+    """Print the HAProxy configuration that the settings make."""
+    from nbagent.gateway import haproxy, settings
+
+    click.echo(haproxy.render(settings.load(file)), nl=False)
+
+
+@gateway.command()
+@_FILE
+def check(file: Path) -> None:
+    """Say whether the settings are right, and HAProxy takes what they make."""
+    from nbagent.gateway import files, settings
+
+    found = settings.load(file)
+    said = files.try_out(found)
+    if said:
+        click.echo(said, err=True)
+    hosts = f"hosts by {found.fleet.srv}" if found.fleet.srv else f"{len(found.hosts)} hosts"
+    read = ", ".join(map(str, settings.settings_files(file)))
+    click.echo(f"OK, {hosts}, read from {read}" if read else f"OK, {hosts}, no file: every setting has its default")
+
+
+@gateway.command()
+@_FILE
+def apply(file: Path) -> None:
+    """Put the settings into force, and close no connection by it."""
+    from nbagent.gateway import files, settings
+
+    files.try_out(settings.load(file))
+    done = subprocess.run(["systemctl", "reload-or-restart", *UNITS], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise NotReloaded(f"{done.stderr.strip()}")
+    click.echo("applied")
+
+
+@gateway.command()
+@_FILE
+def write(file: Path) -> None:
+    """Write what HAProxy reads below /run; nbagent-gateway.service does, when it starts and reloads."""
+    from nbagent.gateway import files, settings
+
+    click.echo(files.write(settings.load(file)))
+
+
+@gateway.command()
+@_FILE
+@_JSON
+def hosts(file: Path, as_json: bool) -> None:
+    """Show the hosts, and how they do."""
+    from nbagent.cli import tables
+    from nbagent.gateway import fleet
+
+    changing = _fleet(file)
+    house = fleet.FleetHouse(lambda: changing.runtime.servers(changing.backend))
+    figures = house.stats()
+    if as_json:
+        click.echo(json.dumps(figures, indent=2 if os.isatty(1) else None))
+        return
+    rows = []
+    for url, host in sorted(figures["hosts"].items()):
+        state = "down" if host.get("down") else "draining" if host.get("draining") else "up"
+        cells = (str(host.get(name, "-")) for name in ("available", "in_use", "warm", "starting"))
+        rows.append((url.removeprefix("http://"), state, *cells))
+    tables.show(("HOST", "STATE", "FREE", "IN USE", "WARM", "STARTING"), rows)
+
+
+@gateway.command("add-host")
+@click.argument("label")
+@click.argument("address")
+@click.option("--port", type=int, default=8000, show_default=True, help="The port of its router.")
+@click.option("--check-port", type=int, default=9001, show_default=True, help="The port that tells its capacity.")
+@_FILE
+def add_host(file: Path, label: str, address: str, port: int, check_port: int) -> None:
+    """Add the host LABEL at the IP address ADDRESS, at once and for good."""
+    from nbagent.gateway import settings
+
+    given = {"address": address, "port": port, "check_port": check_port}
+    host = settings.parse({"hosts": {label: given}}).hosts[label]
+    click.echo(_fleet(file).add(label, host))
+
+
+@gateway.command("drain-host")
+@click.argument("label")
+@click.option("--off", is_flag=True, help="Ask it for slots again.")
+@_FILE
+def drain_host(file: Path, label: str, off: bool) -> None:
+    """Ask the host LABEL for no more slots; its users stay."""
+    click.echo(_fleet(file).drain(label, not off))
+
+
+@gateway.command("remove-host")
+@click.argument("label")
+@click.option("--force", is_flag=True, help="Also when slots run on it; who uses one is cut off.")
+@_FILE
+def remove_host(file: Path, label: str, force: bool) -> None:
+    """Take the drained host LABEL out of the fleet."""
+    click.echo(_fleet(file).remove(label, force))
+
+
+def _fleet(file: Path) -> Fleet:
+    from nbagent.gateway import haproxy
+    from nbagent.gateway.changes import Fleet
+    from nbagent.gateway.runtime import Runtime
+
+    return Fleet(file, Runtime(haproxy.ADMIN_SOCKET))

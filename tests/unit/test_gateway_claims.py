@@ -1,0 +1,399 @@
+"""The real HAProxy with a rendered configuration, in front of stand-ins for hosts: where claims and users go."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import http.server
+import json
+import secrets
+import socket
+import socketserver
+import subprocess
+import threading
+import time
+import urllib.parse
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_gateway_settings import pages
+
+from nbagent.gateway import haproxy, settings
+
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+class StandIn:
+    """A host as the gateway sees one: a router, and the agent-check."""
+
+    def __init__(self, label: str, capacity: int) -> None:
+        self.label, self.capacity, self.used, self.asked = label, capacity, 0, 0
+        # Whether it goes away when it is asked, with what it has made.
+        self.dies = False
+        self.keys: dict[str, str] = {}
+        self.headers: list[dict[str, str]] = []
+        self.lock = threading.Lock()
+        self.router, self.check = _Http(("127.0.0.1", 0), _router(self)), _Tcp(("127.0.0.1", 0), _check(self))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"address": "127.0.0.1", "port": self.router.server_address[1],
+                "check_port": self.check.server_address[1]}
+
+    def claim(self, key: str) -> str | None:
+        """The slot, or None when the host is full."""
+        with self.lock:
+            self.asked += 1
+            if key not in self.keys:
+                if self.used >= self.capacity:
+                    return None
+                self.used += 1
+                self.keys[key] = f"{self.label}-{secrets.token_hex(6)}"
+            return self.keys[key]
+
+
+class _Http(http.server.ThreadingHTTPServer):
+    request_queue_size = 512
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """HAProxy closes what it wants no more of."""
+
+
+class _Unix(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    request_queue_size = 512
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """As above."""
+
+
+class _Tcp(socketserver.ThreadingTCPServer):
+    request_queue_size = 512
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """As above."""
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def address_string(self) -> str:
+        return ""
+
+    def do_GET(self) -> None:
+        raise NotImplementedError
+
+    def do_POST(self) -> None:
+        self.do_GET()
+
+    def answer(self, status: int, document: Any) -> None:
+        body = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def _router(host: StandIn) -> type[_Handler]:
+    class Router(_Handler):
+        def do_GET(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
+            path = urllib.parse.urlsplit(self.path).path
+            if path == "/healthz":
+                return self.answer(200, "ok")
+            host.headers.append(dict(self.headers))
+            if path.startswith(("/spawn", "/api/spawn")):
+                slot = host.claim(self.headers.get("Idempotency-Key") or urllib.parse.parse_qs(body)["key"][0])
+                if host.dies:
+                    self.close_connection = True
+                    return None
+                return self.answer(200, {"slot": slot}) if slot else self.answer(503, {"full": host.label})
+            return self.answer(200, {"host": host.label, "path": self.path})
+
+    return Router
+
+
+def _check(host: StandIn) -> type[socketserver.BaseRequestHandler]:
+    class Check(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            free = -(-100 * (host.capacity - host.used) // max(1, host.capacity))
+            self.request.sendall(f"ready {max(0, free)}%\n".encode())
+
+    return Check
+
+
+class Status(_Handler):
+    """The status service says who it is, with the statuses of the real one."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        kinds = {"/spawn": 503, "/api/spawn": 429, "/user/": 404}
+        status = next((status for path, status in kinds.items() if self.path.startswith(path)), 200)
+        self.answer(status, {"status service": self.path})
+
+
+class Gateway:
+    """HAProxy with the configuration for some hosts; `ready` is what it answers when it runs."""
+
+    def __init__(self, directory: Path, hosts: list[StandIn], ready: int = 200, **tables: Any) -> None:
+        directory.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        tables["listen"] = {"http": [f"127.0.0.1:{self.port}"], "metrics": "none", "connections": 500,
+                            **tables.get("listen", {})}
+        tables["door"] = {"rate": 100000, **tables.get("door", {})}
+        tables["hosts"] = {host.label: host.settings for host in hosts}
+        text = haproxy.render(settings.parse(tables)).replace(haproxy.STATUS_SOCKET, f"{directory}/status.sock")
+        text = text.replace(haproxy.RUN, str(directory)).replace(haproxy.PAGES, str(pages(directory)))
+        (directory / "haproxy.cfg").write_text(text)
+        self.status = _Unix(f"{directory}/status.sock", Status)
+        threading.Thread(target=self.status.serve_forever, args=[0.05], daemon=True).start()
+        self.log = directory / "log"
+        with self.log.open("wb") as log:
+            command = ["/usr/sbin/haproxy", "-db", "-f", str(directory / "haproxy.cfg")]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+        self.wait(lambda: self.call("GET", "/")[0] == ready)
+
+    def wait(self, what: Any) -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if what():
+                    return
+            time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
+
+    def call(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, Any]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            text = answer.read()
+        return answer.status, json.loads(text) if text[:1] in (b"{", b'"') else text.decode()
+
+    def claim(self, key: str = "") -> str:
+        status, answer = self.call("POST", "/api/spawn", headers={"Idempotency-Key": key} if key else {})
+        assert status == 200, (status, answer)
+        return str(answer["slot"])
+
+    def click(self, key: str) -> str:
+        status, answer = self.call("POST", "/spawn/lab", f"key={key}".encode(), FORM)
+        assert status == 200, (status, answer)
+        return str(answer["slot"])
+
+    def claims(self, count: int) -> list[int]:
+        """The statuses of so many claims, sixteen at a time."""
+        with ThreadPoolExecutor(16) as threads:
+            return list(threads.map(lambda _: self.call("POST", "/api/spawn")[0], range(count)))
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(10)
+        self.status.shutdown()
+        self.status.server_close()
+
+
+@pytest.fixture
+def hosts() -> Iterator[list[StandIn]]:
+    made = [StandIn("a", 100), StandIn("b", 100), StandIn("c", 300)]
+    for host in made:
+        for server in (host.router, host.check):
+            threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+    yield made
+    for host in made:
+        for server in (host.router, host.check):
+            server.shutdown()
+            server.server_close()
+
+
+@pytest.fixture
+def gateway(hosts: list[StandIn], tmp_path: Path) -> Iterator[Gateway]:
+    made = Gateway(tmp_path / "one", hosts)
+    yield made
+    made.close()
+
+
+def by_host(hosts: list[StandIn]) -> Counter[str]:
+    return Counter({host.label: len(host.keys) for host in hosts})
+
+
+def test_a_full_host_costs_no_claim(gateway: Gateway, hosts: list[StandIn]) -> None:
+    # HAProxy does not know yet: its answers are all that it has to go by.
+    hosts[0].used = hosts[0].capacity
+    assert Counter(gateway.claims(200)) == {200: 200}
+    assert hosts[0].asked > 0 and not hosts[0].keys
+
+
+def test_a_host_that_dies_under_a_claim_costs_none(gateway: Gateway, hosts: list[StandIn]) -> None:
+    hosts[0].dies = True
+    assert Counter(gateway.claims(100)) == {200: 100}
+    assert hosts[0].asked > 0
+
+
+def test_when_every_host_is_full_the_status_service_says_so(gateway: Gateway, hosts: list[StandIn]) -> None:
+    for host in hosts:
+        host.used = host.capacity
+    # First by the hosts' refusals, then with nobody left to ask, and between the two.
+    statuses = gateway.claims(60)
+    time.sleep(2)
+    assert Counter(statuses + gateway.claims(20)) == {429: 80}
+    path = "/spawn/lab/tree/x.ipynb?a=b"
+    assert gateway.call("GET", path) == (503, {"status service": path})
+    assert gateway.call("POST", "/spawn", b"key=anything", FORM)[0] == 503
+
+
+def test_the_same_key_is_the_same_slot_by_every_gateway(
+    gateway: Gateway, hosts: list[StandIn], tmp_path: Path
+) -> None:
+    other = Gateway(tmp_path / "other", hosts[::-1])
+    try:
+        slots = {key: gateway.claim(key) for key in map(str, range(20))}
+        assert {key: other.claim(key) for key in slots} == slots
+        assert {key: gateway.claim(key) for key in slots} == slots
+    finally:
+        other.close()
+    assert sum(by_host(hosts).values()) == len(slots)
+    assert len({slot[0] for slot in slots.values()}) > 1, "all keys on one host"
+
+
+def test_a_key_is_remembered_when_the_host_it_should_have_had_gets_room(
+    gateway: Gateway, hosts: list[StandIn]
+) -> None:
+    for host in hosts[:2]:
+        host.used = host.capacity
+    slots = {key: gateway.claim(key) for key in map(str, range(10))}
+    for host in hosts[:2]:
+        host.used = 0
+    time.sleep(1.5)
+    assert {key: gateway.claim(key) for key in slots} == slots
+    assert by_host(hosts) == {"a": 0, "b": 0, "c": 10}
+
+
+def test_a_button_that_is_pressed_twice_is_one_claim(gateway: Gateway, hosts: list[StandIn]) -> None:
+    for key in map(str, range(10)):
+        with ThreadPoolExecutor(2) as threads:
+            assert len(set(threads.map(gateway.click, [key, key]))) == 1
+    assert sum(by_host(hosts).values()) == 10
+
+
+def test_every_claim_has_a_key_so_that_it_can_be_tried_again(gateway: Gateway, hosts: list[StandIn]) -> None:
+    gateway.claims(5)
+    assert gateway.call("GET", "/spawn")[0] == 200
+    keys = [headers["idempotency-key"] for host in hosts for headers in host.headers]
+    assert len(set(keys)) == 6 and all(key.startswith(haproxy.OWN_KEY) for key in keys)
+
+
+def test_claims_follow_the_free_capacity(gateway: Gateway, hosts: list[StandIn]) -> None:
+    hosts[0].used, hosts[1].used = 90, 50
+    time.sleep(1.5)
+    assert Counter(gateway.claims(60)) == {200: 60}
+    taken = by_host(hosts)
+    assert taken["a"] < taken["b"] < taken["c"]
+
+
+@pytest.mark.parametrize(("method", "path", "headers"), [
+    ("HEAD", "/spawn", {}),
+    ("GET", "/api/spawn", {}),
+    ("OPTIONS", "/api/spawn", {}),
+    ("GET", "/spawn/user/a-0123456789ab/lab", {}),
+    ("GET", "/spawn", {"Sec-Purpose": "prefetch;prerender"}),
+    ("GET", "/api/stats", {}),
+])
+def test_what_takes_no_slot_asks_no_host(
+    gateway: Gateway, hosts: list[StandIn], method: str, path: str, headers: dict[str, str]
+) -> None:
+    gateway.call(method, path, headers=headers)
+    assert [host.asked for host in hosts] == [0, 0, 0]
+
+
+def test_a_claim_that_could_not_be_sent_twice_is_refused(gateway: Gateway, hosts: list[StandIn]) -> None:
+    for size in (haproxy.CLAIM_MAX_BYTES + 1, 100_000):
+        assert gateway.call("POST", "/api/spawn", b"x" * size)[0] == 413
+    assert gateway.call("POST", "/api/spawn", b"x" * haproxy.CLAIM_MAX_BYTES)[0] == 200
+
+
+def test_the_name_of_a_slot_leads_to_its_host_and_to_no_other(gateway: Gateway, hosts: list[StandIn]) -> None:
+    for host in hosts:
+        for _ in range(4):
+            path = f"/user/{host.label}-0123456789ab/lab?token=x"
+            assert gateway.call("GET", path) == (200, {"host": host.label, "path": path})
+    for path in ("/user/zz-0123456789ab/lab", "/user/_status-1/", "/user/a/", "/user/"):
+        assert gateway.call("GET", path) == (404, {"status service": path})
+
+
+def test_full_hosts_serve_their_users(gateway: Gateway, hosts: list[StandIn]) -> None:
+    for host in hosts:
+        host.used = host.capacity
+    time.sleep(1.5)
+    assert gateway.call("GET", "/user/a-0123456789ab/lab")[1]["host"] == "a"
+
+
+def test_users_of_a_dead_host_are_told_at_once(gateway: Gateway, hosts: list[StandIn]) -> None:
+    hosts[0].router.shutdown()
+    hosts[0].router.server_close()
+    path = "/user/a-0123456789ab/lab"
+    began = time.monotonic()
+    assert gateway.call("GET", path) == (404, {"status service": path})
+    assert time.monotonic() - began < 0.5
+    assert Counter(gateway.claims(50)) == {200: 50}
+
+
+def test_nobody_speaks_for_another_address_but_trusted_proxies(hosts: list[StandIn], tmp_path: Path) -> None:
+    lie = {"X-Forwarded-For": "203.0.113.9, 198.51.100.7", "X-Forwarded-Proto": "https", "X-Real-IP": "203.0.113.9",
+           "X-Nbagent-Gateway": "1", "Forwarded": "for=203.0.113.9"}
+    seen = []
+    for trusted in ([], ["127.0.0.0/8"]):
+        gateway = Gateway(tmp_path / f"trusts-{len(trusted)}", hosts, listen={"trusted_proxies": trusted})
+        gateway.call("GET", "/user/a-0123456789ab/", headers=lie)
+        gateway.close()
+        seen.append({name.lower(): value for name, value in hosts[0].headers[-1].items()})
+    for headers in seen:
+        assert not {"x-real-ip", "x-nbagent-gateway", "forwarded"} & set(headers)
+    assert [headers["x-forwarded-for"] for headers in seen] == ["127.0.0.1", "198.51.100.7"]
+    assert [headers["x-forwarded-proto"] for headers in seen] == ["http", "https"]
+
+
+def test_one_address_takes_so_many_slots_a_minute(hosts: list[StandIn], tmp_path: Path) -> None:
+    gateway = Gateway(tmp_path / "limited", hosts, door={"rate": 5})
+    try:
+        assert Counter(gateway.claims(9)) == {200: 5, 429: 4}
+        status, problem = gateway.call("POST", "/api/spawn")
+        assert (status, problem["type"]) == (429, "urn:nbagent:problem:rate-limited")
+        assert "<h1>" in gateway.call("GET", "/spawn", headers={"Accept": "text/html"})[1]
+        assert gateway.call("GET", "/user/a-0123456789ab/lab")[0] == 200
+    finally:
+        gateway.close()
+
+
+def test_banned_addresses_are_told_so(hosts: list[StandIn], tmp_path: Path) -> None:
+    many = [f"203.0.113.{number}/32" for number in range(120)]
+    gateway = Gateway(tmp_path / "banning", hosts, ready=403, door={"banned": [*many, "127.0.0.0/8"]})
+    try:
+        status, page = gateway.call("GET", "/user/a-0123456789ab/lab", headers={"Accept": "text/html"})
+        assert status == 403 and "<h1>" in page
+        status, problem = gateway.call("POST", "/api/spawn")
+        assert (status, problem["status"]) == (403, 403)
+    finally:
+        gateway.close()
+    assert not any(host.headers for host in hosts)
+
+
+def test_the_log_has_the_client_and_no_token(gateway: Gateway, hosts: list[StandIn]) -> None:
+    gateway.call("GET", "/spawn/lab?token=geheim")
+    hosts[0].router.shutdown()
+    hosts[0].router.server_close()
+    gateway.call("GET", "/user/a-0123456789ab/lab?token=geheim", headers={"Authorization": "token geheim"})
+    log = gateway.log.read_text()
+    assert "claim client=127.0.0.1 method=GET path=/spawn/lab " in log and "geheim" not in log

@@ -1,0 +1,147 @@
+"""The fleet's figures, what HAProxy says of its servers, and hosts that come and go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from werkzeug.test import Client
+
+from nbagent.config import DoorSettings
+from nbagent.door.app import create_app
+from nbagent.errors import ConfigError, Full
+from nbagent.gateway.__main__ import silent_hosts
+from nbagent.gateway.changes import Fleet, NotChanged
+from nbagent.gateway.fleet import FleetHouse, total
+from nbagent.gateway.runtime import GatewayDown, Runtime, Server, parse_servers
+from nbagent.gateway.settings import HostSettings, load
+
+PAGES = Path(__file__).resolve().parents[2] / "packaging/gateway/pages"
+A = {
+    "label": "a", "available": 3, "capacity": 10, "in_use": 7, "warm": 2, "starting": 1, "claims": 100,
+    "draining": False, "ready": True, "next_end_s": 90, "uptime_s": 500, "idle_s": 3600.0, "life_s": 43200.0,
+    "memory_bytes": 1 << 30, "internet": True, "container_image": "minimal", "version": "0.2.0",
+    "claim_ms": {"p50": 3.0, "p99": 20.0},
+}
+B = {**A, "label": "b", "available": 0, "capacity": 30, "in_use": 30, "next_end_s": 30, "life_s": 7200.0,
+     "internet": False, "draining": True, "claim_ms": {"p50": 4.0, "p99": 9.0}}
+DOWN = {"available": 0, "capacity": 0, "down": True}
+STATE = """1
+# be_id be_name srv_id srv_name srv_addr srv_op_state srv_admin_state srv_fqdn srv_port srvrecord
+4 users 1 a 10.1.0.1 2 0 - 8000 -
+4 users 2 b 2001:db8::2 0 0 - 8001 -
+4 users 3 h1 10.1.0.3 2 0 c07.hosts.example.org 8000 _n._tcp.hosts.example.org
+4 users 4 h2 - 0 32 - 0 -
+4 users 5 _status - 2 0 - 0 -
+"""
+
+
+def house(hosts: dict[str, dict[str, Any] | None], down: tuple[str, ...] = ()) -> FleetHouse:
+    servers = [Server(label, "10.1.0.1", 8000, None, label in down) for label in hosts]
+    return FleetHouse(lambda: servers, lambda server: hosts[server.label])
+
+
+def test_servers_of_haproxy_are_hosts_by_their_labels() -> None:
+    assert [(server.label, server.address, server.port, server.is_down) for server in parse_servers(STATE)] == [
+        ("a", "10.1.0.1", 8000, False), ("b", "2001:db8::2", 8001, True), ("c07", "10.1.0.3", 8000, False)]
+
+
+def test_the_fleet_is_the_sum_of_its_hosts() -> None:
+    figures = total({"http://a": A, "http://b": B, "http://c": DOWN})
+    sums = {name: figures[name] for name in ("available", "capacity", "in_use", "warm", "starting", "claims")}
+    assert sums == {"available": 3, "capacity": 40, "in_use": 37, "warm": 4, "starting": 2, "claims": 200}
+    assert figures["hosts"] == {"http://a": A, "http://b": B, "http://c": DOWN}
+    assert (figures["next_end_s"], figures["life_s"], figures["internet"]) == (30, 7200.0, False)
+    assert (figures["draining"], figures["free_percent"], figures["container_image"]) == (False, 8, "minimal")
+    assert figures["claim_ms"] == {"p50": 4.0, "p99": 20.0}
+
+
+def test_a_fleet_without_hosts_has_figures() -> None:
+    figures = total({"http://a": DOWN})
+    assert (figures["available"], figures["capacity"], figures["next_end_s"]) == (0, 0, None)
+    assert figures["claim_ms"] == {"p50": None, "p99": None} and figures["draining"] is False
+
+
+def test_hosts_that_are_down_or_silent_are_told_and_not_counted() -> None:
+    figures = house({"a": A, "b": None, "c": A}, down=("c",)).stats()
+    assert figures["capacity"] == 10
+    assert figures["hosts"] == {"http://a": A, "http://b": DOWN, "http://c": DOWN}
+
+
+def test_a_claim_is_refused_with_what_is_in_use_and_when_to_come_back() -> None:
+    with pytest.raises(Full, match="37 of 40 slots of the fleet are in use") as caught:
+        house({"a": A, "b": B}).claim({}, None, "192.0.2.1")
+    assert caught.value.details["retry_after_s"] == 30
+
+
+@pytest.mark.parametrize("hosts", [{"a": A, "b": B}, {}, {"a": None}])
+def test_the_door_of_a_fleet_has_every_page(hosts: dict[str, dict[str, Any] | None]) -> None:
+    door = Client(create_app(DoorSettings(), house(hosts), lambda _: True))
+    for path in ("/", "/info", "/lab/tree/x.ipynb?a=b"):
+        assert door.get(path).status_code == 200, path
+    full = door.get("/spawn/lab/tree/x.ipynb", headers={"Accept": "text/html"})
+    assert full.status_code == 503 and int(full.headers["Retry-After"]) >= 2
+    assert ("37 of 40" in full.text) == ("b" in hosts)
+    assert door.post("/spawn", data={"key": "k"}).status_code == 503
+    refused = door.post("/api/spawn")
+    assert refused.status_code == 429 and refused.json == {"status": "full"}
+    assert door.get("/user/zz-0123456789ab/lab").status_code == 404
+    assert set(door.get("/api/stats").json["hosts"]) == {f"http://{label}" for label in hosts}
+
+
+def test_a_host_that_does_not_answer_is_not_said_to_have_ended() -> None:
+    fleet = house({"a": A})
+    door = Client(silent_hosts(create_app(DoorSettings(), fleet, lambda _: True), fleet.knows, PAGES))
+    lost = door.get("/user/a-0123456789ab/lab", headers={"Accept": "text/html"})
+    assert lost.status_code == 503 and "does not answer" in lost.text and lost.headers["Retry-After"] == "5"
+    problem = door.get("/user/a-0123456789ab/api/kernels")
+    assert problem.status_code == 503 and problem.content_type == "application/problem+json"
+    assert door.get("/user/b-0123456789ab/lab").status_code == 404
+    assert door.get("/user/a/lab").status_code == 404
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Fleet:
+    (tmp_path / "gateway.toml").write_text('[hosts.a]\naddress = "10.1.0.1"\n')
+    return Fleet(tmp_path / "gateway.toml", Runtime(tmp_path / "nobody.sock"))
+
+
+def test_hosts_come_and_go_in_files_while_no_gateway_runs(fleet: Fleet) -> None:
+    host = HostSettings(address="10.1.0.2", port=8001)
+    assert fleet.add("b", host) == "b is in the fleet when the gateway starts"
+    assert load(fleet.path).hosts["b"] == host
+    fleet.drain("b", True)
+    fleet.drain("a", True)
+    assert [host.drain for host in load(fleet.path).hosts.values()] == [True, True]
+    fleet.drain("a", False)
+    fleet.remove("b", force=True)
+    hosts = load(fleet.path).hosts
+    assert set(hosts) == {"a"} and not hosts["a"].drain
+
+
+def test_a_change_that_makes_no_sense_changes_nothing(fleet: Fleet) -> None:
+    before = fleet.path.read_text()
+    for change, message in (
+        (lambda: fleet.add("a", HostSettings(address="10.1.0.9")), "a is in the fleet already"),
+        (lambda: fleet.drain("z", True), "no host z; there are a"),
+        (lambda: fleet.remove("z", False), "no host z"),
+        (lambda: fleet.remove("a", True), "take it out of the file it is in"),
+    ):
+        with pytest.raises(NotChanged, match=message):
+            change()
+    fleet.add("b", HostSettings(address="10.1.0.2"))
+    with pytest.raises(NotChanged, match="drain it first, or use --force"):
+        fleet.remove("b", False)
+    assert fleet.path.read_text() == before and set(load(fleet.path).hosts) == {"a", "b"}
+
+
+def test_a_file_that_the_settings_refuse_is_taken_back(fleet: Fleet) -> None:
+    with pytest.raises(ConfigError):
+        fleet.add("UPPER", HostSettings(address="10.1.0.2"))
+    assert not fleet.file("UPPER").exists() and set(load(fleet.path).hosts) == {"a"}
+
+
+def test_a_gateway_that_is_down_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(GatewayDown, match=r"nobody\.sock: No such file.*is nbagent-gateway\.service active\?"):
+        Runtime(tmp_path / "nobody.sock").servers("users")

@@ -1,0 +1,158 @@
+"""A gateway's settings, and the HAProxy configuration that they make."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbagent.errors import ConfigError
+from nbagent.gateway import files, haproxy, settings
+
+TOP = Path(__file__).resolve().parents[2]
+HOSTS = {"a": {"address": "10.1.0.1"}, "b": {"address": "2001:db8::2", "port": 8001, "check_port": 9002}}
+DRAINED = {**HOSTS, "b": {**HOSTS["b"], "drain": True}}
+
+
+def rendered(**tables: Any) -> str:
+    return haproxy.render(settings.parse(tables))
+
+
+def block(text: str, head: str) -> str:
+    """One section of a configuration."""
+    return next(part for part in text.split("\n\n") if part.startswith(head))
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> str:
+    directory = tmp_path / "live"
+    directory.mkdir()
+    names = ["-keyout", str(directory / "privkey.pem"), "-out", str(directory / "fullchain.pem")]
+    openssl = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=x", *names]
+    subprocess.run(openssl, check=True, capture_output=True)
+    return str(directory)
+
+
+@pytest.mark.parametrize("tables", [
+    {},
+    {"hosts": HOSTS},
+    {"hosts": DRAINED, "fleet": {"domain": "nb.example.org"}, "log": {"requests": "all"}},
+    {"hosts": HOSTS, "listen": {"trusted_proxies": ["10.0.0.0/8"], "metrics": "none", "connections": 5000}},
+    {"hosts": HOSTS, "door": {"banned": [f"203.0.113.{n}/32" for n in range(200)] + ["2001:db8:7::/48"]}},
+    {"fleet": {"srv": "_nbagent._tcp.hosts.example.org", "srv_hosts": 300}},
+    {"fleet": {"srv": "_nbagent._tcp.hosts.example.org", "resolvers": ["10.0.0.53:53"]}},
+    {"hosts": HOSTS, "tls": {"certificates": ["live"], "acme": "127.0.0.1:8402"}},
+    {"hosts": HOSTS, "tls": {"certificates": ["live"], "hsts": "none"}, "listen": {"http": []}},
+], ids=str)
+def test_haproxy_understands_what_is_rendered_and_warns_of_nothing(
+    tables: dict[str, Any], certificate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "tls" in tables:
+        tables = {**tables, "tls": {**tables["tls"], "certificates": [certificate]}}
+    monkeypatch.setattr(haproxy, "PAGES", str(pages(tmp_path)))
+    assert files.try_out(settings.parse(tables)) == ""
+
+
+def pages(directory: Path) -> Path:
+    """The gateway's pages as its package has them."""
+    made = directory / "pages"
+    made.mkdir()
+    for line in (TOP / "packaging/debian/nbagent-gateway.install").read_text().splitlines():
+        pattern, where = line.split()
+        if where == "usr/share/nbagent/gateway":
+            for page in TOP.glob(pattern):
+                shutil.copy(page, made)
+    return made
+
+
+def test_what_haproxy_refuses_is_told_with_its_words(tmp_path: Path) -> None:
+    (tmp_path / "x.cfg").write_text("frontend f\n    bind nowhere\n")
+    with pytest.raises(ConfigError, match=r"HAProxy refuses the configuration: (.|\n)*'bind'"):
+        files.check(tmp_path / "x.cfg")
+
+
+def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tls\.certificates: .*/gone: No such file"):
+        files.read_certificate(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[listn]", 'unknown setting listn; did you mean "listen"'),
+    ('[hosts.a]\naddress = "10.1.0.1"\nweight = 3', "unknown setting hosts.a.weight; known here: address,"),
+    ('[hosts.a]\naddress = "a.example.org"', "hosts.a.address: expected an IP address"),
+    ("[hosts.a]\ndrain = true", "hosts.a: expected an `address`"),
+    ('[hosts.A-1]\naddress = "10.1.0.1"', "hosts.A-1: expected 1 to 16 characters"),
+    ('[hosts.a]\naddress = "10.1.0.1"\n[fleet]\nsrv = "_n._tcp.example.org"', "hosts: expected no hosts beside"),
+    ('[listen]\nhttp = ["80"]', "listen.http: expected a list of addresses with ports"),
+    ('[listen]\nhttp = ["10.0.0.300:80"]', "listen.http: expected a list of addresses with ports"),
+    ("[listen]\nhttp = []", "listen.http: expected an address, as there is no https"),
+    ('[tls]\ncertificates = ["live"]', "tls.certificates: expected a list of files or directories"),
+    ('[fleet]\nsrv = "example"', "fleet.srv: expected .none. or a name with SRV records"),
+])
+def test_a_wrong_setting_is_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        settings.parse(tomllib.loads(text))
+
+
+def test_hosts_may_be_in_a_file_each_and_a_later_one_may_drain_them(tmp_path: Path) -> None:
+    (tmp_path / "gateway.toml").write_text('[hosts.a]\naddress = "10.1.0.1"\n')
+    (tmp_path / "gateway.d").mkdir()
+    (tmp_path / "gateway.d/host-a.toml").write_text("[hosts.a]\ndrain = true\n")
+    (tmp_path / "gateway.d/host-b.toml").write_text('[hosts.b]\naddress = "10.1.0.2"\n')
+    hosts = settings.load(tmp_path / "gateway.toml").hosts
+    assert (hosts["a"].address, hosts["a"].drain, hosts["b"].drain) == ("10.1.0.1", True, False)
+
+
+def test_two_labels_with_one_place_on_the_ring_are_refused() -> None:
+    labels: dict[int, str] = {}
+    clash = None
+    for number in range(300_000):
+        # Names that differ in a few bits have different CRCs always.
+        label = hashlib.sha256(str(number).encode()).hexdigest()[:12]
+        if other := labels.get(settings.ring_number(label)):
+            clash = (other, label)
+            break
+        labels[settings.ring_number(label)] = label
+    assert clash, "no clash among so many labels"
+    with pytest.raises(ConfigError, match="another label, as it and"):
+        settings.parse({"hosts": {label: {"address": "10.1.0.1"} for label in clash}})
+
+
+def test_the_place_on_the_ring_is_the_label_s_alone() -> None:
+    one, two = rendered(hosts=HOSTS), rendered(hosts={"b": HOSTS["b"]})
+    place = re.search(r"server b .* id (\d+)", block(one, "listen keyed"))
+    assert place and f"id {place[1]}" in block(two, "listen keyed")
+
+
+def test_a_drained_host_has_users_and_is_asked_for_no_slot() -> None:
+    text = rendered(hosts=DRAINED)
+    assert "server b " in block(text, "backend users")
+    for stage in haproxy.STAGES:
+        assert "server a " in block(text, f"listen {stage}") and "server b " not in block(text, f"listen {stage}")
+
+
+def test_nobody_is_balanced_to_a_host_of_users() -> None:
+    servers = re.findall(r"server (\S+) .*?weight (\d+)", block(rendered(hosts=HOSTS), "backend users"))
+    assert servers == [("a", "0"), ("b", "0"), (haproxy.STATUS, "1"), (f"{haproxy.STATUS}_again", "1")]
+
+
+def test_no_log_has_a_query_or_a_header() -> None:
+    formats = re.findall(r'log-format "(.*)"', rendered(hosts=HOSTS))
+    assert len(formats) == 4
+    for written in formats:
+        assert not re.search(r"%(r|HU|HQ|HP|hr|hs)(?![A-Za-z])|%\[", written)
+
+
+def test_the_configuration_file_changes_no_default() -> None:
+    text = (TOP / "packaging/gateway.toml").read_text()
+    assert settings.parse(tomllib.loads(text)) == settings.GatewaySettings()
+    told = re.sub(r"^#(\[|\w+ = )", r"\1", text, flags=re.MULTILINE)
+    document = tomllib.loads(told)
+    assert settings.parse(document).hosts == {"c07": settings.HostSettings()}
+    assert settings.parse({**document, "hosts": {}}) == settings.GatewaySettings()
