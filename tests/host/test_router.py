@@ -127,7 +127,7 @@ def test_no_path_leads_to_what_is_beside_the_static_files(agent, path):
     assert claim["token"] not in answer.body.decode()
 
 
-@pytest.mark.parametrize("path", ["/claim", "/slots", "/stats", "/metrics", "/drain", "/images", "/openapi.json"])
+@pytest.mark.parametrize("path", ["/claim", "/slots", "/readyz", "/metrics", "/drain", "/images", "/openapi.json"])
 def test_the_control_api_is_not_on_the_users_port(agent, path):
     before = len(agent.slots("claimed"))
     for method in ("GET", "POST", "DELETE"):
