@@ -31,10 +31,10 @@ class Result:
 class Notebook:
     """One claimed slot, through the router; `token` and paths are the claim's."""
 
-    def __init__(self, host: Host, claim: dict[str, Any]) -> None:
+    def __init__(self, host: Host, claim: dict[str, Any], port: int = ROUTER_PORT) -> None:
         self.host, self.slot, self.token = host, claim["slot"], claim["token"]
         self.base = f"/user/{self.slot}/"
-        self.router = Api(host, ROUTER_PORT)
+        self.router = Api(host, port)
         self.headers = {"Authorization": f"token {self.token}"}
 
     def get(self, path: str) -> Any:

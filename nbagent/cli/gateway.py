@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from nbagent.gateway.changes import Fleet
 
 SETTINGS_PATH = Path("/etc/nbagent/gateway.toml")
+RELOAD_TIMEOUT_S = 10.0
 UNITS = ("nbagent-gateway.service", "nbagent-gateway-status.service")
 
 _FILE = click.option("--config", "file", type=click.Path(path_type=Path), default=SETTINGS_PATH, show_default=True,
@@ -66,9 +68,16 @@ def apply(file: Path) -> None:
     from nbagent.gateway import files, settings
 
     files.try_out(settings.load(file))
+    before = _worker()
     done = subprocess.run(["systemctl", "reload-or-restart", *UNITS], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise NotReloaded(f"{done.stderr.strip()}")
+        raise NotReloaded(done.stderr.strip())
+    # systemd has told HAProxy's master, which says nothing; a new worker is what shows that it was done.
+    deadline_s = time.monotonic() + RELOAD_TIMEOUT_S
+    while _worker() in (None, before):
+        if time.monotonic() > deadline_s:
+            raise NotReloaded("HAProxy stays with what it had; journalctl -u nbagent-gateway says why")
+        time.sleep(0.05)
     click.echo("applied")
 
 
@@ -134,6 +143,17 @@ def drain_host(file: Path, label: str, off: bool) -> None:
 def remove_host(file: Path, label: str, force: bool) -> None:
     """Take the drained host LABEL out of the fleet."""
     click.echo(_fleet(file).remove(label, force))
+
+
+def _worker() -> str | None:
+    """The HAProxy process at work, None when there is none."""
+    from nbagent.gateway import haproxy
+    from nbagent.gateway.runtime import GatewayDown, Runtime
+
+    try:
+        return Runtime(haproxy.ADMIN_SOCKET).worker()
+    except GatewayDown:
+        return None
 
 
 def _fleet(file: Path) -> Fleet:

@@ -133,6 +133,8 @@ class Fleet:
             self._call(f"enable health {backend}/{label}")
             if "agent-check" in arguments:
                 self._call(f"enable agent {backend}/{label}")
+                # The agent tells a weight and not "up", without which HAProxy takes a server that is added for down.
+                self._call(f"set server {backend}/{label} agent up")
             self._call(f"enable server {backend}/{label}")
 
     def _leave(self, label: str, backends: tuple[str, ...], force: bool = False) -> None:

@@ -92,7 +92,8 @@ def _head(settings: GatewaySettings) -> Iterator[str]:
 # Written by nbagent gateway, from /etc/nbagent/gateway.toml and gateway.d. Changes here are lost.
 
 global
-    log stdout format short local0 info warning
+    # Nothing above notice: a reload says "stopped" of all that the old process had as a warning.
+    log stdout format short local0 info notice
     stats socket {ADMIN_SOCKET} mode 600 level admin expose-fd listeners
     # Who is in its group may look, and change nothing.
     stats socket {LOOK_SOCKET} mode 660 level user

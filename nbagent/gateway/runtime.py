@@ -59,6 +59,11 @@ class Runtime:
             raise GatewayDown(f"{self.path}: {error.strerror or error}; is nbagent-gateway.service active?") from None
         return b"".join(parts).decode(errors="replace").strip()
 
+    def worker(self) -> str:
+        """Which process answers: another one after each reload."""
+        return next((line.partition(":")[2].strip() for line in self.call("show info").splitlines()
+                     if line.startswith("Pid:")), "")
+
     def servers(self, backend: str) -> list[Server]:
         """The hosts of a backend; ours that are no host begin with "_"."""
         return list(parse_servers(self.call(f"show servers state {backend}")))
