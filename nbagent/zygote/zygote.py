@@ -90,6 +90,8 @@ class Zygote:
         kernel.prepare(preload)
         notebook.rehearse(self.server)
         entropy.find()
+        # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
+        entropy.renew()
         gc.collect()
         self.places = Places(BASE_URL, TOKEN)
         self.fds = _open_fds()
