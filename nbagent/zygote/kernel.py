@@ -39,7 +39,7 @@ from jupyter_client.session import Session
 from tornado import ioloop
 from traitlets.config import Config, SingletonConfigurable
 
-from nbagent.zygote import entropy
+from nbagent.zygote import entropy, snapshot
 
 # What a kernel imports only when it is needed, and what the server does: tests/lazy-modules writes it.
 LIST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modules.json")
@@ -158,10 +158,7 @@ def _preload(names: Iterable[str]) -> None:
         importlib.import_module(name)
     # Who can be forked ends its threads by pthread_atfork(3) before a fork and starts them again on first use. This is
     # that fork: afterwards there is one thread, and the zygote copies no other.
-    pid = os.fork()
-    if pid == 0:
-        os._exit(0)
-    os.waitpid(pid, 0)
+    snapshot.fork_in_vain()
 
 
 @contextlib.contextmanager

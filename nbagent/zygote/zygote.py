@@ -33,6 +33,11 @@ from typing import Any, Dict, List, NoReturn, Tuple
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 gc.disable()
 
+from nbagent.zygote import snapshot
+
+# Before all that is to be in it.
+snapshot.begin()
+
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.sandbox import plan
@@ -96,6 +101,7 @@ class Zygote:
         self.places = Places(BASE_URL, TOKEN)
         self.fds = _open_fds()
         immortal.freeze()
+        snapshot.settle()
 
     def serve(self) -> None:
         """Forks on request, until the keeper is gone."""
