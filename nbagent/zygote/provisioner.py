@@ -49,7 +49,7 @@ class SeedProvisioner(LocalProvisioner):
                 if not _seed.alive:
                     _seed = None
                     raise ForkFailed("the seed has died")
-                self.process = process = _seed.fork(order)
+                self.process = process = await _seed.fork(order)
             except ForkFailed as failed:
                 self.log.warning("Kernel is started the ordinary way: %s", failed)
             else:

@@ -71,15 +71,8 @@ class ForkedProcess:
         """
         if self._bound:
             return
-        loop, heard = asyncio.get_running_loop(), asyncio.Event()
-        channel_fd = self._channel.fileno()
-        loop.add_reader(channel_fd, heard.set)
-        try:
-            await asyncio.wait_for(heard.wait(), BOUND_TIMEOUT_S)
-        except asyncio.TimeoutError:
-            return
-        finally:
-            loop.remove_reader(channel_fd)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await _heard(self._channel, BOUND_TIMEOUT_S)
         self.poll()
 
     def wait(self, timeout: Optional[float] = None) -> int:
@@ -137,27 +130,41 @@ class Seed:
         except ChildProcessError:
             return False
 
-    def fork(self, order: Mapping[str, Any]) -> ForkedProcess:
+    async def fork(self, order: Mapping[str, Any]) -> ForkedProcess:
         """Forks a kernel. Raises ForkFailed, after FORK_TIMEOUT_S at the latest."""
         channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        answer: Dict[str, Any] = {}
+        fds: List[int] = []
         try:
             with theirs:
                 socket.send_fds(self._orders, [json.dumps(order).encode()], [theirs.fileno()])
-            channel.settimeout(FORK_TIMEOUT_S)
-            answer: Dict[str, Any] = {}
-            fds: List[int] = []
             # On a busy machine the kernel says that it listens before the seed says which it is.
             while not {"pid", "failed"} & answer.keys():
+                await _heard(channel, FORK_TIMEOUT_S)
                 said, more, _flags, _address = socket.recv_fds(channel, ORDER_MAX_BYTES, 1)
                 answer.update(json.loads(said or '{"failed": "the seed has died"}'))
                 fds += more
-        except OSError as error:
+            if "failed" in answer:
+                raise ForkFailed(answer["failed"])
+        except (OSError, asyncio.TimeoutError) as error:
+            # It ends what it may have forked when it finds nobody at the channel.
             channel.close()
-            raise ForkFailed(f"no answer from the seed: {error}") from error
-        if "failed" in answer:
+            text = str(error) or f"within {FORK_TIMEOUT_S:g} s"
+            raise ForkFailed(f"no answer from the seed: {text}") from error
+        except BaseException:
             channel.close()
-            raise ForkFailed(answer["failed"])
+            raise
         return ForkedProcess(answer["pid"], fds[0], channel, "bound" in answer)
+
+
+async def _heard(channel: socket.socket, timeout_s: float) -> None:
+    """Returns when there is something to receive. Raises asyncio.TimeoutError."""
+    loop, heard = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(channel, heard.set)
+    try:
+        await asyncio.wait_for(heard.wait(), timeout_s)
+    finally:
+        loop.remove_reader(channel)
 
 
 class _Kernel:

@@ -232,6 +232,30 @@ def test_two_kernels_at_once(slot: Slot) -> None:
         assert one.finish(sent)["text"] == "'one'"
 
 
+def test_a_seed_that_stands_still_holds_up_no_server(slots: list[Slot], shared: Path) -> None:
+    slot = slots[1]
+    values: list[str] = []
+
+    def start() -> None:
+        with slot.kernel() as kernel:
+            values.append(kernel.value(FORKED))
+
+    with slot.kernel() as kernel:
+        assert kernel.value(FORKED) == "True"
+        assert kernel.run("import os, signal; os.kill(os.getppid(), signal.SIGSTOP)")["status"] == "ok"
+        starting = threading.Thread(target=start)
+        starting.start()
+        time.sleep(0.5)
+        began_s = time.monotonic()
+        slot.call("GET", "/modules")
+        assert time.monotonic() - began_s < 2 and starting.is_alive()
+        starting.join()
+        assert kernel.run("os.kill(os.getppid(), signal.SIGCONT)")["status"] == "ok"
+    # It has done without.
+    assert values == ["False"]
+    assert "no answer from the seed: within" in (shared / "log").read_text()
+
+
 def test_a_dead_seed_is_no_harm_and_takes_its_kernels_along(slots: list[Slot], shared: Path) -> None:
     slot = slots[1]
     with slot.kernel() as kernel:
