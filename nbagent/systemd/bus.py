@@ -25,6 +25,9 @@ INFINITY = 2**64 - 1
 # The signals that the supervisor handles; no other interrupts a call.
 HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
+# PID 1 takes milliseconds to put processes into a scope, or seconds when it is busy with a thousand others.
+PLACED_MAX_S = 5.0
+
 # What Debian 12's pystemd 0.11 does not know yet.
 KNOWN_UNIT_SIGNATURES.update(
     {
@@ -75,7 +78,7 @@ class Systemd:
     async def start_scope(
         self, name: str, pids: Sequence[int], description: str, limits: Limits, **settings: float
     ) -> None:
-        """Puts processes into a new scope below the slots' slice, and waits until they are there.
+        """Puts processes into a new scope below the slots' slice, and waits until they are there, when cancelled too.
 
         `settings`: `runtime_max_s`, `stop_timeout_s`. Raises JobFailed or OSError.
         """
@@ -103,7 +106,7 @@ class Systemd:
                 raise
             del properties[b"OOMPolicy"]
             job = self._call("StartTransientUnit", name.encode(), b"fail", properties)
-        await self._done(job)
+        await self._done(job, also_when_cancelled=True)
 
     def attach(self, name: str, pid: int) -> None:
         """Puts one more process into a running scope. Raises OSError."""
@@ -165,10 +168,16 @@ class Systemd:
         self._loop.call_soon(self._process)
         return result
 
-    async def _done(self, job: bytes) -> None:
+    async def _done(self, job: bytes, *, also_when_cancelled: bool = False) -> None:
+        # In the turn of the loop that made the call: in the next one the signal may be here.
         future = self._jobs.setdefault(job, self._loop.create_future())
         try:
-            result = await future
+            result = await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if also_when_cancelled:
+                # Who gives up lets the processes end; to PID 1 that is a scope that failed, unless they are in it.
+                await asyncio.wait({future}, timeout=PLACED_MAX_S)
+            raise
         finally:
             self._jobs.pop(job, None)
         if result != "done":

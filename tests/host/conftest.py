@@ -39,8 +39,6 @@ allowed_origins = ["https://friend.example"]
 EXPECTED = re.compile(
     r"Failed to migrate controller cgroups"  # systemd 252 where cgroup v1 is mounted from outside
     r"|Failed to (set|attach|write|remove|adjust|delete)[^:]*(cgroup|cpuset|devices|memory|attribute)"
-    # Of a start that ended before it was in its scope; a start that failed has a warning of our own.
-    r"|Failed to start nbagent-\S+\.scope"
     r"|nbagent-\S+\.scope: (Stopping timed out|Failed with result 'timeout')"  # slots.stop_timeout is little here
 )
 

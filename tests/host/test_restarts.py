@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,7 @@ from notebook import Kernel
 
 SUPERVISOR, API, ROUTER = "nbagent.service", "nbagent-api.service", "nbagent-router.service"
 # What PID 1 says of a service that was killed.
+FAILED_SCOPE = re.compile(r"Failed to start nbagent-\S+\.scope")
 KILLED = r"nbagent(-api|-router)?\.service: (Main process exited|Failed with result|Consumed|Killing process)"
 
 
@@ -77,6 +79,8 @@ def restart(agent, unit):
 def kill(agent, unit):
     """SIGKILL to every process of a service; returns when PID 1 runs it anew."""
     agent.expect(KILLED)
+    # What was half started ends with it, before or after PID 1 has put it into its scope.
+    agent.expect(FAILED_SCOPE.pattern)
     before = main_pid(agent, unit)
     agent.run("systemctl", "kill", "-s", "KILL", unit)
     agent.wait(lambda: main_pid(agent, unit) not in (before, 0), f"{unit} to be restarted")
@@ -113,6 +117,18 @@ def test_claims_wait_for_the_supervisor_and_succeed(agent, workers, how):
     assert slots <= {slot["slot"] for slot in agent.slots("claimed")}
 
 
+def test_a_supervisor_that_stops_while_slots_start_leaves_no_failed_scope(agent, workers):
+    def failed():
+        return [entry for entry in agent.journal("-p", "warning") if FAILED_SCOPE.search(str(entry["MESSAGE"]))]
+
+    before = len(failed())
+    for _ in range(3):
+        claims = [workers.submit(agent.claim) for _ in range(4)]
+        restart(agent, SUPERVISOR)
+        assert len({claim.result()["slot"] for claim in claims}) == len(claims)
+    assert not failed()[before:]
+
+
 def test_no_call_is_lost_while_the_api_restarts(agent, workers):
     done = []
 
@@ -146,6 +162,8 @@ def test_a_warm_pool_is_adopted_and_not_made_anew(agent):
 
 def test_a_slot_that_was_half_made_is_removed(agent):
     agent.expect(KILLED)
+    # What was half started ends with it, before or after PID 1 has put it into its scope.
+    agent.expect(FAILED_SCOPE.pattern)
     agent.configure("[pool]\nwarm = 3\n")
     half = agent.wait(lambda: agent.slots("starting"), "a slot that starts")[0]["slot"]
     agent.run("systemctl", "kill", "-s", "KILL", SUPERVISOR)
