@@ -275,9 +275,12 @@ def _exec_zygote(control: socket.socket, spec: SandboxSpec, steps: Plan) -> NoRe
 def main() -> int:
     """Runs as the service's main process. Returns the exit status."""
     supervisor = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    supervisor.connect(ZYGOTE_PATH)
-    supervisor.send(json.dumps({"unit": sys.argv[1]}).encode())
-    payload = supervisor.recv(PACKET_MAX_BYTES)
+    payload = b""
+    # A supervisor that has ended meanwhile wants nothing any more.
+    with contextlib.suppress(ConnectionError, FileNotFoundError):
+        supervisor.connect(ZYGOTE_PATH)
+        supervisor.send(json.dumps({"unit": sys.argv[1]}).encode())
+        payload = supervisor.recv(PACKET_MAX_BYTES)
     if not payload:
         return 0
     asked = json.loads(payload)

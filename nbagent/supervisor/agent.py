@@ -122,6 +122,7 @@ class Agent:
         while not self.stopping:
             self._changed.clear()
             self._apply(self._decide())
+            self.zygotes.review()
             interval_s = self.config.cull.interval
             if now() >= self.looks.next_s(interval_s):
                 self.looks.look(self.config.cull, now())

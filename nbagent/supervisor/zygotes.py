@@ -105,8 +105,9 @@ class Zygotes:
     async def open(self, path: Path = Path(ZYGOTE_PATH)) -> None:
         """Ends what is left of a former supervisor's zygotes, and listens for keepers."""
         for unit in self._systemd.zygotes():
+            # Asked to: what has lost its supervisor while it started is no failure.
             with contextlib.suppress(OSError):
-                await self._systemd.stop(unit, at_once=True)
+                await self._systemd.stop(unit)
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         before = os.umask(0o177)
@@ -156,10 +157,19 @@ class Zygotes:
         return nursery.zygote
 
     def forked(self, zygote: Zygote) -> None:
-        """Counts a fork, and replaces a zygote that has done its share."""
+        """Counts a fork."""
         zygote.forks += 1
         nursery = self._nurseries.get(zygote.image.name)
-        if nursery is None or nursery.zygote is not zygote or nursery.task is not None:
+        if nursery is not None and nursery.zygote is zygote:
+            self._review(nursery)
+
+    def review(self) -> None:
+        """Replaces the zygotes that have done their share; from time to time, as one that forks nothing ages too."""
+        for nursery in self._nurseries.values():
+            self._review(nursery)
+
+    def _review(self, nursery: Nursery) -> None:
+        if (zygote := nursery.zygote) is None or nursery.task is not None:
             return
         settings, age_s = self.config.pool, now() - zygote.born_s
         if zygote.forks >= settings.zygote_slots or age_s >= settings.zygote_age:

@@ -124,6 +124,13 @@ def test_a_zygote_is_replaced_after_some_slots_and_none_ends_with_it(of_a_zygote
     assert not [e for e in journal_of(agent) if "start by exec" in e["MESSAGE"] and e["NBAGENT_ZYGOTE"] in before]
 
 
+def test_a_zygote_that_forks_nothing_is_replaced_when_it_is_old(of_a_zygote):
+    agent = of_a_zygote
+    before = zygote(agent)
+    agent.configure('[pool]\nwarm = 1\nzygote_age = "10s"\n')
+    agent.wait(lambda: zygote(agent) != before, "the next zygote")
+
+
 def test_memory_is_charged_to_the_slot_that_touches_it(of_a_zygote):
     """A slot's private pages, 7 MiB of a server and 3 of its init, are in its own cgroup."""
     agent = of_a_zygote
