@@ -23,6 +23,7 @@ Standard library only; Python 3.9 and up.
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -154,8 +155,10 @@ class Keeper:
             socket.send_fds(control, [json.dumps({"init": True}).encode()], [first_fd, owned(self._forked())])
 
     def _forked(self) -> int:
-        """A pidfd of the process that the zygote has forked."""
+        """A pidfd of the process that the zygote has forked. Raises ZygoteGone, or OSError when it has ended."""
         answer, fds = self.answer(FORK_TIMEOUT_S)
+        if "ended" in answer:
+            raise ProcessLookupError(errno.ESRCH, "the slot's program ended before it was in its scope")
         if "failed" in answer or len(fds) != 1:
             for fd in fds:
                 os.close(fd)

@@ -8,7 +8,7 @@ first {"preload": [modules]}, with a pid namespace beside it in which nothing ca
 {"ready": true} when all is imported, initialised and rehearsed. Each packet after that is a slot
 (nbagent.sandbox.keeper, `program`), with descriptors beside it: the pid namespace, the socket to the slot's first
 process, the slot's control socket, the listening socket, the activity page, the configuration and the end of a pipe
-to print to; answered by {"forked": true} with a pidfd.
+to print to; answered by {"forked": true} with a pidfd, or by {"ended": true} when there is nothing left to point at.
 
 It has one thread, no event loop and the descriptors it had at first, and checks that before each fork. Nothing of
 a slot is known to it but what it is told above; the token is in the configuration, which it does not read. What the
@@ -114,13 +114,17 @@ class Zygote:
             try:
                 self.check(fds)
                 pid = self._fork(json.loads(payload), fds)
-                pidfd = os.pidfd_open(pid)
             except (OSError, Unclean) as error:
                 self.control.send(json.dumps({"failed": str(error)}).encode())
                 continue
             finally:
                 for fd in fds:
                     os.close(fd)
+            try:
+                pidfd = os.pidfd_open(pid)
+            except ProcessLookupError:  # nobody wants the slot any more, and it has noticed already
+                self.control.send(json.dumps({"ended": True}).encode())
+                continue
             try:
                 socket.send_fds(self.control, [json.dumps({"forked": True}).encode()], [pidfd])
             finally:
