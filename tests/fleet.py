@@ -88,4 +88,4 @@ class Fleet:
 def _install(host: Host, packages: list[Path], settings: str) -> None:
     if settings:
         host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=settings)
-    product.add_changed(host, packages)
+    product.add_changed(host, packages, lambda line: product.say(f"{host.name}: {line}"))

@@ -96,14 +96,14 @@ def add(host: Host, packages: list[Path]) -> None:
     host.run(["apt-get", "-q", "install", "-y", "--reinstall", *names], timeout=900)
 
 
-def add_changed(host: Host, packages: list[Path]) -> bool:
+def add_changed(host: Host, packages: list[Path], tell: Callable[[str], None]) -> None:
     """Installs the packages where the host does not have these very ones."""
     wanted = "\n".join(f"{hashlib.sha256(package.read_bytes()).hexdigest()}  {package.name}" for package in packages)
     if host.run(["cat", "/root/installed"], check=False).stdout == wanted:
-        return False
+        return
+    tell(f"installing {', '.join(package.name for package in packages)}")
     add(host, packages)
     host.run(["tee", "/root/installed"], input=wanted)
-    return True
 
 
 def wait_warm(host: Host, count: int = 1) -> dict[str, Any]:

@@ -219,9 +219,14 @@ def _refusals(settings: GatewaySettings) -> Iterator[str]:
     acl claim_method method GET POST
     acl ahead req.hdr(Sec-Purpose),lower -m sub prefetch prerender
     acl ahead req.hdr(Purpose),lower -m sub prefetch
-    http-request set-var(txn.claim) bool(true) if spawn !gone claim_method !ahead !at_slot
-    http-request set-var(txn.claim) bool(true) if api_spawn METH_POST !at_slot
+    acl has_token req.hdr(Authorization) -m found
     acl claim var(txn.claim) -m bool"""
+    if settings.door.access == "public":
+        yield "    http-request set-var(txn.claim) bool(true) if spawn !gone claim_method !ahead !at_slot"
+    if settings.door.access != "off":
+        # Which token is right, the hosts know.
+        token = " has_token" if settings.door.access == "token" else ""
+        yield f"    http-request set-var(txn.claim) bool(true) if api_spawn METH_POST !at_slot{token}"
     if settings.door.banned:
         yield from _list("banned", "src", settings.door.banned)
         yield from _answer(403, "banned", "banned")

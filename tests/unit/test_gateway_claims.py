@@ -318,6 +318,21 @@ def test_what_takes_no_slot_asks_no_host(
     assert [host.asked for host in hosts] == [0, 0, 0]
 
 
+@pytest.mark.parametrize(("access", "asked"), [("token", [0, 0, 1]), ("off", [0, 0, 0])])
+def test_a_door_that_is_not_open_to_all_lets_only_programs_with_a_token_through(
+    hosts: list[StandIn], tmp_path: Path, access: str, asked: list[int]
+) -> None:
+    gateway = Gateway(tmp_path / "closed", hosts, door={"access": access})
+    try:
+        seen = []
+        for path, headers in (("/spawn", {}), ("/api/spawn", {}), ("/api/spawn", {"Authorization": "token t"})):
+            gateway.call("POST", path, headers=headers)
+            seen.append(sum(host.asked for host in hosts))
+    finally:
+        gateway.close()
+    assert seen == asked
+
+
 def test_a_claim_that_could_not_be_sent_twice_is_refused(gateway: Gateway, hosts: list[StandIn]) -> None:
     for size in (haproxy.CLAIM_MAX_BYTES + 1, 100_000):
         assert gateway.call("POST", "/api/spawn", b"x" * size)[0] == 413
