@@ -19,7 +19,7 @@ LOGIN_COOKIES = (r"__Host-nbagent-\1", r"nbagent-\1")
 
 
 def nginx(config: Config) -> str:
-    """The maps $at_home, $cookie_root, $own_cookies, $listed and $at_door, the zone and the upstream "door"."""
+    """The maps $at_home, $cookie_root, $own_cookies, $listed, $trusted, $at_door, zone and upstream of the door."""
     return "".join([
         *_clients(config.router),
         *_at_home(config.router.domain),
@@ -30,6 +30,7 @@ def nginx(config: Config) -> str:
 
 
 def _clients(router: RouterSettings) -> Iterator[str]:
+    yield "geo $peer $trusted { default 0; " + "".join(f"{network} 1; " for network in router.trusted_proxies) + "}\n"
     if router.trusted_proxies:
         yield from (f"set_real_ip_from {network};\n" for network in router.trusted_proxies)
         # From the last that is none of them: what stands before that, the client wrote itself.

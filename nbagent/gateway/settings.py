@@ -139,7 +139,7 @@ class FleetSettings:
         "none", word_or("none", dns_domain), "The hosts' router.domain, when each slot has a name of its own in it."
     )
     retries: int = setting(
-        10, number(1, 100, int), "Hosts that are asked one after the other for a slot, beyond the first."
+        20, number(1, 100, int), "Hosts that are asked one after the other for a slot, beyond the first."
     )
     claim_timeout: float = setting(
         "75s", positive_duration, "The longest that a claim may take: pool.claim_timeout of the hosts, and some more."

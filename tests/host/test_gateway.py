@@ -240,6 +240,13 @@ def test_who_is_banned_and_who_comes_too_often_is_told_so_and_nobody_else(town, 
     assert clients == [OTHER]
 
 
+def test_a_host_counts_the_claims_of_whoever_is_no_gateway(town):
+    router = Api(town.hosts["a"].host, product.ROUTER_PORT)
+    lie = {"X-Nbagent-Gateway": "1", "X-Forwarded-For": PERSON}
+    statuses = Counter(router.post("/api/spawn", **lie).status for _ in range(90))
+    assert statuses[200] == CAPACITY and statuses[429] > 0
+
+
 def test_hosts_come_and_go_while_people_work(town):
     front = town.gateways[0]
     notebook = front.open()
@@ -354,15 +361,29 @@ def test_tls_is_the_only_way_in_once_there_is_a_certificate(town, settings):
     assert kept == ["400", "nbagent-gateway"]
 
 
-def test_one_click_opens_jupyterlab_through_the_gateway(town, tmp_path):
-    port = town.gateways[0].host.forward(HTTP_PORT, 0)
-    with browser.chromium(tmp_path) as page:
-        page.open(f"http://127.0.0.1:{port}/")
+def test_one_click_opens_jupyterlab_by_https_and_a_cell_runs(town, settings, tmp_path):
+    gateway = town.gateways[0].host
+    gateway.run(["sh", "-c", CERTIFICATE])
+    settings('[tls]\ncertificates = ["/root/live"]\n[log]\nrequests = "all"\n')
+    front = f"https://127.0.0.1:{gateway.forward(443, 0)}"
+    with browser.chromium(tmp_path, "--ignore-certificate-errors") as page:
+        page.open(f"{front}/lab/tree/Welcome.ipynb")
         page.see("button")[0].click()
-        page.see(".jp-Launcher, .jp-NotebookPanel")
-        assert re.fullmatch(r"/user/[abc]-[a-z0-9]+/lab.*", urlsplit(page.driver.current_url).path)
-        kernel = town.gateways[0].at({"slot": urlsplit(page.driver.current_url).path.split("/")[2], "token": "none"})
-        assert kernel.slot in town.in_use()
+        page.wait_for_kernel()
+        where = urlsplit(page.driver.current_url)
+        assert re.fullmatch(r"/user/[abc]-[a-z0-9]+/lab/tree/Welcome\.ipynb", where.path)
+        assert where.path.split("/")[2] in town.in_use()
+        page.select_first_cell()
+        page.run_cell()
+        page.read(".jp-CodeCell .jp-OutputArea-output", "Hello from Python")
+        addresses = page.requests()
+    # Every request and websocket came to this origin, and by HTTP/2.
+    assert {urlsplit(address).netloc for address in addresses if address.startswith(("http", "ws"))} == {where.netloc}
+    assert any(address.startswith("wss:") for address in addresses)
+    lines = [entry["MESSAGE"] for entry in town.gateways[0].agent.journal("-u", "nbagent-gateway.service")]
+    protocols = {re.search(r"version=(\S+)", line)[1] for line in lines if where.path.split("/")[2] in line}
+    assert protocols == {"HTTP/2.0"}
+    assert any("/channels version=HTTP/2.0" in line for line in lines), "a websocket of a kernel"
 
 
 def test_the_journal_has_every_claim_with_its_client_and_no_token(town):

@@ -236,6 +236,13 @@ def test_a_full_host_costs_no_claim(gateway: Gateway, hosts: list[StandIn]) -> N
     assert hosts[0].asked > 0 and not hosts[0].keys
 
 
+def test_every_place_is_found_before_the_fleet_is_full(gateway: Gateway, hosts: list[StandIn]) -> None:
+    # Faster than the hosts are asked how full they are.
+    assert Counter(gateway.claims(500)) == {200: 500}
+    assert by_host(hosts) == {"a": 100, "b": 100, "c": 300}
+    assert gateway.call("POST", "/api/spawn")[0] == 429
+
+
 def test_a_host_that_dies_under_a_claim_costs_none(gateway: Gateway, hosts: list[StandIn]) -> None:
     hosts[0].dies = True
     assert Counter(gateway.claims(100)) == {200: 100}
