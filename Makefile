@@ -5,7 +5,7 @@ export NBAGENT_CACHE ?= /var/cache/nbagent-build
 DIST := $(NBAGENT_CACHE)/dist
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host check bench bench-density bench-compressed bench-tools image debs tools clean
+.PHONY: up up-fleet down test unit host check bench bench-density bench-compressed bench-fleet bench-tools image debs tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -36,6 +36,9 @@ bench-density: bench-tools debs  ## a thousand live users on a host of its own; 
 
 bench-compressed: tools debs     ## slots at rest in compressed memory, on a virtual machine; BENCH="--slots 2"
 	$(PYTHON) tests/bench/compressed.py $(BENCH)
+
+bench-fleet: bench-tools debs    ## what a gateway costs and how it spreads claims; BENCH="--quick"
+	$(PYTHON) tests/bench/fleet.py $(BENCH)
 
 bench-tools: tools
 	@tests/bench/install-tools
