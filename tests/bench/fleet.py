@@ -6,7 +6,7 @@
 Parts: `latency`, `rate` and `killed` on three real hosts and a gateway, installed by their packages on nspawn hosts;
 `unequal`, `killed-agents`, `thousand` and `websockets` on stand-ins for hosts (agents.py, echo.py), as what is looked
 at there is HAProxy. All traffic is on loopback and in network namespaces of this run. The tables go to standard output;
-fleet.txt, fleet.md, fleet.png and fleet.json go to DIRECTORY (default: $NBAGENT_CACHE/bench). Takes seven minutes,
+fleet.txt, fleet.md, fleet.png and fleet.json go to DIRECTORY (default: $NBAGENT_CACHE/bench). Takes six minutes,
 with --quick two.
 """
 

@@ -14,14 +14,13 @@ HOW = {
     "latency": (
         "Three real hosts and a gateway. One client, one request after another, each asked straight of the host's "
         "router and then through the gateway: GET /user/SLOT/api of one slot, and POST /api/spawn with a full pool "
-        "(straight: always host a; through: whichever the gateway asks), released after each. `added` is the "
-        "difference of the medians."
+        "(straight: of each host in turn; through: of whichever the gateway asks), released after each. `added` is "
+        "the difference of the medians."
     ),
     "rate": (
         "The same fleet: 8 clients who POST /api/spawn, release the slot by the host's control API, and claim again "
-        "when that is done, "
-        "for some seconds; one host and the fleet by turns. Hosts, gateway and clients share the processors, so this "
-        "is no measure of what three machines could do."
+        "when that is done, for some seconds; one host and the fleet by turns. Hosts, gateway and clients share the "
+        "processors, so this is no measure of what three machines could do."
     ),
     "killed": (
         "The same fleet, 8 clients: when a third is claimed one of the three hosts is ended with all its processes and "

@@ -20,6 +20,7 @@ import load
 from claimed import told
 from gateway import HERE, URL, Gateway, Processes
 
+from nbagent.gateway.settings import FleetSettings
 from product import say
 
 UNEQUAL = (100, 200, 400)
@@ -126,7 +127,7 @@ def played(hosts: int, level: float, claims: int, a_second: float) -> dict[str, 
         made_of = [agents.Agent(agents.label(number), PLACES) for number in range(hosts)]
         books = agents.Books(made_of, random.Random(7))
         books.set(level, hold=True, even=name == "perfect")
-        made[name] = asdict(balance.play(books, claims, choose, tries=11))
+        made[name] = asdict(balance.play(books, claims, choose, tries=FleetSettings().retries + 1))
     return made
 
 
