@@ -87,7 +87,10 @@ def test_the_door_of_a_fleet_has_every_page(hosts: dict[str, dict[str, Any] | No
     refused = door.post("/api/spawn")
     assert refused.status_code == 429 and refused.json == {"status": "full"}
     assert door.get("/user/zz-0123456789ab/lab").status_code == 404
-    assert set(door.get("/api/stats").json["hosts"]) == {f"http://{label}" for label in hosts}
+    for path in ("/api/stats", "/stats", "/stats/"):
+        figures = door.get(path)
+        assert set(figures.json["hosts"]) == {f"http://{label}" for label in hosts}
+        assert figures.headers["Access-Control-Allow-Origin"] == "*"
 
 
 def test_a_host_that_does_not_answer_is_not_said_to_have_ended() -> None:
