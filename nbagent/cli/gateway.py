@@ -117,12 +117,13 @@ def hosts(file: Path, as_json: bool) -> None:
 @click.argument("address")
 @click.option("--port", type=int, default=8000, show_default=True, help="The port of its router.")
 @click.option("--check-port", type=int, default=9001, show_default=True, help="The port that tells its capacity.")
+@click.option("--weight", type=int, default=100, show_default=True, help="Its size beside the others', 1 to 256.")
 @_FILE
-def add_host(file: Path, label: str, address: str, port: int, check_port: int) -> None:
+def add_host(file: Path, label: str, address: str, port: int, check_port: int, weight: int) -> None:
     """Add the host LABEL at the IP address ADDRESS, at once and for good."""
     from nbagent.gateway import settings
 
-    given = {"address": address, "port": port, "check_port": check_port}
+    given = {"address": address, "port": port, "check_port": check_port, "weight": weight}
     host = settings.parse({"hosts": {label: given}}).hosts[label]
     click.echo(_fleet(file).add(label, host))
 

@@ -96,6 +96,7 @@ class Fleet:
         lines = [f"[hosts.{label}]"]
         if whole:
             lines += [f'address = "{host.address}"', f"port = {host.port}", f"check_port = {host.check_port}"]
+            lines.append(f"weight = {host.weight}")
         lines.append(f"drain = {str(host.drain).lower()}")
         _replace(file, "\n".join(lines).encode() + b"\n")
         try:

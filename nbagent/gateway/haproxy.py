@@ -4,7 +4,7 @@ How a claim goes. `web` hands it to a way (`by_load`, `by_click`, `by_key`), who
 stages that it goes through until one has a slot: listeners of this same HAProxy, and at last the
 status service, which has no slot but a page that says when there may be one. A stage asks hosts:
 
-    claims   two hosts at random, and of them the one with more free capacity; a no leads to the next
+    claims   a host at random, by its size and how much of it is free; a no leads to the next
     clicked  as claims, but the same click goes to the same host again
     keyed    the same client's Idempotency-Key goes to the same host again, by every gateway
 
@@ -72,8 +72,8 @@ def servers_of(label: str, host: HostSettings) -> dict[str, str]:
         return users
     place = f"id {ring_number(label)}"
     return users | {
-        "claims": f"{where} weight 100 {_CHECK} {agent} {place}",
-        "clicked": f"{where} weight 100 {_CHECK} {agent} {place}",
+        "claims": f"{where} weight {host.weight} {_CHECK} {agent} {place}",
+        "clicked": f"{where} weight {host.weight} {_CHECK} {agent} {place}",
         "keyed": f"{where} weight 10 {_CHECK} {place}",
     }
 

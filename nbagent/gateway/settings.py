@@ -160,6 +160,9 @@ class HostSettings:
     address: str = setting("192.0.2.1", _address, "Its IP address.")
     port: int = setting(8000, _PORT, "The port of its router.")
     check_port: int = setting(9001, _PORT, "The port that tells its free capacity.")
+    weight: int = setting(
+        100, number(1, 256, int), "Its size beside the others': claims come by this times the part of it that is free."
+    )
     drain: bool = setting(False, lambda value: _flag(value), "It is asked for no more slots; users stay.")
 
 

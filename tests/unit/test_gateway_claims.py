@@ -32,6 +32,7 @@ class StandIn:
 
     def __init__(self, label: str, capacity: int) -> None:
         self.label, self.capacity, self.used, self.asked = label, capacity, 0, 0
+        self.weight = 100
         # Whether it goes away when it is asked, with what it has made.
         self.dies = False
         self.keys: dict[str, str] = {}
@@ -42,7 +43,7 @@ class StandIn:
     @property
     def settings(self) -> dict[str, Any]:
         return {"address": "127.0.0.1", "port": self.router.server_address[1],
-                "check_port": self.check.server_address[1]}
+                "check_port": self.check.server_address[1], "weight": self.weight}
 
     def claim(self, key: str) -> str | None:
         """The slot, or None when the host is full."""
@@ -237,10 +238,27 @@ def test_a_full_host_costs_no_claim(gateway: Gateway, hosts: list[StandIn]) -> N
 
 
 def test_every_place_is_found_before_the_fleet_is_full(gateway: Gateway, hosts: list[StandIn]) -> None:
-    # Faster than the hosts are asked how full they are.
-    assert Counter(gateway.claims(500)) == {200: 500}
+    # Faster than the hosts are asked how full they are. At the brink twenty draws by weights a second old may miss the
+    # last place, about once in a hundred such runs; a second later it is found.
+    statuses = Counter(gateway.claims(500))
+    assert set(statuses) <= {200, 429} and statuses[429] <= 5
+    for _ in range(statuses[429]):
+        time.sleep(1.5)
+        assert gateway.claims(1) == [200]
     assert by_host(hosts) == {"a": 100, "b": 100, "c": 300}
     assert gateway.call("POST", "/api/spawn")[0] == 429
+
+
+def test_a_larger_host_is_asked_for_more(hosts: list[StandIn], tmp_path: Path) -> None:
+    for host, weight in zip(hosts, (20, 20, 160), strict=True):
+        host.capacity, host.weight = 10**6, weight
+    gateway = Gateway(tmp_path / "one", hosts)
+    try:
+        assert Counter(gateway.claims(400)) == {200: 400}
+        # Four of five are expected there, with a deviation of 8.
+        assert 260 < by_host(hosts)["c"] < 380
+    finally:
+        gateway.close()
 
 
 def test_a_host_that_dies_under_a_claim_costs_none(gateway: Gateway, hosts: list[StandIn]) -> None:

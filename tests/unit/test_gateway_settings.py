@@ -84,8 +84,9 @@ def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("text", "message"), [
     ("[listn]", 'unknown setting listn; did you mean "listen"'),
-    ('[hosts.a]\naddress = "10.1.0.1"\nweight = 3', "unknown setting hosts.a.weight; known here: address,"),
+    ('[hosts.a]\naddress = "10.1.0.1"\nwaight = 3', 'unknown setting hosts.a.waight; did you mean "weight"'),
     ('[hosts.a]\naddress = "a.example.org"', "hosts.a.address: expected an IP address"),
+    ('[hosts.a]\naddress = "10.1.0.1"\nweight = 257', "hosts.a.weight: expected a whole number from 1 to 256"),
     ("[hosts.a]\ndrain = true", "hosts.a: expected an `address`"),
     ('[hosts.A-1]\naddress = "10.1.0.1"', "hosts.A-1: expected 1 to 16 characters"),
     ('[hosts.a]\naddress = "10.1.0.1"\n[fleet]\nsrv = "_n._tcp.example.org"', "hosts: expected no hosts beside"),
