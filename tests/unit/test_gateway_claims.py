@@ -255,8 +255,8 @@ def test_a_larger_host_is_asked_for_more(hosts: list[StandIn], tmp_path: Path) -
     gateway = Gateway(tmp_path / "one", hosts)
     try:
         assert Counter(gateway.claims(400)) == {200: 400}
-        # Four of five are expected there, with a deviation of 8.
-        assert 260 < by_host(hosts)["c"] < 380
+        # A third without the weights. Four of five with them, or less: of two that are drawn the less busy one is asked.
+        assert by_host(hosts)["c"] > 200
     finally:
         gateway.close()
 
