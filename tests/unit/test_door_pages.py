@@ -136,6 +136,14 @@ def test_a_full_house_is_a_page_that_asks_again(door: FlaskClient, supervisor: F
     assert "in use" in answer.text
 
 
+def test_a_house_that_drains_is_not_called_full(door: FlaskClient, supervisor: FakeSupervisor) -> None:
+    ask(door, "GET", "/spawn")
+    supervisor.draining = True
+    answer = at(supervisor).get("/spawn", headers=PERSON, environ_overrides={"RAW_URI": "/spawn"})
+    assert answer.status_code == 503 and "No notebooks are started here" in answer.text
+    assert "in use" not in answer.text
+
+
 def test_a_full_house_is_429_to_tmpnbs_clients_and_503_to_a_gateway(
     door: FlaskClient, supervisor: FakeSupervisor
 ) -> None:
