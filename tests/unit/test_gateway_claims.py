@@ -255,7 +255,7 @@ def test_a_larger_host_is_asked_for_more(hosts: list[StandIn], tmp_path: Path) -
     gateway = Gateway(tmp_path / "one", hosts)
     try:
         assert Counter(gateway.claims(400)) == {200: 400}
-        # A third without the weights. Four of five with them, or less: of two that are drawn the less busy one is asked.
+        # A third without the weights. Four of five with them, or less: of two that are drawn the less busy is asked.
         assert by_host(hosts)["c"] > 200
     finally:
         gateway.close()
