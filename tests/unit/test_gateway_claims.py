@@ -90,10 +90,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def address_string(self) -> str:
         return ""
 
-    def do_GET(self) -> None:
-        raise NotImplementedError
-
     def do_POST(self) -> None:
+        # A handler says what it does to both.
         self.do_GET()
 
     def answer(self, status: int, document: Any) -> None:
