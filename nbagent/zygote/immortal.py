@@ -20,6 +20,7 @@ import ctypes
 import gc
 import sys
 import sysconfig
+from types import CodeType
 from typing import Any, List, Set
 
 # Include/object.h of 3.12 and 3.13: _Py_IMMORTAL_REFCNT is UINT_MAX on 64 bits, and Py_INCREF
@@ -63,6 +64,12 @@ def _make_immortal() -> int:
             continue
         seen.add(id(thing))
         pending.extend(gc.get_referents(thing))
+        if type(thing) is CodeType:
+            # The collector does not look into code.
+            pending.extend((thing.co_consts, thing.co_names, thing.co_linetable, thing.co_exceptiontable))
+            pending.extend((thing.co_filename, thing.co_name, thing.co_qualname))
+        elif type(thing) in (str, bytes):
+            hash(thing)  # which the object keeps, from the first time that somebody asks
     count = ctypes.c_uint32
     for address in seen:
         count.from_address(address).value = IMMORTAL

@@ -28,25 +28,23 @@ import sys
 import threading
 import time
 import warnings
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NoReturn, Optional, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NoReturn, Optional
 
-import zmq
 from ipykernel import kernelapp
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.zmqshell import ZMQInteractiveShell
-from jupyter_client.connect import write_connection_file
-from jupyter_client.session import Session
 from tornado import ioloop
 from traitlets.config import Config, SingletonConfigurable
 
-from nbagent.zygote import entropy, snapshot
+from nbagent.zygote import entropy, hotcode, rehearsal, snapshot
 
 # What a kernel imports only when it is needed, and what the server does: tests/lazy-modules writes it.
 LIST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modules.json")
 # ipykernel looks every second whether this process is still its parent; 1 means never. The kernel
 # tells a forked kernel when its parent has ended, at no cost.
 NOBODY = 1
-REHEARSAL_TIMEOUT_S = 60.0
+# A kernel that is not shut down, as its rehearsal fails, leaves it running.
+CONTROL_ENDS_S = 5.0
 # The server's applications, whose loggers have tornado's among their children.
 APPLICATIONS = frozenset({"ServerApp", "LabApp"})
 
@@ -119,8 +117,8 @@ def _settle(shell: Any) -> None:
 # In the zygote.
 
 
-def prepare(preload: Iterable[str] = ()) -> None:
-    """Makes ready what kernels are to inherit, the modules `preload` among it.
+def prepare(server: Any, preload: Iterable[str] = ()) -> None:
+    """Makes ready what kernels are to inherit, the modules `preload` among it, and rehearses them with the server.
 
     Afterwards there are one thread, the descriptors that there were, and no zmq context. Raises RuntimeError when
     that is not so, and ImportError for a module of `preload` that is not there.
@@ -132,7 +130,13 @@ def prepare(preload: Iterable[str] = ()) -> None:
     with _as_it_was():
         _import([*listed["kernel"], *listed["server"]])
         _preload(preload)
-        _rehearse()
+        # The first time much runs that never does again.
+        rehearsal.play(server, _perform)
+        with hotcode.watch() as runs:
+            rehearsal.play(server, _perform)
+        hotcode.gather(runs)
+        for _ in range(rehearsal.ROUNDS):
+            rehearsal.play(server, _perform)
         _shell = _ready_shell()
     entropy.find()
     gc.collect()
@@ -167,13 +171,12 @@ def _as_it_was() -> Iterator[None]:
     streams = sys.stdout, sys.stderr, sys.displayhook, sys.excepthook
     main, environment = sys.modules["__main__"], dict(os.environ)
     names = {name: builtins.__dict__.get(name) for name in ("__IPYTHON__", "display", "get_ipython")}
-    current = [(kind, kind._instance) for kind in _kinds(SingletonConfigurable)]
+    current = [(kind, vars(kind)["_instance"]) for kind in _kinds(SingletonConfigurable) if vars(kind).get("_instance")]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     loggers = [(logger, vars(logger).copy(), logger.handlers[:]) for logger in _loggers()]
     loop = _current_loop()
     _kept.append(loop)
-    for kind, _instance in current:
-        kind._instance = None
+    _forget_instances()
     try:
         with warnings.catch_warnings():
             yield
@@ -188,8 +191,7 @@ def _as_it_was() -> Iterator[None]:
                 builtins.__dict__.pop(name, None)
             else:
                 builtins.__dict__[name] = value
-        for kind in _kinds(SingletonConfigurable):
-            kind._instance = None
+        _forget_instances()
         for kind, instance in current:
             kind._instance = instance
         for number, handler in handlers.items():
@@ -209,6 +211,14 @@ def _kinds(base: Any) -> Iterator[Any]:
     for kind in base.__subclasses__():
         yield kind
         yield from _kinds(kind)
+
+
+def _forget_instances() -> None:
+    """Makes the singletons of traitlets' applications be made anew."""
+    for kind in _kinds(SingletonConfigurable):
+        # Each that is written to is memory of this process.
+        if vars(kind).get("_instance") is not None:
+            kind._instance = None
 
 
 def _current_loop() -> Optional[asyncio.AbstractEventLoop]:
@@ -239,81 +249,29 @@ def _ready_shell() -> Any:
     return shell
 
 
-def _rehearse() -> None:
-    """Starts a kernel, has it do a little of everything, and ends it."""
-    connection_file, _connection = write_connection_file()
+def _perform(
+    connection_file: str, listens: Callable[[], None], can_be_ended_by: Callable[[Callable[[], None]], None]
+) -> None:
+    """Is a kernel for the rehearsal, until it is shut down or ended."""
     loop = ioloop.IOLoop()
     asyncio.set_event_loop(loop.asyncio_loop)
+    can_be_ended_by(lambda: loop.add_callback(loop.stop))
+    _forget_instances()
     app = KernelApp.instance(connection_file=connection_file, parent_handle=NOBODY, capture_fd_output=False,
                              log_level=logging.CRITICAL)
+    app.bound = listens
     app.config.HistoryManager.enabled = False
-    failures: List[BaseException] = []
-
-    def audience() -> None:
-        try:
-            _ask(connection_file)
-        except BaseException as error:
-            failures.append(error)
-        finally:
-            loop.add_callback(loop.stop)
-
     app.initialize([])
-    thread = threading.Thread(target=audience)
-    thread.start()
     app.start()
-    thread.join()
+    # It still says that the shutdown is done, which in a process that ends would harm nobody.
+    if (control := getattr(app, "control_thread", None)) is not None:
+        control.join(CONTROL_ENDS_S)
     app.close()
     atexit.unregister(app.close)
     atexit.unregister(app.iopub_thread.stop)
     atexit.unregister(app.shell.atexit_operations)
-    os.unlink(connection_file)
+    can_be_ended_by(lambda: None)
     loop.close(all_fds=True)
-    if failures:
-        raise RuntimeError("a kernel could not be rehearsed") from failures[0]
-
-
-REHEARSED: Tuple[Tuple[str, Dict[str, Any]], ...] = (
-    ("kernel_info_request", {}),
-    *(
-        ("execute_request", {"code": code, "silent": False, "store_history": True, "user_expressions": {},
-                             "allow_stdin": False, "stop_on_error": False})
-        for code in (
-            "1 + 1", "import sys; print('x', file=sys.stderr)", "1 / 0", "def f(x):\n    return x\nf(1)", "%pwd",
-            "from IPython.display import HTML, display; display(HTML('x'))", "import asyncio; await asyncio.sleep(0)",
-            "f?", "nothing", "a b", "[f] * 3",
-        )
-    ),
-    ("complete_request", {"code": "sys.ver", "cursor_pos": 7}),
-    ("inspect_request", {"code": "sys", "cursor_pos": 3, "detail_level": 0}),
-    ("is_complete_request", {"code": "1 +"}),
-    ("comm_info_request", {}),
-    ("history_request", {"hist_access_type": "tail", "n": 1, "raw": True, "output": False}),
-)
-
-
-def _ask(connection_file: str) -> None:
-    """Sends each of REHEARSED and waits for the reply."""
-    with open(connection_file) as file:
-        connection = json.load(file)
-    session = Session(key=connection["key"].encode())
-    context = zmq.Context()
-    try:
-        shell, iopub = context.socket(zmq.DEALER), context.socket(zmq.SUB)
-        with shell, iopub:
-            iopub.subscribe(b"")
-            for channel, port in ((shell, "shell_port"), (iopub, "iopub_port")):
-                channel.linger = 0
-                channel.connect(f"tcp://{connection['ip']}:{connection[port]}")
-            for kind, content in REHEARSED:
-                sent = session.send(shell, kind, content)["header"]["msg_id"]
-                deadline = time.monotonic() + REHEARSAL_TIMEOUT_S
-                while True:
-                    if not shell.poll(max(0, int(1000 * (deadline - time.monotonic())))):
-                        raise TimeoutError(f"no reply to {kind} {content}")
-                    if session.recv(shell)[1]["parent_header"].get("msg_id") == sent:
-                        break
-    finally:
-        context.term()
 
 
 # In the fork.
@@ -359,8 +317,7 @@ def _become_a_process_of_its_own(order: Mapping[str, Any]) -> None:
     os.dup2(null, 0)
     os.close(null)
     entropy.renew()
-    for kind in _kinds(SingletonConfigurable):
-        kind._instance = None
+    _forget_instances()
     _leave_logging()
     asyncio.set_event_loop(asyncio.new_event_loop())
     # Packages that the server does without: notebook.py.

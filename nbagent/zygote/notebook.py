@@ -22,7 +22,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from typing import Any, Dict, Optional
 
 # jsonschema imports it if it is there, to check the formats iri and iri-reference, which no schema of
@@ -235,48 +234,3 @@ def adopt(server: Any, made_for: str, base_url: str) -> Renamed:
     server.cookie_secret = settings["cookie_secret"] = os.urandom(32)
     settings["started"] = settings["last_activity"] = datetime.datetime.now(datetime.timezone.utc)
     return Renamed(server.web_app, made_for, base_url)
-
-
-# What JupyterLab asks for when it opens.
-REHEARSED = (
-    "api", "lab", "api/contents?content=1", "api/kernelspecs", "api/me", "api/status", "api/kernels", "api/terminals",
-    "lab/api/settings", "lab/api/workspaces/default", "lab/api/translations", "api/contents/none.ipynb",
-)
-
-
-def rehearse(server: Any) -> None:
-    """Serves what a browser asks for first, on a socket of its own, and puts the event loop away.
-
-    Code and caches that the first requests fill are then shared by all who are forked, and not each one's own.
-    """
-    loop = server.io_loop.asyncio_loop
-    loop.run_until_complete(_play(server))
-    loop.run_until_complete(loop.shutdown_default_executor())
-    server.io_loop.close()
-    asyncio.set_event_loop(None)
-
-
-async def _play(server: Any) -> None:
-    http = _http_server(server, server.web_app)
-    # Errors are a part of the play.
-    level, server.log.level = server.log.level, logging.CRITICAL
-    with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
-        path = f"{directory}/http.sock"
-        listener.bind(path)
-        listener.listen()
-        listener.setblocking(False)
-        http.add_socket(listener)
-        try:
-            for wanted in REHEARSED:
-                reader, writer = await asyncio.open_unix_connection(path)
-                writer.write((
-                    f"GET {server.base_url}{wanted} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-                    f"Authorization: token {server.web_app.settings['token']}\r\n\r\n"
-                ).encode())
-                await reader.read()
-                writer.close()
-                await writer.wait_closed()
-        finally:
-            http.stop()
-            await http.close_all_connections()
-            server.log.level = level

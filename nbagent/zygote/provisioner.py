@@ -15,11 +15,11 @@ import os
 import site
 import sys
 from importlib.metadata import Distribution, DistributionFinder
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Protocol
 
 from jupyter_client.provisioning import LocalProvisioner
 
-from nbagent.zygote.seed import ForkFailed, Seed
+from nbagent.zygote.seed import ForkFailed
 
 NAME = "nbagent-seed"
 GROUP = "jupyter_client.kernel_provisioners"
@@ -28,10 +28,20 @@ START_VARIABLES = ("PYTHON", "LD_", "LC_", "LANG", "GLIBC_", "MALLOC_", "OMP_", 
 # What launch_kernel is given that makes no difference to a fork, or that an order carries.
 LAUNCH_OPTIONS = frozenset({"env", "cwd", "kernel_id", "extra_arguments"})
 
-_seed: Optional[Seed] = None
+
+class Source(Protocol):
+    """Where forked kernels come from: a `Seed`, and in the zygote's rehearsal its understudy."""
+
+    @property
+    def alive(self) -> bool: ...
+
+    async def fork(self, order: Mapping[str, Any]) -> Any: ...
 
 
-def use(seed: Optional[Seed]) -> None:
+_seed: Optional[Source] = None
+
+
+def use(seed: Optional[Source]) -> None:
     """Says which seed kernels of this server are forked from; None for none."""
     global _seed
     _seed = seed

@@ -34,6 +34,8 @@ HUGE_BYTES = 2 << 20
 FREE_FD = 64
 _PAGE_BYTES = mmap.PAGESIZE
 _MAP_FIXED = 0x10
+# malloc.h: how many heaps there may be, one for each thread; 0 for as many as malloc likes.
+_M_ARENA_MAX = -8
 _MADV_DONTFORK, _MADV_DOFORK, _MADV_COLLAPSE = 10, 11, 25
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -60,6 +62,8 @@ class _Heap:
             if self.start <= page < self.end:
                 os.pwrite(self._fd, ctypes.string_at(page, _PAGE_BYTES), page - self.start)
         self._map(mmap.MAP_SHARED)
+        # Threads that load something take it from here too.
+        libc.mallopt(_M_ARENA_MAX, 1)
         # The last one keeps the others from going back to the kernel at once.
         for piece in pieces[:-1]:
             libc.free(piece)
@@ -72,6 +76,7 @@ class _Heap:
 
     def settle(self) -> None:
         ctypes.pythonapi.PyObject_SetArenaAllocator(ctypes.byref(self._arenas))
+        self._libc.mallopt(_M_ARENA_MAX, 0)
         # It and what is free before it are the end of the heap, and go back to the kernel.
         self._libc.free(self._last)
         self.end = min(self.end, _up(self._libc.sbrk(0), _PAGE_BYTES))

@@ -43,7 +43,7 @@ from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.sandbox import plan
 from nbagent.sandbox.making import PACKET_MAX_BYTES, aside, guarded, place, run
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
-from nbagent.zygote import entropy, immortal, kernel, notebook, provisioner
+from nbagent.zygote import entropy, holes, immortal, kernel, notebook, provisioner
 from nbagent.zygote.seed import Seed
 
 CONTROL_FD = LISTEN_FD
@@ -92,8 +92,7 @@ class Zygote:
     def __init__(self, control: socket.socket, nowhere: int, preload: List[str]) -> None:
         self.control, self.nowhere = control, nowhere
         self.server = notebook.initialise(BASE_URL, TOKEN)
-        kernel.prepare(preload)
-        notebook.rehearse(self.server)
+        kernel.prepare(self.server, preload)
         entropy.find()
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
         entropy.renew()
@@ -101,6 +100,7 @@ class Zygote:
         self.places = Places(BASE_URL, TOKEN)
         self.fds = _open_fds()
         immortal.freeze()
+        holes.fill()
         snapshot.settle()
 
     def serve(self) -> None:

@@ -121,7 +121,7 @@ def main():
     mode, where = sys.argv[1:3]
     provisioner.register()
     server = initialised()
-    kernel.prepare()
+    kernel.prepare(server)
     immortal.freeze()
     # What a slot finds in its home is its own.
     for directory, _folders, files in os.walk(os.environ["HOME"]):
