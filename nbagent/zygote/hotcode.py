@@ -22,8 +22,8 @@ from typing import Any, Dict, Iterator, Set, Tuple
 
 from nbagent.zygote import holes
 
-# By the id of a piece of code, as equal ones are not the same: the code, and the names of the threads that ran it.
-Runs = Dict[int, Tuple[CodeType, Set[str]]]
+# By the id of a piece of code, as equal ones are not the same: the code, and the identifiers of threads that ran it.
+Runs = Dict[int, Tuple[CodeType, Set[int]]]
 
 
 @contextlib.contextmanager
@@ -36,7 +36,7 @@ def watch() -> Iterator[Runs]:
         return
 
     def note(code: CodeType, _offset: int) -> None:
-        runs.setdefault(id(code), (code, set()))[1].add(threading.current_thread().name)
+        runs.setdefault(id(code), (code, set()))[1].add(threading.get_ident())
 
     tool, events = monitoring.PROFILER_ID, (monitoring.events.PY_START, monitoring.events.PY_RESUME)
     monitoring.use_tool_id(tool, __name__)

@@ -26,6 +26,7 @@ from collections.abc import Awaitable
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1, serialize_msg_to_ws_v1
+from jupyterlab_server.handlers import LabHandler
 from tornado.httpclient import HTTPRequest
 from tornado.httpserver import HTTPServer
 from tornado.netutil import Resolver
@@ -257,6 +258,9 @@ async def _tidy(server: Any) -> None:
         sessions.close()
         sessions._connection.close()
         sessions._connection = None
+    # A cache that keeps every handler that ever answered with a page, and with it its request and connection.
+    with contextlib.suppress(AttributeError):
+        LabHandler.get_page_config.cache_clear()
     await asyncio.get_running_loop().shutdown_default_executor()
 
 

@@ -61,7 +61,7 @@ def method(x):
 def cold():
     return 0
 function, before = {kind}, {kind}.__code__
-runs = {{id(code): (code, {{"MainThread"}}) for code in (before, Class.method.__code__)}}
+runs = {{id(code): (code, {{1}}) for code in (before, Class.method.__code__)}}
 assert function(1) == 3
 # Theirs, and that of this program, which has them in its own.
 assert hotcode.gather(runs) == 3
@@ -80,12 +80,13 @@ def there(): here()
 def nowhere(): pass
 with hotcode.watch() as runs:
     here()
-    thread = threading.Thread(target=there, name="other")
+    thread = threading.Thread(target=there)
     thread.start()
+    other = thread.ident
     thread.join()
 found = {code.co_name: threads for code, threads in runs.values()}
 if sys.version_info >= (3, 12):
-    assert found["here"] == {"MainThread", "other"} and found["there"] == {"other"} and "nowhere" not in found
+    assert found["here"] == {threading.get_ident(), other} and found["there"] == {other} and "nowhere" not in found
 else:
     assert not found
 """)
