@@ -292,6 +292,7 @@ class ForkLauncher:
     def __init__(self, zygotes: Zygotes) -> None:
         self.zygotes = zygotes
         self._exec = ExecLauncher()
+        self._hastening: asyncio.Future[None] | None = None
 
     async def launch(
         self, slot: Slot, spec: SandboxSpec, listener: socket.socket, enter_scope: EnterScope, attach: Attach
@@ -307,6 +308,7 @@ class ForkLauncher:
         self, zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket,
         enter_scope: EnterScope, attach: Attach,
     ) -> Launched:
+        self._hasten()
         with Parts(slot) as parts, contextlib.ExitStack() as stack:
             with parts.theirs, journal.stream(slot.id, slot.scope) as stream:
                 fds = [parts.theirs.fileno(), listener.fileno(), parts.activity_fd, parts.config_fd, stream.fileno()]
@@ -333,6 +335,18 @@ class ForkLauncher:
             except BaseException:
                 os.close(first)
                 raise
+
+
+    def _hasten(self) -> None:
+        """While the processes are forked, sees to it that PID 1 does not wait when it moves them into their scope."""
+        if self._hastening is None or self._hastening.done():
+            self._hastening = asyncio.get_running_loop().run_in_executor(None, _hasten_moves)
+
+
+def _hasten_moves() -> None:
+    # Where the service may not write there, moves take as long as they take.
+    with contextlib.suppress(OSError):
+        cgroup.hasten_moves()
 
 
 def unit_of(instance: str) -> str:
