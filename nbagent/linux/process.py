@@ -30,9 +30,9 @@ def last_capability() -> int:
         return int(file.read())
 
 
-def drop_bounding_set(last: int) -> None:
-    """Makes every capability up to `last` unobtainable for this process and its children."""
-    for capability in range(last + 1):
+def drop_bounding_set(capabilities: Iterable[int]) -> None:
+    """Makes these capabilities unobtainable for this process and its children."""
+    for capability in capabilities:
         prctl(PR_CAPBSET_DROP, capability)
 
 

@@ -33,16 +33,16 @@ def compile_filter(
 ) -> bytes:
     """A filter as the kernel takes it, for this machine's own architecture.
 
-    `allowed` may be called; `refused` fail with the errno given; everything else, other
-    architectures' calls too, fails with `otherwise`. `equal`: allowed when the argument of that
-    number, from 0, is one of these; one that fits is enough. `without`: allowed when none of these
-    bits is set in the first argument. A name that this libseccomp does not know is left out, and
-    so fails with `otherwise`.
+    `allowed` may be called; `refused` fail with the errno given; everything else, other architectures' calls too,
+    fails with `otherwise`, or is allowed where that is 0. `equal`: allowed when the argument of that number, from 0, is
+    one of these; one that fits is enough. `without`: allowed when none of these bits is set in the first argument. A
+    name that this libseccomp does not know is left out, and so fails with `otherwise`.
     """
     import seccomp
 
-    made = seccomp.SyscallFilter(defaction=seccomp.ERRNO(otherwise))
-    made.set_attr(seccomp.Attr.ACT_BADARCH, seccomp.ERRNO(otherwise))
+    default = seccomp.ERRNO(otherwise) if otherwise else seccomp.ALLOW
+    made = seccomp.SyscallFilter(defaction=default)
+    made.set_attr(seccomp.Attr.ACT_BADARCH, default)
     rules = [
         *((name, seccomp.ALLOW, ()) for name in allowed),
         *((name, seccomp.ERRNO(errno), ()) for name, errno in refused.items()),

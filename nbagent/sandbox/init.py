@@ -16,6 +16,7 @@ Standard library only, and little of it: this is memory of every slot. Python 3.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
@@ -39,6 +40,8 @@ NOTE_FIRST_S, NOTE_NEXT_S = 1.0, 60.0
 STALL_S = 5.0
 # Between two reads of what is dropped: 800 KB/s. Read as fast as it is written, it would keep two processors busy.
 PAUSE_S = 0.02
+# Of a seed's two words to its slot's init.
+NEWS_MAX_BYTES = 256
 # What a pipe holds at the most (fs.pipe-max-size) is read out at the end, and no more: a writer may be left.
 LAST_READS = (1 << 20) // LINE_MAX_BYTES
 
@@ -124,12 +127,53 @@ class Output:
             self.note_due_s = max(time.monotonic() + NOTE_FIRST_S, self._noted_s + NOTE_NEXT_S)
 
 
-def run(program: int, output: Output, forwarder: int = 0) -> NoReturn:
-    """Until the program with this pid ends, or the forwarder it is nothing without; then the kernel ends
-    all others."""
+class Program:
+    """What a slot is nothing without: its program, and perhaps a forwarder, by their pids; 0 is none.
+
+    A program that was forked is a child of its seed, not of init; `seed` is the socket to that. The seed says which
+    process it is, and how that ended; when the seed ends before it, it is init's child.
+    `end` is how it came to an end, in words and as an exit status, negative for a signal.
+    """
+
+    def __init__(self, pid: int = 0, forwarder: int = 0, seed: Optional[socket.socket] = None) -> None:
+        self.pid, self.forwarder, self.seed = pid, forwarder, seed
+        self.end: Optional[Tuple[str, int]] = None
+
+    def hear(self) -> None:
+        """Takes in what the seed says."""
+        if self.seed is None:
+            return
+        said = self.seed.recv(NEWS_MAX_BYTES)
+        news = json.loads(said or "{}")
+        if "program" in news:
+            self.pid = int(news["program"])
+        elif "exited" in news:
+            self._ended("program", int(news["exited"]))
+        else:
+            self.seed.close()
+            self.seed = None
+            if not self.pid:
+                self.end = "what was to be the slot's program ended before it was", 1
+
+    def reap(self) -> None:
+        """Takes in all children that have ended."""
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                if ended[0] in (self.pid, self.forwarder):
+                    name = "program" if ended[0] == self.pid else "forwarder"
+                    self._ended(name, os.waitstatus_to_exitcode(ended[1]))
+
+    def _ended(self, name: str, code: int) -> None:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        self.end = self.end or (f"the slot's {name} {how}", code)
+
+
+def run(program: Program, output: Output) -> NoReturn:
+    """Until the program ends, or the forwarder it is nothing without; then the kernel ends all others."""
     def forward(number: int, _frame: object) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(program, number)
+        if program.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(program.pid, number)
 
     wake_read, wake_write = os.pipe()
     for fd in (wake_read, wake_write):
@@ -138,32 +182,28 @@ def run(program: int, output: Output, forwarder: int = 0) -> NoReturn:
     signal.signal(signal.SIGTERM, forward)
     # Without a handler of its own the signal would wake nobody.
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    watched = {wake_read, output.source_fd}
-    while (ended := _reap((program, forwarder))) is None:
+    printed = True
+    program.reap()
+    while program.end is None:
         now_s = time.monotonic()
         if output.note_due_s is not None and now_s >= output.note_due_s:
             output.note()
         paused = now_s < output.paused_until_s
         waiting = select.poll()
-        for fd in watched - {output.source_fd} if paused else watched:
-            waiting.register(fd, select.POLLIN)
+        waiting.register(wake_read, select.POLLIN)
+        if printed and not paused:
+            waiting.register(output.source_fd, select.POLLIN)
+        if program.seed is not None:
+            waiting.register(program.seed, select.POLLIN)
         due_s = output.paused_until_s if paused else output.note_due_s
-        for fd, _ in waiting.poll(None if due_s is None else max(0.0, due_s - now_s) * 1000):
-            if fd == wake_read:
-                os.read(wake_read, 512)
-            elif not output.pass_on():
-                watched.discard(fd)
-    pid, status = ended
-    code = os.waitstatus_to_exitcode(status)
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-    output.finish(f"the slot's {'program' if pid == program else 'forwarder'} {how}")
+        ready = {fd for fd, _ in waiting.poll(None if due_s is None else max(0.0, due_s - now_s) * 1000)}
+        if wake_read in ready:
+            os.read(wake_read, 512)
+        if output.source_fd in ready:
+            printed = output.pass_on()
+        if program.seed is not None and program.seed.fileno() in ready:
+            program.hear()
+        program.reap()
+    words, code = program.end
+    output.finish(words)
     os._exit(code if code >= 0 else 128 - code)
-
-
-def _reap(awaited: Tuple[int, int]) -> Optional[Tuple[int, int]]:
-    """Takes in all that have ended; pid and wait status of the first that is awaited."""
-    with contextlib.suppress(ChildProcessError):
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            if ended[0] in awaited:
-                return ended
-    return None

@@ -11,7 +11,7 @@ slot's own control socket, as `making` has it.
 
 Two processes are forked for a slot, and touch nothing before they are in its scope. The keeper's
 child is the first process of a new pid namespace: it makes the other namespaces, builds the root and stays
-as `init`. The zygote's child is born into that pid namespace, joins the rest, and is the program.
+as `init`. The zygote's child is born into that pid namespace, joins the rest, forks the program and stays as its seed.
 
 The connection is its life: when the supervisor ends or is done with it, it ends, and the zygote with it.
 Slots do not: nothing of theirs is in its unit or under its processes. A zygote that does not
@@ -22,6 +22,7 @@ Standard library only; Python 3.9 and up.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import errno
 import gc
@@ -74,17 +75,12 @@ class Keeper:
 
     def begin(self, preload: List[str]) -> None:
         """Returns when the zygote is ready. Raises ZygoteGone."""
-        found, report = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with found, report:
-            if (helper := os.fork()) == 0:
-                guarded(report, lambda: _fork_first(report, report, lambda: os._exit(0)))
-            os.waitpid(helper, 0)
-            _, made, _, _ = socket.recv_fds(found, PACKET_MAX_BYTES, 2)
+        ended, nowhere = fork_first(lambda: os._exit(0))
         try:
-            socket.send_fds(self.zygote, [json.dumps({"preload": preload}).encode()], made[1:])
+            socket.send_fds(self.zygote, [json.dumps({"preload": preload}).encode()], [nowhere])
         finally:
-            for fd in made:
-                os.close(fd)
+            os.close(ended)
+            os.close(nowhere)
         answer, _ = self.answer()
         if "ready" not in answer:
             failed = answer.get("failed", "an answer that is none")
@@ -95,8 +91,15 @@ class Keeper:
         waiting = select.poll()
         for end in (self.supervisor, self.zygote):
             waiting.register(end.fileno(), select.POLLIN)
+        ended_fd = _told_of_children()
+        waiting.register(ended_fd, select.POLLIN)
         while True:
             ready = [fd for fd, _ in waiting.poll()]
+            if ended_fd in ready:
+                os.read(ended_fd, 512)
+                self._reap()
+                if ready == [ended_fd]:
+                    continue
             # Between requests a zygote has nothing to say but that it ends.
             if self.zygote.fileno() in ready:
                 raise self._ended()
@@ -132,24 +135,17 @@ class Keeper:
                 return stack.enter_context(ends[0]), stack.enter_context(ends[1])
 
             printed, print_fd = (owned(fd) for fd in output_pipe(spec))
-            (ours, theirs), (found, report) = pair(), pair()
-            # A process whose children are born into another pid namespace cannot undo that, for want of a right over
-            # the host's; so this is one of its own, which ends.
-            if (helper := os.fork()) == 0:
-                def first() -> NoReturn:
-                    # Whoever waits at the other end of one of these is to see its end.
-                    for end in (self.supervisor, self.zygote, theirs, report):
-                        end.close()
-                    output = init.Output(spec.slot, printed, socket.socket(fileno=stream_fd), self.entries)
-                    _first(control, spec, ours, activity_fd, output)
+            ours, theirs = pair()
 
-                guarded(control, lambda: _fork_first(report, control, first))
-            os.waitpid(helper, 0)
-            report.close()
-            _, made, _, _ = socket.recv_fds(found, PACKET_MAX_BYTES, 2)
-            if len(made) != 2:
-                raise OSError("no first process for the slot")
-            first_fd, pidns = (owned(fd) for fd in made)
+            def first() -> NoReturn:
+                # Whoever waits at the other end of one of these is to see its end.
+                for end in (self.supervisor, self.zygote, theirs):
+                    end.close()
+                os.close(print_fd)
+                output = init.Output(spec.slot, printed, socket.socket(fileno=stream_fd), self.entries)
+                _first(control, spec, ours, activity_fd, output)
+
+            first_fd, pidns = (owned(fd) for fd in fork_first(lambda: guarded(control, first)))
             passed = [pidns, theirs.fileno(), control.fileno(), listen_fd, activity_fd, config_fd, print_fd]
             socket.send_fds(self.zygote, [json.dumps(program(spec)).encode()], passed)
             socket.send_fds(control, [json.dumps({"init": True}).encode()], [first_fd, owned(self._forked())])
@@ -182,6 +178,14 @@ class Keeper:
             answer = None
         return (answer if isinstance(answer, dict) else {"failed": "an answer that is none"}), list(fds)
 
+    def _reap(self) -> None:
+        """Takes in the first processes of slots that have ended. How the zygote does is for `_ended`."""
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if ended.si_pid == self.pid:
+                    return  # which is seen at its socket
+                os.waitpid(ended.si_pid, 0)
+
     def _ended(self) -> ZygoteGone:
         """How a zygote has ended that holds its socket no more, and so soon will have."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -193,19 +197,52 @@ def program(spec: SandboxSpec) -> Dict[str, Any]:
     """What the zygote has to know of a slot; its secrets are in the configuration, which the slot alone reads."""
     return {
         "uid": spec.uid, "directory": spec.directory, "environment": spec.environment,
-        "syscall_filter": spec.syscall_filter,
+        "syscall_filter": spec.forked_filter,
     }
 
 
-def _fork_first(report: socket.socket, control: socket.socket, first: Callable[[], NoReturn]) -> NoReturn:
-    """Forks the first process of a new pid namespace; its pidfd and the namespace go back by `report`."""
-    ns.unshare(ns.CLONE_NEWPID)
-    pid = os.fork()
-    if pid == 0:
-        guarded(control, first)
-    pidns = os.open("/proc/self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC)
-    socket.send_fds(report, [b"first"], [os.pidfd_open(pid), pidns])
-    os._exit(0)
+def fork_first(first: Callable[[], NoReturn]) -> Tuple[int, int]:
+    """Forks the first process of a new pid namespace, which runs `first`; its pidfd, and the namespace. Raises OSError.
+
+    Whose children are born into another pid namespace cannot undo that, for want of a right over the host's. But
+    namespaces are each thread's own, so a thread does it, and ends.
+    """
+    made: List[int] = []
+    failures: List[OSError] = []
+    over = _thread.allocate_lock()
+    over.acquire()
+
+    def fork() -> None:
+        try:
+            ns.unshare(ns.CLONE_NEWPID)
+            pid = os.fork()
+            if pid == 0:
+                first()
+            made.append(os.pidfd_open(pid))
+            made.append(os.open("/proc/thread-self/ns/pid_for_children", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            failures.append(error)
+        finally:
+            over.release()
+
+    _thread.start_new_thread(fork, ())
+    over.acquire()
+    if failures:
+        for fd in made:
+            os.close(fd)
+        raise failures[0]
+    return made[0], made[1]
+
+
+def _told_of_children() -> int:
+    """A descriptor that can be read when a child has ended."""
+    read_fd, write_fd = os.pipe()
+    for fd in (read_fd, write_fd):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    # Without a handler of its own the signal would wake nobody.
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    return read_fd
 
 
 def _first(
@@ -217,6 +254,7 @@ def _first(
         os._exit(0)
     sibling.send(b"go")
     os.setsid()
+    signal.set_wakeup_fd(-1)  # the keeper's
     control = _moved(control)
     sibling = _moved(sibling)
     output.stream, output.entries = _moved(output.stream), _moved(output.entries)
@@ -233,15 +271,13 @@ def _first(
     if spec.uplink is not None:
         socket.send_fds(control, [json.dumps({"netns": True}).encode()], [joined[JOINED.index("net")]])
 
-    def start() -> Tuple[int, int]:
-        with sibling:
+    def start() -> init.Program:
+        # For the program and for its seed, which share the other end.
+        for _ in range(2):
             socket.send_fds(sibling, [b"root"], joined)
-            for fd in joined:
-                os.close(fd)
-            pid = sibling.recv(PACKET_MAX_BYTES)
-        if not pid:
-            raise OSError("the slot's program ended before it ran")
-        return int(pid), 0
+        for fd in joined:
+            os.close(fd)
+        return init.Program(seed=sibling)
 
     become_init(control, spec, steps, output, start)
 

@@ -22,7 +22,7 @@ import os
 import signal
 import socket
 import sys
-from typing import List, NoReturn, Tuple
+from typing import List, NoReturn
 
 from nbagent.linux import journal
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
@@ -77,14 +77,14 @@ def _outside(control: socket.socket, spec: SandboxSpec, passed: List[int]) -> No
     os._exit(0)
 
 
-def _start(control: socket.socket, spec: SandboxSpec, steps: Plan) -> Tuple[int, int]:
+def _start(control: socket.socket, spec: SandboxSpec, steps: Plan) -> init.Program:
     pid = os.fork()
     if pid == 0:
         guarded(control, lambda: _program(spec, steps))
     forwarder = 0
     if spec.port and (forwarder := os.fork()) == 0:
         guarded(control, lambda: _forward(spec, steps))
-    return pid, forwarder
+    return init.Program(pid, forwarder)
 
 
 def _forward(spec: SandboxSpec, steps: Plan) -> NoReturn:

@@ -93,11 +93,11 @@ def output_pipe(spec: SandboxSpec) -> Tuple[int, int]:
 
 def become_init(
     control: socket.socket, spec: SandboxSpec, steps: Plan, output: init.Output,
-    start: Callable[[], Tuple[int, int]],
+    start: Callable[[], init.Program],
 ) -> NoReturn:
     """From the first process of a pid namespace, in the other namespaces, to a slot's init.
 
-    `start` makes the program run once the root is there; pids of the program and of its forwarder, or 0.
+    `start` makes the program run once the root is there.
     """
     # What is not imported by now must never be: after the pivot it would be the image's.
     sys.path.clear()
@@ -107,7 +107,7 @@ def become_init(
     if steps.connected:
         control.recv(PACKET_MAX_BYTES)
     run(steps.connected)
-    program, forwarder = start()
+    program = start()
     for fd in (LISTEN_FD, CONFIG_FD):
         with contextlib.suppress(OSError):
             os.close(fd)
@@ -117,4 +117,4 @@ def become_init(
     control.close()  # not before: its own failure must be heard, as the program ends with it
     # The program has the same user id; it may not look into this process, nor trace it.
     prctl(PR_SET_DUMPABLE, 0)
-    init.run(program, output, forwarder)
+    init.run(program, output)

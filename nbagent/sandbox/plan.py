@@ -20,7 +20,7 @@ Standard library only; Python 3.9 and up.
 from __future__ import annotations
 
 import binascii
-from typing import List, NamedTuple, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 from nbagent.linux import namespaces as ns
 from nbagent.linux.mounts import MS_NOEXEC, MS_NOSUID
@@ -149,10 +149,14 @@ def zygote_plan(spec: SandboxSpec) -> Plan:
     )
 
 
-def last(uid: int, syscall_filter: str) -> Tuple[Step, ...]:
-    """What makes a process in the slot's namespaces one of the slot's: the end of every plan."""
+def last(uid: int, syscall_filter: str, held: Optional[Tuple[int, ...]] = None) -> Tuple[Step, ...]:
+    """What makes a process in the slot's namespaces one of the slot's: the end of every plan.
+
+    `held` are the capabilities that it could still have; None for all. A zygote's children have its few, and its
+    filter, so theirs only refuses what that allows beside (`syscalls.FORKING`).
+    """
     return (
         steps.Limits(OPEN_FILES, PENDING_SIGNALS),
-        steps.Unprivileged(uid),
+        steps.Unprivileged(uid, held),
         steps.SystemCalls(binascii.a2b_base64(syscall_filter)),
     )

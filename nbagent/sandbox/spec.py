@@ -31,7 +31,8 @@ class SandboxSpec(NamedTuple):
     `code` is the host's directory of the package nbagent, shown to the slot read-only;
     `mountpoint` is an empty directory of the host, covered in the slot's mount namespace only;
     `syscall_filter` is a seccomp program, in base64; `uplink` is None for a slot that has loopback only.
-    `forked`: the slot's processes begin inside the image's user namespace and a pid namespace of their own.
+    `forked`: the slot's processes begin inside the image's user namespace and a pid namespace of their own;
+    `forked_filter` is then what its program and kernels have beside the zygote's filter.
     """
 
     slot: str
@@ -51,6 +52,7 @@ class SandboxSpec(NamedTuple):
     syscall_filter: str
     uplink: Optional[Uplink] = None
     forked: bool = False
+    forked_filter: str = ""
 
     def save(self) -> Dict[str, Any]:
         """The specification as JSON."""

@@ -21,7 +21,7 @@ import contextlib
 import os
 import resource
 import socket
-from typing import List, NamedTuple, Protocol, Tuple
+from typing import List, NamedTuple, Optional, Protocol, Tuple
 
 from nbagent.linux import link, rtnetlink, seccomp
 from nbagent.linux.mounts import (
@@ -412,12 +412,13 @@ class Unprivileged(NamedTuple):
     """The slot's id, no capability now, none to be had: not by a setuid file, not by exec."""
 
     uid: int
+    held: Optional[Tuple[int, ...]] = None
 
     def describe(self) -> str:
         return f"user id {self.uid}, no capability, no_new_privs"
 
     def do(self) -> None:
-        drop_bounding_set(last_capability())
+        drop_bounding_set(range(last_capability() + 1) if self.held is None else self.held)
         become(self.uid)
         prctl(PR_SET_NO_NEW_PRIVS, 1)
 

@@ -78,6 +78,13 @@ def forking_filter() -> str:
     return base64.b64encode(program).decode()
 
 
+@functools.cache
+def forked_filter() -> str:
+    """What a zygote's children have beside its filter, in base64; compiled once. Together they are the slots'."""
+    refused = {name: syscalls.REFUSED[name] for name in syscalls.FORKING}
+    return base64.b64encode(seccomp.compile_filter([], refused, 0, {}, {})).decode()
+
+
 def sandbox_spec(
     slot: Slot, image: Image, storage_bytes: int, start_timeout_s: float, uplink: Uplink | None = None
 ) -> SandboxSpec:

@@ -37,6 +37,7 @@ from nbagent.supervisor.launcher import (
     ExecLauncher,
     Launched,
     Parts,
+    forked_filter,
     forking_filter,
     pid_of,
     sandbox_spec,
@@ -299,7 +300,8 @@ class ForkLauncher:
     ) -> Launched:
         while (zygote := await self.zygotes.of(slot)) is not None:
             try:
-                return await self._fork(zygote, slot, spec._replace(forked=True), listener, enter_scope, attach)
+                forked = spec._replace(forked=True, forked_filter=forked_filter())
+                return await self._fork(zygote, slot, forked, listener, enter_scope, attach)
             except ZygoteGone as error:
                 self.zygotes.give_up(zygote, str(error))
         return await self._exec.launch(slot, spec, listener, enter_scope, attach)
@@ -335,7 +337,6 @@ class ForkLauncher:
             except BaseException:
                 os.close(first)
                 raise
-
 
     def _hasten(self) -> None:
         """While the processes are forked, sees to it that PID 1 does not wait when it moves them into their scope."""

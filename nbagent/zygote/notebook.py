@@ -182,6 +182,12 @@ def initialise(base_url: str, token: str) -> Any:
     return server
 
 
+def put_loop_away(server: Any) -> None:
+    """Closes the event loop that a server was initialised with, before a fork: loops have descriptors."""
+    server.io_loop.close()
+    asyncio.set_event_loop(None)
+
+
 def serve(server: Any, application: Any) -> None:
     """Serves `application`, all requests of the slot's socket, until SIGTERM."""
     listener = socket.socket(fileno=LISTEN_FD)

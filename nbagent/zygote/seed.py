@@ -1,8 +1,8 @@
-"""A slot's seed: the process that kernels are forked from.
+"""A slot's seed: the process that the slot's server and its kernels are forked from.
 
-It is forked from the slot's server while that has one thread and no running loop, waits on a socket, and forks a
-kernel for each order; so a kernel has everything loaded that the zygote had. It runs no code of the user's
-itself, and holds no descriptor of the server's but its end of the socket.
+It is what the zygote has forked, in the slot's namespaces and as its user. It forks the server, before either has the
+slot's secrets, and from then on waits on a socket and forks a kernel for each order; so a kernel has everything
+loaded that the zygote had. It runs no code of the user's itself, and holds no descriptor of the server's.
 
     server, `Seed`                      seed, `_Keeper`                 kernel
     order + a channel   ───SEQPACKET──▶ fork ──────────────────────────▶ `kernel.run`
@@ -11,8 +11,9 @@ itself, and holds no descriptor of the server's but its end of the socket.
                         ◀───channel──── {"exited": status}   ◀───ends───
     closes the channel  ──────────────▶ reaps: until then the pid is nobody else's
 
-It ends when the server has ended (end of file), and its kernels end with it (PR_SET_PDEATHSIG), as ordinary kernels
-end with their server. When the seed dies alone, kernels start the ordinary way from then on.
+It ends when the server has ended, and its kernels end with it (PR_SET_PDEATHSIG), as ordinary kernels end with their
+server; how the server ended it tells the slot's init. When the seed dies alone, the server stays, a child of
+init now, and kernels start the ordinary way from then on.
 
 Standard library only; Python 3.9 and up.
 """
@@ -100,35 +101,15 @@ class ForkedProcess:
 
 
 class Seed:
-    """The server's side of a seed. `run` is what a kernel does with its order; it never returns."""
+    """The server's side of a seed, which is its parent."""
 
     def __init__(self, pid: int, orders: socket.socket) -> None:
         self.pid, self._orders = pid, orders
 
-    @classmethod
-    def start(cls, run: Run) -> Seed:
-        """Forks the seed. In a process with one thread and no running loop."""
-        orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        pid = os.fork()
-        if pid == 0:
-            # Nothing may go up into the server's own frames.
-            try:
-                _Keeper(theirs).serve(run)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        theirs.close()
-        orders.setblocking(False)
-        return cls(pid, orders)
-
     @property
     def alive(self) -> bool:
-        """Whether there is still a seed; one that has died is reaped."""
-        try:
-            return os.waitpid(self.pid, os.WNOHANG)[0] == 0
-        except ChildProcessError:
-            return False
+        """Whether there is still a seed."""
+        return os.getppid() == self.pid
 
     async def fork(self, order: Mapping[str, Any]) -> ForkedProcess:
         """Forks a kernel. Raises ForkFailed, after FORK_TIMEOUT_S at the latest."""
@@ -167,6 +148,33 @@ async def _heard(channel: socket.socket, timeout_s: float) -> None:
         loop.remove_reader(channel)
 
 
+def divide(run: Run, init: socket.socket, begin: Callable[[], None]) -> Seed:
+    """Forks the server off this process, which becomes its seed; returns in the server only.
+
+    `run` is what a kernel does with its order; it never returns. `init` hears {"program": pid} of the server, and
+    {"exited": status} when that has ended, negative for a signal. `begin` is what the seed does then, before it takes
+    orders. In a process with one thread and no running loop.
+    """
+    orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    seed = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        theirs.close()
+        orders.setblocking(False)
+        os.setsid()
+        return Seed(seed, orders)
+    orders.close()
+    # Nothing may go up into the frames below.
+    try:
+        keeper = _Keeper(theirs, init, pid)
+        begin()
+        keeper.serve(run)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
 class _Kernel:
     """A child of the seed: `channel` says when it has ended, and hears when nobody asks for it any more."""
 
@@ -177,31 +185,41 @@ class _Kernel:
 class _Keeper:
     """What the seed does."""
 
-    def __init__(self, orders: socket.socket) -> None:
-        self.orders = orders
+    def __init__(self, orders: socket.socket, init: socket.socket, server: int) -> None:
+        self.orders, self.init, self.server = orders, init, server
+        self.server_pidfd = os.pidfd_open(server)
+        self._tell({"program": server})
         self.kernels: Dict[int, _Kernel] = {}
         self.poll = select.poll()
 
     def serve(self, run: Run) -> NoReturn:
         """Forks and reaps until the server has ended."""
-        os.setsid()
         gc.disable()
-        signal.set_wakeup_fd(-1)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
-        give_up_descriptors(self.orders.fileno())
+        give_up_descriptors(self.orders.fileno(), self.init.fileno(), self.server_pidfd)
+        # Whom systemd asks to end, and a terminal, is the server: it ends its kernels first.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         self.poll.register(self.orders, select.POLLIN)
+        self.poll.register(self.server_pidfd, select.POLLIN)
         while True:
             for fd, _events in self.poll.poll():
+                if fd == self.server_pidfd:
+                    self._tell({"exited": os.waitstatus_to_exitcode(os.waitpid(self.server, 0)[1])})
+                    os._exit(0)
                 if fd == self.orders.fileno():
                     self._take_order(run)
                 elif fd in self.kernels:  # it may have gone by what was seen just before
                     self._look_after(self.kernels[fd], fd)
 
+    def _tell(self, news: Dict[str, int]) -> None:
+        with contextlib.suppress(OSError):  # an init that has ended is told nothing
+            self.init.send(json.dumps(news).encode())
+
     def _take_order(self, run: Run) -> None:
         said, fds, _flags, _address = socket.recv_fds(self.orders, ORDER_MAX_BYTES, 1)
-        if not said:
-            os._exit(0)
+        if not said:  # the server ends
+            self.poll.unregister(self.orders)
+            return
         channel = socket.socket(fileno=fds[0])
         parent = os.getpid()
         try:

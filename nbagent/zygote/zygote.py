@@ -41,10 +41,9 @@ snapshot.begin()
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.sandbox import plan
-from nbagent.sandbox.making import PACKET_MAX_BYTES, aside, guarded, place, run
+from nbagent.sandbox.making import PACKET_MAX_BYTES, guarded, place, run
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
-from nbagent.zygote import entropy, holes, immortal, kernel, notebook, provisioner
-from nbagent.zygote.seed import Seed
+from nbagent.zygote import entropy, holes, immortal, kernel, notebook, provisioner, seed
 
 CONTROL_FD = LISTEN_FD
 # In the place of a slot's own, of the same form, so that whatever is made of them is of the right form too.
@@ -93,6 +92,7 @@ class Zygote:
         self.control, self.nowhere = control, nowhere
         self.server = notebook.initialise(BASE_URL, TOKEN)
         kernel.prepare(self.server, preload)
+        notebook.put_loop_away(self.server)
         entropy.find()
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
         entropy.renew()
@@ -105,7 +105,7 @@ class Zygote:
 
     def serve(self) -> None:
         """Forks on request, until the keeper is gone."""
-        # Nobody waits for what it forks: the process that forks once more and ends, in the slot's scope.
+        # Nobody waits for what it forks: a slot's own init hears of its end.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
         while True:
             payload, fds, _, _ = socket.recv_fds(self.control, PACKET_MAX_BYTES, REQUEST_FDS)
@@ -158,53 +158,60 @@ class Zygote:
         sibling, control = (socket.socket(fileno=fd) for fd in fds[:2])
         if not sibling.recv(PACKET_MAX_BYTES):
             os._exit(0)
-        # Once more, in the slot's scope: what a fork costs the kernel is the slot's, and init will be the parent.
-        if os.fork():
-            os._exit(0)
-        guarded(control, lambda: self._program(asked, sibling, control, fds[2:]))
+        guarded(control, lambda: self._slot(asked, sibling, control, fds[2:]))
 
-    def _program(
+    def _slot(
         self, asked: Dict[str, Any], sibling: socket.socket, control: socket.socket, fds: List[int]
     ) -> NoReturn:
-        sibling.send(str(os.getpid()).encode())
         listen_fd, activity_fd, config_fd, print_fd = fds
+        os.setsid()
         # While the root is built: all that needs none.
         entropy.renew()
         os.environ.clear()
         os.environ.update(asked["environment"])
-        _, joined, _, _ = socket.recv_fds(sibling, PACKET_MAX_BYTES, 8)
+
+        def be_a_seed() -> None:
+            control.close()
+            for fd in (listen_fd, activity_fd, config_fd):
+                os.close(fd)
+            _enter(asked, sibling, print_fd, [])
+
+        # Before anybody has the server's secrets, which are none of a kernel's.
+        provisioner.use(seed.divide(kernel.run, sibling, be_a_seed))
+        settings = notebook.read_settings(config_fd)
+        self.places.fill(settings["base_url"], settings["token"])
+        application = notebook.adopt(self.server, BASE_URL, settings["base_url"])
+        _enter(asked, sibling, print_fd, [listen_fd, activity_fd])
         sibling.close()
-        if not joined:
-            os._exit(0)
-        for fd in joined:
-            ns.join(fd)
-            os.close(fd)
-        control = socket.socket(fileno=aside(control.detach()))
-        place(print_fd, [listen_fd, activity_fd, config_fd])
-        for number in (LISTEN_FD, ACTIVITY_FD, CONFIG_FD):
-            os.set_inheritable(number, False)
-        os.setsid()
-        run(plan.last(asked["uid"], asked["syscall_filter"]))
         # The change of user took it away. It is the user's own, as after an exec: its /proc, and to debug.
         prctl(PR_SET_DUMPABLE, 1)
-        # SIGPIPE and SIGXFSZ stay ignored, as in every Python: a browser that goes away ends no server.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        os.umask(0o022)
-        os.chdir(asked["directory"])
         # The one of the zygote's own run is in the zygote's root.
         os.makedirs(self.server.runtime_dir, mode=0o700, exist_ok=True)
         control.close()
         try:
-            # Before the server has its secrets, which are none of a kernel's.
-            provisioner.use(Seed.start(kernel.run))
-            settings = notebook.read_settings(CONFIG_FD)
-            self.places.fill(settings["base_url"], settings["token"])
-            application = notebook.adopt(self.server, BASE_URL, settings["base_url"])
             notebook.serve(self.server, application)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
+
+
+def _enter(asked: Dict[str, Any], sibling: socket.socket, print_fd: int, fds: List[int]) -> None:
+    """Makes this process one of the slot's as soon as its root is there: its namespaces, descriptors and user."""
+    _, joined, _, _ = socket.recv_fds(sibling, PACKET_MAX_BYTES, 8)
+    if not joined:
+        os._exit(0)
+    for fd in joined:
+        ns.join(fd)
+        os.close(fd)
+    place(print_fd, fds)
+    for number in range(LISTEN_FD, LISTEN_FD + len(fds)):
+        os.set_inheritable(number, False)
+    run(plan.last(asked["uid"], asked["syscall_filter"], plan.FORKING))
+    # SIGPIPE and SIGXFSZ stay ignored, as in every Python: a browser that goes away ends no server.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.umask(0o022)
+    os.chdir(asked["directory"])
 
 
 def _open_fds() -> frozenset[int]:

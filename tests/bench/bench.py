@@ -287,7 +287,8 @@ class Bench:
             lost = line.median("taken") or 0
             put("claim: API, control, answer; all services", number, claim_ms, parts["services"])
             put("walls: namespaces, root, limits, identity; init", number, walls_ms, parts["init"])
-            put("scope, start of the server, until it answers", number, ready_ms - claim_ms - walls_ms, parts["server"])
+            starts_ms, both = ready_ms - claim_ms - walls_ms, parts["seed"] + parts["server"]
+            put("scope, start of the server, until it answers; seed", number, starts_ms, both)
             put("kernel, until its first result", number, cold_ms - ready_ms, parts["kernel"])
             own = parts[figures.KERNEL]
             put("the kernel's own memory: tables, stacks, inodes", number, None, own)

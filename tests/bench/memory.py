@@ -5,8 +5,9 @@
 
 SLOTS and SERVICES are regular expressions of units; what is below such a unit's cgroup counts. KiB everywhere.
 PSS shares a page that several processes have among them, so the sum over all is what they really have; `private` is
-what a process alone has. `roles` tell a slot's processes apart by their numbers in its pid namespace: 1 is its init,
-the next its server, all others have to do with kernels. With UNIT, only its processes' processor seconds and RSS.
+what a process alone has. `roles` tell a slot's processes apart by their numbers in its pid namespace: 1 is its init;
+the next its seed, where its parent is outside, as a zygote is; the next its server; all others have to do with kernels.
+With UNIT, only its processes' processor seconds and RSS.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ def units_of(pid: str) -> tuple[list[str], str]:
     return named[0].split("/"), memory[0]
 
 
-def measure(pid: str) -> tuple[int, Counter[str]] | None:
-    """A process's number in its innermost pid namespace, 0 if that is ours, and its figures; None when it is gone."""
+def measure(pid: str) -> tuple[int, int, Counter[str]] | None:
+    """A process's number in its innermost pid namespace, 0 if that is ours, its parent and its figures.
+
+    None when it is gone.
+    """
     try:
         rollup = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE))
         status = dict(re.findall(r"^(\w+):\s+(.+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
@@ -42,18 +46,23 @@ def measure(pid: str) -> tuple[int, Counter[str]] | None:
     if not rollup:
         return None
     numbers = [int(number) for number in status["NSpid"].split()]
-    return numbers[-1] if len(numbers) > 1 else 0, Counter(
+    return numbers[-1] if len(numbers) > 1 else 0, int(status["PPid"]), Counter(
         pss=int(rollup["Pss"]), private=int(rollup["Private_Clean"]) + int(rollup["Private_Dirty"]),
         rss=int(rollup["Rss"]), page_tables=int(status["VmPTE"].split()[0]), processes=1,
         threads=int(status["Threads"]),
     )
 
 
-def roles_of(numbers: list[int]) -> list[str]:
-    """What each process of one slot is for, by its number in the slot's pid namespace; peers have none."""
-    server = min((number for number in numbers if number > 1), default=0)
-    names = {0: "slots", 1: "init", server: "server" if server else "slots"}
-    return [names.get(number, "kernel") for number in numbers]
+def roles_of(processes: list[tuple[int, bool]]) -> list[str]:
+    """What each process of one slot is for, by its number in the slot's pid namespace, and whether its parent is
+    outside the slot; peers have no numbers."""
+    later = sorted(process for process in processes if process[0] > 1)
+    names = {0: "slots", 1: "init"}
+    if later and later[0][1]:
+        names[later.pop(0)[0]] = "seed"
+    if later:
+        names[later[0][0]] = "server"
+    return [names.get(number, "kernel") for number, _ in processes]
 
 
 def kernel_memory(cgroups: set[str]) -> int:
@@ -113,15 +122,18 @@ def main(slots: str, services: str, unit: str = "") -> None:
         measured = pool.map(measure, pids, chunksize=16)
     roles: dict[str, Counter[str]] = {}
     pss_of: Counter[str] = Counter()
-    slots_processes: dict[str, list[tuple[int, Counter[str]]]] = {}
+    slots_processes: dict[str, list[tuple[int, bool, Counter[str]]]] = {}
+    of_slots = {int(pid) for pid, (role, _) in zip(pids, groups, strict=True) if role == "slots"}
     for (role, group), found in zip(groups, measured, strict=True):
         if found and role == "slots":
-            slots_processes.setdefault(group, []).append(found)
+            number, parent, figures = found
+            slots_processes.setdefault(group, []).append((number, parent not in of_slots, figures))
         elif found:
-            roles.setdefault(role, Counter()).update(found[1])
-            pss_of[group] += found[1]["pss"]
+            roles.setdefault(role, Counter()).update(found[2])
+            pss_of[group] += found[2]["pss"]
     for processes in slots_processes.values():
-        for role, (_, figures) in zip(roles_of([number for number, _ in processes]), processes, strict=True):
+        named = roles_of([(number, outside) for number, outside, _ in processes])
+        for role, (_, _, figures) in zip(named, processes, strict=True):
             roles.setdefault(role, Counter()).update(figures)
     total: Counter[str] = sum(roles.values(), Counter())
     document: dict[str, Any] = {

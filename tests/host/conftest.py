@@ -119,6 +119,10 @@ class Agent:
             ours = any("nbagent" in str(entry.get(field)) for field in fields)
             if ours and not EXPECTED.search(text) and not any(re.search(p, text) for p in self.expected):
                 surprises.append(f"{entry.get('_SYSTEMD_UNIT')}: {text}")
+                if str(entry.get("_SYSTEMD_UNIT")).endswith(".scope"):
+                    # What a slot said before, as nobody can ask it any more.
+                    said = self.journal("-u", str(entry["_SYSTEMD_UNIT"]), "-n", "20")
+                    surprises += [f"    {line.get('MESSAGE')}"[:200] for line in said]
         assert not surprises, "unexpected in the journal:\n" + "\n".join(surprises)
         cores = self.run("sh", "-c", "ls /var/lib/systemd/coredump 2>/dev/null; true").strip()
         assert not cores, f"core dumps: {cores}"

@@ -62,12 +62,18 @@ def serve(server, path):
     listener.setblocking(False)
     become_user()
     entropy.renew()
-    provisioner.use(seed.Seed.start(kernel.run))
+    provisioner.use(divided())
     asyncio.set_event_loop(asyncio.new_event_loop())
     server.io_loop = IOLoop.current()
     server._http_server = HTTPServer(server.web_app)
     server._http_server.add_socket(listener)
     server.start()
+
+
+def divided():
+    """The seed of what goes on from here; nobody is its init."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return seed.divide(kernel.run, ends[0], ends[1].close)
 
 
 def become_user():
@@ -79,7 +85,7 @@ def become_user():
 
 def suite(directory):
     become_user()
-    provisioner.use(seed.Seed.start(kernel.run))
+    provisioner.use(divided())
     LabApp.clear_instance()
     asyncio.set_event_loop(asyncio.new_event_loop())
     os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = provisioner.NAME

@@ -28,6 +28,14 @@ def is_forked(agent, slot):
     return "nbagent.sandbox.keeper" in agent.run("cat", f"/proc/{first}/cmdline")
 
 
+def server_of(agent, slot):
+    """The process of a slot that serves: the one whose parent is the seed, of the three that there are at first."""
+    pids = agent.processes(slot)
+    parents = {pid: int(agent.run("ps", "-o", "ppid=", "-p", str(pid))) for pid in pids}
+    server, = (pid for pid, parent in parents.items() if parent in pids)
+    return server
+
+
 def next_slot(agent, seen):
     """The id of a slot that is warm and was not before."""
     def found():
@@ -132,22 +140,37 @@ def test_a_zygote_that_forks_nothing_is_replaced_when_it_is_old(of_a_zygote):
 
 
 def test_memory_is_charged_to_the_slot_that_touches_it(of_a_zygote):
-    """A slot's private pages, 7 MiB of a server and 3 of its init, are in its own cgroup."""
+    """A slot's private pages, 2 MiB of a server, 3 of its init and 1 of its seed, are in its own cgroup."""
     agent = of_a_zygote
     slot = agent.claim()["slot"]
     used = agent.api.get(f"/slots/{slot}").json()["memory_bytes"]
-    assert 6 << 20 < used < 24 << 20
+    assert 4 << 20 < used < 16 << 20
 
 
 def test_a_slot_ends_with_its_program_and_says_how(of_a_zygote):
     agent = of_a_zygote
     agent.expect(r"slot \S+ ended by itself")
     slot = agent.claim()["slot"]
-    server = sorted(agent.processes(slot))[1]
-    agent.run("kill", "-KILL", str(server))
+    agent.run("kill", "-KILL", str(server_of(agent, slot)))
     agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the slot to be gone")
     output = agent.run("journalctl", "--no-pager", "-o", "cat", "-u", f"nbagent-{slot}.scope")
     assert "the slot's program was killed by SIGKILL" in output
+
+
+def test_a_slot_whose_seed_is_killed_goes_on_and_still_ends_with_its_program(of_a_zygote):
+    agent = of_a_zygote
+    agent.expect(r"slot \S+ ended by itself")
+    notebook = agent.open()
+    server = server_of(agent, notebook.slot)
+    seed = agent.run("ps", "-o", "ppid=", "-p", str(server)).strip()
+    agent.run("kill", "-KILL", seed)
+    # Started the ordinary way: by exec.
+    assert notebook.run("6 * 7").text == "42"
+    assert agent.run("ps", "-o", "ppid=", "-p", str(server)).strip() == str(agent.processes(notebook.slot)[0])
+    agent.run("kill", "-TERM", str(server))
+    agent.wait(lambda: agent.api.get(f"/slots/{notebook.slot}").status == 404, "the slot to be gone")
+    output = agent.run("journalctl", "--no-pager", "-o", "cat", "-u", f"nbagent-{notebook.slot}.scope")
+    assert "the slot's program exited with status 0" in output
 
 
 def test_what_a_slot_prints_is_in_its_own_journal(of_a_zygote):

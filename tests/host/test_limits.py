@@ -90,6 +90,16 @@ def test_memory_kills_the_kernel_and_spares_the_server(any_agent):
     assert agent.run("systemctl", "is-active", f"nbagent-{notebook.slot}.scope") == "active\n"
 
 
+def test_the_supervisor_may_move_itself_so_that_others_are_moved_at_once(any_agent):
+    pid = any_agent.run("systemctl", "show", "-P", "MainPID", "nbagent.service").strip()
+    own = any_agent.run("sed", "-n", "s/^0:://p", f"/proc/{pid}/cgroup").strip()
+    # In its own view of the file systems, where nearly all of the tree is read-only.
+    may = "for at in /sys/fs/cgroup/unified /sys/fs/cgroup; do if [ -w $at$1 ]; then echo $at; fi; done"
+    view = ["nsenter", "-t", pid, "-m", "sh", "-c", may, "sh"]
+    assert any_agent.run(*view, f"{own}/cgroup.procs").split()
+    assert not any_agent.run(*view, "/system.slice/cgroup.procs").split()
+
+
 def test_tasks_end_at_the_limit_and_the_server_stays(any_agent):
     agent = any_agent
     notebook = opened(agent)

@@ -94,7 +94,8 @@ def test_memory_a_user_is_the_sum_of_all_processes_by_users() -> None:
 def test_a_process_is_measured_as_the_kernel_has_it() -> None:
     import memory
 
-    number, found = memory.measure(str(os.getpid()))
+    number, parent, found = memory.measure(str(os.getpid()))
+    assert parent == os.getppid()
     assert 0 <= number <= os.getpid()
     assert 1024 < found["private"] <= found["rss"]
     assert found["pss"] <= found["rss"]
@@ -106,9 +107,10 @@ def test_a_process_is_measured_as_the_kernel_has_it() -> None:
 def test_a_slots_processes_are_told_apart_by_their_numbers_in_it() -> None:
     import memory
 
-    assert memory.roles_of([7, 1, 3, 9]) == ["kernel", "init", "server", "kernel"]
-    assert memory.roles_of([1, 2]) == ["init", "server"]
-    assert memory.roles_of([0, 0]) == ["slots", "slots"]
+    forked = [(7, False), (1, True), (3, False), (2, True), (9, False)]
+    assert memory.roles_of(forked) == ["kernel", "init", "server", "seed", "kernel"]
+    assert memory.roles_of([(1, True), (2, False), (5, False)]) == ["init", "server", "kernel"]
+    assert memory.roles_of([(0, False), (0, True)]) == ["slots", "slots"]
 
 
 def test_books_of_the_machine_have_what_is_asked_for() -> None:

@@ -121,3 +121,43 @@ def test_a_journal_that_takes_nothing_holds_the_slot_up_once(slot, monkeypatch):
     printed.write(b"found\n")
     output.pass_on()
     assert received(journal).endswith(b"found\n")
+
+
+@pytest.fixture
+def seeded():
+    """A program that was forked, and its seed's end of the socket."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        yield init.Program(seed=ours), theirs
+
+
+def test_a_seed_says_which_process_the_program_is_and_how_it_ended(seeded):
+    program, seed = seeded
+    seed.send(b'{"program": 3}')
+    program.hear()
+    assert (program.pid, program.end) == (3, None)
+    seed.send(b'{"exited": -9}')
+    program.hear()
+    assert program.end == ("the slot's program was killed by SIGKILL", -9)
+
+
+def test_the_program_of_a_seed_that_ended_first_is_inits_own_child(seeded):
+    program, seed = seeded
+    child = os.fork()
+    if child == 0:
+        os._exit(3)
+    seed.send(f'{{"program": {child}}}'.encode())
+    program.hear()
+    seed.close()
+    program.hear()
+    assert (program.seed, program.end) == (None, None)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    program.reap()
+    assert program.end == ("the slot's program exited with status 3", 3)
+
+
+def test_without_a_seed_before_there_is_a_program_the_slot_ends(seeded):
+    program, seed = seeded
+    seed.close()
+    program.hear()
+    assert program.end is not None and "before" in program.end[0] and program.end[1] != 0

@@ -10,15 +10,17 @@ import pytest
 
 from nbagent.linux import seccomp
 from nbagent.sandbox import syscalls
+from nbagent.supervisor import launcher
 
 # Of Debian's golang-github-containers-common: the default of podman, made from Docker's.
 CONTAINERS_DEFAULT = Path("/usr/share/containers/seccomp.json")
 
 
-def compiled():
-    return seccomp.compile_filter(
-        syscalls.ALLOWED, syscalls.REFUSED, syscalls.OTHERWISE, syscalls.EQUAL, syscalls.WITHOUT
-    )
+# The filters that a slot's processes have, in base64: one by exec; by fork the zygote's, and one more on top.
+FILTERS = {
+    "exec": lambda: [launcher.syscall_filter()],
+    "fork": lambda: [launcher.forking_filter(), launcher.forked_filter()],
+}
 
 
 def allowed_in_containers():
@@ -50,12 +52,13 @@ def test_no_call_is_both_allowed_and_refused():
 
 
 PROGRAM = """
-import ctypes, os, resource, socket, sys, threading
+import base64, ctypes, os, resource, socket, sys, threading
 sys.path.insert(0, sys.argv[1])
 from nbagent.linux import seccomp
 from nbagent.linux.process import PR_SET_NO_NEW_PRIVS, prctl
 prctl(PR_SET_NO_NEW_PRIVS, 1)
-seccomp.load(sys.stdin.buffer.read())
+for program in sys.stdin.read().split():
+    seccomp.load(base64.b64decode(program))
 libc = ctypes.CDLL(None, use_errno=True)
 def errno_of(call):
     try:
@@ -66,17 +69,19 @@ def errno_of(call):
 """
 
 
-def after_filter(expression):
-    """The errno of a call in a process that has the filter; 0 when it went through."""
+def after_filters(expression, filters):
+    """The errno of a call in a process that has the filters; 0 when it went through."""
     top = str(Path(seccomp.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", f"{PROGRAM}print(errno_of(lambda: {expression}))", top],
-        input=compiled(), capture_output=True, check=True,
+        input=" ".join(filters).encode(), capture_output=True, check=True,
     )
     return int(done.stdout)
 
 
+@pytest.mark.parametrize("launch", FILTERS)
 @pytest.mark.parametrize(("expression", "expected"), [
+    ("libc.setns(-1, 0)", errno.EPERM),
     ("libc.unshare(0x10000000)", errno.EPERM),
     ("libc.mount(b'x', b'/mnt', b'tmpfs', 0, None)", errno.EPERM),
     ("libc.syscall(425, 8, None)", errno.ENOSYS),  # io_uring_setup
@@ -97,5 +102,10 @@ def after_filter(expression):
     ("resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)) or 0", 0),
     ("libc.syscall(206, 1, (ctypes.c_ulong * 1)())", errno.ENOSYS),  # io_setup
 ])
-def test_a_filtered_process(expression, expected):
-    assert after_filter(expression) == expected
+def test_a_filtered_process(expression, expected, launch):
+    assert after_filters(expression, FILTERS[launch]()) == expected
+
+
+def test_a_zygote_may_join_namespaces_until_it_is_a_slot():
+    assert after_filters("libc.setns(-1, 0)", [launcher.forking_filter()]) == errno.EBADF
+    assert after_filters("libc.mount(b'x', b'/mnt', b'tmpfs', 0, None)", [launcher.forking_filter()]) == errno.EPERM
