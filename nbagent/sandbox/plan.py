@@ -7,7 +7,8 @@ namespace's first process, still root of the user namespace, and ends with the h
 `last` runs in the slot's own processes and leaves them without a capability.
 
 A slot by fork has the same plan. Of its two processes, both forked for it, the first begins in the image's user
-namespace and as the first of a pid namespace; the other, forked off the zygote, joins the rest and does `last`.
+namespace and as the first of a pid namespace; the other, forked off the zygote, forks the program, and both join the
+rest and do `last`.
 The zygote itself is in a root made by `zygote_plan`, once for many slots.
 
 Every step has its undo, the same for all: what it did is in a namespace, or in the process itself,

@@ -76,7 +76,7 @@ while True:
 # The journal's own stream was what a slot's server held; now it is a pipe.
 PRINT = """
 import os
-init, server, *_ = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+init, seed, server, *_ = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
 with open(f"/proc/{server}/fd/1", "wb", buffering=0) as output:
     while True: output.write((b"A" * 2000 + b"\\n") * 16)
 """
@@ -94,7 +94,7 @@ while True:
 DEAF = """
 import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-init, server, *_ = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+init, seed, server, *_ = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
 while True:
     os.kill(server, signal.SIGSTOP)  # the one which would end, and all others with it
     time.sleep(0.001)

@@ -177,8 +177,12 @@ def test_make_down_leaves_nothing(made_up):
 
 
 def processes(file):
-    """A file of every process's directory in /proc that is still there to be read."""
+    """A file of every process's directory in /proc that is still there to be read.
+
+    Who has ended, and whose parent, the machine's own first process, has not looked yet, is no process any more.
+    """
     for path in Path("/proc").glob(f"[0-9]*/{file}"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             path.read_text()
-            yield path
+            if (path.parent / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                yield path
