@@ -35,8 +35,8 @@ from tornado.websocket import websocket_connect
 from nbagent.zygote import provisioner
 
 TIMEOUT_S = 60.0
-# The first run of a piece of code counts, the second specialises it, and what was called then is specialised too only
-# in the third; with kernels of both protocols in turns.
+# Of two runs each, one by either protocol. The first run of a piece of code counts, the second specialises it, and
+# what that calls is specialised only in the third.
 ROUNDS = 2
 PROTOCOLS = ("", "v1.kernel.websocket.jupyter.org")
 
