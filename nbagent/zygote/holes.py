@@ -55,7 +55,8 @@ def _fill_heap(libc: Any) -> int:
     # Where there is one behind the other there is no hole, but all the room from which the rest will come.
     while len(row) < ROW:
         place = libc.malloc(LARGE_BYTES[0])
-        if place - row[-1] != row[-1] - row[-2] if len(row) > 1 else place < row[-1]:
+        follows = place > row[-1] if len(row) < 2 else place - row[-1] == row[-1] - row[-2]
+        if not follows:
             taken += len(row) * LARGE_BYTES[0]
             row = []
         row.append(place)
