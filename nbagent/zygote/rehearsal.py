@@ -190,6 +190,8 @@ async def _visit(server: Any, path: str, protocol: str) -> None:
         await _request(server, path, "GET", page)
     wanted = {"path": "rehearsal.ipynb", "name": "rehearsal.ipynb", "type": "notebook", "kernel": {"name": "python3"}}
     session = json.loads(await _request(server, path, "POST", "api/sessions", json.dumps(wanted).encode()))
+    if "kernel" not in session:
+        return  # an image may be set up to have no such kernel; its server is rehearsed all the same
     kernel_id = session["kernel"]["id"]
     url = f"ws://localhost{server.base_url}api/kernels/{kernel_id}/channels?session_id={uuid.uuid4()}"
     connection = await websocket_connect(
