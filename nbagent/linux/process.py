@@ -1,8 +1,9 @@
-"""What a process may do and who it is: prctl(2), capabilities, ids, resource limits."""
+"""What a process may do and who it is: prctl(2), capabilities, ids, resource limits, descriptors."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import resource
 from typing import Iterable
@@ -76,3 +77,13 @@ def limit(kind: int, soft: int, hard: int) -> None:
     if ceiling != resource.RLIM_INFINITY:
         hard = min(hard, ceiling)
     resource.setrlimit(kind, (min(soft, hard), hard))
+
+
+def make_room_for_descriptors(count: int) -> None:
+    """Makes the table of descriptors large enough for so many, or as many as there may be, before there are threads.
+
+    It begins with 64. Who has threads when it grows waits for an RCU grace period, 5 to 25 ms (expand_fdtable of
+    the kernel's fs/file.c).
+    """
+    highest = min(count, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - 1
+    os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, highest))

@@ -36,6 +36,7 @@ from ipykernel.zmqshell import ZMQInteractiveShell
 from tornado import ioloop
 from traitlets.config import Config, SingletonConfigurable
 
+from nbagent.linux.process import make_room_for_descriptors
 from nbagent.zygote import entropy, hotcode, rehearsal, snapshot
 
 # What a kernel imports only when it is needed, and what the server does: tests/lazy-modules writes it.
@@ -43,6 +44,8 @@ LIST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modules.json")
 # ipykernel looks every second whether this process is still its parent; 1 means never. The kernel
 # tells a forked kernel when its parent has ended, at no cost.
 NOBODY = 1
+# A kernel that has run a cell has 68.
+DESCRIPTORS = 256
 # A kernel that is not shut down, as its rehearsal fails, leaves it running.
 CONTROL_ENDS_S = 5.0
 # The server's applications, whose loggers have tornado's among their children.
@@ -316,6 +319,7 @@ def _become_a_process_of_its_own(order: Mapping[str, Any]) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
+    make_room_for_descriptors(DESCRIPTORS)
     entropy.renew()
     _forget_instances()
     _leave_logging()

@@ -22,14 +22,16 @@ import os
 import signal
 import socket
 import sys
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Set
 
 # jsonschema imports it if it is there, to check the formats iri and iri-reference, which no schema of
 # the server uses; it compiles a grammar on import, two thirds of a start's processor time and 15 MiB.
 # jsonschema then does not check these formats. Kernels are processes of their own and not concerned.
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
+from jupyter_client import manager
 from jupyter_server.auth.identity import PasswordIdentityProvider
+from jupyter_server.services.kernels.connection import channels
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 from jupyterlab.labapp import LabApp
 from tornado.httpserver import HTTPServer
@@ -40,13 +42,51 @@ from traitlets import default, observe
 from traitlets.config import Config
 
 from nbagent import activity
+from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.zygote import provisioner
 
 # Of 0 to 1000: the kernel's OOM killer takes a notebook's kernel long before its server.
 KERNEL_OOM_SCORE_ADJ = 500
+# A server with a kernel has 30, and 15 more for each other one.
+DESCRIPTORS = 256
 # What a page does by itself is read; what a person does writes.
 ACTING_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+
+
+class _Prompt:
+    """The module asyncio for those who wait for kernels by sleeping: nobody sleeps through what he waits for.
+
+    jupyter_client sleeps 10 ms after each start and each end of a kernel, "to ensure tests can capture the state before
+    done" (in_pending_state); jupyter_server looks every 50 ms whether a kernel has left its first state (nudge).
+    """
+
+    def __init__(self) -> None:
+        self._asleep: Set[asyncio.Future[None]] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def sleep(self, delay: float, result: Any = None) -> Any:
+        if delay <= 0.01:
+            return await asyncio.sleep(0, result)
+        change = asyncio.get_running_loop().create_future()
+        self._asleep.add(change)
+        try:
+            await asyncio.wait([change], timeout=delay)
+        finally:
+            self._asleep.discard(change)
+        return result
+
+    def wake(self) -> None:
+        """Something about a kernel has changed."""
+        for change in self._asleep:
+            if not change.done():
+                change.set_result(None)
+
+
+_prompt = _Prompt()
+manager.asyncio = channels.asyncio = _prompt
 
 
 class SlotIdentityProvider(PasswordIdentityProvider):
@@ -85,6 +125,7 @@ class SlotKernelManager(ServerKernelManager):
 
     @observe("execution_state", "last_activity")
     def _acted(self, _change: Any) -> None:
+        _prompt.wake()
         activity.write(ACTIVITY_FD, _busy(self.parent))
 
     # What jupyter_client calls after a start and after a restart, its own after an OOM kill included.
@@ -191,6 +232,7 @@ def put_loop_away(server: Any) -> None:
 def serve(server: Any, application: Any) -> None:
     """Serves `application`, all requests of the slot's socket, until SIGTERM."""
     listener = socket.socket(fileno=LISTEN_FD)
+    make_room_for_descriptors(DESCRIPTORS)
     listener.setblocking(False)  # tornado accepts until there is nobody left to accept
     server._http_server = _http_server(server, application)
     server._http_server.add_socket(listener)

@@ -107,6 +107,14 @@ def test_cells_streams_display_and_shell(slot: Slot) -> None:
         assert kernel.value("os.stat('/proc/self/oom_score_adj').st_uid == os.getuid()") == "True"
 
 
+def test_a_kernel_has_room_for_its_descriptors(slot: Slot) -> None:
+    """A table that grows has all of the kernel's threads wait: linux/process.py."""
+    with slot.kernel() as kernel:
+        status = kernel.run("print(open('/proc/self/status').read())")["stream"]
+        room = int(status.partition("FDSize:")[2].split()[0])
+        assert room >= 256 > int(kernel.value("len(__import__('os').listdir('/proc/self/fd'))"))
+
+
 def test_threads_subprocesses_and_multiprocessing(slot: Slot) -> None:
     with slot.kernel() as kernel:
         assert kernel.value("import subprocess; subprocess.run(['echo', 'x'], capture_output=True).stdout") == "b'x\\n'"
