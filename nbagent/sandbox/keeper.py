@@ -36,7 +36,7 @@ from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
 
 from nbagent.linux import journal
 from nbagent.linux import namespaces as ns
-from nbagent.linux.process import PR_SET_DUMPABLE, prctl
+from nbagent.linux.process import PR_SET_DUMPABLE, drop_bounding_set, last_capability, prctl
 from nbagent.sandbox import init
 from nbagent.sandbox.making import (
     FREE_FD,
@@ -283,7 +283,8 @@ def _first(
 
 
 def _moved(end: socket.socket) -> socket.socket:
-    return socket.socket(fileno=aside(end.detach()))
+    family, kind = end.family, end.type  # told, it does not ask the kernel
+    return socket.socket(family, kind, 0, aside(end.detach()))
 
 
 def _start_zygote(spec: SandboxSpec, steps: Plan) -> Tuple[socket.socket, int]:
@@ -335,6 +336,8 @@ def main() -> int:
         prctl(PR_SET_DUMPABLE, 0)
         keeper = Keeper(supervisor, entries, *_start_zygote(spec, steps))
         keeper.begin(asked["preload"])
+        # Nothing of it is to be had by what is forked from here on: 41 calls fewer for each.
+        drop_bounding_set(range(last_capability() + 1))
         gc.collect()
         gc.freeze()
         supervisor.send(json.dumps({"ready": True}).encode())

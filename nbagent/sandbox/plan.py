@@ -34,9 +34,10 @@ NAMESPACES = (
 )
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 # Docker's and podman's lists of what a container must not see or change (moby's oci/defaults.go).
-MASKED = (
-    "/proc/acpi", "/proc/asound", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
-    "/proc/sched_debug", "/proc/scsi", "/proc/sysrq-trigger", "/proc/timer_list", "/proc/timer_stats",
+MASKED_DIRECTORIES = ("/proc/acpi", "/proc/asound", "/proc/scsi")
+MASKED_FILES = (
+    "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug", "/proc/sysrq-trigger",
+    "/proc/timer_list", "/proc/timer_stats",
 )
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys")
 # Where the slot finds the package nbagent; `zygote` in it runs under the image's own Python.
@@ -89,7 +90,6 @@ def plan(spec: SandboxSpec) -> Plan:
     """The plan of `spec`."""
     base, uplink = spec.mountpoint, spec.uplink
     inodes = spec.storage_bytes // BYTES_PER_INODE
-    devices = tuple(steps.Bind(f"dev/{name}", f"/dev/{name}") for name in DEVICES)
     links = (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
              ("stderr", "/proc/self/fd/2"), ("ptmx", "pts/ptmx"))
     return Plan(
@@ -106,13 +106,13 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Pivot(f"{base}/root"),
             steps.Bind(f"{base}/tmp".lstrip("/"), "/tmp"),
             steps.Tmpfs("/dev", 65536, 64, "0755", MS_NOSUID | MS_NOEXEC),
-            *devices,
+            steps.Devices("dev", "/dev", DEVICES),
             steps.DevPts("/dev/pts", TERMINALS),
             steps.Bind(f"{base}/shm".lstrip("/"), "/dev/shm", no_exec=True),
             *(steps.Link(f"/dev/{name}", to) for name, to in links),
             steps.Bind(spec.code.lstrip("/"), CODE_PATH, read_only=True),
             steps.Proc("/proc"),
-            steps.Masked(MASKED, "dev/null"),
+            steps.Masked(MASKED_FILES, MASKED_DIRECTORIES, "dev/null"),
             steps.ReadOnly(READ_ONLY),
             steps.Detach(),
             steps.Identity(spec.user, spec.uid, spec.home, spec.slot),
@@ -123,7 +123,8 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Interface(INTERFACE, uplink.addresses, uplink.gateways, uplink.rate),
             steps.Resolver(uplink.gateways[0]),
         ),
-        last=last(spec.uid, spec.syscall_filter),
+        # The first process of a slot by fork is born without a bounding set.
+        last=last(spec.uid, spec.syscall_filter, () if spec.forked else None),
     )
 
 

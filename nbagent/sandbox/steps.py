@@ -21,6 +21,7 @@ import contextlib
 import os
 import resource
 import socket
+import stat
 from typing import List, NamedTuple, Optional, Protocol, Tuple
 
 from nbagent.linux import link, rtnetlink, seccomp
@@ -114,7 +115,7 @@ class Tmpfs(NamedTuple):
         return f"tmpfs {self.target}, {self.size_bytes} bytes, {self.inodes} inodes, mode {self.mode}"
 
     def do(self) -> None:
-        os.makedirs(self.target, exist_ok=True)
+        _make_directory(self.target)
         options = f"size={self.size_bytes},nr_inodes={self.inodes},mode={self.mode}"
         mount("tmpfs", self.target, "tmpfs", self.flags, options)
 
@@ -133,8 +134,7 @@ class Overlay(NamedTuple):
 
     def do(self) -> None:
         for directory in (self.upper, self.work, self.target):
-            os.makedirs(directory, exist_ok=True)
-            os.chmod(directory, 0o755)
+            _make_directory(directory)
         options = f"lowerdir={self.lower},upperdir={self.upper},workdir={self.work},userxattr"
         mount("overlay", self.target, "overlay", MS_NOSUID | MS_NODEV, options)
 
@@ -149,12 +149,29 @@ class Directory(NamedTuple):
         return f"directory {self.path}, mode {self.mode:o}"
 
     def do(self) -> None:
-        os.makedirs(self.path, exist_ok=True)
+        _make_directory(self.path)
         os.chmod(self.path, self.mode)
 
 
+class Devices(NamedTuple):
+    """The devices that are harmless, each with the host's own node: a user namespace makes none."""
+
+    source: str
+    target: str
+    names: Tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"devices {', '.join(self.names)} at {self.target}"
+
+    def do(self) -> None:
+        for name in self.names:
+            target = f"{self.target}/{name}"
+            os.mknod(target, stat.S_IFREG | 0o644)
+            mount(f"{self.source}/{name}", target, None, MS_BIND)
+
+
 class Bind(NamedTuple):
-    """Shows a file or directory at a second place."""
+    """Shows a directory at a second place."""
 
     source: str
     target: str
@@ -166,10 +183,7 @@ class Bind(NamedTuple):
         return f"bind {self.source} at {self.target}{but}"
 
     def do(self) -> None:
-        if os.path.isdir(self.source):
-            os.makedirs(self.target, exist_ok=True)
-        else:
-            os.close(os.open(self.target, os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o644))
+        _make_directory(self.target)
         mount(self.source, self.target, None, MS_BIND)
         flags = MS_RDONLY * self.read_only | MS_NOEXEC * self.no_exec
         if flags:
@@ -189,7 +203,7 @@ class DevPts(NamedTuple):
         return f"devpts {self.target}, {self.terminals} terminals"
 
     def do(self) -> None:
-        os.makedirs(self.target, exist_ok=True)
+        _make_directory(self.target)
         options = f"newinstance,ptmxmode=0666,mode=0620,max={self.terminals}"
         mount("devpts", self.target, "devpts", MS_NOSUID | MS_NOEXEC, options)
 
@@ -216,7 +230,7 @@ class Proc(NamedTuple):
         return f"proc {self.target}"
 
     def do(self) -> None:
-        os.makedirs(self.target, exist_ok=True)
+        _make_directory(self.target)
         mount("proc", self.target, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
@@ -230,7 +244,7 @@ class HostProc(NamedTuple):
         return f"the host's proc at {self.target}, without others' processes"
 
     def do(self) -> None:
-        os.makedirs(self.target, exist_ok=True)
+        _make_directory(self.target)
         mount("proc", self.target, None, MS_BIND | MS_REC)
 
 
@@ -238,18 +252,22 @@ class Masked(NamedTuple):
     """Parts of /proc that tell about the whole host, or would act on it if a permission check
     ever failed: Docker's list. Files show /dev/null, directories an empty one."""
 
-    paths: Tuple[str, ...]
+    files: Tuple[str, ...]
+    directories: Tuple[str, ...]
     null: str
 
     def describe(self) -> str:
-        return f"masked: {', '.join(self.paths)}"
+        return f"masked: {', '.join((*self.files, *self.directories))}"
 
     def do(self) -> None:
-        for path in self.paths:
-            if os.path.isdir(path):
-                mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=0,nr_inodes=2")
-            elif os.path.exists(path):
+        os.stat(self.null)
+        # Which of them this kernel has is for it to say, in one call for each.
+        for path in self.files:
+            with contextlib.suppress(FileNotFoundError):
                 mount(self.null, path, None, MS_BIND)
+        for path in self.directories:
+            with contextlib.suppress(FileNotFoundError):
+                mount("tmpfs", path, "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=0,nr_inodes=2")
 
 
 class ReadOnly(NamedTuple):
@@ -262,7 +280,7 @@ class ReadOnly(NamedTuple):
 
     def do(self) -> None:
         for path in self.paths:
-            if os.path.exists(path):
+            with contextlib.suppress(FileNotFoundError):
                 mount(path, path, None, MS_BIND | MS_REC)
                 flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
                 mount(None, path, None, MS_BIND | MS_REMOUNT | flags)
@@ -280,7 +298,7 @@ class Identity(NamedTuple):
         return f"user {self.user} is {self.uid}, home {self.home}, host {self.hostname}"
 
     def do(self) -> None:
-        os.makedirs("/etc", exist_ok=True)
+        _make_directory("/etc")
         shell = "/bin/bash" if os.path.exists("/bin/bash") else "/bin/sh"
         _set_line("/etc/passwd", self.user, f"{self.user}:x:{self.uid}:{self.uid}::{self.home}:{shell}")
         _set_line("/etc/group", self.user, f"{self.user}:x:{self.uid}:")
@@ -299,11 +317,16 @@ class Home(NamedTuple):
         return f"home {self.path} belongs to {self.uid}"
 
     def do(self) -> None:
-        os.makedirs(self.path, exist_ok=True)
+        _make_directory(self.path)
         os.chmod(self.path, 0o700)
-        for directory, names, files in os.walk(self.path):
-            for name in (".", *names, *files):
-                os.chown(os.path.join(directory, name), self.uid, self.uid, follow_symlinks=False)
+        os.chown(self.path, self.uid, self.uid)
+        directories = [self.path]
+        while directories:
+            with os.scandir(directories.pop()) as entries:
+                for entry in entries:
+                    os.chown(entry.path, self.uid, self.uid, follow_symlinks=False)
+                    if entry.is_dir(follow_symlinks=False):
+                        directories.append(entry.path)
 
 
 class Loopback(NamedTuple):
@@ -464,14 +487,31 @@ def _locked_flags(path: str) -> int:
 def _set_line(path: str, name: str, line: str) -> None:
     """Puts `line` into a colon-separated file in the place of the entry `name`, first of all."""
     others = []
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8", errors="replace") as file:
-        others = [old for old in file.read().splitlines() if old.split(":", 1)[0] != name]
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
+        lines = file.read().decode(errors="replace").splitlines()
+        others = [old for old in lines if old.split(":", 1)[0] != name]
     _write(path, "\n".join([line, *others]) + "\n")
 
 
+# A slot's start waits for all of this, and most of what it costs are the calls: these do with few.
+
+
+def _make_directory(path: str) -> None:
+    """Makes a directory with those above it, each of mode 0755, if there is none."""
+    try:
+        os.mkdir(path, 0o755)
+    except FileExistsError:
+        pass
+    except FileNotFoundError:
+        os.makedirs(path, 0o755, exist_ok=True)
+
+
 def _write(path: str, text: str) -> None:
+    """Writes a file anew, of mode 0644, whatever is there."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    with open(path, "x", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(path, 0o644)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    with open(fd, "wb", buffering=0) as file:
+        left = memoryview(text.encode())
+        while left:
+            left = left[file.write(left):]

@@ -22,13 +22,19 @@ def test_the_host_is_left_before_anything_is_built():
 def test_the_order_inside():
     assert names(plan(SPEC).inside) == [
         "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Directory", "Pivot", "Bind", "Tmpfs",
-        "Bind", "Bind", "Bind", "Bind", "Bind", "Bind", "DevPts", "Bind", "Link", "Link", "Link", "Link", "Link",
+        "Devices", "DevPts", "Bind", "Link", "Link", "Link", "Link", "Link",
         "Bind", "Proc", "Masked", "ReadOnly", "Detach", "Identity", "Home", "Loopback",
     ]
 
 
 def test_privileges_go_last_and_nothing_follows():
     assert names(plan(SPEC).last) == ["Limits", "Unprivileged", "SystemCalls"]
+
+
+def test_no_process_of_a_slot_can_have_a_capability():
+    """One that is exec'd gives up all that the kernel knows; one that is forked is born of who has none to give."""
+    assert plan(SPEC).last[1].held is None
+    assert plan(SPEC._replace(forked=True)).last[1].held == ()
 
 
 def test_sources_between_pivot_and_detach_are_relative_to_the_host_and_targets_absolute():
@@ -50,7 +56,7 @@ def test_everything_writable_is_bounded_by_the_slots_storage():
 
 def test_a_plan_says_of_every_step_what_it_does_why_and_how_it_is_undone():
     lines = plan(SPEC).lines()
-    assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 29 + ["last"] * 3
+    assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 24 + ["last"] * 3
     assert lines[0].step == f"user namespace of {(1 << 30) + 2001}: ids 0..65535 are {1 << 30}.. on the host"
     assert lines[-1].step == "system calls filtered by 1 instructions"
     assert len({line.step for line in lines}) == len(lines)
