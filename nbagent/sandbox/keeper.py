@@ -5,13 +5,14 @@
 It is our code under the host's Python; of an image it runs nothing. It connects to the supervisor
 (ZYGOTE_PATH, SOCK_SEQPACKET), says {"unit": IMAGE:GENERATION}, and is sent {"spec": SandboxSpec of the
 zygote, "preload": [modules]}. When the zygote is ready it answers {"ready": true}. Then each packet is
-the SandboxSpec of a slot, with five descriptors beside it: the slot's control socket, its listening
-socket, the activity page, the configuration and a stream to the journal. What comes of it is said over the
+the SandboxSpec of a slot, with six descriptors beside it: the slot's control socket, its listening
+socket, the activity page, the configuration, a stream to the journal and a pipe. What comes of it is said over the
 slot's own control socket, as `making` has it.
 
 Two processes are forked for a slot, and touch nothing before they are in its scope. The keeper's
 child is the first process of a new pid namespace: it makes the other namespaces, builds the root and stays
 as `init`. The zygote's child is born into that pid namespace, joins the rest, forks the program and stays as its seed.
+They need not come into the scope together: the first hears at the control socket when it is, the other at the pipe.
 
 The connection is its life: when the supervisor ends or is done with it, it ends, and the zygote with it.
 Slots do not: nothing of theirs is in its unit or under its processes. A zygote that does not
@@ -60,7 +61,7 @@ FORK_TIMEOUT_S = 5.0
 USER_MAXIMA = {"max_inotify_instances": 128, "max_inotify_watches": 65536}
 # What a slot's program joins, in this order: the mount namespace last, as /proc goes with it.
 JOINED = ("ipc", "uts", "net", "cgroup", "mnt")
-REQUEST_FDS = 5
+REQUEST_FDS = 6
 
 
 class ZygoteGone(Exception):
@@ -124,7 +125,7 @@ class Keeper:
                     raise
 
     def _fork(self, spec: SandboxSpec, control: socket.socket, fds: List[int]) -> None:
-        _, listen_fd, activity_fd, config_fd, stream_fd = fds
+        _, listen_fd, activity_fd, config_fd, stream_fd, go_fd = fds
         with contextlib.ExitStack() as stack:
             def owned(fd: int) -> int:
                 stack.callback(os.close, fd)
@@ -136,19 +137,22 @@ class Keeper:
 
             printed, print_fd = (owned(fd) for fd in output_pipe(spec))
             ours, theirs = pair()
+            steps = plan(spec)
 
             def first() -> NoReturn:
                 # Whoever waits at the other end of one of these is to see its end.
                 for end in (self.supervisor, self.zygote, theirs):
                     end.close()
-                os.close(print_fd)
+                for fd in (print_fd, go_fd):
+                    os.close(fd)
                 output = init.Output(spec.slot, printed, socket.socket(fileno=stream_fd), self.entries)
-                _first(control, spec, ours, activity_fd, output)
+                _first(control, spec, steps, ours, activity_fd, output)
 
             first_fd, pidns = (owned(fd) for fd in fork_first(lambda: guarded(control, first)))
-            passed = [pidns, theirs.fileno(), control.fileno(), listen_fd, activity_fd, config_fd, print_fd]
+            socket.send_fds(control, [json.dumps({"given": ["init"]}).encode()], [first_fd])
+            passed = [pidns, theirs.fileno(), control.fileno(), go_fd, listen_fd, activity_fd, config_fd, print_fd]
             socket.send_fds(self.zygote, [json.dumps(program(spec)).encode()], passed)
-            socket.send_fds(control, [json.dumps({"init": True}).encode()], [first_fd, owned(self._forked())])
+            socket.send_fds(control, [json.dumps({"given": ["seed"]}).encode()], [owned(self._forked())])
 
     def _forked(self) -> int:
         """A pidfd of the process that the zygote has forked. Raises ZygoteGone, or OSError when it has ended."""
@@ -246,17 +250,16 @@ def _told_of_children() -> int:
 
 
 def _first(
-    control: socket.socket, spec: SandboxSpec, sibling: socket.socket, activity_fd: int, output: init.Output
+    control: socket.socket, spec: SandboxSpec, steps: Plan, sibling: socket.socket, activity_fd: int,
+    output: init.Output,
 ) -> NoReturn:
-    """The slot's first process; `sibling` leads to the one that will be its program."""
-    # The supervisor says when both are in the slot's scope.
+    """The slot's first process; `sibling` leads to the one that will be its seed, and to the program."""
+    # The supervisor says when the slot's scope is around it.
     if not control.recv(PACKET_MAX_BYTES):
         os._exit(0)
-    sibling.send(b"go")
     os.setsid()
     signal.set_wakeup_fd(-1)  # the keeper's
-    control = _moved(control)
-    sibling = _moved(sibling)
+    control, sibling = _moved(control), _moved(sibling)
     output.stream, output.entries = _moved(output.stream), _moved(output.entries)
     with open("/dev/null") as null:
         for number in (0, 1, 2):
@@ -265,11 +268,10 @@ def _first(
     os.closerange(3, FREE_FD)
     os.dup2(page, ACTIVITY_FD)
     os.close(page)
-    steps = plan(spec)
     run(steps.outside)
     joined = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in JOINED]
     if spec.uplink is not None:
-        socket.send_fds(control, [json.dumps({"netns": True}).encode()], [joined[JOINED.index("net")]])
+        socket.send_fds(control, [json.dumps({"given": ["netns"]}).encode()], [joined[JOINED.index("net")]])
 
     def start() -> init.Program:
         # For the program and for its seed, which share the other end.

@@ -71,9 +71,9 @@ def _outside(control: socket.socket, spec: SandboxSpec, passed: List[int]) -> No
         for fd in netns:
             os.close(fd)
         guarded(control, lambda: become_init(control, spec, steps, output, lambda: _start(control, spec, steps)))
-    socket.send_fds(control, [json.dumps({"init": True}).encode()], [os.pidfd_open(pid)])
+    socket.send_fds(control, [json.dumps({"given": ["init"]}).encode()], [os.pidfd_open(pid)])
     if netns:
-        socket.send_fds(control, [json.dumps({"netns": True}).encode()], netns)
+        socket.send_fds(control, [json.dumps({"given": ["netns"]}).encode()], netns)
     os._exit(0)
 
 

@@ -3,9 +3,10 @@ slot's first process from its namespaces to the loop of `init`.
 
 Over its control socket (SOCK_SEQPACKET) the supervisor hears
 
-    {"init": true}             with pidfds of the processes that belong into the slot's scope beside it
-    {"netns": true}            from a slot with an interface, its network namespace beside it; answered by
-                               {"attached": true} when the interface is there
+    {"given": [name, ...]}     with a descriptor for each name beside it: pidfds of the processes that belong into the
+                               slot's scope, "init" and, of a slot by fork, "seed"; "netns" of a slot with an
+                               interface, answered by {"attached": true} when that is there
+    {"serves": true}           from a program that was forked: its loop turns, and what it answers with was rehearsed
     {"failed": {"step": str, "errno": int, "text": str}}
     end of file                the slot's program runs: every process that held the socket is done with it
 

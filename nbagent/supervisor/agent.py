@@ -249,6 +249,7 @@ class Agent:
     # -- a slot's life -------------------------------------------------------------------------
 
     def _start(self, image_name: str) -> None:
+        self.launcher.expect()
         image = self.pools[image_name].image
         assert image is not None
         created_s = now()
@@ -293,7 +294,6 @@ class Agent:
         state.failures, state.not_before_s = 0, 0.0
         self.counters.start_seconds.observe(took_s)
         self.slots.move(live, SlotState.WARM)
-        self.records.save(live.slot)
         self.looks.add(live, now())
         emit(Event.SLOT_WARM, slot=live.slot.id, took_ms=round(took_s * 1000))
         self.offer(live)
@@ -301,28 +301,26 @@ class Agent:
     async def _launch(self, live: Live, image: Image) -> None:
         slot, settings = live.slot, self.config.slots
         with self.records.create(slot, image.static) as listener:
-            async def enter_scope(pids: Sequence[int]) -> None:
-                await self.systemd.start_scope(
-                    slot.scope, pids, f"Notebook slot {slot.id}", slot.limits,
-                    runtime_max_s=slot.ends_s - slot.created_s,
-                    stop_timeout_s=settings.stop_timeout,
-                )
-                emit(Event.SLOT_STARTING, slot=slot.id, image=image.name)
-
             async def attach(netns_fd: int) -> None:
                 await self.network.attach(slot, netns_fd)
 
+            scope = _SlotScope(self.systemd, slot, settings.stop_timeout)
             uplink = self.network.uplink(slot)
             spec = sandbox_spec(slot, image, settings.storage_bytes, settings.start_timeout, uplink)
-            launched = await self.launcher.launch(slot, spec, listener, enter_scope, attach)
+            launched = await self.launcher.launch(slot, spec, listener, scope, attach)
             try:
                 live.attach(launched)
             except (FileNotFoundError, ProcessLookupError):
                 raise ended(slot) from None
             live.slot = slot = dataclasses.replace(live.slot, pid=launched.pid)
-            self.records.save(slot)
         # From here on only the slot's own processes hold the socket: when they end, so does the wait.
-        serving = asyncio.ensure_future(probe.ready(self.records.http_path(slot), f"{slot.base_path}{image.ready}"))
+        if not launched.serves:
+            await self._serving(live, f"{slot.base_path}{image.ready}")
+        self._watch(live)
+
+    async def _serving(self, live: Live, url: str) -> None:
+        """Waits until the slot's program answers. Raises StartFailed when it ends before, or answers with an error."""
+        serving = asyncio.ensure_future(probe.ready(self.records.http_path(live.slot), url))
         over = asyncio.ensure_future(readable(live.pidfd))
         try:
             await asyncio.wait({serving, over}, return_when=asyncio.FIRST_COMPLETED)
@@ -330,13 +328,12 @@ class Agent:
                 # A program that ends is seen at its socket first; what an operator wants to know is that it ended.
                 await asyncio.wait({over}, timeout=END_SEEN_S)
             if over.done():
-                raise ended(slot)
+                raise ended(live.slot)
             await serving
         finally:
             for waiter in (serving, over):
                 waiter.cancel()
             await asyncio.gather(serving, over, return_exceptions=True)
-        self._watch(live)
 
     def _start_failed(self, live: Live, state: PoolState, error: Exception) -> None:
         text = str(error) or f"not ready after {self.config.slots.start_timeout:g} s"
@@ -358,6 +355,8 @@ class Agent:
             if not claim.done():
                 claim.set_result(live)
                 return
+        # Not before: until somebody may count on it, it is one that is half made.
+        self.records.save(live.slot)
         state.warm.append(live)
         self.wake()
 
@@ -464,6 +463,27 @@ class Agent:
     def _image_unused(self, digest: str) -> bool:
         current = {state.image.digest for state in self.pools.values() if state.image is not None}
         return digest not in current and not self.slots.uses(digest)
+
+
+class _SlotScope:
+    """The scope of one slot, as its launcher has it."""
+
+    def __init__(self, systemd: Systemd, slot: Slot, stop_timeout_s: float) -> None:
+        self._systemd, self._slot, self._stop_timeout_s = systemd, slot, stop_timeout_s
+
+    async def start(self, pids: Sequence[int]) -> None:
+        slot = self._slot
+        await self._systemd.start_scope(
+            slot.scope, pids, f"Notebook slot {slot.id}", slot.limits,
+            runtime_max_s=slot.ends_s - slot.created_s, stop_timeout_s=self._stop_timeout_s,
+        )
+        emit(Event.SLOT_STARTING, slot=slot.id, image=slot.image)
+
+    def add(self, pids: Sequence[int]) -> None:
+        self._systemd.attach(self._slot.scope, pids)
+
+    async def stop(self) -> None:
+        await self._systemd.stop(self._slot.scope, at_once=True)
 
 
 def default_limits(slots: SlotSettings) -> Limits:

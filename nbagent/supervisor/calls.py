@@ -175,7 +175,7 @@ class Calls:
         agent, began_s = self.agent, now()
         filled = await filler.fill(
             live.slot, live.pidfd, content, agent.config.claims,
-            lambda pid: agent.systemd.attach(live.slot.scope, pid),
+            lambda pid: agent.systemd.attach(live.slot.scope, [pid]),
         )
         text = f"{filled.files} files" if content.archive is None else (
             f"{filled.files} files, {filled.entries} entries of {content.archive}"

@@ -1,8 +1,8 @@
 """Starting a slot's processes: by exec of the image's program, or by a fork of its zygote.
 
-A launcher is given a slot, its image and its listening socket, and callbacks that put pids into
-the slot's scope and make an interface in a network namespace; it answers when the slot's program
-runs. It owns nothing afterwards: the descriptors it returns are the caller's.
+A launcher is given a slot, its image and its listening socket, the slot's scope to be, and a callback that
+makes an interface in a network namespace; it answers when the slot's program runs. It owns nothing afterwards:
+the descriptors it returns are the caller's.
 """
 
 from __future__ import annotations
@@ -38,23 +38,41 @@ _ANSWER_MAX_BYTES = 65536
 
 @dataclass(frozen=True)
 class Launched:
-    """A slot whose program runs. `pid` is its first process, `pidfd` and `activity_fd` are open."""
+    """A slot whose program runs. `pid` is its first process, `pidfd` and `activity_fd` are open.
+
+    `serves`: the program has said that it takes requests; one that says nothing has to be asked.
+    """
 
     pid: int
     pidfd: int
     activity_fd: int
+    serves: bool
 
 
-EnterScope = Callable[[Sequence[int]], Awaitable[None]]
+class Scope(Protocol):
+    """The scope of a slot that starts."""
+
+    async def start(self, pids: Sequence[int]) -> None:
+        """Makes it around these processes. Raises JobFailed or OSError."""
+
+    def add(self, pids: Sequence[int]) -> None:
+        """Puts more processes into it. Raises OSError."""
+
+    async def stop(self) -> None:
+        """Ends it with all that is in it, if it is there. Raises OSError."""
+
+
 Attach = Callable[[int], Awaitable[None]]
 
 
 class Launcher(Protocol):
     """How slots are started."""
 
+    def expect(self) -> None:
+        """A slot is about to be started: does what takes time and need not wait for the slot."""
+
     async def launch(
-        self, slot: Slot, spec: SandboxSpec, listener: socket.socket,
-        enter_scope: EnterScope, attach: Attach,
+        self, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
     ) -> Launched:
         """Starts the slot's program. Raises StartFailed; what it made is then ended with the scope."""
 
@@ -173,37 +191,56 @@ class Parts:
     def __exit__(self, *_: object) -> None:
         self._all.close()
 
-    async def processes(self, count: int) -> list[int]:
-        """Pidfds of the processes that belong into the slot's scope. Raises StartFailed."""
-        answer, fds = await _answer(self.control)
-        if answer is None or len(fds) != count:
-            for fd in fds:
+    async def given(self, *names: str) -> list[int]:
+        """The descriptors of these names, in whatever order and packets they come. Raises StartFailed."""
+        found: dict[str, int] = {}
+        try:
+            while missing := set(names) - found.keys():
+                answer, fds = await _answer(self.control)
+                said = _given(answer)
+                if not said or len(said) != len(fds) or len(said) != len(missing & set(said)):
+                    for fd in fds:
+                        os.close(fd)
+                    raise StartFailed("it ended before the slot's first process ran", step="launch")
+                found |= zip(said, fds, strict=True)
+        except BaseException:
+            for fd in found.values():
                 os.close(fd)
-            raise StartFailed("it ended before the slot's first process ran", step="launch")
-        return fds
+            raise
+        return [found[name] for name in names]
 
     async def running(self, pidfd: int, spec: SandboxSpec, attach: Attach) -> Launched:
         """Returns when the slot's program runs. `pidfd`, of its first process, is the caller's if this raises."""
         if spec.uplink is not None:
-            netns_fd, = await self.processes(1)
+            netns_fd, = await self.given("netns")
             try:
                 await attach(netns_fd)
             finally:
                 os.close(netns_fd)
             self.control.send(json.dumps({"attached": True}).encode())
         pid = pid_of(pidfd, self.slot)
-        answer, _ = await _answer(self.control)
-        if answer is not None:
-            raise StartFailed(f"unexpected answer {answer}", step="launch")
+        serves = False
+        while True:
+            answer, fds = await _answer(self.control)
+            for fd in fds:
+                os.close(fd)
+            if answer is None:
+                break
+            if "serves" not in answer:
+                raise StartFailed(f"unexpected answer {answer}", step="launch")
+            serves = True
         self._activity.pop_all()
-        return Launched(pid, pidfd, self.activity_fd)
+        return Launched(pid, pidfd, self.activity_fd, serves)
 
 
 class ExecLauncher:
     """Starts a slot by exec of its image's program: a second, and works with every image."""
 
+    def expect(self) -> None:
+        """Nothing: what there is to win is milliseconds."""
+
     async def launch(
-        self, slot: Slot, spec: SandboxSpec, listener: socket.socket, enter_scope: EnterScope, attach: Attach
+        self, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
     ) -> Launched:
         with Parts(slot) as parts:
             with parts.theirs:
@@ -211,10 +248,10 @@ class ExecLauncher:
                 process = gate.spawn("nbagent.sandbox.launch", passed)
             launcher_fd = os.pidfd_open(process.pid)
             try:
-                await enter_scope([process.pid])
+                await scope.start([process.pid])
                 gate.open_for(process)
                 parts.control.send(json.dumps(spec.save()).encode())
-                pidfd, = await parts.processes(1)
+                pidfd, = await parts.given("init")
                 try:
                     launched = await parts.running(pidfd, spec, attach)
                 except BaseException:
@@ -230,17 +267,34 @@ class ExecLauncher:
                 os.close(launcher_fd)
 
 
+def _given(answer: dict[str, Any] | None) -> list[str]:
+    """The names of what is beside an answer; none if it says no names."""
+    said = answer.get("given") if answer is not None else None
+    return said if isinstance(said, list) and all(isinstance(name, str) for name in said) else []
+
+
 async def _answer(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """The next packet of a slot that starts, and its descriptors; None at the end.
+
+    It may be an image's that says it, so it is looked at closely. Raises StartFailed when it is a failure, or nonsense.
+    """
     await readable(control.fileno())
     payload, fds, _, _ = socket.recv_fds(control, _ANSWER_MAX_BYTES, 2)
     if not payload:
         return None, fds
-    answer = json.loads(payload)
-    if failed := answer.get("failed"):
-        for fd in fds:
-            os.close(fd)
-        raise StartFailed(f"{failed['step']}: {failed['text']}", step=failed["step"], errno=failed["errno"])
-    return answer, fds
+    try:
+        answer = json.loads(payload)
+        if not isinstance(answer, dict):
+            raise TypeError(f"{type(answer).__name__} where an object belongs")
+        if (failed := answer.get("failed")) is None:
+            return answer, fds
+        step, text, errno = str(failed["step"]), str(failed["text"]), int(failed["errno"])
+        failure = StartFailed(f"{step}: {text}", step=step, errno=errno)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        failure = StartFailed(f"an answer that is none: {error}", step="launch")
+    for fd in fds:
+        os.close(fd)
+    raise failure
 
 
 def ended(slot: Slot) -> StartFailed:

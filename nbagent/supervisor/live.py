@@ -168,7 +168,7 @@ def reattach(slot: Slot) -> Live | None:
         if cgroup.unit_of_process(slot.pid) == slot.scope:
             live = Live(slot)
             page = os.open(f"/proc/{slot.pid}/fd/{ACTIVITY_FD}", os.O_RDONLY | os.O_CLOEXEC)
-            live.attach(Launched(slot.pid, pidfd, page))
+            live.attach(Launched(slot.pid, pidfd, page, serves=True))
             # What the agent before this one has seen is not new.
             _, live.usage, storage = live.read(now(), now())
             live.trouble = trouble.find(Trouble(live.usage.tasks_refused), live.usage.tasks_refused, storage)

@@ -33,10 +33,10 @@ from nbagent.sandbox.plan import CODE_PATH
 from nbagent.sandbox.spec import SandboxSpec
 from nbagent.supervisor.launcher import (
     Attach,
-    EnterScope,
     ExecLauncher,
     Launched,
     Parts,
+    Scope,
     forked_filter,
     forking_filter,
     pid_of,
@@ -48,6 +48,8 @@ from nbagent.systemd.bus import JobFailed, Systemd
 # From a request to the processes of the slot; the keeper itself gives its zygote up before.
 FORK_TIMEOUT_S = 10.0
 HELLO_TIMEOUT_S = 20.0
+# Whatever it is: what waits for it goes on.
+GO = b"go"
 _PACKET_BYTES = 65536
 
 
@@ -293,61 +295,103 @@ class ForkLauncher:
     def __init__(self, zygotes: Zygotes) -> None:
         self.zygotes = zygotes
         self._exec = ExecLauncher()
-        self._hastening: asyncio.Future[None] | None = None
+        # Where the service may not do that, moves take as long as they take.
+        self._hastener: cgroup.Hastener | None = None
+        with contextlib.suppress(OSError):
+            self._hastener = cgroup.Hastener()
+        self._under_way = 0
 
     async def launch(
-        self, slot: Slot, spec: SandboxSpec, listener: socket.socket, enter_scope: EnterScope, attach: Attach
+        self, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
     ) -> Launched:
         while (zygote := await self.zygotes.of(slot)) is not None:
+            self._under_way += 1
             try:
                 forked = spec._replace(forked=True, forked_filter=forked_filter())
-                return await self._fork(zygote, slot, forked, listener, enter_scope, attach)
+                return await self._fork(zygote, slot, forked, listener, scope, attach)
             except ZygoteGone as error:
                 self.zygotes.give_up(zygote, str(error))
-        return await self._exec.launch(slot, spec, listener, enter_scope, attach)
+                await scope.stop()
+            finally:
+                self._under_way -= 1
+        return await self._exec.launch(slot, spec, listener, scope, attach)
 
     async def _fork(
-        self, zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket,
-        enter_scope: EnterScope, attach: Attach,
+        self, zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
     ) -> Launched:
-        self._hasten()
         with Parts(slot) as parts, contextlib.ExitStack() as stack:
-            with parts.theirs, journal.stream(slot.id, slot.scope) as stream:
-                fds = [parts.theirs.fileno(), listener.fileno(), parts.activity_fd, parts.config_fd, stream.fileno()]
-                try:
-                    socket.send_fds(zygote.connection, [json.dumps(spec.save()).encode()], fds)
-                except OSError as error:
-                    raise ZygoteGone(f"its keeper takes no request: {error}") from error
+            go_fd = _ask(zygote, slot, spec, listener, parts)
+            stack.callback(os.close, go_fd)
             self.zygotes.forked(zygote)
+            init, = await _forked(parts, "init")
+            mine = stack.enter_context(contextlib.ExitStack())
+            mine.callback(os.close, init)
+            pids = _pids([init], slot, zygote)
+            # Alone, a slot has its scope and builds its root while the zygote still forks. That is one call of PID 1's
+            # more, a millisecond, which among others only holds those up.
+            early = asyncio.ensure_future(_enclose(scope, pids[:], parts)) if self._under_way == 1 else None
             try:
-                async with asyncio.timeout(FORK_TIMEOUT_S):
-                    first, program = await parts.processes(2)
-            except (TimeoutError, StartFailed) as error:
-                raise ZygoteGone(str(error) or f"no fork within {FORK_TIMEOUT_S:g} s") from error
-            stack.callback(os.close, program)
-            try:
-                pids = [pid_of(fd, slot) for fd in (first, program)]
-                # The word of an image: only what is forked in its own unit is taken for a slot.
-                for pid in pids:
-                    if cgroup.unit_of_process(pid) != zygote.unit:
-                        raise StartFailed(f"process {pid} is none of {zygote.unit}", step="fork")
-                await enter_scope(pids)
-                parts.control.send(json.dumps({"scope": slot.scope}).encode())
-                return await parts.running(first, spec, attach)
-            except BaseException:
-                os.close(first)
-                raise
+                seed, = await _forked(parts, "seed")
+                stack.callback(os.close, seed)
+                pids += _pids([seed], slot, zygote)
+                if early is None:
+                    await _enclose(scope, pids, parts)
+                else:
+                    await early
+                    scope.add(pids[1:])
+            finally:
+                if early is not None:
+                    early.cancel()
+                    await asyncio.gather(early, return_exceptions=True)
+            os.write(go_fd, GO)
+            launched = await parts.running(init, spec, attach)
+            mine.pop_all()
+            return launched
 
-    def _hasten(self) -> None:
-        """While the processes are forked, sees to it that PID 1 does not wait when it moves them into their scope."""
-        if self._hastening is None or self._hastening.done():
-            self._hastening = asyncio.get_running_loop().run_in_executor(None, _hasten_moves)
+    def expect(self) -> None:
+        """Sees to it that PID 1 does not wait, by the time when it is to move the slot's processes into their scope."""
+        if self._hastener is not None and self._under_way == 0:
+            self._hastener.hasten()
 
 
-def _hasten_moves() -> None:
-    # Where the service may not write there, moves take as long as they take.
-    with contextlib.suppress(OSError):
-        cgroup.hasten_moves()
+def _ask(zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, parts: Parts) -> int:
+    """Asks the zygote's keeper for a slot. Returns where its server is told to go on. Raises ZygoteGone."""
+    go_read, go_write = os.pipe()
+    with parts.theirs, open(go_read), journal.stream(slot.id, slot.scope) as stream:
+        fds = [parts.theirs.fileno(), listener.fileno(), parts.activity_fd, parts.config_fd, stream.fileno(), go_read]
+        try:
+            socket.send_fds(zygote.connection, [json.dumps(spec.save()).encode()], fds)
+        except OSError as error:
+            os.close(go_write)
+            raise ZygoteGone(f"its keeper takes no request: {error}") from error
+    return go_write
+
+
+async def _forked(parts: Parts, *names: str) -> list[int]:
+    """Pidfds of processes that are forked. Raises ZygoteGone."""
+    try:
+        async with asyncio.timeout(FORK_TIMEOUT_S):
+            return await parts.given(*names)
+    except (TimeoutError, StartFailed) as error:
+        raise ZygoteGone(str(error) or f"no fork within {FORK_TIMEOUT_S:g} s") from error
+
+
+async def _enclose(scope: Scope, pids: list[int], parts: Parts) -> None:
+    """Makes the slot's scope, of which the first process is told that it may begin."""
+    await scope.start(pids)
+    parts.control.send(GO)
+
+
+def _pids(pidfds: list[int], slot: Slot, zygote: Zygote) -> list[int]:
+    """The processes of pidfds. Raises StartFailed when one has ended, or is not what it should be.
+
+    They are the word of an image: only what is forked in its own unit is taken for a slot.
+    """
+    pids = [pid_of(fd, slot) for fd in pidfds]
+    for pid in pids:
+        if cgroup.unit_of_process(pid) != zygote.unit:
+            raise StartFailed(f"process {pid} is none of {zygote.unit}", step="fork")
+    return pids
 
 
 def unit_of(instance: str) -> str:

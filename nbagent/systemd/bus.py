@@ -108,9 +108,9 @@ class Systemd:
             job = self._call("StartTransientUnit", name.encode(), b"fail", properties)
         await self._done(job, also_when_cancelled=True)
 
-    def attach(self, name: str, pid: int) -> None:
-        """Puts one more process into a running scope. Raises OSError."""
-        self._call("AttachProcessesToUnit", name.encode(), b"", [pid])
+    def attach(self, name: str, pids: Sequence[int]) -> None:
+        """Puts more processes into a running scope. Raises OSError."""
+        self._call("AttachProcessesToUnit", name.encode(), b"", list(pids))
 
     def set_limits(self, name: str, limits: Limits) -> None:
         """Changes the limits of a running scope. Raises OSError."""

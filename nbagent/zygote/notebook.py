@@ -22,7 +22,7 @@ import os
 import signal
 import socket
 import sys
-from typing import Any, Dict, Optional, Set
+from typing import Any, Callable, Dict, Optional, Set
 
 # jsonschema imports it if it is there, to check the formats iri and iri-reference, which no schema of
 # the server uses; it compiles a grammar on import, two thirds of a start's processor time and 15 MiB.
@@ -229,8 +229,8 @@ def put_loop_away(server: Any) -> None:
     asyncio.set_event_loop(None)
 
 
-def serve(server: Any, application: Any) -> None:
-    """Serves `application`, all requests of the slot's socket, until SIGTERM."""
+def serve(server: Any, application: Any, serving: Callable[[], None] = lambda: None) -> None:
+    """Serves `application`, all requests of the slot's socket, until SIGTERM; calls `serving` when its loop turns."""
     listener = socket.socket(fileno=LISTEN_FD)
     make_room_for_descriptors(DESCRIPTORS)
     listener.setblocking(False)  # tornado accepts until there is nobody left to accept
@@ -244,6 +244,7 @@ def serve(server: Any, application: Any) -> None:
     level = server.log.level
     server.log.setLevel(logging.WARNING)
     server.io_loop.add_callback(server.log.setLevel, level)
+    server.io_loop.add_callback(serving)
     server.start()
 
 

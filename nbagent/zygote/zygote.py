@@ -7,8 +7,9 @@ with the few capabilities that a fork of a slot takes (nbagent.sandbox.plan). At
 first {"preload": [modules]}, with a pid namespace beside it in which nothing can be born any more; answered by
 {"ready": true} when all is imported, initialised and rehearsed. Each packet after that is a slot
 (nbagent.sandbox.keeper, `program`), with descriptors beside it: the pid namespace, the socket to the slot's first
-process, the slot's control socket, the listening socket, the activity page, the configuration and the end of a pipe
-to print to; answered by {"forked": true} with a pidfd, or by {"ended": true} when there is nothing left to point at.
+process, the slot's control socket, the pipe that says that the child is in its scope, the listening socket, the
+activity page, the configuration and the end of a pipe to print to; answered by
+{"forked": true} with a pidfd, or by {"ended": true} when there is nothing left to point at.
 
 It has one thread, no event loop and the descriptors it had at first, and checks that before each fork. Nothing of
 a slot is known to it but what it is told above; the token is in the configuration, which it does not read. What the
@@ -49,7 +50,7 @@ CONTROL_FD = LISTEN_FD
 # In the place of a slot's own, of the same form, so that whatever is made of them is of the right form too.
 BASE_URL = "/user/zygote-000000000000/"
 TOKEN = "zygote-token-" + "0" * 32
-REQUEST_FDS = 7
+REQUEST_FDS = 8
 
 
 class Unclean(Exception):
@@ -155,20 +156,18 @@ class Zygote:
         return pid
 
     def _child(self, asked: Dict[str, Any], fds: List[int]) -> NoReturn:
-        sibling, control = (socket.socket(fileno=fd) for fd in fds[:2])
-        if not sibling.recv(PACKET_MAX_BYTES):
+        sibling, control = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd) for fd in fds[:2])
+        # Before the slot's scope is around it, it touches nothing.
+        if not os.read(fds[2], 2):
             os._exit(0)
-        guarded(control, lambda: self._slot(asked, sibling, control, fds[2:]))
+        os.close(fds[2])
+        guarded(control, lambda: self._slot(asked, sibling, control, fds[3:]))
 
     def _slot(
         self, asked: Dict[str, Any], sibling: socket.socket, control: socket.socket, fds: List[int]
     ) -> NoReturn:
         listen_fd, activity_fd, config_fd, print_fd = fds
         os.setsid()
-        # While the root is built: all that needs none.
-        entropy.renew()
-        os.environ.clear()
-        os.environ.update(asked["environment"])
 
         def be_a_seed() -> None:
             control.close()
@@ -178,6 +177,10 @@ class Zygote:
 
         # Before anybody has the server's secrets, which are none of a kernel's.
         provisioner.use(seed.divide(kernel.run, sibling, be_a_seed))
+        # While the root is built: all that needs none.
+        entropy.renew()
+        os.environ.clear()
+        os.environ.update(asked["environment"])
         settings = notebook.read_settings(config_fd)
         self.places.fill(settings["base_url"], settings["token"])
         application = notebook.adopt(self.server, BASE_URL, settings["base_url"])
@@ -187,9 +190,13 @@ class Zygote:
         prctl(PR_SET_DUMPABLE, 1)
         # The one of the zygote's own run is in the zygote's root.
         os.makedirs(self.server.runtime_dir, mode=0o700, exist_ok=True)
-        control.close()
+
+        def serving() -> None:
+            control.send(json.dumps({"serves": True}).encode())
+            control.close()
+
         try:
-            notebook.serve(self.server, application)
+            notebook.serve(self.server, application, serving)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
