@@ -249,7 +249,6 @@ class Agent:
     # -- a slot's life -------------------------------------------------------------------------
 
     def _start(self, image_name: str) -> None:
-        self.launcher.expect()
         image = self.pools[image_name].image
         assert image is not None
         created_s = now()

@@ -201,6 +201,7 @@ class Calls:
         state = self.agent.pools[image]
         if state.warm:
             return state.warm.popleft()
+        self.agent.launcher.expect()
         self._check_hope(image)
         waiter: asyncio.Future[Live] = asyncio.get_running_loop().create_future()
         state.waiting.append(waiter)

@@ -69,7 +69,7 @@ class Launcher(Protocol):
     """How slots are started."""
 
     def expect(self) -> None:
-        """A slot is about to be started: does what takes time and need not wait for the slot."""
+        """A claim waits for a slot that will be started: does what takes time and need not wait for it."""
 
     async def launch(
         self, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
