@@ -192,8 +192,8 @@ class Zygote:
         os.makedirs(self.server.runtime_dir, mode=0o700, exist_ok=True)
 
         def serving() -> None:
-            control.send(json.dumps({"serves": True}).encode())
-            control.close()
+            with contextlib.suppress(OSError), control:  # a supervisor that has ended meanwhile is told nothing
+                control.send(json.dumps({"serves": True}).encode())
 
         try:
             notebook.serve(self.server, application, serving)
