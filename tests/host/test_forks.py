@@ -144,7 +144,7 @@ def test_memory_is_charged_to_the_slot_that_touches_it(of_a_zygote):
     agent = of_a_zygote
     slot = agent.claim()["slot"]
     used = agent.api.get(f"/slots/{slot}").json()["memory_bytes"]
-    assert 3 << 20 < used < 16 << 20
+    assert 4 << 20 < used < 16 << 20
 
 
 def test_a_slot_ends_with_its_program_and_says_how(of_a_zygote):
