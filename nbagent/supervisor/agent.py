@@ -111,6 +111,8 @@ class Agent:
         self.stopping = False
         self._memory_read_s, self._memory_bytes = -math.inf, (0, 0)
         self.label = config.label
+        # Each os.cpu_count() reads a file.
+        self.cpus = os.cpu_count() or 1
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._cleaning: set[asyncio.Task[Any]] = set()
@@ -445,7 +447,7 @@ class Agent:
             capacity=admission.capacity(slots.capacity, total, slots.memory, slots.overcommit),
             live=len(self.slots),
             starts=admission.under_way(starting),
-            starts_max=self.config.pool.starts or os.cpu_count() or 1,
+            starts_max=self.config.pool.starts or self.cpus,
             memory_available_bytes=available,
             memory_reserve_bytes=self.config.host.memory_reserve,
             draining=self.draining,

@@ -14,14 +14,13 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import nbagent
 from nbagent import urls
 from nbagent.content import Content
-from nbagent.control import OWN_KEY_PREFIX
 from nbagent.errors import (
     ContentFailed,
     Draining,
@@ -61,10 +60,12 @@ class Calls:
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
-        self.keys: dict[str, tuple[str, asyncio.Task[Slot]]] = {}
+        self.keys: dict[str, tuple[str, asyncio.Future[Slot]]] = {}
         for live in agent.slots.values():
             if live.slot.state is SlotState.CLAIMED and live.slot.key is not None:
-                self.keys[live.slot.key] = (live.slot.fingerprint or "", agent.spawn(_value(live.slot)))
+                claim: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+                claim.set_result(live.slot)
+                self.keys[live.slot.key] = (live.slot.fingerprint or "", claim)
         agent.gone = self._slot_gone
         self._first_end_s: float | None = None
         self._looked_s = -math.inf
@@ -91,36 +92,35 @@ class Calls:
 
     async def _claim_once(self, image: str, options: Options, key: str, fingerprint: str, client: str) -> Slot:
         known = self.keys.get(key)
-        if known is not None and self._is_spent(known[1]):
-            known = None
-        if known is None:
-            task = self.agent.spawn(self._claim(image, options, key, fingerprint, client))
-            self.keys[key] = known = (fingerprint, task)
-            task.add_done_callback(lambda claim: self._forget(key, claim))
-        if known[0] != fingerprint:
-            raise IdempotencyMismatch("this Idempotency-Key was used with other options", field="Idempotency-Key")
-        if key.startswith(OWN_KEY_PREFIX):
-            # Nobody else knows this key: when its caller goes away, so does the claim.
-            slot = await known[1]
-        else:
+        if known is not None and not self._is_spent(known[1]):
+            if known[0] != fingerprint:
+                raise IdempotencyMismatch("this Idempotency-Key was used with other options", field="Idempotency-Key")
             # One caller that goes away does not take the slot from the next that asks.
             slot = await asyncio.shield(known[1])
-        # The slot may have other limits or more time by now.
-        return self.agent.slots[slot.id].slot if slot.id in self.agent.slots else slot
+            # It may have other limits or more time by now.
+            return self.agent.slots[slot.id].slot if slot.id in self.agent.slots else slot
+        claim: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
+        self.keys[key] = (fingerprint, claim)
+        try:
+            slot = await self._claim(image, options, key, fingerprint, client)
+        except BaseException as error:
+            del self.keys[key]
+            if isinstance(error, asyncio.CancelledError):
+                claim.cancel()
+            else:
+                claim.set_exception(error)
+                # Looked at, as asyncio has it: perhaps nobody else asks with this key.
+                claim.exception()
+            raise
+        claim.set_result(slot)
+        return slot
 
-    def _is_spent(self, claim: asyncio.Task[Slot]) -> bool:
-        """Whether a key's claim has failed, or its slot has ended: then the key may claim anew."""
+    def _is_spent(self, claim: asyncio.Future[Slot]) -> bool:
+        """Whether the slot of a key's claim has ended: then the key may claim anew."""
         if not claim.done():
             return False
-        if claim.cancelled() or claim.exception() is not None:
-            return True
         live = self.agent.slots.get(claim.result().id)
         return live is None or live.slot.state is not SlotState.CLAIMED
-
-    def _forget(self, key: str, claim: asyncio.Task[Slot]) -> None:
-        """Drops a key whose claim failed, unless it has been claimed with anew."""
-        if self._is_spent(claim) and key in self.keys and self.keys[key][1] is claim:
-            del self.keys[key]
 
     async def _claim(self, image: str, options: Options, key: str, fingerprint: str, client: str) -> Slot:
         if self.agent.draining:
@@ -144,11 +144,14 @@ class Calls:
             path=options.path or live.slot.path, key=key, fingerprint=fingerprint, network=network,
         )
         self.agent.records.save(live.slot)
-        if network != INTERNET:
+        if live.slot.addresses and network != INTERNET:
             # Closed its interface is already; this takes it out of sight.
             self.agent.spawn(self.agent.disconnect(live.slot))
         self.agent.counters.add("claims")
-        emit(Event.SLOT_CLAIMED, slot=live.slot.id, client=client, ttl_s=f"{live.slot.ttl_s:g}")
+        # In the loop's next turn, as is the start of a slot in its place: the answer goes first.
+        asyncio.get_running_loop().call_soon(
+            partial(emit, Event.SLOT_CLAIMED, slot=live.slot.id, client=client, ttl_s=f"{ttl_s:g}")
+        )
         self.agent.wake()
         return live.slot
 
@@ -364,9 +367,9 @@ class Calls:
         return live
 
     def _bounds(self) -> Bounds:
-        config, cpus = self.agent.config, os.cpu_count() or 1
+        config = self.agent.config
         slots = config.slots
-        return Bounds(slots.memory_max, slots.ttl_max, cpus, config.network.allow, config.claims.archives)
+        return Bounds(slots.memory_max, slots.ttl_max, self.agent.cpus, config.network.allow, config.claims.archives)
 
     def _claimed_image(self, options: Options) -> str:
         name = options.image or self.agent.config.pool.image
@@ -394,17 +397,13 @@ class Calls:
         return None if self._first_end_s is None else max(0.0, round(self._first_end_s - at_s, 1))
 
     def _slot_gone(self, slot: Slot) -> None:
-        if slot.key in self.keys:
-            self._forget(slot.key, self.keys[slot.key][1])
+        if slot.key is not None and slot.key in self.keys and self._is_spent(self.keys[slot.key][1]):
+            del self.keys[slot.key]
 
 
 def _fresh(live: Live) -> dict[str, Any]:
     at_s = now()
     return live.document(at_s, at_s)
-
-
-async def _value(slot: Slot) -> Slot:
-    return slot
 
 
 def _check_network(options: Options, network: str, allowed: tuple[str, ...]) -> None:

@@ -51,8 +51,8 @@ class Records:
         """Writes the slot's file whole or not at all. It is on tmpfs, so there is no fsync."""
         file = f"{self.path}/{slot.id}/slot.json"
         fd = os.open(f"{file}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w") as stream:
-            stream.write(json.dumps(slot.save()))
+        with open(fd, "wb", buffering=0) as stream:
+            stream.write(json.dumps(slot.save()).encode())
         os.rename(f"{file}.new", file)
 
     def load(self) -> Iterator[tuple[str, Slot | None]]:

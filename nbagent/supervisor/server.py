@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import socket
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from nbagent import control
@@ -28,65 +29,67 @@ class ControlServer:
         self.calls = calls
         self.listener = listener
         self.allowed_uids = allowed_uids
-        self._connections: set[asyncio.Task[None]] = set()
 
     async def serve(self) -> None:
-        """Accepts until cancelled."""
+        """Accepts until cancelled. Raises OSError when it cannot."""
+        loop = asyncio.get_running_loop()
+        failed = loop.create_future()
         self.listener.setblocking(False)
-        while True:
-            connection, _ = await asyncio.get_running_loop().sock_accept(self.listener)
-            task = asyncio.ensure_future(self._serve_one(connection))
-            self._connections.add(task)
-            task.add_done_callback(self._connections.discard)
+        loop.add_reader(self.listener.fileno(), self._accept, failed)
+        try:
+            await failed
+        finally:
+            loop.remove_reader(self.listener.fileno())
+
+    def _accept(self, failed: asyncio.Future[None]) -> None:
+        try:
+            connection, _ = self.listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            if not failed.done():
+                failed.set_exception(error)
+            return
+        self.calls.agent.spawn(self._serve_one(connection))
 
     async def _serve_one(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+        """One request and its answer. No other task has its turn between a warm slot's claim and the answer."""
         with connection:
             connection.setblocking(False)
-            await readable(connection.fileno())
             try:
-                payload = control.receive_bytes(connection, control.REQUEST_MAX_BYTES)
+                payload = await _received(connection)
             except (OSError, ValueError) as error:
                 with contextlib.suppress(OSError):
                     control.send(connection, {"error": BadRequest(f"unreadable: {error}").to_wire()})
                 return
             if not payload:
                 return
-            work = asyncio.ensure_future(self._answer(connection, payload))
-            gone = asyncio.ensure_future(loop.sock_recv(connection, 1))
+            answer, nobody_asks_again = await self._answer(connection, payload)
             try:
-                await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-                # At once: in the loop's next turns the slot that replaces a claimed one is started.
-                if sent := work.done():
-                    self._send(connection, payload, work)
-            finally:
-                gone.cancel()
-                if not work.done():
-                    work.cancel()
-                await asyncio.gather(work, gone, return_exceptions=True)
-            if not sent:
-                self._send(connection, payload, work)
+                control.send(connection, answer)
+                # The kernel puts the one it wakes on this processor, as if we were to sleep now.
+                os.sched_yield()
+            except OSError:
+                if nobody_asks_again and "ok" in answer:
+                    # After what the claim has yet to say.
+                    asyncio.get_running_loop().call_soon(self.calls.unclaim, answer["ok"]["slot"])
 
-    def _send(self, connection: socket.socket, payload: bytes, work: asyncio.Task[dict[str, Any]]) -> None:
-        """Sends the answer, if there is one; takes back what nobody is there to receive."""
-        if work.cancelled() or work.exception() is not None:
-            return
-        try:
-            control.send(connection, work.result())
-        except OSError:
-            self._lost(payload, work.result())
-
-    async def _answer(self, connection: socket.socket, payload: bytes) -> dict[str, Any]:
+    async def _answer(self, connection: socket.socket, payload: bytes) -> tuple[dict[str, Any], bool]:
+        """The answer, and whether it is a claim's that is lost when this connection is."""
+        own = False
         try:
             _check_peer(connection, self.allowed_uids)
-            return {"ok": await self._dispatch(_request(payload))}
+            request = _request(payload)
+            own = request["op"] == "claim" and request["args"]["key"].startswith(control.OWN_KEY_PREFIX)
+            with _until_gone(connection) if own else contextlib.nullcontext():
+                return {"ok": await self._dispatch(request)}, own
         except NbagentError as error:
-            return {"error": error.to_wire()}
+            return {"error": error.to_wire()}, own
         except Exception as error:
             asyncio.get_running_loop().call_exception_handler(
                 {"message": "a request failed unexpectedly", "exception": error}
             )
-            return {"error": NbagentError("the supervisor failed; its journal says more").to_wire()}
+            return {"error": NbagentError("the supervisor failed; its journal says more").to_wire()}, own
 
     async def _dispatch(self, request: dict[str, Any]) -> Any:
         calls, op, args = self.calls, request["op"], request["args"]
@@ -111,13 +114,6 @@ class ControlServer:
                 return calls.images()
         raise BadRequest(f"unknown request {op!r}")
 
-    def _lost(self, payload: bytes, answer: dict[str, Any]) -> None:
-        request = _request(payload)
-        if request["op"] != "claim" or "ok" not in answer:
-            return
-        if request["args"]["key"].startswith(control.OWN_KEY_PREFIX):
-            self.calls.unclaim(answer["ok"]["slot"])
-
 
 async def serve_check(calls: Calls, listener: socket.socket) -> None:
     """Answers HAProxy's agent-check until cancelled: one line, then the connection ends.
@@ -130,6 +126,34 @@ async def serve_check(calls: Calls, listener: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             line = "drain" if calls.agent.draining else f"ready {calls.free_percent()}%"
             connection.send(f"{line}\n".encode())
+
+
+async def _received(connection: socket.socket) -> bytes:
+    """What the caller asks, which mostly is there with its connection; b"" when it left."""
+    while True:
+        try:
+            return control.receive_bytes(connection, control.REQUEST_MAX_BYTES)
+        except BlockingIOError:
+            await readable(connection.fileno())
+
+
+@contextlib.contextmanager
+def _until_gone(connection: socket.socket) -> Iterator[None]:
+    """Cancels the current task when the caller closes its connection meanwhile."""
+    task, loop, fd = asyncio.current_task(), asyncio.get_running_loop(), connection.fileno()
+    assert task is not None
+
+    def gone() -> None:
+        loop.remove_reader(fd)
+        task.cancel()
+
+    # In the loop's next turn: most claims are answered in this one.
+    watch = loop.call_soon(loop.add_reader, fd, gone)
+    try:
+        yield
+    finally:
+        watch.cancel()
+        loop.remove_reader(fd)
 
 
 def _request(payload: bytes) -> dict[str, Any]:
