@@ -42,7 +42,7 @@ from product import API_PORT, say
 
 WAVE = 50
 FEW = 10
-PROBES = 10
+PROBES = 100
 IDLE_S = 30
 LEAST_AVAILABLE = 1 << 30
 UNITS = ("nbagent.service", "nbagent-api.service", "nbagent-router.service")

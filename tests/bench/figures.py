@@ -22,7 +22,10 @@ class Column:
 
 @dataclass
 class Line:
-    """One side with its samples by column. `why` says why it has none; `at_once` and `users` how many there were."""
+    """One side with its samples by column. `why` says why it has none; `at_once` and `users` how many there were.
+
+    `again` has a reason for each kernel that had to be asked for again.
+    """
 
     key: str
     name: str
@@ -31,6 +34,7 @@ class Line:
     at_once: int = 0
     users: int = 0
     why: str = ""
+    again: list[str] = field(default_factory=list)
     samples: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, column: str, value: float) -> None:
@@ -44,7 +48,8 @@ class Line:
         """The side as JSON: what is said of it, and every sample."""
         return {
             "key": self.key, "name": self.name, "how": self.how, "at_once": self.at_once, "users": self.users,
-            "why": self.why, "figures": {column: summary(found) for column, found in self.samples.items()},
+            "why": self.why, "again": self.again,
+            "figures": {column: summary(found) for column, found in self.samples.items()},
         }
 
 
@@ -106,6 +111,10 @@ def notes(lines: Sequence[Line], columns: Sequence[Column]) -> list[str]:
     """What each column and each line is, and why a line is not there."""
     said = [f"{column.heading}: {column.how}" for column in columns]
     said += [f"{line.name}: {line.how}" for line in lines if line.how]
+    said += [
+        f"{line.name}: {len(line.again)} kernels did not start and were asked for again: {line.again[0]}"
+        for line in lines if line.again
+    ]
     return said + [f"{line.name} is not in the table: {line.why}" for line in lines if line.why]
 
 

@@ -361,9 +361,10 @@ class Hub:
     async def _end(self, users: list[str]) -> None:
         async def one(user: str) -> None:
             await self._call("DELETE", f"users/{user}/server", 202, 204, 400)
-            # 400: another action is pending, or no server is there. The user is asked for until none is.
+            # 400: another action is pending, or no server is there. The user is asked for until none is, which takes as
+            # long as systemd waits for a server that does not heed SIGTERM. Among fifty there was one.
             url = f"{self.url}/hub/api/users/{user}"
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(TIMEOUT_S):
                 while True:
                     async with self.client.http.get(url, headers=self._headers) as got:
                         model = await got.json()
