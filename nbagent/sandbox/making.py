@@ -64,6 +64,12 @@ def guarded(control: socket.socket, action: Callable[[], Any]) -> NoReturn:
     os._exit(1)
 
 
+def forget_modules() -> None:
+    """What is not imported by now never will be: after a pivot it would be the image's."""
+    sys.path.clear()
+    sys.path_importer_cache.clear()
+
+
 def aside(fd: int) -> int:
     """Moves a descriptor out of the way of placed ones."""
     moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FREE_FD)
@@ -100,9 +106,7 @@ def become_init(
 
     `start` makes the program run once the root is there.
     """
-    # What is not imported by now must never be: after the pivot it would be the image's.
-    sys.path.clear()
-    sys.path_importer_cache.clear()
+    forget_modules()
     run(steps.inside)
     # The supervisor had the interface made while the root was built.
     if steps.connected:
