@@ -140,7 +140,7 @@ def test_a_zygote_that_forks_nothing_is_replaced_when_it_is_old(of_a_zygote):
 
 
 def test_memory_is_charged_to_the_slot_that_touches_it(of_a_zygote):
-    """A slot's private pages, 2 MiB of a server, 1.7 of its init and 1 of its seed, are in its own cgroup, all three."""
+    """A slot's private pages, 2 MiB of a server, 1.7 of its init and 1 of its seed, are all in its own cgroup."""
     agent = of_a_zygote
     slot = agent.claim()["slot"]
     used = agent.api.get(f"/slots/{slot}").json()["memory_bytes"]
