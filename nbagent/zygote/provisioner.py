@@ -3,10 +3,10 @@
 It is found as any provisioner is, by an entry point. A slot sees the package nbagent without the .dist-info of an
 installation, so `register` tells importlib.metadata of this one distribution; `use` says which seed to ask.
 
-It forks what is the ordinary kernel of the server's own Python in an environment like the server's. Every other
-kernel starts the ordinary way: another kernelspec; a start with arguments, streams or variables that Python reads
-only when it starts; a package that the user has installed over one that is loaded already, which a fork would
-not see; a seed that has died, or a fork that failed. The latter two are logged.
+It forks what is the ordinary kernel of the server's own Python, by whatever name in its directory, in an environment
+like the server's. Every other kernel starts the ordinary way: another kernelspec or Python; a start with arguments,
+streams or variables that Python reads only when it starts; a package that the user has installed over one that is
+loaded already, which a fork would not see; a seed that has died, or a fork that failed. The latter two are logged.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ LAUNCH_OPTIONS = frozenset({"env", "cwd", "kernel_id", "extra_arguments"})
 class Source(Protocol):
     """Where forked kernels come from: a `Seed`, and in the zygote's rehearsal its understudy."""
 
+    exclusive: bool  # whether a kernel that it cannot fork does not start at all
+
     @property
     def alive(self) -> bool: ...
 
@@ -54,6 +56,8 @@ class SeedProvisioner(LocalProvisioner):
         """Launches a kernel: by fork when that is the same, else with the command."""
         global _seed
         order = _order(cmd, options) if _seed is not None else None
+        if _seed is not None and order is None and _seed.exclusive:
+            raise RuntimeError(f"{cmd} is a kernel that cannot be forked")
         if _seed is not None and order is not None:
             try:
                 if not _seed.alive:
@@ -76,8 +80,9 @@ def _order(cmd: List[str], options: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     environment = options.get("env", os.environ)
     ordinary = [word for word in cmd if word != "-Xfrozen_modules=off"]
     if (
-        ordinary[:4] != [sys.executable, "-m", "ipykernel_launcher", "-f"]
-        or len(ordinary) != 5
+        len(ordinary) != 5
+        or ordinary[1:4] != ["-m", "ipykernel_launcher", "-f"]
+        or not _is_this_python(ordinary[0])
         or set(options) - LAUNCH_OPTIONS
         or any(
             environment.get(name) != os.environ.get(name)
@@ -92,6 +97,14 @@ def _order(cmd: List[str], options: Dict[str, Any]) -> Optional[Dict[str, Any]]:
         "cwd": os.fspath(options.get("cwd") or os.getcwd()),
         "environment": dict(environment),
     }
+
+
+def _is_this_python(program: str) -> bool:
+    """Whether it is the server's own Python: the same file in the same directory, by which Python knows a venv."""
+    try:
+        return os.path.dirname(program) == os.path.dirname(sys.executable) and os.path.samefile(program, sys.executable)
+    except OSError:
+        return False
 
 
 def _shadowed() -> bool:

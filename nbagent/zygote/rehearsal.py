@@ -109,7 +109,7 @@ def _act(server: Any, perform: Perform, protocol: str) -> None:
 class _Understudy:
     """What a `Seed` is to the provisioner, and its one kernel: none that is a process."""
 
-    alive = True
+    alive = exclusive = True
     pid = 0  # nobody's, so nobody is sent a signal or looked up in /proc
     returncode: Optional[int] = None
     stdin = stdout = stderr = None
@@ -191,7 +191,7 @@ async def _visit(server: Any, path: str, protocol: str) -> None:
     wanted = {"path": "rehearsal.ipynb", "name": "rehearsal.ipynb", "type": "notebook", "kernel": {"name": "python3"}}
     session = json.loads(await _request(server, path, "POST", "api/sessions", json.dumps(wanted).encode()))
     if "kernel" not in session:
-        return  # an image may be set up to have no such kernel; its server is rehearsed all the same
+        return  # an image may have no such kernel, or one of another Python; its server is rehearsed all the same
     kernel_id = session["kernel"]["id"]
     url = f"ws://localhost{server.base_url}api/kernels/{kernel_id}/channels?session_id={uuid.uuid4()}"
     connection = await websocket_connect(

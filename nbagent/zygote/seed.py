@@ -103,6 +103,8 @@ class ForkedProcess:
 class Seed:
     """The server's side of a seed, which is its parent."""
 
+    exclusive = False
+
     def __init__(self, pid: int, orders: socket.socket) -> None:
         self.pid, self._orders = pid, orders
 

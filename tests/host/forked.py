@@ -59,14 +59,14 @@ def unpack(package: Path, into: Path) -> Path:
     return tree
 
 
-def command(tree: Path, shared: Path, *words: str) -> list[str]:
-    """Runs forked_slot.py in the image; ends with whoever started it."""
+def command(tree: Path | str, shared: Path, *words: str) -> list[str]:
+    """Runs forked_slot.py in the image, its layers joined by colons; ends with whoever started it."""
     return ["unshare", "--mount", "--pid", "--net", "--fork", "--kill-child", "--propagation", "private",
             "sh", "-c", ENTER, "sh", str(tree), str(shared), str(PACKAGE), str(HERE), *words]
 
 
 @contextlib.contextmanager
-def slots(tree: Path, shared: Path, count: int) -> Iterator[list[Slot]]:
+def slots(tree: Path | str, shared: Path, count: int) -> Iterator[list[Slot]]:
     """That many forked slots; what they printed is in `shared`/log."""
     with (shared / "log").open("wb") as log:
         process = subprocess.Popen(

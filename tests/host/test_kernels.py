@@ -233,6 +233,39 @@ def test_other_kernels_start_the_ordinary_way(slot: Slot) -> None:
             kernel.run("os.unlink(s + '/decorator.py'); os.unlink(s + '/six.py')")
 
 
+def test_the_same_python_by_another_name_is_forked(slot: Slot) -> None:
+    with slot.kernel() as kernel:
+        for number, name in enumerate(("/usr/bin/python", "/usr/bin/python3.13")):
+            spec = {"argv": [name, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                    "display_name": name, "language": "python"}
+            kernel.value(f"import os; d = os.path.expanduser('~/.local/share/jupyter/kernels/name{number}'); "
+                         f"os.makedirs(d); open(d + '/kernel.json', 'w').write({json.dumps(spec)!r})")
+    for number in range(2):
+        with slot.kernel(name=f"name{number}") as named:
+            assert named.value(FORKED) == "True"
+
+
+def test_an_image_whose_kernel_is_of_another_python_has_slots(tree: Path, tmp_path: Path) -> None:
+    """Its kernel is not rehearsed, as it could not be forked."""
+    shared, layer = tmp_path / "shared", tmp_path / "layer"
+    (layer / "opt/other/bin").mkdir(parents=True)
+    program = layer / "opt/other/bin/python3"
+    program.write_text('#!/bin/sh\necho started >>/run/shared/started\nexec /usr/bin/python3 "$@"\n')
+    program.chmod(0o755)
+    kernels = layer / "usr/local/share/jupyter/kernels/python3"
+    kernels.mkdir(parents=True)
+    command = ["/opt/other/bin/python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    (kernels / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "Other", "language": "python"}))
+    shared.mkdir()
+    for path in (shared, tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        path.chmod(0o755)
+    (shared / "started").touch()
+    (shared / "started").chmod(0o666)
+    with forked.slots(f"{layer}:{tree}", shared, 1) as (slot,), slot.kernel() as kernel:
+        assert kernel.value(FORKED) == "False"
+        assert (shared / "started").read_text() == "started\n"
+
+
 def test_two_kernels_at_once(slot: Slot) -> None:
     with slot.kernel() as one, slot.kernel() as two:
         sent = one.start("import time; time.sleep(1); 'one'")
