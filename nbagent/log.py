@@ -62,7 +62,7 @@ class Event(enum.Enum):
     POOL_BACKOFF = Kind("d21e37092c564cc08c0ee12c91d1c333", Priority.WARNING, "pool %(image)s waits %(wait_s)s s after %(failures)s failed starts")
     HOST_FULL = Kind("57891dcfb3fc4e91ac0219ef96c2537c", Priority.NOTICE, "claim refused: %(text)s")
     ZYGOTE_READY = Kind("c5f0b8c1b9a04d52a3d6c1b7f0d2a9e4", Priority.INFO, "zygote %(zygote)s forks slots of image %(image)s, ready after %(took_ms)s ms")
-    ZYGOTE_ENDED = Kind("0f4b7f2d6a5e4c0f9d1f3f7a1c8e5b26", Priority.WARNING, "zygote %(zygote)s is given up; slots of image %(image)s start by exec meanwhile: %(text)s")
+    ZYGOTE_ENDED = Kind("0f4b7f2d6a5e4c0f9d1f3f7a1c8e5b26", Priority.WARNING, "zygote %(zygote)s is given up; %(meanwhile)s meanwhile: %(text)s")
     ZYGOTE_REPLACED = Kind("a2d97c3b4e1f45a8b6f09c5d7e8a1b34", Priority.INFO, "zygote %(zygote)s is replaced: %(text)s")
     DRAIN_STARTED = Kind("875ce81d14eb45779076bc769de73b84", Priority.NOTICE, "host drains: no new claims, users stay")
     DRAIN_ENDED = Kind("d8588f3fa3c24bd6b15c944b6a5ea6f6", Priority.NOTICE, "host hands out slots again")

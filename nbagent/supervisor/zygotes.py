@@ -48,6 +48,10 @@ from nbagent.systemd.bus import JobFailed, Systemd
 # From a request to the processes of the slot; the keeper itself gives its zygote up before.
 FORK_TIMEOUT_S = 10.0
 HELLO_TIMEOUT_S = 20.0
+# A zygote takes 7 to 11 s of a processor to make, 60 slots a second take both (packaging/docs/density.md). While a
+# former one forks, the next has what nobody else wants; for so long, then it is made at its full weight.
+PATIENCE_S = 300.0
+CPU_WEIGHT, CPU_WEIGHT_GIVING_WAY = 100, 1
 # Whatever it is: what waits for it goes on.
 GO = b"go"
 _PACKET_BYTES = 65536
@@ -83,7 +87,7 @@ class Zygote:
 class Nursery:
     """What is known of one image's zygotes. `zygote` is the one that forks; `task` brings up the next.
 
-    `settled` is set when the first has come up, or has failed to.
+    `settled` is set when the first has come up, or has failed to; `bereft` while there is none that forks.
     """
 
     image: Image
@@ -91,6 +95,10 @@ class Nursery:
     task: asyncio.Task[None] | None = None
     failures: int = 0
     settled: asyncio.Event = field(default_factory=asyncio.Event)
+    bereft: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.bereft.set()
 
 
 class Zygotes:
@@ -185,12 +193,18 @@ class Zygotes:
         if nursery is None or nursery.zygote is not zygote:
             return
         nursery.zygote = None
+        nursery.bereft.set()
         nursery.failures += 1
-        emit(Event.ZYGOTE_ENDED, zygote=zygote.instance, image=zygote.image.name, text=text)
+        self._say_ended(nursery, zygote.instance, text)
         self._spawn(self._stop(zygote))
         if nursery.task is None:
             nursery.task = self._spawn(self._bring_up(nursery))
         self.changed()
+
+    def _say_ended(self, nursery: Nursery, instance: str, text: str) -> None:
+        name, former = nursery.image.name, nursery.zygote
+        meanwhile = f"slots of image {name} start by exec" if former is None else f"{former.instance} forks on"
+        emit(Event.ZYGOTE_ENDED, zygote=instance, image=name, meanwhile=meanwhile, text=text)
 
     def _end(self, name: str) -> None:
         nursery = self._nurseries.pop(name)
@@ -203,27 +217,26 @@ class Zygotes:
 
     async def _stop(self, zygote: Zygote) -> None:
         with contextlib.suppress(OSError):
-            await self._systemd.stop(zygote.unit, at_once=True)
+            await self._systemd.stop(zygote.unit)
 
     async def _bring_up(self, nursery: Nursery) -> None:
         """Until there is a new zygote, which takes the place of the former."""
         while True:
             settings = self.config.pool
-            if nursery.zygote is None:
-                await asyncio.sleep(backoff(nursery.failures, settings.backoff, settings.backoff_max))
+            await asyncio.sleep(backoff(nursery.failures, settings.backoff, settings.backoff_max))
             began_s, instance = now(), f"{nursery.image.name}:{secrets.token_hex(3)}"
             try:
-                async with asyncio.timeout(self.config.slots.start_timeout):
-                    connection = await self._start(nursery.image, instance)
+                connection = await self._start(nursery, instance)
             except (OSError, JobFailed, TimeoutError, StartFailed) as error:
-                text = str(error) or f"not ready after {self.config.slots.start_timeout:g} s"
+                text = str(error) or f"not ready after {now() - began_s:.0f} s"
                 nursery.failures += 1
-                emit(Event.ZYGOTE_ENDED, zygote=instance, image=nursery.image.name, text=text)
+                self._say_ended(nursery, instance, text)
                 with contextlib.suppress(OSError):
-                    await self._systemd.stop(unit_of(instance), at_once=True)
+                    await self._systemd.stop(unit_of(instance))
                 nursery.settled.set()
                 continue
             former, nursery.zygote = nursery.zygote, Zygote(instance, nursery.image, connection, now())
+            nursery.bereft.clear()
             nursery.task = None
             emit(Event.ZYGOTE_READY, zygote=instance, image=nursery.image.name, took_ms=round((now() - began_s) * 1000))
             self._spawn(self._watch(nursery, nursery.zygote))
@@ -233,7 +246,24 @@ class Zygotes:
             self.changed()
             return
 
-    async def _start(self, image: Image, instance: str) -> socket.socket:
+    async def _start(self, nursery: Nursery, instance: str) -> socket.socket:
+        """Starts a zygote, and returns when it is ready. Raises OSError, JobFailed, TimeoutError or StartFailed."""
+        unit, gives_way = unit_of(instance), nursery.zygote is not None
+        if gives_way:
+            self._systemd.set_cpu_weight(unit, CPU_WEIGHT_GIVING_WAY)
+        made = asyncio.ensure_future(self._made(nursery.image, instance))
+        bereft = asyncio.ensure_future(nursery.bereft.wait())
+        try:
+            if gives_way:
+                await asyncio.wait({made, bereft}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+                self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
+            async with asyncio.timeout(self.config.slots.start_timeout):
+                return await made
+        finally:
+            made.cancel()
+            bereft.cancel()
+
+    async def _made(self, image: Image, instance: str) -> socket.socket:
         hello = self._expected[instance] = asyncio.get_running_loop().create_future()
         try:
             await self._systemd.start(unit_of(instance))

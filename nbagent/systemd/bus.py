@@ -120,6 +120,13 @@ class Systemd:
         """Changes how much memory of a running scope may be swapped out; 0 as it starts. Raises OSError."""
         self._call("SetUnitProperties", name.encode(), True, {b"MemorySwapMax": size_bytes})
 
+    def set_cpu_weight(self, name: str, weight: int) -> None:
+        """Changes the weight of a service, or sets that of one that is started next. Raises OSError.
+
+        systemd keeps it in a file until the host ends, or it is told to forget that (RevertUnitFiles).
+        """
+        self._call("SetUnitProperties", name.encode(), True, {b"CPUWeight": weight})
+
     async def start(self, name: str, *, anew: bool = False) -> None:
         """Starts a unit, or starts it `anew`, and waits until it runs. Raises JobFailed or OSError."""
         await self._done(self._call("RestartUnit" if anew else "StartUnit", name.encode(), b"replace"))

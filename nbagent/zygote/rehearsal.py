@@ -6,7 +6,8 @@ which opens JupyterLab brings about: the server answers its requests, starts a k
 two forms that there are. The kernel runs in the main thread, as kernels do, and the server in another; both are
 the ones that will be forked. In the place of the seed is an understudy, which forks nothing.
 
-Afterwards there is one thread again, and no event loop, zmq context, connection or file of this.
+Afterwards there is one thread again, and no event loop, zmq context, connection or file of this. How long it may take
+is the supervisor's affair, which knows whether anybody waits for it.
 
 Runs under the image's own Python, 3.9 and up.
 """
@@ -34,7 +35,6 @@ from tornado.websocket import websocket_connect
 
 from nbagent.zygote import provisioner
 
-TIMEOUT_S = 60.0
 # Of two runs each, one by either protocol. The first run of a piece of code counts, the second specialises it, and
 # what that calls is specialised only in the third.
 ROUNDS = 2
@@ -95,7 +95,7 @@ def _act(server: Any, perform: Perform, protocol: str) -> None:
     thread = threading.Thread(target=audience)
     thread.start()
     try:
-        if (ordered := understudy.ordered.get(timeout=TIMEOUT_S)) is not None:
+        if (ordered := understudy.ordered.get()) is not None:
             perform(ordered, understudy.listens, understudy.can_be_ended_by)
     finally:
         understudy.ended.set()
@@ -177,7 +177,7 @@ async def _watch(server: Any, protocol: str) -> None:
         http = HTTPServer(server.web_app, xheaders=True)
         http.add_socket(listener)
         try:
-            await asyncio.wait_for(_visit(server, path, protocol), TIMEOUT_S)
+            await _visit(server, path, protocol)
         finally:
             http.stop()
             await http.close_all_connections()

@@ -11,6 +11,8 @@ print(json.dumps([random.random(), random.Random().random(), secrets.token_hex(1
                   uuid.uuid4().hex, ssl.RAND_bytes(16).hex(), next(tempfile._get_candidate_names())]))
 """
 
+CONTROL = "/run/systemd/system.control"
+
 
 def journal_of(agent, **fields):
     return agent.journal("-t", "nbagent", *(f"NBAGENT_{name.upper()}={value}" for name, value in fields.items()))
@@ -20,6 +22,20 @@ def zygote(agent, image="minimal"):
     """The unit of an image's zygote that is ready, newest last, or None."""
     ready = [e["NBAGENT_ZYGOTE"] for e in journal_of(agent, image=image) if "forks slots" in e["MESSAGE"]]
     return f"nbagent-zygote@{ready[-1]}.service" if ready else None
+
+
+def zygotes(agent):
+    """The units of all zygotes, ready or not."""
+    listed = agent.run("systemctl", "list-units", "--plain", "--no-legend", "nbagent-zygote@minimal:*").splitlines()
+    return {line.split()[0] for line in listed}
+
+
+def cpu_weight(agent, unit):
+    """What the kernel has as a unit's weight; of version 1's shares 1024 are a weight of 100."""
+    shares = agent.run("cat", f"/sys/fs/cgroup/cpu/nbagent.slice/{unit}/cpu.shares", check=False)
+    if shares:
+        return round(int(shares) / 10.24)
+    return int(agent.run("cat", f"/sys/fs/cgroup/nbagent.slice/{unit}/cpu.weight"))
 
 
 def is_forked(agent, slot):
@@ -137,6 +153,29 @@ def test_a_zygote_that_forks_nothing_is_replaced_when_it_is_old(of_a_zygote):
     before = zygote(agent)
     agent.configure('[pool]\nwarm = 1\nzygote_age = "10s"\n')
     agent.wait(lambda: zygote(agent) != before, "the next zygote")
+
+
+def test_a_zygote_in_the_making_gives_way_while_another_forks(of_a_zygote):
+    agent = of_a_zygote
+    agent.expect(r"zygote minimal:\S+ is given up")
+    agent.expect(r"^nbagent-zygote@minimal:\S+: (Failed|Main process exited)")
+    first = zygote(agent)
+    assert cpu_weight(agent, first) == 100
+    agent.configure("[pool]\nwarm = 1\nzygote_slots = 1\n")
+    agent.claim()
+    second = agent.wait(lambda: next(iter(zygotes(agent) - {first}), None), "one in the making")
+    agent.wait(lambda: cpu_weight(agent, second) == 1, "its weight", 5)
+    assert cpu_weight(agent, first) == 100
+    assert zygote(agent) == first
+    # Now there is none that forks.
+    agent.run("systemctl", "kill", "-s", "KILL", first)
+    agent.wait(lambda: cpu_weight(agent, second) == 100, "its weight", 5)
+    agent.wait(lambda: zygote(agent) == second, "the second")
+    # systemd keeps what was set of a unit in a file.
+    assert f"{second}.d" in agent.run("ls", CONTROL)
+    agent.run("systemctl", "stop", second)
+    assert second not in agent.run("ls", CONTROL)
+    agent.wait(lambda: zygote(agent) != second, "another")
 
 
 def test_memory_is_charged_to_the_slot_that_touches_it(of_a_zygote):
