@@ -69,12 +69,13 @@ COLUMNS = [
            of_all=True),
     Column("rate", "slots a second", "1/s", "that number divided by that time.", more_is_better=True),
 ]
-CLAIM_COLUMNS = ("keepalive", "new", "refill", "burst")
+CLAIM_COLUMNS = ("keepalive", "new", "refill", "burst", "replaced")
 CLAIM_HOW = {
     "keepalive": "claim, warm pool, kept connection",
     "new": "claim, warm pool, new connection",
     "refill": "claim while the pool refills",
     "burst": "claim in the burst, pool empty",
+    "replaced": "claim in a burst while the zygote is replaced",
 }
 
 
@@ -168,6 +169,9 @@ class Bench:
         self.parts.setdefault(side.key, []).append(figures.per_user(after, line.users))
         self.client.run(_close(kernels))
         side.end()
+        if isinstance(side, Ours) and side.key == "fork":
+            side.replace_zygote(line.at_once, lambda: self.client.run(self.burst(line, side, "replaced")))
+            side.end()
 
     async def single(self, side: Side) -> tuple[float, float]:
         """Milliseconds to ready, and to the first result."""
@@ -215,13 +219,13 @@ class Bench:
     def note(self, side: Side, name: str, samples_ms: list[float]) -> None:
         self.claims.setdefault(side.key, {}).setdefault(name, []).extend(round(value, 3) for value in samples_ms)
 
-    async def burst(self, line: Line, side: Side) -> list[Server]:
+    async def burst(self, line: Line, side: Side, name: str = "burst") -> list[Server]:
         """All at once. What cannot be waited for is asked less often the more there are: it shares the processors."""
         async def one(number: int) -> Server:
             began_s = time.perf_counter()
             if isinstance(side, Ours):
                 server = await side.claim()
-                self.note(side, "burst", [1000 * (time.perf_counter() - began_s)])
+                self.note(side, name, [1000 * (time.perf_counter() - began_s)])
                 await self.client.ready(server, POLL_S)
                 return server
             return await side.start(number, POLL_S * line.at_once)

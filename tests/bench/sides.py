@@ -118,13 +118,28 @@ class Ours:
         if self.key == "fork":
             self._wait_zygote()
 
-    def _wait_zygote(self) -> None:
-        """Until a zygote is ready, slots of its image start by exec: that is not what is measured here."""
+    def _zygotes(self) -> int:
+        """How many have been ready since the host began."""
+        said = self.host.run(["journalctl", "-q", "-t", "nbagent", "-o", "cat", "-g", "forks slots"], check=False)
+        return len(said.stdout.splitlines())
+
+    def _wait_zygote(self, count: int = 1) -> None:
+        """Until so many were ready. Before the first is, slots start by exec, which is not what is measured here."""
         deadline_s = time.monotonic() + ZYGOTE_TIMEOUT_S
-        while "zygote" not in self.host.run(["journalctl", "-q", "-t", "nbagent", "-g", "ready"], check=False).stdout:
+        while self._zygotes() < count:
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"no zygote of {self.image} said in {ZYGOTE_TIMEOUT_S} s that it is ready")
             time.sleep(0.5)
+
+    def replace_zygote(self, capacity: int, meanwhile: Callable[[], Any]) -> None:
+        """Has another zygote take the place of the one that forks, and does something before that is ready."""
+        before = self._zygotes()
+        self.configure(0, capacity, zygote_slots=1)
+        meanwhile()
+        if self._zygotes() != before:
+            raise RuntimeError("the next zygote was ready before what was to be done meanwhile")
+        self._wait_zygote(before + 1)
+        self.configure(0, capacity)
 
     def warm(self, count: int, capacity: int) -> None:
         """Fills the pool with so many and returns when it is full and at rest."""
@@ -161,10 +176,11 @@ class Ours:
         self.configure(0, 1)
         self._settle(lambda s: not s["warm"] + s["starting"] + s["stopping"])
 
-    def configure(self, warm: int, capacity: int) -> None:
-        """Sizes of the pool and of the host; the other image has no pool."""
+    def configure(self, warm: int, capacity: int, **pool: int) -> None:
+        """Sizes of the pool and of the host, and settings of all pools; the other image has no pool."""
         sizes = {"minimal": 0, "exec": 0, self.image: warm}
-        settings = f"[slots]\ncapacity = {capacity}\n"
+        settings = f"[slots]\ncapacity = {capacity}\n[pool]\n"
+        settings += "".join(f"{name} = {value}\n" for name, value in pool.items())
         settings += "".join(f"[images.{image}]\nwarm = {number}\n" for image, number in sizes.items())
         self.host.run(["tee", "/etc/nbagent/conf.d/60-sizes.toml"], input=settings)
         self.host.run(["systemctl", "reload", "nbagent.service"])
