@@ -48,7 +48,7 @@ from nbagent.systemd.bus import JobFailed, Systemd
 # From a request to the processes of the slot; the keeper itself gives its zygote up before.
 FORK_TIMEOUT_S = 10.0
 HELLO_TIMEOUT_S = 20.0
-# A zygote takes 7 to 11 s of a processor to make, 60 slots a second take both (packaging/docs/density.md). While a
+# A zygote takes 5 to 11 s of a processor to make, 60 slots a second take both (packaging/docs/density.md). While a
 # former one forks, the next has what nobody else wants; for so long, then it is made at its full weight.
 PATIENCE_S = 300.0
 CPU_WEIGHT, CPU_WEIGHT_GIVING_WAY = 100, 1
