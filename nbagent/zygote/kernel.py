@@ -131,7 +131,9 @@ def prepare(server: Any, preload: Iterable[str] = ()) -> None:
         listed = json.load(file)
     descriptors = set(os.listdir("/proc/self/fd"))
     with _as_it_was():
-        _import([*listed["kernel"], *listed["server"]])
+        # What debugpy finds as stderr when it is imported, it keeps: that is not to be a rehearsed kernel's.
+        os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # of which it would warn there
+        _import(["ipykernel.debugger", *listed["kernel"], *listed["server"]])
         _preload(preload)
         # The first time much runs that never does again.
         rehearsal.play(server, _perform)
@@ -186,6 +188,8 @@ def _as_it_was() -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr, sys.displayhook, sys.excepthook = streams
         sys.modules["__main__"] = main
+        for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+            vars(sys).pop(name, None)
         for name in set(os.environ) - set(environment):
             del os.environ[name]
         os.environ.update(environment)
@@ -256,25 +260,25 @@ def _perform(
     connection_file: str, listens: Callable[[], None], can_be_ended_by: Callable[[Callable[[], None]], None]
 ) -> None:
     """Is a kernel for the rehearsal, until it is shut down or ended."""
-    loop = ioloop.IOLoop()
-    asyncio.set_event_loop(loop.asyncio_loop)
-    can_be_ended_by(lambda: loop.add_callback(loop.stop))
-    _forget_instances()
-    app = KernelApp.instance(connection_file=connection_file, parent_handle=NOBODY, capture_fd_output=False,
-                             log_level=logging.CRITICAL)
-    app.bound = listens
-    app.config.HistoryManager.enabled = False
-    app.initialize([])
-    app.start()
-    # It still says that the shutdown is done, which in a process that ends would harm nobody.
-    if (control := getattr(app, "control_thread", None)) is not None:
-        control.join(CONTROL_ENDS_S)
-    app.close()
-    atexit.unregister(app.close)
-    atexit.unregister(app.iopub_thread.stop)
-    atexit.unregister(app.shell.atexit_operations)
-    can_be_ended_by(lambda: None)
-    loop.close(all_fds=True)
+    with _as_it_was():
+        loop = ioloop.IOLoop()
+        asyncio.set_event_loop(loop.asyncio_loop)
+        can_be_ended_by(lambda: loop.add_callback(loop.stop))
+        app = KernelApp.instance(connection_file=connection_file, parent_handle=NOBODY, capture_fd_output=False,
+                                 log_level=logging.CRITICAL)
+        app.bound = listens
+        app.config.HistoryManager.enabled = False
+        app.initialize([])
+        app.start()
+        # It still says that the shutdown is done, which in a process that ends would harm nobody.
+        if (control := getattr(app, "control_thread", None)) is not None:
+            control.join(CONTROL_ENDS_S)
+        app.close()
+        atexit.unregister(app.close)
+        atexit.unregister(app.iopub_thread.stop)
+        atexit.unregister(app.shell.atexit_operations)
+        can_be_ended_by(lambda: None)
+        loop.close(all_fds=True)
 
 
 # In the fork.

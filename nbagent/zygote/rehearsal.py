@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import gc
 import json
 import logging
 import queue
@@ -76,6 +78,7 @@ def play(server: Any, perform: Perform) -> None:
     try:
         for protocol in PROTOCOLS:
             _act(server, perform, protocol)
+        gc.collect()  # tasks that nobody waited for say so in the end
     finally:
         logging.disable(logging.NOTSET)
 
@@ -96,7 +99,8 @@ def _act(server: Any, perform: Perform, protocol: str) -> None:
     thread.start()
     try:
         if (ordered := understudy.ordered.get()) is not None:
-            perform(ordered, understudy.listens, understudy.can_be_ended_by)
+            # In a context of its own, or what the kernel sets in this one would outlive it.
+            contextvars.copy_context().run(perform, ordered, understudy.listens, understudy.can_be_ended_by)
     finally:
         understudy.ended.set()
         thread.join()

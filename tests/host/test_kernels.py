@@ -81,6 +81,14 @@ def test_the_server_is_as_it_was_without_the_kernel_in_it(slot: Slot) -> None:
     assert slot.call("GET", "/modules")["whole"]
 
 
+def test_nothing_is_left_of_the_kernels_that_were_rehearsed(slot: Slot) -> None:
+    with slot.kernel() as kernel:
+        # Threads that are no more, but somebody holds them: each was a whole kernel.
+        dead = "import threading; [thread.name for thread in threading._dangling if not thread.is_alive()]"
+        assert kernel.value(dead) == "[]"
+        assert kernel.value("import sys; [name for name in vars(sys) if name.startswith('last_')]") == "[]"
+
+
 def test_nothing_is_imported_after_the_fork(slot: Slot) -> None:
     found = lazy.imported(slot)
     assert found == {"kernel": [], "server": []}, f"run {lazy.COMMAND}"
