@@ -35,6 +35,8 @@ class StandIn:
         self.weight = 100
         # Whether it goes away when it is asked, with what it has made.
         self.dies = False
+        # Whether its check says that it is free, whatever it is.
+        self.boasts = False
         self.keys: dict[str, str] = {}
         self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
@@ -124,7 +126,7 @@ def _router(host: StandIn) -> type[_Handler]:
 def _check(host: StandIn) -> type[socketserver.BaseRequestHandler]:
     class Check(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            free = -(-100 * (host.capacity - host.used) // max(1, host.capacity))
+            free = 100 if host.boasts else -(-100 * (host.capacity - host.used) // max(1, host.capacity))
             self.request.sendall(f"ready {max(0, free)}%\n".encode())
 
     return Check
@@ -229,8 +231,8 @@ def by_host(hosts: list[StandIn]) -> Counter[str]:
 
 
 def test_a_full_host_costs_no_claim(gateway: Gateway, hosts: list[StandIn]) -> None:
-    # HAProxy does not know yet: its answers are all that it has to go by.
-    hosts[0].used = hosts[0].capacity
+    # Its answers are all that HAProxy has to go by.
+    hosts[0].boasts, hosts[0].used = True, hosts[0].capacity
     assert Counter(gateway.claims(200)) == {200: 200}
     assert hosts[0].asked > 0 and not hosts[0].keys
 
