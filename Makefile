@@ -17,13 +17,13 @@ down:                ## removes what these two made
 	@tests/up --down
 
 test: tools check    ## everything passes
-	$(PYTEST) tests/unit tests/host
+	$(PYTEST) tests/unit tests/integration
 
 unit: tools          ## no root, a second
 	$(PYTEST) tests/unit
 
 host: tools          ## on real systemd hosts
-	$(PYTEST) tests/host
+	$(PYTEST) tests/integration
 
 check: tools         ## ruff, mypy, the floors, lintian
 	@tests/check

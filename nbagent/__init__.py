@@ -1,6 +1,6 @@
 """nbagent: notebook slots on one host, as transient systemd scopes.
 
-The package holds no code of its own; `design` of the rooms is in README.md, section Hacking.
+The package holds no code of its own; README.md, section Hacking, lists its packages.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

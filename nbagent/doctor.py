@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from nbagent import config, control, model
-from nbagent.errors import ConfigError, NbagentError
+from nbagent.config import host_config
+from nbagent.core import model
+from nbagent.core.errors import ConfigError, NbagentError
+from nbagent.core.quantities import format_size
 from nbagent.linux import swap
 from nbagent.network.addresses import PREFIX, forwards_ipv6
-from nbagent.quantities import format_size
+from nbagent.wire import control
 
 SYSTEMD_MIN = 252
 UNITS = ("nbagent.service", "nbagent-api.socket", "nbagent-router.service")
@@ -51,7 +53,7 @@ class Finding:
     mend: str = ""
 
 
-def examine(config_path: Path = config.DEFAULT_PATH, url: str = "http://127.0.0.1:9000") -> list[Finding]:
+def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127.0.0.1:9000") -> list[Finding]:
     """Runs every check on this host."""
     root = Path("/")
     settings_finding, settings = check_config(config_path)
@@ -72,8 +74,8 @@ def examine(config_path: Path = config.DEFAULT_PATH, url: str = "http://127.0.0.
         functools.partial(check_answer, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
         *([functools.partial(check_wildcard, domain, addresses_of)] if (domain := settings.router.domain) else []),
         functools.partial(check_token, root, "token", "only trusted networks may call the API"),
-        *([functools.partial(check_token, root, "door-token", "nobody may start a slot at the door")]
-          if settings.door.access == "token" else []),
+        *([functools.partial(check_token, root, "landing-token", "nobody may start a slot at the landing page")]
+          if settings.landing.access == "token" else []),
         functools.partial(check_images, root),
         functools.partial(check_memory, root, settings),
         functools.partial(check_swap, root, settings),
@@ -82,7 +84,7 @@ def examine(config_path: Path = config.DEFAULT_PATH, url: str = "http://127.0.0.
     return [settings_finding, *(_guarded(check) for check in checks)]
 
 
-def _network_checks(settings: config.Config) -> Iterator[Callable[[], Finding]]:
+def _network_checks(settings: host_config.Config) -> Iterator[Callable[[], Finding]]:
     """What only a host has whose slots may have a network."""
     if "internet" in settings.network.allow:
         yield from (functools.partial(check_unit, unit, unit_state) for unit in NETWORK_UNITS)
@@ -98,13 +100,13 @@ def _guarded(check: Callable[[], Finding]) -> Finding:
         return Finding(name, "warn", f"cannot be seen: {error}", "run nbagent doctor as root")
 
 
-def check_config(path: Path) -> tuple[Finding, config.Config]:
+def check_config(path: Path) -> tuple[Finding, host_config.Config]:
     """The configuration, and the settings to go on with: the defaults when it is refused."""
     try:
-        settings = config.load(path)
+        settings = host_config.load(path)
     except ConfigError as error:
-        return Finding("configuration", "fail", str(error), "nbagent config check"), config.Config()
-    files = ", ".join(map(str, config.settings_files(path))) or "no file, all defaults"
+        return Finding("configuration", "fail", str(error), "nbagent config check"), host_config.Config()
+    files = ", ".join(map(str, host_config.settings_files(path))) or "no file, all defaults"
     return Finding("configuration", "ok", files), settings
 
 
@@ -241,7 +243,7 @@ def check_unit(unit: str, state_of: Callable[[str], str]) -> Finding:
     return Finding(unit, "fail", state, f"systemctl start {unit}; journalctl -eu {unit}")
 
 
-def check_network(root: Path, settings: config.Config) -> Finding:
+def check_network(root: Path, settings: host_config.Config) -> Finding:
     """What slots may reach, and whether the host has a way there."""
     if "internet" not in settings.network.allow:
         return Finding("network", "ok", "slots have none")
@@ -371,7 +373,7 @@ def check_images(root: Path) -> Finding:
     return Finding("images", "fail", "none in the store", "apt install ./nbagent-image-minimal_*.deb")
 
 
-def check_memory(root: Path, settings: config.Config) -> Finding:
+def check_memory(root: Path, settings: host_config.Config) -> Finding:
     """Whether the configured slots are promised no more memory than the operator meant to."""
     total_bytes = _meminfo(root)["MemTotal"]
     usable_bytes = total_bytes - settings.host.memory_reserve
@@ -390,7 +392,7 @@ def check_memory(root: Path, settings: config.Config) -> Finding:
     return Finding("memory", "ok", found)
 
 
-def check_swap(root: Path, settings: config.Config) -> Finding:
+def check_swap(root: Path, settings: host_config.Config) -> Finding:
     """Whether slots at rest are compressed, which takes cgroup v2 and swap that is compressed memory, all of it."""
     swap_bytes, areas = _meminfo(root)["SwapTotal"], swap.read(root)
     if settings.cull.compress is None or not (root / "sys/fs/cgroup/cgroup.controllers").exists():
@@ -440,7 +442,7 @@ LIMITS = (
 )
 
 
-def check_limit(root: Path, limit: Limit, settings: config.Config) -> Finding:
+def check_limit(root: Path, limit: Limit, settings: host_config.Config) -> Finding:
     """Whether a kernel limit is above what the host's capacity of slots needs."""
     text = _text(root / "proc/sys" / limit.path, "")
     if not text:
@@ -457,7 +459,7 @@ def check_limit(root: Path, limit: Limit, settings: config.Config) -> Finding:
     )
 
 
-def capacity_of(root: Path, settings: config.Config) -> int:
+def capacity_of(root: Path, settings: host_config.Config) -> int:
     """slots.capacity, or what "auto" makes of this host's memory."""
     if settings.slots.capacity is not None:
         return settings.slots.capacity

@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import product
-from hosts import Host
-from hosts.lan import Lan
+from testhost_driver import Host
+from testhost_driver.lan import Lan
 
 HTTP_PORT = 80
 # Gateways have .1 and up, hosts .11 and up.

@@ -13,8 +13,8 @@ from typing import Any
 
 import websocket
 
-from hosts import Host
 from product import ROUTER_PORT, Api
+from testhost_driver import Host
 
 
 @dataclass

@@ -22,15 +22,15 @@ from pathlib import Path
 
 from werkzeug.wrappers import Request
 
-from nbagent.api.hosts import host_of, is_address, machine_names, origin_of, plain_address
-from nbagent.config import Config
-from nbagent.errors import Forbidden, Unauthenticated
-from nbagent.settings import Network
-from nbagent.tokens import TokenFile, bearer_token
+from nbagent.api.hostnames import host_of, is_address, machine_names, origin_of, plain_address
+from nbagent.config.host_config import Config
+from nbagent.config.schema import Network
+from nbagent.core.errors import Forbidden, Unauthenticated
+from nbagent.web.tokens import TokenFile, bearer_token
 
 TOKEN_PATH = Path("/etc/nbagent/token")
-# Of the front door: what it opens is a slot, and nothing of this API.
-DOOR_TOKEN_PATH = Path("/etc/nbagent/door-token")
+# Of the landing page: what it opens is a slot, and nothing of this API.
+LANDING_TOKEN_PATH = Path("/etc/nbagent/landing-token")
 _PROXY_HEADERS = frozenset({"forwarded", "via", "x-real-ip", "true-client-ip", "cf-connecting-ip"})
 
 

@@ -12,13 +12,13 @@ from werkzeug.wrappers import Response as AnyResponse
 
 from nbagent.api import inputs, problems
 from nbagent.api.access import TOKEN_PATH, Access
-from nbagent.api.answers import json_response
+from nbagent.api.responses import json_response
+from nbagent.api.route import Call, Route, Service
 from nbagent.api.routes import ROUTES
-from nbagent.api.table import Call, Route, Service
-from nbagent.config import Config
-from nbagent.control import ControlClient
-from nbagent.errors import Forbidden
-from nbagent.tokens import TokenFile
+from nbagent.config.host_config import Config
+from nbagent.core.errors import Forbidden
+from nbagent.web.tokens import TokenFile
+from nbagent.wire.control import ControlClient
 
 PROBE_TIMEOUT_S = 3.0
 PREFLIGHT_MAX_AGE_S = 600

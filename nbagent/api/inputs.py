@@ -19,9 +19,9 @@ from urllib.parse import unquote_to_bytes
 from werkzeug.exceptions import RequestEntityTooLarge, UnsupportedMediaType
 from werkzeug.wrappers import Request
 
-from nbagent import content
-from nbagent.errors import InvalidBody, InvalidField, SlotNotFound
-from nbagent.model import ID_EXPECTED, is_slot_id
+from nbagent.core import claim_content
+from nbagent.core.errors import InvalidBody, InvalidField, SlotNotFound
+from nbagent.core.model import ID_EXPECTED, is_slot_id
 
 BODY_MAX_BYTES = 64 * 1024
 # As text that json escapes, an option may grow sixfold on its way over the control socket.
@@ -33,7 +33,7 @@ VALUE_EXPECTED = "text or a number"
 def read_options(request: Request, fields: tuple[str, ...]) -> dict[str, Any]:
     """The options of a request out of its query and its body, each named at most once."""
     options = _read_query(request)
-    limit_bytes = content.BODY_MAX_BYTES if "files" in fields else BODY_MAX_BYTES
+    limit_bytes = claim_content.BODY_MAX_BYTES if "files" in fields else BODY_MAX_BYTES
     for name, value in _read_body(request, limit_bytes).items():
         if name in options:
             raise InvalidField(
@@ -74,7 +74,7 @@ def _check_option(name: str, value: Any, fields: tuple[str, ...]) -> None:
     if name == "files":
         # The same on every host, and so refused before it is carried to the supervisor.
         try:
-            content.parse_files(value)
+            claim_content.parse_files(value)
         except ValueError as error:
             raise InvalidField(field=name, value=json.dumps(value)[:80], expected=str(error)) from None
         return

@@ -10,14 +10,15 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from nbagent import __version__, content
+from nbagent import __version__
 from nbagent.api.inputs import BODY_MAX_BYTES, KEY_EXPECTED
 from nbagent.api.problems import HTTP_CODES, MEDIA_TYPE, TYPE_PREFIX
-from nbagent.api.table import Route
-from nbagent.config import NETWORK_MODES
-from nbagent.errors import Forbidden, InvalidField, NbagentError, Unauthenticated
-from nbagent.model import ID_EXPECTED, MEMORY_MIN_BYTES, PATH_EXPECTED, SlotState
-from nbagent.quantities import DURATION_EXPECTED, QUOTA_EXPECTED, SIZE_EXPECTED
+from nbagent.api.route import Route
+from nbagent.config.host_config import NETWORK_MODES
+from nbagent.core import claim_content
+from nbagent.core.errors import Forbidden, InvalidField, NbagentError, Unauthenticated
+from nbagent.core.model import ID_EXPECTED, MEMORY_MIN_BYTES, PATH_EXPECTED, SlotState
+from nbagent.core.quantities import DURATION_EXPECTED, QUOTA_EXPECTED, SIZE_EXPECTED
 
 Schema = dict[str, Any]
 
@@ -69,7 +70,7 @@ def _operation(route: Route) -> dict[str, Any]:
     if parameters:
         operation["parameters"] = parameters
     if route.fields and route.method != "GET":
-        limit_bytes = content.BODY_MAX_BYTES if "files" in route.fields else BODY_MAX_BYTES
+        limit_bytes = claim_content.BODY_MAX_BYTES if "files" in route.fields else BODY_MAX_BYTES
         operation["requestBody"] = {
             "description": f"At most {limit_bytes} bytes. Each field here or in the query, not in both.",
             "required": False,
@@ -154,11 +155,11 @@ OPTIONS: dict[str, Schema] = {
     "path": {"type": "string", "description": PATH_EXPECTED},
     "files": {
         "type": "object",
-        "description": f"What is in the home directory when the claim is answered: {content.FILES_EXPECTED}.",
-        "maxProperties": content.FILES_MAX,
-        "propertyNames": {"description": content.FILE_PATH_EXPECTED},
+        "description": f"What is in the home directory when the claim is answered: {claim_content.FILES_EXPECTED}.",
+        "maxProperties": claim_content.FILES_MAX,
+        "propertyNames": {"description": claim_content.FILE_PATH_EXPECTED},
         "additionalProperties": {
-            "description": content.FILE_DATA_EXPECTED,
+            "description": claim_content.FILE_DATA_EXPECTED,
             "oneOf": [_TEXT, _object({"base64": _TEXT}, closed=True)],
         },
     },
@@ -190,7 +191,7 @@ SCHEMAS: dict[str, Schema] = {
         required=("slot", "state", "image", "created_at", "claimed_at", "expires_at", "age_s", "network", "limits"),
     ),
     "Drain": _object({"draining": _FLAG, "claimed": _COUNT, "warm": _COUNT}),
-    "Renewed": _object({"drained": _COUNT}),
+    "Recycled": _object({"drained": _COUNT}),
     "Image": _object(
         {"name": _TEXT, "digest": _TEXT, "launch": _TEXT, "warm": _COUNT,
          "wanted": _COUNT, "default": _FLAG},

@@ -15,8 +15,8 @@ from flask import Flask
 from werkzeug.exceptions import HTTPException
 from werkzeug.wrappers import Response
 
-from nbagent.api.answers import json_response
-from nbagent.errors import NbagentError, Unauthenticated
+from nbagent.api.responses import json_response
+from nbagent.core.errors import NbagentError, Unauthenticated
 
 MEDIA_TYPE = "application/problem+json"
 TYPE_PREFIX = "urn:nbagent:problem:"

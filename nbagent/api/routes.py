@@ -12,10 +12,10 @@ from typing import Any
 
 from flask import Response
 
-from nbagent.api import answers, metrics, openapi
-from nbagent.api.hosts import plain_address
-from nbagent.api.table import Call, Route, Service
-from nbagent.errors import (
+from nbagent.api import metrics, openapi, responses
+from nbagent.api.hostnames import plain_address
+from nbagent.api.route import Call, Route, Service
+from nbagent.core.errors import (
     ArchiveFailed,
     ContentFailed,
     Draining,
@@ -30,13 +30,13 @@ from nbagent.errors import (
     StartFailed,
     SupervisorUnavailable,
 )
-from nbagent.model import CLAIM_FIELDS, UPDATE_FIELDS, claim_link
+from nbagent.core.model import CLAIM_FIELDS, UPDATE_FIELDS, claim_link
 
 
 def _claim(service: Service, call: Call) -> Any:
     client = plain_address(call.request.remote_addr or "unknown")
     claim = service.client.call("claim", options=call.options, key=call.key, client=client)
-    front = answers.front(service.config.router, claim["slot"], call.request.headers.get("Host", ""))
+    front = responses.front(service.config.router, claim["slot"], call.request.headers.get("Host", ""))
     return {name: value for name, value in claim.items() if name != "query"} | {"url": front + claim_link(claim)}
 
 
@@ -66,8 +66,8 @@ def _undrain(service: Service, call: Call) -> Any:
     return service.client.call("undrain")
 
 
-def _renew(service: Service, call: Call) -> Any:
-    return service.client.call("renew")
+def _recycle_pool(service: Service, call: Call) -> Any:
+    return service.client.call("recycle_pool")
 
 
 def _stats(service: Service, call: Call) -> Any:
@@ -135,8 +135,8 @@ ROUTES: tuple[Route, ...] = (
           problems=(SupervisorUnavailable, SlotNotFound, IllegalMove)),
     Route("POST", "/drain", "drain", "Stop handing out slots; users stay", _drain, "Drain", changes=True),
     Route("DELETE", "/drain", "undrain", "Hand out slots again", _undrain, "Drain", changes=True),
-    Route("DELETE", "/api/pool", "renewPool", "End all warm slots; the pool makes new ones (tmpnb's admin API)", _renew,
-          "Renewed", changes=True),
+    Route("DELETE", "/api/pool", "recyclePool", "End all warm slots; the pool makes new ones (tmpnb's admin API)",
+          _recycle_pool, "Recycled", changes=True),
     Route("GET", "/stats", "stats", "How full the host is, and what it has done", _stats, "Stats"),
     Route("GET", "/images", "images", "What a claim can ask for", _images, "Image", is_list=True),
     Route("GET", "/metrics", "metrics", "The stats for Prometheus", _metrics, "Metrics",

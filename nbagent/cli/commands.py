@@ -20,15 +20,16 @@ from typing import Any
 
 import click
 
-from nbagent import __version__, config
+from nbagent import __version__
 from nbagent.cli import tables
 from nbagent.cli.gateway import gateway
 from nbagent.cli.images import image
 from nbagent.cli.remote import DEFAULT_URL, TOKEN_PATH, Remote, read_token
 from nbagent.cli.slot import slot as slot_group
-from nbagent.config import NETWORK_MODES
-from nbagent.errors import ConfigError, NbagentError
-from nbagent.quantities import format_duration
+from nbagent.config import host_config
+from nbagent.config.host_config import NETWORK_MODES
+from nbagent.core.errors import ConfigError, NbagentError
+from nbagent.core.quantities import format_duration
 
 WAIT_INTERVAL_S = 1.0
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -213,18 +214,18 @@ def images(remote: Remote, as_json: bool) -> None:
 
 @nbagent.group("config")
 def config_group() -> None:
-    """Look at the configuration."""
+    """ActivitySample at the configuration."""
 
 
 @config_group.command()
-@click.argument("file", type=click.Path(path_type=Path), default=config.DEFAULT_PATH)
+@click.argument("file", type=click.Path(path_type=Path), default=host_config.DEFAULT_PATH)
 @_JSON
 def check(file: Path, as_json: bool) -> None:
     """Say whether FILE and the conf.d beside it are right, and what was read."""
-    if file != config.DEFAULT_PATH and not file.is_file():
+    if file != host_config.DEFAULT_PATH and not file.is_file():
         raise ConfigError(f"{file}: no such file", file=str(file))
-    settings = config.load(file)
-    files = [str(path) for path in config.settings_files(file)]
+    settings = host_config.load(file)
+    files = [str(path) for path in host_config.settings_files(file)]
     if as_json:
         _print_json({"files": files, "config": effective(settings)})
         return
@@ -232,7 +233,7 @@ def check(file: Path, as_json: bool) -> None:
 
 
 @nbagent.command()
-@click.option("--config", "file", type=click.Path(path_type=Path), default=config.DEFAULT_PATH,
+@click.option("--config", "file", type=click.Path(path_type=Path), default=host_config.DEFAULT_PATH,
               show_default=True, help="The configuration to judge the host by.")
 @click.option("--url", envvar="NBAGENT_URL", default=DEFAULT_URL, show_default=True, show_envvar=True,
               help="The control API.")
@@ -255,7 +256,7 @@ def doctor(file: Path, url: str, as_json: bool) -> None:
         sys.exit(1)
 
 
-def effective(settings: config.Config) -> dict[str, Any]:
+def effective(settings: host_config.Config) -> dict[str, Any]:
     """The whole configuration as it is in force, as JSON holds it; None is "auto"."""
 
     def plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""`nbagent gateway`: the front door of a fleet, on the machine that it runs on."""
+"""`nbagent gateway`: the landing page of a fleet, on the machine that it runs on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nbagent.errors import NbagentError
+from nbagent.core.errors import NbagentError
 
 if TYPE_CHECKING:
-    from nbagent.gateway.changes import Fleet
+    from nbagent.gateway.membership import Fleet
 
 SETTINGS_PATH = Path("/etc/nbagent/gateway.toml")
 RELOAD_TIMEOUT_S = 10.0
@@ -34,7 +34,7 @@ class NotReloaded(NbagentError):
 
 @click.group()
 def gateway() -> None:
-    """Set up and change the front door of a fleet: HAProxy, and the hosts behind it."""
+    """Set up and change the landing page of a fleet: HAProxy, and the hosts behind it."""
 
 
 @gateway.command()
@@ -50,10 +50,10 @@ def render(file: Path) -> None:
 @_FILE
 def check(file: Path) -> None:
     """Say whether the settings are right, and HAProxy takes what they make."""
-    from nbagent.gateway import files, settings
+    from nbagent.gateway import apply, settings
 
     found = settings.load(file)
-    said = files.try_out(found)
+    said = apply.try_out(found)
     if said:
         click.echo(said, err=True)
     hosts = f"hosts by {found.fleet.srv}" if found.fleet.srv else f"{len(found.hosts)} hosts"
@@ -65,9 +65,9 @@ def check(file: Path) -> None:
 @_FILE
 def apply(file: Path) -> None:
     """Put the settings into force, and close no connection by it."""
-    from nbagent.gateway import files, settings
+    from nbagent.gateway import apply, settings
 
-    files.try_out(settings.load(file))
+    apply.try_out(settings.load(file))
     before = _worker()
     done = subprocess.run(["systemctl", "reload-or-restart", *UNITS], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -85,9 +85,9 @@ def apply(file: Path) -> None:
 @_FILE
 def write(file: Path) -> None:
     """Write what HAProxy reads below /run; nbagent-gateway.service does, when it starts and reloads."""
-    from nbagent.gateway import files, settings
+    from nbagent.gateway import apply, settings
 
-    click.echo(files.write(settings.load(file)))
+    click.echo(apply.write(settings.load(file)))
 
 
 @gateway.command()
@@ -99,8 +99,8 @@ def hosts(file: Path, as_json: bool) -> None:
     from nbagent.gateway import fleet
 
     changing = _fleet(file)
-    house = fleet.FleetHouse(lambda: changing.runtime.servers(changing.backend))
-    figures = house.stats()
+    backend = fleet.FleetBackend(lambda: changing.runtime.servers(changing.backend))
+    figures = backend.stats()
     if as_json:
         click.echo(json.dumps(figures, indent=2 if os.isatty(1) else None))
         return
@@ -159,7 +159,7 @@ def _worker() -> str | None:
 
 def _fleet(file: Path) -> Fleet:
     from nbagent.gateway import haproxy
-    from nbagent.gateway.changes import Fleet
+    from nbagent.gateway.membership import Fleet
     from nbagent.gateway.runtime import Runtime
 
     return Fleet(file, Runtime(haproxy.ADMIN_SOCKET))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nbagent.cli import tables
-from nbagent.errors import FetchFailed
+from nbagent.core.errors import FetchFailed
 
 if TYPE_CHECKING:
     from nbagent.image.store import Image, ImageStore

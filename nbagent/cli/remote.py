@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from nbagent.errors import ConfigError, InvalidField, NbagentError, from_wire
+from nbagent.core.errors import ConfigError, InvalidField, NbagentError, from_wire
 
 DEFAULT_URL = "http://127.0.0.1:9000"
 TOKEN_PATH = Path("/etc/nbagent/token")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from nbagent import config
 from nbagent.cli.images import STORE_PATH
+from nbagent.config import host_config
 
 RUN = Path("/run/nbagent/slots")
 WIDTH = 100
@@ -18,7 +18,7 @@ WIDTH = 100
 
 @click.group()
 def slot() -> None:
-    """Look at how slots are made."""
+    """ActivitySample at how slots are made."""
 
 
 @slot.command()
@@ -32,8 +32,8 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     Nothing is started. A start that fails says the step in these words, and undoes the ones before. Where
     slots are forked, the steps of the zygote, done once for many slots, come first.
     """
+    from nbagent.core.model import Slot, SlotState
     from nbagent.image.store import ImageStore
-    from nbagent.model import Slot, SlotState
     from nbagent.network.addresses import FIRST
     from nbagent.sandbox.plan import plan as sandbox_plan
     from nbagent.sandbox.plan import zygote_plan
@@ -43,7 +43,7 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     from nbagent.supervisor.slots import UID_FIRST
     from nbagent.supervisor.zygotes import zygote_spec
 
-    settings, found = config.load(), ImageStore(store).get(image)
+    settings, found = host_config.load(), ImageStore(store).get(image)
     sample = Slot(
         id=f"{settings.label}-{'x' * 12}", image=found.name, digest=found.digest, id_base=found.id_base,
         uid=UID_FIRST, state=SlotState.STARTING, limits=default_limits(settings.slots), token="", created_s=0.0,

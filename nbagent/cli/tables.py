@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nbagent.quantities import format_duration, format_size
+from nbagent.core.quantities import format_duration, format_size
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -1,1 +1,1 @@
-"""The front door of a fleet: HAProxy's configuration, the hosts in it, and a service that tells how they do."""
+"""The landing page of a fleet: HAProxy's configuration, the hosts in it, and a service that tells how they do."""

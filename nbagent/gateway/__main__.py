@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbagent.errors import ConfigError
+from nbagent.core.errors import ConfigError
 from nbagent.gateway import haproxy, settings
-from nbagent.gateway.fleet import FleetHouse
+from nbagent.gateway.fleet import FleetBackend
 from nbagent.gateway.runtime import Runtime
 from nbagent.gateway.settings import GatewaySettings
 
@@ -35,35 +35,35 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from nbagent import serving
+    from nbagent.web import gunicorn_app
 
-    serving.configure_logging()
+    gunicorn_app.configure_logging()
     # Nothing here takes longer than asking the hosts does.
-    shape = serving.Shape(workers=1, threads=32, graceful_s=5)
-    serving.Server(
+    shape = gunicorn_app.Shape(workers=1, threads=32, graceful_s=5)
+    gunicorn_app.Server(
         "nbagent-gateway-status", lambda: settings.load(arguments.config), lambda _: shape, make_app, arguments.bind
     ).run()
 
 
 def make_app(found: GatewaySettings) -> WSGIApplication:
-    """The door of the fleet, and what is said of a host that does not answer."""
-    from nbagent.door.app import create_app
+    """The landing page of the fleet, and what is said of a host that does not answer."""
+    from nbagent.landing.app import create_app
 
     backend = haproxy.all_hosts(found)
     runtime = Runtime(haproxy.LOOK_SOCKET)
-    house = FleetHouse(lambda: runtime.servers(backend))
-    # A claim comes here only when the hosts have refused it; whether it showed the door's token is no matter then.
-    door = create_app(found.door, house, lambda _: True)
-    return silent_hosts(door, house.knows, Path(haproxy.PAGES))
+    fleet = FleetBackend(lambda: runtime.servers(backend))
+    # A claim comes here only when the hosts have refused it; its token does not matter then.
+    landing = create_app(found.landing, fleet, lambda _: True)
+    return silent_hosts(landing, fleet.knows, Path(haproxy.PAGES))
 
 
-def silent_hosts(door: WSGIApplication, knows: Callable[[str], bool], pages: Path) -> WSGIApplication:
-    """`door`, but 503 for a slot of a host that there is: HAProxy sends it here when it cannot reach the host."""
+def silent_hosts(landing: WSGIApplication, knows: Callable[[str], bool], pages: Path) -> WSGIApplication:
+    """`landing`, but 503 for a slot of a host that there is: HAProxy sends it here when it cannot reach the host."""
 
     def serve(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         match = _SLOT.match(environ.get("PATH_INFO", ""))
         if match is None or not knows(match[1]):
-            return door(environ, start_response)
+            return landing(environ, start_response)
         accept, below = environ.get("HTTP_ACCEPT", ""), environ["PATH_INFO"][match.end() :]
         name, kind = "lost.html", "text/html; charset=utf-8"
         if re.match(r"api(/|$)", below) or ("json" in accept and "text/html" not in accept):

@@ -1,4 +1,4 @@
-"""The fleet as the front door's House: figures that the hosts tell when they are asked, and their sums.
+"""The fleet as the landing page's SlotBackend: figures that the hosts tell when they are asked, and their sums.
 
 Nothing is kept but for a second. Which hosts there are, HAProxy says, so this and what claims and
 users meet are never of two opinions. It hands out nothing: HAProxy sends a claim here when no host
@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 from nbagent import __version__
-from nbagent.errors import Full
+from nbagent.core.errors import Full
 from nbagent.gateway.runtime import GatewayDown, Server
 
 # Anybody may ask as often as they like; the hosts are asked so often.
@@ -31,7 +31,7 @@ Figures = dict[str, Any]
 DOWN: Figures = {"available": 0, "capacity": 0, "down": True}
 
 
-class FleetHouse:
+class FleetBackend:
     """All hosts of `list_hosts`, which raises GatewayDown; each is asked by `ask_host`, which gives None in vain."""
 
     def __init__(

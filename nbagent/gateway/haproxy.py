@@ -22,8 +22,8 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Iterator
 
+from nbagent.config.schema import Network
 from nbagent.gateway.settings import GatewaySettings, HostSettings, Listen, ring_number
-from nbagent.settings import Network
 
 RUN = "/run/nbagent-gateway"
 CERTIFICATES = f"{RUN}/certificates"
@@ -221,19 +221,19 @@ def _refusals(settings: GatewaySettings) -> Iterator[str]:
     acl ahead req.hdr(Purpose),lower -m sub prefetch
     acl has_token req.hdr(Authorization) -m found
     acl claim var(txn.claim) -m bool"""
-    if settings.door.access == "public":
+    if settings.landing.access == "public":
         yield "    http-request set-var(txn.claim) bool(true) if spawn !gone claim_method !ahead !at_slot"
-    if settings.door.access != "off":
+    if settings.landing.access != "off":
         # Which token is right, the hosts know.
-        token = " has_token" if settings.door.access == "token" else ""
+        token = " has_token" if settings.landing.access == "token" else ""
         yield f"    http-request set-var(txn.claim) bool(true) if api_spawn METH_POST !at_slot{token}"
-    if settings.door.banned:
-        yield from _list("banned", "src", settings.door.banned)
+    if settings.landing.banned:
+        yield from _list("banned", "src", settings.landing.banned)
         yield from _answer(403, "banned", "banned")
     yield f"""\
     # One address is one client, and with IPv6 one /64. Only a claim that is let through counts.
     http-request track-sc0 src,ipmask(32,64) table rates if claim
-    acl too_often sc0_gpc0_rate(rates) ge {settings.door.rate}"""
+    acl too_often sc0_gpc0_rate(rates) ge {settings.landing.rate}"""
     yield from _answer(429, "busy", "claim too_often", "hdr Retry-After 60")
     yield f"""\
     http-request sc-inc-gpc0(0) if claim

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbagent.errors import NbagentError
+from nbagent.core.errors import NbagentError
 
 TIMEOUT_S = 10.0
 _ANSWER_MAX_BYTES = 64 << 20

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nbagent.config import DoorSettings
-from nbagent.settings import (
+from nbagent.config.host_config import LandingSettings
+from nbagent.config.schema import (
     Network,
     Reader,
     auto_or,
@@ -26,6 +26,7 @@ from nbagent.settings import (
     number,
     positive_duration,
     read_tables,
+    rename_section,
     setting,
     tables,
     word_or,
@@ -179,7 +180,7 @@ class GatewaySettings:
     listen: ListenSettings = field(default_factory=ListenSettings)
     tls: TlsSettings = field(default_factory=TlsSettings)
     fleet: FleetSettings = field(default_factory=FleetSettings)
-    door: DoorSettings = field(default_factory=DoorSettings)
+    landing: LandingSettings = field(default_factory=LandingSettings)
     log: LogSettings = field(default_factory=LogSettings)
     hosts: Mapping[str, HostSettings] = tables(HostSettings, LABEL, LABEL_EXPECTED, "hosts")
 
@@ -202,7 +203,8 @@ def load(path: Path = DEFAULT_PATH) -> GatewaySettings:
 
 def parse(document: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path] | None = None) -> GatewaySettings:
     """The settings in a document as TOML gives them. `origin` says which file each key came from."""
-    reader = Reader(origin or {})
+    document, origin = rename_section(document, origin or {}, "door", "landing")
+    reader = Reader(origin)
     settings = reader.section(GatewaySettings, document, ())
     for label in settings.hosts:
         if "address" not in document["hosts"][label]:

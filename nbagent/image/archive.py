@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
 
-from nbagent.errors import ImageInvalid
+from nbagent.core.errors import ImageInvalid
 from nbagent.image import ids
 from nbagent.image.tree import NotInTree, Parts, Tree
 

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from nbagent.errors import BadRequest, FetchFailed
+from nbagent.core.errors import BadRequest, FetchFailed
 from nbagent.image import ids
 from nbagent.image.archive import Limits
 from nbagent.image.oci import Layout, Source

@@ -13,7 +13,7 @@ import pwd
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
-from nbagent.errors import NbagentError
+from nbagent.core.errors import NbagentError
 
 COUNT = 0x10000
 BASES = range(0x70000000, 0x7FFE0000, COUNT)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from nbagent.errors import ImageInvalid
+from nbagent.core.errors import ImageInvalid
 
 PATH = "etc/nbagent-image.toml"
 MAX_BYTES = 64 * 1024

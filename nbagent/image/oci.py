@@ -27,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
-from nbagent.errors import ImageInvalid
+from nbagent.core.errors import ImageInvalid
 from nbagent.image import manifest as manifests
 from nbagent.image.archive import Limits
 from nbagent.image.manifest import Manifest

@@ -16,7 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
-from nbagent.errors import ImageInvalid
+from nbagent.core.errors import ImageInvalid
 from nbagent.image.tree import NotInTree, Parts, Tree
 
 _COMPRESSIBLE = {

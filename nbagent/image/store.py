@@ -33,14 +33,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbagent.errors import ImageInvalid, ImageNotFound
+from nbagent.core.errors import ImageInvalid, ImageNotFound
+from nbagent.core.events import Event, emit
+from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
 from nbagent.image import archive as archives
 from nbagent.image import ids, oci, static
 from nbagent.image import manifest as manifests
 from nbagent.image.manifest import Manifest
 from nbagent.image.tree import NotInTree, Tree
-from nbagent.log import Event, emit
-from nbagent.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
 
 DEFAULT_PATH = Path("/var/lib/nbagent/images")
 

@@ -1,7 +1,7 @@
 """What a cgroup has used and was refused: memory, processor time, tasks, OOM kills; version 1 and 2 alike.
 
 Reads the kernel's files and nothing else: a read wakes nobody, so a thousand slots may be
-looked at without one of them noticing. What it writes, by `reclaim` and `Hastener`, changes no limit.
+looked at without one of them noticing. What it writes, by `reclaim` and `MigrationPrimer`, changes no limit.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def unit_of_process(pid: int) -> str:
     return ""
 
 
-class Hastener:
+class MigrationPrimer:
     """Makes the next move of a process into a cgroup quick, by waiting here for what it would wait for.
 
     The first move for some time waits for an RCU grace period, 5 to 10 ms, in which PID 1 does nothing; those that
@@ -128,7 +128,7 @@ class Hastener:
         os.set_blocking(self._want, False)
         threading.Thread(target=self._run, name="hastener", daemon=True).start()
 
-    def hasten(self) -> None:
+    def prime(self) -> None:
         """Begins now; does not wait."""
         with contextlib.suppress(BlockingIOError):
             os.write(self._want, b"0")

@@ -15,6 +15,7 @@ NLM_F_REQUEST, NLM_F_ACK, NLM_F_REPLACE, NLM_F_CREATE = 0x1, 0x4, 0x100, 0x400
 NLMSG_ERROR = 2
 RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE, RTM_NEWQDISC = 16, 20, 24, 36
 IFF_UP, IFF_NOARP = 0x1, 0x80
+LOOPBACK_INDEX = 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
 RTA_OIF, RTA_GATEWAY = 4, 5
 RT_TABLE_MAIN, RTPROT_STATIC, RTN_UNICAST, RTNH_F_ONLINK = 254, 4, 1, 4
@@ -24,6 +25,11 @@ TC_H_ROOT = 0xFFFFFFFF
 TC_LINKLAYER_ETHERNET = 1
 NLA_F_NESTED = 0x8000
 _ANSWER_BYTES = 65536
+
+
+def bring_up_loopback() -> None:
+    """Brings up `lo` of this network namespace, whose interface index is always 1."""
+    _request(RTM_NEWLINK, 0, struct.pack("=BxHiII", socket.AF_UNSPEC, 0, LOOPBACK_INDEX, IFF_UP, IFF_UP))
 
 
 def bring_up(index: int) -> None:

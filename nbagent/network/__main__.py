@@ -31,8 +31,8 @@ from typing import Any
 
 from systemd import daemon
 
-from nbagent.log import Event, emit
-from nbagent.network.kernel import Kernel, lost_table, watch
+from nbagent.core.events import Event, emit
+from nbagent.network.netlink import HostNetwork, lost_table, watch
 from nbagent.network.rules import RULES_PATH, Rules
 
 _REQUEST_BYTES = 65536
@@ -43,7 +43,7 @@ _PATIENCE_S = 5.0
 
 def main() -> None:
     """Serves until SIGTERM."""
-    kernel = Kernel()
+    kernel = HostNetwork()
     if sys.argv[1:] == ["--remove"]:
         kernel.remove_all()
         kernel.close()
@@ -73,11 +73,11 @@ def _activated() -> int:
     return int(fds[0])
 
 
-def _apply(kernel: Kernel) -> None:
+def _apply(kernel: HostNetwork) -> None:
     kernel.apply(Rules.restore(json.loads(RULES_PATH.read_text())))
 
 
-def _serve(kernel: Kernel, connection: socket.socket) -> None:
+def _serve(kernel: HostNetwork, connection: socket.socket) -> None:
     with connection:
         connection.settimeout(_PATIENCE_S)
         with contextlib.suppress(OSError):
@@ -89,7 +89,7 @@ def _serve(kernel: Kernel, connection: socket.socket) -> None:
                     os.close(fd)
 
 
-def _answer(kernel: Kernel, connection: socket.socket, payload: bytes, fds: list[int]) -> dict[str, Any]:
+def _answer(kernel: HostNetwork, connection: socket.socket, payload: bytes, fds: list[int]) -> dict[str, Any]:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     if struct.unpack("3i", credentials)[1] != 0:
         return {"error": "only root may ask"}
@@ -101,7 +101,7 @@ def _answer(kernel: Kernel, connection: socket.socket, payload: bytes, fds: list
     return {"ok": True}
 
 
-def _do(kernel: Kernel, request: dict[str, Any], fds: list[int]) -> None:
+def _do(kernel: HostNetwork, request: dict[str, Any], fds: list[int]) -> None:
     match request["op"]:
         case "rules":
             _apply(kernel)

@@ -17,7 +17,7 @@ OOM_KILLS_MAX = 1000
 
 
 @dataclass(frozen=True)
-class Look:
+class ActivitySample:
     """A claimed slot at one moment.
 
     `active_s`: when it was last known to be active; `cpu`: processors' worth of time used since
@@ -33,7 +33,7 @@ class Look:
     oom_kills: int
 
 
-def active_since(look: Look, cpu_threshold: float, now_s: float) -> float:
+def active_since(look: ActivitySample, cpu_threshold: float, now_s: float) -> float:
     """When the slot was last active, as far as this look can tell.
 
     A slot whose processor time is not known yet, as after a restart of the agent, gets the
@@ -44,7 +44,7 @@ def active_since(look: Look, cpu_threshold: float, now_s: float) -> float:
     return max(look.claimed_s, look.active_s, look.acted_s)
 
 
-def reason(look: Look, idle_s: float, cpu_threshold: float, now_s: float) -> str | None:
+def reason(look: ActivitySample, idle_s: float, cpu_threshold: float, now_s: float) -> str | None:
     """`"age"`, `"idle"`, `"memory"`, or None when the slot goes on."""
     if now_s >= look.expires_s:
         return "age"

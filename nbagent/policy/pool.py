@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from nbagent.model import Slot
+from nbagent.core.model import Slot
 from nbagent.policy import admission
 from nbagent.policy.admission import Host
 

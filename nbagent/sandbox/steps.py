@@ -24,7 +24,7 @@ import socket
 import stat
 from typing import List, NamedTuple, Optional, Protocol, Tuple
 
-from nbagent.linux import link, rtnetlink, seccomp
+from nbagent.linux import rtnetlink, seccomp
 from nbagent.linux.mounts import (
     MNT_DETACH,
     MS_BIND,
@@ -336,7 +336,7 @@ class Loopback(NamedTuple):
         return "interface lo is up"
 
     def do(self) -> None:
-        link.set_up("lo")
+        rtnetlink.bring_up_loopback()
 
 
 class Interface(NamedTuple):

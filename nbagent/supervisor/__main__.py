@@ -19,10 +19,10 @@ from pathlib import Path
 
 from systemd import daemon
 
-from nbagent import config as configuration
-from nbagent.errors import ConfigError
+from nbagent.config import host_config
+from nbagent.core.errors import ConfigError
+from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
-from nbagent.log import Event, emit
 from nbagent.supervisor.agent import Agent
 from nbagent.supervisor.calls import Calls
 from nbagent.supervisor.network import Network
@@ -38,7 +38,7 @@ RUN = Path("/run/nbagent")
 def main() -> int:
     """Runs until SIGTERM. Returns the exit status."""
     try:
-        config = configuration.load()
+        config = host_config.load()
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_status
@@ -48,7 +48,7 @@ def main() -> int:
     return 0
 
 
-async def _run(config: configuration.Config) -> None:
+async def _run(config: host_config.Config) -> None:
     sockets = _activated()
     systemd = Systemd()
     records = Records(RUN / "slots", grp.getgrnam("nbagent-router").gr_gid)
@@ -92,7 +92,7 @@ async def _run(config: configuration.Config) -> None:
 def _reload(agent: Agent) -> None:
     daemon.notify("RELOADING=1")
     try:
-        agent.reload(configuration.load())
+        agent.reload(host_config.load())
         emit(Event.CONFIG_RELOADED)
     except ConfigError as error:
         emit(Event.CONFIG_REFUSED, text=str(error))

@@ -23,33 +23,23 @@ from typing import Any
 
 import psutil
 
-from nbagent.config import Config, SlotSettings
-from nbagent.errors import (
-    NbagentError,
-    StartFailed,
-)
+from nbagent.config.host_config import Config, SlotSettings
+from nbagent.core.errors import NbagentError, StartFailed
+from nbagent.core.events import Event, emit
+from nbagent.core.model import Limits, Slot, SlotState, new_id, new_token, now
+from nbagent.core.quantities import parse_quota
 from nbagent.image.store import Image, ImageStore
-from nbagent.log import Event, emit
-from nbagent.model import (
-    Limits,
-    Slot,
-    SlotState,
-    new_id,
-    new_token,
-    now,
-)
 from nbagent.policy import admission, pool
-from nbagent.quantities import parse_quota
-from nbagent.supervisor import probe
+from nbagent.supervisor import readiness
+from nbagent.supervisor.aio import readable
 from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.launcher import Launcher, ended, sandbox_spec
-from nbagent.supervisor.live import Live, reattach
-from nbagent.supervisor.looks import Looks
+from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
+from nbagent.supervisor.running_slot import RunningSlot, reattach
 from nbagent.supervisor.slots import Slots
-from nbagent.supervisor.waiting import readable
 from nbagent.supervisor.zygotes import Zygotes
 from nbagent.systemd.bus import JobFailed, Systemd
 
@@ -68,8 +58,8 @@ class PoolState:
     """What the agent remembers of one image's pool."""
 
     image: Image | None
-    warm: deque[Live] = field(default_factory=deque)
-    waiting: deque[asyncio.Future[Live]] = field(default_factory=deque)
+    warm: deque[RunningSlot] = field(default_factory=deque)
+    waiting: deque[asyncio.Future[RunningSlot]] = field(default_factory=deque)
     failures: int = 0
     not_before_s: float = 0.0
     last_failure: StartFailed | None = None
@@ -106,7 +96,7 @@ class Agent:
         self.gone: Callable[[Slot], None] = lambda slot: None
         self.counters = Counters()
         self.compressor = Compressor(systemd, self.counters, self.spawn)
-        self.looks = Looks(self.counters, self.end, self.compressor.offer)
+        self.monitor = Monitor(self.counters, self.end, self.compressor.offer)
         self.started_s = now()
         self.stopping = False
         self._memory_read_s, self._memory_bytes = -math.inf, (0, 0)
@@ -126,9 +116,9 @@ class Agent:
             self._apply(self._decide())
             self.zygotes.review()
             interval_s = self.config.cull.interval
-            if now() >= self.looks.next_s(interval_s):
-                self.looks.look(self.config.cull, now())
-            next_s = min(self._next_s(now() + interval_s), self.looks.next_s(interval_s))
+            if now() >= self.monitor.next_s(interval_s):
+                self.monitor.sample(self.config.cull, now())
+            next_s = min(self._next_s(now() + interval_s), self.monitor.next_s(interval_s))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(0.05, next_s - now()))
 
@@ -200,7 +190,7 @@ class Agent:
             state = self.pools.setdefault(live.slot.image, PoolState(None))
             if live.slot.state is SlotState.WARM:
                 state.warm.append(live)
-            self.looks.add(live, now())
+            self.monitor.add(live, now())
             self.compressor.adopt(live)
             emit(Event.SLOT_ADOPTED, slot=name, state=live.slot.state.value)
         for scope in scopes:
@@ -269,11 +259,11 @@ class Agent:
             path=path,
             query=query,
         )
-        live = Live(slot)
+        live = RunningSlot(slot)
         self.slots.add(live)
         live.task = self.spawn(self._bring_up(live, image))
 
-    async def _bring_up(self, live: Live, image: Image) -> None:
+    async def _bring_up(self, live: RunningSlot, image: Image) -> None:
         state = self.pools[image.name]
         began_s = now()
         self.counters.add("starts")
@@ -295,11 +285,11 @@ class Agent:
         state.failures, state.not_before_s = 0, 0.0
         self.counters.start_seconds.observe(took_s)
         self.slots.move(live, SlotState.WARM)
-        self.looks.add(live, now())
+        self.monitor.add(live, now())
         emit(Event.SLOT_WARM, slot=live.slot.id, took_ms=round(took_s * 1000))
         self.offer(live)
 
-    async def _launch(self, live: Live, image: Image) -> None:
+    async def _launch(self, live: RunningSlot, image: Image) -> None:
         slot, settings = live.slot, self.config.slots
         with self.records.create(slot, image.static) as listener:
             async def attach(netns_fd: int) -> None:
@@ -319,9 +309,9 @@ class Agent:
             await self._serving(live, f"{slot.base_path}{image.ready}")
         self._watch(live)
 
-    async def _serving(self, live: Live, url: str) -> None:
+    async def _serving(self, live: RunningSlot, url: str) -> None:
         """Waits until the slot's program answers. Raises StartFailed when it ends before, or answers with an error."""
-        serving = asyncio.ensure_future(probe.ready(self.records.http_path(live.slot), url))
+        serving = asyncio.ensure_future(readiness.ready(self.records.http_path(live.slot), url))
         over = asyncio.ensure_future(readable(live.pidfd))
         try:
             await asyncio.wait({serving, over}, return_when=asyncio.FIRST_COMPLETED)
@@ -336,7 +326,7 @@ class Agent:
                 waiter.cancel()
             await asyncio.gather(serving, over, return_exceptions=True)
 
-    def _start_failed(self, live: Live, state: PoolState, error: Exception) -> None:
+    def _start_failed(self, live: RunningSlot, state: PoolState, error: Exception) -> None:
         text = str(error) or f"not ready after {self.config.slots.start_timeout:g} s"
         state.failures += 1
         state.last_failure = StartFailed(text, **getattr(error, "details", {}))
@@ -346,7 +336,7 @@ class Agent:
         self.end(live, Event.SLOT_FAILED, SlotState.FAILED, text=text)
         emit(Event.POOL_BACKOFF, image=live.slot.image, failures=state.failures, wait_s=wait_s)
 
-    def offer(self, live: Live) -> None:
+    def offer(self, live: RunningSlot) -> None:
         """Gives a warm slot to the claim that waits longest, or to the pool."""
         if live.slot.state is not SlotState.WARM:
             return
@@ -361,18 +351,18 @@ class Agent:
         state.warm.append(live)
         self.wake()
 
-    def _watch(self, live: Live) -> None:
+    def _watch(self, live: RunningSlot) -> None:
         """Notices the end of the slot's first process, and with it of all the slot's processes."""
         async def watch() -> None:
             await readable(live.pidfd)
-            if live.slot.state in (SlotState.WARM, SlotState.FILLING, SlotState.CLAIMED):
-                self.looks.last(live)
+            if live.slot.state in (SlotState.WARM, SlotState.PREPARING, SlotState.CLAIMED):
+                self.monitor.last(live)
                 self.counters.add("died")
                 self.end(live, Event.SLOT_DIED, text="its processes ended")
 
         live.task = self.spawn(watch())
 
-    def end(self, live: Live, event: Event, state: SlotState = SlotState.STOPPING, **fields: Any) -> None:
+    def end(self, live: RunningSlot, event: Event, state: SlotState = SlotState.STOPPING, **fields: Any) -> None:
         """Ends a slot. The router stops serving it at once, its processes soon after."""
         if live.slot.state in (SlotState.STOPPING, SlotState.FAILED, SlotState.GONE):
             return
@@ -386,7 +376,7 @@ class Agent:
         self._cleaning.add(cleaning)
         cleaning.add_done_callback(self._cleaning.discard)
 
-    async def _clean(self, live: Live) -> None:
+    async def _clean(self, live: RunningSlot) -> None:
         slot, cpu_s, began_s = live.slot, live.cpu_s(), now()
         try:
             await self.systemd.stop(slot.scope, at_once=slot.claimed_s is None)

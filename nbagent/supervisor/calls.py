@@ -19,9 +19,9 @@ from functools import partial
 from typing import Any
 
 import nbagent
-from nbagent import urls
-from nbagent.content import Content
-from nbagent.errors import (
+from nbagent.core import urls
+from nbagent.core.claim_content import Content
+from nbagent.core.errors import (
     ContentFailed,
     Draining,
     Full,
@@ -33,22 +33,13 @@ from nbagent.errors import (
     SlotNotFound,
     StartFailed,
 )
-from nbagent.log import Event, emit
-from nbagent.model import (
-    CLAIM_FIELDS,
-    UPDATE_FIELDS,
-    Bounds,
-    Options,
-    Slot,
-    SlotState,
-    now,
-    parse_options,
-)
+from nbagent.core.events import Event, emit
+from nbagent.core.model import CLAIM_FIELDS, UPDATE_FIELDS, Bounds, Options, Slot, SlotState, now, parse_options
 from nbagent.policy import admission
-from nbagent.supervisor import filler
+from nbagent.supervisor import content_injector
 from nbagent.supervisor.agent import NO_INTERFACE, Agent
-from nbagent.supervisor.live import Live
 from nbagent.supervisor.network import INTERNET
+from nbagent.supervisor.running_slot import RunningSlot
 
 RETRY_MAX_S = 60
 # For each slot of the host, as api.openapi tells callers: reading what one uses takes 50 us, a thousand hold up claims.
@@ -155,10 +146,10 @@ class Calls:
         self.agent.wake()
         return live.slot
 
-    async def _prepare(self, live: Live, network: str, content: Content) -> None:
+    async def _prepare(self, live: RunningSlot, network: str, content: Content) -> None:
         """Gives a slot that is nobody's yet its network and its content; one that does not get both is ended."""
         agent = self.agent
-        agent.slots.move(live, SlotState.FILLING, network=network)
+        agent.slots.move(live, SlotState.PREPARING, network=network)
         # From here on a supervisor that finds this slot ends it, as it does with one that is half started.
         agent.records.save(live.slot)
         try:
@@ -166,26 +157,26 @@ class Calls:
                 await agent.network.open(live.slot)
             if content:
                 await self._fill(live, content)
-            if live.slot.state is not SlotState.FILLING:
+            if live.slot.state is not SlotState.PREPARING:
                 raise ContentFailed("the slot ended")
         except BaseException as error:
             text = "the claim was given up" if isinstance(error, asyncio.CancelledError) else str(error) or repr(error)
-            agent.end(live, Event.SLOT_NOT_FILLED, text=text)
+            agent.end(live, Event.SLOT_NOT_PREPARED, text=text)
             raise
 
-    async def _fill(self, live: Live, content: Content) -> None:
+    async def _fill(self, live: RunningSlot, content: Content) -> None:
         """Brings content into a slot."""
         agent, began_s = self.agent, now()
-        filled = await filler.fill(
+        filled = await content_injector.inject(
             live.slot, live.pidfd, content, agent.config.claims,
             lambda pid: agent.systemd.attach(live.slot.scope, [pid]),
         )
         text = f"{filled.files} files" if content.archive is None else (
             f"{filled.files} files, {filled.entries} entries of {content.archive}"
         )
-        emit(Event.SLOT_FILLED, slot=live.slot.id, took_ms=round((now() - began_s) * 1000), text=text)
+        emit(Event.CONTENT_DELIVERED, slot=live.slot.id, took_ms=round((now() - began_s) * 1000), text=text)
 
-    async def _take_for(self, image: str, ttl_s: float, network: str) -> Live:
+    async def _take_for(self, image: str, ttl_s: float, network: str) -> RunningSlot:
         """A warm slot that will live for as long as it is claimed for, and can have its network."""
         while True:
             live = await self._take(image)
@@ -199,14 +190,14 @@ class Calls:
             else:
                 return live
 
-    async def _take(self, image: str) -> Live:
+    async def _take(self, image: str) -> RunningSlot:
         """A warm slot out of the pool, or the next one to become warm."""
         state = self.agent.pools[image]
         if state.warm:
             return state.warm.popleft()
-        self.agent.launcher.expect()
-        self._check_hope(image)
-        waiter: asyncio.Future[Live] = asyncio.get_running_loop().create_future()
+        self.agent.launcher.prepare()
+        self._check_queue_room(image)
+        waiter: asyncio.Future[RunningSlot] = asyncio.get_running_loop().create_future()
         state.waiting.append(waiter)
         self.agent.wake()
         try:
@@ -222,7 +213,7 @@ class Calls:
                 self.agent.offer(waiter.result())
             waiter.cancel()
 
-    def _check_hope(self, image: str) -> None:
+    def _check_queue_room(self, image: str) -> None:
         """Raises Full when the slots that can come are all for claims that wait already."""
         slots, host = self.agent.slots, self.agent.host()
         short = {
@@ -235,7 +226,7 @@ class Calls:
             obstacle = "as many claims wait as there is room for" if room else admission.obstacle(host)
             raise Full(f"no slot is free: {obstacle}", retry_after_s=self._retry_after_s())
 
-    def unclaim(self, slot_id: str) -> None:
+    def abandon(self, slot_id: str) -> None:
         """Ends a slot whose claim nobody received."""
         if live := self.agent.slots.get(slot_id):
             self.agent.end(live, Event.SLOT_RELEASED)
@@ -300,7 +291,7 @@ class Calls:
             "warm": self.agent.slots.count(SlotState.WARM),
         }
 
-    def renew(self) -> dict[str, Any]:
+    def recycle_pool(self) -> dict[str, Any]:
         """Ends every warm slot; new ones take their places. tmpnb calls it draining the pool."""
         warm = [live for state in self.agent.pools.values() for live in state.warm]
         for live in warm:
@@ -360,7 +351,7 @@ class Calls:
         default = self.agent.config.pool.image
         return admission.room(host, self.agent.zygotes.launch(default)) if default in self.agent.pools else 0
 
-    def _live(self, slot_id: str) -> Live:
+    def _live(self, slot_id: str) -> RunningSlot:
         live = self.agent.slots.get(slot_id)
         if live is None:
             raise SlotNotFound(f"no slot {slot_id} lives on this host", slot=slot_id)
@@ -401,7 +392,7 @@ class Calls:
             del self.keys[slot.key]
 
 
-def _fresh(live: Live) -> dict[str, Any]:
+def _fresh(live: RunningSlot) -> dict[str, Any]:
     at_s = now()
     return live.document(at_s, at_s)
 

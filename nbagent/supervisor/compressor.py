@@ -15,13 +15,13 @@ import contextlib
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from nbagent.core.events import Event, emit
+from nbagent.core.model import SlotState, now
 from nbagent.linux import swap
 from nbagent.linux.cgroup import Cgroup
-from nbagent.log import Event, emit
-from nbagent.model import SlotState, now
 from nbagent.policy import compress
 from nbagent.supervisor.counters import Counters
-from nbagent.supervisor.live import Live
+from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.systemd.bus import Systemd
 
 # systemd may answer a change of a limit before it has written it to the kernel.
@@ -40,10 +40,10 @@ class Compressor:
         self._counters = counters
         self._spawn = spawn
         # Each with the instant since which it was at rest.
-        self._waiting: dict[Live, float] = {}
+        self._waiting: dict[RunningSlot, float] = {}
         self._task: asyncio.Task[Any] | None = None
 
-    def offer(self, live: Live) -> None:
+    def offer(self, live: RunningSlot) -> None:
         """Takes a slot at rest."""
         if live.cgroup is None or not live.cgroup.unified:
             return
@@ -51,7 +51,7 @@ class Compressor:
         if self._task is None or self._task.done():
             self._task = self._spawn(self._work())
 
-    def adopt(self, live: Live) -> None:
+    def adopt(self, live: RunningSlot) -> None:
         """Takes back what an agent before this one has allowed a slot and did not live to take back."""
         if live.cgroup is not None and live.cgroup.may_swap():
             self._allow_swap(live, 0)
@@ -68,7 +68,7 @@ class Compressor:
                 await self._compress(live, live.cgroup, since_s, began_s)
                 await asyncio.sleep(compress.pause_s(now() - began_s))
 
-    async def _compress(self, live: Live, group: Cgroup, since_s: float, began_s: float) -> None:
+    async def _compress(self, live: RunningSlot, group: Cgroup, since_s: float, began_s: float) -> None:
         before = group.usage()
         live.compressed_s = began_s
         self._allow_swap(live, live.slot.limits.memory_bytes)
@@ -94,11 +94,11 @@ class Compressor:
             before=before.memory_bytes, after=after.memory_bytes, swapped=after.swapped_bytes,
         )
 
-    def _allow_swap(self, live: Live, size_bytes: int) -> None:
+    def _allow_swap(self, live: RunningSlot, size_bytes: int) -> None:
         with contextlib.suppress(OSError):  # the slot has ended
             self._systemd.set_swap(live.slot.scope, size_bytes)
 
 
-def _rests(live: Live, since_s: float) -> bool:
+def _rests(live: RunningSlot, since_s: float) -> bool:
     """Whether nobody has needed a slot since; it may have ended, or been claimed."""
     return live.slot.state in ALIVE and live.rests_since(now()) == since_s

@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import nbagent
-from nbagent import activity
-from nbagent.errors import StartFailed
+from nbagent.core.errors import StartFailed
+from nbagent.core.model import Slot
 from nbagent.image.store import Image
 from nbagent.linux import seccomp
-from nbagent.model import Slot
 from nbagent.network import addresses
 from nbagent.sandbox import syscalls
 from nbagent.sandbox.plan import CODE_PATH, Line
 from nbagent.sandbox.spec import SandboxSpec, Uplink
-from nbagent.supervisor import gate
-from nbagent.supervisor.waiting import readable
+from nbagent.supervisor import scoped_process
+from nbagent.supervisor.aio import readable
+from nbagent.wire import activity
 
 MOUNTPOINT = "/run/nbagent/sandbox"
 _ANSWER_MAX_BYTES = 65536
@@ -68,7 +68,7 @@ Attach = Callable[[int], Awaitable[None]]
 class Launcher(Protocol):
     """How slots are started."""
 
-    def expect(self) -> None:
+    def prepare(self) -> None:
         """A claim waits for a slot that will be started: does what takes time and need not wait for it."""
 
     async def launch(
@@ -107,7 +107,7 @@ def sandbox_spec(
     slot: Slot, image: Image, storage_bytes: int, start_timeout_s: float, uplink: Uplink | None = None
 ) -> SandboxSpec:
     """The sandbox of a slot of `image`, and what runs in it."""
-    notebook = [image.python, "-I", f"{CODE_PATH}/zygote/cold.py"] if image.python else []
+    notebook = [image.python, "-I", f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
     environment = {name: _filled(value, slot, image) for name, value in image.environment.items()}
     environment |= {"HOME": image.home, "USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
     return SandboxSpec(
@@ -167,7 +167,7 @@ def _filled(text: str, slot: Slot, image: Image) -> str:
 class Parts:
     """What is made for a slot on either way of starting; a context that closes what nobody has taken over.
 
-    `control` is the supervisor's end of the slot's control socket, which speaks as nbagent.sandbox.making has it.
+    `control` is the supervisor's end of the slot's control socket, which speaks as nbagent.runtime.slot_process has it.
     """
 
     def __init__(self, slot: Slot) -> None:
@@ -236,7 +236,7 @@ class Parts:
 class ExecLauncher:
     """Starts a slot by exec of its image's program: a second, and works with every image."""
 
-    def expect(self) -> None:
+    def prepare(self) -> None:
         """Nothing: what there is to win is milliseconds."""
 
     async def launch(
@@ -245,11 +245,11 @@ class ExecLauncher:
         with Parts(slot) as parts:
             with parts.theirs:
                 passed = (parts.theirs.fileno(), listener.fileno(), parts.activity_fd, parts.config_fd)
-                process = gate.spawn("nbagent.sandbox.launch", passed)
+                process = scoped_process.spawn_blocked("nbagent.runtime.exec_slot", passed)
             launcher_fd = os.pidfd_open(process.pid)
             try:
                 await scope.start([process.pid])
-                gate.open_for(process)
+                scoped_process.release(process)
                 parts.control.send(json.dumps(spec.save()).encode())
                 pidfd, = await parts.given("init")
                 try:
@@ -261,7 +261,7 @@ class ExecLauncher:
                 process.wait()
                 return launched
             except BaseException:
-                gate.end(process)
+                scoped_process.kill(process)
                 raise
             finally:
                 os.close(launcher_fd)

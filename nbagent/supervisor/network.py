@@ -16,9 +16,9 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from nbagent.config import Config, NetworkSettings
-from nbagent.errors import StartFailed
-from nbagent.model import Slot
+from nbagent.config.host_config import Config, NetworkSettings
+from nbagent.core.errors import StartFailed
+from nbagent.core.model import Slot
 from nbagent.network import addresses, resolver
 from nbagent.network.rules import RULES_PATH, Rules
 from nbagent.sandbox.plan import INTERFACE

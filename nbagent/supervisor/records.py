@@ -17,7 +17,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from nbagent.model import Slot
+from nbagent.core.model import Slot
 
 BACKLOG = 1024
 

@@ -16,10 +16,10 @@ import struct
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from nbagent import control
-from nbagent.errors import BadRequest, Forbidden, NbagentError
+from nbagent.core.errors import BadRequest, Forbidden, NbagentError
+from nbagent.supervisor.aio import readable
 from nbagent.supervisor.calls import Calls
-from nbagent.supervisor.waiting import readable
+from nbagent.wire import control
 
 
 class ControlServer:
@@ -72,7 +72,7 @@ class ControlServer:
             except OSError:
                 if nobody_asks_again and "ok" in answer:
                     # After what the claim has yet to say.
-                    asyncio.get_running_loop().call_soon(self.calls.unclaim, answer["ok"]["slot"])
+                    asyncio.get_running_loop().call_soon(self.calls.abandon, answer["ok"]["slot"])
 
     async def _answer(self, connection: socket.socket, payload: bytes) -> tuple[dict[str, Any], bool]:
         """The answer, and whether it is a claim's that is lost when this connection is."""
@@ -106,8 +106,8 @@ class ControlServer:
                 return calls.release(str(args.get("id")))
             case "drain" | "undrain":
                 return calls.set_draining(op == "drain")
-            case "renew":
-                return calls.renew()
+            case "recycle_pool":
+                return calls.recycle_pool()
             case "stats":
                 return calls.stats()
             case "images":

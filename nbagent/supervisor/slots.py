@@ -12,24 +12,24 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nbagent.model import SlotState
-from nbagent.supervisor.live import Live
+from nbagent.core.model import SlotState
+from nbagent.supervisor.running_slot import RunningSlot
 
 # Slots' ids within the image's range start here; below are the image's own users.
 UID_FIRST, UID_LAST = 2000, 65000
 
 
-class Slots(Mapping[str, Live]):
+class Slots(Mapping[str, RunningSlot]):
     """The slots that are not gone."""
 
     def __init__(self) -> None:
-        self._lives: dict[str, Live] = {}
+        self._lives: dict[str, RunningSlot] = {}
         self._states: Counter[tuple[str, SlotState]] = Counter()
         self._digests: Counter[str] = Counter()
         self._uids: set[tuple[int, int]] = set()
         self.addresses: set[str] = set()
 
-    def __getitem__(self, slot_id: str) -> Live:
+    def __getitem__(self, slot_id: str) -> RunningSlot:
         return self._lives[slot_id]
 
     def __iter__(self) -> Iterator[str]:
@@ -38,7 +38,7 @@ class Slots(Mapping[str, Live]):
     def __len__(self) -> int:
         return len(self._lives)
 
-    def add(self, live: Live) -> None:
+    def add(self, live: RunningSlot) -> None:
         """Takes in a slot that is new, or was adopted."""
         slot = live.slot
         self._lives[slot.id] = live
@@ -47,19 +47,19 @@ class Slots(Mapping[str, Live]):
         self._uids.add((slot.id_base, slot.uid))
         self.addresses.update(slot.addresses)
 
-    def give(self, live: Live, addresses: tuple[str, ...]) -> None:
+    def give(self, live: RunningSlot, addresses: tuple[str, ...]) -> None:
         """Gives a slot its addresses."""
         live.slot = dataclasses.replace(live.slot, addresses=addresses)
         self.addresses.update(addresses)
 
-    def move(self, live: Live, state: SlotState, **changes: Any) -> None:
+    def move(self, live: RunningSlot, state: SlotState, **changes: Any) -> None:
         """Changes a slot's state, and what else changes with it. Raises IllegalMove."""
         before = live.slot
         live.slot = before.to(state, **changes)
         self._states[before.image, before.state] -= 1
         self._states[before.image, state] += 1
 
-    def remove(self, live: Live) -> None:
+    def remove(self, live: RunningSlot) -> None:
         """Forgets a slot that is gone."""
         slot = live.slot
         del self._lives[slot.id]

@@ -21,16 +21,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nbagent.config import Config
-from nbagent.errors import StartFailed
+from nbagent.config.host_config import Config
+from nbagent.core.errors import StartFailed
+from nbagent.core.events import Event, emit
+from nbagent.core.model import Limits, Slot, SlotState, now
 from nbagent.image.store import Image
 from nbagent.linux import cgroup, journal
-from nbagent.log import Event, emit
-from nbagent.model import Limits, Slot, SlotState, now
 from nbagent.policy.pool import backoff
-from nbagent.sandbox.keeper import ZYGOTE_PATH
+from nbagent.runtime.zygote_service import ZYGOTE_PATH
 from nbagent.sandbox.plan import CODE_PATH
 from nbagent.sandbox.spec import SandboxSpec
+from nbagent.supervisor.aio import readable
 from nbagent.supervisor.launcher import (
     Attach,
     ExecLauncher,
@@ -42,7 +43,6 @@ from nbagent.supervisor.launcher import (
     pid_of,
     sandbox_spec,
 )
-from nbagent.supervisor.waiting import readable
 from nbagent.systemd.bus import JobFailed, Systemd
 
 # From a request to the processes of the slot; the keeper itself gives its zygote up before.
@@ -84,21 +84,21 @@ class Zygote:
 
 
 @dataclass(eq=False)
-class Nursery:
+class ZygotePool:
     """What is known of one image's zygotes. `zygote` is the one that forks; `task` brings up the next.
 
-    `settled` is set when the first has come up, or has failed to; `bereft` while there is none that forks.
+    `first_try_done` is set when the first has come up, or has failed to; `no_zygote` while there is none that forks.
     """
 
     image: Image
     zygote: Zygote | None = None
     task: asyncio.Task[None] | None = None
     failures: int = 0
-    settled: asyncio.Event = field(default_factory=asyncio.Event)
-    bereft: asyncio.Event = field(default_factory=asyncio.Event)
+    first_try_done: asyncio.Event = field(default_factory=asyncio.Event)
+    no_zygote: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.bereft.set()
+        self.no_zygote.set()
 
 
 class Zygotes:
@@ -108,7 +108,7 @@ class Zygotes:
         self.config = config
         self.changed = changed
         self._systemd = systemd
-        self._nurseries: dict[str, Nursery] = {}
+        self._pools: dict[str, ZygotePool] = {}
         self._expected: dict[str, asyncio.Future[socket.socket]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
@@ -142,126 +142,126 @@ class Zygotes:
     def want(self, images: Mapping[str, Image]) -> None:
         """Has a zygote for each of these images that forks its slots, and for no other."""
         wanted = {name: image for name, image in images.items() if image.launch == "fork"}
-        for name, nursery in list(self._nurseries.items()):
-            if wanted.get(name) != nursery.image:
+        for name, pool in list(self._pools.items()):
+            if wanted.get(name) != pool.image:
                 self._end(name)
         for name, image in wanted.items():
-            if name not in self._nurseries:
-                nursery = self._nurseries[name] = Nursery(image)
-                nursery.task = self._spawn(self._bring_up(nursery))
+            if name not in self._pools:
+                pool = self._pools[name] = ZygotePool(image)
+                pool.task = self._spawn(self._bring_up(pool))
 
     def digests(self) -> set[str]:
         """The images that zygotes run on."""
-        return {nursery.image.digest for nursery in self._nurseries.values()}
+        return {pool.image.digest for pool in self._pools.values()}
 
     def launch(self, image: str) -> str:
         """How slots of an image start now: "fork", also while they wait for its first zygote, or "exec"."""
-        nursery = self._nurseries.get(image)
-        return "fork" if nursery is not None and (nursery.zygote or not nursery.settled.is_set()) else "exec"
+        pool = self._pools.get(image)
+        return "fork" if pool is not None and (pool.zygote or not pool.first_try_done.is_set()) else "exec"
 
-    async def of(self, slot: Slot) -> Zygote | None:
+    async def zygote_for(self, slot: Slot) -> Zygote | None:
         """Who forks this slot; None where it starts by exec. The first zygote of an image is waited for."""
-        nursery = self._nurseries.get(slot.image)
-        if nursery is None or nursery.image.digest != slot.digest:
+        pool = self._pools.get(slot.image)
+        if pool is None or pool.image.digest != slot.digest:
             return None
-        await nursery.settled.wait()
-        return nursery.zygote
+        await pool.first_try_done.wait()
+        return pool.zygote
 
     def forked(self, zygote: Zygote) -> None:
         """Counts a fork."""
         zygote.forks += 1
-        nursery = self._nurseries.get(zygote.image.name)
-        if nursery is not None and nursery.zygote is zygote:
-            self._review(nursery)
+        pool = self._pools.get(zygote.image.name)
+        if pool is not None and pool.zygote is zygote:
+            self._review(pool)
 
     def review(self) -> None:
         """Replaces the zygotes that have done their share; from time to time, as one that forks nothing ages too."""
-        for nursery in self._nurseries.values():
-            self._review(nursery)
+        for pool in self._pools.values():
+            self._review(pool)
 
-    def _review(self, nursery: Nursery) -> None:
-        if (zygote := nursery.zygote) is None or nursery.task is not None:
+    def _review(self, pool: ZygotePool) -> None:
+        if (zygote := pool.zygote) is None or pool.task is not None:
             return
         settings, age_s = self.config.pool, now() - zygote.born_s
         if zygote.forks >= settings.zygote_slots or age_s >= settings.zygote_age:
             emit(Event.ZYGOTE_REPLACED, zygote=zygote.instance, text=f"{zygote.forks} slots in {age_s:.0f} s")
-            nursery.task = self._spawn(self._bring_up(nursery))
+            pool.task = self._spawn(self._bring_up(pool))
 
     def give_up(self, zygote: Zygote, text: str) -> None:
         """Ends a zygote that is no good, and starts another."""
-        nursery = self._nurseries.get(zygote.image.name)
-        if nursery is None or nursery.zygote is not zygote:
+        pool = self._pools.get(zygote.image.name)
+        if pool is None or pool.zygote is not zygote:
             return
-        nursery.zygote = None
-        nursery.bereft.set()
-        nursery.failures += 1
-        self._say_ended(nursery, zygote.instance, text)
+        pool.zygote = None
+        pool.no_zygote.set()
+        pool.failures += 1
+        self._say_ended(pool, zygote.instance, text)
         self._spawn(self._stop(zygote))
-        if nursery.task is None:
-            nursery.task = self._spawn(self._bring_up(nursery))
+        if pool.task is None:
+            pool.task = self._spawn(self._bring_up(pool))
         self.changed()
 
-    def _say_ended(self, nursery: Nursery, instance: str, text: str) -> None:
-        name, former = nursery.image.name, nursery.zygote
+    def _say_ended(self, pool: ZygotePool, instance: str, text: str) -> None:
+        name, former = pool.image.name, pool.zygote
         meanwhile = f"slots of image {name} start by exec" if former is None else f"{former.instance} forks on"
         emit(Event.ZYGOTE_ENDED, zygote=instance, image=name, meanwhile=meanwhile, text=text)
 
     def _end(self, name: str) -> None:
-        nursery = self._nurseries.pop(name)
-        nursery.settled.set()
-        if nursery.task is not None:
-            nursery.task.cancel()
-        if nursery.zygote is not None:
-            zygote, nursery.zygote = nursery.zygote, None
+        pool = self._pools.pop(name)
+        pool.first_try_done.set()
+        if pool.task is not None:
+            pool.task.cancel()
+        if pool.zygote is not None:
+            zygote, pool.zygote = pool.zygote, None
             zygote.dismiss()
 
     async def _stop(self, zygote: Zygote) -> None:
         with contextlib.suppress(OSError):
             await self._systemd.stop(zygote.unit)
 
-    async def _bring_up(self, nursery: Nursery) -> None:
+    async def _bring_up(self, pool: ZygotePool) -> None:
         """Until there is a new zygote, which takes the place of the former."""
         while True:
             settings = self.config.pool
-            await asyncio.sleep(backoff(nursery.failures, settings.backoff, settings.backoff_max))
-            began_s, instance = now(), f"{nursery.image.name}:{secrets.token_hex(3)}"
+            await asyncio.sleep(backoff(pool.failures, settings.backoff, settings.backoff_max))
+            began_s, instance = now(), f"{pool.image.name}:{secrets.token_hex(3)}"
             try:
-                connection = await self._start(nursery, instance)
+                connection = await self._start(pool, instance)
             except (OSError, JobFailed, TimeoutError, StartFailed) as error:
                 text = str(error) or f"not ready after {now() - began_s:.0f} s"
-                nursery.failures += 1
-                self._say_ended(nursery, instance, text)
+                pool.failures += 1
+                self._say_ended(pool, instance, text)
                 with contextlib.suppress(OSError):
                     await self._systemd.stop(unit_of(instance))
-                nursery.settled.set()
+                pool.first_try_done.set()
                 continue
-            former, nursery.zygote = nursery.zygote, Zygote(instance, nursery.image, connection, now())
-            nursery.bereft.clear()
-            nursery.task = None
-            emit(Event.ZYGOTE_READY, zygote=instance, image=nursery.image.name, took_ms=round((now() - began_s) * 1000))
-            self._spawn(self._watch(nursery, nursery.zygote))
+            former, pool.zygote = pool.zygote, Zygote(instance, pool.image, connection, now())
+            pool.no_zygote.clear()
+            pool.task = None
+            emit(Event.ZYGOTE_READY, zygote=instance, image=pool.image.name, took_ms=round((now() - began_s) * 1000))
+            self._spawn(self._watch(pool, pool.zygote))
             if former is not None:
                 former.dismiss()
-            nursery.settled.set()
+            pool.first_try_done.set()
             self.changed()
             return
 
-    async def _start(self, nursery: Nursery, instance: str) -> socket.socket:
+    async def _start(self, pool: ZygotePool, instance: str) -> socket.socket:
         """Starts a zygote, and returns when it is ready. Raises OSError, JobFailed, TimeoutError or StartFailed."""
-        unit, gives_way = unit_of(instance), nursery.zygote is not None
+        unit, gives_way = unit_of(instance), pool.zygote is not None
         if gives_way:
             self._systemd.set_cpu_weight(unit, CPU_WEIGHT_GIVING_WAY)
-        made = asyncio.ensure_future(self._made(nursery.image, instance))
-        bereft = asyncio.ensure_future(nursery.bereft.wait())
+        made = asyncio.ensure_future(self._made(pool.image, instance))
+        no_zygote = asyncio.ensure_future(pool.no_zygote.wait())
         try:
             if gives_way:
-                await asyncio.wait({made, bereft}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({made, no_zygote}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
                 self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
             async with asyncio.timeout(self.config.slots.start_timeout):
                 return await made
         finally:
             made.cancel()
-            bereft.cancel()
+            no_zygote.cancel()
 
     async def _made(self, image: Image, instance: str) -> socket.socket:
         hello = self._expected[instance] = asyncio.get_running_loop().create_future()
@@ -282,14 +282,14 @@ class Zygotes:
             raise
         return connection
 
-    async def _watch(self, nursery: Nursery, zygote: Zygote) -> None:
+    async def _watch(self, pool: ZygotePool, zygote: Zygote) -> None:
         """Notices the end of a zygote."""
         with zygote.connection:
             await readable(zygote.connection.fileno())
-        if nursery.zygote is zygote:
+        if pool.zygote is zygote:
             # A life of some length makes good for the failures before.
             if now() - zygote.born_s > self.config.pool.backoff_max:
-                nursery.failures = 0
+                pool.failures = 0
             self.give_up(zygote, "it ended")
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -326,15 +326,15 @@ class ForkLauncher:
         self.zygotes = zygotes
         self._exec = ExecLauncher()
         # Where the service may not do that, moves take as long as they take.
-        self._hastener: cgroup.Hastener | None = None
+        self._primer: cgroup.MigrationPrimer | None = None
         with contextlib.suppress(OSError):
-            self._hastener = cgroup.Hastener()
+            self._primer = cgroup.MigrationPrimer()
         self._under_way = 0
 
     async def launch(
         self, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
     ) -> Launched:
-        while (zygote := await self.zygotes.of(slot)) is not None:
+        while (zygote := await self.zygotes.zygote_for(slot)) is not None:
             self._under_way += 1
             try:
                 forked = spec._replace(forked=True, forked_filter=forked_filter())
@@ -361,9 +361,9 @@ class ForkLauncher:
             # more, a millisecond, which among others only holds those up.
             early = asyncio.ensure_future(_enclose(scope, pids[:], parts)) if self._under_way == 1 else None
             try:
-                seed, = await _forked(parts, "seed")
-                stack.callback(os.close, seed)
-                pids += _pids([seed], slot, zygote)
+                server_fd, = await _forked(parts, "fork_server")
+                stack.callback(os.close, server_fd)
+                pids += _pids([server_fd], slot, zygote)
                 if early is None:
                     await _enclose(scope, pids, parts)
                 else:
@@ -378,10 +378,10 @@ class ForkLauncher:
             mine.pop_all()
             return launched
 
-    def expect(self) -> None:
+    def prepare(self) -> None:
         """Sees to it that PID 1 does not wait, by the time when it is to move the slot's processes into their scope."""
-        if self._hastener is not None and self._under_way == 0:
-            self._hastener.hasten()
+        if self._primer is not None and self._under_way == 0:
+            self._primer.prime()
 
 
 def _ask(zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, parts: Parts) -> int:

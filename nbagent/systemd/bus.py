@@ -18,7 +18,7 @@ from pystemd.dbuslib import DBus
 from pystemd.systemd1 import Manager
 from pystemd.systemd1.unit_signatures import KNOWN_UNIT_SIGNATURES
 
-from nbagent.model import Limits
+from nbagent.core.model import Limits
 
 SLICE = "nbagent-slots.slice"
 INFINITY = 2**64 - 1

@@ -22,7 +22,7 @@ _found: List[Any] = []
 
 
 def find() -> None:
-    """Finds the generators that there are, so that `renew` has them at hand.
+    """Finds the generators that there are, so that `reseed` has them at hand.
 
     In the zygote, before gc.freeze(): what is frozen the collector does not list any more.
     """
@@ -33,7 +33,7 @@ def find() -> None:
     _found[:] = [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
 
 
-def renew() -> None:
+def reseed() -> None:
     """Gives this process random states of its own. In the child, after a fork that leads to another user or kernel."""
     numpy_random = sys.modules.get("numpy.random")
     for generator in _found:

@@ -37,7 +37,8 @@ from tornado import ioloop
 from traitlets.config import Config, SingletonConfigurable
 
 from nbagent.linux.process import make_room_for_descriptors
-from nbagent.zygote import entropy, hotcode, rehearsal, snapshot
+from nbagent.zygote import entropy, warmup
+from nbagent.zygote.memory import code_layout, snapshot
 
 # What a kernel imports only when it is needed, and what the server does: tests/lazy-modules writes it.
 LIST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modules.json")
@@ -130,18 +131,18 @@ def prepare(server: Any, preload: Iterable[str] = ()) -> None:
     with open(LIST) as file:
         listed = json.load(file)
     descriptors = set(os.listdir("/proc/self/fd"))
-    with _as_it_was():
+    with restore_process_state():
         # What debugpy finds as stderr when it is imported, it keeps: that is not to be a rehearsed kernel's.
         os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # of which it would warn there
         _import(["ipykernel.debugger", *listed["kernel"], *listed["server"]])
         _preload(preload)
         # The first time much runs that never does again.
-        rehearsal.play(server, _perform)
-        with hotcode.watch() as runs:
-            rehearsal.play(server, _perform)
-        hotcode.gather(runs)
-        for _ in range(rehearsal.ROUNDS):
-            rehearsal.play(server, _perform)
+        warmup.warm_up(server, _perform)
+        with code_layout.watch() as runs:
+            warmup.warm_up(server, _perform)
+        code_layout.gather(runs)
+        for _ in range(warmup.ROUNDS):
+            warmup.warm_up(server, _perform)
         _shell = _ready_shell()
     entropy.find()
     gc.collect()
@@ -167,11 +168,11 @@ def _preload(names: Iterable[str]) -> None:
         importlib.import_module(name)
     # Who can be forked ends its threads by pthread_atfork(3) before a fork and starts them again on first use. This is
     # that fork: afterwards there is one thread, and the zygote copies no other.
-    snapshot.fork_in_vain()
+    snapshot.fork_noop()
 
 
 @contextlib.contextmanager
-def _as_it_was() -> Iterator[None]:
+def restore_process_state() -> Iterator[None]:
     """Puts back afterwards what a kernel changes of the process."""
     streams = sys.stdout, sys.stderr, sys.displayhook, sys.excepthook
     main, environment = sys.modules["__main__"], dict(os.environ)
@@ -260,7 +261,7 @@ def _perform(
     connection_file: str, listens: Callable[[], None], can_be_ended_by: Callable[[Callable[[], None]], None]
 ) -> None:
     """Is a kernel for the rehearsal, until it is shut down or ended."""
-    with _as_it_was():
+    with restore_process_state():
         loop = ioloop.IOLoop()
         asyncio.set_event_loop(loop.asyncio_loop)
         can_be_ended_by(lambda: loop.add_callback(loop.stop))
@@ -324,7 +325,7 @@ def _become_a_process_of_its_own(order: Mapping[str, Any]) -> None:
     os.dup2(null, 0)
     os.close(null)
     make_room_for_descriptors(DESCRIPTORS)
-    entropy.renew()
+    entropy.reseed()
     _forget_instances()
     _leave_logging()
     asyncio.set_event_loop(asyncio.new_event_loop())

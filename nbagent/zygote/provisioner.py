@@ -19,9 +19,9 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Protocol
 
 from jupyter_client.provisioning import LocalProvisioner
 
-from nbagent.zygote.seed import ForkFailed
+from nbagent.zygote.forkserver import ForkFailed
 
-NAME = "nbagent-seed"
+NAME = "nbagent-forkserver"
 GROUP = "jupyter_client.kernel_provisioners"
 # How a program's start is arranged by its environment: the dynamic loader, the C library, Python, thread pools.
 START_VARIABLES = ("PYTHON", "LD_", "LC_", "LANG", "GLIBC_", "MALLOC_", "OMP_", "OPENBLAS_", "MKL_", "VIRTUAL_ENV")
@@ -30,7 +30,7 @@ LAUNCH_OPTIONS = frozenset({"env", "cwd", "kernel_id", "extra_arguments"})
 
 
 class Source(Protocol):
-    """Where forked kernels come from: a `Seed`, and in the zygote's rehearsal its understudy."""
+    """Where forked kernels come from: a `ForkServerClient`, and in the zygote's rehearsal its understudy."""
 
     exclusive: bool  # whether a kernel that it cannot fork does not start at all
 

@@ -6,9 +6,9 @@ Runs inside an image, under the image's own Python, in a root of its own, as roo
 with the few capabilities that a fork of a slot takes (nbagent.sandbox.plan). At CONTROL_FD it hears the keeper:
 first {"preload": [modules]}, with a pid namespace beside it in which nothing can be born any more; answered by
 {"ready": true} when all is imported, initialised and rehearsed. Each packet after that is a slot
-(nbagent.sandbox.keeper, `program`), with descriptors beside it: the pid namespace, the socket to the slot's first
-process, the slot's control socket, the pipe that says that the child is in its scope, the listening socket, the
-activity page, the configuration and the end of a pipe to print to; answered by
+(nbagent.runtime.zygote_service, `program`), with descriptors beside it: the pid namespace, the socket to the
+slot's first process, the slot's control socket, the pipe that says that the child is in its scope, the listening
+socket, the activity page, the configuration and the end of a pipe to print to; answered by
 {"forked": true} with a pidfd, or by {"ended": true} when there is nothing left to point at.
 
 It has one thread, no event loop and the descriptors it had at first, and checks that before each fork. Nothing of
@@ -34,17 +34,18 @@ from typing import Any, Dict, List, NoReturn, Tuple
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 gc.disable()
 
-from nbagent.zygote import snapshot
+from nbagent.zygote.memory import snapshot
 
 # Before all that is to be in it.
 snapshot.begin()
 
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
+from nbagent.runtime.slot_process import PACKET_MAX_BYTES, place_fds, report_failure, run
 from nbagent.sandbox import plan
-from nbagent.sandbox.making import PACKET_MAX_BYTES, guarded, place, run
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
-from nbagent.zygote import entropy, holes, immortal, kernel, notebook, provisioner, seed
+from nbagent.zygote import entropy, forkserver, kernel, notebook_server, provisioner
+from nbagent.zygote.memory import heap_fill, immortal
 
 CONTROL_FD = LISTEN_FD
 # In the place of a slot's own, of the same form, so that whatever is made of them is of the right form too.
@@ -57,7 +58,7 @@ class Unclean(Exception):
     """A state from which no fork may be made."""
 
 
-class Places:
+class PlaceholderSubstitution:
     """Where in the objects of this process the values of `names` are, as they are or as a part of a text."""
 
     def __init__(self, *names: str) -> None:
@@ -91,17 +92,17 @@ class Zygote:
 
     def __init__(self, control: socket.socket, nowhere: int, preload: List[str]) -> None:
         self.control, self.nowhere = control, nowhere
-        self.server = notebook.initialise(BASE_URL, TOKEN)
+        self.server = notebook_server.initialise(BASE_URL, TOKEN)
         kernel.prepare(self.server, preload)
-        notebook.put_loop_away(self.server)
+        notebook_server.put_loop_away(self.server)
         entropy.find()
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
-        entropy.renew()
+        entropy.reseed()
         gc.collect()
-        self.places = Places(BASE_URL, TOKEN)
+        self.places = PlaceholderSubstitution(BASE_URL, TOKEN)
         self.fds = _open_fds()
         immortal.freeze()
-        holes.fill()
+        heap_fill.fill()
         snapshot.settle()
 
     def serve(self) -> None:
@@ -161,7 +162,7 @@ class Zygote:
         if not os.read(fds[2], 2):
             os._exit(0)
         os.close(fds[2])
-        guarded(control, lambda: self._slot(asked, sibling, control, fds[3:]))
+        report_failure(control, lambda: self._slot(asked, sibling, control, fds[3:]))
 
     def _slot(
         self, asked: Dict[str, Any], sibling: socket.socket, control: socket.socket, fds: List[int]
@@ -176,14 +177,14 @@ class Zygote:
             _enter(asked, sibling, print_fd, [])
 
         # Before anybody has the server's secrets, which are none of a kernel's.
-        provisioner.use(seed.divide(kernel.run, sibling, be_a_seed))
+        provisioner.use(forkserver.split_off_server(kernel.run, sibling, be_a_seed))
         # While the root is built: all that needs none.
-        entropy.renew()
+        entropy.reseed()
         os.environ.clear()
         os.environ.update(asked["environment"])
-        settings = notebook.read_settings(config_fd)
+        settings = notebook_server.read_settings(config_fd)
         self.places.fill(settings["base_url"], settings["token"])
-        application = notebook.adopt(self.server, BASE_URL, settings["base_url"])
+        application = notebook_server.adopt(self.server, BASE_URL, settings["base_url"])
         _enter(asked, sibling, print_fd, [listen_fd, activity_fd])
         sibling.close()
         # The change of user took it away. It is the user's own, as after an exec: its /proc, and to debug.
@@ -196,7 +197,7 @@ class Zygote:
                 control.send(json.dumps({"serves": True}).encode())
 
         try:
-            notebook.serve(self.server, application, serving)
+            notebook_server.serve(self.server, application, serving)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
@@ -211,7 +212,7 @@ def _enter(asked: Dict[str, Any], sibling: socket.socket, print_fd: int, fds: Li
     for fd in joined:
         ns.join(fd)
         os.close(fd)
-    place(print_fd, fds)
+    place_fds(print_fd, fds)
     for number in range(LISTEN_FD, LISTEN_FD + len(fds)):
         os.set_inheritable(number, False)
     run(plan.last(asked["uid"], asked["syscall_filter"], plan.FORKING))

@@ -36,8 +36,8 @@ from figures import Column, Line
 from sides import Ours, Side
 
 import product
-from hosts import Host
 from product import say
+from testhost_driver import Host
 
 POLL_S = 0.005
 BASE = "systemd-run"
@@ -305,7 +305,7 @@ class Bench:
             lost = line.median("taken") or 0
             put("claim: API, control, answer; all services", number, claim_ms, parts["services"])
             put("walls: namespaces, root, limits, identity; init", number, walls_ms, parts["init"])
-            starts_ms, both = ready_ms - claim_ms - walls_ms, parts["seed"] + parts["server"]
+            starts_ms, both = ready_ms - claim_ms - walls_ms, parts["fork_server"] + parts["server"]
             put("scope, start of the server, until it answers; seed", number, starts_ms, both)
             put("kernel, until its first result", number, cold_ms - ready_ms, parts["kernel"])
             own = parts[figures.KERNEL]

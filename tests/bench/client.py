@@ -18,8 +18,8 @@ from typing import Any
 
 import aiohttp
 
-from hosts import Host, netns
 from product import API_PORT
+from testhost_driver import Host, netns
 
 # No request of a benchmark takes longer, however loaded the machine: what does has failed.
 TIMEOUT_S = 300

@@ -23,9 +23,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent)]
 
 import product
-from hosts import Host
 from notebook import Kernel, Notebook
 from product import Api, say
+from testhost_driver import Host
 
 SETTINGS = '[slots]\nstart_timeout = "5min"\n[pool]\nwarm = 1\n[cull]\ninterval = "1s"\n'
 CELL = "1 + 1"

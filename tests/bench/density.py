@@ -37,8 +37,8 @@ from client import Client, Kernel, Server
 from sides import NOTHING, Ours
 
 import product
-from hosts import Host
 from product import API_PORT, say
+from testhost_driver import Host
 
 WAVE = 50
 FEW = 10

@@ -143,7 +143,7 @@ def per_user(found: Mapping[str, Any], users: int) -> dict[str, float]:
     The parts are PSS by kind of process and the kernel's own memory, which no process' PSS has.
     """
     roles = {role: kinds["pss"] for role, kinds in found["roles"].items()}
-    parts = {role: roles.get(role, 0) for role in ("init", "seed", "server", "kernel", "slots", "services")}
+    parts = {role: roles.get(role, 0) for role in ("init", "fork_server", "server", "kernel", "slots", "services")}
     kib = {"all": sum(roles.values()), **parts, KERNEL: found["kernel"]}
     return {name: value / users / 1024 for name, value in kib.items()}
 

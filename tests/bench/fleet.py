@@ -37,8 +37,8 @@ import standin
 from fleetreport import report
 from gateway import Processes
 
-from hosts import netns
 from product import say
+from testhost_driver import netns
 
 REAL = ("latency", "rate", "killed")
 STAND_IN = ("unequal", "killed-agents", "thousand", "websockets")

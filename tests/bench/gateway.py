@@ -69,7 +69,7 @@ class Processes:
     def haproxy(self, hosts: int) -> Gateway:
         """Starts HAProxy for so many agents, and waits until it knows all of them."""
         tables = {
-            "listen": {"http": [f"127.0.0.1:{PORT}"], "metrics": "none"}, "door": {"rate": RATE_MAX},
+            "listen": {"http": [f"127.0.0.1:{PORT}"], "metrics": "none"}, "landing": {"rate": RATE_MAX},
             "hosts": {agents.label(number): {"address": agents.address(number)} for number in range(hosts)},
         }
         pages = self.directory / "pages"

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from nbagent.core.model import Limits, Slot, SlotState
 from nbagent.image.store import ImageStore
 from nbagent.linux import cgroup
-from nbagent.model import Limits, Slot, SlotState
 from nbagent.sandbox.plan import plan
 from nbagent.supervisor.launcher import sandbox_spec
 

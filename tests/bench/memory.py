@@ -59,7 +59,7 @@ def roles_of(processes: list[tuple[int, bool]]) -> list[str]:
     later = sorted(process for process in processes if process[0] > 1)
     names = {0: "slots", 1: "init"}
     if later and later[0][1]:
-        names[later.pop(0)[0]] = "seed"
+        names[later.pop(0)[0]] = "fork_server"
     if later:
         names[later[0][0]] = "server"
     return [names.get(number, "kernel") for number, _ in processes]

@@ -17,8 +17,8 @@ import load
 from claimed import Claimed, metric, slot_of, told
 
 from fleet import HTTP_PORT, Fleet, gateway_address, host_address
-from hosts import netns
 from product import API_PORT, ROUTER_PORT, Api, say, wait_warm
+from testhost_driver import netns
 
 LABELS = ("a", "b", "c")
 WARM = 12
@@ -29,12 +29,12 @@ capacity = 300
 [pool]
 warm = {WARM}
 claim_timeout = "60s"
-[door]
+[landing]
 rate = 100000
 [api]
 trusted_networks = ["127.0.0.0/8", "10.77.0.0/24"]
 """
-GATEWAY_SETTINGS = "[door]\nrate = 100000\n"
+GATEWAY_SETTINGS = "[landing]\nrate = 100000\n"
 METRICS_PORT = 8405
 TIMEOUT_S = 60
 CLIENTS = 8

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import aiohttp
 from client import TIMEOUT_S, Client, Server
 
-from hosts import Host
 from product import Api, say
+from testhost_driver import Host
 
 HERE = Path(__file__).resolve().parent
 PYTHON = "/usr/bin/python3"

@@ -13,15 +13,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from nbagent import control, model
-from nbagent.errors import (
-    Draining,
-    Full,
-    IdempotencyMismatch,
-    ImageNotFound,
-    NbagentError,
-    SlotNotFound,
-)
+from nbagent.core import model
+from nbagent.core.errors import Draining, Full, IdempotencyMismatch, ImageNotFound, NbagentError, SlotNotFound
+from nbagent.wire import control
 
 LABEL = "c07"
 BOUNDS = model.Bounds(
@@ -132,7 +126,7 @@ class FakeSupervisor:
         self.draining = False
         return {"draining": False, "claimed": len(self.slots), "warm": 2}
 
-    def _op_renew(self) -> Any:
+    def _op_recycle_pool(self) -> Any:
         return {"drained": 2}
 
     def _op_images(self) -> Any:
@@ -144,7 +138,7 @@ class FakeSupervisor:
         counters = ("claims", "claims_refused", "starts", "start_failures", "released", "died",
                     "oom_kills", "culled_idle", "culled_age", "culled_memory", "compressed")
         return {
-            "version": "0.2.0", "label": LABEL,
+            "version": "0.3.0", "label": LABEL,
             "available": 0 if self.draining else self.capacity - len(self.slots),
             "capacity": self.capacity,
             "warm": 2, "starting": 1, "claimed": len(self.slots), "stopping": 0,

@@ -10,9 +10,9 @@ import pytest
 from fake_supervisor import LABEL, FakeSupervisor
 from flask.testing import FlaskClient
 
-from nbagent import config
 from nbagent.api.app import create_app
-from nbagent.control import ControlClient
+from nbagent.config import host_config
+from nbagent.wire.control import ControlClient
 
 SETTINGS = {"host": {"label": LABEL}}
 ABSENT = f"{LABEL}-000000000000"
@@ -30,7 +30,7 @@ def api(supervisor: FakeSupervisor, tmp_path: Path) -> FlaskClient:
 
 
 def client(supervisor: FakeSupervisor, tmp_path: Path, **tables: Any) -> FlaskClient:
-    settings = config.parse(SETTINGS | tables)
+    settings = host_config.parse(SETTINGS | tables)
     return create_app(settings, ControlClient(supervisor.path, 5), tmp_path / "token").test_client()
 
 
@@ -204,7 +204,7 @@ def test_metrics_are_prometheus_text_of_the_stats(api: FlaskClient) -> None:
         'nbagent_slots{state="warm"} 2.0',
         'nbagent_pool_warm{image="minimal"} 2.0',
         "nbagent_claims_refused_total 1.0",
-        'nbagent_build_info{label="c07",version="0.2.0"} 1.0',
+        'nbagent_build_info{label="c07",version="0.3.0"} 1.0',
         'nbagent_claim_seconds_bucket{le="0.05"} 3.0',
         'nbagent_claim_seconds_bucket{le="+Inf"} 3.0',
         "nbagent_claim_seconds_count 3.0",

@@ -11,12 +11,13 @@ import pytest
 from fake_supervisor import LABEL, FakeSupervisor
 from flask.testing import FlaskClient
 
-from nbagent import config, tokens
-from nbagent.api import hosts
+from nbagent.api import hostnames
 from nbagent.api.access import is_trusted
 from nbagent.api.app import create_app
-from nbagent.config import ApiSettings
-from nbagent.control import ControlClient
+from nbagent.config import host_config
+from nbagent.config.host_config import ApiSettings
+from nbagent.web import tokens
+from nbagent.wire.control import ControlClient
 
 TOKEN = "a-token-of-forty-three-characters-or-so"
 OUTSIDE = "192.0.2.9"
@@ -43,7 +44,7 @@ def api(supervisor: FakeSupervisor, token_file: Path) -> FlaskClient:
 
 def client(supervisor: FakeSupervisor, token_file: Path, **settings: Any) -> FlaskClient:
     tables = {"host": {"label": LABEL}, "api": settings}
-    app = create_app(config.parse(tables), ControlClient(supervisor.path, 5), token_file)
+    app = create_app(host_config.parse(tables), ControlClient(supervisor.path, 5), token_file)
     return app.test_client()
 
 
@@ -196,7 +197,7 @@ def test_the_machines_and_the_routers_names_are_names_of_this_host(
     supervisor: FakeSupervisor, token_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "C07")
-    settings = config.parse(
+    settings = host_config.parse(
         {"host": {"label": LABEL}, "router": {"public_url": "https://nb.example.org:8443"}}
     )
     api = create_app(settings, ControlClient(supervisor.path, 5), token_file).test_client()
@@ -210,8 +211,8 @@ def test_the_machine_is_also_named_by_its_search_domains(
     monkeypatch.setattr("socket.gethostname", lambda: "c07")
     resolver = tmp_path / "resolv.conf"
     resolver.write_text("# comment\n\nnameserver 10.0.0.1\nsearch lab.example. example\n")
-    assert hosts.machine_names(resolver) == {"c07", "c07.lab.example", "c07.example"}
-    assert hosts.machine_names(tmp_path / "absent") == {"c07"}
+    assert hostnames.machine_names(resolver) == {"c07", "c07.lab.example", "c07.example"}
+    assert hostnames.machine_names(tmp_path / "absent") == {"c07"}
 
 
 def test_trust_is_by_network() -> None:

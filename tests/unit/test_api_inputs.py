@@ -12,10 +12,10 @@ import pytest
 from fake_supervisor import LABEL, FakeSupervisor
 from flask.testing import FlaskClient
 
-from nbagent import config
 from nbagent.api.app import create_app
-from nbagent.content import BODY_MAX_BYTES
-from nbagent.control import ControlClient
+from nbagent.config import host_config
+from nbagent.core.claim_content import BODY_MAX_BYTES
+from nbagent.wire.control import ControlClient
 
 INVALID_FIELD = "urn:nbagent:problem:invalid-field"
 INVALID_BODY = "urn:nbagent:problem:invalid-body"
@@ -30,7 +30,7 @@ def supervisor(tmp_path: Path) -> Iterator[FakeSupervisor]:
 
 @pytest.fixture
 def api(supervisor: FakeSupervisor, tmp_path: Path) -> FlaskClient:
-    settings = config.parse({"host": {"label": LABEL}})
+    settings = host_config.parse({"host": {"label": LABEL}})
     return create_app(settings, ControlClient(supervisor.path, 5), tmp_path / "token").test_client()
 
 

@@ -11,16 +11,16 @@ import pytest
 from fake_supervisor import LABEL, FakeSupervisor
 from flask.testing import FlaskClient
 
-from nbagent import config
 from nbagent.api.app import create_app, flask_path
-from nbagent.control import ControlClient
+from nbagent.config import host_config
+from nbagent.wire.control import ControlClient
 
 METHODS = {"get", "put", "post", "delete", "options", "head", "patch", "trace"}
 
 
 @pytest.fixture
 def api(tmp_path: Path) -> Iterator[FlaskClient]:
-    settings = config.parse({"host": {"label": LABEL}})
+    settings = host_config.parse({"host": {"label": LABEL}})
     with FakeSupervisor(tmp_path / "control.sock") as supervisor:
         yield create_app(settings, ControlClient(supervisor.path, 5), tmp_path / "token").test_client()
 

@@ -31,9 +31,9 @@ class Server:
         self.stderr = folder / "stderr"
         # As systemd does it: the sockets are descriptors from 3 on and LISTEN_PID is the process itself.
         self.listener = socket.create_server(("127.0.0.1", 0))
-        self.door = socket.socket(socket.AF_UNIX)
-        self.door.bind(str(folder / "door.sock"))
-        self.door.listen()
+        self.landing = socket.socket(socket.AF_UNIX)
+        self.landing.bind(str(folder / "landing.sock"))
+        self.landing.listen()
         self.port = self.listener.getsockname()[1]
         self.notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self.notify.bind(str(folder / "notify.sock"))
@@ -44,17 +44,17 @@ class Server:
         """Starts the process and returns when it is ready, as systemd sees it."""
         folder = self.folder
         activate = (
-            "import fcntl, os, sys; api, door = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]);"
-            "os.dup2(api, 3); os.dup2(door, 4);"
+            "import fcntl, os, sys; api, landing = (fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]);"
+            "os.dup2(api, 3); os.dup2(landing, 4);"
             "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='2');"
             "os.execv(sys.executable, [sys.executable, '-m', 'nbagent.api', *sys.argv[3:]])"
         )
         with self.stderr.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", activate, str(self.listener.fileno()), str(self.door.fileno()),
+                [sys.executable, "-c", activate, str(self.listener.fileno()), str(self.landing.fileno()),
                  "--config", str(folder / "nbagent.toml"), "--control", str(folder / "control.sock"),
-                 "--token", str(folder / "token"), "--door", str(folder / "door.sock")],
-                cwd=ROOT, stderr=stderr, pass_fds=[self.listener.fileno(), self.door.fileno()],
+                 "--token", str(folder / "token"), "--landing", str(folder / "landing.sock")],
+                cwd=ROOT, stderr=stderr, pass_fds=[self.listener.fileno(), self.landing.fileno()],
                 env=os.environ | {"NOTIFY_SOCKET": str(folder / "notify.sock"), "JOURNAL_STREAM": "1:1"},
             )
         assert b"READY=1" in self.notify.recv(4096)
@@ -63,7 +63,7 @@ class Server:
         self.process.terminate()
         self.process.wait(60)
         self.listener.close()
-        self.door.close()
+        self.landing.close()
         self.notify.close()
 
     def wait_for(self, path: str, found: str) -> None:
@@ -208,16 +208,16 @@ def test_a_worker_that_is_told_to_end_again_and_again_ends(server: Server) -> No
     assert not Path(f"/proc/{worker}").exists()
 
 
-def test_the_socket_alone_decides_between_the_control_api_and_the_front_door(server: Server, supervisor: Any) -> None:
-    def at_door(request: str) -> str:
+def test_the_socket_alone_decides_between_the_control_api_and_the_landing_page(server: Server, supervisor: Any) -> None:
+    def at_landing(request: str) -> str:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(str(server.folder / "door.sock"))
+            connection.connect(str(server.folder / "landing.sock"))
             connection.sendall(f"{request} HTTP/1.0\r\nX-Real-IP: 192.0.2.1\r\n\r\n".encode())
             with connection.makefile("rb") as answer:
                 return answer.read().decode()
 
-    assert '{"url":"/user/' in at_door("POST /api/spawn")
-    assert "404 NOT FOUND" in at_door("GET /slots") and "404 NOT FOUND" in at_door("POST /claim")
+    assert '{"url":"/user/' in at_landing("POST /api/spawn")
+    assert "404 NOT FOUND" in at_landing("GET /slots") and "404 NOT FOUND" in at_landing("POST /claim")
     assert "405" in server.raw("POST / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert "404 NOT FOUND" in server.raw("POST /api/spawn HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert supervisor.asked[-1]["args"]["client"] == "192.0.2.1"

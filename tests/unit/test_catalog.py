@@ -1,4 +1,4 @@
-"""The journal's catalog and the events of nbagent.log are the same list."""
+"""The journal's catalog and the events of nbagent.core.events are the same list."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nbagent.log import Event
+from nbagent.core.events import Event
 
 CATALOG = Path(__file__).resolve().parents[2] / "packaging/nbagent.catalog"
 FIELDS = re.compile(r"%\((\w+)\)s")

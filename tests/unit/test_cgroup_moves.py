@@ -13,14 +13,14 @@ def test_a_process_moves_itself_to_where_it_is(tmp_path: Path) -> None:
     own = next(line for line in lines if line.startswith("0::")).removeprefix("0::/")
     at = tmp_path / ("" if len(lines) == 1 else "unified") / own
     with pytest.raises(FileNotFoundError):
-        cgroup.Hastener(tmp_path)
+        cgroup.MigrationPrimer(tmp_path)
     at.mkdir(parents=True, exist_ok=True)
     procs = at / "cgroup.procs"
     procs.write_text("")
-    hastener = cgroup.Hastener(tmp_path)
+    primer = cgroup.MigrationPrimer(tmp_path)
     # To the kernel, 0 is who writes it.
     for written in ("0", "00"):
-        hastener.hasten()
+        primer.prime()
         deadline_s = time.monotonic() + 10
         while procs.read_text() != written:
             assert time.monotonic() < deadline_s

@@ -9,17 +9,11 @@ import socket
 
 import pytest
 
-from nbagent import control, urls
-from nbagent.content import (
-    BODY_MAX_BYTES,
-    FILES_MAX,
-    FILES_MAX_BYTES,
-    File,
-    parse_archive,
-    parse_files,
-)
-from nbagent.errors import InvalidField
-from nbagent.model import CLAIM_FIELDS, Bounds, parse_options
+from nbagent.core import urls
+from nbagent.core.claim_content import BODY_MAX_BYTES, FILES_MAX, FILES_MAX_BYTES, File, parse_archive, parse_files
+from nbagent.core.errors import InvalidField
+from nbagent.core.model import CLAIM_FIELDS, Bounds, parse_options
+from nbagent.wire import control
 
 ALLOWED = ("https://data.example.org/courses/", "http://[::1]:8080")
 

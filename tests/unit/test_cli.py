@@ -18,12 +18,13 @@ import pytest
 from fake_supervisor import LABEL, FakeSupervisor
 from werkzeug.serving import WSGIRequestHandler, make_server
 
-from nbagent import cli, config
+from nbagent import cli
 from nbagent.api.app import create_app
 from nbagent.cli.commands import nbagent as nbagent_command
 from nbagent.cli.remote import Remote, error_of_problem, read_token
-from nbagent.control import ControlClient
-from nbagent.errors import ConfigError, Full, InvalidField, NbagentError
+from nbagent.config import host_config
+from nbagent.core.errors import ConfigError, Full, InvalidField, NbagentError
+from nbagent.wire.control import ControlClient
 
 ROOT = Path(__file__).parents[2]
 ABSENT = f"{LABEL}-000000000000"
@@ -42,7 +43,7 @@ def supervisor(tmp_path: Path) -> Iterator[FakeSupervisor]:
 
 @pytest.fixture
 def url(supervisor: FakeSupervisor, tmp_path: Path) -> Iterator[str]:
-    settings = config.parse({"host": {"label": LABEL}})
+    settings = host_config.parse({"host": {"label": LABEL}})
     app = create_app(settings, ControlClient(supervisor.path, 5), tmp_path / "token")
     server = make_server("127.0.0.1", 0, app, threaded=False, request_handler=Quiet)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

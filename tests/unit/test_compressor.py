@@ -6,16 +6,16 @@ import os
 
 import pytest
 
-from nbagent import activity
+from nbagent.core.events import Event
+from nbagent.core.model import Limits, Slot, SlotState, now
 from nbagent.linux import swap
 from nbagent.linux.cgroup import Cgroup
-from nbagent.log import Event
-from nbagent.model import Limits, Slot, SlotState, now
 from nbagent.policy.compress import STEP_BYTES
 from nbagent.supervisor import compressor as compressor_of
 from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
-from nbagent.supervisor.live import Live
+from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.wire import activity
 
 LIMIT_BYTES = 1 << 30
 SLOT = Slot(
@@ -42,7 +42,7 @@ class Host:
                             ("memory.swap.max", limit_bytes)):
             (group / name).write_text(f"{value}\n")
         slot = dataclasses.replace(SLOT, id=f"h-{number}")
-        live = Live(slot, -1, activity.create(), Cgroup(str(group), str(group), str(group)))
+        live = RunningSlot(slot, -1, activity.create(), Cgroup(str(group), str(group), str(group)))
         self.lives[slot.scope] = live
         return live
 

@@ -5,12 +5,12 @@ import ipaddress
 
 import pytest
 
-from nbagent import config
-from nbagent.errors import ConfigError
+from nbagent.config import host_config
+from nbagent.core.errors import ConfigError
 
 
 def test_no_file_is_a_whole_configuration(tmp_path):
-    assert config.load(tmp_path / "nbagent.toml") == config.Config()
+    assert host_config.load(tmp_path / "nbagent.toml") == host_config.Config()
 
 
 def test_a_later_file_wins_key_by_key(tmp_path):
@@ -18,17 +18,30 @@ def test_a_later_file_wins_key_by_key(tmp_path):
     (tmp_path / "conf.d").mkdir()
     (tmp_path / "conf.d" / "20.toml").write_text('[slots]\nmemory = "300M"\n')
     (tmp_path / "conf.d" / "10.toml").write_text('[slots]\nmemory = "200M"\ncpu_weight = 20\n')
-    loaded = config.load(tmp_path / "nbagent.toml")
+    loaded = host_config.load(tmp_path / "nbagent.toml")
     assert (loaded.slots.memory, loaded.slots.ttl, loaded.slots.cpu_weight) == (300 << 20, 3600.0, 20)
-    assert (loaded.warm("r"), loaded.warm("minimal")) == (7, config.Config().pool.warm)
+    assert (loaded.warm("r"), loaded.warm("minimal")) == (7, host_config.Config().pool.warm)
 
 
 def test_an_unknown_key_names_file_and_nearest_known_one(tmp_path):
     (tmp_path / "conf.d").mkdir()
     (tmp_path / "conf.d" / "a.toml").write_text('[slots]\nmemry = "1G"\n')
     with pytest.raises(ConfigError, match=r'a\.toml: unknown setting slots\.memry; did you mean "memory"') as caught:
-        config.load(tmp_path / "nbagent.toml")
+        host_config.load(tmp_path / "nbagent.toml")
     assert caught.value.details["key"] == "slots.memry"
+
+
+def test_the_former_name_of_the_landing_section_is_read_with_a_warning(tmp_path, caplog):
+    file = tmp_path / "nbagent.toml"
+    file.write_text('[door]\nrate = 7\n')
+    assert host_config.load(file).landing.rate == 7
+    assert f"{file}: section [door] is deprecated; rename it to [landing]" in caplog.text
+    file.write_text('[door]\nrate = 0\n')
+    with pytest.raises(ConfigError, match=r"nbagent\.toml: landing\.rate: expected"):
+        host_config.load(file)
+    file.write_text('[door]\nrate = 7\n[landing]\nrate = 8\n')
+    with pytest.raises(ConfigError, match=r"expected only \[landing\]"):
+        host_config.load(file)
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -59,25 +72,25 @@ def test_an_unknown_key_names_file_and_nearest_known_one(tmp_path):
 def test_a_wrong_setting_is_refused_by_name(tmp_path, text, message):
     (tmp_path / "nbagent.toml").write_text(text)
     with pytest.raises(ConfigError, match=message):
-        config.load(tmp_path / "nbagent.toml")
+        host_config.load(tmp_path / "nbagent.toml")
 
 
 @pytest.mark.parametrize("public_url", ["auto", "https://nb.example.org", "http://nb.example.org:8080"])
 def test_a_domain_goes_with_its_own_public_url(public_url):
     router = {"url_mode": "subdomain", "domain": "nb.example.org", "public_url": public_url}
-    assert config.parse({"router": router}).router.domain == "nb.example.org"
+    assert host_config.parse({"router": router}).router.domain == "nb.example.org"
 
 
 def test_every_setting_says_what_it_is_for():
-    for section in dataclasses.fields(config.Config):
+    for section in dataclasses.fields(host_config.Config):
         if section.name == "images":
             continue
-        for setting in dataclasses.fields(getattr(config.Config(), section.name)):
+        for setting in dataclasses.fields(getattr(host_config.Config(), section.name)):
             assert setting.metadata["doc"].endswith("."), f"{section.name}.{setting.name}"
 
 
 def test_trust_is_for_this_host_only_by_default():
-    trusted = config.Config().api.trusted_networks
+    trusted = host_config.Config().api.trusted_networks
     assert trusted == (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 
 
@@ -85,4 +98,4 @@ def test_trust_is_for_this_host_only_by_default():
     ("c07.example.org", "c07"), ("Compute-Node-Number-Seventeen", "computenodenumbe"), ("_", "host"), ("", "host"),
 ])
 def test_a_label_is_derived_from_any_hostname(hostname, label):
-    assert config.derived_label(hostname) == label
+    assert host_config.derived_label(hostname) == label

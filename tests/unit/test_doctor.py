@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from fake_supervisor import FakeSupervisor
 
-from nbagent import config, doctor
+from nbagent import doctor
+from nbagent.config import host_config
 
-SETTINGS = config.Config()
+SETTINGS = host_config.Config()
 MOUNT = "21 1 0:20 / /proc rw,nosuid - proc proc rw\n"
 
 
@@ -142,9 +143,9 @@ def test_memory_is_held_against_what_is_promised(tmp_path: Path) -> None:
     host(tmp_path, {"proc/meminfo": "MemTotal:  8912896 kB\nSwapTotal: 1048576 kB\n"})  # 8.5 GiB
     assert doctor.capacity_of(tmp_path, SETTINGS) == 32
     assert doctor.check_memory(tmp_path, SETTINGS).status == "ok"
-    greedy = config.parse({"slots": {"capacity": 500}})
+    greedy = host_config.parse({"slots": {"capacity": 500}})
     assert doctor.check_memory(tmp_path, greedy).status == "warn"
-    large = config.parse({"slots": {"memory": "16G", "memory_max": "16G"}})
+    large = host_config.parse({"slots": {"memory": "16G", "memory_max": "16G"}})
     assert doctor.check_memory(tmp_path, large).status == "fail"
 
 
@@ -167,14 +168,14 @@ def test_what_keeps_slots_from_being_compressed_is_told(tmp_path: Path, areas: s
     assert finding.status == status and says in finding.found
     assert bool(finding.mend) == (status == "warn")
     # Where slots are never compressed, swap is the host's own business.
-    assert doctor.check_swap(tmp_path, config.parse({"cull": {"compress": "never"}})).status == "ok"
+    assert doctor.check_swap(tmp_path, host_config.parse({"cull": {"compress": "never"}})).status == "ok"
     (tmp_path / "sys/fs/cgroup/cgroup.controllers").unlink()
     assert "for the host" in doctor.check_swap(tmp_path, SETTINGS).found or not areas
 
 
 def test_a_kernel_limit_below_what_the_slots_need_is_told(tmp_path: Path) -> None:
     limit = doctor.LIMITS[0]
-    settings = config.parse({"slots": {"capacity": 1000}})
+    settings = host_config.parse({"slots": {"capacity": 1000}})
     host(tmp_path, {"proc/sys/kernel/pid_max": "32768\n"})
     finding = doctor.check_limit(tmp_path, limit, settings)
     assert (finding.status, finding.name) == ("warn", "kernel.pid_max")
@@ -186,7 +187,7 @@ def test_a_kernel_limit_below_what_the_slots_need_is_told(tmp_path: Path) -> Non
 
 def test_open_files_are_enough_when_one_slot_cannot_hold_them_all(tmp_path: Path) -> None:
     (limit,) = (known for known in doctor.LIMITS if known.each_bytes)
-    settings = config.parse({"slots": {"capacity": 100, "memory_max": "1G"}})
+    settings = host_config.parse({"slots": {"capacity": 100, "memory_max": "1G"}})
     host(tmp_path, {"proc/sys/fs/file-max": "2000000\n"})
     assert doctor.check_limit(tmp_path, limit, settings).status == "warn"
     host(tmp_path, {"proc/sys/fs/file-max": f"{2**63 - 1}\n"})
@@ -234,7 +235,7 @@ def test_the_resolver_is_the_systems() -> None:
 
 def test_a_network_without_a_way_out_is_told(tmp_path: Path) -> None:
     assert doctor.check_network(tmp_path, SETTINGS).found == "slots have none"
-    opened = config.parse({"network": {"allow": ["none", "internet"]}})
+    opened = host_config.parse({"network": {"allow": ["none", "internet"]}})
     assert doctor.check_network(tmp_path, opened).status == "warn"
     head = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
     host(tmp_path, {"proc/net/route": head + "eth0\t00000000\t02050505\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"})

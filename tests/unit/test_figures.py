@@ -117,7 +117,7 @@ def test_a_slots_processes_are_told_apart_by_their_numbers_in_it() -> None:
     import memory
 
     forked = [(7, False), (1, True), (3, False), (2, True), (9, False)]
-    assert memory.roles_of(forked) == ["kernel", "init", "server", "seed", "kernel"]
+    assert memory.roles_of(forked) == ["kernel", "init", "server", "fork_server", "kernel"]
     assert memory.roles_of([(1, True), (2, False), (5, False)]) == ["init", "server", "kernel"]
     assert memory.roles_of([(0, False), (0, True)]) == ["slots", "slots"]
 

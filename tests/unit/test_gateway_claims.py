@@ -152,7 +152,7 @@ class Gateway:
             self.port = free.getsockname()[1]
         tables["listen"] = {"http": [f"127.0.0.1:{self.port}"], "metrics": "none", "connections": 500,
                             **tables.get("listen", {})}
-        tables["door"] = {"rate": 100000, **tables.get("door", {})}
+        tables["landing"] = {"rate": 100000, **tables.get("landing", {})}
         tables["hosts"] = {host.label: host.settings for host in hosts}
         text = haproxy.render(settings.parse(tables)).replace(haproxy.STATUS_SOCKET, f"{directory}/status.sock")
         text = text.replace(haproxy.RUN, str(directory)).replace(haproxy.PAGES, str(pages(directory)))
@@ -347,7 +347,7 @@ def test_what_takes_no_slot_asks_no_host(
 def test_a_door_that_is_not_open_to_all_lets_only_programs_with_a_token_through(
     hosts: list[StandIn], tmp_path: Path, access: str, asked: list[int]
 ) -> None:
-    gateway = Gateway(tmp_path / "closed", hosts, door={"access": access})
+    gateway = Gateway(tmp_path / "closed", hosts, landing={"access": access})
     try:
         seen = []
         for path, headers in (("/spawn", {}), ("/api/spawn", {}), ("/api/spawn", {"Authorization": "token t"})):
@@ -406,7 +406,7 @@ def test_nobody_speaks_for_another_address_but_trusted_proxies(hosts: list[Stand
 
 
 def test_one_address_takes_so_many_slots_a_minute(hosts: list[StandIn], tmp_path: Path) -> None:
-    gateway = Gateway(tmp_path / "limited", hosts, door={"rate": 5})
+    gateway = Gateway(tmp_path / "limited", hosts, landing={"rate": 5})
     try:
         assert Counter(gateway.claims(9)) == {200: 5, 429: 4}
         status, problem = gateway.call("POST", "/api/spawn")
@@ -419,7 +419,7 @@ def test_one_address_takes_so_many_slots_a_minute(hosts: list[StandIn], tmp_path
 
 def test_banned_addresses_are_told_so(hosts: list[StandIn], tmp_path: Path) -> None:
     many = [f"203.0.113.{number}/32" for number in range(120)]
-    gateway = Gateway(tmp_path / "banning", hosts, ready=403, door={"banned": [*many, "127.0.0.0/8"]})
+    gateway = Gateway(tmp_path / "banning", hosts, ready=403, landing={"banned": [*many, "127.0.0.0/8"]})
     try:
         status, page = gateway.call("GET", "/user/a-0123456789ab/lab", headers={"Accept": "text/html"})
         assert status == 403 and "<h1>" in page

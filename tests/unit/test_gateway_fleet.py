@@ -8,20 +8,20 @@ from typing import Any
 import pytest
 from werkzeug.test import Client
 
-from nbagent.config import DoorSettings
-from nbagent.door.app import create_app
-from nbagent.errors import ConfigError, Full
+from nbagent.config.host_config import LandingSettings
+from nbagent.core.errors import ConfigError, Full
 from nbagent.gateway.__main__ import silent_hosts
-from nbagent.gateway.changes import Fleet, NotChanged
-from nbagent.gateway.fleet import FleetHouse, total
+from nbagent.gateway.fleet import FleetBackend, total
+from nbagent.gateway.membership import Fleet, NotChanged
 from nbagent.gateway.runtime import GatewayDown, Runtime, Server, parse_servers
 from nbagent.gateway.settings import HostSettings, load
+from nbagent.landing.app import create_app
 
 PAGES = Path(__file__).resolve().parents[2] / "packaging/gateway/pages"
 A = {
     "label": "a", "available": 3, "capacity": 10, "in_use": 7, "warm": 2, "starting": 1, "claims": 100,
     "draining": False, "ready": True, "next_end_s": 90, "uptime_s": 500, "idle_s": 3600.0, "life_s": 43200.0,
-    "memory_bytes": 1 << 30, "internet": True, "container_image": "minimal", "version": "0.2.0",
+    "memory_bytes": 1 << 30, "internet": True, "container_image": "minimal", "version": "0.3.0",
     "claim_ms": {"p50": 3.0, "p99": 20.0},
 }
 B = {**A, "label": "b", "available": 0, "capacity": 30, "in_use": 30, "next_end_s": 30, "life_s": 7200.0,
@@ -37,9 +37,9 @@ STATE = """1
 """
 
 
-def house(hosts: dict[str, dict[str, Any] | None], down: tuple[str, ...] = ()) -> FleetHouse:
+def backend(hosts: dict[str, dict[str, Any] | None], down: tuple[str, ...] = ()) -> FleetBackend:
     servers = [Server(label, "10.1.0.1", 8000, None, label in down) for label in hosts]
-    return FleetHouse(lambda: servers, lambda server: hosts[server.label])
+    return FleetBackend(lambda: servers, lambda server: hosts[server.label])
 
 
 def test_servers_of_haproxy_are_hosts_by_their_labels() -> None:
@@ -64,44 +64,44 @@ def test_a_fleet_without_hosts_has_figures() -> None:
 
 
 def test_hosts_that_are_down_or_silent_are_told_and_not_counted() -> None:
-    figures = house({"a": A, "b": None, "c": A}, down=("c",)).stats()
+    figures = backend({"a": A, "b": None, "c": A}, down=("c",)).stats()
     assert figures["capacity"] == 10
     assert figures["hosts"] == {"http://a": A, "http://b": DOWN, "http://c": DOWN}
 
 
 def test_a_claim_is_refused_with_what_is_in_use_and_when_to_come_back() -> None:
     with pytest.raises(Full, match="37 of 40 slots of the fleet are in use") as caught:
-        house({"a": A, "b": B}).claim({}, None, "192.0.2.1")
+        backend({"a": A, "b": B}).claim({}, None, "192.0.2.1")
     assert caught.value.details["retry_after_s"] == 30
 
 
 @pytest.mark.parametrize("hosts", [{"a": A, "b": B}, {}, {"a": None}])
 def test_the_door_of_a_fleet_has_every_page(hosts: dict[str, dict[str, Any] | None]) -> None:
-    door = Client(create_app(DoorSettings(), house(hosts), lambda _: True))
+    landing = Client(create_app(LandingSettings(), backend(hosts), lambda _: True))
     for path in ("/", "/info", "/lab/tree/x.ipynb?a=b"):
-        assert door.get(path).status_code == 200, path
-    full = door.get("/spawn/lab/tree/x.ipynb", headers={"Accept": "text/html"})
+        assert landing.get(path).status_code == 200, path
+    full = landing.get("/spawn/lab/tree/x.ipynb", headers={"Accept": "text/html"})
     assert full.status_code == 503 and int(full.headers["Retry-After"]) >= 2
     assert ("37 of 40" in full.text) == ("b" in hosts)
-    assert door.post("/spawn", data={"key": "k"}).status_code == 503
-    refused = door.post("/api/spawn")
+    assert landing.post("/spawn", data={"key": "k"}).status_code == 503
+    refused = landing.post("/api/spawn")
     assert refused.status_code == 429 and refused.json == {"status": "full"}
-    assert door.get("/user/zz-0123456789ab/lab").status_code == 404
+    assert landing.get("/user/zz-0123456789ab/lab").status_code == 404
     for path in ("/api/stats", "/stats", "/stats/"):
-        figures = door.get(path)
+        figures = landing.get(path)
         assert set(figures.json["hosts"]) == {f"http://{label}" for label in hosts}
         assert figures.headers["Access-Control-Allow-Origin"] == "*"
 
 
 def test_a_host_that_does_not_answer_is_not_said_to_have_ended() -> None:
-    fleet = house({"a": A})
-    door = Client(silent_hosts(create_app(DoorSettings(), fleet, lambda _: True), fleet.knows, PAGES))
-    lost = door.get("/user/a-0123456789ab/lab", headers={"Accept": "text/html"})
+    fleet = backend({"a": A})
+    landing = Client(silent_hosts(create_app(LandingSettings(), fleet, lambda _: True), fleet.knows, PAGES))
+    lost = landing.get("/user/a-0123456789ab/lab", headers={"Accept": "text/html"})
     assert lost.status_code == 503 and "does not answer" in lost.text and lost.headers["Retry-After"] == "5"
-    problem = door.get("/user/a-0123456789ab/api/kernels")
+    problem = landing.get("/user/a-0123456789ab/api/kernels")
     assert problem.status_code == 503 and problem.content_type == "application/problem+json"
-    assert door.get("/user/b-0123456789ab/lab").status_code == 404
-    assert door.get("/user/a/lab").status_code == 404
+    assert landing.get("/user/b-0123456789ab/lab").status_code == 404
+    assert landing.get("/user/a/lab").status_code == 404
 
 
 @pytest.fixture

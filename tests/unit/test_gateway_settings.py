@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from nbagent.errors import ConfigError
-from nbagent.gateway import files, haproxy, settings
+from nbagent.core.errors import ConfigError
+from nbagent.gateway import apply, haproxy, settings
 
 TOP = Path(__file__).resolve().parents[2]
 HOSTS = {"a": {"address": "10.1.0.1"}, "b": {"address": "2001:db8::2", "port": 8001, "check_port": 9002}}
@@ -44,7 +44,7 @@ def certificate(tmp_path: Path) -> str:
     {"hosts": HOSTS},
     {"hosts": DRAINED, "fleet": {"domain": "nb.example.org"}, "log": {"requests": "all"}},
     {"hosts": HOSTS, "listen": {"trusted_proxies": ["10.0.0.0/8"], "metrics": "none", "connections": 5000}},
-    {"hosts": HOSTS, "door": {"banned": [f"203.0.113.{n}/32" for n in range(200)] + ["2001:db8:7::/48"]}},
+    {"hosts": HOSTS, "landing": {"banned": [f"203.0.113.{n}/32" for n in range(200)] + ["2001:db8:7::/48"]}},
     {"fleet": {"srv": "_nbagent._tcp.hosts.example.org", "srv_hosts": 300}},
     {"fleet": {"srv": "_nbagent._tcp.hosts.example.org", "resolvers": ["10.0.0.53:53"]}},
     {"hosts": HOSTS, "tls": {"certificates": ["live"], "acme": "127.0.0.1:8402"}},
@@ -56,7 +56,7 @@ def test_haproxy_understands_what_is_rendered_and_warns_of_nothing(
     if "tls" in tables:
         tables = {**tables, "tls": {**tables["tls"], "certificates": [certificate]}}
     monkeypatch.setattr(haproxy, "PAGES", str(pages(tmp_path)))
-    assert files.try_out(settings.parse(tables)) == ""
+    assert apply.try_out(settings.parse(tables)) == ""
 
 
 def pages(directory: Path) -> Path:
@@ -74,12 +74,12 @@ def pages(directory: Path) -> Path:
 def test_what_haproxy_refuses_is_told_with_its_words(tmp_path: Path) -> None:
     (tmp_path / "x.cfg").write_text("frontend f\n    bind nowhere\n")
     with pytest.raises(ConfigError, match=r"HAProxy refuses the configuration: (.|\n)*'bind'"):
-        files.check(tmp_path / "x.cfg")
+        apply.check(tmp_path / "x.cfg")
 
 
 def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"tls\.certificates: .*/gone: No such file"):
-        files.read_certificate(tmp_path / "gone")
+        apply.read_certificate(tmp_path / "gone")
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -15,7 +15,7 @@ import pytest
 from test_image_store import Owners
 
 from archives import MANIFEST, Archive, Layers
-from nbagent.errors import BadRequest, FetchFailed, ImageInvalid
+from nbagent.core.errors import BadRequest, FetchFailed, ImageInvalid
 from nbagent.image import fetch, manifest
 from nbagent.image.archive import Limits
 from nbagent.image.fetch import DockerArchive, OciDirectory, Registry

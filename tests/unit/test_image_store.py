@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from archives import MANIFEST, Archive, Layers
-from nbagent.errors import ImageInvalid, ImageNotFound, NbagentError
+from nbagent.core.errors import ImageInvalid, ImageNotFound, NbagentError
 from nbagent.image import ids, manifest, oci
 from nbagent.image.archive import Limits
 from nbagent.image.store import Image, ImageStore

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from nbagent.errors import StartFailed
-from nbagent.model import Limits, Slot, SlotState
+from nbagent.core.errors import StartFailed
+from nbagent.core.model import Limits, Slot, SlotState
 from nbagent.supervisor.launcher import Parts
 
 SLOT = Slot(
@@ -38,19 +38,21 @@ def files(tmp_path):
         os.close(fd)
 
 
-@pytest.mark.parametrize("packets", [[("init", "seed")], [("init",), ("seed",)], [("seed",), ("init",)]])
+@pytest.mark.parametrize(
+    "packets", [[("init", "fork_server")], [("init",), ("fork_server",)], [("fork_server",), ("init",)]]
+)
 def test_descriptors_are_found_by_name_in_whatever_order_they_come(files, packets):
-    known = {"init": files[0], "seed": files[1]}
+    known = {"init": files[0], "fork_server": files[1]}
     with Parts(SLOT) as parts:
         for names in packets:
             say(parts.theirs, *names, fds=[known[name] for name in names])
-        found = given(parts, "init", "seed")
+        found = given(parts, "init", "fork_server")
         assert [same(found[0], files[0]), same(found[1], files[1])] == [True, True]
         for fd in found:
             os.close(fd)
 
 
-@pytest.mark.parametrize("names", [("seed",), ("init", "init"), ("init", "netns"), ()])
+@pytest.mark.parametrize("names", [("fork_server",), ("init", "init"), ("init", "netns"), ()])
 def test_what_was_not_asked_for_is_refused_and_no_descriptor_stays(files, names):
     with Parts(SLOT) as parts:
         before = set(os.listdir("/proc/self/fd"))
@@ -66,7 +68,7 @@ def test_a_failure_is_told_with_its_step_and_what_came_before_it_is_closed(files
         say(parts.theirs, "init", fds=files[:1])
         parts.theirs.send(json.dumps({"failed": {"step": "fork", "errno": 11, "text": "no process"}}).encode())
         with pytest.raises(StartFailed, match="fork: no process"):
-            given(parts, "init", "seed")
+            given(parts, "init", "fork_server")
         assert set(os.listdir("/proc/self/fd")) == before
 
 

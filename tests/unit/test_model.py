@@ -2,8 +2,8 @@
 
 import pytest
 
-from nbagent.errors import IllegalMove, InvalidField
-from nbagent.model import (
+from nbagent.core.errors import IllegalMove, InvalidField
+from nbagent.core.model import (
     CLAIM_FIELDS,
     MOVES,
     Bounds,

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from nbagent import config
-from nbagent.errors import ConfigError, InvalidField
-from nbagent.model import CLAIM_FIELDS, Bounds, Slot, parse_options
+from nbagent.config import host_config
+from nbagent.core.errors import ConfigError, InvalidField
+from nbagent.core.model import CLAIM_FIELDS, Bounds, Slot, parse_options
 from nbagent.network import addresses, resolver, rules
 from nbagent.sandbox.plan import plan
 from nbagent.sandbox.spec import SandboxSpec, Uplink
 from nbagent.supervisor import network
 
-SETTINGS = config.NetworkSettings()
+SETTINGS = host_config.NetworkSettings()
 RANGE4 = ipaddress.IPv4Network("198.18.0.0/29")
 
 
@@ -142,12 +142,12 @@ def test_ipv6_is_used_where_the_host_forwards_it_and_has_a_route(tmp_path: Path)
 ])
 def test_wrong_settings_are_named(table: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        config.parse(table)
+        host_config.parse(table)
     assert caught.value.details["key"] == key
 
 
 def test_settings_are_understood() -> None:
-    given = config.parse({
+    given = host_config.parse({
         "network": {"allow": ["none", "internet"], "only": ["pip.example", "203.0.113.0/24", "2001:db8::/32"],
                     "up": "500kbit", "down": "1.5Gbit", "range4": "10.9.0.0/16"},
         "images": {"lab": {"network": "internet"}},

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from nbagent.model import Limits, Slot, SlotState
-from nbagent.policy import admission, compress, cull, pool, trouble
+from nbagent.core.model import Limits, Slot, SlotState
+from nbagent.policy import admission, compress, cull, limit_alerts, pool
 from nbagent.policy.admission import COSTS, Cost
-from nbagent.policy.cull import Look
+from nbagent.policy.cull import ActivitySample
+from nbagent.policy.limit_alerts import Storage
 from nbagent.policy.pool import Pool, Retire
-from nbagent.policy.trouble import Storage
 
 GIB = 1 << 30
 NOW_S = 5000.0
@@ -173,7 +173,7 @@ def test_why_there_is_no_room_is_said():
     assert "draining" in admission.obstacle(host(draining=True))
 
 
-LOOK = Look(claimed_s=100.0, expires_s=10000.0, active_s=100.0, acted_s=0.0, busy=0, cpu=0.0, oom_kills=0)
+LOOK = ActivitySample(claimed_s=100.0, expires_s=10000.0, active_s=100.0, acted_s=0.0, busy=0, cpu=0.0, oom_kills=0)
 
 
 def reason_at(now_s, **changes):
@@ -217,24 +217,24 @@ def storage(share, files=0.0):
 
 
 def test_refused_tasks_are_trouble_while_the_count_rises():
-    calm = trouble.find(trouble.Trouble(), 0, storage(0))
-    assert calm == trouble.Trouble(0, False, False)
-    bomb = trouble.find(calm, 7, storage(0))
-    assert bomb.refuses_tasks and trouble.find(bomb, 9, storage(0)).refuses_tasks
-    assert trouble.find(bomb, 7, storage(0)) == trouble.Trouble(7, False, False)
+    calm = limit_alerts.find(limit_alerts.Trouble(), 0, storage(0))
+    assert calm == limit_alerts.Trouble(0, False, False)
+    bomb = limit_alerts.find(calm, 7, storage(0))
+    assert bomb.refuses_tasks and limit_alerts.find(bomb, 9, storage(0)).refuses_tasks
+    assert limit_alerts.find(bomb, 7, storage(0)) == limit_alerts.Trouble(7, False, False)
 
 
 @pytest.mark.parametrize("full", [storage(0.99), storage(0.1, files=0.99), storage(1.0, files=1.0)])
 def test_storage_is_full_until_there_is_room_again(full):
-    found = trouble.find(trouble.Trouble(), 0, full)
+    found = limit_alerts.find(limit_alerts.Trouble(), 0, full)
     assert found.storage_full
-    assert trouble.find(found, 0, storage(0.95)).storage_full
-    assert not trouble.find(trouble.Trouble(), 0, storage(0.95)).storage_full
-    assert not trouble.find(found, 0, storage(0.5)).storage_full
+    assert limit_alerts.find(found, 0, storage(0.95)).storage_full
+    assert not limit_alerts.find(limit_alerts.Trouble(), 0, storage(0.95)).storage_full
+    assert not limit_alerts.find(found, 0, storage(0.5)).storage_full
 
 
 def test_storage_that_cannot_be_looked_at_is_not_full():
-    assert not trouble.find(trouble.Trouble(), 0, Storage()).storage_full
+    assert not limit_alerts.find(limit_alerts.Trouble(), 0, Storage()).storage_full
 
 
 def test_a_slot_is_compressed_once_for_each_rest():

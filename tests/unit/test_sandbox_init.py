@@ -5,8 +5,8 @@ import socket
 
 import pytest
 
-from nbagent.log import Event
-from nbagent.sandbox import init
+from nbagent.core.events import Event
+from nbagent.runtime import init
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def seeded():
     """A program that was forked, and its seed's end of the socket."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        yield init.Program(seed=ours), theirs
+        yield init.Program(fork_server=ours), theirs
 
 
 def test_a_seed_says_which_process_the_program_is_and_how_it_ended(seeded):
@@ -150,7 +150,7 @@ def test_the_program_of_a_seed_that_ended_first_is_inits_own_child(seeded):
     program.hear()
     seed.close()
     program.hear()
-    assert (program.seed, program.end) == (None, None)
+    assert (program.fork_server, program.end) == (None, None)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     program.reap()
     assert program.end == ("the slot's program exited with status 3", 3)

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from nbagent.errors import IllegalMove
-from nbagent.model import Limits, Slot, SlotState
-from nbagent.supervisor.live import Live
+from nbagent.core.errors import IllegalMove
+from nbagent.core.model import Limits, Slot, SlotState
+from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slots import Slots
 
 SLOT = Slot(
@@ -16,7 +16,7 @@ SLOT = Slot(
 
 
 def a_live(name, **changes):
-    return Live(dataclasses.replace(SLOT, id=name, **changes))
+    return RunningSlot(dataclasses.replace(SLOT, id=name, **changes))
 
 
 def test_counts_follow_a_slots_moves_to_its_end():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nbagent import config, router
+from nbagent.config import host_config, nginx_settings
 
 TOP = Path(__file__).resolve().parents[2]
 UNITS = sorted((TOP / "units").iterdir())
@@ -90,11 +90,11 @@ def test_what_is_written_about_the_settings_is_what_they_say(kind: str, file: st
 
 def test_the_configuration_file_changes_no_default() -> None:
     text = (TOP / "packaging/nbagent.toml").read_text()
-    assert config.parse(tomllib.loads(text)) == config.Config()
+    assert host_config.parse(tomllib.loads(text)) == host_config.Config()
     told = re.sub(r"^#(\[|\w+ = )", r"\1", text, flags=re.MULTILINE)
-    with_all_told = config.parse(tomllib.loads(told))
-    assert with_all_told.images == {"minimal": config.ImageSettings()}
-    assert config.parse({k: v for k, v in tomllib.loads(told).items() if k != "images"}) == config.Config()
+    with_all_told = host_config.parse(tomllib.loads(told))
+    assert with_all_told.images == {"minimal": host_config.ImageSettings()}
+    assert host_config.parse({k: v for k, v in tomllib.loads(told).items() if k != "images"}) == host_config.Config()
 
 
 @pytest.mark.skipif(not Path("/usr/sbin/nginx").exists(), reason="needs nginx")
@@ -102,10 +102,10 @@ def test_the_configuration_file_changes_no_default() -> None:
     {},
     {"router": {"url_mode": "subdomain", "domain": "nb.example.org", "cookies": ["a", "b.c-*"]}},
     {"router": {"cookies": [], "trusted_proxies": ["10.0.0.0/8", "fd00::/8"]}},
-    {"door": {"access": "off", "banned": ["192.0.2.0/24", "2001:db8::/32"]}},
+    {"landing": {"access": "off", "banned": ["192.0.2.0/24", "2001:db8::/32"]}},
 ])
 def test_nginx_understands_the_router(tmp_path: Path, settings: dict[str, object]) -> None:
-    (tmp_path / "settings.conf").write_text(router.nginx(config.parse(settings)))
+    (tmp_path / "settings.conf").write_text(nginx_settings.nginx(host_config.parse(settings)))
     # -t binds for a moment; the name of a socket is free for sure, a port is not.
     (tmp_path / "listen.conf").write_text(f"listen unix:{tmp_path}/http;\n")
     text = (TOP / "packaging/router/nginx.conf").read_text()

@@ -19,9 +19,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from nbagent.sandbox import download
-from nbagent.sandbox.home import Home, Refused
-from nbagent.sandbox.unpack import Limits, unpack
+from nbagent.content import download
+from nbagent.content.beneath_writer import Home, Refused
+from nbagent.content.unpack import Limits, unpack
 
 LIMITS = Limits(1 << 20, 20)
 
@@ -246,8 +246,8 @@ def test_a_server_that_does_not_give_it_is_named_with_the_reason(site, home, pat
 
 ALONE = """
 import ssl, sys
-from nbagent.sandbox import download, unpack
-from nbagent.sandbox.home import Home
+from nbagent.content import download, unpack
+from nbagent.content.beneath_writer import Home
 url, certificate, path = sys.argv[1:]
 context = ssl.create_default_context(cafile=certificate)
 loaded = set(sys.modules)

@@ -23,7 +23,7 @@ def run(code: str) -> None:
 def test_after_holes_are_filled_what_comes_next_lies_together() -> None:
     # One in eight of very many goes again; 40 bytes are Python's to place, 800 are malloc's.
     run("""
-from nbagent.zygote import holes
+from nbagent.zygote.memory import heap_fill
 def scattered():
     return [[thing for n, thing in enumerate([b"x" * size for _ in range(40000)]) if n % 8] for size in (7, 767)]
 kept = scattered()
@@ -33,7 +33,7 @@ def least(size, count):
     return count * (size + 48) // 4096
 assert pages(7, 1000) > 4 * least(7, 1000) and pages(767, 1000) > 2 * least(767, 1000)
 kept += scattered()
-taken = holes.fill()
+taken = heap_fill.fill()
 assert 5000 * 800 < taken < 100 << 20, taken
 assert pages(7, 1000) <= least(7, 1000) + 4, pages(7, 1000)
 assert pages(767, 1000) <= least(767, 1000) + 8, pages(767, 1000)
@@ -44,7 +44,7 @@ assert all(thing == b"x" * len(thing) for things in kept for thing in things)
 @pytest.mark.parametrize("kind", ["plain", "closure", "generator", "method"])
 def test_code_that_has_a_new_place_does_what_it_did(kind: str) -> None:
     run(f"""
-from nbagent.zygote import hotcode
+from nbagent.zygote.memory import code_layout
 def plain(x, *, y=2):
     return x + y
 def closure(x):
@@ -64,7 +64,7 @@ function, before = {kind}, {kind}.__code__
 runs = {{id(code): (code, {{1}}) for code in (before, Class.method.__code__)}}
 assert function(1) == 3
 # Theirs, and that of this program, which has them in its own.
-assert hotcode.gather(runs) == 3
+assert code_layout.gather(runs) == 3
 assert function.__code__ is not before and function.__code__ == before
 assert [function(1) for _ in range(100)] == [3] * 100
 assert cold.__code__.co_name == "cold"
@@ -74,11 +74,11 @@ assert cold.__code__.co_name == "cold"
 def test_watching_notes_what_runs_and_in_which_threads() -> None:
     run("""
 import threading
-from nbagent.zygote import hotcode
+from nbagent.zygote.memory import code_layout
 def here(): pass
 def there(): here()
 def nowhere(): pass
-with hotcode.watch() as runs:
+with code_layout.watch() as runs:
     here()
     thread = threading.Thread(target=there)
     thread.start()
@@ -94,7 +94,7 @@ else:
 
 def test_constants_of_code_are_counted_no_more() -> None:
     run("""
-from nbagent.zygote import immortal
+from nbagent.zygote.memory import immortal
 def outer():
     def inner():
         return "a text that no name could be", 12345678901234567890

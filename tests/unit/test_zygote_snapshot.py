@@ -11,7 +11,7 @@ TOP = Path(__file__).resolve().parents[2]
 BEGIN = f"""
 import ctypes, os, sys
 sys.path.insert(0, {str(TOP)!r})
-from nbagent.zygote import snapshot
+from nbagent.zygote.memory import snapshot
 assert snapshot.begin()
 loaded = [os.urandom(number % 900) for number in range(100_000)] + [bytes([number]) * 3_000_000 for number in range(8)]
 before = hash(tuple(loaded))
@@ -64,7 +64,7 @@ def test_a_fork_in_vain_leaves_no_child_and_no_trace() -> None:
     run("""
 with open("/proc/self/status") as status:
     caught = [line for line in status if line.startswith("SigCgt")]
-snapshot.fork_in_vain()
+snapshot.fork_noop()
 with open("/proc/self/status") as status:
     assert [line for line in status if line.startswith("SigCgt")] == caught
 try:
@@ -75,7 +75,7 @@ except ChildProcessError:
 flags = ours()[1].splitlines()[0].split()
 assert "sh" in flags and "dc" not in flags, flags
 snapshot.settle()
-snapshot.fork_in_vain()
+snapshot.fork_noop()
 assert hash(tuple(loaded)) == before
 """)
 

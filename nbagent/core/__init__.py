@@ -1,0 +1,1 @@
+"""Values and errors that every layer uses. Pure: nothing in this package does I/O except `events.emit`."""

@@ -1,0 +1,341 @@
+"""The slot: its id, its states and the moves between them, its limits, and what a claim asks for.
+
+Pure data. Times are seconds of CLOCK_BOOTTIME: they keep their meaning over a restart of the
+agent and do not jump with the wall clock, and a reboot ends every slot anyway. `wall` turns one
+into the time of day for people.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import math
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from nbagent.core.claim_content import Content, parse_archive, parse_files
+from nbagent.core.errors import IllegalMove, InvalidField
+from nbagent.core.quantities import parse_duration, parse_integer, parse_quota, parse_size
+
+T = TypeVar("T")
+
+# 12 of 32 characters: 60 random bits. Without i, l, o and u nobody misreads one aloud.
+_ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
+_ID = re.compile(r"([a-z0-9]{1,16})-([a-z0-9]{12})")
+_PATH = re.compile(r"[A-Za-z0-9/._~%!$&'()*+,;=:@?#-]{1,2000}")
+
+IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+IMAGE_NAME_EXPECTED = "a name of a-z, 0-9, '.', '_' and '-', at most 63 characters, the first a letter or digit"
+ID_EXPECTED = "an id as a claim gave it, LABEL-RANDOM, of this host"
+PATH_EXPECTED = 'a path below the slot, such as "lab/tree/notebook.ipynb", without ".."'
+
+
+class SlotState(enum.Enum):
+    """Where a slot is in its life."""
+
+    STARTING = "starting"
+    WARM = "warm"
+    PREPARING = "preparing"
+    CLAIMED = "claimed"
+    STOPPING = "stopping"
+    FAILED = "failed"
+    GONE = "gone"
+
+
+MOVES: Mapping[SlotState, frozenset[SlotState]] = {
+    SlotState.STARTING: frozenset({SlotState.WARM, SlotState.STOPPING, SlotState.FAILED}),
+    SlotState.WARM: frozenset({SlotState.PREPARING, SlotState.CLAIMED, SlotState.STOPPING, SlotState.FAILED}),
+    # A claim's content is on its way in. Whoever finds a slot so finds it half made.
+    SlotState.PREPARING: frozenset({SlotState.CLAIMED, SlotState.STOPPING, SlotState.FAILED}),
+    SlotState.CLAIMED: frozenset({SlotState.STOPPING, SlotState.FAILED}),
+    SlotState.STOPPING: frozenset({SlotState.GONE}),
+    SlotState.FAILED: frozenset({SlotState.GONE}),
+    SlotState.GONE: frozenset(),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a slot's scope may use.
+
+    `cpu_quota` is processors' worth of time (1.5: one and a half processors), None: no quota.
+    """
+
+    memory_bytes: int
+    cpu_weight: int
+    cpu_quota: float | None
+    tasks: int
+
+    def document(self) -> dict[str, Any]:
+        """The limits as JSON."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One slot as the agent knows it; a new one is made for every change.
+
+    `path` and `query` are where the claim's link leads below the slot, as its image or the claim has it.
+    `uid` is the slot's id inside its image's range of 65,536, so the host sees `id_base + uid`.
+    `ends_s` is when PID 1 ends the scope whatever happens; nothing can move it.
+    `addresses` are those of its interface, IPv4 and perhaps IPv6, and empty where it has none; whether
+    they lead anywhere is `network`, a mode of the configuration.
+    """
+
+    id: str
+    image: str
+    digest: str
+    id_base: int
+    uid: int
+    state: SlotState
+    limits: Limits
+    token: str
+    created_s: float
+    ends_s: float = math.inf
+    claimed_s: float | None = None
+    ttl_s: float | None = None
+    path: str = "lab"
+    query: str = "token={token}"
+    key: str | None = None
+    fingerprint: str | None = None
+    pid: int | None = None
+    network: str = "none"
+    addresses: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def scope(self) -> str:
+        """The unit that holds the slot's processes."""
+        return f"nbagent-{self.id}.scope"
+
+    @property
+    def base_path(self) -> str:
+        """The URL path below which the slot serves."""
+        return f"/user/{self.id}/"
+
+    @property
+    def expires_s(self) -> float | None:
+        """When a claimed slot is too old; None while nobody has it."""
+        return None if self.claimed_s is None or self.ttl_s is None else self.claimed_s + self.ttl_s
+
+    def to(self, state: SlotState, **changes: Any) -> Slot:
+        """The slot after a move. Raises IllegalMove when the table does not allow it."""
+        if state not in MOVES[self.state]:
+            raise IllegalMove(f"slot {self.id} is {self.state.value} and cannot become {state.value}")
+        return dataclasses.replace(self, state=state, **changes)
+
+    def save(self) -> dict[str, Any]:
+        """The slot as its file holds it."""
+        return {**vars(self), "state": self.state.value, "limits": self.limits.document()}
+
+    @classmethod
+    def restore(cls, saved: Mapping[str, Any]) -> Slot:
+        """The slot of a file. Raises KeyError, TypeError or ValueError when it is not one."""
+        fields = dict(saved)
+        fields["state"] = SlotState(fields["state"])
+        fields["limits"] = Limits(**fields["limits"])
+        fields["addresses"] = tuple(fields.get("addresses", ()))
+        return cls(**fields)
+
+    def claim_document(self) -> dict[str, Any]:
+        """What the one who claimed the slot learns, its token included.
+
+        The API makes `url` of it, and of `query`, which nobody else needs.
+        """
+        return {
+            "slot": self.id,
+            "path": self.base_path + self.path,
+            "query": self.query.replace("{token}", self.token),
+            "token": self.token,
+            "image": self.image,
+            "claimed_at": wall(self.claimed_s),
+            "expires_at": wall(self.expires_s),
+            "network": self.network,
+            "limits": self.limits.document(),
+        }
+
+    def document(self, now_s: float) -> dict[str, Any]:
+        """What anybody who may call the API learns; never the token."""
+        return {
+            "slot": self.id,
+            "state": self.state.value,
+            "image": self.image,
+            "created_at": wall(self.created_s),
+            "claimed_at": wall(self.claimed_s),
+            "expires_at": wall(self.expires_s),
+            "age_s": round(now_s - (self.created_s if self.claimed_s is None else self.claimed_s), 1),
+            "network": self.network,
+            "limits": self.limits.document(),
+        }
+
+
+def claim_link(claim: Mapping[str, Any]) -> str:
+    """The path that opens the slot of a claim document, with the query its program asks for, mostly its token."""
+    path, mark, fragment = str(claim["path"]).partition("#")
+    query = f"{'&' if '?' in path else '?'}{claim['query']}" if claim["query"] else ""
+    return f"{path}{query}{mark}{fragment}"
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What options are checked against: the operator's limits and the host's size."""
+
+    memory_max_bytes: int
+    ttl_max_s: float
+    cpus: int
+    networks: tuple[str, ...] = ("none",)
+    archives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a claim or an update asks for; None: as it is, or the default."""
+
+    image: str | None = None
+    memory_bytes: int | None = None
+    cpu_weight: int | None = None
+    cpu_quota: float | None = None
+    ttl_s: float | None = None
+    path: str | None = None
+    network: str | None = None
+    content: Content = field(default_factory=Content)
+
+    def limits(self, default: Limits) -> Limits:
+        """`default` with what is asked for in its place."""
+        asked: dict[str, Any] = {
+            "memory_bytes": self.memory_bytes,
+            "cpu_weight": self.cpu_weight,
+            "cpu_quota": self.cpu_quota,
+        }
+        return dataclasses.replace(default, **{k: v for k, v in asked.items() if v is not None})
+
+
+CLAIM_FIELDS = ("image", "memory", "cpu_weight", "cpu_quota", "ttl", "path", "network", "files", "archive")
+UPDATE_FIELDS = ("memory", "cpu_weight", "cpu_quota", "ttl")
+MEMORY_MIN_BYTES = 64 << 20
+
+
+def parse_options(given: Mapping[str, Any], allowed: tuple[str, ...], bounds: Bounds) -> Options:
+    """Options out of untrusted JSON or a query string.
+
+    Raises InvalidField naming the field and what would be right.
+    """
+    for name in given:
+        if name not in allowed:
+            raise InvalidField(
+                f"unknown field {name!r}; known are {', '.join(allowed)}",
+                field=name, expected=f"one of {', '.join(allowed)}",
+            )
+    return Options(
+        image=_field(given, "image", _image),
+        memory_bytes=_field(given, "memory", lambda v: _memory(v, bounds)),
+        cpu_weight=_field(given, "cpu_weight", _weight),
+        cpu_quota=_field(given, "cpu_quota", lambda v: parse_quota(v, bounds.cpus)),
+        ttl_s=_field(given, "ttl", lambda v: _ttl(v, bounds)),
+        path=_field(given, "path", _path),
+        network=_field(given, "network", lambda v: _network(v, bounds)),
+        content=Content(
+            files=_field(given, "files", parse_files) or (),
+            archive=_field(given, "archive", lambda v: parse_archive(v, bounds.archives)),
+        ),
+    )
+
+
+def _field(given: Mapping[str, Any], name: str, parse: Callable[[Any], T]) -> T | None:
+    if name not in given:
+        return None
+    try:
+        return parse(given[name])
+    except ValueError as error:
+        shown = repr(given[name])
+        raise InvalidField(
+            field=name, value=shown if len(shown) <= 80 else shown[:77] + "...", expected=str(error)
+        ) from None
+
+
+def _image(value: object) -> str:
+    if isinstance(value, str) and IMAGE_NAME.fullmatch(value):
+        return value
+    raise ValueError("the name of an image on this host; GET /images lists them")
+
+
+def _memory(value: object, bounds: Bounds) -> int:
+    size_bytes = parse_size(value)
+    if MEMORY_MIN_BYTES <= size_bytes <= bounds.memory_max_bytes:
+        return size_bytes
+    raise ValueError(f"a size from {MEMORY_MIN_BYTES} to {bounds.memory_max_bytes} bytes")
+
+
+def _weight(value: object) -> int:
+    expected = "a whole number from 1 to 10000"
+    try:
+        weight = parse_integer(value)
+    except ValueError:
+        raise ValueError(expected) from None
+    if 1 <= weight <= 10000:
+        return weight
+    raise ValueError(expected)
+
+
+def _ttl(value: object, bounds: Bounds) -> float:
+    ttl_s = parse_duration(value)
+    if 1 <= ttl_s <= bounds.ttl_max_s:
+        return ttl_s
+    raise ValueError(f"a time from 1 second to {bounds.ttl_max_s:g} seconds")
+
+
+def _network(value: object, bounds: Bounds) -> str:
+    if isinstance(value, str) and value in bounds.networks:
+        return value
+    names = " or ".join(f'"{name}"' for name in bounds.networks)
+    raise ValueError(f"{names}, as network.allow of this host's configuration has it")
+
+
+def _path(value: object) -> str:
+    if isinstance(value, str):
+        path = value.removeprefix("/")
+        segments = unquote(path.partition("?")[0]).split("/")
+        if _PATH.fullmatch(path) and not path.startswith("/") and ".." not in segments:
+            return path
+    raise ValueError(PATH_EXPECTED)
+
+
+def new_id(label: str) -> str:
+    """A fresh slot id: the host's label and 60 random bits."""
+    # 32 characters: a byte is as likely to be one as any other.
+    return f"{label}-" + "".join(_ALPHABET[byte % 32] for byte in secrets.token_bytes(12))
+
+
+def new_token() -> str:
+    """A fresh token: 256 random bits, 43 URL-safe characters."""
+    return secrets.token_urlsafe(32)
+
+
+def is_slot_id(text: str, label: str) -> bool:
+    """Whether `text` is shaped as an id of the host `label`."""
+    match = _ID.fullmatch(text)
+    return match is not None and match[1] == label
+
+
+def now() -> float:
+    """Seconds of CLOCK_BOOTTIME."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def wall(boot_s: float | None) -> str | None:
+    """RFC 3339 UTC of a CLOCK_BOOTTIME instant, to the second."""
+    if boot_s is None:
+        return None
+    return _written(int(time.time() - now() + boot_s))
+
+
+# A list of a thousand slots has three thousand times in it, the same ones each time.
+@functools.lru_cache(4096)
+def _written(unix_s: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unix_s))

@@ -1,6 +1,0 @@
-"""The front door: what people and tmpnb's clients see, on one host and in front of a fleet.
-
-It knows a House, which says how full it is and hands out slots; the host's API is one, and so is
-the gateway's status service. It trusts nobody for an address and reaches nothing of the control
-API.
-"""

@@ -1,0 +1,1 @@
+"""Processes of a slot and of a zygote service. Standard library only; Python 3.9 and up."""

@@ -1,0 +1,180 @@
+"""A slot while it lives: the Slot, and the descriptors and observations that go with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from nbagent.core.model import Slot, now
+from nbagent.linux import cgroup
+from nbagent.linux.cgroup import Cgroup, Usage
+from nbagent.policy import limit_alerts
+from nbagent.policy.cull import ActivitySample, active_since
+from nbagent.policy.limit_alerts import Storage, Trouble
+from nbagent.sandbox.spec import ACTIVITY_FD
+from nbagent.supervisor.launcher import Launched
+from nbagent.wire import activity
+
+NOTHING_USED = Usage(0, 0, 0.0, 0, 0, 0)
+NO_TROUBLE = Trouble()
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is new at a look: OOM kills, and limits that the slot has run into."""
+
+    storage: Storage
+    oom_kills: int
+    refuses_tasks: bool
+    storage_full: bool
+
+
+class Sample(NamedTuple):
+    """What a slot used at one moment."""
+
+    at_s: float
+    usage: Usage
+    storage: Storage
+
+
+NEVER_READ = Sample(-math.inf, NOTHING_USED, Storage())
+
+
+@dataclass(eq=False)
+class RunningSlot:
+    """One slot's runtime side. It owns `pidfd` and `activity_fd` from `attach` to `close`.
+
+    `reading` is the last one, whoever asked for it; `usage`, `trouble` and `sampled_s` are those of the last look;
+    `compressed_s` is when its memory was compressed last.
+    """
+
+    slot: Slot
+    pidfd: int = -1
+    activity_fd: int = -1
+    cgroup: Cgroup | None = None
+    reading: Sample = NEVER_READ
+    usage: Usage = NOTHING_USED
+    trouble: Trouble = NO_TROUBLE
+    sampled_s: float | None = None
+    active_s: float = 0.0
+    compressed_s: float | None = None
+    task: asyncio.Task[None] | None = None
+
+    def attach(self, launched: Launched) -> None:
+        """Takes over the descriptors of a launch."""
+        self.pidfd, self.activity_fd = launched.pidfd, launched.activity_fd
+        self.cgroup = cgroup.of_process(launched.pid)
+
+    def close(self) -> None:
+        """Closes the descriptors; may be called twice."""
+        for fd in (self.pidfd, self.activity_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.pidfd = self.activity_fd = -1
+
+    def read(self, now_s: float, oldest_s: float) -> Sample:
+        """What the slot uses, read at `oldest_s` or later."""
+        if self.reading.at_s < oldest_s:
+            self.reading = Sample(now_s, self._use(), self._storage())
+        return self.reading
+
+    def new_oom_kills(self) -> int:
+        """The processes killed for memory since the last look."""
+        return max(0, self._use().oom_kills - self.usage.oom_kills)
+
+    def cpu_s(self) -> float:
+        """The processor time that the slot has used."""
+        return self.cgroup.cpu_s() if self.cgroup else 0.0
+
+    def _use(self) -> Usage:
+        return self.cgroup.usage() if self.cgroup else NOTHING_USED
+
+    def _storage(self) -> Storage:
+        """What the slot's files take. Its root is an overlay, which answers for the tmpfs above it."""
+        try:
+            status = os.statvfs(f"/proc/{self.slot.pid}/root")
+        except OSError:
+            return Storage()
+        return Storage(
+            used_bytes=(status.f_blocks - status.f_bfree) * status.f_frsize,
+            size_bytes=status.f_blocks * status.f_frsize,
+            used_files=status.f_files - status.f_ffree,
+            most_files=status.f_files,
+        )
+
+    def rests_since(self, now_s: float) -> float:
+        """Since when nobody has needed it, as the last look and its page have it; a busy kernel needs it now."""
+        if self.slot.claimed_s is None:
+            return self.slot.created_s
+        acted_s, busy = activity.read(self.activity_fd, now_s)
+        return now_s if busy else max(self.slot.claimed_s, self.active_s, acted_s)
+
+    def take_sample(self, now_s: float, cpu_threshold: float) -> tuple[ActivitySample, Findings]:
+        """Monitor at a claimed slot: what the rules need, and what is new since the last look."""
+        _, usage, storage = self.read(now_s, now_s)
+        past_s = None if self.sampled_s is None else now_s - self.sampled_s
+        cpu = (usage.cpu_s - self.usage.cpu_s) / past_s if past_s and past_s > 0.1 else None
+        acted_s, busy = activity.read(self.activity_fd, now_s)
+        claimed_s = self.slot.claimed_s or 0.0
+        activity_sample = ActivitySample(
+            claimed_s, self.slot.expires_s or now_s, self.active_s, acted_s, busy, cpu, usage.oom_kills
+        )
+        found = limit_alerts.find(self.trouble, usage.tasks_refused, storage)
+        findings = Findings(
+            storage=storage,
+            oom_kills=max(0, usage.oom_kills - self.usage.oom_kills),
+            refuses_tasks=found.refuses_tasks and not self.trouble.refuses_tasks,
+            storage_full=found.storage_full and not self.trouble.storage_full,
+        )
+        self.active_s = active_since(activity_sample, cpu_threshold, now_s)
+        self.usage, self.trouble, self.sampled_s = usage, found, now_s
+        return activity_sample, findings
+
+    def document(self, now_s: float, oldest_s: float) -> dict[str, Any]:
+        """The slot for GET /slots: its state, and what it used at `oldest_s` or later."""
+        _, usage, storage = self.read(now_s, oldest_s)
+        idle_s = None
+        if self.slot.claimed_s is not None and self.activity_fd >= 0:
+            idle_s = round(now_s - self.rests_since(now_s), 1)
+        return self.slot.document(now_s) | {
+            "idle_s": idle_s,
+            "memory_bytes": usage.memory_bytes,
+            "swapped_bytes": usage.swapped_bytes,
+            "cpu_s": round(usage.cpu_s, 3),
+            "tasks": usage.tasks,
+            "oom_kills": usage.oom_kills,
+            "tasks_refused": usage.tasks_refused,
+            "storage_bytes": storage.used_bytes,
+        }
+
+
+def reattach(slot: Slot) -> RunningSlot | None:
+    """A slot that outlived the agent, or None when its processes are gone.
+
+    The pid in its file counts only while that process is in the slot's own scope; its init holds
+    the activity page at the number it was given, out of reach of the slot's user.
+    """
+    if slot.pid is None:
+        return None
+    try:
+        pidfd = os.pidfd_open(slot.pid)
+    except OSError:
+        return None
+    try:
+        if cgroup.unit_of_process(slot.pid) == slot.scope:
+            live = RunningSlot(slot)
+            page = os.open(f"/proc/{slot.pid}/fd/{ACTIVITY_FD}", os.O_RDONLY | os.O_CLOEXEC)
+            live.attach(Launched(slot.pid, pidfd, page, serves=True))
+            # What the agent before this one has seen is not new.
+            _, live.usage, storage = live.read(now(), now())
+            live.trouble = limit_alerts.find(Trouble(live.usage.tasks_refused), live.usage.tasks_refused, storage)
+            return live
+    except OSError:
+        pass
+    with contextlib.suppress(OSError):
+        os.close(pidfd)
+    return None

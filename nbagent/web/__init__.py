@@ -1,0 +1,1 @@
+"""What every HTTP service of nbagent shares: the gunicorn application and token files."""

@@ -1,0 +1,1 @@
+"""What processes of nbagent exchange: the control socket and the activity page of a slot."""

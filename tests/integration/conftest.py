@@ -1,0 +1,217 @@
+"""Hosts for tests: one with the product on it, shared by all that leave it as it was.
+
+A test passes only by what the host says. At the end of a shared host its journal must hold nothing
+of ours that nobody expected, no core dump, and no slot may be left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import product
+from notebook import Notebook
+from product import Api
+from testhost_driver import Host
+
+# Short lives and small pools, so that rules can be seen at work; what a test needs besides, it sets.
+# A virtual machine that shares two processors with others takes a minute to start a slot.
+SETTINGS = """
+[slots]
+memory = "512M"
+memory_max = "2G"
+start_timeout = "5min"
+[pool]
+warm = 1
+[cull]
+interval = "1s"
+[api]
+allowed_origins = ["https://friend.example"]
+"""
+# Warnings that a test provoked, or that this kind of host gives without us.
+EXPECTED = re.compile(
+    r"Failed to migrate controller cgroups"  # systemd 252 where cgroup v1 is mounted from outside
+    r"|Failed to (set|attach|write|remove|adjust|delete)[^:]*(cgroup|cpuset|devices|memory|attribute)"
+    r"|nbagent-\S+\.scope: (Stopping timed out|Failed with result 'timeout')"  # slots.stop_timeout is little here
+)
+
+
+class Agent:
+    """The product on one host, and what tests ask of it again and again."""
+
+    def __init__(self, host: Host) -> None:
+        self.host, self.api, self.router = host, Api(host), Api(host, product.ROUTER_PORT)
+        self.expected: list[str] = []
+
+    def claim(self, **options: Any) -> dict[str, Any]:
+        return self.api.claim(**options)
+
+    def open(self, **options: Any) -> Notebook:
+        """Claims a slot and sits down at it."""
+        return Notebook(self.host, self.claim(**options))
+
+    def release(self, slot: str) -> None:
+        """Ends a slot and waits until it is gone."""
+        self.api.delete(f"/slots/{slot}")
+        self.wait(lambda: self.api.get(f"/slots/{slot}").status == 404, f"{slot} to be gone")
+
+    def slots(self, state: str | None = None) -> list[dict[str, Any]]:
+        return [slot for slot in self.api.get("/slots").json() if state in (None, slot["state"])]
+
+    def wait(self, what: Callable[[], Any], for_what: str, timeout: float = 60) -> Any:
+        """Waits until `what` gives something true."""
+        deadline = time.monotonic() + timeout * (4 if self.host.driver == "vm" else 1)
+        while time.monotonic() < deadline:
+            if found := what():
+                return found
+            time.sleep(0.1)
+        raise AssertionError(f"waited {timeout} s in vain for {for_what}")
+
+    def wait_warm(self, count: int = 1) -> None:
+        product.wait_warm(self.host, count)
+
+    def run(self, *argv: str, check: bool = True, **options: Any) -> str:
+        """A command on the host; what it printed."""
+        return str(self.host.run(list(argv), check=check, **options).stdout)
+
+    def journal(self, *match: str) -> list[dict[str, Any]]:
+        """Journal entries that match."""
+        lines = self.run("journalctl", "--no-pager", "-o", "json", "--all", *match).splitlines()
+        return [json.loads(line) for line in lines]
+
+    def agent_check(self) -> str:
+        """What HAProxy would be told on port 9001."""
+        with self.host.connect(product.CHECK_PORT) as connection:
+            return connection.recv(100).decode()
+
+    def processes(self, slot: str) -> list[int]:
+        """The pids of a slot's processes, as the host sees them."""
+        group = self.run("systemctl", "show", "-P", "ControlGroup", f"nbagent-{slot}.scope").strip()
+        script = f"cd /sys/fs/cgroup; cat .{group}/cgroup.procs 2>/dev/null || cat systemd{group}/cgroup.procs"
+        return [int(pid) for pid in self.run("sh", "-c", script).split()]
+
+    def configure(self, settings: str) -> None:
+        """Settings on top of the shared ones; '' takes them away. Reloads the agent."""
+        path = "/etc/nbagent/conf.d/90-one-test.toml"
+        if settings:
+            self.host.run(["tee", path], input=settings)
+        else:
+            self.run("rm", "-f", path)
+        self.run("systemctl", "reload", "nbagent.service")
+
+    def expect(self, pattern: str) -> None:
+        """Says that a warning of this shape in the journal is what the test is about."""
+        self.expected.append(pattern)
+
+    def check_journal(self) -> None:
+        """Fails on a warning of ours, or a core dump, that nobody expected."""
+        surprises = []
+        for entry in self.journal("-p", "warning"):
+            text = str(entry.get("MESSAGE"))
+            fields = ("_SYSTEMD_UNIT", "UNIT", "SYSLOG_IDENTIFIER", "MESSAGE")
+            ours = any("nbagent" in str(entry.get(field)) for field in fields)
+            if ours and not EXPECTED.search(text) and not any(re.search(p, text) for p in self.expected):
+                surprises.append(f"{entry.get('_SYSTEMD_UNIT')}: {text}")
+                if str(entry.get("_SYSTEMD_UNIT")).endswith(".scope"):
+                    # What a slot said before, as nobody can ask it any more.
+                    said = self.journal("-u", str(entry["_SYSTEMD_UNIT"]), "-n", "20")
+                    surprises += [f"    {line.get('MESSAGE')}"[:200] for line in said]
+        assert not surprises, "unexpected in the journal:\n" + "\n".join(surprises)
+        cores = self.run("sh", "-c", "ls /var/lib/systemd/coredump 2>/dev/null; true").strip()
+        assert not cores, f"core dumps: {cores}"
+
+    def purge(self) -> str:
+        """Purges the packages; what apt said."""
+        done = self.host.run(["apt-get", "-q", "purge", "-y", *product.HOST], timeout=900)
+        return done.stdout + done.stderr
+
+    def check_remains(self) -> None:
+        """Ends every slot and fails when anything of one is left."""
+        self.api.post("/drain")
+        for slot in self.slots():
+            self.api.delete(f"/slots/{slot['slot']}")
+        self.wait(lambda: not self.slots(), "all slots to be gone")
+        left = self.run("sh", "-c", """
+            ls /run/nbagent/slots
+            systemctl list-units --plain --no-legend 'nbagent-*.scope'
+            grep nbagent/sandbox /proc/self/mountinfo
+            ip -br link | grep '^nb-'
+            pgrep -af 'nbagent[.]sandbox[.](launch|enter) [0-9]'
+            true""")
+        assert not left, f"left behind: {left}"
+        self.api.delete("/drain")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cgroup2: also runs on virtual machines with Debian 12 and 13")
+
+
+@pytest.fixture(scope="session")
+def packages() -> list[Path]:
+    """The .debs of this checkout."""
+    return product.build(product.say)
+
+
+def made(packages: list[Path], name: str, driver: str, suite: str) -> Iterator[Agent]:
+    """A host with the product; afterwards its journal and its remains are looked at."""
+    host = Host.up(name=f"{name}-{os.getpid()}"[:16], driver=driver, suite=suite)
+    try:
+        before = product.listing(host)
+        product.install(host, packages, SETTINGS)
+        agent = Agent(host)
+        yield agent
+        agent.check_remains()
+        agent.check_journal()
+        agent.purge()
+        left = [line for line in product.listing(host) - before if "nbagent" in line and " /root/" not in line]
+        assert not left, f"left by purge: {left}"
+    finally:
+        host.down()
+
+
+@pytest.fixture(scope="session")
+def shared(packages: list[Path]) -> Iterator[Agent]:
+    """The nspawn host that most tests share; take `agent`, which tidies up after each."""
+    yield from made(packages, "t", "nspawn", "bookworm")
+
+
+@pytest.fixture
+def agent(shared: Agent) -> Iterator[Agent]:
+    """The shared host; whatever slots the test claimed are ended after it, settings are taken back."""
+    yield from tidied(shared)
+
+
+@pytest.fixture(scope="session", params=["nspawn-bookworm", "vm-bookworm", "vm-trixie"])
+def any_shared(request: pytest.FixtureRequest, packages: list[Path]) -> Iterator[Agent]:
+    """Each kind of host in turn: cgroup v1 at native speed, cgroup v2 on Debian 12 and 13."""
+    driver, suite = request.param.split("-")
+    if driver == "nspawn":
+        yield request.getfixturevalue("shared")
+    else:
+        yield from made(packages, suite[:4], driver, suite)
+
+
+@pytest.fixture
+def any_agent(any_shared: Agent) -> Iterator[Agent]:
+    """As `agent`, on each kind of host."""
+    yield from tidied(any_shared)
+
+
+def tidied(shared: Agent) -> Iterator[Agent]:
+    """One test's turn on a shared host."""
+    shared.wait_warm()
+    yield shared
+    shared.host.run(["systemctl", "start", "nbagent.service", "nbagent-api.service", "nbagent-router.service"])
+    shared.wait(lambda: shared.api.get("/healthz").status == 200, "the API to answer")
+    if shared.run("sh", "-c", "ls /etc/nbagent/conf.d/90-one-test.toml 2>/dev/null; true"):
+        shared.configure("")
+    for slot in shared.slots():
+        if slot["claimed_at"]:
+            shared.api.delete(f"/slots/{slot['slot']}")

@@ -1,0 +1,153 @@
+"""Runs inside an image, as root of a chroot: a zygote, and one slot's server forked from it, as a zygote makes them.
+
+    python3 -I -X frozen_modules=off forked_slot.py serve SOCKET COUNT
+    python3 -I -X frozen_modules=off forked_slot.py suite DIRECTORY
+
+`serve` forks COUNT slots, the n-th on the socket SOCKET.n with the token "token"; `suite` forks one that runs
+jupyter_kernel_test, which is in DIRECTORY, instead of a server. Driven by forked.py.
+"""
+
+import asyncio
+import os
+import socket
+import sys
+import unittest
+
+sys.path.insert(0, "/run/nbagent/lib")
+os.chdir(os.environ["HOME"])
+# Before the server is imported, as notebook.py has it.
+sys.modules["rfc3987_syntax"] = None
+
+from jupyterlab.labapp import LabApp
+from tornado.httpserver import HTTPServer
+from tornado.ioloop import IOLoop
+from tornado.web import RequestHandler
+from traitlets.config import Config
+
+from nbagent.zygote import entropy, forkserver, kernel, provisioner
+from nbagent.zygote.memory import immortal
+
+USER = 1000
+
+
+class Modules(RequestHandler):
+    """What the server has imported, and whether its log, hooks and streams are its own."""
+
+    def get(self):
+        self.write({
+            "modules": sorted(sys.modules),
+            "whole": LabApp._instance is not None and sys.modules["__main__"].__name__ == "__main__"
+            and sys.displayhook is sys.__displayhook__ and sys.stdout is sys.__stdout__ and "TERM" not in os.environ,
+        })
+
+
+def initialised():
+    config = Config()
+    config.IdentityProvider.token = "token"
+    config.ServerApp.base_url = "/"
+    config.ServerApp.open_browser = False
+    config.ServerApp.allow_root = config.ServerApp.allow_remote_access = True
+    config.KernelProvisionerFactory.default_provisioner_name = provisioner.NAME
+    server = LabApp.make_serverapp(jpserver_extensions={"jupyterlab": True}, config=config)
+    server.write_server_info_file = server.write_browser_open_files = lambda: None
+    server.initialize([], starter_extension="lab", new_httpserver=False)
+    server.web_app.add_handlers(".*", [("/modules", Modules)])
+    return server
+
+
+def serve(server, path):
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    os.chmod(path, 0o777)
+    listener.listen()
+    listener.setblocking(False)
+    become_user()
+    entropy.reseed()
+    provisioner.use(divided())
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    server.io_loop = IOLoop.current()
+    server._http_server = HTTPServer(server.web_app)
+    server._http_server.add_socket(listener)
+    server.start()
+
+
+def divided():
+    """The seed of what goes on from here; nobody is its init."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return forkserver.split_off_server(kernel.run, ends[0], ends[1].close)
+
+
+def become_user():
+    os.setsid()
+    os.setgroups([])
+    os.setresgid(USER, USER, USER)
+    os.setresuid(USER, USER, USER)
+
+
+def suite(directory):
+    become_user()
+    provisioner.use(divided())
+    LabApp.clear_instance()
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = provisioner.NAME
+    sys.path.append(directory)
+    import jupyter_kernel_test
+
+    class ForkedKernel(jupyter_kernel_test.KernelTests):
+        kernel_name = "python3"
+        language_name = "python"
+        file_extension = ".py"
+        code_hello_world = "print('hello, world')"
+        code_stderr = "import sys; print('test', file=sys.stderr)"
+        completion_samples = [{"text": "zi", "matches": {"zip"}}]
+        complete_code_samples = ["1", "print('hello, world')", "def f(x):\n  return x*2\n\n"]
+        incomplete_code_samples = ["print('''hello", "def f(x):\n  x*2"]
+        invalid_code_samples = ["import = 7q"]
+        code_page_something = "zip?"
+        code_generate_error = "raise"
+        code_execute_result = [{"code": "6*7", "result": "42"}]
+        code_display_data = [{"code": "from IPython.display import HTML, display; display(HTML('<b>x</b>'))",
+                              "mime": "text/html"}]
+        code_inspect_sample = "zip"
+        code_clear_output = "from IPython.display import clear_output; clear_output()"
+        code_history_pattern = "1?2*"
+        supported_history_operations = ()
+
+        def test_it_is_a_fork(self):
+            pid = self.km.provisioner.pid
+            with open(f"/proc/{pid}/cmdline") as file:
+                self.assertIn("forked_slot.py", file.read())
+
+    found = unittest.defaultTestLoader.loadTestsFromTestCase(ForkedKernel)
+    result = unittest.TextTestRunner(verbosity=2).run(found)
+    sys.stderr.flush()
+    os._exit(not result.wasSuccessful())
+
+
+def main():
+    mode, where = sys.argv[1:3]
+    provisioner.register()
+    server = initialised()
+    kernel.prepare(server)
+    immortal.freeze()
+    # What a slot finds in its home is its own.
+    for directory, _folders, files in os.walk(os.environ["HOME"]):
+        for name in (directory, *(os.path.join(directory, file) for file in files)):
+            os.lchown(name, USER, USER)
+    pids = []
+    for number in range(int(sys.argv[3]) if mode == "serve" else 1):
+        pid = os.fork()
+        if pid == 0:
+            if mode == "serve":
+                serve(server, f"{where}.{number}")
+            else:
+                suite(where)
+            os._exit(0)
+        pids.append(pid)
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    # Immortal objects and all: a zygote that ends says nothing.
+    sys.exit(max(statuses))
+
+
+if __name__ == "__main__":
+    main()

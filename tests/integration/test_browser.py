@@ -1,0 +1,188 @@
+"""`make up` as a newcomer lives it: two commands, and a notebook in a real browser on this machine.
+
+The host that `make up` makes is left as it was found: up, or not there.
+"""
+
+import contextlib
+import http.client
+import json
+import re
+import socket
+import subprocess
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from selenium.webdriver.common.by import By
+
+import browser
+import product
+from testhost_driver import Host, state
+from testhost_driver.errors import NoSuchHost
+
+NAME = "up"
+
+
+def make(target):
+    """`make TARGET`; what it printed."""
+    done = subprocess.run(["make", target], cwd=product.TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, check=False, timeout=1800)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def is_up():
+    with contextlib.suppress(NoSuchHost):
+        return bool(Host.attach(NAME))
+    return False
+
+
+@pytest.fixture(scope="module")
+def made_up():
+    """What `make up` printed."""
+    was_up = is_up()
+    yield make("up")
+    if was_up:
+        make("up")
+    else:
+        make("down")
+
+
+@pytest.fixture
+def claim(made_up):
+    """Claims from this machine, by make up's own address; they are released afterwards."""
+    claimed = []
+
+    def one(query=""):
+        claimed.append(json.loads(subprocess.run(["curl", "-sS", f"127.0.0.1:9000/claim{query}"], check=True,
+                                                 capture_output=True, text=True).stdout))
+        return claimed[-1]
+
+    yield one
+    for slot in claimed:
+        release(slot)
+
+
+def release(claimed):
+    connection = http.client.HTTPConnection("127.0.0.1", product.API_PORT, timeout=30)
+    with contextlib.closing(connection):
+        connection.request("DELETE", f"/slots/{claimed['slot']}")
+        assert connection.getresponse().status in (200, 404)
+
+
+@pytest.fixture
+def page(tmp_path):
+    """Chromium, with a profile of its own."""
+    with browser.chromium(tmp_path) as opened:
+        yield opened
+
+
+def foreign(addresses):
+    """The addresses that are on a network and not the router's. (A new window of Chromium shows a page of its own.)"""
+    parts = [urlsplit(address) for address in addresses]
+    return [part.geturl() for part in parts
+            if part.scheme in ("http", "https", "ws", "wss") and part.netloc != "127.0.0.1:8000"]
+
+
+def test_the_claims_url_opens_the_welcome_notebook_and_its_cells_run(page, claim):
+    page.open(claim("?path=lab/tree/Welcome.ipynb")["url"])
+    page.read(".jp-Notebook", "Welcome to your notebook")
+    page.wait_for_kernel()
+    page.select_first_cell()
+    page.run_cell()
+    page.read(".jp-CodeCell .jp-OutputArea-output", "Hello from Python 3.13")
+    # The next code cell draws; it is below a title, which is run on the way.
+    page.run_cell()
+    page.run_cell()
+    drawing = page.see(".jp-OutputArea-output svg, .jp-OutputArea-output.jp-RenderedSVG img")[0]
+    page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", drawing)
+    assert drawing.rect["width"] > 100 and drawing.rect["height"] > 100
+    page.shoot("welcome")
+    asked = page.requests()
+    assert len(asked) > 20 and any(address.startswith("ws://") for address in asked)
+    assert foreign(asked) == []
+    assert page.complaints() == []
+
+
+def test_a_new_notebook_from_the_launcher_computes_and_shows_a_table(page, claim):
+    claimed = claim()
+    page.open(claimed["url"])
+    page.see('.jp-LauncherCard[data-category="Notebook"]')[0].click()
+    page.wait_for_kernel()
+    page.select_first_cell()
+    page.type("6 * 7")
+    page.run_cell()
+    page.read(".jp-OutputArea-executeResult .jp-OutputArea-output", "42")
+    page.type("from IPython.display import HTML; HTML('<table><tr><th>answer</th><td>forty-two</td></tr></table>')")
+    page.run_cell()
+    page.read(".jp-OutputArea-output table td", "forty-two")
+    page.shoot("launcher")
+    assert foreign(page.requests()) == []
+    assert page.complaints() == []
+    # The token is in the first address only: what a person copies from the window opens nothing for others.
+    assert "token=" not in page.driver.current_url
+
+
+def test_whose_notebook_has_ended_is_told_so_on_a_page(page, claim):
+    claimed = claim()
+    release(claimed)
+    page.open(claimed["url"])
+    page.read("h1", "This notebook is no longer running")
+    page.shoot("gone")
+    assert page.driver.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert claimed["token"] not in page.driver.find_element(By.TAG_NAME, "body").text
+    page.see("button")[0].click()
+    page.see(".jp-Launcher")
+    assert claimed["slot"] not in page.driver.current_url
+    assert foreign(page.requests()) == []
+
+
+def test_what_make_up_prints_works(made_up):
+    assert "slots are warm" in made_up
+    commands = [line.strip().split("  ")[0] for line in made_up.splitlines() if line.startswith("  ")]
+    curls = [command for command in commands if command.startswith("curl ")]
+    assert [command.split()[1] for command in curls] == ["127.0.0.1:9000/claim", "127.0.0.1:9000/slots"]
+    claimed, slots = (json.loads(subprocess.run(command.split(), check=True, capture_output=True, text=True).stdout)
+                      for command in curls)
+    assert claimed["slot"] in {slot["slot"] for slot in slots}
+    release(claimed)
+    table = next(command for command in commands if command.endswith("nbagent slots"))
+    shown = subprocess.run(table.split(), cwd=product.TOP, check=True, capture_output=True, text=True).stdout
+    assert shown.startswith("SLOT ")
+
+
+def test_a_second_make_up_changes_nothing(made_up):
+    host = Host.attach(NAME)
+    units = ["nbagent.service", "nbagent-api.service", "nbagent-router.service"]
+    before = host.run(["systemctl", "show", "-P", "InvocationID", *units]).stdout
+    printed = make("up")
+    assert "up is up already" in printed and "is in the cache" in printed
+    assert "installing" not in printed and "booting" not in printed
+    assert host.run(["systemctl", "show", "-P", "InvocationID", *units]).stdout == before
+
+
+def test_make_down_leaves_nothing(made_up):
+    make("down")
+    assert NAME not in state.names()
+    groups = [path.read_text() for path in processes("cgroup")]
+    assert not [group for group in groups if re.search(rf"testhost-{NAME}(/|$)", group, re.MULTILINE)]
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/testhost-{NAME}"))
+    assert not Path(f"/run/netns/testhost-{NAME}").exists()
+    assert f"/hosts/{NAME}/" not in Path("/proc/self/mounts").read_text()
+    assert not state.host_directory(NAME).exists()
+    for port in (product.API_PORT, product.ROUTER_PORT):
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", port)) != 0
+    assert "nothing is up" in make("down")
+
+
+def processes(file):
+    """A file of every process's directory in /proc that is still there to be read.
+
+    Who has ended, and whose parent, the machine's own first process, has not looked yet, is no process any more.
+    """
+    for path in Path("/proc").glob(f"[0-9]*/{file}"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            path.read_text()
+            if (path.parent / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                yield path

@@ -1,0 +1,484 @@
+"""Images on a host: imported, several side by side, rolled forward and back; and programs that are not Jupyter."""
+
+import contextlib
+import json
+import re
+import subprocess
+import tarfile
+import time
+
+import pytest
+import websocket
+
+import product
+from archives import Archive, Layers
+from notebook import Notebook
+from testhost_driver.errors import CommandFailed
+
+STORE = "/var/lib/nbagent/images"
+REGISTRY_PORT = 5000
+FETCH_FAILED = r"^nbagent-import-\w+\.service: Failed with result 'exit-code'"
+FEW = "[pool]\nwarm = 0\n"
+
+# nginx as a slot's program: it knows the slot's path, asks for the token, and says what it was asked.
+SERVE = r"""
+printf '%s\n' "pid /tmp/pid; daemon off; error_log stderr; events {}
+http { access_log off; client_body_temp_path /tmp/b; proxy_temp_path /tmp/p; fastcgi_temp_path /tmp/f;
+uwsgi_temp_path /tmp/u; scgi_temp_path /tmp/s;
+server { listen 127.0.0.1:$0; location $1/ {
+if (\$arg_key != '$TOKEN') { return 403 refused; } return 200 'I am $ME at \$request_uri'; } } }" > /tmp/nginx.conf
+exec nginx -c /tmp/nginx.conf
+"""
+COMMAND = ["dash", "-c", SERVE, "{port}", "{base_path}"]
+
+
+def programs(host, *paths):
+    """Archive entries of programs of the test host, with their libraries: an image without Python."""
+    found = {}
+    for path in paths:
+        libraries = host.run(["ldd", path]).stdout.splitlines()
+        for name in (path, *(line.split()[-2] for line in libraries if "/" in line)):
+            found[name.lstrip("/")] = host.run(["cat", name], text=False).stdout
+    return found
+
+
+def base(host):
+    """The lowest layer: dash and nginx."""
+    archive = Archive()
+    for name, content in programs(host, "/bin/dash", "/usr/sbin/nginx").items():
+        archive.add(name, content, mode=0o755)
+    for name in ("tmp", "proc", "dev", "run", "var/log/nginx"):
+        archive.add(name, type=tarfile.DIRTYPE, mode=0o1777 if name == "tmp" else 0o755)
+    return archive.bytes()
+
+
+def served(layer, me, **config):
+    """A container image whose program says that it is `me`."""
+    environment = ["PATH=/bin:/usr/sbin", "TOKEN={token}", f"ME={me}"]
+    return Layers(**{"Entrypoint": COMMAND, "Env": environment, "ExposedPorts": {"3000/tcp": {}}} | config).layer(layer)
+
+
+@pytest.fixture(scope="module")
+def layout(shared, tmp_path_factory):
+    """A layout on the test host with the images `one` and `two`, that differ in what they say and in a layer."""
+    directory = tmp_path_factory.mktemp("oci") / "layout"
+    layer = base(shared.host)
+    for tag in ("one", "two"):
+        served(layer, tag).layer(Archive().add(f"etc/{tag}", tag.encode())).save(directory, tag).close()
+    shared.host.copy_in(str(directory), "/root/")
+    yield "/root/layout"
+    shared.run("rm", "-rf", "/root/layout")
+
+
+@pytest.fixture
+def images(agent):
+    """Import, and take everything away that a test brought."""
+    agent.configure(FEW)
+    yield lambda *arguments: change(agent, *arguments)
+    known = [image["name"] for image in json.loads(agent.run("nbagent", "image", "list", "--json"))]
+    for name in known:
+        if name != "minimal":
+            agent.run("nbagent", "image", "remove", name)
+    for slot in agent.slots():
+        agent.release(slot["slot"])
+    (kept,) = {image["digest"] for image in json.loads(agent.run("nbagent", "image", "list", "--json"))}
+    left = {".lock", "former", "names", kept}
+    agent.wait(lambda: set(agent.run("ls", "-A", STORE).split()) == left, "everything but minimal to be gone")
+
+
+def change(agent, *arguments):
+    """A command that changes the store, and tells the agent by itself."""
+    return json.loads(agent.host.run(["nbagent", "image", *arguments, "--json"], timeout=300).stdout)
+
+
+def trees(agent):
+    return [name for name in agent.run("ls", STORE).split() if name.startswith("sha256-")]
+
+
+def known(agent):
+    """Digests by name, as the agent has them now."""
+    return {image["name"]: image["digest"] for image in agent.api.get("/images").json()}
+
+
+def says(agent, claim, key=None):
+    """What the program of `served` answers at the claim's own address; status and text."""
+    path = f"{claim['path']}?key={claim['token'] if key is None else key}"
+    answer = agent.router.get(path)
+    return answer.status, answer.body.decode()
+
+
+def digest_of(agent, slot):
+    return json.loads(agent.run("cat", f"/run/nbagent/slots/{slot}/slot.json"))["digest"]
+
+
+@pytest.fixture
+def registry(agent, layout):
+    agent.host.copy_in(str(product.TOP / "tests/registry.py"), "/root/")
+    agent.run("systemd-run", "--quiet", "--unit=test-registry", "/usr/bin/python3", "/root/registry.py", layout,
+              str(REGISTRY_PORT))
+    agent.wait(lambda: not subprocess_fails(agent, "ss", "-Hltn", f"sport = :{REGISTRY_PORT}"), "the registry")
+    yield f"docker://127.0.0.1:{REGISTRY_PORT}/team/served"
+    agent.run("systemctl", "stop", "test-registry.service")
+    agent.run("rm", "/root/registry.py")
+
+
+def subprocess_fails(agent, *argv):
+    done = agent.host.run(list(argv), check=False)
+    return done.returncode != 0 or not done.stdout.strip()
+
+
+def test_a_container_image_is_imported_from_everywhere_and_serves(agent, images, layout, registry):
+    agent.run("skopeo", "copy", "--quiet", f"oci:{layout}:one", "docker-archive:/root/one.tar:team/one:1")
+    agent.run("chmod", "600", "/root/one.tar")
+    try:
+        brought = {
+            "from_layout": images("import", "--name", "from_layout", f"oci:{layout}:one"),
+            "from.archive": images("import", "--name", "from.archive", "docker-archive:/root/one.tar"),
+            "from-registry": images("import", "--name", "from-registry", "--insecure", f"{registry}:one"),
+        }
+    finally:
+        agent.run("rm", "/root/one.tar")
+    # The same image has the same digest wherever it comes from; docker save packs its layers anew.
+    assert brought["from_layout"]["digest"] == brought["from-registry"]["digest"]
+    assert brought["from_layout"]["digest"] != brought["from.archive"]["digest"]
+    for name, image in brought.items():
+        agent.wait(lambda name=name, image=image: known(agent).get(name) == image["digest"], f"{name} to be known")
+        claim = agent.claim(image=name)
+        assert says(agent, claim) == (200, f"I am one at {claim['path']}?key={claim['token']}")
+        agent.release(claim["slot"])
+    tree = brought["from.archive"]["root"]
+    assert agent.run("cat", f"{tree}/etc/one") == "one"
+    owners = agent.run("find", tree, "-printf", "%U\n").split()
+    assert set(owners) == {str(brought["from.archive"]["id_base"])}
+
+
+def test_what_cannot_be_fetched_is_said_and_leaves_nothing(agent, images, layout, registry):
+    agent.expect(FETCH_FAILED)
+    before = agent.run("find", STORE, "-maxdepth", "2")
+    for source, status, said in (
+        (f"{registry}:one", 69, "tls"),  # TLS is what one gets without --insecure
+        ("docker://127.0.0.1:1/x:y", 69, "skopeo: .*refused"),
+        ("docker-archive:/etc/hostname", 69, "skopeo: "),
+        ("docker-archive:/no/such", 69, "No such file"),
+        (f"oci:{layout}:three", 65, "tags here: one, two"),
+        (f"oci:{layout}", 65, "tags here: one, two"),
+        ("ftp://x", 2, "docker-archive:FILE"),
+    ):
+        done = agent.host.run(["nbagent", "image", "import", "--name", "x", source], check=False, timeout=120)
+        assert (done.returncode, bool(re.search(said, done.stderr))) == (status, True), (source, done)
+        assert done.stderr.count("\n") == 1
+    assert agent.run("find", STORE, "-maxdepth", "2") == before
+
+
+def test_a_hostile_image_is_refused_whoever_fetched_it(agent, images, tmp_path):
+    """What skopeo takes for a good image, since it does not look into layers."""
+    hostile = {
+        "out": Archive().add("../../../../etc/cron.d/owned", b"x"),
+        "absolute": Archive().add("/etc/cron.d/owned", b"x"),
+        "device": Archive().add("sda", type=tarfile.BLKTYPE, devmajor=8, devminor=0),
+        "hard": Archive().add("x", type=tarfile.LNKTYPE, linkname="/etc/shadow"),
+        "trap": Archive().add("d", type=tarfile.SYMTYPE, linkname="/etc/cron.d").add("d/owned", b"x"),
+        "whiteout": Archive().add("d/.wh...", b""),
+    }
+    for tag, archive in hostile.items():
+        Layers(Cmd=["x"]).layer(archive).save(tmp_path / "hostile", tag).close()
+    agent.host.copy_in(str(tmp_path / "hostile"), "/root/")
+    before = agent.run("find", STORE, "-maxdepth", "2")
+    try:
+        for tag in hostile:
+            agent.run("skopeo", "copy", "--quiet", f"oci:/root/hostile:{tag}", "docker-archive:/root/hostile.tar:x:y")
+            for source in (f"oci:/root/hostile:{tag}", "docker-archive:/root/hostile.tar"):
+                done = agent.host.run(["nbagent", "image", "import", "--name", "x", source], check=False, timeout=120)
+                assert (done.returncode, done.stderr.count("\n")) == (65, 1), (tag, done)
+            agent.run("rm", "/root/hostile.tar")
+    finally:
+        agent.run("rm", "-rf", "/root/hostile")
+    assert agent.run("find", STORE, "-maxdepth", "2") == before
+    assert not agent.run("find", "/etc", "/root", "/var/lib/nbagent", "-name", "owned")
+
+
+def test_skopeo_runs_as_nobody_and_sees_little(agent, images, layout):
+    """A skopeo that tells who it is and what it can do, in the place of the real one."""
+    agent.expect(FETCH_FAILED)
+    spy = """#!/bin/sh
+{ id -u; grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status
+for path in /etc/x /var/lib/nbagent/x /tmp/nbagent-seen; do touch $path 2>/dev/null && echo wrote $path; done
+cat /etc/shadow /etc/nbagent/token 2>/dev/null; ls /run/nbagent /root 2>/dev/null
+cut -d: -f1 /proc/net/dev | tail -n +3; } > "$HOME/seen" 2>&1
+cp "$HOME/seen" "$HOME/told"; echo; tr '\\n' ';' < "$HOME/seen"; exit 1
+"""
+    agent.host.run(["tee", "/usr/local/bin/skopeo"], input=spy)
+    agent.run("chmod", "755", "/usr/local/bin/skopeo")
+    try:
+        done = agent.host.run(
+            ["nbagent", "image", "import", "--name", "x", "docker-archive:/etc/hostname"], check=False, timeout=60
+        )
+    finally:
+        agent.run("rm", "/usr/local/bin/skopeo")
+    assert done.returncode == 69
+    uid, capabilities, new_privileges, seccomp, *rest = done.stderr.strip().split("skopeo: ")[1].rstrip(";").split(";")
+    assert 0x70000000 <= int(uid) < 0x7FFE0000
+    assert int(capabilities.split()[1], 16) == 0
+    assert (new_privileges.split()[1], seccomp.split()[1]) == ("1", "2")
+    assert [line.strip() for line in rest] == ["wrote /tmp/nbagent-seen", "lo"]
+    assert not agent.run("sh", "-c", "ls /tmp/nbagent-seen 2>/dev/null; true")
+
+
+def test_a_killed_import_leaves_nothing_that_counts(agent, images, layout):
+    # Big enough to be in the middle of it: the pipe that is read has no end.
+    agent.run("sh", "-c", "mkfifo /root/endless")
+    script = "nbagent image add --name killed /root/endless & pid=$!; sleep 1; kill -KILL $pid; wait $pid"
+    agent.host.run(["sh", "-c", f"(tail -f /dev/null > /root/endless & echo $! > /root/feeder); {script}"], check=False)
+    agent.host.run(["sh", "-c", "kill $(cat /root/feeder); rm /root/feeder /root/endless"])
+    agent.host.run(["sh", "-c", f"""
+        nbagent image import --name killed oci:{layout}:one & pid=$!
+        until ls -d {STORE}/.staging-*/rootfs >/dev/null 2>&1 || ! kill -0 $pid 2>/dev/null; do :; done
+        kill -KILL $pid 2>/dev/null; wait $pid"""], check=False)
+    left = [name for name in agent.run("ls", "-A", STORE).split() if name.startswith(".staging")]
+    if "killed" not in agent.run("ls", f"{STORE}/names").split():
+        assert left, "it was killed, and cleaned up after all?"
+    images("import", "--name", "whole", f"oci:{layout}:one")
+    assert ".staging" not in agent.run("ls", "-A", STORE)
+
+
+def test_layers_as_umoci_writes_them_are_laid_over_each_other(agent, images, layout):
+    """Whiteouts, replaced files and configuration of a tool that is not ours."""
+    agent.host.run(["sh", "-ec", """
+        cp -r /root/layout /root/umoci; cd /root
+        umoci unpack --image umoci:one bundle
+        rm bundle/rootfs/etc/one; rm -r bundle/rootfs/var/log/nginx; mkdir -p bundle/rootfs/var/log/nginx
+        echo changed > bundle/rootfs/etc/new; ln -s new bundle/rootfs/etc/link
+        ln bundle/rootfs/etc/new bundle/rootfs/hard
+        umoci repack --image umoci:three bundle
+        umoci config --image umoci:three --config.env ME=three --config.workingdir /var/log
+    """], timeout=120)
+    try:
+        root = images("import", "--name", "three", "oci:/root/umoci:three")["root"]
+    finally:
+        agent.run("rm", "-rf", "/root/umoci", "/root/bundle")
+    assert agent.run("sh", "-c", f"ls {root}/etc; cat {root}/etc/link {root}/hard") == "link\nnew\nchanged\nchanged\n"
+    claim = agent.claim(image="three")
+    assert says(agent, claim)[1].startswith("I am three at")
+
+
+def test_several_images_have_a_pool_each_and_serve_side_by_side(agent, images, layout):
+    for tag in ("one", "two"):
+        images("import", "--name", tag, f"oci:{layout}:{tag}")
+    agent.configure("[pool]\nwarm = 1\n[images.two]\nwarm = 2\n")
+    pools = agent.wait(
+        lambda: (p := agent.api.get("/stats").json()["pools"])
+        and [p.get(name, {}).get("warm") for name in ("minimal", "one", "two")] == [1, 1, 2] and p,
+        "every pool to be full",
+    )
+    assert {name: pools[name]["wanted"] for name in ("minimal", "one", "two")} == {"minimal": 1, "one": 1, "two": 2}
+    claims = {name: agent.claim(image=name) for name in ("one", "two", "minimal")}
+    assert [says(agent, claims[name])[1].split(" at ")[0] for name in ("one", "two")] == ["I am one", "I am two"]
+    assert Notebook(agent.host, claims["minimal"]).run("6 * 7").text == "42"
+    uids = [agent.run("stat", "-c", "%u", f"/proc/{agent.processes(claim['slot'])[0]}").strip()
+            for claim in claims.values()]
+    assert len({int(uid) >> 16 for uid in uids}) == 3, "each image has its own range of ids"
+
+
+def test_a_name_is_rolled_forward_and_back_and_users_finish_on_what_they_have(agent, images, layout):
+    old = images("import", "--name", "app", f"oci:{layout}:one")
+    agent.configure(FEW + "[images.app]\nwarm = 1\n")
+    agent.wait(lambda: agent.slots("warm"), "a warm slot")
+    user = agent.claim(image="app")
+    new = images("import", "--name", "app", f"oci:{layout}:two")
+    assert new["former"] == old["digest"]
+
+    def rolled(image):
+        warm = [slot["slot"] for slot in agent.slots("warm")]
+        with contextlib.suppress(CommandFailed):
+            return warm and {digest_of(agent, slot) for slot in warm} == {image["digest"]}
+        return False
+
+    agent.wait(lambda: rolled(new), "warm slots of the new image only")
+    assert says(agent, agent.claim(image="app"))[1].startswith("I am two")
+    assert says(agent, user)[1].startswith("I am one")
+    back = images("use", "app", old["digest"].removeprefix("sha256-")[:12])
+    assert (back["digest"], back["former"]) == (old["digest"], new["digest"])
+    agent.wait(lambda: rolled(old), "warm slots of the old image again")
+    # One that no name means or meant goes with its last slot, and not before.
+    two = next(slot["slot"] for slot in agent.slots("claimed") if digest_of(agent, slot["slot"]) == new["digest"])
+    images("use", "app", "minimal")
+    images("use", "app", old["digest"])
+    agent.wait(lambda: known(agent)["app"] == old["digest"], "the agent to know")
+    assert new["digest"] in trees(agent)
+    agent.release(two)
+    agent.wait(lambda: new["digest"] not in trees(agent), "the tree of the new image to go")
+    assert says(agent, user)[1].startswith("I am one")
+
+
+def test_no_start_loses_its_tree_to_a_change_of_the_store(agent, images, layout):
+    images("import", "--name", "app", f"oci:{layout}:one")
+    agent.configure(FEW + "[images.app]\nwarm = 2\n")
+    for turn in range(6):
+        tag = ("two", "one")[turn % 2]
+        # The name goes for a moment, and with it what keeps the tree: claims are on their way all the while.
+        agent.host.run(["sh", "-ec", f"""
+            for n in 1 2 3; do curl -s -o /dev/null -X POST '127.0.0.1:9000/claim?image=app&ttl=2s' & done
+            nbagent image remove app; nbagent image import --name app oci:{layout}:{tag}; wait"""], timeout=120)
+    agent.wait(lambda: "app" in known(agent), "the agent to know app")
+    assert says(agent, agent.claim(image="app"))[0] == 200
+    # A start that failed would be a warning, which nobody expects here.
+    agent.check_journal()
+
+
+def test_a_programs_slot_is_as_closed_as_a_notebooks(agent, images, layout):
+    images("import", "--name", "app", f"oci:{layout}:one")
+    claim = agent.claim(image="app")
+    assert says(agent, claim, "wrong")[0] == 403
+    pids = agent.processes(claim["slot"])
+    assert len(pids) >= 4  # init, the forwarder, nginx and its worker
+    owners = set()
+    for pid in pids:
+        status = agent.run("cat", f"/proc/{pid}/status")
+        facts = dict(re.findall(r"^(\w+):\s+(\S+)", status, re.MULTILINE))
+        assert (int(facts["CapEff"], 16), int(facts["CapBnd"], 16)) == (0, 0), status
+        assert (facts["NoNewPrivs"], facts["Seccomp"]) == ("1", "2"), status
+        owners.add(facts["Uid"])
+        command = agent.run("cat", f"/proc/{pid}/cmdline")
+        assert claim["token"] not in command
+        descriptors = agent.run("sh", "-c", f"readlink /proc/{pid}/fd/*")
+        if command.startswith("nginx"):
+            assert "nbagent-activity" not in descriptors
+    assert len(owners) == 1
+    assert int(owners.pop()) > 0x70000000 + 2000
+
+
+def test_bytes_of_a_client_keep_a_program_from_being_idle(agent, images, layout):
+    images("import", "--name", "app", f"oci:{layout}:one")
+    claim = agent.claim(image="app")
+
+    def idle_s():
+        return agent.api.get(f"/slots/{claim['slot']}").json()["idle_s"]
+
+    agent.wait(lambda: idle_s() > 1, "it to be idle")
+    asked_s = time.monotonic()
+    says(agent, claim)
+    assert idle_s() <= time.monotonic() - asked_s + 0.1
+    agent.configure(FEW + '[cull]\nidle = "2s"\ncpu = 1.0\n')
+    agent.wait(lambda: agent.api.get(f"/slots/{claim['slot']}").status == 404, "it to be culled")
+
+
+def test_a_program_that_does_not_listen_or_ends_is_said_to(agent, images, layout, tmp_path):
+    agent.expect(r"slot \S+ did not start: (it ended|not ready after 2 s|exec: )")
+    agent.expect(r"pool (deaf|gone) waits ")
+    agent.expect(r"^nbagent-\S+\.scope: Failed with result")
+    layer = base(agent.host)
+    # Who notices first that time is up, the forwarder or the supervisor, is open on a machine that has much to do.
+    words = {"deaf": (["dash", "-c", "kill -STOP $$"], "did not listen on 127.0.0.1:3000 in time|not ready after 2 s"),
+             "gone": (["no-such-program"], "No such file or directory")}
+    for tag, (command, _) in words.items():
+        served(layer, tag, Entrypoint=command).save(tmp_path / "bad", tag).close()
+    agent.host.copy_in(str(tmp_path / "bad"), "/root/")
+    agent.configure('[slots]\nstart_timeout = "2s"\n[pool]\nwarm = 0\nclaim_timeout = "8s"\nbackoff = "30s"\n')
+    try:
+        for tag, (_, said) in words.items():
+            images("import", "--name", tag, f"oci:/root/bad:{tag}")
+            agent.wait(lambda tag=tag: tag in known(agent), f"{tag} to be known")
+            refused = agent.api.post("/claim", {"image": tag})
+            assert refused.status == 503, refused.body
+            failed = [entry["MESSAGE"] for entry in agent.journal("-t", "nbagent", "-p", "warning")]
+            slot = re.findall(r"slot (\S+) did not start", "\n".join(failed))[-1]
+            output = agent.run("journalctl", "--no-pager", "-o", "cat", f"NBAGENT_SLOT={slot}")
+            output += agent.run("journalctl", "--no-pager", "-o", "cat", "-u", f"nbagent-{slot}.scope")
+            assert re.search(said, output), output
+    finally:
+        agent.run("rm", "-rf", "/root/bad")
+
+
+def test_a_container_image_with_jupyterlab_needs_nothing_else(agent, images, tmp_path):
+    """The minimal image as a Docker image would be: in layers, and without a word about nbagent."""
+    image = Layers(User="1000", WorkingDir="/home/jovyan", Cmd=["start-notebook.sh"],
+                   Env=["PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8"])
+    image.layer(agent.host.run(["cat", "/usr/share/nbagent/images/minimal.tar.zst"], text=False).stdout, bytes)
+    image.layer(Archive().add("etc/.wh.nbagent-image.toml").add("home/jovyan/.wh.Welcome.ipynb")
+                .add("home/jovyan/More.ipynb", b'{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'))
+    image.save(tmp_path / "docker").close()
+    agent.host.copy_in(str(tmp_path / "docker"), "/root/")
+    try:
+        images("import", "--name", "docker", "oci:/root/docker")
+    finally:
+        agent.run("rm", "-rf", "/root/docker")
+    notebook = agent.open(image="docker")
+    assert notebook.run("6 * 7").text == "42"
+    assert [item["name"] for item in notebook.get("api/contents")["content"]] == ["More.ipynb"]
+
+
+def test_a_manifest_can_be_given_to_an_image_that_is_as_it_is(agent, images, layout):
+    words = ", ".join(json.dumps(word.replace("{port}", "4000")) for word in COMMAND)
+    text = (f'command = [{words}]\nport = 4000\nready = "x"\nurl = "start?key={{token}}"\nuser = "maria"\n'
+            'home = "/home/maria"\n[environment]\nPATH = "/bin:/usr/sbin"\nTOKEN = "{token}"\nME = "given"\n')
+    agent.host.run(["tee", "/root/manifest.toml"], input=text)
+    try:
+        images("import", "--name", "given", "--manifest", "/root/manifest.toml", f"oci:{layout}:one")
+    finally:
+        agent.run("rm", "/root/manifest.toml")
+    claim = agent.claim(image="given")
+    assert claim["url"].endswith(f"/user/{claim['slot']}/start?key={claim['token']}")
+    answer = agent.router.get(claim["url"].split(":8000")[1])
+    assert answer.body.decode().startswith(f"I am given at /user/{claim['slot']}/start")
+
+
+KEY_OF = """
+import importlib.machinery, importlib.util, pathlib, sys
+loader = importlib.machinery.SourceFileLoader("build", "/usr/lib/nbagent/build-image")
+sys.modules["build"] = build = importlib.util.module_from_spec(importlib.util.spec_from_loader("build", loader))
+loader.exec_module(build)
+print(build.read_recipe(pathlib.Path(sys.argv[1])).key())
+"""
+
+
+def test_a_recipe_is_built_and_stored_by_one_command(agent, images):
+    """Offline, so the builder finds in its cache what it made on this machine."""
+    built = subprocess.run([product.TOP / "images/build", product.TOP / "images/minimal"],
+                           stdout=subprocess.PIPE, text=True, check=True).stdout.split()[1]
+    agent.host.copy_in(str(product.TOP / "images/minimal"), "/root/")
+    # The package's builder has another first line, so another key.
+    key = agent.run("/usr/bin/python3", "-BIc", KEY_OF, "/root/minimal").strip()
+    agent.run("mkdir", "-p", f"/var/cache/nbagent/images/{key}")
+    agent.host.copy_in(built, f"/var/cache/nbagent/images/{key}/")
+    try:
+        added = images("build", "--name", "again", "/root/minimal")
+    finally:
+        agent.run("rm", "-rf", "/root/minimal", "/var/cache/nbagent")
+    assert added["digest"] == known(agent)["minimal"]
+
+
+@pytest.fixture
+def marimo(agent, images):
+    """The image of images/marimo, built once on this machine."""
+    done = subprocess.run([product.TOP / "images/build", product.TOP / "images/marimo"],
+                          stdout=subprocess.PIPE, text=True, check=True)
+    agent.host.copy_in(done.stdout.split()[1], "/root/marimo.tar.zst")
+    images("add", "--name", "marimo", "/root/marimo.tar.zst")
+    agent.run("rm", "/root/marimo.tar.zst")
+    # The router passes on no cookie that it does not know, and marimo keeps its login in one of its own.
+    agent.configure(FEW + '[router]\ncookies = ["session_2718_user_*"]\n')
+    agent.run("systemctl", "reload", "nbagent-router.service")
+    yield
+    agent.configure(FEW)
+    agent.run("systemctl", "reload", "nbagent-router.service")
+
+
+def test_marimo_opens_by_the_claims_link_and_its_websocket_works(agent, marimo):
+    claim = agent.claim(image="marimo")
+    base_path = f"/user/{claim['slot']}/"
+    assert claim["url"] == f"http://127.0.0.1:8000{base_path}?access_token={claim['token']}"
+    assert agent.router.get(base_path).status in (303, 401, 403)
+    opened = agent.router.get(f"{base_path}?access_token={claim['token']}")
+    assert opened.status == 303, opened
+    cookie = opened.headers["set-cookie"].split(";")[0]
+    agent.wait(lambda: agent.router.get(base_path, Cookie=cookie).status == 200, "the router's settings")
+    page = agent.router.get(base_path, Cookie=cookie)
+    assert b"marimo" in page.body
+    script = re.search(rb'src="\./(assets/[^"]+\.js)"', page.body)
+    assert agent.router.get(base_path + script[1].decode(), Cookie=cookie).status == 200
+    connection = websocket.create_connection(
+        f"ws://127.0.0.1:8000{base_path}ws?session_id=s_test01&file=__new__test01",
+        socket=agent.host.connect(product.ROUTER_PORT), cookie=cookie, timeout=60,
+    )
+    with contextlib.closing(connection):
+        assert json.loads(connection.recv())["op"] == "kernel-ready"

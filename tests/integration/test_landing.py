@@ -1,0 +1,352 @@
+"""The landing page on port 8000: notebooks for people and tmpnb's clients, and no way to the control API."""
+
+import concurrent.futures
+import contextlib
+import html
+import re
+from urllib.parse import urlsplit
+
+import pytest
+
+import browser
+import product
+
+HTML = "text/html,application/xhtml+xml,*/*;q=0.8"
+SLOT = re.compile(r"/user/([a-z0-9]+-[a-z0-9]{12})/")
+SERVICES = ("nbagent-api.service", "nbagent-router.service")
+
+
+@pytest.fixture(scope="module")
+def roomy(shared):
+    """A host where no test reaches the rate of an address by itself."""
+    path = "/etc/nbagent/conf.d/80-landing.toml"
+    shared.host.run(["tee", path], input="[landing]\nrate = 1000\n")
+    reload(shared)
+    yield
+    shared.run("rm", path)
+    reload(shared)
+
+
+@pytest.fixture
+def landing(agent, roomy):
+    """The router as its clients see it."""
+    return agent.router
+
+
+@pytest.fixture
+def configure(agent, roomy):
+    """Settings for all three services; as they were afterwards."""
+    def use(settings):
+        agent.configure(settings)
+        reload(agent)
+
+    yield use
+    use("")
+
+
+def reload(agent):
+    """New settings for the API and the router, whose workers with the old ones are gone afterwards."""
+    old = workers(agent)
+    agent.run("systemctl", "reload", *SERVICES)
+    agent.wait(lambda: (now := workers(agent)) and not now & old, "workers that know the new settings")
+    agent.wait(lambda: agent.router.get("/healthz").status in (200, 403), "the router to answer")
+
+
+def workers(agent):
+    """Processes that take new connections, of those two that have workers; old ones of nginx may end hours later."""
+    script = """for unit in nbagent-api nbagent-router; do
+        ps --no-headers -o pid,args --ppid $(systemctl show -P MainPID $unit)
+    done | grep -v 'shutting down'; true"""
+    return {line.split()[0] for line in agent.run("sh", "-c", script).splitlines()}
+
+
+@pytest.fixture
+def page(agent, landing, tmp_path):
+    """A browser, and the address of the landing page on this machine."""
+    with browser.chromium(tmp_path) as window:
+        window.front = f"http://127.0.0.1:{agent.host.forward(product.ROUTER_PORT, 0)}"
+        yield window
+
+
+def slot_of(answer):
+    found = SLOT.match(urlsplit(answer.headers.get("location") or answer.json()["url"]).path)
+    assert found, answer
+    return found[1]
+
+
+def claimed_by(agent, slot):
+    """The address that the journal says has claimed a slot."""
+    (entry,) = agent.wait(
+        lambda: [e for e in agent.journal(f"NBAGENT_SLOT={slot}") if "NBAGENT_CLIENT" in e], f"{slot} in the journal")
+    return entry["NBAGENT_CLIENT"]
+
+
+def test_a_link_starts_a_notebook_at_its_path(agent, landing):
+    answer = landing.get("/spawn/lab/tree/a%20b.ipynb?reset&x=1%262", Accept=HTML)
+    assert answer.status == 302 and answer.headers["cache-control"] == "no-store"
+    slot = slot_of(answer)
+    link = answer.headers["location"]
+    assert link.startswith(f"/user/{slot}/lab/tree/a%20b.ipynb?reset&x=1%262&token=")
+    opened = landing.get(link, Accept=HTML)
+    assert opened.status == 200 and b"jupyter-config-data" in opened.body
+
+
+def test_the_button_starts_one_notebook_however_often_it_is_pressed(agent, landing):
+    page = landing.get("/tree?x=1", Accept=HTML).body.decode()
+    action, key = re.search(r'action="([^"]+)">\s*<input type="hidden" name="key" value="([^"]+)"', page).groups()
+    def press():
+        return landing.call("POST", html.unescape(action), f"key={key}".encode(),
+                         {"Content-Type": "application/x-www-form-urlencoded", "Accept": HTML})
+
+    with concurrent.futures.ThreadPoolExecutor() as fingers:
+        answers = [pressed.result() for pressed in [fingers.submit(press) for _ in range(4)]]
+    assert {answer.status for answer in answers} == {303}
+    assert len({answer.headers["location"] for answer in answers}) == 1
+    assert "/tree?x=1&token=" in answers[0].headers["location"]
+
+
+def test_a_client_written_for_tmpnb_needs_no_change(agent, landing):
+    before = landing.get("/api/stats").json()
+    answer = landing.post("/api/spawn/", b"ignored")
+    url = answer.json()["url"]
+    assert answer.status == 200 and re.fullmatch(r"/user/[a-z0-9-]+/\?token=[A-Za-z0-9_-]+", url)
+    base, _, token = url.partition("?token=")
+    assert landing.get(f"{base}api/contents", Authorization=f"token {token}").status == 200
+    agent.wait(lambda: landing.get("/api/stats").json()["in_use"] == before["in_use"] + 1, "the slot to be counted")
+    after = landing.get("/api/stats/").json()
+    assert after["capacity"] == before["capacity"] and after["container_image"] == "minimal"
+    assert landing.get("/stats").headers["location"] == "/api/stats"
+    assert landing.call("OPTIONS", "/api/spawn", headers={"Origin": "https://x.example"}).status == 204
+
+
+def test_tmpnbs_admin_drains_the_pool_and_it_fills_again(agent):
+    agent.wait_warm()
+    old = {slot["slot"] for slot in agent.slots("warm")}
+    answer = agent.api.delete("/api/pool/")
+    assert answer.status == 200 and answer.json()["drained"] >= 1
+    agent.wait(lambda: agent.slots("warm") and not old & {slot["slot"] for slot in agent.slots()}, "new warm slots")
+
+
+def raw(agent, request):
+    """The whole answer to a request that is sent as it is written."""
+    with agent.host.connect(product.ROUTER_PORT) as connection:
+        connection.settimeout(20)
+        connection.sendall(request.encode())
+        with contextlib.suppress(TimeoutError), connection.makefile("rb") as answer:
+            return answer.read()
+
+
+@pytest.mark.parametrize("target", [
+    "/claim", "//claim", "/./claim", "/spawn/../claim", "/spawn/..%2fclaim", "/spawn/%2e%2e/claim", "/api/../claim",
+    "/lab/..;/claim", "/user/../claim", "/user/x/../../claim", "http://127.0.0.1:9000/claim", "/%63laim", "/claim%00",
+    "/slots", "/drain", "/metrics", "/images", "/openapi.json", "/readyz", "/api/pool", "/api/spawn/../pool",
+])
+def test_nothing_of_the_control_api_is_reached_by_the_landing_page(agent, landing, target):
+    before = agent.api.get("/stats").json()
+    for method in ("GET", "POST", "DELETE"):
+        local = "X-Forwarded-For: 127.0.0.1\r\nX-Real-IP: 127.0.0.1\r\n"
+        head = f"{method} {target} HTTP/1.1\r\nHost: 127.0.0.1:9000\r\n{local}"
+        answer = raw(agent, f"{head}Content-Length: 0\r\nConnection: close\r\n\r\n")
+        # Below /lab/ everything is the front page.
+        assert re.match(rb"HTTP/1\.1 40[0345]", answer) or b"<h1>A notebook, at once</h1>" in answer, answer
+        assert b'"slot"' not in answer and b'"links"' not in answer and b"drained" not in answer
+    after = agent.api.get("/stats").json()
+    assert (after["claimed"], after["draining"]) == (before["claimed"], False)
+
+
+def test_only_the_router_may_connect_to_the_doors_socket(agent, landing):
+    script = "import socket; socket.socket(socket.AF_UNIX).connect('/run/nbagent/landing.sock')"
+    def may(user):
+        command = ["runuser", "-u", user, "--", "python3", "-c", script]
+        return agent.host.run(command, check=False).returncode == 0
+
+    assert may("nbagent-router")
+    assert not may("nobody") and not may("nbagent")
+
+
+def test_what_a_client_says_of_its_address_is_believed_of_trusted_proxies_only(agent, configure, landing):
+    forged = {"X-Forwarded-For": "203.0.113.9", "X-Real-IP": "203.0.113.9"}
+    assert claimed_by(agent, slot_of(landing.post("/api/spawn", **forged))) == "127.0.0.1"
+    configure('[router]\ntrusted_proxies = ["127.0.0.1", "10.0.0.0/8"]\n')
+    # What stands before the last proxy's word, the client wrote.
+    told = {"X-Forwarded-For": "192.0.2.66, 203.0.113.9, 10.1.2.3"}
+    assert claimed_by(agent, slot_of(landing.post("/api/spawn", **told))) == "203.0.113.9"
+
+
+def test_one_address_may_start_so_many_a_minute_and_others_are_not_held_up(agent, configure, landing):
+    configure('[router]\ntrusted_proxies = ["127.0.0.1"]\n[landing]\nrate = 2\n')
+    def spawn(address, path="/api/spawn", **headers):
+        return landing.call("POST", path, b"", {"X-Forwarded-For": address, **headers})
+
+    # The first, and a burst of two.
+    assert [spawn("203.0.113.1").status for _ in range(4)] == [200, 200, 200, 429]
+    busy = spawn("203.0.113.1", "/spawn/lab", Accept=HTML)
+    assert busy.status == 429 and busy.headers["retry-after"] == "60"
+    assert b"One moment, please" in busy.body
+    assert spawn("203.0.113.1").json()["type"] == "urn:nbagent:problem:rate-limited"
+    assert landing.get("/", Accept=HTML, **{"X-Forwarded-For": "203.0.113.1"}).status == 200
+    assert spawn("203.0.113.2").status == 200
+    # One subscriber of IPv6 has a whole /64.
+    own = ["2001:db8:0:1::1", "2001:db8:0:1:ffff::2", "2001:db8:0:1::3", "2001:db8:0:1:8000::4"]
+    assert [spawn(address).status for address in own] == [200, 200, 200, 429]
+    assert spawn("2001:db8:0:2::1").status == 200
+
+
+def test_who_is_banned_is_served_nothing_but_the_reason(agent, configure, landing):
+    notebook = agent.claim()
+    configure('[router]\ntrusted_proxies = ["127.0.0.1"]\n[landing]\nbanned = ["203.0.113.0/24", "2001:db8::/32"]\n')
+    banned, other = {"X-Forwarded-For": "203.0.113.77"}, {"X-Forwarded-For": "198.51.100.1"}
+    for path in ("/", "/spawn", "/api/stats", f"/user/{notebook['slot']}/lab", "/healthz", "/nothing"):
+        answer = landing.get(path, Accept=HTML, **banned)
+        assert answer.status == 403 and b"Nothing is served to your address" in answer.body, path
+    problem = landing.post("/api/spawn", **banned, Accept="application/json")
+    assert (problem.status, problem.json()["type"]) == (403, "urn:nbagent:problem:banned")
+    assert landing.get("/", **{"X-Forwarded-For": "2001:db8:5::1"}).status == 403
+    assert landing.get("/", **other).status == 200
+
+
+def test_a_full_host_says_so_with_when_to_come_back(agent, configure, landing):
+    claim = agent.claim(ttl="10min")
+    agent.expect("full")
+    configure("[slots]\ncapacity = 1\n[pool]\nwarm = 0\n[landing]\nrate = 1000\n")
+    agent.wait(lambda: not agent.slots("warm"), "the warm ones to go")
+    for path in ("/spawn", "/spawn/lab/tree/x.ipynb"):
+        answer = landing.get(path, Accept=HTML)
+        assert answer.status == 503 and 1 <= int(answer.headers["retry-after"]) <= 60
+        assert b"1 of 1 are in use" in answer.body and b"10 minutes" in answer.body
+        assert f"url={path}".encode() in answer.body
+    answer = landing.post("/api/spawn")
+    assert (answer.status, answer.json()) == (429, {"status": "full"})
+    agent.release(claim["slot"])
+    assert slot_of(landing.get("/spawn"))
+
+
+def test_an_ended_notebook_has_a_button_that_starts_a_new_one_at_the_same_path(agent, landing):
+    claim = agent.claim()
+    path = f"/user/{claim['slot']}/lab/tree/a%20b.ipynb"
+    agent.release(claim["slot"])
+    page = landing.get(f"{path}?token={claim['token']}&x=1", Accept=HTML)
+    assert page.status == 404 and b"no longer running" in page.body and claim["token"].encode() not in page.body
+    action = re.search(r'action="([^"]+)"', page.body.decode())[1]
+    assert action == "/spawn/lab/tree/a%20b.ipynb?x=1"
+    answer = landing.call("POST", action, b"", {"Content-Type": "application/x-www-form-urlencoded"})
+    assert answer.status == 303 and slot_of(answer) != claim["slot"]
+
+
+def test_a_door_that_is_off_leaves_the_router_what_it_was(agent, configure):
+    configure('[landing]\naccess = "off"\n')
+    assert agent.router.get("/api/stats").status == 404
+    assert b"RunningSlot notebooks run here" in agent.router.get("/", Accept=HTML).body
+    for path in ("/spawn", "/info", "/lab", "/api/spawn"):
+        assert agent.router.get(path, Accept=HTML).status == 404
+    claim = agent.claim()
+    agent.release(claim["slot"])
+    gone = agent.router.get(f"/user/{claim['slot']}/lab", Accept=HTML)
+    assert gone.status == 404 and b"no longer running" in gone.body and b"<button" not in gone.body
+
+
+def test_at_the_name_of_a_slot_there_is_no_landing(agent, configure):
+    configure('[router]\nurl_mode = "subdomain"\ndomain = "nb.test"\n')
+    answer = agent.router.get("/spawn/lab", Host="nb.test:8000")
+    link = urlsplit(answer.headers["location"])
+    slot = SLOT.match(link.path)[1]
+    assert link.netloc == f"{slot}.nb.test:8000"
+    for path in ("/spawn", "/api/spawn", "/info"):
+        assert agent.router.get(path, Host=f"{slot}.nb.test:8000", Accept=HTML).status == 404
+    assert agent.router.get(f"{link.path}?{link.query}", Host=link.netloc).status == 200
+
+
+def test_while_the_api_restarts_people_wait_and_are_served(agent, landing):
+    with concurrent.futures.ThreadPoolExecutor() as people:
+        restart = people.submit(agent.run, "systemctl", "restart", "nbagent-api.service")
+        answers = [people.submit(landing.get, "/spawn") for _ in range(3)]
+        restart.result()
+        assert [answer.result().status for answer in answers] == [302] * 3
+
+
+def test_without_an_api_people_get_a_page_and_notebooks_go_on(agent, landing):
+    claim = agent.claim()
+    agent.run("systemctl", "stop", "nbagent-landing.socket", "nbagent-api.service")
+    try:
+        answer = landing.get("/spawn", Accept=HTML)
+        assert (answer.status, answer.headers["retry-after"]) == (503, "5")
+        assert b"cannot be started right now" in answer.body
+        assert landing.get(f"{claim['path']}?token={claim['token']}").status == 200
+        gone = landing.get(f"/user/{claim['slot'][:-4]}0000/lab", Accept=HTML)
+        assert gone.status == 404 and b"no longer running" in gone.body
+    finally:
+        agent.run("systemctl", "start", "nbagent-landing.socket", "nbagent-api.socket", "nbagent-api.service")
+
+
+def test_a_stranger_who_says_nothing_does_not_hold_up_the_landing(agent, landing):
+    silent = [agent.host.connect(product.ROUTER_PORT) for _ in range(150)]
+    try:
+        for connection in silent:
+            connection.sendall(b"POST /api/spawn HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n")
+        assert landing.get("/spawn").status == 302
+        assert agent.api.get("/healthz").status == 200
+    finally:
+        for connection in silent:
+            connection.close()
+
+
+def test_one_click_opens_jupyterlab(page):
+    page.open(page.front)
+    page.read("h1", "A notebook, at once")
+    page.shoot("landing")
+    page.see("button")[0].click()
+    page.see('.jp-LauncherCard[data-category="Notebook"]')
+    assert SLOT.search(page.driver.current_url)
+    assert {urlsplit(address).netloc for address in page.requests() if address.startswith(("http", "ws"))} == {
+        urlsplit(page.front).netloc}
+    assert page.complaints() == []
+
+
+def test_a_deep_link_goes_on_at_once_where_the_operator_wants_that(agent, configure, page):
+    configure('[landing]\nstart = "at once"\n')
+    page.open(f"{page.front}/lab/tree/")
+    page.see(".jp-Launcher, .jp-DirListing")
+    assert SLOT.search(page.driver.current_url)
+
+
+@pytest.mark.parametrize(("width", "height"), [(360, 740), (1920, 1080)])
+def test_the_pages_fit_a_phone_and_a_projector(agent, page, width, height):
+    mobile = width < 500
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+        "width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile})
+    label = agent.api.get("/stats").json()["label"]
+    for name, path in (("front", "/lab/tree/a-name-that-is-rather-long-and-does-not-break-anywhere.ipynb"),
+                       ("gone", f"/user/{label}-0123456789ab/lab"), ("info", "/info")):
+        page.open(page.front + path)
+        page.see("h1")
+        if name == "info":
+            page.wait(lambda driver: page.see("[data-figure=free]")[0].text not in ("", "–"), "figures")
+        page.shoot(f"{name}-{width}")
+        assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width, name
+    # Read across a room.
+    size = page.driver.execute_script(
+        "return parseFloat(getComputedStyle(document.querySelector('[data-figure=in_use]')).fontSize)")
+    assert size >= (40 if mobile else 120)
+
+
+def test_the_picture_of_the_host_is_live(agent, page):
+    page.open(f"{page.front}/info")
+    page.read("#state", "open")
+    used = int(page.see("[data-figure=in_use]")[0].text)
+    agent.claim()
+    page.read("[data-figure=in_use]", str(used + 1))
+    assert page.complaints() == []
+
+
+def test_who_found_the_host_full_gets_a_notebook_when_a_place_is_free(agent, configure, page):
+    claim = agent.claim()
+    agent.expect("full")
+    configure("[slots]\ncapacity = 1\n[pool]\nwarm = 0\n")
+    agent.wait(lambda: not agent.slots("warm"), "the warm ones to go")
+    agent.run("curl", "-sX", "PATCH", f"127.0.0.1:9000/slots/{claim['slot']}", "-H", "Content-Type: application/json",
+              "-d", '{"ttl": "4s"}')
+    page.open(f"{page.front}/spawn/lab")
+    page.read("h1", "Every notebook is in use")
+    page.shoot("full")
+    page.see(".jp-Launcher")
+    assert SLOT.search(page.driver.current_url)

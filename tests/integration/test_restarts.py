@@ -1,0 +1,263 @@
+"""Restarts, crashes and upgrades: whatever happens to the agent, its users' slots go on."""
+
+import contextlib
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from nbagent.core.events import Event
+from nbagent.core.model import new_id
+from notebook import Kernel
+
+SUPERVISOR, API, ROUTER = "nbagent.service", "nbagent-api.service", "nbagent-router.service"
+# What PID 1 says of a service that was killed.
+FAILED_SCOPE = re.compile(r"Failed to start nbagent-\S+\.scope")
+KILLED = r"nbagent(-api|-router)?\.service: (Main process exited|Failed with result|Consumed|Killing process)"
+
+
+class Session:
+    """A person in the middle of something: a variable, and a cell that runs until it is told to stop."""
+
+    def __init__(self, agent):
+        self.agent, self.notebook = agent, agent.open()
+        self.kernel = self.notebook.kernel()
+        assert self.kernel.run("import os, pathlib, time; answer = 6 * 7").status == "ok"
+        self.kernel.send(
+            "pathlib.Path('runs').touch()\n"
+            "while not os.path.exists('go'): time.sleep(0.05)\n"
+            "pathlib.Path('done').write_text(str(answer))"
+        )
+        agent.wait(lambda: self.file("runs") is not None, "the cell to run")
+        self.pids = agent.processes(self.notebook.slot)
+        assert len(self.pids) >= 3
+
+    def file(self, name):
+        """A file's content through the router, or None."""
+        path = f"{self.notebook.base}api/contents/{name}"
+        answer = self.notebook.router.call("GET", path, headers=self.notebook.headers)
+        return answer.json()["content"] if answer.status == 200 else None
+
+    def check(self):
+        """Fails unless everything went on: processes, the cell, the variable, the claim."""
+        agent, notebook = self.agent, self.notebook
+        agent.wait(lambda: agent.api.get("/healthz").status == 200, "the API")
+        assert agent.api.get(f"/slots/{notebook.slot}").json()["state"] == "claimed"
+        assert agent.processes(notebook.slot) == self.pids
+        assert self.file("done") is None
+        body = {"type": "file", "format": "text", "content": ""}
+        assert notebook.router.call("PUT", f"{notebook.base}api/contents/go", body, notebook.headers).status == 201
+        assert agent.wait(lambda: self.file("done"), "the cell's end") == "42"
+        with Kernel(notebook, self.kernel.id) as again:
+            assert again.run("answer").text == "42"
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            self.kernel.close()
+
+
+@pytest.fixture
+def session(agent):
+    """A session on the shared host."""
+    with contextlib.closing(Session(agent)) as session:
+        yield session
+
+
+@pytest.fixture
+def workers():
+    """Threads for callers that ask while the test does something else."""
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def restart(agent, unit):
+    agent.run("systemctl", "restart", unit)
+
+
+def kill(agent, unit):
+    """SIGKILL to every process of a service; returns when PID 1 runs it anew."""
+    agent.expect(KILLED)
+    # What was half started ends with it, before or after PID 1 has put it into its scope.
+    agent.expect(FAILED_SCOPE.pattern)
+    before = main_pid(agent, unit)
+    agent.run("systemctl", "kill", "-s", "KILL", unit)
+    agent.wait(lambda: main_pid(agent, unit) not in (before, 0), f"{unit} to be restarted")
+
+
+def main_pid(agent, unit):
+    return int(agent.run("systemctl", "show", "-P", "MainPID", unit))
+
+
+def events(agent, slot, event):
+    """What the journal has of one kind of event about a slot."""
+    return agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={event.value.message_id}")
+
+
+@pytest.mark.parametrize("how", [restart, kill], ids=["restart", "kill-9"])
+@pytest.mark.parametrize("unit", [SUPERVISOR, API, ROUTER])
+def test_a_session_goes_on_over_the_end_of(session, agent, unit, how):
+    before = main_pid(agent, unit)
+    how(agent, unit)
+    assert main_pid(agent, unit) not in (before, 0)
+    session.check()
+    if unit != ROUTER:
+        # Not even its websocket has noticed.
+        assert session.kernel.run("answer + 1").text == "43"
+
+
+@pytest.mark.parametrize("how", [restart, kill], ids=["restart", "kill-9"])
+def test_claims_wait_for_the_supervisor_and_succeed(agent, workers, how):
+    claims = [workers.submit(agent.claim) for _ in range(2)]
+    how(agent, SUPERVISOR)
+    claims += [workers.submit(agent.claim)]
+    slots = {claim.result()["slot"] for claim in claims}
+    assert len(slots) == 3
+    assert slots <= {slot["slot"] for slot in agent.slots("claimed")}
+
+
+def test_a_supervisor_that_stops_while_slots_start_leaves_no_failed_scope(agent, workers):
+    def failed():
+        return [entry for entry in agent.journal("-p", "warning") if FAILED_SCOPE.search(str(entry["MESSAGE"]))]
+
+    before = len(failed())
+    for _ in range(3):
+        claims = [workers.submit(agent.claim) for _ in range(4)]
+        restart(agent, SUPERVISOR)
+        assert len({claim.result()["slot"] for claim in claims}) == len(claims)
+    assert not failed()[before:]
+
+
+def test_no_call_is_lost_while_the_api_restarts(agent, workers):
+    done = []
+
+    def ask():
+        while not done:
+            assert agent.api.get("/healthz").status == 200
+        return "all answered"
+
+    asking = [workers.submit(ask) for _ in range(2)]
+    for _ in range(2):
+        restart(agent, API)
+    done.append(True)
+    assert [asked.result() for asked in asking] == ["all answered"] * 2
+
+
+def test_a_warm_pool_is_adopted_and_not_made_anew(agent):
+    agent.wait(lambda: not agent.slots("starting"), "a quiet pool")
+    before = {slot["slot"]: agent.processes(slot["slot"]) for slot in agent.slots("warm")}
+    assert before
+    restart(agent, SUPERVISOR)
+    stats = agent.api.get("/stats").json()
+    assert stats["counters"]["starts"] == 0
+    assert {slot["slot"]: agent.processes(slot["slot"]) for slot in agent.slots("warm")} == before
+    for slot in before:
+        assert events(agent, slot, Event.SLOT_ADOPTED)
+    # It is handed out as if nothing had happened.
+    notebook = agent.open()
+    assert notebook.slot in before
+    assert notebook.run("6 * 7").text == "42"
+
+
+def test_a_slot_that_was_half_made_is_removed(agent):
+    agent.expect(KILLED)
+    # What was half started ends with it, before or after PID 1 has put it into its scope.
+    agent.expect(FAILED_SCOPE.pattern)
+    agent.configure("[pool]\nwarm = 3\n")
+    half = agent.wait(lambda: agent.slots("starting"), "a slot that starts")[0]["slot"]
+    agent.run("systemctl", "kill", "-s", "KILL", SUPERVISOR)
+    removed = agent.wait(lambda: events(agent, half, Event.SLOT_REMOVED), "its removal")
+    assert "half made" in removed[0]["MESSAGE"]
+    assert agent.api.get(f"/slots/{half}").status == 404
+    assert agent.run("sh", "-c", f"ls -d /run/nbagent/slots/{half} 2>/dev/null; systemctl list-units --all --plain "
+                     f"--no-legend nbagent-{half}.scope; pgrep -f nbagent/[s]andbox/launch; true") == ""
+    agent.wait_warm(3)
+
+
+def test_what_no_file_or_no_scope_belongs_to_is_removed(agent):
+    broken, lost, kept = agent.claim()["slot"], agent.claim()["slot"], agent.open()
+    agent.wait_warm()
+    agent.run("systemctl", "stop", SUPERVISOR)
+    slots, label = "/run/nbagent/slots", kept.slot.split("-")[0]
+    ghost, double = new_id(label), new_id(label)
+    agent.run("sh", "-c", f"""
+        cd {slots}
+        echo '{{"id": ' >{broken}/slot.json
+        rm -r {lost}
+        cp -a {kept.slot} {double}
+        cp -a {kept.slot} {ghost} && sed -i s/{kept.slot}/{ghost}/g {ghost}/slot.json
+        mkdir empty""")
+    agent.run("systemctl", "start", SUPERVISOR)
+    why = {
+        broken: "its file is broken", lost: "no file", double: "its file is broken",
+        ghost: "it ended while no agent ran", "empty": "its file is broken",
+    }
+    for slot, text in why.items():
+        agent.wait(lambda slot=slot: events(agent, slot, Event.SLOT_REMOVED), f"the removal of {slot}")
+        assert text in events(agent, slot, Event.SLOT_REMOVED)[-1]["MESSAGE"]
+        assert agent.run("sh", "-c", f"ls -d {slots}/{slot} 2>/dev/null; systemctl list-units --all --plain "
+                         f"--no-legend nbagent-{slot}.scope; true") == ""
+    assert [slot["slot"] for slot in agent.slots("claimed")] == [kept.slot]
+    assert kept.run("6 * 7").text == "42"
+
+
+def test_draining_outlives_the_supervisor(agent):
+    agent.api.post("/drain")
+    try:
+        for how in (restart, kill):
+            how(agent, SUPERVISOR)
+            assert agent.api.get("/stats").json()["draining"] is True
+            assert agent.api.post("/claim").json()["type"] == "urn:nbagent:problem:draining"
+    finally:
+        agent.api.delete("/drain")
+    assert agent.api.get("/stats").json()["draining"] is False
+
+
+def test_an_upgrade_keeps_claimed_sessions(session, agent):
+    before = {unit: main_pid(agent, unit) for unit in (SUPERVISOR, API, ROUTER)}
+    agent.run("sh", "-c", "apt-get -q install -y --reinstall /root/nbagent_*.deb </dev/null", timeout=300)
+    after = {unit: main_pid(agent, unit) for unit in before}
+    assert all(after.values())
+    assert after[SUPERVISOR] != before[SUPERVISOR] and after[API] != before[API]
+    # The router takes its new configuration by a reload: no websocket ends.
+    assert after[ROUTER] == before[ROUTER]
+    assert session.kernel.socket.connected
+    session.check()
+    assert session.kernel.run("answer + 1").text == "43"
+    assert agent.open().run("1 + 1").text == "2"
+
+
+def test_a_wrong_setting_changes_nothing_and_the_journal_says_why(agent):
+    agent.expect(r"configuration not reloaded")
+    before = main_pid(agent, SUPERVISOR)
+    agent.configure('[slots]\nmemroy = "1G"\n')
+    refused = agent.wait(lambda: agent.journal(f"MESSAGE_ID={Event.CONFIG_REFUSED.value.message_id}"), "a refusal")[-1]
+    assert refused["PRIORITY"] == "3"
+    for word in ("90-one-test.toml", "slots.memroy", '"memory"'):
+        assert word in refused["MESSAGE"]
+    agent.run("systemctl", "reload", API)
+    agent.wait(lambda: "memroy" in agent.run("journalctl", "-u", API, "-p", "err"), "the API's refusal")
+    assert main_pid(agent, SUPERVISOR) == before
+    assert agent.run("systemctl", "is-active", SUPERVISOR, API) == "active\n" * 2
+    assert agent.claim()["limits"]["memory_bytes"] == 512 << 20
+
+
+def test_a_stop_is_quick_and_leaves_every_slot(session, agent):
+    agent.configure("[pool]\nwarm = 3\n")
+    agent.wait(lambda: agent.slots("starting"), "a slot that starts")
+    settled = {slot["slot"] for slot in agent.slots() if slot["state"] in ("warm", "claimed")}
+    limit_s = agent.run("systemctl", "show", "-P", "TimeoutStopUSec", SUPERVISOR).strip()
+    began = time.monotonic()
+    agent.run("systemctl", "stop", SUPERVISOR)
+    assert time.monotonic() - began < 30 and limit_s == "1min 30s"
+    assert agent.run("systemctl", "show", "-P", "Result", SUPERVISOR) == "success\n"
+    scopes = agent.run("systemctl", "list-units", "--plain", "--no-legend", "nbagent-*.scope").splitlines()
+    running = {line.split()[0].removeprefix("nbagent-").removesuffix(".scope") for line in scopes}
+    # What was half made has ended or become warm; all else is as it was.
+    assert settled <= running
+    known = agent.run("sh", "-c", "cat /run/nbagent/slots/*/slot.json | sed 's/}{/}\\n{/g'").splitlines()
+    assert {json.loads(line)["state"] for line in known} <= {"warm", "claimed"}
+    assert session.file("runs") is not None  # the router needs no agent
+    agent.run("systemctl", "start", SUPERVISOR)
+    session.check()

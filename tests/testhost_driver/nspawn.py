@@ -1,0 +1,162 @@
+"""The nspawn driver: a real systemd as PID 1 at native speed, in namespaces of this machine's kernel.
+
+It proves speed, density, namespaces and networking. On a machine with cgroup v1 it does not prove v2
+behaviour (PSI, memory.high, OOMPolicy, cgroup.kill), and Debian 13's systemd refuses to run there: that is
+what the vm driver is for.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shlex
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from testhost_driver import cgroups, entry, launch, netns, processes
+from testhost_driver.errors import BadArgument, BootFailed
+from testhost_driver.state import HostState
+
+BOOT_TIMEOUT_S = 90
+
+# Runs as the container's PID 1 and becomes systemd. nspawn mounts the v1 controllers read-only, and then
+# every limit is silently not applied; our cgroup namespace is rooted in the host's own cgroup, so making them
+# writable gives nothing away. Doing it before systemd starts spares a daemon-reexec, and no service ever runs
+# without its limits. The second proc is whole: nspawn masks parts of /proc, and the kernel refuses a fresh
+# /proc in a nested user namespace unless an unmasked one is visible.
+INIT = r"""
+while read -r _ where kind _; do
+    if [ "$kind" = cgroup ]; then mount -o remount,bind,rw "$where"; fi
+done < /proc/self/mounts
+mkdir -p /run/testhost/proc
+mount -t proc proc /run/testhost/proc
+exec /lib/systemd/systemd
+"""
+
+
+def check(suite: str) -> None:
+    if suite != "bookworm" and not cgroups.is_unified():
+        raise BadArgument(
+            f"{suite}'s systemd refuses this machine's cgroup v1; use `--driver vm`, which has cgroup v2"
+        )
+
+
+def boot(host: HostState, say: Callable[[str], None]) -> HostState:
+    """Start the host's systemd; return when it is ready. The state is saved as soon as there is a pid."""
+    for name in ("root", "upper/etc", "work"):
+        (host.directory / name).mkdir(parents=True)
+    (host.directory / "upper").chmod(0o755)  # it is the host's `/`
+    (host.directory / "upper/etc/hostname").write_text(f"{host.name}\n")
+    (host.directory / "upper/etc/hosts").write_text(
+        f"127.0.0.1 localhost\n127.0.1.1 {host.name}\n::1 localhost\n"
+    )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        path = str(host.directory / "notify")
+        notify.bind(path)
+        pid = launch.launch(_plan(host, path))
+        host = replace(host, monitor=processes.identify(pid))
+        host.save()
+        host = _wait_ready(host, notify)
+    _write_entry(host)
+    return host
+
+
+def _write_entry(host: HostState) -> None:
+    """How a command gets in. A shell joins the host's cgroups first: moving itself is free of races."""
+    assert host.leader is not None
+    join = "".join(f"echo 0 >{shlex.quote(path)};" for path in cgroups.exec_files(host.leader))
+    enter = ["nsenter", f"--target={host.leader.pid}", "-m", "-u", "-i", "-n", "-p", "-C", "--wdns=/root"]
+    # Killed outside, ended inside: without it a command would go on after its caller's timeout.
+    enter += ["setpriv", "--pdeathsig=KILL", "--"]
+    prefix = ["/bin/sh", "-c", f'{join} exec "$@"', "testhost-exec", *enter]
+    path = str(host.directory / "entry")
+    entry.write(path, host.leader.pid, host.leader.start_ticks, prefix, remote_shell=False)
+
+
+def healthy(host: HostState) -> bool:
+    return processes.alive(host.monitor) and processes.alive(host.leader)
+
+
+def halt(host: HostState, *, now: bool) -> None:
+    """The host is thrown away with its disk: its PID 1 is killed, and with it its whole pid namespace."""
+    del now
+    processes.kill([host.leader, host.monitor])
+
+
+def prepare_port(host: HostState, port: int) -> None:
+    """Nothing to do: the host is in its network namespace, where connections to its ports are made."""
+
+
+def _plan(host: HostState, notify_path: str) -> launch.Plan:
+    directory = host.directory
+    argv = [
+        "systemd-nspawn",
+        "--quiet",
+        "--register=no",
+        "--keep-unit",
+        "--capability=all",
+        "--notify-ready=yes",
+    ]
+    argv += [f"--directory={directory / 'root'}", f"--machine={host.name}"]
+    argv += [
+        f"--network-namespace-path={netns.path_of(host.name)}",
+        "--kill-signal=SIGRTMIN+3",
+        "--link-journal=no",
+    ]
+    argv += ["--resolv-conf=off", "--timezone=off", "--console=pipe"]
+    # Without these, nspawn gives its payload the limits of a freshly booted machine.
+    for name, limit in launch.attainable_limits().items():
+        argv.append(f"--rlimit=RLIMIT_{name}={'infinity' if limit < 0 else limit}")
+    argv += ["/bin/sh", "-c", INIT]
+    environment = {
+        "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
+        "NOTIFY_SOCKET": notify_path,
+        "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network",  # /proc/sys/net is the host's own
+        "SYSTEMD_NSPAWN_TMPFS_TMP": "0",  # /tmp on the disk, as on a server, not in memory
+        "SYSTEMD_SECCOMP": "0",  # a server's PID 1 has no filter, and what a slot's filter does must be seen
+    }
+    return launch.Plan(
+        argv=argv,
+        log=str(directory / "console.log"),
+        environment=environment,
+        cgroup_procs=cgroups.join_files(host.name, "host"),
+        overlay=launch.Overlay(
+            host.tree, str(directory / "upper"), str(directory / "work"), str(directory / "root")
+        ),
+    )
+
+
+def _wait_ready(host: HostState, notify: socket.socket) -> HostState:
+    """Read what nspawn notifies until the host's systemd is ready. Ends early if nspawn does."""
+    deadline = time.monotonic() + BOOT_TIMEOUT_S
+    monitor_fd = processes.open_pidfd(host.monitor) if host.monitor else None
+    if monitor_fd is None:
+        raise BootFailed(f"{host.name}: systemd-nspawn ended at once:\n{console_end(host)}")
+    try:
+        poll = select.poll()
+        poll.register(notify, select.POLLIN)
+        poll.register(monitor_fd, select.POLLIN)
+        while True:
+            events = dict(poll.poll(max(0, (deadline - time.monotonic()) * 1000)))
+            if notify.fileno() not in events:
+                why = "systemd-nspawn ended" if events else f"not ready within {BOOT_TIMEOUT_S} s"
+                raise BootFailed(f"{host.name}: {why}:\n{console_end(host)}")
+            message: Mapping[str, str] = dict(
+                line.split("=", 1) for line in notify.recv(4096).decode().splitlines() if "=" in line
+            )
+            if "X_NSPAWN_LEADER_PID" in message:
+                host = replace(host, leader=processes.identify(int(message["X_NSPAWN_LEADER_PID"])))
+                host.save()
+            if message.get("READY") == "1" and host.leader:
+                return host
+    finally:
+        os.close(monitor_fd)
+
+
+def console_end(host: HostState) -> str:
+    try:
+        return "\n".join((host.directory / "console.log").read_text(errors="replace").splitlines()[-30:])
+    except FileNotFoundError:
+        return "(no console output)"
