@@ -12,7 +12,7 @@ assert VERSION
 setup(
     name="nbagent",
     version=VERSION[1],
-    description="RunningSlot Jupyter notebooks at once, each a systemd scope on a plain Linux host",
+    description="Live Jupyter notebooks at once, each a systemd scope on a plain Linux host",
     author="The nbagent developers",
     license="BSD-3-Clause",
     license_files=["LICENSE"],

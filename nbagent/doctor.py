@@ -84,7 +84,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
     return [settings_finding, *(_guarded(check) for check in checks)]
 
 
-def _network_checks(settings: host_config.Config) -> Iterator[Callable[[], Finding]]:
+def _network_checks(settings: host_config.HostConfig) -> Iterator[Callable[[], Finding]]:
     """What only a host has whose slots may have a network."""
     if "internet" in settings.network.allow:
         yield from (functools.partial(check_unit, unit, unit_state) for unit in NETWORK_UNITS)
@@ -100,12 +100,12 @@ def _guarded(check: Callable[[], Finding]) -> Finding:
         return Finding(name, "warn", f"cannot be seen: {error}", "run nbagent doctor as root")
 
 
-def check_config(path: Path) -> tuple[Finding, host_config.Config]:
+def check_config(path: Path) -> tuple[Finding, host_config.HostConfig]:
     """The configuration, and the settings to go on with: the defaults when it is refused."""
     try:
         settings = host_config.load(path)
     except ConfigError as error:
-        return Finding("configuration", "fail", str(error), "nbagent config check"), host_config.Config()
+        return Finding("configuration", "fail", str(error), "nbagent config check"), host_config.HostConfig()
     files = ", ".join(map(str, host_config.settings_files(path))) or "no file, all defaults"
     return Finding("configuration", "ok", files), settings
 
@@ -243,7 +243,7 @@ def check_unit(unit: str, state_of: Callable[[str], str]) -> Finding:
     return Finding(unit, "fail", state, f"systemctl start {unit}; journalctl -eu {unit}")
 
 
-def check_network(root: Path, settings: host_config.Config) -> Finding:
+def check_network(root: Path, settings: host_config.HostConfig) -> Finding:
     """What slots may reach, and whether the host has a way there."""
     if "internet" not in settings.network.allow:
         return Finding("network", "ok", "slots have none")
@@ -373,7 +373,7 @@ def check_images(root: Path) -> Finding:
     return Finding("images", "fail", "none in the store", "apt install ./nbagent-image-minimal_*.deb")
 
 
-def check_memory(root: Path, settings: host_config.Config) -> Finding:
+def check_memory(root: Path, settings: host_config.HostConfig) -> Finding:
     """Whether the configured slots are promised no more memory than the operator meant to."""
     total_bytes = _meminfo(root)["MemTotal"]
     usable_bytes = total_bytes - settings.host.memory_reserve
@@ -392,7 +392,7 @@ def check_memory(root: Path, settings: host_config.Config) -> Finding:
     return Finding("memory", "ok", found)
 
 
-def check_swap(root: Path, settings: host_config.Config) -> Finding:
+def check_swap(root: Path, settings: host_config.HostConfig) -> Finding:
     """Whether slots at rest are compressed, which takes cgroup v2 and swap that is compressed memory, all of it."""
     swap_bytes, areas = _meminfo(root)["SwapTotal"], swap.read(root)
     if settings.cull.compress is None or not (root / "sys/fs/cgroup/cgroup.controllers").exists():
@@ -411,7 +411,7 @@ def check_swap(root: Path, settings: host_config.Config) -> Finding:
 
 
 @dataclass(frozen=True)
-class Limit:
+class KernelLimit:
     """A kernel limit that many slots run into. `path` is below /proc/sys.
 
     `each_bytes`: what one costs in memory, where nothing but its memory keeps one slot from taking all.
@@ -430,19 +430,19 @@ class Limit:
 
 
 LIMITS = (
-    Limit("kernel/pid_max", 4096, TASKS_PER_SLOT, "processes and threads"),
-    Limit("kernel/threads-max", 4096, TASKS_PER_SLOT, "processes and threads"),
+    KernelLimit("kernel/pid_max", 4096, TASKS_PER_SLOT, "processes and threads"),
+    KernelLimit("kernel/threads-max", 4096, TASKS_PER_SLOT, "processes and threads"),
     # The router holds four descriptors for each user: two a websocket, in one process.
-    Limit("fs/nr_open", 65536, FILES_PER_SLOT, "open files of one process"),
+    KernelLimit("fs/nr_open", 65536, FILES_PER_SLOT, "open files of one process"),
     # struct file, as /proc/slabinfo has it. systemd sets no limit at boot; a container has that of its machine.
-    Limit("fs/file-max", 65536, FILES_PER_SLOT * 16, "open files", each_bytes=192),
+    KernelLimit("fs/file-max", 65536, FILES_PER_SLOT * 16, "open files", each_bytes=192),
     # 1024 are the host's own, kernel.pty.reserve. One slot has 32 at most.
-    Limit("kernel/pty/max", 1024 + 32, TERMINALS_PER_SLOT, "terminals"),
-    Limit("net/netfilter/nf_conntrack_max", 16384, CONNECTIONS_PER_SLOT, "tracked connections"),
+    KernelLimit("kernel/pty/max", 1024 + 32, TERMINALS_PER_SLOT, "terminals"),
+    KernelLimit("net/netfilter/nf_conntrack_max", 16384, CONNECTIONS_PER_SLOT, "tracked connections"),
 )
 
 
-def check_limit(root: Path, limit: Limit, settings: host_config.Config) -> Finding:
+def check_limit(root: Path, limit: KernelLimit, settings: host_config.HostConfig) -> Finding:
     """Whether a kernel limit is above what the host's capacity of slots needs."""
     text = _text(root / "proc/sys" / limit.path, "")
     if not text:
@@ -459,7 +459,7 @@ def check_limit(root: Path, limit: Limit, settings: host_config.Config) -> Findi
     )
 
 
-def capacity_of(root: Path, settings: host_config.Config) -> int:
+def capacity_of(root: Path, settings: host_config.HostConfig) -> int:
     """slots.capacity, or what "auto" makes of this host's memory."""
     if settings.slots.capacity is not None:
         return settings.slots.capacity

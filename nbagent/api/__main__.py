@@ -20,7 +20,7 @@ _ADDRESS = "127.0.0.1:9000"
 _LANDING = Path("/run/nbagent/landing.sock")
 
 
-def claim_deadline_s(settings: host_config.Config) -> float:
+def claim_deadline_s(settings: host_config.HostConfig) -> float:
     """How long the API waits for the supervisor's answer to a claim: longer than the claim waits."""
     return settings.pool.claim_timeout + settings.claims.timeout + 5
 
@@ -53,10 +53,10 @@ def _serve(arguments: argparse.Namespace) -> None:
     from nbagent.web import gunicorn_app
     from nbagent.web.tokens import TokenFile
 
-    def shape(settings: host_config.Config) -> gunicorn_app.Shape:
+    def shape(settings: host_config.HostConfig) -> gunicorn_app.Shape:
         return gunicorn_app.Shape(settings.api.workers, settings.api.threads, claim_deadline_s(settings) + 5)
 
-    def make_app(settings: host_config.Config) -> WSGIApplication:
+    def make_app(settings: host_config.HostConfig) -> WSGIApplication:
         client = control.ControlClient(arguments.control, claim_deadline_s(settings))
         probe = control.ControlClient(arguments.control, app.PROBE_TIMEOUT_S)
         token = TokenFile(arguments.landing_token)
@@ -66,7 +66,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     gunicorn_app.configure_logging()
     address = arguments.bind or _ADDRESS
-    gunicorn_app.Server("nbagent-api", lambda: host_config.load(arguments.config), shape, make_app, address).run()
+    gunicorn_app.GunicornApp("nbagent-api", lambda: host_config.load(arguments.config), shape, make_app, address).run()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from werkzeug.wrappers import Request
 
 from nbagent.api.hostnames import host_of, is_address, machine_names, origin_of, plain_address
-from nbagent.config.host_config import Config
+from nbagent.config.host_config import HostConfig
 from nbagent.config.schema import Network
 from nbagent.core.errors import Forbidden, Unauthenticated
 from nbagent.web.tokens import TokenFile, bearer_token
@@ -37,7 +37,7 @@ _PROXY_HEADERS = frozenset({"forwarded", "via", "x-real-ip", "true-client-ip", "
 class Access:
     """Judges requests by the `[api]` settings, the machine's names and the token."""
 
-    def __init__(self, config: Config, token: TokenFile, names: Iterable[str] | None = None) -> None:
+    def __init__(self, config: HostConfig, token: TokenFile, names: Iterable[str] | None = None) -> None:
         self.networks = config.api.trusted_networks
         self.origins = frozenset(origin.lower() for origin in config.api.allowed_origins)
         self.token = token

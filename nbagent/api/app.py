@@ -15,7 +15,7 @@ from nbagent.api.access import TOKEN_PATH, Access
 from nbagent.api.responses import json_response
 from nbagent.api.route import Call, Route, Service
 from nbagent.api.routes import ROUTES
-from nbagent.config.host_config import Config
+from nbagent.config.host_config import HostConfig
 from nbagent.core.errors import Forbidden
 from nbagent.web.tokens import TokenFile
 from nbagent.wire.control import ControlClient
@@ -24,7 +24,7 @@ PROBE_TIMEOUT_S = 3.0
 PREFLIGHT_MAX_AGE_S = 600
 
 
-def create_app(config: Config, client: ControlClient, token_path: Path = TOKEN_PATH) -> Flask:
+def create_app(config: HostConfig, client: ControlClient, token_path: Path = TOKEN_PATH) -> Flask:
     """The API as a WSGI application that asks the supervisor through `client`."""
     app = Flask(__name__, static_folder=None)
     # A path is one of the table or it is none: no redirect to a tidier spelling.

@@ -9,7 +9,7 @@ from typing import Any
 
 from nbagent.api import responses
 from nbagent.api.hostnames import host_of
-from nbagent.config.host_config import Config
+from nbagent.config.host_config import HostConfig
 from nbagent.landing.backend import public_figures, terms
 from nbagent.wire.control import ControlClient
 
@@ -20,7 +20,7 @@ FIGURES_AGE_S = 1.0
 class HostBackend:
     """Slots of this host. `client` waits for claims, `probe` has the patience of somebody who looks at a page."""
 
-    def __init__(self, config: Config, client: ControlClient, probe: ControlClient) -> None:
+    def __init__(self, config: HostConfig, client: ControlClient, probe: ControlClient) -> None:
         self.config, self.client, self.probe = config, client, probe
         self._lock = threading.Lock()
         self._figures: dict[str, Any] = {}

@@ -8,7 +8,7 @@ from typing import Any
 
 from werkzeug.wrappers import Request
 
-from nbagent.config.host_config import Config
+from nbagent.config.host_config import HostConfig
 from nbagent.core.errors import NbagentError, SupervisorUnavailable
 from nbagent.wire.control import ControlClient
 
@@ -17,7 +17,7 @@ from nbagent.wire.control import ControlClient
 class Service:
     """What answers stand on. `probe` is a client whose patience is that of a health check."""
 
-    config: Config
+    config: HostConfig
     client: ControlClient
     probe: ControlClient
 

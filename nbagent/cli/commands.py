@@ -214,7 +214,7 @@ def images(remote: Remote, as_json: bool) -> None:
 
 @nbagent.group("config")
 def config_group() -> None:
-    """ActivitySample at the configuration."""
+    """Shows and checks the configuration."""
 
 
 @config_group.command()
@@ -256,7 +256,7 @@ def doctor(file: Path, url: str, as_json: bool) -> None:
         sys.exit(1)
 
 
-def effective(settings: host_config.Config) -> dict[str, Any]:
+def effective(settings: host_config.HostConfig) -> dict[str, Any]:
     """The whole configuration as it is in force, as JSON holds it; None is "auto"."""
 
     def plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ WIDTH = 100
 
 @click.group()
 def slot() -> None:
-    """ActivitySample at how slots are made."""
+    """Shows how slots are made."""
 
 
 @slot.command()

@@ -308,7 +308,7 @@ class ImageSettings:
 
 
 @dataclass(frozen=True)
-class Config:
+class HostConfig:
     """All settings, each with its default."""
 
     host: HostSettings = field(default_factory=HostSettings)
@@ -338,22 +338,29 @@ class Config:
         return (settings.network if settings else None) or self.network.allow[0]
 
 
+@dataclass
+class CurrentConfig:
+    """The configuration in force. A reload replaces `value`, and every holder reads it here at each use."""
+
+    value: HostConfig
+
+
 def settings_files(path: Path = DEFAULT_PATH) -> list[Path]:
     """The files that make the configuration, in the order they are read; missing ones left out."""
     extra = sorted((path.parent / "conf.d").glob("*.toml"))
     return [file for file in [path, *extra] if file.is_file()]
 
 
-def load(path: Path = DEFAULT_PATH) -> Config:
+def load(path: Path = DEFAULT_PATH) -> HostConfig:
     """Reads the configuration. Raises ConfigError naming file, key and what would be right."""
     return parse(*read_tables(settings_files(path)))
 
 
-def parse(tables: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path] | None = None) -> Config:
-    """A Config of tables as TOML gives them. `origin` says which file each key came from."""
+def parse(tables: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path] | None = None) -> HostConfig:
+    """A HostConfig of tables as TOML gives them. `origin` says which file each key came from."""
     tables, origin = rename_section(tables, origin or {}, "door", "landing")
     reader = Reader(origin)
-    config = reader.section(Config, tables, ())
+    config = reader.section(HostConfig, tables, ())
     if config.slots.memory > config.slots.memory_max:
         raise reader.error(("slots", "memory"), f"at most slots.memory_max, {config.slots.memory_max}")
     if config.slots.storage_bytes > config.slots.memory:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from nbagent.config.host_config import ApiSettings, Config, LandingSettings, RouterSettings
+from nbagent.config.host_config import ApiSettings, HostConfig, LandingSettings, RouterSettings
 from nbagent.config.schema import Network
 
 # A slot's own login, as nbagent.zygote.notebook_server names it; \\1 is the slot.
 LOGIN_COOKIES = (r"__Host-nbagent-\1", r"nbagent-\1")
 
 
-def nginx(config: Config) -> str:
+def nginx(config: HostConfig) -> str:
     """The maps $at_home, $cookie_root, $own_cookies, $listed, $trusted, $at_landing, zone and upstream of landing."""
     return "".join([
         *_clients(config.router),

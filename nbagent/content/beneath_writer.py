@@ -35,13 +35,13 @@ class Refused(Exception):
     """Content that cannot be had; the text is for whoever sent the claim."""
 
 
-class Home:
+class BeneathWriter:
     """One directory, open. A context manager."""
 
     def __init__(self, path: str) -> None:
         self._fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def __enter__(self) -> Home:
+    def __enter__(self) -> BeneathWriter:
         return self
 
     def __exit__(

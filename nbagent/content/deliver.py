@@ -31,7 +31,7 @@ import socket
 import sys
 from typing import Any, Dict, List, Mapping, NamedTuple, NoReturn, Optional
 
-from nbagent.content.beneath_writer import Home, Refused
+from nbagent.content.beneath_writer import BeneathWriter, Refused
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.sandbox import plan
@@ -105,11 +105,11 @@ def _inside(control: socket.socket, order: Order, fetch: Any) -> NoReturn:
     signal.setitimer(signal.ITIMER_REAL, order.timeout_s)
     path = _home_of(order.uid)
     os.chdir(path)
-    with Home(path) as home:
+    with BeneathWriter(path) as home:
         _guarded(control, "files", lambda: _bring(control, home, order, fetch))
 
 
-def _bring(control: socket.socket, home: Home, order: Order, fetch: Any) -> NoReturn:
+def _bring(control: socket.socket, home: BeneathWriter, order: Order, fetch: Any) -> NoReturn:
     for path, data in order.files:
         home.write(tuple(path.split("/")), [base64.b64decode(data)])
     entries = 0
@@ -129,8 +129,8 @@ def _fetcher() -> Any:
     # The host's certificates, as whom to trust is the operator's word.
     context = ssl.create_default_context()
 
-    def fetch(home: Home, order: Order) -> int:
-        limits = unpack.Limits(order.archive_bytes, order.archive_entries)
+    def fetch(home: BeneathWriter, order: Order) -> int:
+        limits = unpack.UnpackLimits(order.archive_bytes, order.archive_entries)
         with download.get(str(order.archive), order.allowed, context) as body:
             return unpack.unpack(body, home, limits)
 

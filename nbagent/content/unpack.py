@@ -22,7 +22,7 @@ import zipfile
 import zlib
 from typing import IO, Any, Iterator, List, NamedTuple, Protocol
 
-from nbagent.content.beneath_writer import Home, Parts, Refused
+from nbagent.content.beneath_writer import BeneathWriter, Parts, Refused
 
 _CHUNK_BYTES = 1 << 16
 _TARGET_MAX_BYTES = 4096
@@ -34,7 +34,7 @@ _BROKEN = (
 )
 
 
-class Limits(NamedTuple):
+class UnpackLimits(NamedTuple):
     """What an archive may have: bytes, packed as well as unpacked, and entries."""
 
     size_bytes: int
@@ -45,7 +45,7 @@ class Readable(Protocol):
     def read(self, size: int = ..., /) -> bytes: ...
 
 
-def unpack(source: Readable, home: Home, limits: Limits) -> int:
+def unpack(source: Readable, home: BeneathWriter, limits: UnpackLimits) -> int:
     """Unpacks an archive below `home` and reads `source` to its end. Returns its entries. Raises Refused."""
     packed = _Metered(source, limits.size_bytes, "")
     stream = io.BufferedReader(packed, _CHUNK_BYTES)
@@ -107,7 +107,7 @@ class _Metered(io.RawIOBase):
 
 
 class _Extraction:
-    def __init__(self, home: Home, limits: Limits) -> None:
+    def __init__(self, home: BeneathWriter, limits: UnpackLimits) -> None:
         self._home, self._limits = home, limits
         self.entries = 0
         self._left_bytes = limits.size_bytes

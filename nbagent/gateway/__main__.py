@@ -40,7 +40,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     gunicorn_app.configure_logging()
     # Nothing here takes longer than asking the hosts does.
     shape = gunicorn_app.Shape(workers=1, threads=32, graceful_s=5)
-    gunicorn_app.Server(
+    gunicorn_app.GunicornApp(
         "nbagent-gateway-status", lambda: settings.load(arguments.config), lambda _: shape, make_app, arguments.bind
     ).run()
 

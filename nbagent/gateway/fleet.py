@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from nbagent import __version__
 from nbagent.core.errors import Full
-from nbagent.gateway.runtime import GatewayDown, Server
+from nbagent.gateway.runtime import GatewayDown, HaproxyServer
 
 # Anybody may ask as often as they like; the hosts are asked so often.
 FIGURES_AGE_S = 1.0
@@ -35,7 +35,9 @@ class FleetBackend:
     """All hosts of `list_hosts`, which raises GatewayDown; each is asked by `ask_host`, which gives None in vain."""
 
     def __init__(
-        self, list_hosts: Callable[[], Sequence[Server]], ask_host: Callable[[Server], Figures | None] | None = None
+        self,
+        list_hosts: Callable[[], Sequence[HaproxyServer]],
+        ask_host: Callable[[HaproxyServer], Figures | None] | None = None,
     ) -> None:
         self.list_hosts = list_hosts
         self.ask_host = ask_host or ask
@@ -103,7 +105,7 @@ def total(hosts: Mapping[str, Figures]) -> Figures:
     return answer
 
 
-def ask(host: Server) -> Figures | None:
+def ask(host: HaproxyServer) -> Figures | None:
     """The public figures of one host, None when it does not tell them in time."""
     connection = http.client.HTTPConnection(host.address, host.port, timeout=DEADLINE_S)
     try:

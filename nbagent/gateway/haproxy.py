@@ -23,7 +23,7 @@ import ipaddress
 from collections.abc import Iterable, Iterator
 
 from nbagent.config.schema import Network
-from nbagent.gateway.settings import GatewaySettings, HostSettings, Listen, ring_number
+from nbagent.gateway.settings import FleetHostSettings, GatewaySettings, Listen, ring_number
 
 RUN = "/run/nbagent-gateway"
 CERTIFICATES = f"{RUN}/certificates"
@@ -62,7 +62,7 @@ def render(settings: GatewaySettings) -> str:
     return "\n".join("\n".join(block) + "\n" for block in map(list, blocks))
 
 
-def servers_of(label: str, host: HostSettings) -> dict[str, str]:
+def servers_of(label: str, host: FleetHostSettings) -> dict[str, str]:
     """What stands behind `server LABEL` in each backend that has the host, in the configuration and at run time."""
     where = f"{_numbered(host.address)}:{host.port}"
     agent = f"agent-check agent-inter 1s agent-port {host.check_port}"
@@ -345,7 +345,7 @@ backend {USERS}
     http-request do-resolve(txn.host,dns) var(txn.label),concat(.{domain})
     http-request set-dst var(txn.host) if {{ var(txn.host) -m found }}
     use-server {ANY} if {{ var(txn.host) -m found }}
-    server {ANY} 0.0.0.0:{HostSettings().port} weight 0"""
+    server {ANY} 0.0.0.0:{FleetHostSettings().port} weight 0"""
     else:
         yield "    use-server %[var(txn.label)] if TRUE"
         yield from _servers(USERS, settings)
@@ -357,7 +357,7 @@ backend {USERS}
 def _servers(backend: str, settings: GatewaySettings) -> Iterator[str]:
     fleet = settings.fleet
     if fleet.srv:
-        agent = "" if backend == "keyed" else f" agent-check agent-inter 1s agent-port {HostSettings().check_port}"
+        agent = "" if backend == "keyed" else f" agent-check agent-inter 1s agent-port {FleetHostSettings().check_port}"
         weight = 10 if backend == "keyed" else 100
         yield (
             f"    server-template h 1-{fleet.srv_hosts} {fleet.srv} weight {weight} {_CHECK}{agent} "

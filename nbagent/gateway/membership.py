@@ -16,8 +16,8 @@ from nbagent.config.schema import read_tables
 from nbagent.core.errors import BadRequest, NbagentError
 from nbagent.gateway import haproxy, settings
 from nbagent.gateway.fleet import ask
-from nbagent.gateway.runtime import GatewayDown, Runtime, Server
-from nbagent.gateway.settings import HostSettings
+from nbagent.gateway.runtime import GatewayDown, HaproxyServer, Runtime
+from nbagent.gateway.settings import FleetHostSettings
 
 # What was asked of a host when it was taken out is answered by then, or the host is asked to end it.
 LEAVE_TIMEOUT_S = 15.0
@@ -46,7 +46,7 @@ class Fleet:
         """The host's own file."""
         return self.path.with_suffix(".d") / f"host-{label}.toml"
 
-    def add(self, label: str, host: HostSettings) -> str:
+    def add(self, label: str, host: FleetHostSettings) -> str:
         """Adds a host; what was done, in a sentence. Raises NotChanged, ConfigError."""
         if settings.load(self.path).fleet.srv:
             raise NotChanged("DNS says which hosts there are (fleet.srv): add it there")
@@ -75,10 +75,10 @@ class Fleet:
         everywhere = (*haproxy.STAGES, haproxy.USERS)
         return self._tell(lambda: self._leave(label, everywhere, force), f"{label} is out of the fleet")
 
-    def _hosts(self) -> dict[str, HostSettings]:
+    def _hosts(self) -> dict[str, FleetHostSettings]:
         return dict(settings.load(self.path).hosts)
 
-    def _host(self, label: str) -> HostSettings:
+    def _host(self, label: str) -> FleetHostSettings:
         hosts = self._hosts()
         if label not in hosts:
             raise NotChanged(f"no host {label}; there are {', '.join(sorted(hosts)) or 'none'}")
@@ -89,7 +89,7 @@ class Fleet:
         file = self.file(label)
         return file.is_file() and "address" in read_tables([file])[0].get("hosts", {}).get(label, {})
 
-    def _write(self, label: str, host: HostSettings, whole: bool) -> None:
+    def _write(self, label: str, host: FleetHostSettings, whole: bool) -> None:
         """Writes the host's file, and takes it back when the settings are no longer right with it."""
         file = self.file(label)
         before = file.read_bytes() if file.is_file() else None
@@ -107,10 +107,10 @@ class Fleet:
                 _replace(file, before)
             raise
 
-    def _check_unused(self, label: str, host: HostSettings) -> None:
+    def _check_unused(self, label: str, host: FleetHostSettings) -> None:
         if not host.drain:
             raise NotChanged(f"{label} is asked for slots: drain it first, or use --force")
-        figures = ask(Server(label, host.address, host.port, None, False))
+        figures = ask(HaproxyServer(label, host.address, host.port, None, False))
         if figures is None:
             raise NotChanged(f"{label} does not say whether slots run; use --force if none do, or none matter")
         if used := figures.get("in_use"):
@@ -124,7 +124,7 @@ class Fleet:
             return f"{done} when the gateway starts"
         return done
 
-    def _join(self, label: str, host: HostSettings) -> None:
+    def _join(self, label: str, host: FleetHostSettings) -> None:
         known = {backend: self._has(backend, label) for backend in (*haproxy.STAGES, haproxy.USERS)}
         for backend, arguments in haproxy.servers_of(label, host).items():
             if known[backend]:

@@ -23,7 +23,7 @@ class GatewayDown(NbagentError):
 
 
 @dataclass(frozen=True)
-class Server:
+class HaproxyServer:
     """A server of a backend, as HAProxy knows it now."""
 
     name: str
@@ -64,12 +64,12 @@ class Runtime:
         return next((line.partition(":")[2].strip() for line in self.call("show info").splitlines()
                      if line.startswith("Pid:")), "")
 
-    def servers(self, backend: str) -> list[Server]:
+    def servers(self, backend: str) -> list[HaproxyServer]:
         """The hosts of a backend; ours that are no host begin with "_"."""
         return list(parse_servers(self.call(f"show servers state {backend}")))
 
 
-def parse_servers(text: str) -> Iterator[Server]:
+def parse_servers(text: str) -> Iterator[HaproxyServer]:
     """What `show servers state` tells: a version, a line of names behind "#", and a line for each server."""
     names: list[str] = []
     for line in text.splitlines():
@@ -81,7 +81,7 @@ def parse_servers(text: str) -> Iterator[Server]:
             if told["srv_name"].startswith("_") or told["srv_addr"] == "-" or told["srv_port"] == "0":
                 continue
             fqdn = told.get("srv_fqdn", "-")
-            yield Server(
+            yield HaproxyServer(
                 told["srv_name"], told["srv_addr"], int(told["srv_port"]), None if fqdn == "-" else fqdn,
                 told["srv_op_state"] == "0",
             )

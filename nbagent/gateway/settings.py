@@ -155,7 +155,7 @@ class LogSettings:
 
 
 @dataclass(frozen=True)
-class HostSettings:
+class FleetHostSettings:
     """`[hosts.LABEL]`: a host, by the label in its slots' ids (host.label of its nbagent.toml)."""
 
     address: str = setting("192.0.2.1", _address, "Its IP address.")
@@ -182,7 +182,7 @@ class GatewaySettings:
     fleet: FleetSettings = field(default_factory=FleetSettings)
     landing: LandingSettings = field(default_factory=LandingSettings)
     log: LogSettings = field(default_factory=LogSettings)
-    hosts: Mapping[str, HostSettings] = tables(HostSettings, LABEL, LABEL_EXPECTED, "hosts")
+    hosts: Mapping[str, FleetHostSettings] = tables(FleetHostSettings, LABEL, LABEL_EXPECTED, "hosts")
 
 
 def ring_number(label: str) -> int:

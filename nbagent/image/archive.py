@@ -2,7 +2,8 @@
 
 Promises: nothing is written outside the given directory, no symbolic link is followed, no device is made, no
 set-user-id bit, capability or other extended attribute survives, every owner is shifted into the image's own
-ids, and what is unpacked stays within `Limits`. Whatever would break a promise raises ImageInvalid and names
+ids, and what is unpacked stays within `ImageArchiveLimits`.
+Whatever would break a promise raises ImageInvalid and names
 the entry.
 
 An image comes as one archive, or as layers: archives that are laid over each other, in which an entry replaces
@@ -44,7 +45,7 @@ _ZSTD_MAGIC, _XZ_MAGIC, _GZIP_MAGIC = b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"\x1f
 
 
 @dataclass(frozen=True)
-class Limits:
+class ImageArchiveLimits:
     """What an image may take on the host: bytes after decompression, and inodes."""
 
     unpacked_bytes: int = 32 << 30
@@ -59,7 +60,7 @@ class Chown(Protocol):
     ) -> None: ...
 
 
-def extract(archive_fd: int, root: Path, id_base: int, limits: Limits, chown: Chown = os.chown) -> None:
+def extract(archive_fd: int, root: Path, id_base: int, limits: ImageArchiveLimits, chown: Chown = os.chown) -> None:
     """Unpack a tar archive, plain or packed by zstd, xz or gzip, into the empty directory `root`.
 
     Reads `archive_fd` from its beginning and leaves it open. Raises ImageInvalid.
@@ -71,7 +72,7 @@ def extract(archive_fd: int, root: Path, id_base: int, limits: Limits, chown: Ch
 
 
 def extract_layers(
-    layer_fds: Sequence[int], root: Path, id_base: int, limits: Limits, chown: Chown = os.chown
+    layer_fds: Sequence[int], root: Path, id_base: int, limits: ImageArchiveLimits, chown: Chown = os.chown
 ) -> None:
     """As `extract`, from the layers of an image, the lowest first; `limits` are for all of them together.
 
@@ -211,7 +212,9 @@ class _Metered(io.RawIOBase):
 
 
 class _Extraction:
-    def __init__(self, tree: Tree, id_base: int, limits: Limits, chown: Chown, *, layered: bool = False) -> None:
+    def __init__(
+        self, tree: Tree, id_base: int, limits: ImageArchiveLimits, chown: Chown, *, layered: bool = False
+    ) -> None:
         self._tree, self._id_base, self._limits, self._chown = tree, id_base, limits, chown
         self._layered = layered
         self._entries = 0

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from nbagent.core.errors import BadRequest, FetchFailed
 from nbagent.image import ids
-from nbagent.image.archive import Limits
+from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.oci import Layout, Source
 
 EXPECTED = "oci:DIR[:TAG], docker-archive:FILE or docker://NAME[:TAG]"
@@ -51,7 +51,7 @@ class OciDirectory:
     tag: str | None
 
     @contextmanager
-    def layout(self, staging: Path, id_base: int, limits: Limits) -> Iterator[Layout]:
+    def layout(self, staging: Path, id_base: int, limits: ImageArchiveLimits) -> Iterator[Layout]:
         try:
             found = Layout(self.path, self.tag)
         except OSError as error:
@@ -67,7 +67,7 @@ class DockerArchive:
     path: Path
 
     @contextmanager
-    def layout(self, staging: Path, id_base: int, limits: Limits) -> Iterator[Layout]:
+    def layout(self, staging: Path, id_base: int, limits: ImageArchiveLimits) -> Iterator[Layout]:
         inbox = _inbox(staging, id_base)
         # It may be readable by root only, and skopeo is not root.
         copy = inbox / "archive"
@@ -88,7 +88,7 @@ class Registry:
     insecure: bool
 
     @contextmanager
-    def layout(self, staging: Path, id_base: int, limits: Limits) -> Iterator[Layout]:
+    def layout(self, staging: Path, id_base: int, limits: ImageArchiveLimits) -> Iterator[Layout]:
         inbox = _inbox(staging, id_base)
         options = ["--src-tls-verify=false"] if self.insecure else []
         with _copied(f"docker://{self.reference}", inbox, id_base, limits, [], options) as found:
@@ -124,7 +124,7 @@ def _inbox(staging: Path, id_base: int) -> Path:
 
 @contextmanager
 def _copied(
-    reference: str, inbox: Path, id_base: int, limits: Limits, properties: list[str], options: list[str]
+    reference: str, inbox: Path, id_base: int, limits: ImageArchiveLimits, properties: list[str], options: list[str]
 ) -> Iterator[Layout]:
     if shutil.which("skopeo") is None:
         raise FetchFailed("importing an image needs skopeo: apt install skopeo")
@@ -141,7 +141,7 @@ def _copied(
         yield found
 
 
-def _run(command: list[str], properties: list[str], inbox: Path, id_base: int, limits: Limits) -> None:
+def _run(command: list[str], properties: list[str], inbox: Path, id_base: int, limits: ImageArchiveLimits) -> None:
     """Runs a program as the image's own id in a transient service. Raises FetchFailed with its last words."""
     uid, gid = _owner(id_base)
     # User= takes only an id that has a name.

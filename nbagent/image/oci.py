@@ -29,7 +29,7 @@ from typing import Any, NamedTuple, Protocol
 
 from nbagent.core.errors import ImageInvalid
 from nbagent.image import manifest as manifests
-from nbagent.image.archive import Limits
+from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.manifest import Manifest
 from nbagent.image.tree import NotInTree, Tree
 
@@ -52,7 +52,7 @@ _SHEBANG = re.compile(rb"#! ?(/[\x21-\x7e]*/python[0-9.]*)\n")
 _USER, _HOME = "jovyan", "/home/jovyan"
 
 
-class Config(NamedTuple):
+class ImageConfig(NamedTuple):
     """What an image says of the process it is for."""
 
     environment: Mapping[str, str]
@@ -72,14 +72,14 @@ class OciImage(NamedTuple):
     """One image of a layout: the digest of its manifest, its configuration, its layers from the lowest."""
 
     digest: str
-    config: Config
+    config: ImageConfig
     layers: tuple[Layer, ...]
 
 
 class Source(Protocol):
     """Where an image comes from."""
 
-    def layout(self, staging: Path, id_base: int, limits: Limits) -> AbstractContextManager[Layout]:
+    def layout(self, staging: Path, id_base: int, limits: ImageArchiveLimits) -> AbstractContextManager[Layout]:
         """A layout that has the image.
 
         What must be fetched is fetched into `staging`, which is the image's own as the range of ids from
@@ -171,7 +171,7 @@ class Layout:
         return file
 
 
-def manifest_of(config: Config, rootfs: Path) -> Manifest:
+def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
     """The manifest of an image that has none, by its configuration and by what is in it.
 
     An image with JupyterLab on its PATH is a notebook server's, whatever it runs elsewhere; else its
@@ -199,12 +199,12 @@ def manifest_of(config: Config, rootfs: Path) -> Manifest:
     return manifests.from_mapping(mapping)
 
 
-def _config(document: Mapping[str, Any]) -> Config:
+def _config(document: Mapping[str, Any]) -> ImageConfig:
     variables = [item.partition("=") for item in _texts(document, "Env")]
     exposed = document.get("ExposedPorts")
     names = exposed if isinstance(exposed, Mapping) else ()
     ports = [int(match[1]) for name in names if (match := _PORT.fullmatch(str(name)))]
-    return Config(
+    return ImageConfig(
         environment={name: value for name, _, value in variables if manifests.VARIABLE.fullmatch(name)},
         user=str(document.get("User") or ""),
         directory=str(document.get("WorkingDir") or ""),

@@ -89,7 +89,7 @@ class ImageStore:
         path: Path = DEFAULT_PATH,
         *,
         id_bases: range = ids.BASES,
-        limits: archives.Limits = archives.Limits(),  # noqa: B008  frozen
+        limits: archives.ImageArchiveLimits = archives.ImageArchiveLimits(),  # noqa: B008  frozen
         chown: archives.Chown = os.chown,
     ) -> None:
         self.path = path

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from nbagent.config.host_config import Config
+from nbagent.config.host_config import HostConfig
 
 
 class SlotBackend(Protocol):
@@ -69,7 +69,7 @@ def again_s(figures: Mapping[str, Any], retry_after_s: object) -> int:
     return 10
 
 
-def terms(config: Config) -> dict[str, Any]:
+def terms(config: HostConfig) -> dict[str, Any]:
     """What somebody who starts a slot here should know: how long it lives, and what it may use."""
     return {
         "idle_s": config.cull.idle, "life_s": config.slots.ttl, "memory_bytes": config.slots.memory,

@@ -116,7 +116,7 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.ReadOnly(READ_ONLY),
             steps.Detach(),
             steps.Identity(spec.user, spec.uid, spec.home, spec.slot),
-            steps.Home(spec.home, spec.uid),
+            steps.OwnHome(spec.home, spec.uid),
             steps.Loopback(),
         ),
         connected=() if uplink is None else (
@@ -144,7 +144,7 @@ def zygote_plan(spec: SandboxSpec) -> Plan:
         inside=tuple(steps.HostProc(step.target) if isinstance(step, steps.Proc) else step for step in whole.inside),
         connected=(),
         last=(
-            steps.Limits(OPEN_FILES, PENDING_SIGNALS),
+            steps.ResourceLimits(OPEN_FILES, PENDING_SIGNALS),
             steps.Forking(FORKING),
             steps.SystemCalls(binascii.a2b_base64(spec.syscall_filter)),
         ),
@@ -158,7 +158,7 @@ def last(uid: int, syscall_filter: str, held: Optional[Tuple[int, ...]] = None) 
     filter, so theirs only refuses what that allows beside (`syscalls.FORKING`).
     """
     return (
-        steps.Limits(OPEN_FILES, PENDING_SIGNALS),
+        steps.ResourceLimits(OPEN_FILES, PENDING_SIGNALS),
         steps.Unprivileged(uid, held),
         steps.SystemCalls(binascii.a2b_base64(syscall_filter)),
     )

@@ -307,7 +307,7 @@ class Identity(NamedTuple):
         socket.sethostname(self.hostname)
 
 
-class Home(NamedTuple):
+class OwnHome(NamedTuple):
     """The home directory with the image's files in it, all the slot's own."""
 
     path: str
@@ -407,7 +407,7 @@ class Detach(NamedTuple):
         os.rmdir(behind)
 
 
-class Limits(NamedTuple):
+class ResourceLimits(NamedTuple):
     """Resource limits that no cgroup has: no core dumps, and files, timers, queued signals, locked
     memory and message queues enough for a notebook.
 

@@ -48,7 +48,7 @@ def main() -> int:
     return 0
 
 
-async def _run(config: host_config.Config) -> None:
+async def _run(config: host_config.HostConfig) -> None:
     sockets = _activated()
     systemd = Systemd()
     records = Records(RUN / "slots", grp.getgrnam("nbagent-router").gr_gid)

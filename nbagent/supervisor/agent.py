@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from nbagent.config.host_config import Config, SlotSettings
+from nbagent.config.host_config import HostConfig, SlotSettings
 from nbagent.core.errors import NbagentError, StartFailed
 from nbagent.core.events import Event, emit
 from nbagent.core.model import Limits, Slot, SlotState, new_id, new_token, now
@@ -74,7 +74,7 @@ class Agent:
 
     def __init__(
         self,
-        config: Config,
+        config: HostConfig,
         systemd: Systemd,
         store: ImageStore,
         launcher: Launcher,
@@ -136,7 +136,7 @@ class Agent:
         await asyncio.gather(*self._cleaning, return_exceptions=True)
         await self.zygotes.close()
 
-    def reload(self, config: Config) -> None:
+    def reload(self, config: HostConfig) -> None:
         """Takes new settings and looks again at the images; no slot is touched by this itself."""
         self.config = self.zygotes.config = config
         self.network.reload(config)

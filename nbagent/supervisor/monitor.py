@@ -51,7 +51,7 @@ class Monitor:
         return max(self._queue[0][0] + interval_s, self._batch_s + interval_s / BATCHES)
 
     def sample(self, settings: CullSettings, now_s: float) -> None:
-        """Monitor at the slots that are due, at so many that each has its turn in time."""
+        """Takes samples of the slots that are due, of so many that each has its turn in time."""
         self._batch_s = now_s
         for _ in range(math.ceil(len(self._queue) / BATCHES)):
             sampled_s, live = self._queue[0]

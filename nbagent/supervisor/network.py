@@ -16,7 +16,7 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from nbagent.config.host_config import Config, NetworkSettings
+from nbagent.config.host_config import HostConfig, NetworkSettings
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Slot
 from nbagent.network import addresses, resolver
@@ -37,7 +37,7 @@ _ANSWER_BYTES = 65536
 class Network:
     """Interfaces of slots. Every call to the service raises StartFailed when it does not succeed."""
 
-    def __init__(self, config: Config, systemd: Systemd) -> None:
+    def __init__(self, config: HostConfig, systemd: Systemd) -> None:
         self.settings = config.network
         self._systemd = systemd
         # Somewhere: a supervisor that restarts does not give away again what was just given back.
@@ -51,7 +51,7 @@ class Network:
         """Whether any claim may get a network."""
         return INTERNET in self.settings.allow
 
-    def reload(self, config: Config) -> None:
+    def reload(self, config: HostConfig) -> None:
         """Takes new settings; rules and resolver follow before the next interface is made."""
         self.settings = config.network
 

@@ -114,7 +114,7 @@ class RunningSlot:
         return now_s if busy else max(self.slot.claimed_s, self.active_s, acted_s)
 
     def take_sample(self, now_s: float, cpu_threshold: float) -> tuple[ActivitySample, Findings]:
-        """Monitor at a claimed slot: what the rules need, and what is new since the last look."""
+        """Takes a sample of a claimed slot: what the rules need, and what is new since the last look."""
         _, usage, storage = self.read(now_s, now_s)
         past_s = None if self.sampled_s is None else now_s - self.sampled_s
         cpu = (usage.cpu_s - self.usage.cpu_s) / past_s if past_s and past_s > 0.1 else None

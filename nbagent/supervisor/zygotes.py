@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nbagent.config.host_config import Config
+from nbagent.config.host_config import HostConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event, emit
 from nbagent.core.model import Limits, Slot, SlotState, now
@@ -104,7 +104,7 @@ class ZygotePool:
 class Zygotes:
     """The zygotes of this host. `changed` is called when slots of an image start in another way than before."""
 
-    def __init__(self, config: Config, systemd: Systemd, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, config: HostConfig, systemd: Systemd, changed: Callable[[], None] = lambda: None) -> None:
         self.config = config
         self.changed = changed
         self._systemd = systemd

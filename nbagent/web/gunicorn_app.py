@@ -66,7 +66,7 @@ class Shape:
     graceful_s: float
 
 
-class Server(BaseApplication, Generic[C]):  # type: ignore[misc]
+class GunicornApp(BaseApplication, Generic[C]):  # type: ignore[misc]
     """A service under gunicorn's arbiter.
 
     `make_app` runs in the arbiter, before the workers are forked, so that they share its memory;

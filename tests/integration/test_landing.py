@@ -236,7 +236,7 @@ def test_an_ended_notebook_has_a_button_that_starts_a_new_one_at_the_same_path(a
 def test_a_door_that_is_off_leaves_the_router_what_it_was(agent, configure):
     configure('[landing]\naccess = "off"\n')
     assert agent.router.get("/api/stats").status == 404
-    assert b"RunningSlot notebooks run here" in agent.router.get("/", Accept=HTML).body
+    assert b"Live notebooks run here" in agent.router.get("/", Accept=HTML).body
     for path in ("/spawn", "/info", "/lab", "/api/spawn"):
         assert agent.router.get(path, Accept=HTML).status == 404
     claim = agent.claim()

@@ -10,7 +10,7 @@ from nbagent.core.errors import ConfigError
 
 
 def test_no_file_is_a_whole_configuration(tmp_path):
-    assert host_config.load(tmp_path / "nbagent.toml") == host_config.Config()
+    assert host_config.load(tmp_path / "nbagent.toml") == host_config.HostConfig()
 
 
 def test_a_later_file_wins_key_by_key(tmp_path):
@@ -20,7 +20,7 @@ def test_a_later_file_wins_key_by_key(tmp_path):
     (tmp_path / "conf.d" / "10.toml").write_text('[slots]\nmemory = "200M"\ncpu_weight = 20\n')
     loaded = host_config.load(tmp_path / "nbagent.toml")
     assert (loaded.slots.memory, loaded.slots.ttl, loaded.slots.cpu_weight) == (300 << 20, 3600.0, 20)
-    assert (loaded.warm("r"), loaded.warm("minimal")) == (7, host_config.Config().pool.warm)
+    assert (loaded.warm("r"), loaded.warm("minimal")) == (7, host_config.HostConfig().pool.warm)
 
 
 def test_an_unknown_key_names_file_and_nearest_known_one(tmp_path):
@@ -82,15 +82,15 @@ def test_a_domain_goes_with_its_own_public_url(public_url):
 
 
 def test_every_setting_says_what_it_is_for():
-    for section in dataclasses.fields(host_config.Config):
+    for section in dataclasses.fields(host_config.HostConfig):
         if section.name == "images":
             continue
-        for setting in dataclasses.fields(getattr(host_config.Config(), section.name)):
+        for setting in dataclasses.fields(getattr(host_config.HostConfig(), section.name)):
             assert setting.metadata["doc"].endswith("."), f"{section.name}.{setting.name}"
 
 
 def test_trust_is_for_this_host_only_by_default():
-    trusted = host_config.Config().api.trusted_networks
+    trusted = host_config.HostConfig().api.trusted_networks
     assert trusted == (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 
 

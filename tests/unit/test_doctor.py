@@ -11,7 +11,7 @@ from fake_supervisor import FakeSupervisor
 from nbagent import doctor
 from nbagent.config import host_config
 
-SETTINGS = host_config.Config()
+SETTINGS = host_config.HostConfig()
 MOUNT = "21 1 0:20 / /proc rw,nosuid - proc proc rw\n"
 
 

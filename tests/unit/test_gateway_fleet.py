@@ -13,8 +13,8 @@ from nbagent.core.errors import ConfigError, Full
 from nbagent.gateway.__main__ import silent_hosts
 from nbagent.gateway.fleet import FleetBackend, total
 from nbagent.gateway.membership import Fleet, NotChanged
-from nbagent.gateway.runtime import GatewayDown, Runtime, Server, parse_servers
-from nbagent.gateway.settings import HostSettings, load
+from nbagent.gateway.runtime import GatewayDown, HaproxyServer, Runtime, parse_servers
+from nbagent.gateway.settings import FleetHostSettings, load
 from nbagent.landing.app import create_app
 
 PAGES = Path(__file__).resolve().parents[2] / "packaging/gateway/pages"
@@ -38,7 +38,7 @@ STATE = """1
 
 
 def backend(hosts: dict[str, dict[str, Any] | None], down: tuple[str, ...] = ()) -> FleetBackend:
-    servers = [Server(label, "10.1.0.1", 8000, None, label in down) for label in hosts]
+    servers = [HaproxyServer(label, "10.1.0.1", 8000, None, label in down) for label in hosts]
     return FleetBackend(lambda: servers, lambda server: hosts[server.label])
 
 
@@ -111,7 +111,7 @@ def fleet(tmp_path: Path) -> Fleet:
 
 
 def test_hosts_come_and_go_in_files_while_no_gateway_runs(fleet: Fleet) -> None:
-    host = HostSettings(address="10.1.0.2", port=8001)
+    host = FleetHostSettings(address="10.1.0.2", port=8001)
     assert fleet.add("b", host) == "b is in the fleet when the gateway starts"
     assert load(fleet.path).hosts["b"] == host
     fleet.drain("b", True)
@@ -126,14 +126,14 @@ def test_hosts_come_and_go_in_files_while_no_gateway_runs(fleet: Fleet) -> None:
 def test_a_change_that_makes_no_sense_changes_nothing(fleet: Fleet) -> None:
     before = fleet.path.read_text()
     for change, message in (
-        (lambda: fleet.add("a", HostSettings(address="10.1.0.9")), "a is in the fleet already"),
+        (lambda: fleet.add("a", FleetHostSettings(address="10.1.0.9")), "a is in the fleet already"),
         (lambda: fleet.drain("z", True), "no host z; there are a"),
         (lambda: fleet.remove("z", False), "no host z"),
         (lambda: fleet.remove("a", True), "take it out of the file it is in"),
     ):
         with pytest.raises(NotChanged, match=message):
             change()
-    fleet.add("b", HostSettings(address="10.1.0.2"))
+    fleet.add("b", FleetHostSettings(address="10.1.0.2"))
     with pytest.raises(NotChanged, match="drain it first, or use --force"):
         fleet.remove("b", False)
     assert fleet.path.read_text() == before and set(load(fleet.path).hosts) == {"a", "b"}
@@ -141,7 +141,7 @@ def test_a_change_that_makes_no_sense_changes_nothing(fleet: Fleet) -> None:
 
 def test_a_file_that_the_settings_refuse_is_taken_back(fleet: Fleet) -> None:
     with pytest.raises(ConfigError):
-        fleet.add("UPPER", HostSettings(address="10.1.0.2"))
+        fleet.add("UPPER", FleetHostSettings(address="10.1.0.2"))
     assert not fleet.file("UPPER").exists() and set(load(fleet.path).hosts) == {"a"}
 
 

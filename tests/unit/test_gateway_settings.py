@@ -155,5 +155,5 @@ def test_the_configuration_file_changes_no_default() -> None:
     assert settings.parse(tomllib.loads(text)) == settings.GatewaySettings()
     told = re.sub(r"^#(\[|\w+ = )", r"\1", text, flags=re.MULTILINE)
     document = tomllib.loads(told)
-    assert settings.parse(document).hosts == {"c07": settings.HostSettings()}
+    assert settings.parse(document).hosts == {"c07": settings.FleetHostSettings()}
     assert settings.parse({**document, "hosts": {}}) == settings.GatewaySettings()

@@ -17,7 +17,7 @@ from test_image_store import Owners
 from archives import MANIFEST, Archive, Layers
 from nbagent.core.errors import BadRequest, FetchFailed, ImageInvalid
 from nbagent.image import fetch, manifest
-from nbagent.image.archive import Limits
+from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.fetch import DockerArchive, OciDirectory, Registry
 from nbagent.image.store import Image, ImageStore
 
@@ -146,7 +146,8 @@ def test_devices_and_set_id_bits_of_a_layer_get_nowhere(store: ImageStore) -> No
 
 
 def test_the_limits_are_for_all_layers_together(tmp_path: Path) -> None:
-    store = ImageStore(tmp_path / "images", chown=Owners(), limits=Limits(unpacked_bytes=1 << 20, entries=200))
+    limits = ImageArchiveLimits(unpacked_bytes=1 << 20, entries=200)
+    store = ImageStore(tmp_path / "images", chown=Owners(), limits=limits)
     half = bytes(600_000)
     assert "larger" in refused(store, over(Archive().add("a", half), Archive().add("a", half)))
     assert "larger" in refused(store, over().layer(bytes(2 << 20)))
@@ -163,7 +164,7 @@ def test_the_limits_are_for_all_layers_together(tmp_path: Path) -> None:
 
 
 def test_large_files_pass_and_what_claims_to_be_larger_does_not(tmp_path: Path) -> None:
-    store = ImageStore(tmp_path / "images", chown=Owners(), limits=Limits(unpacked_bytes=8 << 20))
+    store = ImageStore(tmp_path / "images", chown=Owners(), limits=ImageArchiveLimits(unpacked_bytes=8 << 20))
     assert (bring(store, over(Archive().add("big", bytes(3 << 20)))).root / "big").stat().st_size == 3 << 20
     for kind in (tarfile.REGTYPE, tarfile.CONTTYPE, b"Z"):
         header = tarfile.TarInfo(".wh.x")

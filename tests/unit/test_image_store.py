@@ -21,7 +21,7 @@ import pytest
 from archives import MANIFEST, Archive, Layers
 from nbagent.core.errors import ImageInvalid, ImageNotFound, NbagentError
 from nbagent.image import ids, manifest, oci
-from nbagent.image.archive import Limits
+from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.store import Image, ImageStore
 
 
@@ -230,7 +230,7 @@ def test_whoever_adds_keeps_no_other_writer_waiting_and_loses_nothing_to_them(
         """A container image whose layout comes when the other writers have been."""
 
         @contextmanager
-        def layout(self, staging: Path, id_base: int, limits: Limits) -> Iterator[oci.Layout]:
+        def layout(self, staging: Path, id_base: int, limits: ImageArchiveLimits) -> Iterator[oci.Layout]:
             assert store.retire(set()) == []
             store.sweep()
             assert staging.is_dir(), "swept away while in use"
@@ -351,7 +351,7 @@ def test_an_entry_twice_is_refused(store: ImageStore) -> None:
 
 
 def test_limits_hold_for_bytes_entries_and_sparse_files(tmp_path: Path, owners: Owners) -> None:
-    store = ImageStore(tmp_path / "images", chown=owners, limits=Limits(unpacked_bytes=1 << 20, entries=20))
+    store = ImageStore(tmp_path / "images", chown=owners, limits=ImageArchiveLimits(unpacked_bytes=1 << 20, entries=20))
     assert "larger" in refused(store, Archive.with_image().add("big", bytes(1 << 20)))
     many = Archive.with_image()
     for number in range(20):
@@ -432,7 +432,7 @@ def test_a_static_directory_that_is_a_link_is_refused(store: ImageStore) -> None
 
 
 def test_hard_links_do_not_multiply_static_files_over_the_limit(tmp_path: Path, owners: Owners) -> None:
-    store = ImageStore(tmp_path / "images", chown=owners, limits=Limits(unpacked_bytes=1 << 20))
+    store = ImageStore(tmp_path / "images", chown=owners, limits=ImageArchiveLimits(unpacked_bytes=1 << 20))
     archive = Archive.with_image().add("usr/share/lab/0.bin", bytes(200_000))
     for number in range(1, 9):
         archive.add(f"usr/share/lab/{number}.bin", type=tarfile.LNKTYPE, linkname="usr/share/lab/0.bin")

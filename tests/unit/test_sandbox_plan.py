@@ -23,12 +23,12 @@ def test_the_order_inside():
     assert names(plan(SPEC).inside) == [
         "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Directory", "Pivot", "Bind", "Tmpfs",
         "Devices", "DevPts", "Bind", "Link", "Link", "Link", "Link", "Link",
-        "Bind", "Proc", "Masked", "ReadOnly", "Detach", "Identity", "Home", "Loopback",
+        "Bind", "Proc", "Masked", "ReadOnly", "Detach", "Identity", "OwnHome", "Loopback",
     ]
 
 
 def test_privileges_go_last_and_nothing_follows():
-    assert names(plan(SPEC).last) == ["Limits", "Unprivileged", "SystemCalls"]
+    assert names(plan(SPEC).last) == ["ResourceLimits", "Unprivileged", "SystemCalls"]
 
 
 def test_no_process_of_a_slot_can_have_a_capability():

@@ -20,10 +20,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from nbagent.content import download
-from nbagent.content.beneath_writer import Home, Refused
-from nbagent.content.unpack import Limits, unpack
+from nbagent.content.beneath_writer import BeneathWriter, Refused
+from nbagent.content.unpack import UnpackLimits, unpack
 
-LIMITS = Limits(1 << 20, 20)
+LIMITS = UnpackLimits(1 << 20, 20)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def top(tmp_path):
 
 @pytest.fixture
 def home(top):
-    with Home(str(top / "home")) as home:
+    with BeneathWriter(str(top / "home")) as home:
         yield home
     assert os.listdir(top / "beside") == [], "written outside of the home directory"
 
@@ -247,14 +247,14 @@ def test_a_server_that_does_not_give_it_is_named_with_the_reason(site, home, pat
 ALONE = """
 import ssl, sys
 from nbagent.content import download, unpack
-from nbagent.content.beneath_writer import Home
+from nbagent.content.beneath_writer import BeneathWriter
 url, certificate, path = sys.argv[1:]
 context = ssl.create_default_context(cafile=certificate)
 loaded = set(sys.modules)
 sys.path.clear()
 sys.path_importer_cache.clear()
-with Home(path) as home, download.get(url, [url], context) as body:
-    entries = unpack.unpack(body, home, unpack.Limits(1 << 20, 20))
+with BeneathWriter(path) as home, download.get(url, [url], context) as body:
+    entries = unpack.unpack(body, home, unpack.UnpackLimits(1 << 20, 20))
 print(entries, *sorted(set(sys.modules) - loaded))
 """
 
