@@ -58,7 +58,7 @@ def test_a_plan_says_of_every_step_what_it_does_why_and_how_it_is_undone():
     lines = plan(SPEC).lines()
     assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 24 + ["last"] * 3
     assert lines[0].step == f"user namespace of {(1 << 30) + 2001}: ids 0..65535 are {1 << 30}.. on the host"
-    assert lines[-1].step == "system calls filtered by 1 instructions"
+    assert lines[-1].step == "system call filter of 1 instructions"
     assert len({line.step for line in lines}) == len(lines)
     for line in lines:
         assert len(line.reason) > 12 and not line.reason.endswith(":") and line.undo
