@@ -1,4 +1,4 @@
-"""The isolation of a slot: attempts of a hostile program in it (walls.py), with each step of the sandbox and without."""
+"""Isolation of a slot: attempts of a hostile program in it (walls.py), with each step of the sandbox and without it."""
 
 import json
 import subprocess

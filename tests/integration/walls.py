@@ -178,7 +178,7 @@ def to_make_a_device(decoys):
 
 @attempt
 def to_dump_core_on_the_host(decoys):
-    # Only with the limit 1 the kernel neither writes a file nor starts the program in core_pattern (core(5)).
+    # Only with the limit 1 the kernel writes no file and starts no program of core_pattern (core(5)).
     if resource.getrlimit(resource.RLIMIT_CORE) != (1, 1):
         yield f"RLIMIT_CORE is {resource.getrlimit(resource.RLIMIT_CORE)}"
     try:
