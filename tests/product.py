@@ -1,6 +1,6 @@
-"""The product on a test host: its packages built and installed, and its API as a caller sees it.
+"""The product on a test host: builds and installs its packages, and calls its API.
 
-Shared by `make up`, the host tests and the benchmarks, so all three try the same thing.
+Shared by `make up`, the integration tests and the benchmarks, so that all three use the same installation.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from testhost_driver import Host
 
 TOP = Path(__file__).resolve().parent.parent
 DIST = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / "dist"
-# What is installed on a compute server.
+# The packages of a compute server.
 HOST = ("python3-nbagent", "nbagent", "nbagent-image-minimal")
-# What is installed on the gateway of a fleet.
+# The packages of a fleet's gateway.
 GATEWAY = ("python3-nbagent", "nbagent-gateway")
 API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
-# On a virtual machine without hardware help everything takes its time.
+# A virtual machine without KVM is several times slower.
 WARM_TIMEOUT_S = {"nspawn": 60, "vm": 300}
 
 
-# What a host is, for a comparison of before and after: files, users, units, cgroups, mounts, network, processes.
-# Left out are the books of dpkg and apt, caches and logs.
+# The state of a host, to compare before installation and after purge: files, users, units, cgroups, mounts, network,
+# processes. The databases of dpkg and apt, caches and logs are excluded.
 LISTING = r"""
 find /etc /opt /root /srv /usr /var /run /home \
   \( -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/cache -o -path /var/log \
@@ -56,12 +56,12 @@ true
 
 
 def listing(host: Host) -> set[str]:
-    """What a host is, one line a thing: compare two of them."""
+    """The state of a host as a set of lines."""
     return set(host.run(["sh", "-c", LISTING]).stdout.splitlines())
 
 
 def build(say: Callable[[str], None], names: Sequence[str] = HOST) -> list[Path]:
-    """Builds the packages that are named; takes a second when nothing changed."""
+    """Builds the named packages; takes a second when nothing changed."""
     found: dict[str, Path] = {}
     for what, command in (
         ("the program", [TOP / "packaging/build-deb", DIST]),
@@ -92,22 +92,22 @@ def add(host: Host, packages: list[Path]) -> None:
     for package in packages:
         host.copy_in(str(package), "/root/")
     names = [f"/root/{package.name}" for package in packages]
-    # A package that was built anew has the version that it had before; apt takes it for installed.
+    # --reinstall, because a rebuilt package has the same version, which apt takes for installed.
     host.run(["apt-get", "-q", "install", "-y", "--reinstall", *names], timeout=900)
 
 
-def add_changed(host: Host, packages: list[Path], tell: Callable[[str], None]) -> None:
-    """Installs the packages where the host does not have these very ones."""
+def add_changed(host: Host, packages: list[Path], report: Callable[[str], None]) -> None:
+    """Installs the packages unless the host has packages with the same checksums."""
     wanted = "\n".join(f"{hashlib.sha256(package.read_bytes()).hexdigest()}  {package.name}" for package in packages)
     if host.run(["cat", "/root/installed"], check=False).stdout == wanted:
         return
-    tell(f"installing {', '.join(package.name for package in packages)}")
+    report(f"installing {', '.join(package.name for package in packages)}")
     add(host, packages)
     host.run(["tee", "/root/installed"], input=wanted)
 
 
 def wait_warm(host: Host, count: int = 1) -> dict[str, Any]:
-    """Waits until `count` slots are warm; fails with the agent's own words."""
+    """Waits until `count` slots are warm; the failure contains the host's journal."""
     deadline = time.monotonic() + WARM_TIMEOUT_S[host.driver]
     stats: dict[str, Any] = {}
     while time.monotonic() < deadline:
@@ -117,7 +117,8 @@ def wait_warm(host: Host, count: int = 1) -> dict[str, Any]:
                 return stats
         time.sleep(0.2)
     log = host.run(["journalctl", "--no-pager", "-n", "60", "-o", "short-monotonic"], check=False).stdout
-    raise AssertionError(f"not {count} warm slots on {host.name} in time: {stats}\n{log}")
+    limit_s = WARM_TIMEOUT_S[host.driver]
+    raise AssertionError(f"fewer than {count} warm slots on {host.name} within {limit_s} s: {stats}\n{log}")
 
 
 class _HostConnection(http.client.HTTPConnection):
@@ -136,7 +137,7 @@ class _HostConnection(http.client.HTTPConnection):
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP answer, read whole."""
+    """An HTTP response, read completely."""
 
     status: int
     headers: Mapping[str, str]
@@ -147,22 +148,23 @@ class Answer:
 
 
 class Api:
-    """Calls one port of a test host; `get`, `post` and the rest return an Answer of any status."""
+    """HTTP requests to one port of a test host; `get`, `post` and the rest return an Answer with any status."""
 
     def __init__(self, host: Host, port: int = API_PORT, timeout: float = 120) -> None:
         self.host, self.port, self.timeout = host, port, timeout
 
     def call(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
-        """One request on a connection of its own. A `body` that is not bytes is sent as JSON."""
-        sent = dict(headers or {})
+        """One request on a new connection. A `body` that is not bytes is sent as JSON."""
+        request_headers = dict(headers or {})
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
-            sent.setdefault("Content-Type", "application/json")
+            request_headers.setdefault("Content-Type", "application/json")
         connection = _HostConnection(self.host, self.port, self.timeout)
         with contextlib.closing(connection):
-            connection.request(method, path, body, sent)
-            answer = connection.getresponse()
-            return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+            connection.request(method, path, body, request_headers)
+            response = connection.getresponse()
+            headers_by_name = {name.lower(): value for name, value in response.getheaders()}
+            return Answer(response.status, headers_by_name, response.read())
 
     def get(self, path: str, **headers: str) -> Answer:
         return self.call("GET", path, headers=headers)
@@ -178,13 +180,13 @@ class Api:
 
     def claim(self, **options: Any) -> dict[str, Any]:
         """A claim that must succeed."""
-        answer = self.post("/claim", options)
-        assert answer.status == 200, answer.body.decode()
-        claim = answer.json()
+        response = self.post("/claim", options)
+        assert response.status == 200, response.body.decode()
+        claim = response.json()
         assert isinstance(claim, dict)
         return claim
 
 
 def say(line: str) -> None:
-    """Progress, on standard error."""
+    """Prints a line of progress to standard error."""
     print(f"· {line}", file=sys.stderr, flush=True)
