@@ -1,4 +1,4 @@
-"""`make up` as a newcomer lives it: two commands, and a notebook in a real browser on this machine.
+"""`make up` as a new user runs it: two commands, and a notebook in a browser on this machine.
 
 The host that `make up` makes is left as it was found: up, or not there.
 """
@@ -24,7 +24,7 @@ NAME = "up"
 
 
 def make(target):
-    """`make TARGET`; what it printed."""
+    """Runs `make TARGET` and returns its output."""
     done = subprocess.run(["make", target], cwd=product.TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stdout
@@ -39,7 +39,7 @@ def is_up():
 
 @pytest.fixture(scope="module")
 def made_up():
-    """What `make up` printed."""
+    """The output of `make up`."""
     was_up = is_up()
     yield make("up")
     if was_up:
@@ -123,7 +123,7 @@ def test_a_new_notebook_from_the_launcher_computes_and_shows_a_table(page, claim
     assert "token=" not in page.driver.current_url
 
 
-def test_whose_notebook_has_ended_is_told_so_on_a_page(page, claim):
+def test_the_page_of_a_removed_slot_explains_its_end(page, claim):
     claimed = claim()
     release(claimed)
     page.open(claimed["url"])

@@ -1,4 +1,4 @@
-"""Restarts, crashes and upgrades: whatever happens to the agent, its users' slots go on."""
+"""Claimed slots keep running through restarts, crashes and upgrades of the agent."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ from nbagent.core.model import new_id
 from notebook import Kernel
 
 SUPERVISOR, API, ROUTER = "nbagent.service", "nbagent-api.service", "nbagent-router.service"
-# What PID 1 says of a service that was killed.
+# Messages of PID 1 about a service that was killed.
 FAILED_SCOPE = re.compile(r"Failed to start nbagent-\S+\.scope")
 KILLED = r"nbagent(-api|-router)?\.service: (Main process exited|Failed with result|Consumed|Killing process)"
 
 
 class Session:
-    """A person in the middle of something: a variable, and a cell that runs until it is told to stop."""
+    """A session in use: a kernel with a variable, and a cell that runs until `check` stops it."""
 
     def __init__(self, agent):
         self.agent, self.notebook = agent, agent.open()
@@ -41,7 +41,7 @@ class Session:
         return answer.json()["content"] if answer.status == 200 else None
 
     def check(self):
-        """Fails unless everything went on: processes, the cell, the variable, the claim."""
+        """Fails unless processes, cell, variable and claim are unchanged."""
         agent, notebook = self.agent, self.notebook
         agent.wait(lambda: agent.api.get("/healthz").status == 200, "the API")
         assert agent.api.get(f"/slots/{notebook.slot}").json()["state"] == "claimed"
@@ -67,7 +67,7 @@ def session(agent):
 
 @pytest.fixture
 def workers():
-    """Threads for callers that ask while the test does something else."""
+    """Threads for concurrent requests."""
     with ThreadPoolExecutor(4) as pool:
         yield pool
 
@@ -77,7 +77,7 @@ def restart(agent, unit):
 
 
 def kill(agent, unit):
-    """SIGKILL to every process of a service; returns when PID 1 runs it anew."""
+    """Sends SIGKILL to every process of a service and waits until PID 1 has restarted it."""
     agent.expect(KILLED)
     # What was half started ends with it, before or after PID 1 has put it into its scope.
     agent.expect(FAILED_SCOPE.pattern)
@@ -91,19 +91,19 @@ def main_pid(agent, unit):
 
 
 def events(agent, slot, event):
-    """What the journal has of one kind of event about a slot."""
+    """The journal's entries of one kind of event about a slot."""
     return agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={event.value.message_id}")
 
 
 @pytest.mark.parametrize("how", [restart, kill], ids=["restart", "kill-9"])
 @pytest.mark.parametrize("unit", [SUPERVISOR, API, ROUTER])
-def test_a_session_goes_on_over_the_end_of(session, agent, unit, how):
+def test_a_session_survives_the_end_of(session, agent, unit, how):
     before = main_pid(agent, unit)
     how(agent, unit)
     assert main_pid(agent, unit) not in (before, 0)
     session.check()
     if unit != ROUTER:
-        # Not even its websocket has noticed.
+        # Its websocket stays connected, too.
         assert session.kernel.run("answer + 1").text == "43"
 
 
@@ -144,7 +144,7 @@ def test_no_call_is_lost_while_the_api_restarts(agent, workers):
     assert [asked.result() for asked in asking] == ["all answered"] * 2
 
 
-def test_a_warm_pool_is_adopted_and_not_made_anew(agent):
+def test_a_warm_pool_is_adopted_and_not_recreated(agent):
     agent.wait(lambda: not agent.slots("starting"), "a quiet pool")
     before = {slot["slot"]: agent.processes(slot["slot"]) for slot in agent.slots("warm")}
     assert before
@@ -154,13 +154,13 @@ def test_a_warm_pool_is_adopted_and_not_made_anew(agent):
     assert {slot["slot"]: agent.processes(slot["slot"]) for slot in agent.slots("warm")} == before
     for slot in before:
         assert events(agent, slot, Event.SLOT_ADOPTED)
-    # It is handed out as if nothing had happened.
+    # An adopted slot can be claimed.
     notebook = agent.open()
     assert notebook.slot in before
     assert notebook.run("6 * 7").text == "42"
 
 
-def test_a_slot_that_was_half_made_is_removed(agent):
+def test_an_incomplete_slot_is_removed(agent):
     agent.expect(KILLED)
     # What was half started ends with it, before or after PID 1 has put it into its scope.
     agent.expect(FAILED_SCOPE.pattern)
@@ -175,7 +175,7 @@ def test_a_slot_that_was_half_made_is_removed(agent):
     agent.wait_warm(3)
 
 
-def test_what_no_file_or_no_scope_belongs_to_is_removed(agent):
+def test_scopes_without_a_file_and_files_without_a_scope_are_removed(agent):
     broken, lost, kept = agent.claim()["slot"], agent.claim()["slot"], agent.open()
     agent.wait_warm()
     agent.run("systemctl", "stop", SUPERVISOR)
@@ -220,7 +220,7 @@ def test_an_upgrade_keeps_claimed_sessions(session, agent):
     after = {unit: main_pid(agent, unit) for unit in before}
     assert all(after.values())
     assert after[SUPERVISOR] != before[SUPERVISOR] and after[API] != before[API]
-    # The router takes its new configuration by a reload: no websocket ends.
+    # The router loads its new configuration by a reload, so no websocket is closed.
     assert after[ROUTER] == before[ROUTER]
     assert session.kernel.socket.connected
     session.check()
@@ -228,7 +228,7 @@ def test_an_upgrade_keeps_claimed_sessions(session, agent):
     assert agent.open().run("1 + 1").text == "2"
 
 
-def test_a_wrong_setting_changes_nothing_and_the_journal_says_why(agent):
+def test_an_invalid_setting_is_logged_and_changes_nothing(agent):
     agent.expect(r"configuration not reloaded")
     before = main_pid(agent, SUPERVISOR)
     agent.configure('[slots]\nmemroy = "1G"\n')
@@ -254,7 +254,7 @@ def test_a_stop_is_quick_and_leaves_every_slot(session, agent):
     assert agent.run("systemctl", "show", "-P", "Result", SUPERVISOR) == "success\n"
     scopes = agent.run("systemctl", "list-units", "--plain", "--no-legend", "nbagent-*.scope").splitlines()
     running = {line.split()[0].removeprefix("nbagent-").removesuffix(".scope") for line in scopes}
-    # What was half made has ended or become warm; all else is as it was.
+    # The starting slot has ended or become warm; all others are unchanged.
     assert settled <= running
     known = agent.run("sh", "-c", "cat /run/nbagent/slots/*/slot.json | sed 's/}{/}\\n{/g'").splitlines()
     assert {json.loads(line)["state"] for line in known} <= {"warm", "claimed"}
