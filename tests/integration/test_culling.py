@@ -42,7 +42,7 @@ def test_an_idle_slot_is_culled_with_the_reason_in_the_journal(impatient):
     at_s, text = culled(agent, slot)
     assert text.startswith("idle for ") and 4 <= int(text.split()[2]) < 60
     assert at_s - logged(agent, slot, Event.SLOT_CLAIMED)[0] >= 4
-    agent.wait(lambda: state(agent, slot) is None, "the slot to be gone")
+    agent.wait(lambda: state(agent, slot) is None, "the removal of the slot")
     assert count(agent, "culled_idle") == before + 1
     page = agent.router.get(f"/user/{slot}/lab", Accept="text/html")
     assert page.status == 404 and b"no longer running" in page.body
@@ -80,10 +80,10 @@ def test_a_process_that_computes_outside_of_any_kernel_is_not_idle(impatient):
         f'import subprocess, time; subprocess.Popen(["python3", "-ISc", "{code}"], start_new_session=True)\n'
         "time.monotonic()"
     ).text)
-    agent.wait(lambda: not notebook.get("api/kernels"), "the kernel to be gone")
-    assert len(agent.processes(notebook.slot)) == 4  # init, the server, what kernels are forked from, and this one
+    agent.wait(lambda: not notebook.get("api/kernels"), "the end of the kernel")
+    assert len(agent.processes(notebook.slot)) == 4  # init, server, fork server, and this process
     at_s, text = culled(agent, notebook.slot)
-    # Idle is what it became when the process ended.
+    # Its idle time starts when the process exits.
     assert text.startswith("idle for ") and at_s - began_s > 14
 
 
@@ -164,7 +164,7 @@ def test_a_dead_slot_is_detected_at_once_and_replaced(agent):
     for slot in (notebook.slot, warm):
         _, text = agent.wait(lambda slot=slot: logged(agent, slot, Event.SLOT_DIED), f"the death of {slot}")
         assert "its processes ended" in text
-        agent.wait(lambda slot=slot: state(agent, slot) is None, f"{slot} to be gone")
+        agent.wait(lambda slot=slot: state(agent, slot) is None, f"the removal of {slot}")
     assert agent.router.get(f"/user/{notebook.slot}/lab").status == 404
     agent.wait_warm()
     assert agent.open().run("6 * 7").text == "42"

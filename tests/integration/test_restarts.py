@@ -79,7 +79,7 @@ def restart(agent, unit):
 def kill(agent, unit):
     """Sends SIGKILL to every process of a service and waits until PID 1 has restarted it."""
     agent.expect(KILLED)
-    # What was half started ends with it, before or after PID 1 has put it into its scope.
+    # A slot that is starting fails with the supervisor, before or after PID 1 has moved it into its scope.
     agent.expect(FAILED_SCOPE.pattern)
     before = main_pid(agent, unit)
     agent.run("systemctl", "kill", "-s", "KILL", unit)
@@ -162,7 +162,7 @@ def test_a_warm_pool_is_adopted_and_not_recreated(agent):
 
 def test_an_incomplete_slot_is_removed(agent):
     agent.expect(KILLED)
-    # What was half started ends with it, before or after PID 1 has put it into its scope.
+    # A slot that is starting fails with the supervisor, before or after PID 1 has moved it into its scope.
     agent.expect(FAILED_SCOPE.pattern)
     agent.configure("[pool]\nwarm = 3\n")
     half = agent.wait(lambda: agent.slots("starting"), "a slot that starts")[0]["slot"]
