@@ -122,7 +122,7 @@ class _Views:
         if _wants_json(request):
             raise SlotNotFound("no slot of this id runs here; it has ended or never existed")
         # The token of the ended slot is of no use for a new one.
-        return self._page("gone.html", 404, slot_path=_without_token(slot_path))
+        return self._page("ended.html", 404, slot_path=_without_token(slot_path))
 
     def status_page(self) -> AnyResponse:
         """A page that draws the figures and refreshes them."""
@@ -242,7 +242,7 @@ class _Views:
             return problems.from_http_exception(error)
         status = error.code or 500
         if status == 404:
-            return self._page("nowhere.html", 404)
+            return self._page("not_found.html", 404)
         return Response(f"{error.name}\n", status, content_type="text/plain; charset=utf-8", headers=[
             header for header in error.get_headers() if header[0] == "Allow"])
 

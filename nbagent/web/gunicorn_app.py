@@ -5,7 +5,7 @@ Differences from gunicorn's defaults, and their reasons:
   that idle connections neither block a service nor delay its restart.
 - A response that is sent before the body was read (413, 401, 403) would be lost, because closing a socket
   with unread data resets the connection. So the rest of the body is read and discarded, within bounds.
-- Headers with an underscore are dropped, because WSGI cannot tell them from the same name with a hyphen,
+- Headers with an underscore are dropped, because in WSGI they equal the same name with a hyphen,
   and gunicorn 20 accepts SCRIPT_NAME as a header.
 - There is no access log, because it would contain tokens of queries. The supervisor logs what happens to slots.
 """
