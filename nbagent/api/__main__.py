@@ -65,7 +65,7 @@ def claim_deadline_s(settings: host_config.HostConfig) -> float:
 
 
 def _serve(arguments: Arguments) -> None:
-    # Imported here, so that invalid settings are reported in a tenth of the time.
+    # Imported here, so that invalid settings are reported without loading Flask and gunicorn.
     from nbagent.api import app
     from nbagent.api.backend import HostBackend
     from nbagent.landing.app import create_app as create_landing

@@ -92,7 +92,7 @@ def test_slots_keep_their_ids_when_the_label_changes(agent):
     try:
         agent.run("systemctl", "reload", "nbagent-api.service", "nbagent-router.service")
         agent.wait(lambda: agent.router.get("/healthz").status == 200, "a response of the router")
-        # Each worker of the API in turn, because those with the former settings still serve for a moment.
+        # Several requests, because workers with the former settings serve some of them for a moment.
         assert {agent.api.get(path).status for _ in range(20)} == {200}
         assert agent.router.get(f"/user/{notebook.slot}/api").status == 200
         assert notebook.run("6 * 7").text == "42"
