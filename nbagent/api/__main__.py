@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 _ADDRESS = "127.0.0.1:9000"
 # The path of units/nbagent-landing.socket.
 _LANDING = Path("/run/nbagent/landing.sock")
-_PATH = click.Path(path_type=Path)
+# Without the check for readability, because the service may connect to its sockets, but not read them.
+_PATH = click.Path(readable=False, path_type=Path)
 
 
 @dataclass(frozen=True)

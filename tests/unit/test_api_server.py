@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from fake_supervisor import LABEL, FakeSupervisor
+
+from nbagent.api.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 HEAD = "POST /claim HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -274,6 +277,16 @@ def test_exit_status_of_the_command_line(arguments: list[str], status: int) -> N
     done = subprocess.run([sys.executable, "-m", "nbagent.api", *arguments], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == status
     assert "Traceback" not in done.stderr
+
+
+def test_sockets_need_not_be_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd passes the listening sockets, so the mode of their paths gives the service no permission."""
+    (tmp_path / "nbagent.toml").touch()
+    (tmp_path / "landing.sock").touch()
+    monkeypatch.setattr(os, "access", lambda *args, **kwargs: False)
+    done = CliRunner().invoke(main, ["--check", "--config", f"{tmp_path}/nbagent.toml",
+                                     "--landing", f"{tmp_path}/landing.sock"])
+    assert done.exit_code == 0, done.output
 
 
 def test_check_reads_the_settings_and_serves_nothing(tmp_path: Path) -> None:
