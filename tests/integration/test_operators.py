@@ -55,7 +55,7 @@ def test_journalctl_explains_each_step(agent):
     agent.release(slot)
     agent.wait(lambda: Event.SLOT_GONE in said(agent, slot), "the end in the journal")
     told = agent.run("journalctl", "-x", "--no-pager", f"NBAGENT_SLOT={slot}")
-    for subject in ("starts", "is warm", "is claimed", "is released", "is gone"):
+    for subject in ("starts", "is warm", "is claimed", "is released", "is removed"):
         assert f"Subject: Slot {slot} {subject}" in told
     assert f"journalctl -u nbagent-{slot}.scope" in told
     assert "@NBAGENT_" not in told
