@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from nbagent.api import access
 from nbagent.config import host_config
+from nbagent.core import paths
 from nbagent.core.errors import ConfigError
 from nbagent.wire import control
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 _ADDRESS = "127.0.0.1:9000"
 # units/nbagent-landing.socket.
-_LANDING = Path("/run/nbagent/landing.sock")
+_LANDING = paths.LANDING_SOCKET
 
 
 def claim_deadline_s(settings: host_config.HostConfig) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from nbagent.config.host_config import ApiSettings, HostConfig, LandingSettings, RouterSettings
 from nbagent.config.schema import Network
+from nbagent.core import paths
 
 # A slot's own login, as nbagent.zygote.notebook_server names it; \\1 is the slot.
 LOGIN_COOKIES = (r"__Host-nbagent-\1", r"nbagent-\1")
@@ -54,7 +55,7 @@ def _landing(landing: LandingSettings, domain: str | None, api: ApiSettings) -> 
     yield f"limit_req zone=claims burst={landing.rate} nodelay;\nlimit_req_status 429;\n"
     # The rest of the API's threads is for those who call it by its own port.
     connections = max(1, api.workers * api.threads * 3 // 4)
-    yield f"upstream landing {{ zone landing 64k; server unix:/run/nbagent/landing.sock max_conns={connections}; }}\n"
+    yield f"upstream landing {{ zone landing 64k; server unix:{paths.LANDING_SOCKET} max_conns={connections}; }}\n"
 
 
 def _at_home(domain: str | None) -> Iterator[str]:
