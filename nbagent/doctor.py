@@ -44,7 +44,7 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check. `mend` tells how to fix it and is empty when there is nothing to do."""
+    """The result of one check. `mend` is the way to fix it and is empty when there is nothing to do."""
 
     name: str
     status: Status
@@ -134,7 +134,7 @@ def check_systemd_version(version_text: Callable[[], str]) -> Finding:
 
 
 def check_cgroups(root: Path) -> Finding:
-    """Which cgroup hierarchy the host has, and which features cgroup v1 lacks."""
+    """The version of the host's cgroup hierarchy, with the features that v1 lacks."""
     mend = "boot with systemd.unified_cgroup_hierarchy=1 on the kernel's command line"
     lacks = "OOM kills of slots are not reported, slots have no PSI, and killing a slot is not atomic"
     if (root / "sys/fs/cgroup/cgroup.controllers").exists():
@@ -243,7 +243,7 @@ def check_unit(unit: str, state_of: Callable[[str], str]) -> Finding:
 
 
 def check_network(root: Path, settings: host_config.HostConfig) -> Finding:
-    """Which networks slots may reach, and whether the host has a route to them."""
+    """The networks that slots may reach, and whether the host has a route to them."""
     if "internet" not in settings.network.allow:
         return Finding("network", "ok", "slots have no network")
     routes = [line.split() for line in _text(root / "proc/net/route", "").splitlines()[1:]]

@@ -2,7 +2,7 @@
 
 Routing of a claim: the frontend `web` sends it to a chain, one of the backends `by_load`, `by_click` and `by_key`. The
 servers of a chain are stages, which are tried in order until one returns a slot. Stages are listeners of the same
-HAProxy. The last server is the status service, whose page tells when a slot may become free. The stages send claims to
+HAProxy. The last server is the status service, whose page shows when a slot may become free. The stages send claims to
 hosts:
 
     claims   to a random host, weighted by its size and its free capacity; after a refusal, to the next one

@@ -97,7 +97,7 @@ def test_slots_of_a_host_that_does_not_respond_get_503_and_not_404() -> None:
     fleet = backend({"a": A})
     landing = Client(silent_hosts(create_app(LandingSettings(), fleet, lambda _: True), fleet.knows, PAGES))
     lost = landing.get("/user/a-0123456789ab/lab", headers={"Accept": "text/html"})
-    assert lost.status_code == 503 and "does not answer" in lost.text and lost.headers["Retry-After"] == "5"
+    assert lost.status_code == 503 and "does not respond" in lost.text and lost.headers["Retry-After"] == "5"
     problem = landing.get("/user/a-0123456789ab/api/kernels")
     assert problem.status_code == 503 and problem.content_type == "application/problem+json"
     assert landing.get("/user/b-0123456789ab/lab").status_code == 404
