@@ -34,7 +34,7 @@ T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
-def setting(default: object, parse: Callable[[Any], object], doc: str) -> Any:
+def setting(default: object, parse: Callable[[object], object], doc: str) -> Any:
     """A dataclass field with the value `parse(value)` of a file's value; `parse` raises ValueError."""
     metadata = {"parse": parse, "doc": doc, "default": default}
     return field(default_factory=lambda: parse(default), metadata=metadata)
@@ -54,7 +54,7 @@ class NamedTables(NamedTuple):
     called: str
 
 
-def matching(pattern: str, expected: str) -> Callable[[Any], str]:
+def matching(pattern: str, expected: str) -> Callable[[object], str]:
     """A parser of text that matches the whole pattern."""
     def parse(value: object) -> str:
         if isinstance(value, str) and re.fullmatch(pattern, value):
@@ -64,7 +64,7 @@ def matching(pattern: str, expected: str) -> Callable[[Any], str]:
     return parse
 
 
-def number(low: float, high: float, kind: type[T]) -> Callable[[Any], T]:
+def number(low: float, high: float, kind: type[T]) -> Callable[[object], T]:
     """A parser of numbers from `low` to `high`, both included."""
     def parse(value: object) -> T:
         whole = "a whole number" if kind is int else "a number"
