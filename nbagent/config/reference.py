@@ -141,7 +141,7 @@ def man(document: Document) -> str:
     for name, text, kind in [*sections(document), (document.named, sentence(document.named_kind), document.named_kind)]:
         parts.append(f".SH [{name}]\n{roff(text)}\n")
         for key, doc, default in entries(kind):
-            parts.append(f".TP\n.BI {key} \" = \" {roff(default)}\n{roff(doc)}\n")
+            parts.append(f".TP\n.BI {key} \" = \" {roff_argument(default)}\n{roff(doc)}\n")
     parts.append(document.man[1])
     return "".join(parts)
 
@@ -154,6 +154,10 @@ def entries(kind: type) -> Iterator[tuple[str, str, str]]:
 
 
 def roff(text: str) -> str:
-    """`text` escaped for roff. A value that starts with "[" or '"' becomes one argument of a macro."""
-    escaped = text.replace("\\", "\\e").replace("-", "\\-").replace('"', "\\(dq")
-    return escaped.replace(" ", "\\ ") if text.startswith(("[", '"')) else escaped
+    """`text` escaped for a paragraph of roff."""
+    return text.replace("\\", "\\e").replace("-", "\\-").replace('"', "\\(dq")
+
+
+def roff_argument(text: str) -> str:
+    """`text` escaped for one argument of a roff macro."""
+    return roff(text).replace(" ", "\\ ")
