@@ -11,6 +11,7 @@ import click
 
 from nbagent.api import access
 from nbagent.config import host_config
+from nbagent.core import paths
 from nbagent.core.errors import ConfigError
 from nbagent.wire import control
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 _ADDRESS = "127.0.0.1:9000"
 # The path of units/nbagent-landing.socket.
-_LANDING = Path("/run/nbagent/landing.sock")
+_LANDING = paths.LANDING_SOCKET
 # Without the check for readability, because the service may connect to its sockets, but not read them.
 _PATH = click.Path(readable=False, path_type=Path)
 

@@ -18,20 +18,20 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
-from pathlib import Path
 
 from werkzeug.wrappers import Request
 
 from nbagent.api.hostnames import host_of, is_address, machine_names, origin_of, plain_address
 from nbagent.config.host_config import HostConfig
 from nbagent.config.schema import Network
+from nbagent.core import paths
 from nbagent.core.errors import Forbidden, Unauthenticated
 from nbagent.web.cors import AllowedOrigins
 from nbagent.web.tokens import TokenFile, bearer_token
 
-TOKEN_PATH = Path("/etc/nbagent/token")
+TOKEN_PATH = paths.TOKEN
 # The token of the landing page; it starts slots and gives no access to this API.
-LANDING_TOKEN_PATH = Path("/etc/nbagent/landing-token")
+LANDING_TOKEN_PATH = paths.LANDING_TOKEN
 _PROXY_HEADERS = frozenset({"forwarded", "via", "x-real-ip", "true-client-ip", "cf-connecting-ip"})
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from nbagent.config.host_config import ApiSettings, HostConfig, LandingSettings, RouterSettings
 from nbagent.config.schema import Network
+from nbagent.core import paths
 
 # The login cookies of a slot, named in nbagent.zygote.notebook_server; \\1 is the slot.
 LOGIN_COOKIES = (r"__Host-nbagent-\1", r"nbagent-\1")
@@ -54,7 +55,7 @@ def _landing(landing: LandingSettings, domain: str | None, api: ApiSettings) -> 
     yield f"limit_req zone=claims burst={landing.rate} nodelay;\nlimit_req_status 429;\n"
     # A quarter of the API's threads is reserved for the control API.
     connections = max(1, api.workers * api.threads * 3 // 4)
-    yield f"upstream landing {{ zone landing 64k; server unix:/run/nbagent/landing.sock max_conns={connections}; }}\n"
+    yield f"upstream landing {{ zone landing 64k; server unix:{paths.LANDING_SOCKET} max_conns={connections}; }}\n"
 
 
 def _slot_hosts(domain: str | None) -> Iterator[str]:

@@ -17,14 +17,14 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from nbagent.core import paths
 from nbagent.network.addresses import PREFIX, REFUSED4, REFUSED6, Network, gateway
 
 TABLE = "inet nbagent"
 # Written by the supervisor, whose settings these are; read by the service, whenever it starts too.
-RULES_PATH = Path("/run/nbagent/network.json")
+RULES_PATH = paths.NETWORK_RULES
 # Sets whose elements begin with the name of a slot's interface.
 COUNTED = ("connections", "rates", "questions")
 PER_SLOT = ("slots4", "slots6", *COUNTED)

@@ -86,7 +86,7 @@ class Density:
             say(f"stopped at {len(self.kernels)} users of {wanted}: {stopped}")
             if self.failures:
                 # What an operator would look at; the host goes with this run.
-                found = "Error|Traceback|given up|by itself"
+                found = "Error|Traceback|zygote .* failed|unexpectedly"
                 journal = ["journalctl", "--no-pager", "-o", "cat", "-n", "40", "-g", found]
                 say(self.host.run(journal, check=False).stdout)
             # Slots of the last wave without a kernel are nobody's, and would be counted as the others'.

@@ -118,7 +118,7 @@ class Gateway:
         """The hosts of a backend."""
         return [
             row for row in self.rows()
-            if row["pxname"] == backend and row["svname"] not in ("FRONTEND", "BACKEND", haproxy.NOBODY)
+            if row["pxname"] == backend and row["svname"] not in ("FRONTEND", "BACKEND", haproxy.NO_HOST)
         ]
 
     def retries(self, backend: str = "claims") -> int:

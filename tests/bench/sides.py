@@ -29,6 +29,7 @@ HERE = Path(__file__).resolve().parent
 PYTHON = "/usr/bin/python3"
 CACHE = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build"))
 OUT = CACHE / "bench"
+ZYGOTE_READY = "MESSAGE_ID=c5f0b8c1b9a04d52a3d6c1b7f0d2a9e4"
 # No claim of a burst is given up, and no pool is kept but that of the side whose turn it is.
 SETTINGS = f'[pool]\nwarm = 0\nclaim_timeout = "{TIMEOUT_S}s"\n[images.minimal]\nwarm = 1\n'
 # What the peers need on the host, from Debian, beside what every test host has.
@@ -120,7 +121,7 @@ class Ours:
 
     def _zygotes(self) -> int:
         """How many have been ready since the host began."""
-        said = self.host.run(["journalctl", "-q", "-t", "nbagent", "-o", "cat", "-g", "forks slots"], check=False)
+        said = self.host.run(["journalctl", "-q", "-t", "nbagent", "-o", "cat", ZYGOTE_READY], check=False)
         return len(said.stdout.splitlines())
 
     def _wait_zygote(self, count: int = 1) -> None:

@@ -130,7 +130,7 @@ def neighbour(shared):
 @pytest.fixture
 def host(shared, neighbour):
     """The shared host with a pool of two, so that claims need not wait; releases all slots but the neighbour."""
-    shared.expect(r"ran out of memory|prints too much|killed by the OOM killer|Still around after SIGKILL")
+    shared.expect(r"ran out of memory|exceeds the log rate limit|killed by the OOM killer|Still around after SIGKILL")
     shared.configure("[pool]\nwarm = 2\n")
     shared.wait_warm(2)
     yield shared

@@ -23,7 +23,7 @@ def told(agent, slot, event):
 def culled(agent, slot, timeout=60):
     """Waits until a slot is culled; what the journal says of it."""
     at_s, text = agent.wait(lambda: told(agent, slot, Event.SLOT_CULLED), f"{slot} to be culled", timeout)
-    return at_s, text.removeprefix(f"slot {slot} culled: ")
+    return at_s, text.removeprefix(f"slot {slot} removed: ")
 
 
 def state(agent, slot):
@@ -151,7 +151,7 @@ def test_more_time_is_more_time(agent):
 
 
 def test_a_slot_that_dies_is_noticed_at_once_and_replaced(agent):
-    agent.expect("ended by itself")
+    agent.expect("ended unexpectedly")
     # Nobody looks at the rules for an hour: it is the kernel that says so.
     agent.configure('[cull]\ninterval = "1h"\n')
     notebook = agent.open()

@@ -391,7 +391,7 @@ def test_a_released_slot_leaves_no_process_mount_namespace_or_file(agent):
 def test_a_fork_bomb_ends_at_the_task_limit_and_its_user_can_go_on(agent):
     notebook = agent.open(memory="2G")  # so that tasks end first
     # Each of its processes is interrupted, and says so at length.
-    agent.expect(r"prints too much")
+    agent.expect(r"exceeds the log rate limit")
     bomb = "import os, time\\ntry:\\n    while True: os.fork()\\nexcept OSError: time.sleep(600)"
     with notebook.kernel() as kernel:
         assert kernel.run(f'import subprocess; subprocess.Popen(["python3", "-ISc", "{bomb}"])').status == "ok"
