@@ -161,7 +161,7 @@ def _limit(path: Path, value: int | str | None) -> None:
 
 
 def _delegated_parent(own: Path) -> Path:
-    """The parent of the host's cgroup: a sibling of this process on v2, where a cgroup with processes delegates none."""
+    """The host cgroup's parent: beside this process on v2, since a cgroup with processes delegates no controller."""
     return own if own == MOUNT else own.parent
 
 
