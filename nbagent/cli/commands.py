@@ -74,7 +74,7 @@ def _with_api(function: Callable[..., None]) -> Callable[..., None]:
     @_JSON
     @click.option("--url", envvar="NBAGENT_URL", default=DEFAULT_URL, show_default=True, show_envvar=True,
                   help="The control API.")
-    @click.option("--token-file", envvar="NBAGENT_TOKEN_FILE", type=click.Path(path_type=Path),
+    @click.option("--token-file", envvar="NBAGENT_TOKEN_FILE", type=click.Path(readable=False, path_type=Path),
                   show_envvar=True, help=f"The file with the token of the API.  [default: {paths.TOKEN}, if readable]")
     @functools.wraps(function)
     def command(url: str, token_file: Path | None, **options: Any) -> None:
@@ -219,7 +219,7 @@ def config_group() -> None:
 
 
 @config_group.command()
-@click.argument("file", type=click.Path(path_type=Path), default=host_config.DEFAULT_PATH)
+@click.argument("file", type=click.Path(readable=False, path_type=Path), default=host_config.DEFAULT_PATH)
 @_JSON
 def check(file: Path, as_json: bool) -> None:
     """Check FILE and the conf.d directory beside it, and show which files were read."""
@@ -234,7 +234,7 @@ def check(file: Path, as_json: bool) -> None:
 
 
 @nbagent.command()
-@click.option("--config", "file", type=click.Path(path_type=Path), default=host_config.DEFAULT_PATH,
+@click.option("--config", "file", type=click.Path(readable=False, path_type=Path), default=host_config.DEFAULT_PATH,
               show_default=True, help="The configuration to check the host against.")
 @click.option("--url", envvar="NBAGENT_URL", default=DEFAULT_URL, show_default=True, show_envvar=True,
               help="The control API.")

@@ -22,7 +22,7 @@ def slot() -> None:
 
 @slot.command()
 @click.argument("image")
-@click.option("--store", type=click.Path(path_type=Path), default=paths.IMAGES, show_default=True,
+@click.option("--store", type=click.Path(readable=False, path_type=Path), default=paths.IMAGES, show_default=True,
               help="The image store.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(image: str, store: Path, as_json: bool) -> None:
