@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 RELOAD_TIMEOUT_S = 10.0
 UNITS = ("nbagent-gateway.service", "nbagent-gateway-status.service")
 
-_FILE = click.option("--config", "file", type=click.Path(readable=False, path_type=Path), default=paths.GATEWAY_SETTINGS,
-                     show_default=True, help="The configuration file; gateway.d is beside it.")
+_FILE = click.option("--config", "file", type=click.Path(readable=False, path_type=Path),
+                     default=paths.GATEWAY_SETTINGS, show_default=True,
+                     help="The configuration file; gateway.d is beside it.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _SHOWN_DIGITS = 12
 
 _STORE = click.option(
-    "--store", type=click.Path(readable=False, path_type=Path), default=paths.IMAGES, show_default=True, help="The image store."
+    "--store", type=click.Path(readable=False, path_type=Path), default=paths.IMAGES, show_default=True,
+    help="The image store.",
 )
 _NAME = click.option("--name", required=True, help="Name of the image in claims.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -23,8 +23,8 @@ _SLOT = re.compile(rf"/user/({settings.LABEL})-[a-z0-9]+(?:/|$)")
 
 
 @click.command()
-@click.option("--config", type=click.Path(readable=False, path_type=Path), default=settings.DEFAULT_PATH, show_default=True,
-              help="The configuration file.")
+@click.option("--config", type=click.Path(readable=False, path_type=Path), default=settings.DEFAULT_PATH,
+              show_default=True, help="The configuration file.")
 @click.option("--bind", default=f"unix:{paths.GATEWAY_STATUS_SOCKET}", show_default=True,
               help="The address to listen on if systemd passes no socket.")
 @click.pass_context
