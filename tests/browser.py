@@ -1,4 +1,4 @@
-"""A browser for tests: Chromium by chromedriver, with the actions of a JupyterLab user."""
+"""A real browser for tests: Chromium by chromedriver, with the actions of a person in its window."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-backgroun
 
 @contextlib.contextmanager
 def chromium(directory, *flags):
-    """A Page in a browser with a new profile in `directory`, which also takes the screenshots."""
+    """A Page in a browser with a new profile in `directory`, which also gets its screenshots."""
     options = ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     for flag in (*FLAGS, *flags, f"--user-data-dir={directory}/profile"):
@@ -40,17 +40,17 @@ def chromium(directory, *flags):
 
 
 class Page:
-    """A browser window and the actions of its user."""
+    """A window, with the actions of a person."""
 
     def __init__(self, driver, shots):
         self.driver, self.shots = driver, shots
 
     def open(self, url):
-        """Navigates to a URL without waiting for the end of loading; callers wait for elements."""
+        """Opens `url` without waiting for the end of loading, because a test waits for visible elements."""
         self.driver.get(url)
 
     def close_others(self):
-        """Closes every other window, because Chromium throttles pages in the background."""
+        """Closes every other window, because Chromium suspends pages in the background."""
         own = self.driver.current_window_handle
         for other in set(self.driver.window_handles) - {own}:
             self.driver.switch_to.window(other)
@@ -58,7 +58,7 @@ class Page:
         self.driver.switch_to.window(own)
 
     def see(self, selector, count=1):
-        """Waits until `count` elements match the selector and returns all that match."""
+        """Waits until at least `count` elements exist, and returns them."""
         def found(driver):
             elements = driver.find_elements(By.CSS_SELECTOR, selector)
             return len(elements) >= count and elements
@@ -66,28 +66,28 @@ class Page:
         return self.wait(found, f"{count} of {selector}")
 
     def wait(self, what, for_what):
-        """Waits for a true value of `what` and returns it; saves a screenshot when it times out."""
+        """Waits for a true result of `what` and returns it; on a timeout takes a screenshot and raises."""
         try:
             return WebDriverWait(self.driver, PATIENCE_S).until(what, for_what)
         except TimeoutException:
-            self.shoot("timeout")
+            self.shoot("in-vain")
             raise
 
     def read(self, selector, text):
-        """Waits until an element shows a text."""
+        """Waits until an element contains a text."""
         self.wait(
             lambda driver: any(text in element.text for element in driver.find_elements(By.CSS_SELECTOR, selector)),
             f"{text!r} in {selector}")
 
     def wait_for_kernel(self):
-        # The toolbar's circle also shows idle while there is no kernel: JupyterLab would then start a second kernel for
-        # a cell that is run, and drop the cell. The status bar shows the kernel of the widget that was clicked last,
-        # so a cell is clicked first.
+        # Not by the toolbar's circle, which is idle while there is no kernel: JupyterLab starts another kernel
+        # for a cell that is run then, and drops the cell.
+        # The status bar describes the last clicked widget, and on a slow machine nothing before a click.
         self.select_first_cell()
         self.read("#jp-main-statusbar", "(ipykernel) | Idle")
 
     def select_first_cell(self):
-        """Clicks into the first code cell until it has the focus, because a page that is still being built moves it."""
+        """Clicks into the first code cell until it has the focus, because a page that is being built may move it."""
         def selected(driver):
             with contextlib.suppress(*MOVING):
                 self.see(".jp-CodeCell .cm-content")[0].click()
@@ -116,5 +116,5 @@ class Page:
         return addresses
 
     def complaints(self):
-        """The messages of level SEVERE in the console."""
+        """The messages of the console at level SEVERE."""
         return [line["message"] for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]

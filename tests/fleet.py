@@ -1,4 +1,4 @@
-"""A fleet on test hosts: compute servers and gateways on a separate network, installed from the packages.
+"""A fleet on test hosts: compute servers and gateways in a network of their own, installed by the packages.
 
 Shared by `make up-fleet`, the integration tests and the benchmarks.
 """
@@ -27,7 +27,7 @@ def host_address(number: int) -> str:
 
 
 class Fleet:
-    """Hosts labelled a, b, c, … and gateways in front of them; the names of all test hosts begin with NAME-."""
+    """Hosts labelled a, b, c, …, and gateways in front of them, with names NAME-…"""
 
     def __init__(self, name: str, labels: Sequence[str], gateways: int = 1) -> None:
         self.name, self.labels = name, tuple(labels)
@@ -37,10 +37,10 @@ class Fleet:
         self._gateway_count = gateways
 
     def up(self, say: Callable[[str], None], settings: str | dict[str, str] = "", gateway_settings: str = "") -> None:
-        """Starts and installs the missing hosts; `settings` apply to all compute servers, or are given by label."""
+        """Boots and installs the missing hosts; `settings` are for all hosts, or for each by its label."""
         packages = product.build(say, tuple(dict.fromkeys((*product.HOST, *product.GATEWAY))))
         by_name = {package.name.split("_")[0]: package for package in packages}
-        # Sequentially, because two hosts that need the same root filesystem wait for one build anyway.
+        # One after the other, because the build of a root filesystem is locked.
         for number in range(self._gateway_count):
             self.gateways.append(self._boot(f"{self.name}-gw{number}", gateway_address(number)))
         for number, label in enumerate(self.labels):

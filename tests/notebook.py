@@ -1,6 +1,6 @@
-"""A client of a claimed notebook, for tests: opens it through the router, runs cells, returns results.
+"""A notebook's user, for tests: opens the claim's URL through the router, runs cells, reads results.
 
-It uses Jupyter's REST API and the kernels' websocket, as JupyterLab in a browser does, by python3-websocket.
+Uses Jupyter's REST API and the kernels' websockets, as JupyterLab in a browser does; python3-websocket is the client.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from testhost_driver import Host
 
 @dataclass
 class Result:
-    """The result of a cell."""
+    """The output of a cell."""
 
     status: str = ""
     text: str = ""
@@ -38,23 +38,23 @@ class Notebook:
         self.headers = {"Authorization": f"token {self.token}"}
 
     def get(self, path: str) -> Any:
-        """GET below the slot, with the token; returns the response's JSON."""
-        response = self.router.call("GET", self.base + path, headers=self.headers)
-        assert response.status == 200, (response.status, response.body[:500])
-        return response.json()
+        """GET below the slot, with the token; returns the JSON of the response."""
+        answer = self.router.call("GET", self.base + path, headers=self.headers)
+        assert answer.status == 200, (answer.status, answer.body[:500])
+        return answer.json()
 
     def post(self, path: str, body: Any = None) -> Any:
         """POST below the slot, with the token."""
-        response = self.router.call("POST", self.base + path, body or {}, self.headers)
-        assert response.status in (200, 201, 204), (response.status, response.body[:500])
-        return response.json() if response.body else None
+        answer = self.router.call("POST", self.base + path, body or {}, self.headers)
+        assert answer.status in (200, 201, 204), (answer.status, answer.body[:500])
+        return answer.json() if answer.body else None
 
     def kernel(self) -> Kernel:
         """A new kernel with an open websocket to it."""
         return Kernel(self, self.post("api/kernels")["id"])
 
     def run(self, code: str, timeout: float = 60) -> Result:
-        """Runs a cell in a new kernel and shuts the kernel down."""
+        """Runs a cell in a kernel of its own, and ends the kernel."""
         kernel = self.kernel()
         try:
             return kernel.run(code, timeout)
@@ -92,7 +92,7 @@ class Kernel:
         return message_id
 
     def result(self, message_id: str, timeout: float = 60) -> Result:
-        """Waits for the result of a cell. Raises TimeoutError."""
+        """The result of a cell; raises TimeoutError after `timeout` seconds."""
         result, deadline = Result(), time.monotonic() + timeout
         idle = False
         while not (idle and result.status):

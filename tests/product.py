@@ -1,6 +1,6 @@
-"""The product on a test host: builds and installs its packages, and calls its API.
+"""The product on a test host: its packages built and installed, and a client of its API.
 
-Shared by `make up`, the integration tests and the benchmarks, so that all three use the same installation.
+Shared by `make up`, the integration tests and the benchmarks, so that all three use the same packages.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ HOST = ("python3-nbagent", "nbagent", "nbagent-image-minimal")
 # The packages of a fleet's gateway.
 GATEWAY = ("python3-nbagent", "nbagent-gateway")
 API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
-# A virtual machine without KVM is several times slower.
+# A virtual machine without hardware virtualisation is slow.
 WARM_TIMEOUT_S = {"nspawn": 60, "vm": 300}
 
 
-# The state of a host, to compare before installation and after purge: files, users, units, cgroups, mounts, network,
-# processes. The databases of dpkg and apt, caches and logs are excluded.
+# The state of a host, to compare before and after: files, users, units, cgroups, mounts, network, processes.
+# Without the databases of dpkg and apt, caches and logs.
 LISTING = r"""
 find /etc /opt /root /srv /usr /var /run /home \
   \( -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/cache -o -path /var/log \
@@ -56,12 +56,12 @@ true
 
 
 def listing(host: Host) -> set[str]:
-    """The state of a host as a set of lines."""
+    """The state of a host as a set of lines, to be compared with another."""
     return set(host.run(["sh", "-c", LISTING]).stdout.splitlines())
 
 
 def build(say: Callable[[str], None], names: Sequence[str] = HOST) -> list[Path]:
-    """Builds the named packages; takes a second when nothing changed."""
+    """Builds the named packages; takes a second when no source changed."""
     found: dict[str, Path] = {}
     for what, command in (
         ("the program", [TOP / "packaging/build-deb", DIST]),
@@ -92,22 +92,22 @@ def add(host: Host, packages: list[Path]) -> None:
     for package in packages:
         host.copy_in(str(package), "/root/")
     names = [f"/root/{package.name}" for package in packages]
-    # --reinstall, because a rebuilt package has the same version, which apt takes for installed.
+    # A rebuilt package has the same version, so that apt would regard it as installed.
     host.run(["apt-get", "-q", "install", "-y", "--reinstall", *names], timeout=900)
 
 
-def add_changed(host: Host, packages: list[Path], report: Callable[[str], None]) -> None:
-    """Installs the packages unless the host has packages with the same checksums."""
+def add_changed(host: Host, packages: list[Path], log: Callable[[str], None]) -> None:
+    """Installs the packages unless the host has files with the same hashes."""
     wanted = "\n".join(f"{hashlib.sha256(package.read_bytes()).hexdigest()}  {package.name}" for package in packages)
     if host.run(["cat", "/root/installed"], check=False).stdout == wanted:
         return
-    report(f"installing {', '.join(package.name for package in packages)}")
+    log(f"installing {', '.join(package.name for package in packages)}")
     add(host, packages)
     host.run(["tee", "/root/installed"], input=wanted)
 
 
 def wait_warm(host: Host, count: int = 1) -> dict[str, Any]:
-    """Waits until `count` slots are warm; the failure contains the host's journal."""
+    """Waits until `count` slots are warm; fails with the stats and the journal."""
     deadline = time.monotonic() + WARM_TIMEOUT_S[host.driver]
     stats: dict[str, Any] = {}
     while time.monotonic() < deadline:
@@ -117,8 +117,7 @@ def wait_warm(host: Host, count: int = 1) -> dict[str, Any]:
                 return stats
         time.sleep(0.2)
     log = host.run(["journalctl", "--no-pager", "-n", "60", "-o", "short-monotonic"], check=False).stdout
-    limit_s = WARM_TIMEOUT_S[host.driver]
-    raise AssertionError(f"fewer than {count} warm slots on {host.name} within {limit_s} s: {stats}\n{log}")
+    raise AssertionError(f"not {count} warm slots on {host.name} in time: {stats}\n{log}")
 
 
 class _HostConnection(http.client.HTTPConnection):
@@ -137,7 +136,7 @@ class _HostConnection(http.client.HTTPConnection):
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP response, read completely."""
+    """An HTTP response, read whole."""
 
     status: int
     headers: Mapping[str, str]
@@ -148,23 +147,22 @@ class Answer:
 
 
 class Api:
-    """HTTP requests to one port of a test host; `get`, `post` and the rest return an Answer with any status."""
+    """Calls one port of a test host; `get`, `post` and the rest return an Answer with any status."""
 
     def __init__(self, host: Host, port: int = API_PORT, timeout: float = 120) -> None:
         self.host, self.port, self.timeout = host, port, timeout
 
     def call(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Answer:
-        """One request on a new connection. A `body` that is not bytes is sent as JSON."""
-        request_headers = dict(headers or {})
+        """One request on a connection of its own. A `body` that is not bytes is sent as JSON."""
+        sent = dict(headers or {})
         if body is not None and not isinstance(body, bytes):
             body = json.dumps(body).encode()
-            request_headers.setdefault("Content-Type", "application/json")
+            sent.setdefault("Content-Type", "application/json")
         connection = _HostConnection(self.host, self.port, self.timeout)
         with contextlib.closing(connection):
-            connection.request(method, path, body, request_headers)
-            response = connection.getresponse()
-            headers_by_name = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, headers_by_name, response.read())
+            connection.request(method, path, body, sent)
+            answer = connection.getresponse()
+            return Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
 
     def get(self, path: str, **headers: str) -> Answer:
         return self.call("GET", path, headers=headers)
@@ -180,13 +178,13 @@ class Api:
 
     def claim(self, **options: Any) -> dict[str, Any]:
         """A claim that must succeed."""
-        response = self.post("/claim", options)
-        assert response.status == 200, response.body.decode()
-        claim = response.json()
+        answer = self.post("/claim", options)
+        assert answer.status == 200, answer.body.decode()
+        claim = answer.json()
         assert isinstance(claim, dict)
         return claim
 
 
 def say(line: str) -> None:
-    """Prints a line of progress to standard error."""
+    """Prints progress on standard error."""
     print(f"· {line}", file=sys.stderr, flush=True)

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-PATH = Path("/run/nbagent/dns.conf")
+from nbagent.core import paths
+
+PATH = paths.DNS_CONFIG
 HOSTS_OWN = Path("/etc/resolv.conf")
 UNIT = "nbagent-dns.service"
 

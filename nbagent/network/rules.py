@@ -17,16 +17,16 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
+from nbagent.core import paths
 from nbagent.network.addresses import PREFIX, REFUSED4, REFUSED6, Network, gateway
 
 _OneFamily = TypeVar("_OneFamily", ipaddress.IPv4Network, ipaddress.IPv6Network)
 
 TABLE = "inet nbagent"
 # Written by the supervisor from its settings; read by the network service on request and at its start.
-RULES_PATH = Path("/run/nbagent/network.json")
+RULES_PATH = paths.NETWORK_RULES
 # Sets whose elements begin with the name of a slot's interface. The rules themselves fill the counted ones.
 COUNTED = ("connections", "rates", "questions")
 PER_SLOT = ("slots4", "slots6", *COUNTED)

@@ -15,11 +15,11 @@ import pwd
 import signal
 import socket
 import sys
-from pathlib import Path
 
 from systemd import daemon
 
 from nbagent.config import host_config
+from nbagent.core import paths
 from nbagent.core.errors import ConfigError
 from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
@@ -30,9 +30,6 @@ from nbagent.supervisor.records import Records
 from nbagent.supervisor.server import ControlServer, serve_check
 from nbagent.supervisor.zygotes import ForkLauncher, Zygotes
 from nbagent.systemd.bus import Systemd
-
-IMAGES = Path("/var/lib/nbagent/images")
-RUN = Path("/run/nbagent")
 
 
 def main() -> int:
@@ -51,12 +48,12 @@ def main() -> int:
 async def _run(config: host_config.HostConfig) -> None:
     sockets = _activated()
     systemd = Systemd()
-    records = Records(RUN / "slots", grp.getgrnam("nbagent-router").gr_gid)
+    records = Records(paths.SLOTS, grp.getgrnam("nbagent-router").gr_gid)
     zygotes = Zygotes(config, systemd)
     await zygotes.open()
     agent = Agent(
-        config, systemd, ImageStore(IMAGES), ForkLauncher(zygotes), zygotes, records, Network(config, systemd),
-        RUN / "drain",
+        config, systemd, ImageStore(paths.IMAGES), ForkLauncher(zygotes), zygotes, records, Network(config, systemd),
+        paths.DRAIN,
     )
     zygotes.changed = agent.wake
     adopted = await agent.adopt()

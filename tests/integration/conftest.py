@@ -1,7 +1,7 @@
-"""Hosts for tests: one with the product installed is shared by all tests that restore its state.
+"""Hosts for tests: one with the product, shared by all tests that restore its state.
 
-At the end of a shared host, its journal must contain no unexpected warning of nbagent, and no core dump, slot or file
-may remain.
+A test passes only on evidence from the host. At the end of a shared host its journal must hold no unexpected
+warning of nbagent and no core dump, and no slot may be left.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from notebook import Notebook
 from product import Api
 from testhost_driver import Host
 
-# Small pools and short intervals, so that rules take effect during a test; tests add the settings that they need.
-# start_timeout is long, because a virtual machine that shares two processors takes a minute to start a slot.
+# Short intervals and a small pool, so that tests see the rules act; a test adds settings of its own.
+# A virtual machine that shares two processors takes a minute to start a slot.
 SETTINGS = """
 [slots]
 memory = "512M"
@@ -35,7 +35,7 @@ interval = "1s"
 [api]
 allowed_origins = ["https://friend.example"]
 """
-# Warnings that a test host logs for reasons other than a fault of nbagent.
+# Warnings that tests provoke, or that this kind of host logs without nbagent.
 EXPECTED = re.compile(
     r"Failed to migrate controller cgroups"  # systemd 252 where cgroup v1 is mounted from outside
     r"|Failed to (set|attach|write|remove|adjust|delete)[^:]*(cgroup|cpuset|devices|memory|attribute)"
@@ -44,7 +44,7 @@ EXPECTED = re.compile(
 
 
 class Agent:
-    """The product on one host, with the operations that many tests need."""
+    """The product on one host, with operations that many tests need."""
 
     def __init__(self, host: Host) -> None:
         self.host, self.api, self.router = host, Api(host), Api(host, product.ROUTER_PORT)
@@ -54,11 +54,11 @@ class Agent:
         return self.api.claim(**options)
 
     def open(self, **options: Any) -> Notebook:
-        """Claims a slot and returns a client of it."""
+        """Claims a slot and returns its notebook."""
         return Notebook(self.host, self.claim(**options))
 
     def release(self, slot: str) -> None:
-        """Releases a slot and waits for its removal."""
+        """Ends a slot and waits for its removal."""
         self.api.delete(f"/slots/{slot}")
         self.wait(lambda: self.api.get(f"/slots/{slot}").status == 404, f"the removal of {slot}")
 
@@ -66,19 +66,19 @@ class Agent:
         return [slot for slot in self.api.get("/slots").json() if state in (None, slot["state"])]
 
     def wait(self, what: Callable[[], Any], for_what: str, timeout: float = 60) -> Any:
-        """Waits for a true value of `what` and returns it; `timeout` is for a host at native speed."""
+        """Waits until `what` gives something true."""
         deadline = time.monotonic() + timeout * (4 if self.host.driver == "vm" else 1)
         while time.monotonic() < deadline:
             if found := what():
                 return found
             time.sleep(0.1)
-        raise AssertionError(f"timeout after {timeout} s waiting for {for_what}")
+        raise AssertionError(f"no {for_what} within {timeout} s")
 
     def wait_warm(self, count: int = 1) -> None:
         product.wait_warm(self.host, count)
 
     def run(self, *argv: str, check: bool = True, **options: Any) -> str:
-        """Runs a command on the host and returns its output."""
+        """Runs a command on the host; returns its output."""
         return str(self.host.run(list(argv), check=check, **options).stdout)
 
     def journal(self, *match: str) -> list[dict[str, Any]]:
@@ -87,18 +87,18 @@ class Agent:
         return [json.loads(line) for line in lines]
 
     def agent_check(self) -> str:
-        """The line of the agent check on port 9001."""
+        """The line that HAProxy's agent-check would receive on port 9001."""
         with self.host.connect(product.CHECK_PORT) as connection:
             return connection.recv(100).decode()
 
     def processes(self, slot: str) -> list[int]:
-        """The pids of a slot's processes, as the host sees them."""
+        """The pids of a slot's processes in the host's pid namespace."""
         group = self.run("systemctl", "show", "-P", "ControlGroup", f"nbagent-{slot}.scope").strip()
         script = f"cd /sys/fs/cgroup; cat .{group}/cgroup.procs 2>/dev/null || cat systemd{group}/cgroup.procs"
         return [int(pid) for pid in self.run("sh", "-c", script).split()]
 
     def configure(self, settings: str) -> None:
-        """Writes settings in addition to the shared ones, or removes them when empty, and reloads the agent."""
+        """Sets settings beside the shared ones; '' removes them. Reloads the agent."""
         path = "/etc/nbagent/conf.d/90-one-test.toml"
         if settings:
             self.host.run(["tee", path], input=settings)
@@ -107,11 +107,11 @@ class Agent:
         self.run("systemctl", "reload", "nbagent.service")
 
     def expect(self, pattern: str) -> None:
-        """Permits warnings that match a pattern, which the test provokes."""
+        """Allows warnings in the journal that match `pattern`, because the test provokes them."""
         self.expected.append(pattern)
 
     def check_journal(self) -> None:
-        """Fails on an unexpected warning of nbagent in the journal, and on a core dump."""
+        """Fails on an unexpected warning of nbagent and on a core dump."""
         surprises = []
         for entry in self.journal("-p", "warning"):
             text = str(entry.get("MESSAGE"))
@@ -120,20 +120,20 @@ class Agent:
             if ours and not EXPECTED.search(text) and not any(re.search(p, text) for p in self.expected):
                 surprises.append(f"{entry.get('_SYSTEMD_UNIT')}: {text}")
                 if str(entry.get("_SYSTEMD_UNIT")).endswith(".scope"):
-                    # The slot is removed by then, so its last lines are added to the failure.
-                    output = self.journal("-u", str(entry["_SYSTEMD_UNIT"]), "-n", "20")
-                    surprises += [f"    {line.get('MESSAGE')}"[:200] for line in output]
+                    # The earlier output of the slot, because the slot itself has ended.
+                    said = self.journal("-u", str(entry["_SYSTEMD_UNIT"]), "-n", "20")
+                    surprises += [f"    {line.get('MESSAGE')}"[:200] for line in said]
         assert not surprises, "unexpected in the journal:\n" + "\n".join(surprises)
         cores = self.run("sh", "-c", "ls /var/lib/systemd/coredump 2>/dev/null; true").strip()
         assert not cores, f"core dumps: {cores}"
 
     def purge(self) -> str:
-        """Purges the packages and returns apt's output."""
+        """Purges the packages; returns the output of apt."""
         done = self.host.run(["apt-get", "-q", "purge", "-y", *product.HOST], timeout=900)
         return done.stdout + done.stderr
 
     def check_remains(self) -> None:
-        """Releases every slot and fails when a process, mount, unit, interface or file of one remains."""
+        """Ends every slot and fails when a file, scope, mount, interface or process of one is left."""
         self.api.post("/drain")
         for slot in self.slots():
             self.api.delete(f"/slots/{slot['slot']}")
@@ -160,7 +160,7 @@ def packages() -> list[Path]:
 
 
 def made(packages: list[Path], name: str, driver: str, suite: str) -> Iterator[Agent]:
-    """A host with the product; afterwards its journal and its remains are checked."""
+    """A host with the product; afterwards its journal and remains are checked."""
     host = Host.up(name=f"{name}-{os.getpid()}"[:16], driver=driver, suite=suite)
     try:
         before = product.listing(host)
@@ -178,13 +178,13 @@ def made(packages: list[Path], name: str, driver: str, suite: str) -> Iterator[A
 
 @pytest.fixture(scope="session")
 def shared(packages: list[Path]) -> Iterator[Agent]:
-    """The nspawn host that most tests share; tests use `agent`, which restores its state after each test."""
+    """The nspawn host that most tests share; use `agent`, which restores its state after each test."""
     yield from made(packages, "t", "nspawn", "bookworm")
 
 
 @pytest.fixture
 def agent(shared: Agent) -> Iterator[Agent]:
-    """The shared host; after the test its claimed slots are released and its settings removed."""
+    """The shared host; the slots and settings of the test are removed after it."""
     yield from tidied(shared)
 
 
@@ -205,11 +205,11 @@ def any_agent(any_shared: Agent) -> Iterator[Agent]:
 
 
 def tidied(shared: Agent) -> Iterator[Agent]:
-    """The shared host with a warm slot; restores services, settings and slots after the test."""
+    """A shared host for one test, restored after it."""
     shared.wait_warm()
     yield shared
     shared.host.run(["systemctl", "start", "nbagent.service", "nbagent-api.service", "nbagent-router.service"])
-    shared.wait(lambda: shared.api.get("/healthz").status == 200, "the API")
+    shared.wait(lambda: shared.api.get("/healthz").status == 200, "the API to respond")
     if shared.run("sh", "-c", "ls /etc/nbagent/conf.d/90-one-test.toml 2>/dev/null; true"):
         shared.configure("")
     for slot in shared.slots():

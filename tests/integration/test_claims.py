@@ -1,4 +1,4 @@
-"""A claim returns a working notebook, over HTTP, through the router."""
+"""A claim returns a working notebook, by HTTP through the router."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 
-def test_curl_gets_a_claim_with_everything_a_caller_needs(agent):
+def test_curl_gets_a_complete_claim_document(agent):
     claim = json.loads(agent.run("curl", "-sS", "127.0.0.1:9000/claim"))
     assert set(claim) == {"slot", "url", "path", "token", "image", "claimed_at", "expires_at", "network", "limits"}
     assert claim["network"] == "none"
@@ -109,7 +109,7 @@ def test_a_running_slot_gets_more_time_and_other_limits(agent):
     ({"path": "../../etc/passwd"}, "path"), ({"colour": "red"}, "colour"),
 ])
 def test_bad_input_names_the_field_and_costs_no_slot(agent, options, field):
-    before = {slot["slot"] for slot in agent.slots("warm")}  # a slot that an earlier test released can end meanwhile
+    before = {slot["slot"] for slot in agent.slots("warm")}  # a slot that an earlier test released may end meanwhile
     claimed = {slot["slot"] for slot in agent.slots("claimed")}
     answer = agent.api.post("/claim", options)
     assert answer.status == 400
@@ -123,7 +123,7 @@ def test_bad_input_names_the_field_and_costs_no_slot(agent, options, field):
 
 @pytest.mark.parametrize("body", [b"{", b"[1]", b"\xff\xfe", b"[" * 30000, b'{"ttl": NaN}'],
                          ids=["broken", "list", "not-utf8", "deep", "nan"])
-def test_a_body_that_is_not_a_json_object_is_refused(agent, body):
+def test_a_body_that_is_no_json_object_is_refused(agent, body):
     answer = agent.api.call("POST", "/claim", body, {"Content-Type": "application/json"})
     assert 400 <= answer.status < 500
     assert answer.headers["content-type"] == "application/problem+json"
@@ -136,14 +136,14 @@ def test_a_body_of_ten_megabytes_is_refused(agent):
 
 
 @pytest.mark.parametrize("slot", ["..%2f..%2fetc", "elsewhere-0123456789ab", "x", "%00"])
-def test_an_id_of_another_host_is_not_found(agent, slot):
+def test_a_foreign_or_malformed_id_is_not_found(agent, slot):
     for method in ("GET", "PATCH", "DELETE"):
         answer = agent.api.call(method, f"/slots/{slot}", {} if method == "PATCH" else None)
         assert answer.status == 404
         assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_a_token_is_only_in_the_response_to_its_claim(agent):
+def test_only_the_claims_response_has_the_token(agent):
     claim = agent.claim()
     for path in ("/slots", f"/slots/{claim['slot']}", "/stats", "/images", "/metrics"):
         answer = agent.api.get(path)
@@ -167,7 +167,7 @@ def test_draining_refuses_claims_and_keeps_users(agent):
     assert agent.agent_check().startswith("ready ")
 
 
-def test_a_full_host_responds_503_with_retry_after(agent):
+def test_a_full_host_returns_503_with_retry_after(agent):
     agent.configure("[slots]\ncapacity = 2\n")
     agent.claim()
     agent.claim()

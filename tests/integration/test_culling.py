@@ -1,4 +1,4 @@
-"""Culling: idle, too old and dead slots are removed; which actions count as activity."""
+"""Slots that are culled because they are idle, too old or dead; and the kinds of activity."""
 
 import time
 
@@ -15,15 +15,15 @@ def impatient(agent):
 
 
 def logged(agent, slot, event):
-    """(time in seconds, message) of the journal entry of an event about a slot, or None."""
+    """The time (seconds) and the text of the journal's entry of an event about a slot; None before."""
     found = agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={event.value.message_id}")
     return (int(found[0]["__MONOTONIC_TIMESTAMP"]) / 1e6, found[0]["MESSAGE"]) if found else None
 
 
 def culled(agent, slot, timeout=60):
-    """Waits until a slot is culled; returns the journal's message."""
-    at_s, text = agent.wait(lambda: logged(agent, slot, Event.SLOT_CULLED), f"the culling of {slot}", timeout)
-    return at_s, text.removeprefix(f"slot {slot} culled: ")
+    """Waits until a slot is culled; returns the time and the reason."""
+    at_s, text = agent.wait(lambda: logged(agent, slot, Event.SLOT_CULLED), f"{slot} to be culled", timeout)
+    return at_s, text.removeprefix(f"slot {slot} removed: ")
 
 
 def state(agent, slot):
@@ -35,7 +35,7 @@ def count(agent, name):
     return agent.api.get("/stats").json()["counters"][name]
 
 
-def test_an_idle_slot_is_culled_with_the_reason_in_the_journal(impatient):
+def test_an_idle_slot_is_ended_and_the_reason_is_logged(impatient):
     agent = impatient
     before = count(agent, "culled_idle")
     slot = agent.claim()["slot"]
@@ -50,7 +50,7 @@ def test_an_idle_slot_is_culled_with_the_reason_in_the_journal(impatient):
 
 def test_a_warm_slot_is_never_idle(impatient):
     agent = impatient
-    # One slot is claimed and culled: by then another has been warm for longer than that.
+    # One slot is claimed and culled, after which another has been warm for longer than `idle`.
     warm = agent.slots("warm")[0]["slot"]
     agent.configure('[cull]\nidle = "4s"\n[pool]\nwarm = 2\n')
     first = agent.claim()["slot"]
@@ -81,9 +81,9 @@ def test_a_process_that_computes_outside_of_any_kernel_is_not_idle(impatient):
         "time.monotonic()"
     ).text)
     agent.wait(lambda: not notebook.get("api/kernels"), "the end of the kernel")
-    assert len(agent.processes(notebook.slot)) == 4  # init, server, fork server, and this process
+    assert len(agent.processes(notebook.slot)) == 4  # init, the server, the fork server, and this process
     at_s, text = culled(agent, notebook.slot)
-    # Its idle time starts when the process exits.
+    # The slot became idle when the process ended.
     assert text.startswith("idle for ") and at_s - began_s > 14
 
 
@@ -111,13 +111,13 @@ def test_an_open_websocket_to_an_idle_kernel_is_not_active(impatient):
     assert text.startswith("idle for ")
 
 
-def test_requests_of_a_user_are_activity(impatient):
+def test_actions_of_a_person_are_activity(impatient):
     agent = impatient
     notebook = agent.open()
     claimed_s = logged(agent, notebook.slot, Event.SLOT_CLAIMED)[0]
     body = {"type": "file", "format": "text", "content": "saved"}
     saved_s = claimed_s
-    # Saves a file now and then, for twice the time after which it would be idle.
+    # Saves a file at intervals, for twice the idle time.
     while saved_s - claimed_s < 9:
         saved_s = float(agent.run("cat", "/proc/uptime").split()[0])
         path = f"{notebook.base}api/contents/note.txt"
@@ -139,20 +139,20 @@ def test_age_counts_from_the_claim_and_not_from_the_start(agent):
     assert count(agent, "culled_age") == before + 1
 
 
-def test_a_changed_ttl_moves_the_end_of_a_slot(agent):
+def test_a_longer_and_a_shorter_life(agent):
     longer = agent.claim(ttl=10)["slot"]
     assert agent.api.patch(f"/slots/{longer}", {"ttl": "1h"}).status == 200
     shorter = agent.claim(ttl=10)["slot"]
     assert culled(agent, shorter)[1] == "its time is up"
     assert state(agent, longer) == "claimed"
-    # A shorter ttl ends it earlier.
+    # A shorter life ends earlier.
     assert agent.api.patch(f"/slots/{longer}", {"ttl": 1}).status == 200
     assert culled(agent, longer)[1] == "its time is up"
 
 
-def test_a_dead_slot_is_detected_at_once_and_replaced(agent):
-    agent.expect("ended by itself")
-    # The interval of the rules is an hour, so the slot's pidfd must report the death.
+def test_a_slot_that_dies_is_noticed_at_once_and_replaced(agent):
+    agent.expect("ended unexpectedly")
+    # The rules are not checked for an hour; the end is noticed by the pidfd.
     agent.configure('[cull]\ninterval = "1h"\n')
     notebook = agent.open()
     agent.wait_warm()

@@ -433,7 +433,7 @@ def test_no_connection_is_lost_by_restarts_or_a_flushed_ruleset(slot):
     agent.run("systemctl", "restart", "nbagent.service", "nbagent-dns.service")
     agent.wait(lambda: agent.api.get("/healthz").status == 200, "the API")
     assert slot.eval(echo) == "still"
-    agent.expect("table inet nbagent")
+    agent.expect("nftables table inet nbagent was removed")
     agent.run("nft", "flush", "ruleset")
     agent.wait(lambda: "slots4" in (rules := agent.run("nft", "list", "ruleset")) and slot.interface in rules, "rules")
     assert connected(slot.reach(PUBLIC4, PUBLIC6)) and refused_at_once(slot.reach("10.1.2.3", "5.5.5.1"))

@@ -67,14 +67,13 @@ def test_only_the_claim_document_shows_the_token():
 def test_ids_are_of_the_label_and_never_the_same():
     ids = {new_id("c07") for _ in range(1000)}
     assert len(ids) == 1000
-    assert all(is_slot_id(one, "c07") for one in ids)
-    assert not any(is_slot_id(one, "c08") for one in ids)
+    assert all(is_slot_id(one) and one.startswith("c07-") for one in ids)
 
 
 @pytest.mark.parametrize("text", ["", "c07", "c07-", "c07-../../etc/pas", "C07-x8q2m4k9w1ze", "c07-x8q2m4k9w1ze\n",
-                                  "c07-x8q2m4k9w1zee", "other-x8q2m4k9w1ze"])
-def test_what_is_not_an_id_of_this_host(text):
-    assert not is_slot_id(text, "c07")
+                                  "c07-x8q2m4k9w1zee", "a-label-x8q2m4k9w1ze"])
+def test_malformed_ids(text):
+    assert not is_slot_id(text)
 
 
 def test_tokens_are_long_and_url_safe():
