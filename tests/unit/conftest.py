@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from typing import Any
 
 import pytest
@@ -38,3 +39,21 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     entries: list[dict[str, str]] = []
     monkeypatch.setattr(library, "sendv", lambda *fields: entries.append(dict(f.split("=", 1) for f in fields)))
     return entries
+
+
+class Clock:
+    """CLOCK_BOOTTIME as the code under test reads it: it goes on as it does, and jumps by `advance`."""
+
+    def __init__(self) -> None:
+        self.offset_s = 0.0
+
+    def advance(self, seconds: float) -> None:
+        self.offset_s += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that the test can advance."""
+    clock, read = Clock(), time.clock_gettime
+    monkeypatch.setattr(time, "clock_gettime", lambda which: read(which) + clock.offset_s)
+    return clock
