@@ -202,5 +202,5 @@ def test_pid_1_ends_a_slot_at_its_greatest_age_while_no_agent_runs(any_agent):
     agent.run("systemctl", "start", *units)
     agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the agent to know")
     said = agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={Event.SLOT_REMOVED.value.message_id}")
-    assert "ended while no agent ran" in said[0]["MESSAGE"]
+    assert "ended while no supervisor ran" in said[0]["MESSAGE"]
     assert agent.run("sh", "-c", f"ls -d /run/nbagent/slots/{slot} 2>/dev/null; true") == ""

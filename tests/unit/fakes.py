@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from nbagent.config import host_config
-from nbagent.config.host_config import HostConfig
+from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import Limits, Slot
 from nbagent.image.store import Image
-from nbagent.supervisor.agent import Agent
+from nbagent.linux.cgroup import Cgroup
+from nbagent.sandbox.spec import Uplink
 from nbagent.supervisor.calls import Calls
+from nbagent.supervisor.composition import Supervisor, Surroundings, compose
+from nbagent.supervisor.host_load import Memory
 from nbagent.supervisor.launcher import Launched
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
@@ -29,6 +32,12 @@ from nbagent.wire import activity
 
 LABEL = "c07"
 UNTIL_S = 10.0
+# What the slots use: 90 MiB of memory, 2.5 s of a processor, 11 tasks.
+CGROUP = {
+    "memory.current": f"{90 << 20}\n", "memory.swap.current": f"{5 << 20}\n", "memory.swap.max": "0\n",
+    "memory.events": "oom 0\noom_kill 0\n", "cpu.stat": "usage_usec 2500000\n", "pids.current": "11\n",
+    "pids.events": "max 0\n",
+}
 
 
 class FakeSystemd:
@@ -130,7 +139,6 @@ class FakeZygotes:
     """Images start by exec, save those in `forks`."""
 
     def __init__(self) -> None:
-        self.config: Any = None
         self.forks: set[str] = set()
         self.images: dict[str, Image] = {}
         self.reviews = 0
@@ -154,7 +162,7 @@ class FakeZygotes:
 class FakeNetwork:
     """Interfaces by slot id; `errors` has what an operation raises."""
 
-    def __init__(self, config: Callable[[], HostConfig]) -> None:
+    def __init__(self, config: CurrentConfig) -> None:
         self._config = config
         self.interfaces: dict[str, str] = {}
         self.errors: dict[str, StartFailed] = {}
@@ -163,17 +171,12 @@ class FakeNetwork:
 
     @property
     def allowed(self) -> bool:
-        return "internet" in self._config().network.allow
-
-    def reload(self, config: HostConfig) -> None:
-        self.calls.append("reload")
+        return "internet" in self._config.value.network.allow
 
     def choose(self, taken: Collection[str]) -> tuple[str, ...]:
         return (f"198.18.0.{next(self._numbers)}",) if self.allowed else ()
 
     def uplink(self, slot: Slot) -> Any:
-        from nbagent.sandbox.spec import Uplink
-
         return Uplink(list(slot.addresses), ["198.18.0.1"], 10**8) if slot.addresses else None
 
     async def set_up(self) -> None:
@@ -247,16 +250,17 @@ class Host:
             "slots": {"capacity": 4},
             **tables,
         }
-        self.config = host_config.parse(self.tables)
+        self.config = CurrentConfig(host_config.parse(self.tables))
         self.systemd = systemd or FakeSystemd()
         self.launcher = FakeLauncher(self.systemd)
         self.zygotes = FakeZygotes()
-        self.network = FakeNetwork(lambda: self.config)
+        self.network = FakeNetwork(self.config)
         self.store = FakeStore(make_image(path))
         (path / "slots").mkdir(exist_ok=True)
         self.records = Records(path / "slots", os.getgid())
-        self.agent: Agent
-        self.calls: Calls
+        self.memory = Memory(64 << 30, 32 << 30)
+        self.changed: asyncio.Event
+        self.supervisor: Supervisor
         self._loop: asyncio.Task[None]
 
     async def __aenter__(self) -> Host:
@@ -269,36 +273,47 @@ class Host:
 
     async def start(self) -> None:
         """Adopts what is there and starts the loop."""
-        self.agent = Agent(
+        self.changed = asyncio.Event()
+        self.supervisor = compose(Surroundings(
             self.config, self.systemd, self.store, self.launcher, self.zygotes, self.records, self.network,
-            self.path / "drain",
-        )
-        await self.agent.adopt()
-        self.agent.refresh_images()
-        self.calls = Calls(self.agent)
-        self._loop = asyncio.ensure_future(self.agent.run())
+            self.path / "drain", self.changed, lambda: self.memory, self._cgroup_of,
+        ))
+        await self.supervisor.adoption.run()
+        self.supervisor.images.refresh()
+        self._loop = asyncio.ensure_future(self.supervisor.agent.run())
+
+    def _cgroup_of(self, pid: int) -> Cgroup:
+        """A cgroup of version 2 in plain files, the same for every slot."""
+        group = self.path / "cgroup"
+        group.mkdir(exist_ok=True)
+        for name, text in CGROUP.items():
+            (group / name).write_text(text)
+        return Cgroup(str(group), str(group), str(group))
 
     async def stop(self) -> None:
         """Ends the supervisor and none of its claimed or warm slots."""
-        await self.agent.stop()
+        await self.supervisor.agent.stop()
         await self._loop
         for live in self.slots.values():
             live.close()
 
     @property
     def slots(self) -> Mapping[str, RunningSlot]:
-        return self.agent.slots
+        return self.supervisor.slots
+
+    @property
+    def calls(self) -> Calls:
+        return self.supervisor.calls
 
     def reload(self, **tables: Any) -> None:
         """Reloads the configuration with other settings."""
-        self.config = host_config.parse(self.tables | tables)
-        self.agent.reload(self.config)
+        self.supervisor.agent.reload(host_config.parse(self.tables | tables))
 
     def refresh_images(self) -> None:
-        self.agent.refresh_images()
+        self.supervisor.images.refresh()
 
     def wake(self) -> None:
-        self.agent.wake()
+        self.changed.set()
 
     async def claim(self, key: str = "", **options: Any) -> dict[str, Any]:
         """A claim, with a key of its own unless one is given."""

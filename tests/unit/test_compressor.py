@@ -15,6 +15,7 @@ from nbagent.supervisor import compressor as compressor_of
 from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.tasks import Tasks
 from nbagent.wire import activity
 
 LIMIT_BYTES = 1 << 30
@@ -33,7 +34,7 @@ class Host:
         self.areas, self.reclaims = ZRAM, True
         # What happens while the kernel is at work.
         self.meanwhile = lambda: None
-        self.compressor = Compressor(self, self.counters, asyncio.ensure_future)
+        self.compressor = Compressor(self, self.counters, Tasks())
 
     def slot(self, number, memory_bytes=1 << 20, limit_bytes=0):
         group = self.directory / str(number)

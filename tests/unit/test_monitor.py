@@ -13,6 +13,7 @@ from nbagent.supervisor import monitor as monitor_module
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.monitor import BATCHES, Monitor
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.tasks import Tasks
 from nbagent.wire import activity
 
 SETTINGS = CullSettings(idle=600.0, cpu=0.05, interval=30.0, compress=300.0)
@@ -28,10 +29,13 @@ class World:
     def __init__(self, directory):
         self.directory, self.ended, self.told, self.counters = directory, [], [], Counters()
         self.at_rest = []
-        self.monitor = Monitor(self.counters, self.end, self.at_rest.append)
+        self.monitor = Monitor(self.counters, self, self, Tasks())
 
-    def end(self, live, event, **fields):
-        self.ended.append((live.slot.id, event, fields["text"]))
+    def offer(self, live):
+        self.at_rest.append(live)
+
+    def end(self, live, event, text):
+        self.ended.append((live.slot.id, event, text))
         live.slot = live.slot.to(SlotState.STOPPING)
 
     def claim(self, number, at_s=0.0):
@@ -117,7 +121,7 @@ def test_kills_that_no_look_has_seen_are_told_at_the_end(world):
     world.write(live, oom_kills=3)
     # Somebody lists the slots; that is no look.
     live.document(40.0, 40.0)
-    world.monitor.last(live)
+    world.monitor._report_last_kills(live)
     assert world.counters.document()["counters"]["oom_kills"] == 3
 
 

@@ -49,7 +49,7 @@ def test_a_slot_that_is_gone_gives_its_id_and_addresses_back(monkeypatch):
     monkeypatch.setattr("secrets.randbelow", lambda _: next(numbers))
     slots, live = Slots(), a_live("h-1")
     slots.add(live)
-    slots.give(live, ("198.18.0.2",))
+    slots.set_addresses(live, ("198.18.0.2",))
     assert "198.18.0.2" in slots.addresses and live.slot.addresses == ("198.18.0.2",)
     # The first one that comes up is taken; another image's ids are others.
     assert slots.free_uid(SLOT.id_base) == 2001

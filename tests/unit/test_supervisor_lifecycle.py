@@ -38,7 +38,7 @@ async def test_no_more_slots_start_at_a_time_than_is_set(tmp_path):
 
 
 @pytest.mark.parametrize("error", [
-    StartFailed("exec: ENOENT", step="exec", errno=2), OSError("no descriptor left"), JobFailed("job 7 ended as failed"),
+    StartFailed("exec: ENOENT", step="exec", errno=2), OSError("no descriptor left"), JobFailed("job 7 failed"),
 ])
 async def test_a_start_that_fails_leaves_nothing_and_pauses_the_pool(tmp_path, journal, clock, error):
     async with Host(tmp_path, pool={"warm": 1, "starts": 4, "backoff": "10s"}) as host:
