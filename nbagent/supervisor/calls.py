@@ -181,7 +181,8 @@ class Calls:
         return self._free_percent(self._load.host())
 
     def _free_percent(self, host: admission.Host) -> int:
-        return min(100, math.ceil(100 * self._available(host) / host.capacity))
+        available = self._available(host)
+        return min(100, math.ceil(100 * available / host.capacity)) if available else 0
 
     def _available(self, host: admission.Host) -> int:
         """The claims that can get a slot: of those that are ready or start, and of the default image."""

@@ -57,7 +57,9 @@ class Supervisor:
     """A supervisor: `adoption` runs first, then `agent`, which serves `calls`."""
 
     slots: Slots
+    pools: Pools
     load: HostLoad
+    stopper: SlotStopper
     images: Images
     adoption: Adoption
     calls: Calls
@@ -83,7 +85,9 @@ def compose(on: Surroundings) -> Supervisor:
     claims = Claims(config, slots, pools, records, load, allocator, preparation, counters, changed)
     return Supervisor(
         slots=slots,
+        pools=pools,
         load=load,
+        stopper=stopper,
         images=images,
         adoption=Adoption(slots, pools, records, systemd, monitor, compressor, interfaces, tasks),
         calls=Calls(config, slots, pools, records, systemd, load, claims, stopper, counters, tasks, changed),

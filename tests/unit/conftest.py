@@ -31,9 +31,9 @@ async def _run(test: Any, arguments: dict[str, Any]) -> None:
     assert not left, f"the test left tasks behind: {left}"
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def journal(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """The entries that are written to the journal, as they would be."""
+    """The entries that a test would write to the journal, which gets none."""
     from systemd import journal as library
 
     entries: list[dict[str, str]] = []

@@ -66,9 +66,9 @@ def test_an_option_that_is_wrong_is_named_with_what_would_be_right(
     assert answer.content_type == "application/problem+json"
 
 
-def test_an_unknown_image_is_not_found(api: FlaskClient) -> None:
+def test_an_unknown_image_is_an_invalid_field(api: FlaskClient) -> None:
     answer = api.get("/claim?image=no-such-image")
-    assert (answer.status_code, answer.json["type"]) == (404, "urn:nbagent:problem:image-not-found")
+    assert (answer.status_code, answer.json["field"]) == (400, "image")
 
 
 @pytest.mark.parametrize("query", ["memroy=1G", "x=1", "memory[]=1G", "=1"])

@@ -17,7 +17,6 @@ from nbagent.linux import cgroup
 from nbagent.sandbox.spec import ACTIVITY_FD
 from nbagent.wire import activity
 
-pytestmark = pytest.mark.usefixtures("journal")
 
 
 class Processes:

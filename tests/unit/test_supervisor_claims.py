@@ -22,7 +22,6 @@ from nbagent.core.model import SlotState
 from nbagent.supervisor import content_injector
 from nbagent.supervisor.content_injector import Injected
 
-pytestmark = pytest.mark.usefixtures("journal")
 INTERNET = {"network": {"allow": ["none", "internet"]}}
 FILES = {"a.txt": {"base64": base64.b64encode(b"text").decode()}}
 

@@ -13,7 +13,6 @@ from nbagent.core.events import Event
 from nbagent.core.model import SlotState
 from nbagent.systemd.bus import JobFailed
 
-pytestmark = pytest.mark.usefixtures("journal")
 POOL = {"warm": 2, "starts": 4}
 
 
