@@ -1,15 +1,23 @@
-"""For every unit test: tests that are coroutines run in an event loop, and a test cleans up after itself."""
+"""For every unit test: coroutine tests run in an event loop, the journal is a list, and a test must clean up."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
+import os
+import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 TEST_TIMEOUT_S = 30
+# A thread that has been asked to end, or a socketpair that is collected, takes a moment.
+SETTLE_S = 2.0
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,14 +39,62 @@ async def _run(test: Any, arguments: dict[str, Any]) -> None:
     assert not left, f"the test left tasks behind: {left}"
 
 
-@pytest.fixture(autouse=True)
-def journal(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """The entries that a test would write to the journal, which gets none."""
-    from systemd import journal as library
+class Remains:
+    """The processes, threads, descriptors and temporary files of this process at one time."""
 
-    entries: list[dict[str, str]] = []
-    monkeypatch.setattr(library, "sendv", lambda *fields: entries.append(dict(f.split("=", 1) for f in fields)))
-    return entries
+    def __init__(self) -> None:
+        self.children = _children()
+        self.threads = {thread for thread in threading.enumerate() if thread.is_alive()}
+        self.descriptors = _descriptors()
+        self.files = _temporary_files()
+
+    def since(self, before: Remains) -> list[str]:
+        """Descriptions of all that `before` did not have."""
+        left = [f"process {pid}" for pid in self.children - before.children]
+        left += [f"thread {thread.name}" for thread in self.threads - before.threads]
+        left += [f"descriptor {fd}: {target}" for fd, target in self.descriptors.items() - before.descriptors.items()]
+        return left + [f"file {path}" for path in self.files - before.files]
+
+
+def _children() -> set[str]:
+    children: set[str] = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            children.update((task / "children").read_text().split())
+        except OSError:
+            continue  # the thread has ended
+    return children
+
+
+def _descriptors() -> dict[int, str]:
+    found: dict[int, str] = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue  # the descriptor of the directory itself
+    return found
+
+
+def _temporary_files() -> set[Path]:
+    """Files of this user directly below the directories for temporary files, save those of pytest."""
+    found: set[Path] = set()
+    for directory in {tempfile.gettempdir(), "/dev/shm"}:
+        found.update(path for path in Path(directory).glob("nbagent-*"))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def settled() -> Iterator[None]:
+    """Fails a test that leaves a process, thread, descriptor or temporary file behind. Tasks are checked in `_run`."""
+    before = Remains()
+    yield
+    deadline_s = time.monotonic() + SETTLE_S
+    while left := Remains().since(before):
+        gc.collect()
+        if time.monotonic() > deadline_s:
+            pytest.fail(f"the test left behind: {', '.join(left)}")
+        time.sleep(0.01)
 
 
 class Clock:
@@ -57,3 +113,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock, read = Clock(), time.clock_gettime
     monkeypatch.setattr(time, "clock_gettime", lambda which: read(which) + clock.offset_s)
     return clock
+
+
+@pytest.fixture(autouse=True)
+def journal(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The entries that a test would write to the journal, which gets none."""
+    from systemd import journal as library
+
+    entries: list[dict[str, str]] = []
+    monkeypatch.setattr(library, "sendv", lambda *fields: entries.append(dict(f.split("=", 1) for f in fields)))
+    return entries

@@ -256,7 +256,10 @@ class Host:
         self.zygotes = FakeZygotes()
         self.network = FakeNetwork(self.config)
         self.store = FakeStore(make_image(path))
-        (path / "slots").mkdir(exist_ok=True)
+        for name in ("slots", "cgroup"):
+            (path / name).mkdir(exist_ok=True)
+        for name, text in CGROUP.items():
+            (path / "cgroup" / name).write_text(text)
         self.records = Records(path / "slots", os.getgid())
         self.memory = Memory(64 << 30, 32 << 30)
         self.changed: asyncio.Event
@@ -284,11 +287,8 @@ class Host:
 
     def _cgroup_of(self, pid: int) -> Cgroup:
         """A cgroup of version 2 in plain files, the same for every slot."""
-        group = self.path / "cgroup"
-        group.mkdir(exist_ok=True)
-        for name, text in CGROUP.items():
-            (group / name).write_text(text)
-        return Cgroup(str(group), str(group), str(group))
+        group = str(self.path / "cgroup")
+        return Cgroup(group, group, group)
 
     async def stop(self) -> None:
         """Ends the supervisor and none of its claimed or warm slots."""
