@@ -81,7 +81,7 @@ class Slot:
     `uid` is the slot's user id inside the range of its image, so on the host it is `id_base + uid`.
     `ends_s` is when PID 1 ends the scope, because systemd does not change RuntimeMaxSec= of a running scope.
     `addresses` are those of its interface, IPv4 and perhaps IPv6, and empty where it has none. `network` is a mode of
-    the configuration, and says whether the interface is open.
+    the configuration, and decides whether the interface is open.
     """
 
     id: str

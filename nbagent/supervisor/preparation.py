@@ -52,7 +52,7 @@ class Preparation:
         if network != INTERNET and not content:
             return
         self._slots.move(live, SlotState.PREPARING, network=network)
-        # The record says that the slot is incomplete, so that a supervisor that restarts now removes it.
+        # The state in the record is incomplete, so that a supervisor that starts now removes the slot.
         self._records.save(live.slot)
         try:
             if network == INTERNET:

@@ -32,7 +32,7 @@ from nbagent.wire import activity
 
 LABEL = "c07"
 UNTIL_S = 10.0
-# What the slots use: 90 MiB of memory, 2.5 s of a processor, 11 tasks.
+# The usage of each slot: 90 MiB of memory, 2.5 s of a processor, 11 tasks.
 CGROUP = {
     "memory.current": f"{90 << 20}\n", "memory.swap.current": f"{5 << 20}\n", "memory.swap.max": "0\n",
     "memory.events": "oom 0\noom_kill 0\n", "cpu.stat": "usage_usec 2500000\n", "pids.current": "11\n",

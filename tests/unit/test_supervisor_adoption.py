@@ -18,7 +18,6 @@ from nbagent.sandbox.spec import ACTIVITY_FD
 from nbagent.wire import activity
 
 
-
 class Processes:
     """Real processes that hold an activity page, as a slot's init does, and the unit of each."""
 

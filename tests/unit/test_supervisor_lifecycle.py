@@ -1,4 +1,4 @@
-"""A slot's life over fakes: starts and their failures, retirement, ends, a reload and the end of the supervisor."""
+"""The life of slots over fakes: starts and their failures, retirement, ends, a reload and the end of the supervisor."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ async def test_a_claim_that_waits_when_the_supervisor_ends_does_not_hang(tmp_pat
     host.systemd.close()
 
 
-# What a reload changes
+# Reloads
 
 
 async def test_after_a_reload_with_another_label_slots_keep_their_ids_and_new_ones_get_the_label(tmp_path):
