@@ -1,5 +1,7 @@
 """What makes the next move into a cgroup quick: a move of oneself to where one is, in either version of cgroups."""
 
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ def test_a_process_moves_itself_to_where_it_is(tmp_path: Path) -> None:
     at.mkdir(parents=True, exist_ok=True)
     procs = at / "cgroup.procs"
     procs.write_text("")
+    before = set(threading.enumerate())
     primer = cgroup.MigrationPrimer(tmp_path)
     # To the kernel, 0 is who writes it.
     for written in ("0", "00"):
@@ -25,3 +28,9 @@ def test_a_process_moves_itself_to_where_it_is(tmp_path: Path) -> None:
         while procs.read_text() != written:
             assert time.monotonic() < deadline_s
             time.sleep(0.01)
+    # The end of the pipe ends the thread, and only then may its other descriptors be closed.
+    os.close(primer._want)
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    os.close(primer._wanted)
+    os.close(primer._procs)
