@@ -12,8 +12,8 @@ from typing import Any
 
 from flask import Response
 
-from nbagent.api import metrics, openapi, responses
-from nbagent.api.hostnames import plain_address
+from nbagent.api import metrics, openapi
+from nbagent.api.hostnames import plain_address, slot_origin
 from nbagent.api.route import Call, Route, Service
 from nbagent.core.errors import (
     ArchiveFailed,
@@ -36,8 +36,8 @@ from nbagent.core.model import CLAIM_FIELDS, UPDATE_FIELDS, claim_link
 def _claim(service: Service, call: Call) -> Any:
     client = plain_address(call.request.remote_addr or "unknown")
     claim = service.client.call("claim", options=call.options, key=call.key, client=client)
-    front = responses.front(service.config.router, claim["slot"], call.request.headers.get("Host", ""))
-    return {name: value for name, value in claim.items() if name != "query"} | {"url": front + claim_link(claim)}
+    origin = slot_origin(service.config.router, claim["slot"], call.request.headers.get("Host", ""))
+    return {name: value for name, value in claim.items() if name != "query"} | {"url": origin + claim_link(claim)}
 
 
 def _slots(service: Service, call: Call) -> Any:

@@ -14,12 +14,12 @@ import pwd
 import signal
 import socket
 import sys
-from pathlib import Path
 
 from systemd import daemon
 
 from nbagent.config import host_config
 from nbagent.config.host_config import CurrentConfig
+from nbagent.core import paths
 from nbagent.core.errors import ConfigError
 from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
@@ -29,9 +29,6 @@ from nbagent.supervisor.records import Records
 from nbagent.supervisor.server import ControlServer, serve_check
 from nbagent.supervisor.zygotes import ForkLauncher, Zygotes
 from nbagent.systemd.bus import Systemd
-
-IMAGES = Path("/var/lib/nbagent/images")
-RUN = Path("/run/nbagent")
 
 
 def main() -> int:
@@ -50,13 +47,13 @@ def main() -> int:
 async def _run(config: host_config.HostConfig) -> None:
     sockets = _activated()
     systemd = Systemd()
-    records = Records(RUN / "slots", grp.getgrnam("nbagent-router").gr_gid)
+    records = Records(paths.SLOTS, grp.getgrnam("nbagent-router").gr_gid)
     current, changed = CurrentConfig(config), asyncio.Event()
     zygotes = Zygotes(current, systemd, changed.set)
     await zygotes.open()
     supervisor = compose(Surroundings(
-        current, systemd, ImageStore(IMAGES), ForkLauncher(zygotes), zygotes, records, Network(current, systemd),
-        RUN / "drain", changed,
+        current, systemd, ImageStore(paths.IMAGES), ForkLauncher(zygotes), zygotes, records,
+        Network(current, systemd), paths.DRAIN, changed,
     ))
     agent, calls = supervisor.agent, supervisor.calls
     adopted = await supervisor.adoption.run()

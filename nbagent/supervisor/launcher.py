@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import nbagent
+from nbagent.core import paths
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Slot
 from nbagent.image.store import Image
@@ -32,7 +33,6 @@ from nbagent.supervisor import scoped_process
 from nbagent.supervisor.aio import readable
 from nbagent.wire import activity
 
-MOUNTPOINT = "/run/nbagent/sandbox"
 _ANSWER_MAX_BYTES = 65536
 
 
@@ -125,7 +125,7 @@ def sandbox_spec(
         listen_timeout_s=start_timeout_s * 0.9,
         environment=environment,
         code=str(Path(nbagent.__file__).parent),
-        mountpoint=MOUNTPOINT,
+        mountpoint=str(paths.SANDBOX),
         syscall_filter=syscall_filter(),
         uplink=uplink,
     )

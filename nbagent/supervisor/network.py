@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nbagent.config.host_config import CurrentConfig, NetworkSettings
+from nbagent.core import paths
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Slot
 from nbagent.network import addresses, resolver
@@ -25,7 +26,6 @@ from nbagent.sandbox.plan import INTERFACE
 from nbagent.sandbox.spec import Uplink
 from nbagent.systemd.bus import JobFailed, Systemd
 
-SOCKET_PATH = Path("/run/nbagent/network.sock")
 INTERNET = "internet"
 # The service answers in milliseconds; its first start may take seconds on a busy machine.
 TIMEOUT_S = 20.0
@@ -135,7 +135,7 @@ async def _ask(request: bytes, fds: tuple[int, ...]) -> bytes:
     loop = asyncio.get_running_loop()
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.setblocking(False)
-        await loop.sock_connect(connection, str(SOCKET_PATH))
+        await loop.sock_connect(connection, str(paths.NETWORK_SOCKET))
         socket.send_fds(connection, [request], list(fds))
         return await loop.sock_recv(connection, _ANSWER_BYTES)
 

@@ -25,10 +25,11 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from nbagent.core import paths
 from nbagent.core.claim_content import FILES_MAX_BYTES
 from nbagent.core.errors import SupervisorUnavailable, from_wire
 
-SOCKET_PATH = Path("/run/nbagent/control.sock")
+SOCKET_PATH = paths.CONTROL_SOCKET
 # Below net.core.wmem_default (212,992 bytes on every Debian kernel), beyond which a packet is
 # refused with EMSGSIZE.
 PACKET_MAX_BYTES = 128 * 1024

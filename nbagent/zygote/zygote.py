@@ -144,7 +144,7 @@ class Zygote:
     def _fork(self, asked: Dict[str, Any], fds: List[int]) -> int:
         pidns, *others = fds
         # For its children; there is no way back from it but to one like it, which keeps nothing of the slot.
-        ns.join(pidns)
+        ns.setns(pidns)
         pid = os.fork()
         if pid == 0:
             os.close(pidns)
@@ -153,7 +153,7 @@ class Zygote:
             self.control.detach()
             os.dup2(ACTIVITY_FD, CONTROL_FD, inheritable=False)
             self._child(asked, others)
-        ns.join(self.nowhere)
+        ns.setns(self.nowhere)
         return pid
 
     def _child(self, asked: Dict[str, Any], fds: List[int]) -> NoReturn:
@@ -210,7 +210,7 @@ def _enter(asked: Dict[str, Any], sibling: socket.socket, print_fd: int, fds: Li
     if not joined:
         os._exit(0)
     for fd in joined:
-        ns.join(fd)
+        ns.setns(fd)
         os.close(fd)
     place_fds(print_fd, fds)
     for number in range(LISTEN_FD, LISTEN_FD + len(fds)):

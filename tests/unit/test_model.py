@@ -67,14 +67,13 @@ def test_only_the_claim_document_shows_the_token():
 def test_ids_have_the_label_and_are_unique():
     ids = {new_id("c07") for _ in range(1000)}
     assert len(ids) == 1000
-    assert all(is_slot_id(one, "c07") for one in ids)
-    assert not any(is_slot_id(one, "c08") for one in ids)
+    assert all(is_slot_id(one) and one.startswith("c07-") for one in ids)
 
 
 @pytest.mark.parametrize("text", ["", "c07", "c07-", "c07-../../etc/pas", "C07-x8q2m4k9w1ze", "c07-x8q2m4k9w1ze\n",
-                                  "c07-x8q2m4k9w1zee", "other-x8q2m4k9w1ze"])
-def test_an_id_of_another_form_or_host_is_refused(text):
-    assert not is_slot_id(text, "c07")
+                                  "c07-x8q2m4k9w1zee", "a-label-x8q2m4k9w1ze"])
+def test_malformed_ids(text):
+    assert not is_slot_id(text)
 
 
 def test_tokens_are_long_and_url_safe():
