@@ -6,7 +6,7 @@ import asyncio
 
 
 async def readable(fd: int) -> None:
-    """Returns when `fd` can be read, or has ended; for a pidfd, when its process has."""
+    """Returns when `fd` is readable or its peer has closed it; a pidfd is readable when its process has ended."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
 

@@ -16,7 +16,7 @@ from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
-from nbagent.config.host_config import HostConfig, NetworkSettings
+from nbagent.config.host_config import CurrentConfig, NetworkSettings
 from nbagent.core import paths
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Slot
@@ -37,8 +37,8 @@ _ANSWER_BYTES = 65536
 class Network:
     """Interfaces of slots. Every call to the service raises StartFailed when it does not succeed."""
 
-    def __init__(self, config: HostConfig, systemd: Systemd) -> None:
-        self.settings = config.network
+    def __init__(self, config: CurrentConfig, systemd: Systemd) -> None:
+        self._config = config
         self._systemd = systemd
         # Somewhere: a supervisor that restarts does not give away again what was just given back.
         self._last = secrets.randbelow(self.settings.range4.num_addresses)
@@ -47,13 +47,14 @@ class Network:
         self._asked = ""
 
     @property
+    def settings(self) -> NetworkSettings:
+        """The settings in force; `set_up` applies changed ones before the next interface is made."""
+        return self._config.value.network
+
+    @property
     def allowed(self) -> bool:
         """Whether any claim may get a network."""
         return INTERNET in self.settings.allow
-
-    def reload(self, config: HostConfig) -> None:
-        """Takes new settings; rules and resolver follow before the next interface is made."""
-        self.settings = config.network
 
     async def set_up(self) -> None:
         """Brings the rules and the resolver up to date, where a network is allowed."""

@@ -50,7 +50,7 @@ class ControlServer:
             if not failed.done():
                 failed.set_exception(error)
             return
-        self.calls.agent.spawn(self._serve_one(connection))
+        self.calls.spawn(self._serve_one(connection))
 
     async def _serve_one(self, connection: socket.socket) -> None:
         """One request and its answer. No other task has its turn between a warm slot's claim and the answer."""
@@ -124,7 +124,7 @@ async def serve_check(calls: Calls, listener: socket.socket) -> None:
     while True:
         connection, _ = await asyncio.get_running_loop().sock_accept(listener)
         with connection, contextlib.suppress(OSError):
-            line = "drain" if calls.agent.draining else f"ready {calls.free_percent()}%"
+            line = "drain" if calls.draining else f"ready {calls.free_percent()}%"
             connection.send(f"{line}\n".encode())
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nbagent.config.host_config import HostConfig
+from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event, emit
 from nbagent.core.model import Limits, Slot, SlotState, now
@@ -104,7 +104,7 @@ class ZygotePool:
 class Zygotes:
     """The zygotes of this host. `changed` is called when slots of an image start in another way than before."""
 
-    def __init__(self, config: HostConfig, systemd: Systemd, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, config: CurrentConfig, systemd: Systemd, changed: Callable[[], None] = lambda: None) -> None:
         self.config = config
         self.changed = changed
         self._systemd = systemd
@@ -182,7 +182,7 @@ class Zygotes:
     def _review(self, pool: ZygotePool) -> None:
         if (zygote := pool.zygote) is None or pool.task is not None:
             return
-        settings, age_s = self.config.pool, now() - zygote.born_s
+        settings, age_s = self.config.value.pool, now() - zygote.born_s
         if zygote.forks >= settings.zygote_slots or age_s >= settings.zygote_age:
             emit(Event.ZYGOTE_REPLACED, zygote=zygote.instance, text=f"{zygote.forks} slots in {age_s:.0f} s")
             pool.task = self._spawn(self._bring_up(pool))
@@ -222,7 +222,7 @@ class Zygotes:
     async def _bring_up(self, pool: ZygotePool) -> None:
         """Until there is a new zygote, which takes the place of the former."""
         while True:
-            settings = self.config.pool
+            settings = self.config.value.pool
             await asyncio.sleep(backoff(pool.failures, settings.backoff, settings.backoff_max))
             began_s, instance = now(), f"{pool.image.name}:{secrets.token_hex(3)}"
             try:
@@ -257,7 +257,7 @@ class Zygotes:
             if gives_way:
                 await asyncio.wait({made, no_zygote}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
                 self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
-            async with asyncio.timeout(self.config.slots.start_timeout):
+            async with asyncio.timeout(self.config.value.slots.start_timeout):
                 return await made
         finally:
             made.cancel()
@@ -271,7 +271,7 @@ class Zygotes:
         finally:
             del self._expected[instance]
         try:
-            spec = zygote_spec(image, self.config.slots.storage_bytes)
+            spec = zygote_spec(image, self.config.value.slots.storage_bytes)
             connection.send(json.dumps({"spec": spec.save(), "preload": list(image.preload)}).encode())
             answer = json.loads(await _packet(connection) or b"{}")
             if "ready" not in answer:
@@ -288,7 +288,7 @@ class Zygotes:
             await readable(zygote.connection.fileno())
         if pool.zygote is zygote:
             # A life of some length makes good for the failures before.
-            if now() - zygote.born_s > self.config.pool.backoff_max:
+            if now() - zygote.born_s > self.config.value.pool.backoff_max:
                 pool.failures = 0
             self.give_up(zygote, "it ended")
 

@@ -202,5 +202,5 @@ def test_systemd_ends_a_slot_at_its_maximum_age_without_an_agent(any_agent):
     agent.run("systemctl", "start", *units)
     agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the agent to remove the slot")
     entries = agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={Event.SLOT_REMOVED.value.message_id}")
-    assert "ended while no agent ran" in entries[0]["MESSAGE"]
+    assert "ended while no supervisor ran" in entries[0]["MESSAGE"]
     assert agent.run("sh", "-c", f"ls -d /run/nbagent/slots/{slot} 2>/dev/null; true") == ""

@@ -168,7 +168,7 @@ def test_an_incomplete_slot_is_removed(agent):
     half = agent.wait(lambda: agent.slots("starting"), "a slot that starts")[0]["slot"]
     agent.run("systemctl", "kill", "-s", "KILL", SUPERVISOR)
     removed = agent.wait(lambda: events(agent, half, Event.SLOT_REMOVED), "its removal")
-    assert "half made" in removed[0]["MESSAGE"]
+    assert "incomplete" in removed[0]["MESSAGE"]
     assert agent.api.get(f"/slots/{half}").status == 404
     assert agent.run("sh", "-c", f"ls -d /run/nbagent/slots/{half} 2>/dev/null; systemctl list-units --all --plain "
                      f"--no-legend nbagent-{half}.scope; pgrep -f nbagent[.]runtime[.]exec_slo[t]; true") == ""
@@ -190,8 +190,8 @@ def test_files_without_scope_and_scopes_without_file_are_removed(agent):
         mkdir empty""")
     agent.run("systemctl", "start", SUPERVISOR)
     why = {
-        broken: "its file is broken", lost: "no file", double: "its file is broken",
-        ghost: "it ended while no agent ran", "empty": "its file is broken",
+        broken: "slot.json is missing or broken", lost: "has no slot.json", double: "slot.json is missing or broken",
+        ghost: "its processes ended while no supervisor ran", "empty": "slot.json is missing or broken",
     }
     for slot, text in why.items():
         agent.wait(lambda slot=slot: events(agent, slot, Event.SLOT_REMOVED), f"the removal of {slot}")

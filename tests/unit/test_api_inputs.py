@@ -66,9 +66,9 @@ def test_problem_names_the_invalid_option_and_the_expected_value(
     assert response.content_type == "application/problem+json"
 
 
-def test_an_unknown_image_is_not_found(api: FlaskClient) -> None:
+def test_an_unknown_image_is_an_invalid_field(api: FlaskClient) -> None:
     response = api.get("/claim?image=no-such-image")
-    assert (response.status_code, response.json["type"]) == (404, "urn:nbagent:problem:image-not-found")
+    assert (response.status_code, response.json["field"]) == (400, "image")
 
 
 @pytest.mark.parametrize("query", ["memroy=1G", "x=1", "memory[]=1G", "=1"])

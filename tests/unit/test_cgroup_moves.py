@@ -1,5 +1,7 @@
 """MigrationPrimer: a process is moved into its own cgroup, with cgroup v1 and v2."""
 
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ def test_prime_writes_the_own_process_to_the_own_cgroup(tmp_path: Path) -> None:
     at.mkdir(parents=True, exist_ok=True)
     procs = at / "cgroup.procs"
     procs.write_text("")
+    before = set(threading.enumerate())
     primer = cgroup.MigrationPrimer(tmp_path)
     # The kernel takes 0 in cgroup.procs as the writing process.
     for written in ("0", "00"):
@@ -25,3 +28,9 @@ def test_prime_writes_the_own_process_to_the_own_cgroup(tmp_path: Path) -> None:
         while procs.read_text() != written:
             assert time.monotonic() < deadline_s
             time.sleep(0.01)
+    # The end of the pipe ends the thread, and only then may its other descriptors be closed.
+    os.close(primer._trigger_write)
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+    os.close(primer._trigger_read)
+    os.close(primer._procs)

@@ -120,11 +120,12 @@ def test_a_full_host_has_the_exit_status_of_a_temporary_failure(run: Any, superv
 
 def test_slots_are_shown_in_plain_columns_without_a_terminal(run: Any) -> None:
     slot = run("claim", "--json").json["slot"]
-    head, line = run("slots").out.splitlines()
+    head, *lines = run("slots").out.splitlines()
+    line, = (line for line in lines if "claimed" in line)
     assert head.split()[:3] == ["SLOT", "STATE", "IMAGE"]
     assert line.split()[:3] == [slot, "claimed", "minimal"]
     assert "90M of 1G" in line
-    assert run("slots", "--json").json[0]["slot"] == slot
+    assert slot in [document["slot"] for document in run("slots", "--json").json]
     assert run("slots", "--json", slot).json["slot"] == slot
     assert slot in run("slots", slot).out
 
@@ -158,7 +159,7 @@ def test_drain_waits_for_the_last_slot(
 ) -> None:
     run("claim")
     monkeypatch.setattr("time.sleep", lambda _: supervisor.slots.clear())
-    assert run("drain", "--wait", "--json").json == {"draining": True, "claimed": 0, "warm": 2}
+    assert run("drain", "--wait", "--json").json == {"draining": True, "claimed": 0, "warm": 0}
 
 
 def test_stats_and_images_are_shown(run: Any) -> None:

@@ -162,7 +162,7 @@ def test_a_claim_for_a_network_that_is_not_allowed_is_refused() -> None:
     closed = Bounds(memory_max_bytes=1 << 30, ttl_max_s=60, cpus=1, networks=("none",))
     with pytest.raises(InvalidField) as caught:
         parse_options({"network": "internet"}, CLAIM_FIELDS, closed)
-    assert caught.value.details["field"] == "network" and caught.value.details["expected"].startswith('"none", as')
+    assert caught.value.details["field"] == "network" and caught.value.details["expected"].startswith('"none", from')
     opened = dataclasses.replace(closed, networks=("none", "internet"))
     assert parse_options({"network": "internet"}, CLAIM_FIELDS, opened).network == "internet"
     for wrong in ("host", "", 1, None):
