@@ -12,6 +12,7 @@ from nbagent.api.hostnames import host_of
 from nbagent.config.host_config import HostConfig
 from nbagent.landing.backend import public_figures, terms
 from nbagent.wire.control import ControlClient
+from nbagent.wire.operations import CLAIM, STATS, ClaimArguments, own_key
 
 # Anybody may ask as often as they like; the supervisor is asked so often.
 FIGURES_AGE_S = 1.0
@@ -30,7 +31,7 @@ class HostBackend:
         """The host's figures, at most a second old."""
         with self._lock:
             if time.monotonic() >= self._asked_s + FIGURES_AGE_S:
-                self._figures = public_figures(self.probe.call("stats")) | terms(self.config)
+                self._figures = public_figures(self.probe.call(STATS)) | terms(self.config)
                 self._asked_s = time.monotonic()
             return self._figures
 
@@ -40,8 +41,7 @@ class HostBackend:
         With the space in it, it is none that the control API lets through either.
         """
         kept = None if key is None else f"landing {client} {key}"
-        document: Mapping[str, Any] = self.client.call("claim", options=dict(options), key=kept, client=client)
-        return document
+        return self.client.call(CLAIM, ClaimArguments(options, kept or own_key(), client))
 
     def origin(self, slot: str, host: str, scheme: str) -> str:
         """What the operator says, else where the caller came in."""

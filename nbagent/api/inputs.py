@@ -41,7 +41,7 @@ def read_options(request: Request, fields: tuple[str, ...]) -> dict[str, Any]:
             )
         options[name] = value
     for name, value in options.items():
-        _check_option(name, value, fields)
+        options[name] = _check_option(name, value, fields)
     if len(json.dumps({name: value for name, value in options.items() if name != "files"})) > OPTIONS_MAX_BYTES:
         raise RequestEntityTooLarge(f"the options are longer than {OPTIONS_MAX_BYTES} bytes")
     return options
@@ -65,7 +65,7 @@ def check_slot_id(text: str, label: str) -> str:
     )
 
 
-def _check_option(name: str, value: Any, fields: tuple[str, ...]) -> None:
+def _check_option(name: str, value: Any, fields: tuple[str, ...]) -> object:
     if name not in fields:
         near = difflib.get_close_matches(name[:64], fields, 1)
         known = f"one of {', '.join(fields)}" if fields else "no field"
@@ -74,14 +74,14 @@ def _check_option(name: str, value: Any, fields: tuple[str, ...]) -> None:
     if name == "files":
         # The same on every host, and so refused before it is carried to the supervisor.
         try:
-            claim_content.parse_files(value)
+            return claim_content.parse_files(value)
         except ValueError as error:
             raise InvalidField(field=name, value=json.dumps(value)[:80], expected=str(error)) from None
-        return
     if isinstance(value, (list, dict)) or (isinstance(value, float) and not math.isfinite(value)):
         raise InvalidField(field=name, value=json.dumps(value)[:80], expected=VALUE_EXPECTED)
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
         raise InvalidField(field=name, value=value[:80], expected="text without NUL or lone surrogates")
+    return value
 
 
 def _read_query(request: Request) -> dict[str, Any]:

@@ -38,10 +38,9 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     from nbagent.sandbox.plan import plan as sandbox_plan
     from nbagent.sandbox.plan import zygote_plan
     from nbagent.supervisor.agent import default_limits
-    from nbagent.supervisor.launcher import host_steps, sandbox_spec
+    from nbagent.supervisor.launcher import host_steps, sandbox_spec, zygote_spec
     from nbagent.supervisor.network import INTERNET, numbered, uplink
     from nbagent.supervisor.slots import UID_FIRST
-    from nbagent.supervisor.zygotes import zygote_spec
 
     settings, found = host_config.load(), ImageStore(store).get(image)
     sample = Slot(

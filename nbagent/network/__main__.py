@@ -1,44 +1,48 @@
-"""The network service: the slots' interfaces and rules, done by the only part that may do it.
+"""The network service: the slots' interfaces and firewall rules. Only this process has CAP_NET_ADMIN.
 
-    python3 -I -m nbagent.network            as nbagent-network.service, on a socket of systemd's
-    python3 -I -m nbagent.network --remove   takes back everything, when the package goes
+    python3 -I -m nbagent.network            as nbagent-network.service, with a listening socket from systemd
+    python3 -I -m nbagent.network --remove   removes all interfaces and rules, when the package is removed
 
-One request is one connection: a packet of JSON on a SOCK_SEQPACKET socket, and for `attach` a
-descriptor of the slot's network namespace beside it. Every request may be repeated.
+A connection carries one request, a message of nbagent.wire.channel. Every request may be repeated.
 
-    {"op": "rules"}                     /run/nbagent/network.json says which
-    {"op": "attach", "name": str, "inner": str, "addresses": [str], "rate": int}    makes the interface, closed
+    {"op": "rules"}                     applies the rules in /run/nbagent/network.json
+    {"op": "attach", "name": str, "inner": str, "addresses": [str], "rate": int, "fds": ["netns"]}
+                                        makes the interface, closed, with its inner end in that network namespace
     {"op": "open", "name": str}
     {"op": "remove", "name": str, "addresses": [str]}
-    {"op": "sweep", "keep": [str]}
+    {"op": "sweep", "keep": [str]}      removes all interfaces but these
 
-and the answers: {"ok": true} or {"error": str}. It holds no state: killed at any moment it is
-started by the next request, or by systemd, and no connection of a slot knows.
+The response is {"ok": true} or a failure. The service keeps no state: after it was killed, the next request or systemd
+starts it again, and the slots' connections go on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import json
 import os
 import re
 import selectors
 import socket
-import struct
 import sys
-from typing import Any
 
 from systemd import daemon
 
 from nbagent.core.events import Event, emit
 from nbagent.network.netlink import HostNetwork, lost_table, watch
 from nbagent.network.rules import RULES_PATH, Rules
+from nbagent.wire import fields
+from nbagent.wire.channel import Channel, Message
+from nbagent.wire.failure import Failure
 
-_REQUEST_BYTES = 65536
 _NAME = re.compile(r"nb-[0-9a-z]{12}")
-# A caller that connects and says nothing does not keep the others waiting.
-_PATIENCE_S = 5.0
+# Names of a thousand slots' interfaces.
+REQUEST_MAX_BYTES = 1 << 20
+_RATE_MAX = 1 << 50
+# One connection is served at a time, so a caller that sends nothing may not block the others.
+_TIMEOUT_S = 5.0
 
 
 def main() -> None:
@@ -60,7 +64,7 @@ def main() -> None:
             for key, _ in selector.select():
                 if key.fileobj is listener:
                     with contextlib.suppress(BlockingIOError):
-                        _serve(kernel, listener.accept()[0])
+                        _serve(kernel, Channel(listener.accept()[0], REQUEST_MAX_BYTES))
                 elif lost_table(events) and RULES_PATH.exists() and not kernel.is_applied():
                     _apply(kernel)
                     emit(Event.NETWORK_RESTORED)
@@ -69,7 +73,7 @@ def main() -> None:
 def _activated() -> int:
     fds = daemon.listen_fds()
     if len(fds) != 1:
-        raise SystemExit("no socket: start nbagent-network.socket")
+        raise SystemExit("no listening socket from systemd: start nbagent-network.socket")
     return int(fds[0])
 
 
@@ -77,56 +81,49 @@ def _apply(kernel: HostNetwork) -> None:
     kernel.apply(Rules.restore(json.loads(RULES_PATH.read_text())))
 
 
-def _serve(kernel: HostNetwork, connection: socket.socket) -> None:
-    with connection:
-        connection.settimeout(_PATIENCE_S)
-        with contextlib.suppress(OSError):
-            payload, fds, _, _ = socket.recv_fds(connection, _REQUEST_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
-            try:
-                connection.send(json.dumps(_answer(kernel, connection, payload, fds)).encode())
-            finally:
-                for fd in fds:
-                    os.close(fd)
+def _serve(kernel: HostNetwork, channel: Channel) -> None:
+    with channel, contextlib.suppress(OSError):
+        channel.socket.settimeout(_TIMEOUT_S)
+        try:
+            if (request := channel.receive()) is None:
+                return
+            with request:
+                if (uid := channel.peer_uid()) != 0:
+                    raise PermissionError(errno.EPERM, f"user id {uid} may not use the network service")
+                _do(kernel, request)
+            response: dict[str, object] = {"ok": True}
+        except Exception as error:  # the service has to serve the other slots' requests
+            response = Failure.of(error, "network").save()
+        channel.send(response)
 
 
-def _answer(kernel: HostNetwork, connection: socket.socket, payload: bytes, fds: list[int]) -> dict[str, Any]:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    if struct.unpack("3i", credentials)[1] != 0:
-        return {"error": "only root may ask"}
-    try:
-        request = json.loads(payload)
-        _do(kernel, request, fds)
-    except Exception as error:  # the next request is another slot's
-        return {"error": f"{type(error).__name__}: {error}"}
-    return {"ok": True}
-
-
-def _do(kernel: HostNetwork, request: dict[str, Any], fds: list[int]) -> None:
-    match request["op"]:
+def _do(kernel: HostNetwork, request: Message) -> None:
+    body = request.body
+    match body.get("op"):
         case "rules":
             _apply(kernel)
         case "attach":
-            (netns_fd,) = fds
-            kernel.attach(_name(request), str(request["inner"]), netns_fd, _addresses(request), int(request["rate"]))
+            inner, rate = fields.text(body, "inner"), fields.integer(body, "rate", 0, _RATE_MAX)
+            kernel.attach(_name(body), inner, request.fds["netns"], _addresses(body), rate)
         case "open":
-            kernel.open(_name(request))
+            kernel.open(_name(body))
         case "remove":
-            kernel.remove(_name(request), _addresses(request))
+            kernel.remove(_name(body), _addresses(body))
         case "sweep":
-            kernel.sweep([str(name) for name in request["keep"]])
+            kernel.sweep(fields.texts(body, "keep"))
         case unknown:
-            raise ValueError(f"unknown request {unknown!r}")
+            raise ValueError(f"unknown operation {str(unknown)[:40]!r}")
 
 
-def _name(request: dict[str, Any]) -> str:
-    name = str(request["name"])
+def _name(body: dict[str, object]) -> str:
+    name = fields.text(body, "name")
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name[:20]!r} is no interface of a slot")
+        raise ValueError(f"{name[:20]!r} is not the name of a slot's interface")
     return name
 
 
-def _addresses(request: dict[str, Any]) -> list[str]:
-    return [str(ipaddress.ip_address(address)) for address in request["addresses"]]
+def _addresses(body: dict[str, object]) -> list[str]:
+    return [str(ipaddress.ip_address(address)) for address in fields.texts(body, "addresses")]
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tornado.ioloop import IOLoop
 from tornado.web import RequestHandler
 from traitlets.config import Config
 
+from nbagent.wire.channel import Channel
 from nbagent.zygote import entropy, forkserver, kernel, provisioner
 from nbagent.zygote.memory import immortal
 
@@ -63,7 +64,7 @@ def serve(server, path):
     listener.setblocking(False)
     become_user()
     entropy.reseed()
-    provisioner.use(divided())
+    provisioner.use(split_off_server())
     asyncio.set_event_loop(asyncio.new_event_loop())
     server.io_loop = IOLoop.current()
     server._http_server = HTTPServer(server.web_app)
@@ -71,10 +72,10 @@ def serve(server, path):
     server.start()
 
 
-def divided():
-    """The seed of what goes on from here; nobody is its init."""
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return forkserver.split_off_server(kernel.run, ends[0], ends[1].close)
+def split_off_server():
+    """Splits this process into a fork server and a server; returns in the server. The init is a closed channel."""
+    init, peer = Channel.pair()
+    return forkserver.split_off_server(kernel.run, init, peer.close)
 
 
 def become_user():
@@ -86,7 +87,7 @@ def become_user():
 
 def suite(directory):
     become_user()
-    provisioner.use(divided())
+    provisioner.use(split_off_server())
     LabApp.clear_instance()
     asyncio.set_event_loop(asyncio.new_event_loop())
     os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = provisioner.NAME

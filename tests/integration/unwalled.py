@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import select
-import socket
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ from nbagent.runtime import exec_slot
 from nbagent.sandbox import plan, steps
 from nbagent.supervisor.launcher import sandbox_spec
 from nbagent.wire import activity
+from nbagent.wire.channel import Channel
 
 KINDS = {"mount": ns.CLONE_NEWNS, "pid": ns.CLONE_NEWPID, "ipc": ns.CLONE_NEWIPC, "uts": ns.CLONE_NEWUTS,
          "net": ns.CLONE_NEWNET, "cgroup": ns.CLONE_NEWCGROUP}
@@ -115,38 +115,37 @@ def links(spec, below):
 
 
 def run(spec, change):
-    """Starts one sandbox as the supervisor would; what came of it."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    result, answer = os.pipe()
+    """Starts one sandbox as the supervisor would; returns its failure and what its program reported."""
+    control, peer = Channel.pair()
+    result, report = os.pipe()
     page, config = activity.create(), os.memfd_create("nbagent-config")
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        ours.close()
-        os.close(result)
+        control.close()
+        for fd in (result, report, page, config):
+            os.close(fd)
         exec_slot.plan = lambda given: changed(given, change)
-        sys.argv = ["launch", *(str(fd) for fd in (theirs.fileno(), answer, page, config))]
+        os.set_inheritable(peer.fileno(), True)
+        sys.argv = ["exec_slot", str(peer.fileno())]
         exec_slot.main()
-    theirs.close()
-    for fd in (answer, page, config):
-        os.close(fd)
+    peer.close()
     failed, init = None, None
-    with ours:
-        ours.sendall(json.dumps(spec.save()).encode())
-        while True:
-            payload, fds, _, _ = socket.recv_fds(ours, 65536, 1)
-            if not payload:
-                break
-            init = fds[0] if fds else init
-            said = json.loads(payload)
-            failed = said.get("failed", failed)
+    with control:
+        control.send({"spec": spec.save()}, {"listen": report, "activity": page, "config": config})
+        for fd in (report, page, config):
+            os.close(fd)
+        while (message := control.receive()) is not None:
+            with message:
+                init = message.take("init") if "init" in message.fds else init
+                failed = message.body.get("failure", failed)
     os.waitpid(pid, 0)
     with open(result, "rb") as stream:
-        said = stream.read()
+        reported = stream.read()
     if init is not None:
         select.select([init], [], [], 10)
         os.close(init)
-    through = {name: what for name, what in json.loads(said).items() if what is not None} if said else None
+    through = {name: what for name, what in json.loads(reported).items() if what is not None} if reported else None
     return {"failed": failed, "through": through}
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from nbagent.core import model
 from nbagent.core.errors import Draining, Full, IdempotencyMismatch, ImageNotFound, NbagentError, SlotNotFound
-from nbagent.wire import control
+from nbagent.wire import control, operations
+from nbagent.wire.channel import Channel, Message
 
 LABEL = "c07"
 BOUNDS = model.Bounds(
@@ -61,23 +62,28 @@ class FakeSupervisor:
                 connection, _ = self._listener.accept()
             except OSError:
                 return
-            with connection, contextlib.suppress(OSError, ValueError):
-                raw = control.receive_bytes(connection, control.REQUEST_MAX_BYTES)
-                if raw:
-                    control.send(connection, self._answer(json.loads(raw)))
+            with Channel(connection, control.REQUEST_MAX_BYTES) as channel, contextlib.suppress(OSError, ValueError):
+                request = channel.receive()
+                if request is not None:
+                    with request:
+                        channel.send(self._answer(request))
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, message: Message) -> dict[str, Any]:
+        request: dict[str, Any] = message.body
         self.asked.append(request)
         try:
             if self.raises is not None:
                 raise self.raises
-            return {"ok": getattr(self, "_op_" + request["op"])(**request["args"])}
+            args = request["args"]
+            if request["op"] == "claim":
+                args = vars(operations.CLAIM.restore(dict(args), message))
+            return {"ok": getattr(self, "_op_" + request["op"])(**args)}
         except NbagentError as error:
             return {"error": error.to_wire()}
 
     def _op_claim(self, options: dict[str, Any], key: str | None, client: str) -> Any:
         wanted = model.parse_options(options, model.CLAIM_FIELDS, BOUNDS)
-        fingerprint = json.dumps(options, sort_keys=True)
+        fingerprint = json.dumps(options, sort_keys=True, default=str)
         for slot in self.slots.values():
             if key is not None and slot.key == key:
                 if slot.fingerprint != fingerprint:

@@ -119,7 +119,8 @@ def test_a_deep_link_keeps_its_query_and_its_fragment(api: FlaskClient) -> None:
 def test_a_claim_brings_a_megabyte_of_files(api: FlaskClient, supervisor: FakeSupervisor) -> None:
     files = {"a/b.txt": "ä" * 400_000, "c.bin": {"base64": "AAEC"}}
     assert api.post("/claim", json={"files": files}).status_code == 200
-    assert supervisor.asked[-1]["args"]["options"] == {"files": files}
+    args = supervisor.asked[-1]["args"]
+    assert args["options"] == {} and args["files"]["entries"] == [["a/b.txt", 800_000], ["c.bin", 3]]
 
 
 def test_files_are_too_long_for_a_query_and_an_archive_is_not(api: FlaskClient) -> None:
