@@ -7,9 +7,9 @@ Over the control channel (nbagent.wire.channel) it receives {"order": Order}, wi
 {"files": int, "entries": int}, or a failure of the step ENTER, WRITE or UNPACK.
 
 Its first instruction runs in the slot's scope already, so that all memory it touches is charged to the slot. Before it
-enters it imports all it will need and reads its order. The process that enters exits at once; its child is in the slot's
-pid namespace too, where the slot's init will reap it, and becomes what each of the slot's processes is by the last steps
-of the same plan. Only then it touches a file or the network.
+enters, it imports all it will need and reads its order. The process that enters exits at once; its child is in the
+slot's pid namespace too, where the slot's init will reap it, and gets the slot's user, limits and filter by the last
+steps of the same plan. Only then it touches a file or the network.
 
 It exposes nothing to the slot: it has no descriptor of the host but this channel and the claim's own content, and no
 environment, and it is not dumpable from before it enters to its end, so that no process with the slot's id can trace it

@@ -4,9 +4,9 @@ process from its namespaces to the loop of `init`.
 Over a slot's control channel (nbagent.wire.channel) the supervisor receives
 
     {"fds": ["init"]}          a pidfd of the slot's first process
-    {"fds": ["fork_server"]}   of a slot by fork, a pidfd of its fork server; both processes belong into the slot's scope
-    {"fds": ["netns"]}         of a slot with an interface, its network namespace; the supervisor sends {"attached": true}
-                               when the interface is made
+    {"fds": ["fork_server"]}   of a slot by fork, a pidfd of its fork server; both belong into the slot's scope
+    {"fds": ["netns"]}         of a slot with an interface, its network namespace; when the interface is made, the
+                               supervisor sends {"attached": true}
     {"serves": true}           from a program that was forked: its loop runs, and needs no probe
     {"failure": {...}}         nbagent.wire.failure
     end of file                the slot's program runs, because every process that held the channel has closed it

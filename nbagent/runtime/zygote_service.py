@@ -8,8 +8,9 @@ It is host code under the host's Python; it runs no code of an image. Its messag
     supervisor → service  {"spec": SandboxSpec of the zygote, "preload": [modules]}
     service → supervisor  {"ready": true} or a failure
     supervisor → service  {"spec": SandboxSpec, "fds": ["control", "listen", "activity", "config", "stream", "go"]}
-                          for each slot: its control channel, its listening socket, the activity page, the configuration,
-                          a stream to the journal, and a pipe. The result goes over the control channel (`slot_process`).
+                          for each slot: its control channel, its listening socket, the activity page, the
+                          configuration, a stream to the journal, and a pipe. The result goes over the control channel
+                          (`slot_process`).
 
     service → zygote      {"preload": [modules], "fds": ["nowhere"]}          a pid namespace that allows no more births
     zygote → service      {"ready": true} or a failure
@@ -27,8 +28,8 @@ is born into that pid namespace, joins the rest, forks the program and stays as 
 scope together: the first waits for a packet at the control channel, the other for bytes in the pipe. Neither is a
 message, because to parse one touches memory.
 
-When the supervisor ends or closes the connection, the service ends, and the zygote with it. Slots go on, because none of
-their processes is in the service's unit or a child that ends with it. A zygote that does not fork within FORK_TIMEOUT_S
+When the supervisor ends or closes the connection, the service ends, and the zygote with it. Slots go on, because none
+of their processes is in the service's unit or ends with its parent. A zygote that does not fork within FORK_TIMEOUT_S
 has failed; then the service ends too.
 
 Standard library only; Python 3.9 and up.

@@ -1,7 +1,7 @@
 """Delivers the content of a claim into a slot that has no owner yet, by a process inside the slot
 (nbagent.content.deliver).
 
-Its response comes from inside the slot and is untrusted: the channel bounds and checks it, and it is shown as text only.
+Its response comes from inside the slot and is untrusted: the channel bounds and checks it, and only text is shown.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A failure as it travels from the process where a step failed to the process that reports it.
 
-There is one document for it, {"failure": {"step": str, "errno": int, "text": str}}, and one exception, StepFailed, which
-is raised where the step fails and again where the message is received. The supervisor turns it into StartFailed or
-ContentFailed, whose details an HTTP response carries. Standard library only; Python 3.9 and up.
+There is one document for it, {"failure": {"step": str, "errno": int, "text": str}}, and one exception, StepFailed,
+which is raised where the step fails and again where the message is received. The supervisor raises StartFailed or
+ContentFailed from it, whose details an HTTP response carries. Standard library only; Python 3.9 and up.
 """
 
 from __future__ import annotations

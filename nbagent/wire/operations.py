@@ -2,8 +2,8 @@
 
 A request is {"op": name, "args": {...}}, and its response {"ok": result} or {"error": NbagentError.to_wire()}. The
 arguments get their types here, when the supervisor receives them; the results are the supervisor's and so are trusted.
-A claim's arguments have the paths and sizes of its files; the bytes are in a sealed memfd, the descriptor "content" beside
-the request, so that the supervisor neither decodes nor copies them.
+A claim's arguments have the paths and sizes of its files; their bytes are in a sealed memfd, the descriptor "content"
+beside the request, so that the supervisor neither decodes nor copies them.
 """
 
 from __future__ import annotations

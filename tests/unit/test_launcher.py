@@ -109,7 +109,7 @@ def test_descriptors_beside_other_messages_are_closed(files):
         start.peer.send({"runs": True}, {"a": files[0]})
         before = set(os.listdir("/proc/self/fd"))
         pidfd = os.pidfd_open(os.getpid())
-        with pytest.raises(StartFailed, match="unexpected message.*'runs'"):
+        with pytest.raises(StartFailed, match=r"unexpected message.*'runs'"):
             wait_running(start, pidfd)
         os.close(pidfd)
         assert set(os.listdir("/proc/self/fd")) == before
