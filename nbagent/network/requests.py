@@ -17,7 +17,7 @@ import errno
 import ipaddress
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 from nbagent.wire import fields

@@ -32,7 +32,7 @@ USER = 1000
 
 
 class Modules(RequestHandler):
-    """What the server has imported, and whether its log, hooks and streams are its own."""
+    """The modules that the server has imported, and whether its log, hooks and streams are its own."""
 
     def get(self):
         self.write({
@@ -131,7 +131,7 @@ def main():
     server = initialised()
     kernel.prepare(server)
     immortal.freeze()
-    # What a slot finds in its home is its own.
+    # The files in a slot's home belong to the slot's user.
     for directory, _folders, files in os.walk(os.environ["HOME"]):
         for name in (directory, *(os.path.join(directory, file) for file in files)):
             os.lchown(name, USER, USER)
@@ -146,7 +146,7 @@ def main():
             os._exit(0)
         pids.append(pid)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    # Immortal objects and all: a zygote that ends says nothing.
+    # Python's finalisation has to work with immortal objects too, so that a zygote exits without an error.
     sys.exit(max(statuses))
 
 

@@ -30,7 +30,7 @@ from nbagent.wire.channel import Channel
 KINDS = {"mount": ns.CLONE_NEWNS, "pid": ns.CLONE_NEWPID, "ipc": ns.CLONE_NEWIPC, "uts": ns.CLONE_NEWUTS,
          "net": ns.CLONE_NEWNET, "cgroup": ns.CLONE_NEWCGROUP}
 STORAGE = 64 << 20
-# What of an image's tree lies where a step of the plan works, and where its links would like to lead.
+# Names in an image's tree at which a step of the plan works, and targets of hostile links in their place.
 IN_THE_WAY = (
     "tmp", "dev", "dev/null", "dev/shm", "dev/pts", "proc", "run", "run/nbagent", "run/nbagent/lib", "etc",
     "etc/passwd", "etc/group", "etc/hosts", "etc/hostname", "etc/resolv.conf", "home", "home/jovyan",
@@ -59,7 +59,7 @@ def changed(spec, change):
 
 
 def name_of(step):
-    """What a step is called here: its class, and its target where there are several."""
+    """The name of a step here: its class, and its target where there are several."""
     kind = type(step).__name__
     return f"{kind} {step.target.lstrip('/')}" if kind in ("Tmpfs", "Bind") else kind
 
@@ -150,7 +150,7 @@ def run(spec, change):
 
 
 def left(before):
-    """What a start left on the host; a namespace's last process takes a moment to end."""
+    """Remains of a start on the host; waits, because a namespace's last process ends with a delay."""
     deadline = time.monotonic() + 10
     while (found := traces() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -158,7 +158,7 @@ def left(before):
 
 
 def traces():
-    """What a start could leave on the host."""
+    """Everything on the host that a start could leave behind."""
     with open("/proc/self/mountinfo") as file:
         found = {f"mount {line.split()[4]}" for line in file}
     found |= {f"file {name}" for name in os.listdir("/run/nbagent/sandbox")}

@@ -32,7 +32,7 @@ def test_files_are_text_or_base64():
     "", "/etc/passwd", "../x", "a/../b", "a/..", "./a", "a/./b", "a//b", "a/", "a\0b", "\ud800", "x" * 256,
     "/".join(["d" * 200] * 6),
 ])
-def test_a_path_that_is_no_file_below_home_is_refused_by_name(path):
+def test_a_path_outside_the_home_directory_is_refused_by_name(path):
     with pytest.raises(InvalidField) as refused:
         parse_files({"good": "", path: "x"})
     assert refused.value.details["field"] == "files"
@@ -61,13 +61,13 @@ def test_too_many_and_too_large_are_refused_with_the_bound(value):
     assert len(refused.value.details["value"]) <= 80
 
 
-def test_as_much_as_is_allowed_is_taken():
+def test_the_largest_allowed_content_is_accepted():
     data = {"base64": base64.b64encode(bytes(FILES_MAX_BYTES // FILES_MAX)).decode()}
     given = {f"{number}": data for number in range(FILES_MAX)}
     assert len(parse_files(given)) == FILES_MAX
 
 
-def test_one_path_is_not_a_file_and_a_directory():
+def test_one_path_cannot_be_a_file_and_a_directory():
     with pytest.raises(InvalidField, match="not both"):
         parse_files({"a": "", "a/b": ""})
 
@@ -99,7 +99,7 @@ def test_a_url_below_an_allowed_one_is_allowed(url):
     "https://data.example.org/courses/" + "x" * 2000,
     "http://[::1]:8081/x", "http://127.0.0.1:8080/x", None, 7, ["https://data.example.org/courses/x"],
 ])
-def test_no_trick_makes_another_url_allowed(url):
+def test_a_url_that_only_looks_allowed_is_refused(url):
     with pytest.raises(ValueError, match="URL"):
         parse_archive(url, ALLOWED)
 

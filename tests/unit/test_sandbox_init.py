@@ -64,7 +64,7 @@ def test_a_line_without_an_end_is_passed_on_in_pieces(slot):
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 8000])
-def test_no_more_than_the_budget_comes_through_whatever_the_lines_are(slot, length):
+def test_the_budget_bounds_lines_of_any_length(slot, length):
     line = b"x" * length + b"\n"
     if not length:
         # Nothing is stored of an empty line, so it costs nothing.
@@ -77,7 +77,7 @@ def test_no_more_than_the_budget_comes_through_whatever_the_lines_are(slot, leng
     assert init.BUDGET_BYTES - 20_000 < cost < init.BUDGET_BYTES + 60 * init.BUDGET_BYTES_PER_S
 
 
-def test_an_entry_says_what_was_dropped_and_the_next_one_counts_anew(slot):
+def test_an_entry_has_the_number_of_dropped_lines_and_the_next_one_starts_at_zero(slot):
     _, _, entries, output = slot
     flood(slot, b"x" * 4000 + b"\n")
     assert received(entries) == b""
@@ -91,7 +91,7 @@ def test_an_entry_says_what_was_dropped_and_the_next_one_counts_anew(slot):
     assert received(entries) == b""
 
 
-def test_the_last_words_need_no_budget(slot):
+def test_the_last_line_needs_no_budget(slot):
     printed, journal, entries, output = slot
     flood(slot, b"x" * 4000 + b"\n")
     printed.write(b"x" * 8000 + b"\n")
@@ -100,14 +100,14 @@ def test_the_last_words_need_no_budget(slot):
     assert b"NBAGENT_LINES=" in received(entries)
 
 
-def test_what_is_left_in_the_pipe_comes_before_the_last_words(slot):
+def test_the_rest_of_the_pipe_is_copied_before_the_last_line(slot):
     printed, journal, _, output = slot
     printed.write(b"one\ntwo\nthr")
     output.finish("the end")
     assert received(journal) == b"one\ntwo\nthr\nthe end\n"
 
 
-def test_a_journal_that_takes_nothing_holds_the_slot_up_once(slot, monkeypatch):
+def test_a_journal_that_accepts_nothing_blocks_the_slot_once(slot, monkeypatch):
     monkeypatch.setattr(init, "STALL_S", 0.2)
     printed, journal, _, output = slot
     output.stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)

@@ -209,7 +209,8 @@ def test_typed_reads_refuse_other_types():
     assert fields.text(values, "text") == "x" and fields.integer(values, "number", 0, 3) == 3
     for read in (
         lambda: fields.text(values, "number"), lambda: fields.text(values, "none"),
-        lambda: fields.texts(values, "list"), lambda: fields.mapping(values, "list"), lambda: fields.integer(values, "flag", 0, 1),
+        lambda: fields.texts(values, "list"),
+        lambda: fields.mapping(values, "list"), lambda: fields.integer(values, "flag", 0, 1),
         lambda: fields.integer(values, "number", 0, 2), lambda: fields.integer(values, "text", 0, 2),
     ):
         with pytest.raises(MalformedMessage):
