@@ -318,7 +318,7 @@ def _exec_zygote(control: Channel, spec: SandboxSpec, steps: Plan) -> NoReturn:
 
 def main() -> int:
     """Runs as the service's main process. Returns the exit status."""
-    supervisor = Channel(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+    supervisor = Channel.unconnected()
     request = None
     # A supervisor that has ended meanwhile needs no zygote.
     with contextlib.suppress(ConnectionError, FileNotFoundError):

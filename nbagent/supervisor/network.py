@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import secrets
-import socket
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -135,7 +134,7 @@ class Network:
 
 
 async def _request(request: Mapping[str, object], fds: Mapping[str, int]) -> Message | None:
-    with Channel(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as channel:
+    with Channel.unconnected() as channel:
         channel.socket.setblocking(False)
         await asyncio.get_running_loop().sock_connect(channel.socket, str(SOCKET_PATH))
         channel.send(request, fds)

@@ -29,6 +29,8 @@ from nbagent.wire.fields import MalformedMessage
 PACKET_MAX_BYTES = 65536
 FDS_MAX = 16
 _BODY = "body"
+# Made once, because json.dumps makes a new one for each call that has separators.
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _NO_FDS: Mapping[str, int] = {}
 # CMSG_LEN, because CMSG_SPACE pads to 8 bytes and so leaves room for one descriptor more.
 _ANCILLARY_BYTES = socket.CMSG_LEN(FDS_MAX * 4)
@@ -82,6 +84,11 @@ class Channel:
     def from_fd(cls, fd: int, limit_bytes: int = PACKET_MAX_BYTES) -> Channel:
         """The channel of a descriptor, which it owns. No system call: family and type are known."""
         return cls(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd), limit_bytes)
+
+    @classmethod
+    def unconnected(cls, limit_bytes: int = PACKET_MAX_BYTES) -> Channel:
+        """A channel whose socket has still to be connected."""
+        return cls(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), limit_bytes)
 
     @classmethod
     def pair(cls, limit_bytes: int = PACKET_MAX_BYTES) -> Tuple[Channel, Channel]:
@@ -178,7 +185,7 @@ def report_failure(channel: Channel, step: str, action: Callable[[], object]) ->
 
 
 def _encode(body: Mapping[str, object]) -> bytes:
-    return json.dumps(body, separators=(",", ":")).encode()
+    return _ENCODER.encode(body).encode()
 
 
 def _descriptors(ancillary: List[Tuple[int, int, bytes]]) -> List[int]:

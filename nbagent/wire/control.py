@@ -8,7 +8,6 @@ supervisor's check of SO_PEERCRED.
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar, cast, overload
@@ -72,7 +71,7 @@ class ControlClient:
         raise error
 
     def _call_once(self, request: JsonObject, fds: Mapping[str, int]) -> JsonObject:
-        with Channel(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET), RESPONSE_MAX_BYTES) as channel:
+        with Channel.unconnected(RESPONSE_MAX_BYTES) as channel:
             channel.socket.settimeout(self.timeout_s)
             channel.socket.connect(str(self.path))
             channel.send(request, fds)

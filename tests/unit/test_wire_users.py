@@ -172,13 +172,13 @@ def test_a_result_of_a_megabyte_arrives_whole(server):
 def test_a_malformed_request_is_a_bad_request_and_leaks_nothing(server, file, payload):
     calls, path = server
     before = open_fds()
-    with Channel(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as channel:
+    with Channel.unconnected() as channel:
         channel.socket.connect(str(path))
         socket.send_fds(channel.socket, [payload], [file])
         response = channel.receive()
         assert response.body["error"]["code"] == BadRequest.code
     assert calls.received == []
-    with Channel(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as channel:
+    with Channel.unconnected() as channel:
         channel.socket.connect(str(path))
         channel.send({"op": "update", "args": UpdateArguments("h-0", {"ttl": 1}).save()})
         assert channel.receive().body == {"ok": {"slot": "h-0", "ttl": 1}}
@@ -358,7 +358,7 @@ def test_the_network_service_refuses_other_interfaces(network, arguments):
 def test_the_network_service_responds_to_a_malformed_request_with_a_failure(network, file, payload):
     _, kernel, path = network
     before = open_fds()
-    with Channel(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)) as channel:
+    with Channel.unconnected() as channel:
         channel.socket.connect(str(path))
         socket.send_fds(channel.socket, [payload], [file])
         with channel.receive() as response, pytest.raises(StepFailed):
