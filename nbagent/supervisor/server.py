@@ -20,7 +20,7 @@ from nbagent.supervisor.calls import Calls
 from nbagent.wire import control, operations
 from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel, Message
-from nbagent.wire.fields import MalformedMessage, mapping
+from nbagent.wire.fields import MalformedMessage, mapping, text
 from nbagent.wire.operations import Arguments, Operation
 
 A = TypeVar("A", bound=Arguments)
@@ -95,7 +95,7 @@ class ControlServer:
                 return
             if request is None:
                 return
-            # Open until the response is sent, because the files of a claim are in a descriptor of its request.
+            # Open until the claim is complete, because its files are in a descriptor of the request.
             with request:
                 response, claimed = await self._respond(channel, request)
             try:
@@ -111,10 +111,12 @@ class ControlServer:
         """The response, and the slot to abandon when the response cannot be delivered."""
         try:
             _check_peer(channel, self.allowed_uids)
-            name = operations.name_of(request)
+            name = text(request.body, "op")
+            if (handler := self._handlers.get(name)) is None:
+                raise BadRequest(f"unknown operation {name[:40]!r}")
             is_lost = name == operations.CLAIM.name and _has_own_key(request)
             with _cancelled_with(channel) if is_lost else contextlib.nullcontext():
-                result = self._handlers[name](request)
+                result = handler(request)
                 if inspect.isawaitable(result):
                     result = await result
             return {"ok": result}, str(result["slot"]) if is_lost and isinstance(result, dict) else None
@@ -126,8 +128,8 @@ class ControlServer:
             asyncio.get_running_loop().call_exception_handler(
                 {"message": "a request failed unexpectedly", "exception": error}
             )
-            text = "an error in the supervisor; its journal has the details: journalctl -u nbagent"
-            return {"error": NbagentError(text).to_wire()}, None
+            failed = NbagentError("an error in the supervisor; its journal has the details: journalctl -u nbagent")
+            return {"error": failed.to_wire()}, None
 
 
 async def serve_check(calls: Calls, listener: socket.socket) -> None:

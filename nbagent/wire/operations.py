@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypedDict, TypeVar
 
 from nbagent.core.claim_content import FILES_MAX_BYTES, File, FileBundle, checked_entries
-from nbagent.core.errors import BadRequest
 from nbagent.wire import fields, memfd
 from nbagent.wire.channel import Message
 
@@ -269,11 +268,3 @@ STATS = Operation("stats", NoArguments.restore, Stats)
 IMAGES = Operation("images", NoArguments.restore, list[ImageStatus])
 
 OPERATIONS = (CLAIM, SLOTS, SLOT, UPDATE, RELEASE, DRAIN, UNDRAIN, RECYCLE_POOL, STATS, IMAGES)
-
-
-def name_of(request: Message) -> str:
-    """The operation that a request names. Raises BadRequest when there is none of that name."""
-    name = fields.text(request.body, "op")
-    if name not in {operation.name for operation in OPERATIONS}:
-        raise BadRequest(f"unknown operation {name[:40]!r}")
-    return name
