@@ -206,9 +206,12 @@ class SlotStart:
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
+        self._awaited = {"init", "fork_server", "netns"}
+        self._received: dict[str, int] = {}
 
     def __enter__(self) -> SlotStart:
         with contextlib.ExitStack() as stack:
+            stack.callback(self._close_received)
             self.activity_fd = activity.create()
             self._activity = stack.enter_context(contextlib.ExitStack())
             self._activity.callback(os.close, self.activity_fd)
@@ -229,22 +232,26 @@ class SlotStart:
         return {"listen": listener.fileno(), "activity": self.activity_fd, "config": self.config_fd}
 
     async def receive_fds(self, *names: str) -> list[int]:
-        """The descriptors of these names, in whatever order and messages they arrive. Raises StartFailed."""
-        found: dict[str, int] = {}
-        with contextlib.ExitStack() as stack:
-            while missing := set(names) - found.keys():
-                message = await self._receive()
-                if message is None:
-                    wanted = ", ".join(sorted(missing))
-                    raise StartFailed(f"the slot's processes ended before they sent: {wanted}", step="launch")
-                with message:
-                    if not message.fds or not message.fds.keys() <= missing:
-                        raise _unexpected(message)
-                    for name in list(message.fds):
-                        found[name] = message.take(name)
-                        stack.callback(os.close, found[name])
-            stack.pop_all()
-        return [found[name] for name in names]
+        """The descriptors of these names, which are the caller's from then on. Raises StartFailed.
+
+        They arrive in any order: init can send its network namespace before the zygote has forked the fork server.
+        """
+        while missing := set(names) - self._received.keys():
+            message = await self._receive()
+            if message is None:
+                wanted = ", ".join(sorted(missing))
+                raise StartFailed(f"the slot's processes ended before they sent: {wanted}", step="launch")
+            with message:
+                if not message.fds or not message.fds.keys() <= self._awaited:
+                    raise _unexpected(message)
+                for name in list(message.fds):
+                    self._received[name] = message.take(name)
+                    self._awaited.remove(name)
+        return [self._received.pop(name) for name in names]
+
+    def _close_received(self) -> None:
+        while self._received:
+            os.close(self._received.popitem()[1])
 
     async def wait_running(self, pidfd: int, spec: SandboxSpec, attach: Attach) -> Launched:
         """Returns when the slot's program runs. `pidfd`, of its first process, stays the caller's if this raises."""

@@ -60,25 +60,36 @@ def test_descriptors_are_found_by_name_in_any_order(files, packets):
             os.close(fd)
 
 
-@pytest.mark.parametrize("names", [("fork_server",), ("init", "netns"), ()])
-def test_unexpected_descriptors_are_refused_and_closed(files, names):
+def test_descriptors_that_arrive_early_are_kept_until_they_are_wanted(files):
     with SlotStart(SLOT) as start:
-        before = set(os.listdir("/proc/self/fd"))
-        start.peer.send({}, dict(zip(names, files, strict=False)))
+        start.peer.send({}, {"netns": files[0]})
+        start.peer.send({}, {"fork_server": files[1]})
+        found = [*receive_fds(start, "fork_server"), *receive_fds(start, "netns")]
+        assert [same(found[0], files[1]), same(found[1], files[0])] == [True, True]
+        for fd in found:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("packets", [[("other",)], [("init", "other")], [()], [("netns",), ("netns",)]])
+def test_unexpected_descriptors_are_refused_and_closed(files, packets):
+    before = set(os.listdir("/proc/self/fd"))
+    with SlotStart(SLOT) as start:
+        for names in packets:
+            start.peer.send({}, dict(zip(names, files, strict=False)))
         with pytest.raises(StartFailed, match="unexpected message"):
             receive_fds(start, "init")
-        assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_failure_has_its_step_and_errno_and_earlier_descriptors_are_closed(files):
+    before = set(os.listdir("/proc/self/fd"))
     with SlotStart(SLOT) as start:
-        before = set(os.listdir("/proc/self/fd"))
         start.peer.send({}, {"init": files[0]})
         start.peer.send({"failure": {"step": "fork", "errno": 11, "text": "no process"}}, {"init": files[0]})
         with pytest.raises(StartFailed, match="fork: no process") as failed:
             receive_fds(start, "init", "fork_server")
         assert failed.value.details == {"step": "fork", "errno": 11}
-        assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) == before
 
 
 @pytest.mark.parametrize("payload", [
