@@ -170,7 +170,7 @@ rm -rf /root/evil
 def test_a_malicious_image_is_run_behind_all_walls(agent, decoys):
     """Its sitecustomize runs before the first line of ours, in every Python of the image."""
     for pattern in (
-        r"slot \S+ did not start: it ended", r"pool evil waits ", r"^nbagent-\S+\.scope: Failed",
+        r"slot \S+ did not start: the slot's program ended", r"pool evil waits ", r"^nbagent-\S+\.scope: Failed",
         r"zygote evil:\S+ is given up", r"^nbagent-zygote@evil:\S+: (Failed|Main process exited)",
     ):
         agent.expect(pattern)

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from nbagent.core.model import ResourceLimits, Slot, SlotState
+from nbagent.core.model import Limits, Slot, SlotState
 from nbagent.image.store import ImageStore
 from nbagent.linux import namespaces as ns
 from nbagent.runtime import exec_slot
@@ -184,7 +184,7 @@ def main():
     image, decoys = ImageStore().get(sys.argv[1]), json.loads(sys.argv[2])
     slot = Slot(
         id="host-unwalled00000", image=image.name, digest=image.digest, id_base=image.id_base, uid=1999,
-        state=SlotState.STARTING, limits=ResourceLimits(1 << 30, 100, None, 256), token="", created_s=0.0,
+        state=SlotState.STARTING, limits=Limits(1 << 30, 100, None, 256), token="", created_s=0.0,
     )
     code = f"{sys.stdin.read()}\nreport({decoys | {'storage': STORAGE}!r})\n"
     spec = sandbox_spec(slot, image, STORAGE, 60.0)._replace(command=[image.python, "-I", "-c", code])
