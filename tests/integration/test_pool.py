@@ -12,7 +12,8 @@ FAST = "[pool]\nwarm = 1\nbackoff = \"0.2s\"\nbackoff_max = \"5s\"\nclaim_timeou
 LAST_WORDS = "cannot find the flux capacitor"
 # What a person reads of a start that failed, and of the pause after it.
 PROVOKED = (
-    r"slot \S+ did not start: the slot's program ended", r"pool broken waits ", r"^nbagent-\S+\.scope: Failed with result",
+    r"slot \S+ did not start: the slot's program ended", r"pool broken waits ",
+    r"^nbagent-\S+\.scope: Failed with result",
 )
 STORE = "/var/lib/nbagent/images"
 
