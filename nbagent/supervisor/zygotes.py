@@ -311,9 +311,10 @@ class Zygotes:
         with contextlib.suppress(TimeoutError, OSError, MalformedMessage):
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 hello = await receive(channel)
-            if hello is not None and channel.peer_uid() == 0:
+            if hello is not None:
                 with hello:
-                    expected = self._expected.get(fields.text(hello.body, "unit"))
+                    unit = fields.text(hello.body, "unit")
+                    expected = self._expected.get(unit) if channel.peer_uid() == 0 else None
         if expected is None or expected.done():
             channel.close()
         else:

@@ -33,7 +33,7 @@ FURNITURE = {
     # A mount namespace of another user namespace receives the host's mounts and never sends any (mount_namespaces(7)).
     # This step keeps the host's later ones out, of what is unmounted a moment later.
     "PrivateMounts",
-    "Directory", "Bind tmp", "Tmpfs dev", "Devices", "Bind dev/shm", "DevPts", "Link", "Home", "Loopback",
+    "Directory", "Bind tmp", "Tmpfs dev", "Devices", "Bind dev/shm", "DevPts", "Link", "OwnHome", "Loopback",
 }
 
 
