@@ -28,6 +28,7 @@ from nbagent.linux import swap
 from nbagent.network.addresses import PREFIX, forwards_ipv6
 from nbagent.policy import admission
 from nbagent.wire import control
+from nbagent.wire.operations import STATS
 
 SYSTEMD_MIN = 252
 UNITS = ("nbagent.service", "nbagent-api.socket", "nbagent-router.service")
@@ -295,7 +296,7 @@ def check_control(path: Path) -> Finding:
     if not os.access(path, os.W_OK) and path.exists():
         return Finding(name, "warn", f"no permission to connect to {path}", "run nbagent doctor as root")
     try:
-        stats = control.ControlClient(path, TIMEOUT_S).call("stats")
+        stats = control.ControlClient(path, TIMEOUT_S).call(STATS)
     except NbagentError as error:
         return Finding(name, "fail", str(error), "systemctl restart nbagent.service; journalctl -eu nbagent")
     found = f"{stats['claimed']} claimed, {stats['warm']} warm, {stats['available']} available"

@@ -11,6 +11,7 @@ from nbagent.config.host_config import HostConfig
 from nbagent.core.documents import Claim, HostFigures
 from nbagent.landing.backend import public_figures, slot_defaults
 from nbagent.wire.control import ControlClient
+from nbagent.wire.operations import CLAIM, STATS, ClaimArguments, own_key
 
 # The figures need no permission, so their rate of calls to the supervisor has to be limited.
 FIGURES_AGE_S = 1.0
@@ -29,7 +30,7 @@ class HostBackend:
         """The figures of the host, at most FIGURES_AGE_S old."""
         with self._lock:
             if self._figures is None or time.monotonic() >= self._fetched_s + FIGURES_AGE_S:
-                self._figures = {**public_figures(self.probe.call("stats")), **slot_defaults(self.config)}
+                self._figures = {**public_figures(self.probe.call(STATS)), **slot_defaults(self.config)}
                 self._fetched_s = time.monotonic()
             return self._figures
 
@@ -39,9 +40,8 @@ class HostBackend:
         Otherwise a visitor could get the slot of another one by guessing a key. The spaces keep the key apart
         from keys of the control API, which contain none.
         """
-        own_key = None if key is None else f"landing {client} {key}"
-        document: Claim = self.client.call("claim", options=dict(options), key=own_key, client=client)
-        return document
+        landing_key = None if key is None else f"landing {client} {key}"
+        return self.client.call(CLAIM, ClaimArguments(options, landing_key or own_key(), client))
 
     def origin(self, slot: str, host: str, scheme: str) -> str:
         """The origin of a slot by [router] of the settings, else the one that the visitor's request was sent to."""

@@ -38,7 +38,7 @@ def read_options(request: Request, fields: tuple[str, ...]) -> dict[str, object]
             )
         options[name] = value
     for name, value in options.items():
-        _check_option(name, value, fields)
+        options[name] = _check_option(name, value, fields)
     if len(json.dumps({name: value for name, value in options.items() if name != "files"})) > OPTIONS_MAX_BYTES:
         raise RequestEntityTooLarge(f"the options are longer than {OPTIONS_MAX_BYTES} bytes")
     return options
@@ -59,7 +59,7 @@ def check_slot_id(text: str) -> str:
     raise SlotNotFound(f"{text[:80]!r} is not a slot id", field="slot", value=text[:80], expected=ID_EXPECTED)
 
 
-def _check_option(name: str, value: object, fields: tuple[str, ...]) -> None:
+def _check_option(name: str, value: object, fields: tuple[str, ...]) -> object:
     if name not in fields:
         near = difflib.get_close_matches(name[:64], fields, 1)
         known = f"one of {', '.join(fields)}" if fields else "no field"
@@ -68,14 +68,14 @@ def _check_option(name: str, value: object, fields: tuple[str, ...]) -> None:
     if name == "files":
         # Their bounds are the same on every host, so malformed files are refused before the supervisor receives them.
         try:
-            claim_content.parse_files(value)
+            return claim_content.parse_files(value)
         except ValueError as error:
             raise InvalidField(field=name, value=json.dumps(value)[:80], expected=str(error)) from None
-        return
     if isinstance(value, (list, dict)) or (isinstance(value, float) and not math.isfinite(value)):
         raise InvalidField(field=name, value=json.dumps(value)[:80], expected=VALUE_EXPECTED)
     if isinstance(value, str) and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
         raise InvalidField(field=name, value=value[:80], expected="text without NUL or lone surrogates")
+    return value
 
 
 def _read_query(request: Request) -> dict[str, object]:

@@ -36,11 +36,10 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     from nbagent.network.addresses import FIRST
     from nbagent.sandbox.plan import plan as sandbox_plan
     from nbagent.sandbox.plan import zygote_plan
-    from nbagent.supervisor.launcher import host_steps, sandbox_spec
+    from nbagent.supervisor.launcher import host_steps, sandbox_spec, zygote_spec
     from nbagent.supervisor.network import INTERNET, numbered, uplink
     from nbagent.supervisor.slot_starter import default_limits
     from nbagent.supervisor.slots import UID_FIRST
-    from nbagent.supervisor.zygotes import zygote_spec
 
     settings, found = host_config.load(), ImageStore(store).get(image)
     sample = Slot(

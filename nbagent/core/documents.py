@@ -75,6 +75,45 @@ class Claim(TypedDict):
     limits: LimitsDocument
 
 
+class SlotStatus(TypedDict):
+    """One slot, without its token. The resources it uses are further fields (api.openapi)."""
+
+    slot: str
+    state: str
+    image: str
+    created_at: str | None
+    claimed_at: str | None
+    expires_at: str | None
+    age_s: float
+    network: str
+    limits: LimitsDocument
+
+
+class Drain(TypedDict):
+    """Whether the host drains."""
+
+    draining: bool
+    claimed: int
+    warm: int
+
+
+class Recycled(TypedDict):
+    """How many warm slots were ended."""
+
+    drained: int
+
+
+class ImageStatus(TypedDict):
+    """An image of the host, and its pool."""
+
+    name: str
+    digest: str
+    launch: str
+    warm: int
+    wanted: int
+    default: bool
+
+
 class ClaimMilliseconds(TypedDict):
     """How long claims took: the median and the 99th percentile, None without any claim."""
 

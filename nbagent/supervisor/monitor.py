@@ -14,12 +14,12 @@ from nbagent.config.host_config import CullSettings
 from nbagent.core.events import Event, emit
 from nbagent.core.model import SlotState
 from nbagent.policy import compress, cull
-from nbagent.supervisor.aio import readable
 from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.running_slot import Findings, RunningSlot
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.tasks import Tasks
+from nbagent.wire.aio import readable
 
 # In one interval. A thousand slots are then sampled thirty at a time, in 1 to 2 ms.
 BATCHES = 30

@@ -16,7 +16,6 @@ from nbagent.image.store import Image
 from nbagent.linux import cgroup
 from nbagent.linux.cgroup import Cgroup
 from nbagent.supervisor import readiness
-from nbagent.supervisor.aio import readable
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.launcher import Launcher, ended, sandbox_spec
 from nbagent.supervisor.monitor import Monitor
@@ -28,6 +27,7 @@ from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.tasks import Tasks
 from nbagent.systemd.bus import JobFailed, Systemd
+from nbagent.wire.aio import readable
 
 # From a slot's last closed socket to the end of its first process.
 END_SEEN_S = 2.0

@@ -8,7 +8,6 @@ import contextlib
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.events import Event, emit
 from nbagent.core.model import SlotState, now
-from nbagent.supervisor.aio import readable
 from nbagent.supervisor.images import Images
 from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.pools import Pools
@@ -17,6 +16,7 @@ from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.tasks import Tasks
 from nbagent.systemd.bus import Systemd
+from nbagent.wire.aio import readable
 
 # From the SIGKILL of a slot's processes to the end of the last.
 END_MAX_S = 60.0

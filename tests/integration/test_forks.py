@@ -125,7 +125,7 @@ def test_a_zygote_may_be_killed_and_nobody_notices(of_a_zygote):
 
 def test_until_a_zygote_that_hangs_is_replaced_slots_are_execd(of_a_zygote):
     agent = of_a_zygote
-    agent.expect(r"zygote minimal:\S+ failed; .*does not answer")
+    agent.expect(r"zygote minimal:\S+ failed; .*did not respond")
     agent.expect(r"^nbagent-zygote@minimal:\S+: (Failed|Main process exited)")
     before, seen = zygote(agent), {slot["slot"] for slot in agent.slots()}
     agent.run("systemctl", "kill", "-s", "STOP", before)

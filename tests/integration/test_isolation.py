@@ -171,7 +171,7 @@ rm -rf /root/evil
 def test_a_malicious_image_is_isolated(agent, decoys):
     """Its sitecustomize runs before any code of nbagent, in every Python process of the image."""
     for pattern in (
-        r"slot \S+ did not start: it ended", r"pool evil pauses ", r"^nbagent-\S+\.scope: Failed",
+        r"slot \S+ did not start: the slot's program ended", r"pool evil pauses ", r"^nbagent-\S+\.scope: Failed",
         r"zygote evil:\S+ failed", r"^nbagent-zygote@evil:\S+: (Failed|Main process exited)",
     ):
         agent.expect(pattern)

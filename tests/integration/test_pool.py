@@ -11,7 +11,10 @@ import pytest
 FAST = "[pool]\nwarm = 1\nbackoff = \"0.2s\"\nbackoff_max = \"5s\"\nclaim_timeout = \"2s\"\n"
 LAST_LINE = "cannot find the flux capacitor"
 # The journal's lines of a failed start, and of the pause after it.
-PROVOKED = (r"slot \S+ did not start: it ended", r"pool broken pauses ", r"^nbagent-\S+\.scope: Failed with result")
+PROVOKED = (
+    r"slot \S+ did not start: the slot's program ended", r"pool broken pauses ",
+    r"^nbagent-\S+\.scope: Failed with result",
+)
 STORE = "/var/lib/nbagent/images"
 
 
@@ -175,7 +178,7 @@ def test_a_failed_start_is_ended_counted_and_logged_with_its_last_line(agent, br
     agent.wait(lambda: pool(agent, "broken")["failures"] >= 2, "two failures")
     assert agent.api.get("/stats").json()["counters"]["start_failures"] >= 2
     warnings = agent.journal("-t", "nbagent", "-p", "warning")
-    failed = [entry for entry in warnings if re.search("did not start: it ended", entry["MESSAGE"])]
+    failed = [entry for entry in warnings if re.search("did not start: the slot's program ended", entry["MESSAGE"])]
     slot = failed[-1]["NBAGENT_SLOT"]
     output = agent.run("journalctl", "--no-pager", "-o", "cat", "-u", f"nbagent-{slot}.scope")
     assert LAST_LINE in output
@@ -203,7 +206,7 @@ def test_an_image_that_cannot_start_does_not_affect_others(agent, broken):
     refused = agent.api.post("/claim", {"image": "broken"})
     assert refused.status == 503
     assert refused.json()["type"] == "urn:nbagent:problem:start-failed"
-    assert "it ended" in refused.json()["detail"]
+    assert "the slot's program ended" in refused.json()["detail"]
     assert agent.open().run("1").text == "1"
 
 

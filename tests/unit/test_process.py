@@ -1,4 +1,4 @@
-"""The size of a process's descriptor table."""
+"""Functions by which a process changes itself (nbagent.linux.process)."""
 
 import os
 import resource
@@ -10,13 +10,13 @@ from nbagent.linux.process import make_room_for_descriptors
 
 
 def table_size() -> int:
-    """The entries of this process's descriptor table."""
+    """The size of the kernel's descriptor table of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("FDSize:")).split()[1])
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(4096, 2048), (1024, 1024)])
-def test_the_descriptor_table_grows_to_the_count_or_the_limit(limit: int, expected: int) -> None:
+def test_the_descriptor_table_grows_up_to_the_resource_limit(limit: int, expected: int) -> None:
     child = os.fork()
     if child == 0:
         status = 1
