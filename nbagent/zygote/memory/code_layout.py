@@ -6,7 +6,7 @@ pieces of code that run in a slot lie somewhere among the 27,000 of a zygote. `w
 gives them a new place, one after the other; those that the same threads run lie together, as a slot's server and its
 kernels are different processes. It is the same code otherwise; what it was specialised for it has to learn again.
 
-What it is worth: packaging/docs/density.md. Does nothing before CPython 3.12, which began sys.monitoring.
+What it is worth: packaging/docs/benchmarks.md. Does nothing before CPython 3.12, which began sys.monitoring.
 
 Standard library only; Python 3.9 and up.
 """

@@ -5,7 +5,7 @@ in the objects themselves. Since PEP 683 (Python 3.12) an object may be immortal
 that nobody changes. `freeze` gives that value to every object there is, as the interpreter does to its own constants.
 
 Measured with the image minimal, a forked kernel after its first cell: 23 MiB private without, 10 MiB with it
-(packaging/docs/density.md).
+(packaging/docs/benchmarks.md).
 
 The price: what exists now is never destroyed, neither in the zygote nor in its children. Whoever calls this has loaded
 what is to stay and will end by exec, exit or a signal. CPython has no call for it; the value and its place are
