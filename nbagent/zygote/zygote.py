@@ -1,6 +1,6 @@
 """The zygote: a notebook server that is ready in all but name, and forks slots.
 
-    python3 -I zygote.py
+    python3 -I zygote.py [--private-memory]
 
 Runs inside an image, under the image's own Python, in a root of its own, as root of the image's user namespace
 with the few capabilities that a fork of a slot takes (nbagent.sandbox.plan). At CONTROL_FD it hears the keeper:
@@ -34,10 +34,10 @@ from typing import Any, Dict, List, NoReturn, Tuple
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 gc.disable()
 
-from nbagent.zygote.memory import snapshot
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, share_memory
 
-# Before all that is to be in it.
-snapshot.begin()
+# Before the imports below, so that the modules they load are in the shared memory.
+memory = share_memory(PRIVATE_MEMORY_OPTION not in sys.argv)
 
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
@@ -45,7 +45,6 @@ from nbagent.runtime.slot_process import PACKET_MAX_BYTES, place_fds, report_fai
 from nbagent.sandbox import plan
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
 from nbagent.zygote import entropy, forkserver, kernel, notebook_server, provisioner
-from nbagent.zygote.memory import heap_fill, immortal
 
 CONTROL_FD = LISTEN_FD
 # In the place of a slot's own, of the same form, so that whatever is made of them is of the right form too.
@@ -93,17 +92,15 @@ class Zygote:
     def __init__(self, control: socket.socket, nowhere: int, preload: List[str]) -> None:
         self.control, self.nowhere = control, nowhere
         self.server = notebook_server.initialise(BASE_URL, TOKEN)
-        kernel.prepare(self.server, preload)
-        notebook_server.put_loop_away(self.server)
-        entropy.find()
+        kernel.prepare(self.server, memory, preload)
+        notebook_server.close_loop(self.server)
+        entropy.find_generators()
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
         entropy.reseed()
         gc.collect()
         self.places = PlaceholderSubstitution(BASE_URL, TOKEN)
         self.fds = _open_fds()
-        immortal.freeze()
-        heap_fill.fill()
-        snapshot.settle()
+        memory.freeze()
 
     def serve(self) -> None:
         """Forks on request, until the keeper is gone."""
@@ -184,7 +181,7 @@ class Zygote:
         os.environ.update(asked["environment"])
         settings = notebook_server.read_settings(config_fd)
         self.places.fill(settings["base_url"], settings["token"])
-        application = notebook_server.adopt(self.server, BASE_URL, settings["base_url"])
+        application = notebook_server.reinitialise(self.server, BASE_URL, settings["base_url"])
         _enter(asked, sibling, print_fd, [listen_fd, activity_fd])
         sibling.close()
         # The change of user took it away. It is the user's own, as after an exec: its /proc, and to debug.
