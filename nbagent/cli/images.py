@@ -164,6 +164,7 @@ def _document(images: ImageStore, found: Image) -> dict[str, Any]:
         "digest": found.digest,
         "former": images.former(found.name),
         "launch": found.launch,
+        "share_memory": found.share_memory,
         "root": str(found.root),
         "static": str(found.static),
         "id_base": found.id_base,

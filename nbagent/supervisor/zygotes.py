@@ -44,6 +44,7 @@ from nbagent.supervisor.launcher import (
     sandbox_spec,
 )
 from nbagent.systemd.bus import JobFailed, Systemd
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
 
 # From a request to the processes of the slot; the keeper itself gives its zygote up before.
 FORK_TIMEOUT_S = 10.0
@@ -437,7 +438,9 @@ def zygote_spec(image: Image, storage_bytes: int) -> SandboxSpec:
     )
     assert image.python is not None
     return sandbox_spec(nobody, image, storage_bytes, 0.0)._replace(
-        user="root", command=[image.python, "-I", f"{CODE_PATH}/zygote/zygote.py"],
+        user="root",
+        command=[image.python, "-I", f"{CODE_PATH}/zygote/zygote.py",
+                 *([] if image.share_memory else [PRIVATE_MEMORY_OPTION])],
         syscall_filter=forking_filter(),
     )
 

@@ -276,8 +276,7 @@ def _run_warmup_kernel(
         app.config.HistoryManager.enabled = False
         app.initialize([])
         app.start()
-        # The control thread still sends the reply to the shutdown request. In a process that exits this needs no waiting;
-        # here its sockets are closed next.
+        # The control thread still sends the reply to the shutdown request, so its sockets must not be closed yet.
         if (control := getattr(app, "control_thread", None)) is not None:
             control.join(CONTROL_THREAD_TIMEOUT_S)
         app.close()

@@ -1,21 +1,28 @@
-"""Runs inside an image, as root of a chroot: a zygote, and one slot's server forked from it, as a zygote makes them.
+"""Runs inside an image, as root of a chroot: a zygote that forks the servers of slots.
 
-    python3 -I -X frozen_modules=off forked_slot.py serve SOCKET COUNT
+    python3 -I -X frozen_modules=off forked_slot.py serve SOCKET COUNT [--private-memory]
     python3 -I -X frozen_modules=off forked_slot.py suite DIRECTORY
 
-`serve` forks COUNT slots, the n-th on the socket SOCKET.n with the token "token"; `suite` forks one that runs
-jupyter_kernel_test, which is in DIRECTORY, instead of a server. Driven by forked.py.
+`serve` forks COUNT slots, number n on the socket SOCKET.n with the token "token". `suite` forks one process that runs
+jupyter_kernel_test from DIRECTORY instead of a server. Started by forked.py.
 """
+
+import sys
+
+sys.path.insert(0, "/run/nbagent/lib")
+
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, share_memory
+
+# Before the imports below, as in zygote.py.
+memory = share_memory(PRIVATE_MEMORY_OPTION not in sys.argv)
 
 import asyncio
 import os
 import socket
-import sys
 import unittest
 
-sys.path.insert(0, "/run/nbagent/lib")
 os.chdir(os.environ["HOME"])
-# Before the server is imported, as notebook.py has it.
+# Before the server is imported, as in notebook_server.py.
 sys.modules["rfc3987_syntax"] = None
 
 from jupyterlab.labapp import LabApp
@@ -25,13 +32,12 @@ from tornado.web import RequestHandler
 from traitlets.config import Config
 
 from nbagent.zygote import entropy, forkserver, kernel, provisioner
-from nbagent.zygote.memory import immortal
 
 USER = 1000
 
 
 class Modules(RequestHandler):
-    """What the server has imported, and whether its log, hooks and streams are its own."""
+    """Lists the server's imported modules, and whether its singletons, hooks and streams are intact."""
 
     def get(self):
         self.write({
@@ -63,7 +69,7 @@ def serve(server, path):
     listener.setblocking(False)
     become_user()
     entropy.reseed()
-    provisioner.use(divided())
+    provisioner.use(split_off_server())
     asyncio.set_event_loop(asyncio.new_event_loop())
     server.io_loop = IOLoop.current()
     server._http_server = HTTPServer(server.web_app)
@@ -71,8 +77,8 @@ def serve(server, path):
     server.start()
 
 
-def divided():
-    """The seed of what goes on from here; nobody is its init."""
+def split_off_server():
+    """Continues in a server process forked from this one, which becomes its fork server. There is no init."""
     ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return forkserver.split_off_server(kernel.run, ends[0], ends[1].close)
 
@@ -86,7 +92,7 @@ def become_user():
 
 def suite(directory):
     become_user()
-    provisioner.use(divided())
+    provisioner.use(split_off_server())
     LabApp.clear_instance()
     asyncio.set_event_loop(asyncio.new_event_loop())
     os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = provisioner.NAME
@@ -128,9 +134,9 @@ def main():
     mode, where = sys.argv[1:3]
     provisioner.register()
     server = initialised()
-    kernel.prepare(server)
-    immortal.freeze()
-    # What a slot finds in its home is its own.
+    kernel.prepare(server, memory)
+    memory.freeze()
+    # In a slot the home belongs to the slot's user.
     for directory, _folders, files in os.walk(os.environ["HOME"]):
         for name in (directory, *(os.path.join(directory, file) for file in files)):
             os.lchown(name, USER, USER)
@@ -145,7 +151,7 @@ def main():
             os._exit(0)
         pids.append(pid)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    # Immortal objects and all: a zygote that ends says nothing.
+    # The interpreter must exit without an error although its objects are immortal.
     sys.exit(max(statuses))
 
 

@@ -4,8 +4,9 @@ Loading modules leaves free blocks scattered among objects that stay. A forked p
 these blocks and get a private copy of one page for each. After `fill`, Python's allocator and malloc have only
 whole pages left to allocate from.
 
-The blocks are never freed: half a MiB to 2 MiB, allocated once in the zygote. Needs CPython 3.10 and up and glibc; does
-nothing elsewhere.
+The blocks are never freed: half a MiB to 2 MiB, allocated once in the zygote. Needs CPython 3.11 and up and glibc; does
+nothing elsewhere. CPython 3.10 is excluded because its interpreter allocates so many blocks of 32 bytes during the loop
+of `_fill_pools` that no six of the loop's own are ever consecutive.
 
 Standard library only; Python 3.9 and up.
 """
@@ -16,7 +17,7 @@ import ctypes
 import sys
 from typing import Any
 
-# Objects/obmalloc.c and pycore_obmalloc.h of CPython 3.10 to 3.13: a pool of 16 KiB holds blocks of one size after a
+# Objects/obmalloc.c and pycore_obmalloc.h of CPython 3.11 to 3.13: a pool of 16 KiB holds blocks of one size after a
 # header; objects larger than SMALL_MAX_BYTES come from malloc.
 POOL_BYTES, POOL_HEADER_BYTES, SMALL_MAX_BYTES, ALIGNMENT_BYTES = 16 << 10, 48, 512, 16
 # This many consecutive blocks, beginning at a pool's first one, show that the pool is a new one without other objects.
@@ -28,7 +29,7 @@ LARGE_BYTES = (100_000, 65536, 32768, 16384, 8192, 4096, 2048)
 def fill() -> int:
     """Allocates all free blocks that lie between used ones; with one thread. Returns the bytes allocated."""
     libc = ctypes.CDLL(None)
-    if sys.implementation.name != "cpython" or sys.version_info < (3, 10) or not hasattr(libc, "gnu_get_libc_version"):
+    if sys.implementation.name != "cpython" or sys.version_info < (3, 11) or not hasattr(libc, "gnu_get_libc_version"):
         return 0
     return _fill_pools() + _fill_heap(libc)
 
