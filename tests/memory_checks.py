@@ -103,7 +103,7 @@ def recording_finds_code_and_its_threads():
         other = thread.ident
         thread.join()
     not_run()
-    threads = {code: found for code, found in runs.values()}
+    threads = dict(runs.values())
     assert code_layout.supported()
     assert threads[here.__code__] == {threading.get_ident(), other}
     assert threads[in_thread.__code__] == {other}

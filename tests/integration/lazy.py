@@ -1,4 +1,4 @@
-"""Finds the modules that a forked server and a forked kernel import after the fork: none if modules.json is complete."""
+"""Finds the modules that a forked server and kernel import after the fork: none if modules.json is complete."""
 
 from __future__ import annotations
 

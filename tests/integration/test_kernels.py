@@ -19,10 +19,10 @@ from pathlib import Path
 
 import forked
 import lazy
-import memory_checks
 import pytest
 from forked import Slot
 
+import memory_checks
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
 
 KERNEL_TEST = "jupyter_kernel_test==0.7.0"
@@ -72,8 +72,8 @@ def test_the_public_test_suite_of_kernels_passes(tree: Path, tmp_path: Path) -> 
     subprocess.run(["cp", "-r", cache, shared / "suite"], check=True)
     for path in (shared, tmp_path, tmp_path.parent, tmp_path.parent.parent):
         path.chmod(0o755)
-    done = subprocess.run(forked.command(tree, shared, forked.FORKED_SLOT, "suite", "/run/shared/suite"), stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=300, check=False)
+    command = forked.command(tree, shared, forked.FORKED_SLOT, "suite", "/run/shared/suite")
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and "test_it_is_a_fork" in done.stderr, done.stderr[-5000:]
     # The suite skips tests that do not apply to a kernel. At least these have to run.
     for name in ("execute_stdout", "execute_stderr", "completion", "error", "execute_result", "display_data", "pager",

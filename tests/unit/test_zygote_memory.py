@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import memory_checks
 import pytest
 
+import memory_checks
 from nbagent.core.errors import ImageInvalid
 from nbagent.image import manifest
 from nbagent.image.store import Image

@@ -29,7 +29,7 @@ PRIVATE_MEMORY_OPTION = "--private-memory"
 
 
 class MemorySharing:
-    """What a zygote does to its memory between loading and forking, in the order of the methods.
+    """The steps by which a zygote prepares its memory before it forks, in the order of the methods.
 
     When sharing is off, `arrange_code` and `freeze` do nothing.
     """
