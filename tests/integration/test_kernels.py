@@ -45,6 +45,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def make_shared(shared: Path) -> Path:
+    """Creates a directory that the user of a slot can reach."""
+    shared.mkdir()
+    for path in (shared, *list(shared.parents)[:3]):
+        path.chmod(0o755)
+    return shared
+
+
 @pytest.fixture(scope="module")
 def slots(tree: Path, shared: Path) -> Iterator[list[Slot]]:
     with forked.slots(tree, shared, 2) as made:
@@ -67,11 +75,8 @@ def test_the_public_test_suite_of_kernels_passes(tree: Path, tmp_path: Path) -> 
                         KERNEL_TEST], check=True, timeout=300)
         cache.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["cp", "-r", tmp_path / "suite", cache], check=True)
-    shared = tmp_path / "shared"
-    shared.mkdir()
+    shared = make_shared(tmp_path / "shared")
     subprocess.run(["cp", "-r", cache, shared / "suite"], check=True)
-    for path in (shared, tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o755)
     command = forked.command(tree, shared, forked.FORKED_SLOT, "suite", "/run/shared/suite")
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and "test_it_is_a_fork" in done.stderr, done.stderr[-5000:]
@@ -268,9 +273,7 @@ def test_an_image_whose_kernel_is_of_another_python_has_slots(tree: Path, tmp_pa
     kernels.mkdir(parents=True)
     command = ["/opt/other/bin/python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (kernels / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "Other", "language": "python"}))
-    shared.mkdir()
-    for path in (shared, tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o755)
+    make_shared(shared)
     (shared / "started").touch()
     (shared / "started").chmod(0o666)
     with forked.slots(f"{layer}:{tree}", shared, 1) as (slot,), slot.kernel() as kernel:
@@ -280,10 +283,7 @@ def test_an_image_whose_kernel_is_of_another_python_has_slots(tree: Path, tmp_pa
 
 def test_the_zygotes_memory_is_prepared_under_the_images_python(tree: Path, tmp_path: Path) -> None:
     """The image's Python has sys.monitoring and immortal objects; that of a Debian 12 host has not."""
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    for path in (shared, tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o755)
+    shared = make_shared(tmp_path / "shared")
     done = subprocess.run(forked.command(tree, shared, "memory_checks.py", forked.PACKAGES), stdin=subprocess.DEVNULL,
                           capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
@@ -300,10 +300,7 @@ def private_kib():
 
 
 def test_without_share_memory_slots_fork_with_ordinary_memory(slot: Slot, tree: Path, tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    for path in (shared, tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o755)
+    shared = make_shared(tmp_path / "shared")
     with slot.kernel() as kernel:
         sharing, shared_kib = eval(kernel.value(MEMORY))
     with forked.slots(tree, shared, 1, PRIVATE_MEMORY_OPTION) as (private_slot,), private_slot.kernel() as kernel:
