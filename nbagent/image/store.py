@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nbagent.core import paths
 from nbagent.core.errors import ImageInvalid, ImageNotFound
 from nbagent.core.events import Event, emit
 from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
@@ -42,7 +43,7 @@ from nbagent.image import manifest as manifests
 from nbagent.image.manifest import Manifest
 from nbagent.image.tree import NotInTree, Tree
 
-DEFAULT_PATH = Path("/var/lib/nbagent/images")
+DEFAULT_PATH = paths.IMAGES
 
 _DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
 _PREFIX = re.compile(r"(?:sha256-)?([0-9a-f]{4,64})")

@@ -31,6 +31,7 @@ from tornado.ioloop import IOLoop
 from tornado.web import RequestHandler
 from traitlets.config import Config
 
+from nbagent.wire.channel import Channel
 from nbagent.zygote import entropy, forkserver, kernel, provisioner
 
 USER = 1000
@@ -78,9 +79,9 @@ def serve(server, path):
 
 
 def split_off_server():
-    """Continues in a server process forked from this one, which becomes its fork server. There is no init."""
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return forkserver.split_off_server(kernel.run, ends[0], ends[1].close)
+    """Splits this process into a fork server and a server; returns in the server. The init is a closed channel."""
+    init, peer = Channel.pair()
+    return forkserver.split_off_server(kernel.run, init, peer.close)
 
 
 def become_user():
@@ -136,7 +137,7 @@ def main():
     server = initialised()
     kernel.prepare(server, memory)
     memory.freeze()
-    # In a slot the home belongs to the slot's user.
+    # The files in a slot's home belong to the slot's user.
     for directory, _folders, files in os.walk(os.environ["HOME"]):
         for name in (directory, *(os.path.join(directory, file) for file in files)):
             os.lchown(name, USER, USER)
@@ -151,7 +152,7 @@ def main():
             os._exit(0)
         pids.append(pid)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    # The interpreter must exit without an error although its objects are immortal.
+    # Python's finalisation has to work with immortal objects too, so that a zygote exits without an error.
     sys.exit(max(statuses))
 
 

@@ -93,7 +93,7 @@ def science(agent, added):
         messages = [entry["MESSAGE"] for entry in agent.journal("-t", "nbagent", "NBAGENT_IMAGE=science")]
         return [message for message in messages if "zygote" in message]
 
-    assert "forks slots of image science" in agent.wait(zygote_messages, "the zygote")[-1]
+    assert "of image science is ready" in agent.wait(zygote_messages, "the zygote")[-1]
     return lambda: agent.open(image="science")
 
 

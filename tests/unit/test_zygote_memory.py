@@ -14,7 +14,7 @@ import memory_checks
 from nbagent.core.errors import ImageInvalid
 from nbagent.image import manifest
 from nbagent.image.store import Image
-from nbagent.supervisor.zygotes import zygote_spec
+from nbagent.supervisor.launcher import zygote_spec
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
 
 TOP = Path(__file__).resolve().parents[2]
