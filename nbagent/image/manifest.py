@@ -27,7 +27,7 @@ LAUNCHES = ("fork", "exec")
 
 _KEYS = (
     *("python", "command", "port", "ready", "url", "home", "directory", "user", "launch"),
-    *("preload", "environment", "static"),
+    *("preload", "share_memory", "environment", "static"),
 )
 # Command and environment travel to the launcher in one message.
 _PROGRAM_MAX_BYTES = 32 * 1024
@@ -48,7 +48,8 @@ class Manifest:
     `{port}` and `{token}` stand for the slot's. Below the slot's address, `ready` is asked whether the program
     is, and `url` is where a claim's link leads. `static` maps URL prefixes below `{base_url}static/` to
     directories of the image. `preload` are modules that the notebook server of `launch` "fork" and its kernels
-    have imported before there is a slot.
+    have imported before there is a slot. `share_memory`: whether that server's memory is prepared so that its slots
+    share most of it.
     """
 
     python: str | None
@@ -61,6 +62,7 @@ class Manifest:
     user: str
     launch: str
     preload: tuple[str, ...]
+    share_memory: bool
     environment: Mapping[str, str]
     static: Mapping[str, str]
 
@@ -102,6 +104,11 @@ def from_mapping(data: Mapping[str, Any]) -> Manifest:
     preload = _preload(data.get("preload", []))
     if preload and launch != "fork":
         raise _wrong("preload", 'only with launch = "fork" is there a server to import it')
+    share_memory = data.get("share_memory", True)
+    if not isinstance(share_memory, bool):
+        raise _wrong("share_memory", "expected true or false")
+    if not share_memory and launch != "fork":
+        raise _wrong("share_memory", 'only with launch = "fork" do slots share the memory of a server')
     command = () if python else _command(data["command"])
     environment = _environment(data.get("environment", {}))
     if sum(map(len, (*command, *environment, *environment.values()))) > _PROGRAM_MAX_BYTES:
@@ -117,6 +124,7 @@ def from_mapping(data: Mapping[str, Any]) -> Manifest:
         user=user,
         launch=launch,
         preload=preload,
+        share_memory=share_memory,
         environment=environment,
         static=_static(data.get("static", {})),
     )
@@ -129,7 +137,7 @@ def to_mapping(manifest: Manifest) -> dict[str, Any]:
         value = getattr(manifest, key)
         if isinstance(value, Mapping):
             mapping[key] = dict(value)
-        elif value is not None and value != ():
+        elif value is not None and value != () and value is not True:  # share_memory is true by default
             mapping[key] = list(value) if isinstance(value, tuple) else value
     return mapping
 

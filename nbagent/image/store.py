@@ -76,10 +76,11 @@ class Image:
     launch: str
     preload: tuple[str, ...]
     environment: Mapping[str, str]
+    share_memory: bool = True
 
 
 _OF_MANIFEST = ("python", "command", "port", "ready", "url", "home", "directory", "user", "launch",
-                "preload", "environment")
+                "preload", "share_memory", "environment")
 
 
 class ImageStore:
