@@ -1,4 +1,4 @@
-"""What the Python package nbagent is. The .deb is made of it: packaging/build-deb."""
+"""The Python package nbagent, from which packaging/build-deb makes the .debs."""
 
 import re
 from pathlib import Path

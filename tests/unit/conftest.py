@@ -79,11 +79,12 @@ def _descriptors() -> dict[int, str]:
 
 
 def _temporary_files() -> set[Path]:
-    """Files of this user directly below the directories for temporary files, save those of pytest."""
-    found: set[Path] = set()
-    for directory in {tempfile.gettempdir(), "/dev/shm"}:
-        found.update(path for path in Path(directory).glob("nbagent-*"))
-    return found
+    """Files of nbagent directly below the directory for temporary files, and those of this process in /dev/shm.
+
+    Test runs at the same time share /dev/shm, so that names there have the pid of their run.
+    """
+    files = set(Path(tempfile.gettempdir()).glob("nbagent-*"))
+    return files | set(Path("/dev/shm").glob(f"nbagent-*-{os.getpid()}-*"))
 
 
 @pytest.fixture(autouse=True)

@@ -118,7 +118,7 @@ class FakeSupervisor:
         self.raises: Exception | None = None
         self._capacity = capacity
         # On a tmpfs, as /run/nbagent is, because a disk takes milliseconds for each record.
-        self._state = Path(tempfile.mkdtemp(prefix="nbagent-fake-", dir="/dev/shm"))
+        self._state = Path(tempfile.mkdtemp(prefix=f"nbagent-fake-{os.getpid()}-", dir="/dev/shm"))
         self._host = Host(
             self._state,
             pool={"warm": WARM, "starts": 4},
