@@ -31,7 +31,8 @@ from nbagent.core.errors import ImageInvalid
 from nbagent.image import manifest as manifests
 from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.manifest import Manifest
-from nbagent.image.tree import NotInTree, Tree
+from nbagent.image.tree import open_tree
+from nbagent.untrusted.tree import NotInTree, Tree
 
 _DOCUMENT_MAX_BYTES = 4 << 20
 # Docker's own bound; an overlay of more does not mount there.
@@ -95,7 +96,7 @@ class Layout:
 
     def __init__(self, path: Path, tag: str | None = None, inbox: Path | None = None) -> None:
         self.path, self.tag, self.inbox = path, tag, inbox
-        self._tree = Tree(path)
+        self._tree = open_tree(path)
 
     def __enter__(self) -> Layout:
         return self
@@ -177,7 +178,7 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
     An image with JupyterLab on its PATH is a notebook server's, whatever it runs elsewhere; else its
     entry point is the command. Raises ImageInvalid.
     """
-    with Tree(rootfs) as tree:
+    with open_tree(rootfs) as tree:
         user, home = _user(tree, config.user)
         python = _jupyter(tree, config.environment.get("PATH", _PATH))
     home = _normal(config.environment.get("HOME", ""), home) if user != _USER else home

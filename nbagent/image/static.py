@@ -17,7 +17,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from nbagent.core.errors import ImageInvalid
-from nbagent.image.tree import NotInTree, Parts, Tree
+from nbagent.image.tree import open_tree
+from nbagent.untrusted.tar import Parts
+from nbagent.untrusted.tree import NotInTree, Tree
 
 _COMPRESSIBLE = {
     *(".css", ".htm", ".html", ".js", ".json", ".map", ".md", ".mjs", ".svg", ".txt", ".wasm", ".xml"),
@@ -38,7 +40,7 @@ def publish(rootfs: Path, prefixes: Mapping[str, str], target: Path, limit_bytes
     left_bytes = limit_bytes
     pending: list[Future[None]] = []
     with ExitStack() as stack:
-        tree = stack.enter_context(Tree(rootfs))
+        tree = stack.enter_context(open_tree(rootfs))
         # zlib lets go of the interpreter, so threads use every processor.
         workers = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
         for prefix, path in prefixes.items():

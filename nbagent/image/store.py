@@ -40,7 +40,8 @@ from nbagent.image import archive as archives
 from nbagent.image import ids, oci, static
 from nbagent.image import manifest as manifests
 from nbagent.image.manifest import Manifest
-from nbagent.image.tree import NotInTree, Tree
+from nbagent.image.tree import open_tree
+from nbagent.untrusted.tree import NotInTree
 
 DEFAULT_PATH = Path("/var/lib/nbagent/images")
 
@@ -378,7 +379,7 @@ def _read_manifest(rootfs: Path) -> Manifest:
 
 def _find_manifest(rootfs: Path) -> Manifest | None:
     try:
-        with Tree(rootfs) as tree, open(tree.open_file(manifests.PATH.split("/")), "rb") as file:
+        with open_tree(rootfs) as tree, open(tree.open_file(tuple(manifests.PATH.split("/"))), "rb") as file:
             content = file.read(manifests.MAX_BYTES + 1)
     except FileNotFoundError:
         return None
