@@ -5,8 +5,8 @@ capability or other extended attribute is kept, every owner is shifted into the 
 stays within `ImageArchiveLimits`. An archive that would break one of these rules raises ImageInvalid, which names the
 entry.
 
-An image is one archive or several layers: archives that are unpacked over each other, in which an entry replaces the one
-of a lower layer, and a name that begins with `.wh.` (a whiteout) removes an entry of the lower layers
+An image is one archive or several layers: archives that are unpacked over each other. An entry replaces that of a
+lower layer, and a name that begins with `.wh.` (a whiteout) removes an entry of the lower layers
 (https://github.com/opencontainers/image-spec/blob/main/layer.md).
 
 The directory must be private to the caller until the function returns. After an error the caller removes its content.

@@ -1,10 +1,10 @@
 """A directory tree with untrusted content, in which no path leads out of the tree.
 
-There are two policies for symbolic links on the way. With `follow_links=False` each of them is an error: every component
-is opened by openat(2) with O_NOFOLLOW. Images are unpacked so, because it is root who writes. With `follow_links=True` a
-link that stays below the tree's root is followed, and one that leads out of it is an error: the whole path is resolved by
-openat2(2) with RESOLVE_BENEATH. Claims' content is written so, because users have links in their home directories.
-The last component is never followed when a file is created, removed or read.
+There are two policies for symbolic links on the way. With `follow_links=False` each of them is an error: every
+component is opened by openat(2) with O_NOFOLLOW. Images are unpacked this way, because root writes them. With
+`follow_links=True` a link that stays below the tree's root is followed, and one that leads out of it is an error: the
+whole path is resolved by openat2(2) with RESOLVE_BENEATH. The content of claims is written this way, because users
+have links in their home directories. The last component is never followed when a file is created, removed or read.
 
 Standard library only; Python 3.9 and up.
 """
