@@ -1,10 +1,8 @@
-"""What on this host is missing or weak, and how to mend it.
+"""Checks of this host for `nbagent doctor`: each finding has a status and, if it is not "ok", a way to fix it.
 
-Each check looks at one thing and returns what it found; none changes anything, none needs root,
-none needs another to have passed, and all of them work on a host where nothing runs. Files are
-read below `root`, so that a test can show a check any host it likes.
-
-What a check cannot see is a warning, not a failure: "run as root" is then the way to know.
+A check examines one thing. It changes nothing, needs neither root nor another check to have passed, and also works on
+a host where nothing of nbagent runs. Checks read files below `root`, so that a test can pass a directory instead of
+a host. If a check may not read something, the finding is a warning that recommends to run it as root.
 """
 
 from __future__ import annotations
@@ -23,18 +21,20 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from nbagent.config import host_config
-from nbagent.core import model
+from nbagent.core import model, paths
 from nbagent.core.errors import ConfigError, NbagentError
 from nbagent.core.quantities import format_size
 from nbagent.linux import swap
 from nbagent.network.addresses import PREFIX, forwards_ipv6
+from nbagent.policy import admission
 from nbagent.wire import control
+from nbagent.wire.operations import STATS
 
 SYSTEMD_MIN = 252
 UNITS = ("nbagent.service", "nbagent-api.socket", "nbagent-router.service")
 NETWORK_UNITS = ("nbagent-network.service", "nbagent-dns.service")
 TIMEOUT_S = 3.0
-# What a notebook server and two kernels take: threads for pid_max, descriptors for nr_open.
+# Use of a notebook server with two kernels: threads for pid_max, descriptors for nr_open.
 TASKS_PER_SLOT = 64
 FILES_PER_SLOT = 16
 CONNECTIONS_PER_SLOT = 64
@@ -45,7 +45,7 @@ Status = Literal["ok", "warn", "fail"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check says. `mend` is empty when there is nothing to do."""
+    """The result of one check. `mend` is the way to fix it and is empty when there is nothing to do."""
 
     name: str
     status: Status
@@ -54,7 +54,7 @@ class Finding:
 
 
 def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127.0.0.1:9000") -> list[Finding]:
-    """Runs every check on this host."""
+    """Run every check on this host."""
     root = Path("/")
     settings_finding, settings = check_config(config_path)
     checks: list[Callable[[], Finding]] = [
@@ -70,11 +70,11 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         functools.partial(check_network, root, settings),
         *_network_checks(settings),
         functools.partial(check_control, control.SOCKET_PATH),
-        functools.partial(check_answer, "API", url + "/healthz", "nbagent-api.socket"),
-        functools.partial(check_answer, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
+        functools.partial(check_http, "API", url + "/healthz", "nbagent-api.socket"),
+        functools.partial(check_http, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
         *([functools.partial(check_wildcard, domain, addresses_of)] if (domain := settings.router.domain) else []),
         functools.partial(check_token, root, "token", "only trusted networks may call the API"),
-        *([functools.partial(check_token, root, "landing-token", "nobody may start a slot at the landing page")]
+        *([functools.partial(check_token, root, "landing-token", "no client may start a slot on the landing page")]
           if settings.landing.access == "token" else []),
         functools.partial(check_images, root),
         functools.partial(check_memory, root, settings),
@@ -85,7 +85,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
 
 
 def _network_checks(settings: host_config.HostConfig) -> Iterator[Callable[[], Finding]]:
-    """What only a host has whose slots may have a network."""
+    """Checks for hosts on which slots may have a network."""
     if "internet" in settings.network.allow:
         yield from (functools.partial(check_unit, unit, unit_state) for unit in NETWORK_UNITS)
         yield functools.partial(check_firewall, ruleset)
@@ -97,11 +97,11 @@ def _guarded(check: Callable[[], Finding]) -> Finding:
     except (OSError, ValueError, IndexError) as error:
         partial = check.func if isinstance(check, functools.partial) else check
         name = partial.__name__.removeprefix("check_").replace("_", " ")
-        return Finding(name, "warn", f"cannot be seen: {error}", "run nbagent doctor as root")
+        return Finding(name, "warn", f"check failed: {error}", "run nbagent doctor as root")
 
 
 def check_config(path: Path) -> tuple[Finding, host_config.HostConfig]:
-    """The configuration, and the settings to go on with: the defaults when it is refused."""
+    """The finding, and the settings for the other checks, which are the defaults if the files are refused."""
     try:
         settings = host_config.load(path)
     except ConfigError as error:
@@ -122,33 +122,33 @@ def check_pid1(root: Path) -> Finding:
 
 
 def check_systemd_version(version_text: Callable[[], str]) -> Finding:
-    """Whether systemd knows what a slot's scope needs; `version_text` is `systemctl --version`."""
+    """Whether systemd supports the scopes of slots; `version_text` is `systemctl --version`."""
     match = re.match(r"systemd (\d+)", version_text())
     if match is None:
         return Finding("systemd version", "fail", "no systemctl", "install systemd")
     if int(match[1]) >= SYSTEMD_MIN:
         return Finding("systemd version", "ok", match[1])
     return Finding(
-        "systemd version", "fail", f"{match[1]}, and scopes need {SYSTEMD_MIN} (OOMPolicy=continue)",
+        "systemd version", "fail", f"{match[1]}, but scopes of slots need {SYSTEMD_MIN} or later (OOMPolicy=continue)",
         "upgrade to Debian 12 or newer",
     )
 
 
 def check_cgroups(root: Path) -> Finding:
-    """Which cgroup hierarchy the host has, and what a v1 host lacks."""
+    """The version of the host's cgroup hierarchy, with the features that v1 lacks."""
     mend = "boot with systemd.unified_cgroup_hierarchy=1 on the kernel's command line"
-    lacks = "no memory events, so OOM kills are not told; no PSI of slots; a kill is not atomic"
+    lacks = "OOM kills of slots are not reported, slots have no PSI, and killing a slot is not atomic"
     if (root / "sys/fs/cgroup/cgroup.controllers").exists():
         return Finding("cgroups", "ok", "v2")
     if (root / "sys/fs/cgroup/unified").is_dir():
-        return Finding("cgroups", "warn", f"hybrid, limits by v1: {lacks}", mend)
+        return Finding("cgroups", "warn", f"hybrid, with limits by v1: {lacks}", mend)
     if (root / "sys/fs/cgroup/memory").is_dir():
         return Finding("cgroups", "warn", f"v1: {lacks}", mend)
-    return Finding("cgroups", "fail", "none is mounted at /sys/fs/cgroup", mend)
+    return Finding("cgroups", "fail", "no cgroup hierarchy is mounted at /sys/fs/cgroup", mend)
 
 
 def check_controllers(root: Path) -> Finding:
-    """Whether the limits of a slot have a controller each."""
+    """Whether there is a controller for each limit of a slot."""
     wanted = ("memory", "cpu", "pids")
     below = root / "sys/fs/cgroup"
     listed = _text(below / "cgroup.controllers", "").split()
@@ -156,25 +156,25 @@ def check_controllers(root: Path) -> Finding:
     if not missing:
         return Finding("controllers", "ok", ", ".join(wanted))
     return Finding(
-        "controllers", "fail", f"missing: {', '.join(missing)}; these limits would not hold",
+        "controllers", "fail", f"missing: {', '.join(missing)}; the kernel would not enforce these limits",
         f"boot with cgroup_enable={missing[0]}, without cgroup_disable=",
     )
 
 
 def check_pressure(root: Path) -> Finding:
-    """Whether the kernel measures pressure; /proc/pressure is there but unreadable with psi=0."""
+    """Whether the kernel measures pressure; with psi=0, /proc/pressure exists but cannot be read."""
     try:
         (root / "proc/pressure/memory").read_text()
     except OSError:
         return Finding(
-            "pressure", "warn", "no PSI: a host short of memory is noticed late",
+            "pressure", "warn", "the kernel has no PSI, so a shortage of memory is detected late",
             "boot with psi=1 on the kernel's command line",
         )
     return Finding("pressure", "ok", "PSI")
 
 
 def check_user_namespaces(root: Path) -> Finding:
-    """Whether user namespaces may be made at all, and whether a rule narrows them."""
+    """Whether root may create user namespaces."""
     limit = int(_text(root / "proc/sys/user/max_user_namespaces", "0"))
     if limit < 64:
         return Finding(
@@ -187,13 +187,13 @@ def check_user_namespaces(root: Path) -> Finding:
         if (value := _text(root / "proc/sys/kernel" / name, "")) == bad
     ]
     if narrowed:
-        # The supervisor makes them as root, whom neither setting concerns.
-        return Finding("user namespaces", "ok", f"for root only ({', '.join(narrowed)}), which is enough")
+        # Neither setting applies to root, and the supervisor creates the namespaces as root.
+        return Finding("user namespaces", "ok", f"for root only ({', '.join(narrowed)}), which suffices")
     return Finding("user namespaces", "ok", f"up to {limit}")
 
 
 def check_overlay(root: Path) -> Finding:
-    """Whether overlayfs is in the kernel or can be loaded."""
+    """Whether the kernel has overlayfs, built in or as a module."""
     if "overlay" in _text(root / "proc/filesystems", "").split():
         return Finding("overlayfs", "ok", "in the kernel")
     release = _text(root / "proc/sys/kernel/osrelease", os.uname().release)
@@ -202,7 +202,7 @@ def check_overlay(root: Path) -> Finding:
     if "/overlay.ko" in lists:
         return Finding("overlayfs", "ok", "a module, not loaded yet")
     return Finding(
-        "overlayfs", "fail", f"kernel {release} has none; a slot's root is an overlay",
+        "overlayfs", "fail", f"kernel {release} does not have it, and the root of a slot is an overlay",
         "use the distribution's kernel, or modprobe overlay",
     )
 
@@ -210,9 +210,9 @@ def check_overlay(root: Path) -> Finding:
 def check_proc(root: Path) -> Finding:
     """Whether a slot may mount a /proc of its own.
 
-    The kernel refuses a new proc in a user namespace unless one that nothing covers is mounted
-    already (mount_too_revealing in fs/namespace.c). An empty directory such as binfmt_misc may be
-    covered.
+    In a user namespace the kernel refuses to mount a new proc unless another proc, with no other file system mounted
+    over parts of it, is already mounted (mount_too_revealing() in fs/namespace.c). A mount over an empty directory,
+    such as binfmt_misc, does not count.
     """
     covered: dict[str, list[str]] = {}
     points = []
@@ -227,16 +227,16 @@ def check_proc(root: Path) -> Finding:
             if point.startswith(proc + "/") and not point.endswith("/sys/fs/binfmt_misc")
         ]
     if any(not over for over in covered.values()):
-        return Finding("proc", "ok", "one is not covered by other mounts")
+        return Finding("proc", "ok", "a /proc without mounts over it exists")
     names = sorted({point for over in covered.values() for point in over})
     return Finding(
-        "proc", "fail", f"covered at {', '.join(names[:4])}: a slot may not mount its own",
-        "as in a container: mount one full proc in it from outside, for example at /run/nbagent/proc",
+        "proc", "fail", f"mounts over {', '.join(names[:4])}: the kernel does not let a slot mount its own /proc",
+        f"if this is a container: mount a full proc in it from outside, for example at {paths.RUN}/proc",
     )
 
 
 def check_unit(unit: str, state_of: Callable[[str], str]) -> Finding:
-    """Whether a unit is active; `state_of` is `systemctl is-active`."""
+    """Whether a unit is active; `state_of` returns the output of `systemctl is-active`."""
     state = state_of(unit)
     if state == "active":
         return Finding(unit, "ok", state)
@@ -244,26 +244,26 @@ def check_unit(unit: str, state_of: Callable[[str], str]) -> Finding:
 
 
 def check_network(root: Path, settings: host_config.HostConfig) -> Finding:
-    """What slots may reach, and whether the host has a way there."""
+    """The networks that slots may reach, and whether the host has a route to them."""
     if "internet" not in settings.network.allow:
-        return Finding("network", "ok", "slots have none")
+        return Finding("network", "ok", "slots have no network")
     routes = [line.split() for line in _text(root / "proc/net/route", "").splitlines()[1:]]
     if not any(route[1] == route[7] == "00000000" for route in routes):
         return Finding(
-            "network", "warn", "the host has no default route, so slots reach nothing",
+            "network", "warn", "the host has no default route, so slots cannot reach the internet",
             'give the host a default route, or set network.allow to ["none"]',
         )
     if forwards_ipv6(root):
-        return Finding("network", "ok", "slots may reach the internet, by IPv4 and IPv6")
-    ipv6 = "IPv6 would take net.ipv6.conf.all.forwarding=1 and a default route"
-    return Finding("network", "ok", f"slots may reach the internet, by IPv4; {ipv6}")
+        return Finding("network", "ok", "slots may reach the internet over IPv4 and IPv6")
+    ipv6 = "IPv6 would require net.ipv6.conf.all.forwarding=1 and a default route"
+    return Finding("network", "ok", f"slots may reach the internet over IPv4; {ipv6}")
 
 
 def check_firewall(rules: Callable[[], str]) -> Finding:
-    """Whether our table stands, and no other drops what slots send; `rules` is `nft list ruleset`.
+    """Whether nftables has our table, and no other table drops packets of slots; `rules` is `nft list ruleset`.
 
-    What one table of nftables accepts, another may drop. A chain that drops by its policy must
-    therefore accept the interfaces of slots; one that names them is taken to do so.
+    A packet that one table accepts may be dropped by another. A chain with the policy "drop" must therefore accept the
+    interfaces of slots, and a table that names these interfaces is assumed to do so.
     """
     text = rules()
     if "table inet nbagent {" not in text:
@@ -276,7 +276,7 @@ def check_firewall(rules: Callable[[], str]) -> Finding:
             if hook and name != "inet nbagent" and f'"{PREFIX}*"' not in table:
                 closed.append((f"{name} {chain[0]}", hook[1]))
     if not closed:
-        return Finding("firewall", "ok", "no table drops what slots send")
+        return Finding("firewall", "ok", "no table drops packets of slots")
     where, hook_name = closed[0]
     insert = f"nft insert rule {where}"
     mend = f'{insert} iifname "{PREFIX}*" '
@@ -285,30 +285,30 @@ def check_firewall(rules: Callable[[], str]) -> Finding:
     else:
         mend += f'accept; {insert} oifname "{PREFIX}*" ct state established,related accept'
     return Finding(
-        "firewall", "warn", f"{', '.join(name for name, _ in closed)} may drop what slots send",
-        f"{mend}; and the same in the file that sets that table up",
+        "firewall", "warn", f"{', '.join(name for name, _ in closed)} may drop packets of slots",
+        f"{mend}; and add the same rules to the file that creates this table",
     )
 
 
 def check_control(path: Path) -> Finding:
-    """Whether the supervisor answers."""
+    """Whether the supervisor responds."""
     name = "supervisor"
     if not os.access(path, os.W_OK) and path.exists():
-        return Finding(name, "warn", f"{path} is not ours to ask", "run nbagent doctor as root")
+        return Finding(name, "warn", f"no permission to connect to {path}", "run nbagent doctor as root")
     try:
-        stats = control.ControlClient(path, TIMEOUT_S).call("stats")
+        stats = control.ControlClient(path, TIMEOUT_S).call(STATS)
     except NbagentError as error:
         return Finding(name, "fail", str(error), "systemctl restart nbagent.service; journalctl -eu nbagent")
     found = f"{stats['claimed']} claimed, {stats['warm']} warm, {stats['available']} available"
     if stats["draining"]:
         return Finding(name, "warn", f"draining: {found}", "nbagent drain --off")
     if not stats["warm"] and not stats["claimed"]:
-        return Finding(name, "warn", found, "no slot became warm: journalctl -eu nbagent says why")
+        return Finding(name, "warn", found, "no slot became warm; for the reason, see journalctl -eu nbagent")
     return Finding(name, "ok", found)
 
 
-def check_answer(name: str, url: str, unit: str) -> Finding:
-    """Whether something speaks HTTP there, and is well."""
+def check_http(name: str, url: str, unit: str) -> Finding:
+    """Whether a server responds at `url`, with a status below 500."""
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=TIMEOUT_S)
@@ -317,104 +317,103 @@ def check_answer(name: str, url: str, unit: str) -> Finding:
         connection.request("GET", parts.path)
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        return Finding(name, "fail", f"no answer from {url}: {error}", mend)
+        return Finding(name, "fail", f"no response from {url}: {error}", mend)
     finally:
         connection.close()
     if status >= 500:
-        return Finding(name, "fail", f"{url} answers {status}", mend)
-    return Finding(name, "ok", f"{url} answers {status}")
+        return Finding(name, "fail", f"status {status} from {url}", mend)
+    return Finding(name, "ok", f"status {status} from {url}")
 
 
 def check_wildcard(domain: str, resolve: Callable[[str], list[str]]) -> Finding:
-    """Whether names of slots resolve; `resolve` gives the addresses of a name."""
-    # One that nobody can have asked for: neither a cache nor a record of its own answers.
+    """Whether the host names of slots resolve; `resolve` returns the addresses of a name."""
+    # A random name, because the response for a fixed one could come from a cache or from a record of its own.
     name = f"{model.new_id('doctor')}.{domain}"
     try:
         addresses = resolve(name)
     except OSError as error:
         return Finding(
-            "slots' names", "fail", f"{name} does not resolve: {error.strerror}",
-            f"a record *.{domain} in the DNS, to this host or to what is in front of it",
+            "host names of slots", "fail", f"{name} does not resolve: {error.strerror}",
+            f"add a DNS record *.{domain} with the address of this host or of the proxy in front of it",
         )
-    return Finding("slots' names", "ok", f"*.{domain} is {', '.join(addresses)}")
+    return Finding("host names of slots", "ok", f"*.{domain} resolves to {', '.join(addresses)}")
 
 
 def check_token(root: Path, name: str, without: str) -> Finding:
-    """Whether a token of the API is there and is nobody else's to read; `without`: what is when it is not."""
-    path, shown = root / "etc/nbagent" / name, f"/etc/nbagent/{name}"
+    """Whether a token of the API exists and only root and the API can read it; `without`: the effect of its absence."""
+    shown = paths.ETC / name
+    path = _below(root, shown)
     kind = name.replace("-", " ")
     try:
         status = path.stat()
     except FileNotFoundError:
         return Finding(
-            kind, "warn", f"{shown} is absent: {without}",
+            kind, "warn", f"{shown} does not exist: {without}",
             f"install -m 0640 -g nbagent <(openssl rand -hex 32) {shown}",
         )
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o027:
         return Finding(
-            kind, "fail", f"{shown} has mode {mode:04o}: others can read or change it",
-            f"chmod 0640 {shown}, and make a new one",
+            kind, "fail", f"{shown} has mode {mode:04o}, so other users can read or change it",
+            f"chmod 0640 {shown}, and replace the token",
         )
     if status.st_size < 16:
         return Finding(
-            kind, "fail", f"{shown} has {status.st_size} bytes and can be guessed",
-            "put 32 random bytes in it: openssl rand -hex 32",
+            kind, "fail", f"{shown} has only {status.st_size} bytes, so the token can be guessed",
+            f"openssl rand -hex 32 > {shown}",
         )
     return Finding(kind, "ok", f"mode {mode:04o}")
 
 
 def check_images(root: Path) -> Finding:
-    """Whether there is an image to start slots from."""
-    names = root / "var/lib/nbagent/images/names"
+    """Whether the store has an image to start slots from."""
+    names = _below(root, paths.IMAGES) / "names"
     found = sorted(entry.name for entry in names.iterdir()) if names.is_dir() else []
     if found:
         return Finding("images", "ok", ", ".join(found))
-    return Finding("images", "fail", "none in the store", "apt install ./nbagent-image-minimal_*.deb")
+    return Finding("images", "fail", "the store is empty", "apt install ./nbagent-image-minimal_*.deb")
 
 
 def check_memory(root: Path, settings: host_config.HostConfig) -> Finding:
-    """Whether the configured slots are promised no more memory than the operator meant to."""
+    """Whether the memory of all slots together is at most slots.overcommit times the memory of the host."""
     total_bytes = _meminfo(root)["MemTotal"]
-    usable_bytes = total_bytes - settings.host.memory_reserve
     one = settings.slots.memory
-    if one > usable_bytes:
+    if one > total_bytes - settings.host.memory_reserve:
         return Finding(
-            "memory", "fail", f"{format_size(total_bytes)}: not one slot of {format_size(one)} fits",
+            "memory", "fail", f"{format_size(total_bytes)} are too little for one slot of {format_size(one)}",
             "lower slots.memory or host.memory_reserve",
         )
     capacity = capacity_of(root, settings)
-    ratio = capacity * one / usable_bytes
-    found = (f"{format_size(total_bytes)}, promised {ratio:.1f} times over"
-             f" to {capacity} slots of {format_size(one)}")
+    ratio = capacity * one / total_bytes
+    found = f"{format_size(total_bytes)}; {capacity} slots of {format_size(one)} are {ratio:.1f} times as much"
     if ratio > settings.slots.overcommit * 1.01:
         return Finding("memory", "warn", found, "lower slots.capacity, or raise slots.overcommit")
     return Finding("memory", "ok", found)
 
 
 def check_swap(root: Path, settings: host_config.HostConfig) -> Finding:
-    """Whether slots at rest are compressed, which takes cgroup v2 and swap that is compressed memory, all of it."""
+    """Whether idle slots are compressed, which requires cgroup v2 and that all swap of the host is in zram."""
     swap_bytes, areas = _meminfo(root)["SwapTotal"], swap.read(root)
     if settings.cull.compress is None or not (root / "sys/fs/cgroup/cgroup.controllers").exists():
-        there = f"{format_size(swap_bytes)}, for the host; slots use none"
-        return Finding("swap", "ok", there if swap_bytes else "none; slots would use none")
+        found = f"{format_size(swap_bytes)}, which slots do not use" if swap_bytes else "none; slots would not use it"
+        return Finding("swap", "ok", found)
     mend = "apt install systemd-zram-generator && systemctl daemon-reload && systemctl start dev-zram0.swap"
     if areas.on_disk:
         return Finding(
             "swap", "warn",
-            f"{', '.join(areas.on_disk)} may lead to a disk, where nothing of a slot is to be: none is compressed",
-            f"swapoff it, and {mend}; or cull.compress = \"never\"",
+            f"{', '.join(areas.on_disk)} may be on a disk, so slots are not compressed: their data must stay in memory",
+            f"run swapoff, and {mend}; or set cull.compress = \"never\"",
         )
     if not areas.in_memory:
-        return Finding("swap", "ok", f"none; swap in zram would have slots compressed at rest: {mend}")
-    return Finding("swap", "ok", f"{format_size(swap_bytes)} in memory; slots are compressed into it at rest")
+        return Finding("swap", "ok", f"none; to let the agent compress idle slots into zram: {mend}")
+    return Finding("swap", "ok", f"{format_size(swap_bytes)} in zram; idle slots are compressed into it")
 
 
 @dataclass(frozen=True)
 class KernelLimit:
-    """A kernel limit that many slots run into. `path` is below /proc/sys.
+    """A kernel limit that many slots together may reach. `path` is below /proc/sys.
 
-    `each_bytes`: what one costs in memory, where nothing but its memory keeps one slot from taking all.
+    `each_bytes`: the kernel memory of one object, if only its memory limit keeps a slot from creating all of them.
     """
 
     path: str
@@ -425,25 +424,26 @@ class KernelLimit:
 
     @property
     def sysctl(self) -> str:
-        """Its name for sysctl(8)."""
+        """The name of the limit for sysctl(8)."""
         return self.path.replace("/", ".")
 
 
 LIMITS = (
     KernelLimit("kernel/pid_max", 4096, TASKS_PER_SLOT, "processes and threads"),
     KernelLimit("kernel/threads-max", 4096, TASKS_PER_SLOT, "processes and threads"),
-    # The router holds four descriptors for each user: two a websocket, in one process.
+    # The router needs four descriptors for each user, two for each websocket, all in one process.
     KernelLimit("fs/nr_open", 65536, FILES_PER_SLOT, "open files of one process"),
-    # struct file, as /proc/slabinfo has it. systemd sets no limit at boot; a container has that of its machine.
+    # each_bytes is the size of struct file in /proc/slabinfo. systemd raises fs.file-max at boot to the highest value,
+    # but a container has the value of its machine.
     KernelLimit("fs/file-max", 65536, FILES_PER_SLOT * 16, "open files", each_bytes=192),
-    # 1024 are the host's own, kernel.pty.reserve. One slot has 32 at most.
+    # kernel.pty.reserve keeps 1024 for the host. One slot has at most 32.
     KernelLimit("kernel/pty/max", 1024 + 32, TERMINALS_PER_SLOT, "terminals"),
     KernelLimit("net/netfilter/nf_conntrack_max", 16384, CONNECTIONS_PER_SLOT, "tracked connections"),
 )
 
 
 def check_limit(root: Path, limit: KernelLimit, settings: host_config.HostConfig) -> Finding:
-    """Whether a kernel limit is above what the host's capacity of slots needs."""
+    """Whether a kernel limit suffices for as many slots as the host has capacity for."""
     text = _text(root / "proc/sys" / limit.path, "")
     if not text:
         return Finding(limit.sysctl, "ok", "not in use")
@@ -454,36 +454,34 @@ def check_limit(root: Path, limit: KernelLimit, settings: host_config.HostConfig
     if value >= need:
         return Finding(limit.sysctl, "ok", f"{value} {limit.what}")
     return Finding(
-        limit.sysctl, "warn", f"{value} {limit.what} are few for {capacity} slots",
+        limit.sysctl, "warn", f"{value} {limit.what} are too few for {capacity} slots",
         f"sysctl -w {limit.sysctl}={need}, and in /etc/sysctl.d",
     )
 
 
 def capacity_of(root: Path, settings: host_config.HostConfig) -> int:
-    """slots.capacity, or what "auto" makes of this host's memory."""
-    if settings.slots.capacity is not None:
-        return settings.slots.capacity
-    usable_bytes = _meminfo(root)["MemTotal"] - settings.host.memory_reserve
-    return max(1, int(usable_bytes * settings.slots.overcommit / settings.slots.memory))
+    """The number of slots that the supervisor would run at most on this host."""
+    slots = settings.slots
+    return admission.capacity(slots.capacity, _meminfo(root)["MemTotal"], slots.memory, slots.overcommit)
 
 
 def addresses_of(name: str) -> list[str]:
-    """What the system's resolver says. Raises OSError."""
+    """The addresses of `name`, from the system's resolver. Raises OSError."""
     return sorted({str(found[4][0]) for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
 
 
 def systemctl_version() -> str:
-    """What `systemctl --version` prints, or nothing."""
+    """The output of `systemctl --version`; empty if systemctl fails."""
     return _systemctl("--version")
 
 
 def unit_state(unit: str) -> str:
-    """What `systemctl is-active` prints of a unit."""
-    return _systemctl("is-active", unit) or "unknown: systemd does not answer"
+    """The output of `systemctl is-active` for a unit."""
+    return _systemctl("is-active", unit) or "unknown: systemd does not respond"
 
 
 def ruleset() -> str:
-    """What `nft list ruleset` prints. Raises OSError when it may not."""
+    """The output of `nft list ruleset`. Raises PermissionError without the right to read it."""
     done = subprocess.run(
         ["/usr/sbin/nft", "list", "ruleset"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
@@ -511,6 +509,11 @@ def _meminfo(root: Path) -> dict[str, int]:
             yield name, int(value.split()[0]) * 1024
 
     return {"SwapTotal": 0} | dict(read())
+
+
+def _below(root: Path, path: Path) -> Path:
+    """`path` of the host whose root directory is `root`."""
+    return root / path.relative_to("/")
 
 
 def _text(path: Path, default: str) -> str:

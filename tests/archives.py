@@ -1,4 +1,4 @@
-"""Image archives and container images, made for tests: good ones, and what nobody should unpack."""
+"""Image archives and container images, made for tests: valid ones, and malicious or malformed ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LANG = "C.UTF-8"
 
 
 class Archive:
-    """A tar archive in the making; `with_image` starts one that is a good image."""
+    """A builder of tar archives; `with_image` starts one with a valid image."""
 
     def __init__(self) -> None:
         self._buffer = io.BytesIO()
@@ -61,7 +61,7 @@ class Archive:
 
 
 class Layers:
-    """A container image in the making, saved as an OCI layout."""
+    """A builder of container images, saved as an OCI layout."""
 
     def __init__(self, **config: Any) -> None:
         self.config = config

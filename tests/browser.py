@@ -1,4 +1,4 @@
-"""A real browser for tests: Chromium by chromedriver, and what a person does in its window."""
+"""A real browser for tests: Chromium by chromedriver, with the actions of a person in its window."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 # A first load compiles five megabytes of JavaScript, on a machine that may be busy.
 PATIENCE_S = 120
-# What a click meets on a page that still builds itself.
+# Exceptions of a click on a page that is still being built.
 MOVING = (ElementClickInterceptedException, ElementNotInteractableException, StaleElementReferenceException)
 FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
          "--disable-dev-shm-usage", "--no-first-run", "--no-proxy-server", "--window-size=1400,1000")
@@ -25,7 +25,7 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-backgroun
 
 @contextlib.contextmanager
 def chromium(directory, *flags):
-    """A Page in a browser with a new profile in `directory`, where its pictures go, too."""
+    """A Page in a browser with a new profile in `directory`, which also gets its screenshots."""
     options = ChromeOptions()
     options.binary_location = "/usr/bin/chromium"
     for flag in (*FLAGS, *flags, f"--user-data-dir={directory}/profile"):
@@ -40,17 +40,17 @@ def chromium(directory, *flags):
 
 
 class Page:
-    """A window, and what a person does in it."""
+    """A window, with the actions of a person."""
 
     def __init__(self, driver, shots):
         self.driver, self.shots = driver, shots
 
     def open(self, url):
-        """Goes there; what is waited for is to be seen, not the end of loading."""
+        """Opens `url` without waiting for the end of loading, because a test waits for visible elements."""
         self.driver.get(url)
 
     def close_others(self):
-        """Closes every window but this one, which may have been behind them: pages in the background stand still."""
+        """Closes every other window, because Chromium suspends pages in the background."""
         own = self.driver.current_window_handle
         for other in set(self.driver.window_handles) - {own}:
             self.driver.switch_to.window(other)
@@ -58,7 +58,7 @@ class Page:
         self.driver.switch_to.window(own)
 
     def see(self, selector, count=1):
-        """Waits until so many elements are there, and gives them."""
+        """Waits until at least `count` elements exist, and returns them."""
         def found(driver):
             elements = driver.find_elements(By.CSS_SELECTOR, selector)
             return len(elements) >= count and elements
@@ -66,7 +66,7 @@ class Page:
         return self.wait(found, f"{count} of {selector}")
 
     def wait(self, what, for_what):
-        """What `what` gives; a picture of what is there instead when it does not come."""
+        """Waits for a true result of `what` and returns it; on a timeout takes a screenshot and raises."""
         try:
             return WebDriverWait(self.driver, PATIENCE_S).until(what, for_what)
         except TimeoutException:
@@ -74,20 +74,20 @@ class Page:
             raise
 
     def read(self, selector, text):
-        """Waits until an element shows a text."""
+        """Waits until an element contains a text."""
         self.wait(
             lambda driver: any(text in element.text for element in driver.find_elements(By.CSS_SELECTOR, selector)),
             f"{text!r} in {selector}")
 
     def wait_for_kernel(self):
-        # Not by the toolbar's circle, which is idle while there is no kernel at all: JupyterLab starts
-        # one more for a cell that is run then, and drops the cell.
-        # The status bar speaks of what was clicked last, and on a slow machine of nothing before that.
+        # Not by the toolbar's circle, which is idle while there is no kernel: JupyterLab starts another kernel
+        # for a cell that is run then, and drops the cell.
+        # The status bar describes the last clicked widget, and on a slow machine nothing before a click.
         self.select_first_cell()
         self.read("#jp-main-statusbar", "(ipykernel) | Idle")
 
     def select_first_cell(self):
-        """Clicks into the first code cell until it takes what is typed: a page that still builds itself may move it."""
+        """Clicks into the first code cell until it has the focus, because a page that is being built may move it."""
         def selected(driver):
             with contextlib.suppress(*MOVING):
                 self.see(".jp-CodeCell .cm-content")[0].click()
@@ -105,7 +105,7 @@ class Page:
         self.driver.save_screenshot(str(self.shots / f"{name}.png"))
 
     def requests(self):
-        """Every address that the browser asked for since the last call."""
+        """Every URL that the browser requested since the last call."""
         addresses = []
         for line in self.driver.get_log("performance"):
             message = json.loads(line["message"])["message"]
@@ -116,5 +116,5 @@ class Page:
         return addresses
 
     def complaints(self):
-        """What the console calls severe."""
+        """The messages of the console at level SEVERE."""
         return [line["message"] for line in self.driver.get_log("browser") if line["level"] == "SEVERE"]

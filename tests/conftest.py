@@ -1,4 +1,4 @@
-"""For every test: the modules beside this file are importable."""
+"""Makes the modules beside this file importable for every test."""
 
 import sys
 from pathlib import Path

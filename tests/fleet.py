@@ -1,6 +1,6 @@
-"""A fleet on test hosts: compute servers and gateways in a network of their own, by the packages, as an operator would.
+"""A fleet on test hosts: compute servers and gateways in a network of their own, installed by the packages.
 
-Shared by `make up-fleet`, the host tests and the benchmarks.
+Shared by `make up-fleet`, the integration tests and the benchmarks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def host_address(number: int) -> str:
 
 
 class Fleet:
-    """Hosts labelled a, b, c, …, and gateways in front of them, all of them called NAME-…"""
+    """Hosts labelled a, b, c, …, and gateways in front of them, with names NAME-…"""
 
     def __init__(self, name: str, labels: Sequence[str], gateways: int = 1) -> None:
         self.name, self.labels = name, tuple(labels)
@@ -37,10 +37,10 @@ class Fleet:
         self._gateway_count = gateways
 
     def up(self, say: Callable[[str], None], settings: str | dict[str, str] = "", gateway_settings: str = "") -> None:
-        """Brings up and installs what is not yet there; `settings` are the hosts', or each one's by its label."""
+        """Boots and installs the missing hosts; `settings` are for all hosts, or for each by its label."""
         packages = product.build(say, tuple(dict.fromkeys((*product.HOST, *product.GATEWAY))))
         by_name = {package.name.split("_")[0]: package for package in packages}
-        # One after the other: two that build the same root filesystem would wait for each other anyway.
+        # One after the other, because the build of a root filesystem is locked.
         for number in range(self._gateway_count):
             self.gateways.append(self._boot(f"{self.name}-gw{number}", gateway_address(number)))
         for number, label in enumerate(self.labels):
@@ -79,7 +79,7 @@ class Fleet:
         _install(host, [packages[name] for name in product.GATEWAY], "")
 
     def down(self) -> None:
-        """Takes all of it away."""
+        """Removes all hosts and the network."""
         for host in (*self.gateways, *self.hosts.values()):
             host.down(now=True)
         self.lan.remove()

@@ -1,6 +1,6 @@
-"""A person at a notebook, for tests: opens the claim's address through the router, runs cells, reads results.
+"""A notebook's user, for tests: opens the claim's URL through the router, runs cells, reads results.
 
-Speaks Jupyter's REST API and its kernels' websocket, as JupyterLab in a browser does; python3-websocket is the client.
+Uses Jupyter's REST API and the kernels' websockets, as JupyterLab in a browser does; python3-websocket is the client.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from testhost_driver import Host
 
 @dataclass
 class Result:
-    """What a cell said."""
+    """The output of a cell."""
 
     status: str = ""
     text: str = ""
@@ -38,7 +38,7 @@ class Notebook:
         self.headers = {"Authorization": f"token {self.token}"}
 
     def get(self, path: str) -> Any:
-        """GET below the slot, with the token; the answer's JSON."""
+        """GET below the slot, with the token; returns the JSON of the response."""
         answer = self.router.call("GET", self.base + path, headers=self.headers)
         assert answer.status == 200, (answer.status, answer.body[:500])
         return answer.json()
@@ -92,7 +92,7 @@ class Kernel:
         return message_id
 
     def result(self, message_id: str, timeout: float = 60) -> Result:
-        """The result of a cell; raises TimeoutError when it does not come."""
+        """The result of a cell; raises TimeoutError after `timeout` seconds."""
         result, deadline = Result(), time.monotonic() + timeout
         idle = False
         while not (idle and result.status):
@@ -125,7 +125,7 @@ class Kernel:
         return self.result(self.send(code), timeout)
 
     def close(self) -> None:
-        """Closes the websocket, as a closed browser tab does; the kernel goes on."""
+        """Closes the websocket, as a closed browser tab does; the kernel keeps running."""
         self.socket.close()
 
     def end(self) -> None:

@@ -1,6 +1,6 @@
-"""The product on a test host: its packages built and installed, and its API as a caller sees it.
+"""The product on a test host: its packages built and installed, and a client of its API.
 
-Shared by `make up`, the host tests and the benchmarks, so all three try the same thing.
+Shared by `make up`, the integration tests and the benchmarks, so that all three use the same packages.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from testhost_driver import Host
 
 TOP = Path(__file__).resolve().parent.parent
 DIST = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / "dist"
-# What is installed on a compute server.
+# The packages of a compute server.
 HOST = ("python3-nbagent", "nbagent", "nbagent-image-minimal")
-# What is installed on the gateway of a fleet.
+# The packages of a fleet's gateway.
 GATEWAY = ("python3-nbagent", "nbagent-gateway")
 API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
-# On a virtual machine without hardware help everything takes its time.
+# A virtual machine without hardware virtualisation is slow.
 WARM_TIMEOUT_S = {"nspawn": 60, "vm": 300}
 
 
-# What a host is, for a comparison of before and after: files, users, units, cgroups, mounts, network, processes.
-# Left out are the books of dpkg and apt, caches and logs.
+# The state of a host, to compare before and after: files, users, units, cgroups, mounts, network, processes.
+# Without the databases of dpkg and apt, caches and logs.
 LISTING = r"""
 find /etc /opt /root /srv /usr /var /run /home \
   \( -path /var/lib/dpkg -o -path /var/lib/apt -o -path /var/cache -o -path /var/log \
@@ -56,12 +56,12 @@ true
 
 
 def listing(host: Host) -> set[str]:
-    """What a host is, one line a thing: compare two of them."""
+    """The state of a host as a set of lines, to be compared with another."""
     return set(host.run(["sh", "-c", LISTING]).stdout.splitlines())
 
 
 def build(say: Callable[[str], None], names: Sequence[str] = HOST) -> list[Path]:
-    """Builds the packages that are named; takes a second when nothing changed."""
+    """Builds the named packages; takes a second when no source changed."""
     found: dict[str, Path] = {}
     for what, command in (
         ("the program", [TOP / "packaging/build-deb", DIST]),
@@ -92,22 +92,22 @@ def add(host: Host, packages: list[Path]) -> None:
     for package in packages:
         host.copy_in(str(package), "/root/")
     names = [f"/root/{package.name}" for package in packages]
-    # A package that was built anew has the version that it had before; apt takes it for installed.
+    # A rebuilt package has the same version, so that apt would regard it as installed.
     host.run(["apt-get", "-q", "install", "-y", "--reinstall", *names], timeout=900)
 
 
-def add_changed(host: Host, packages: list[Path], tell: Callable[[str], None]) -> None:
-    """Installs the packages where the host does not have these very ones."""
+def add_changed(host: Host, packages: list[Path], log: Callable[[str], None]) -> None:
+    """Installs the packages unless the host has files with the same hashes."""
     wanted = "\n".join(f"{hashlib.sha256(package.read_bytes()).hexdigest()}  {package.name}" for package in packages)
     if host.run(["cat", "/root/installed"], check=False).stdout == wanted:
         return
-    tell(f"installing {', '.join(package.name for package in packages)}")
+    log(f"installing {', '.join(package.name for package in packages)}")
     add(host, packages)
     host.run(["tee", "/root/installed"], input=wanted)
 
 
 def wait_warm(host: Host, count: int = 1) -> dict[str, Any]:
-    """Waits until `count` slots are warm; fails with the agent's own words."""
+    """Waits until `count` slots are warm; fails with the stats and the journal."""
     deadline = time.monotonic() + WARM_TIMEOUT_S[host.driver]
     stats: dict[str, Any] = {}
     while time.monotonic() < deadline:
@@ -136,7 +136,7 @@ class _HostConnection(http.client.HTTPConnection):
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP answer, read whole."""
+    """An HTTP response, read whole."""
 
     status: int
     headers: Mapping[str, str]
@@ -147,7 +147,7 @@ class Answer:
 
 
 class Api:
-    """Calls one port of a test host; `get`, `post` and the rest return an Answer of any status."""
+    """Calls one port of a test host; `get`, `post` and the rest return an Answer with any status."""
 
     def __init__(self, host: Host, port: int = API_PORT, timeout: float = 120) -> None:
         self.host, self.port, self.timeout = host, port, timeout
@@ -186,5 +186,5 @@ class Api:
 
 
 def say(line: str) -> None:
-    """Progress, on standard error."""
+    """Prints progress on standard error."""
     print(f"· {line}", file=sys.stderr, flush=True)

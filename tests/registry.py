@@ -2,7 +2,7 @@
 
     python3 registry.py LAYOUT PORT
 
-Only what a client needs to pull: https://github.com/opencontainers/distribution-spec/blob/main/spec.md
+Only the endpoints of a pull: https://github.com/opencontainers/distribution-spec/blob/main/spec.md
 """
 
 import json

@@ -1,14 +1,17 @@
-"""`python3 -m nbagent.api`: what nbagent-api.service runs."""
+"""`python3 -m nbagent.api`: the program of nbagent-api.service."""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
 from nbagent.api import access
 from nbagent.config import host_config
+from nbagent.core import paths
 from nbagent.core.errors import ConfigError
 from nbagent.wire import control
 
@@ -16,37 +19,55 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
 _ADDRESS = "127.0.0.1:9000"
-# units/nbagent-landing.socket.
-_LANDING = Path("/run/nbagent/landing.sock")
+# The path of units/nbagent-landing.socket.
+_LANDING = paths.LANDING_SOCKET
+# Without the check for readability, because the service may connect to its sockets, but not read them.
+_PATH = click.Path(readable=False, path_type=Path)
 
 
-def claim_deadline_s(settings: host_config.HostConfig) -> float:
-    """How long the API waits for the supervisor's answer to a claim: longer than the claim waits."""
-    return settings.pool.claim_timeout + settings.claims.timeout + 5
+@dataclass(frozen=True)
+class Arguments:
+    """The paths and the address of the command line."""
+
+    config: Path
+    control_socket: Path
+    token: Path
+    landing_socket: Path
+    landing_token: Path
+    bind: str
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Serves until told to stop. Ends with EX_CONFIG when the configuration is refused."""
-    parser = argparse.ArgumentParser(prog="nbagent-api", description="nbagent's control API")
-    parser.add_argument("--config", type=Path, default=host_config.DEFAULT_PATH)
-    parser.add_argument("--control", type=Path, default=control.SOCKET_PATH, help="the supervisor's socket")
-    parser.add_argument("--token", type=Path, default=access.TOKEN_PATH, help="the file with the token")
-    parser.add_argument("--landing", type=Path, default=_LANDING, help="the socket of the landing page, from systemd")
-    parser.add_argument("--landing-token", type=Path, default=access.LANDING_TOKEN_PATH, help="its token")
-    parser.add_argument("--bind", help="where to listen without socket activation")
-    parser.add_argument("--check", action="store_true", help="only read the configuration")
-    arguments = parser.parse_args(argv)
+@click.command("nbagent-api")
+@click.option("--config", type=_PATH, default=host_config.DEFAULT_PATH, help="The settings file.")
+@click.option("--control", "control_socket", type=_PATH, default=control.SOCKET_PATH,
+              help="The control socket of the supervisor.")
+@click.option("--token", type=_PATH, default=access.TOKEN_PATH, help="The file with the token.")
+@click.option("--landing", "landing_socket", type=_PATH, default=_LANDING,
+              help="The socket of the landing page, held by systemd.")
+@click.option("--landing-token", type=_PATH, default=access.LANDING_TOKEN_PATH,
+              help="The file with the landing page's token.")
+@click.option("--bind", default=_ADDRESS, help="The address to listen on without socket activation.")
+@click.option("--check", is_flag=True, help="Only read the settings.")
+def main(
+    config: Path, control_socket: Path, token: Path, landing_socket: Path, landing_token: Path, bind: str, check: bool
+) -> None:
+    """The control API of nbagent. Exits with EX_CONFIG when the settings are invalid."""
     try:
-        host_config.load(arguments.config)
-        if not arguments.check:
-            _serve(arguments)
+        host_config.load(config)
+        if not check:
+            _serve(Arguments(config, control_socket, token, landing_socket, landing_token, bind))
     except ConfigError as error:
         sys.stderr.write(f"nbagent-api: {error}\n")
         sys.exit(error.exit_status)
 
 
-def _serve(arguments: argparse.Namespace) -> None:
-    # Only now: a refused configuration is told in a tenth of the time.
+def claim_deadline_s(settings: host_config.HostConfig) -> float:
+    """How long the API waits for the supervisor's response to a claim: longer than the claim itself may wait."""
+    return settings.pool.claim_timeout + settings.claims.timeout + 5
+
+
+def _serve(arguments: Arguments) -> None:
+    # Imported here, so that invalid settings are reported without loading Flask and gunicorn.
     from nbagent.api import app
     from nbagent.api.backend import HostBackend
     from nbagent.landing.app import create_app as create_landing
@@ -57,16 +78,17 @@ def _serve(arguments: argparse.Namespace) -> None:
         return gunicorn_app.Shape(settings.api.workers, settings.api.threads, claim_deadline_s(settings) + 5)
 
     def make_app(settings: host_config.HostConfig) -> WSGIApplication:
-        client = control.ControlClient(arguments.control, claim_deadline_s(settings))
-        probe = control.ControlClient(arguments.control, app.PROBE_TIMEOUT_S)
+        client = control.ControlClient(arguments.control_socket, claim_deadline_s(settings))
+        probe = control.ControlClient(arguments.control_socket, app.PROBE_TIMEOUT_S)
         token = TokenFile(arguments.landing_token)
         landing = create_landing(settings.landing, HostBackend(settings, client, probe), token.matches)
         api = app.create_app(settings, client, arguments.token)
-        return gunicorn_app.by_listener(api, {str(arguments.landing): landing})
+        return gunicorn_app.by_listener(api, {str(arguments.landing_socket): landing})
 
     gunicorn_app.configure_logging()
-    address = arguments.bind or _ADDRESS
-    gunicorn_app.GunicornApp("nbagent-api", lambda: host_config.load(arguments.config), shape, make_app, address).run()
+    gunicorn_app.GunicornApp(
+        "nbagent-api", lambda: host_config.load(arguments.config), shape, make_app, arguments.bind
+    ).run()
 
 
 if __name__ == "__main__":

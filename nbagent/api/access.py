@@ -1,45 +1,46 @@
-"""Who may call: a peer on a trusted network, or a bearer of the token; never a foreign web page.
+"""Access control: peers on a trusted network and bearers of the token may call, web pages of other origins may not.
 
-Three questions, in this order:
+The checks, in this order:
 
-1. Is it a web page of another site? A browser sends what any page tells it to, from inside the
-   trusted network. Such a request names its `Origin`, or says `Sec-Fetch-Site`. Plain HTTP to
-   anything but localhost lacks the latter, and an <img> lacks the former: there `GET /claim`,
-   the only GET that changes something, is refused to whatever calls itself a browser.
-2. Does it carry a token? Then the token alone decides: a page cannot add an `Authorization`
-   header to a foreign request without a preflight, which only allowed origins pass.
-3. Is the peer's address trusted? It says nothing when a proxy made the connection, so any trace
-   of a proxy voids it. Nor may `Host` be a name that only the caller knows: by DNS rebinding a
-   page makes its own name resolve to this host, and is then of the same origin as the API. An
-   attacker can register neither an IP literal, nor localhost, nor a name of this machine.
+1. Cross-site requests. Any page can make a browser inside the trusted network send requests. Such a
+   request has an `Origin` or a `Sec-Fetch-Site` header. Over plain HTTP browsers send the latter to
+   localhost only, and an <img> sends no `Origin`; so a browser may not `GET /claim` there, which is
+   the only GET that changes state.
+2. The token. A request that carries one is judged by it alone, because a page cannot add an
+   `Authorization` header to a cross-origin request without a preflight, which only allowed origins pass.
+3. The peer's address. It is not the caller's when a proxy made the connection, so a header of a proxy
+   voids trust in the address. `Host` must be a name of this host, because by DNS rebinding an
+   attacker makes a domain resolve to this host, and a page of that domain then has the origin of the API.
+   An attacker can register neither an IP literal, nor localhost, nor a name of this machine.
 """
 
 from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
-from pathlib import Path
 
 from werkzeug.wrappers import Request
 
 from nbagent.api.hostnames import host_of, is_address, machine_names, origin_of, plain_address
 from nbagent.config.host_config import HostConfig
 from nbagent.config.schema import Network
+from nbagent.core import paths
 from nbagent.core.errors import Forbidden, Unauthenticated
+from nbagent.web.cors import AllowedOrigins
 from nbagent.web.tokens import TokenFile, bearer_token
 
-TOKEN_PATH = Path("/etc/nbagent/token")
-# Of the landing page: what it opens is a slot, and nothing of this API.
-LANDING_TOKEN_PATH = Path("/etc/nbagent/landing-token")
+TOKEN_PATH = paths.TOKEN
+# The token of the landing page; it starts slots and gives no access to this API.
+LANDING_TOKEN_PATH = paths.LANDING_TOKEN
 _PROXY_HEADERS = frozenset({"forwarded", "via", "x-real-ip", "true-client-ip", "cf-connecting-ip"})
 
 
 class Access:
-    """Judges requests by the `[api]` settings, the machine's names and the token."""
+    """Checks requests against the `[api]` settings, the names of the machine and the token."""
 
     def __init__(self, config: HostConfig, token: TokenFile, names: Iterable[str] | None = None) -> None:
         self.networks = config.api.trusted_networks
-        self.origins = frozenset(origin.lower() for origin in config.api.allowed_origins)
+        self.origins = AllowedOrigins(config.api.allowed_origins)
         self.token = token
         public = filter(None, (config.router.public_url, *config.api.allowed_origins))
         self.names = frozenset(machine_names() if names is None else names) | {
@@ -47,7 +48,7 @@ class Access:
         }
 
     def admit(self, request: Request, changes: bool) -> None:
-        """Returns when the request may be answered. Raises Forbidden or Unauthenticated."""
+        """Returns when the request is permitted. Raises Forbidden or Unauthenticated."""
         given = bearer_token(request.headers.get("Authorization", ""))
         self._refuse_cross_site(request, changes and request.method == "GET" and given is None)
         if given is not None:
@@ -60,31 +61,23 @@ class Access:
             )
         elif not self._known_host(request):
             raise Forbidden(
-                "called by a name that is not this host's: call by address, by its hostname or by"
+                "the Host header is not a name of this host: call it by its address, its hostname or"
                 " the host of router.public_url, or send the token"
             )
 
-    def allowed_origin(self, request: Request) -> str | None:
-        """The origin to name in CORS headers, if the request has one that may read the answer."""
-        origin = request.headers.get("Origin")
-        return origin if origin and self._allowed(origin) else None
-
-    def _allowed(self, origin: str | None) -> bool:
-        return "*" in self.origins or (origin is not None and origin.lower() in self.origins)
-
-    def _refuse_cross_site(self, request: Request, browser_may_not: bool) -> None:
+    def _refuse_cross_site(self, request: Request, refuse_browsers: bool) -> None:
         headers = request.headers
         origin, site = headers.get("Origin"), headers.get("Sec-Fetch-Site")
         source = origin or origin_of(headers.get("Referer", ""))
-        if self._allowed(source):
+        if self.origins.allow(source):
             return
         own = source == f"{request.scheme}://{headers.get('Host', '')}".lower() and self._known_host(request)
         if origin is not None and not own:
-            raise Forbidden("this web origin is not in api.allowed_origins", origin=origin[:200])
+            raise Forbidden("the Origin of this web page is not in api.allowed_origins", origin=origin[:200])
         if site in ("cross-site", "same-site"):
-            raise Forbidden(f"a {site} request of a web page whose origin is not in api.allowed_origins")
-        if browser_may_not and site is None and not own and "Mozilla/" in headers.get("User-Agent", ""):
-            raise Forbidden("a browser may not claim by GET over plain HTTP; use POST or send the token")
+            raise Forbidden(f"this is a {site} request of a web page whose origin is not in api.allowed_origins")
+        if refuse_browsers and site is None and not own and "Mozilla/" in headers.get("User-Agent", ""):
+            raise Forbidden("a browser may not claim by GET over plain HTTP; use POST, or send the token")
 
     def _trusted_peer(self, request: Request) -> bool:
         for name, _ in request.headers:
@@ -93,7 +86,7 @@ class Access:
         return is_trusted(request.remote_addr or "", self.networks)
 
     def _known_host(self, request: Request) -> bool:
-        # HTTP/1.0 has no Host, and no browser speaks it.
+        # HTTP/1.0 requests have no Host, and browsers do not send them.
         header = request.headers.get("Host", "")
         host = host_of(header)
         if host is None:
@@ -103,7 +96,7 @@ class Access:
 
 
 def is_trusted(peer: str, networks: Iterable[Network]) -> bool:
-    """Whether the address `peer` is in one of `networks`; an IPv4-mapped one counts as IPv4."""
+    """Whether the address `peer` is in one of `networks`; an IPv4-mapped IPv6 address counts as IPv4."""
     try:
         address = ipaddress.ip_address(plain_address(peer))
     except ValueError:

@@ -1,53 +1,53 @@
-"""This host as the landing page's SlotBackend: what it asks of the supervisor."""
+"""This host as the SlotBackend of its landing page, by calls of the supervisor."""
 
 from __future__ import annotations
 
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
 
-from nbagent.api import responses
-from nbagent.api.hostnames import host_of
+from nbagent.api.hostnames import host_of, slot_origin
 from nbagent.config.host_config import HostConfig
-from nbagent.landing.backend import public_figures, terms
+from nbagent.core.documents import Claim, HostFigures
+from nbagent.landing.backend import public_figures, slot_defaults
 from nbagent.wire.control import ControlClient
+from nbagent.wire.operations import CLAIM, STATS, ClaimArguments, own_key
 
-# Anybody may ask as often as they like; the supervisor is asked so often.
+# The figures need no permission, so their rate of calls to the supervisor has to be limited.
 FIGURES_AGE_S = 1.0
 
 
 class HostBackend:
-    """Slots of this host. `client` waits for claims, `probe` has the patience of somebody who looks at a page."""
+    """Slots of this host. `client` waits as long as a claim may take, `probe` as long as a page may."""
 
     def __init__(self, config: HostConfig, client: ControlClient, probe: ControlClient) -> None:
         self.config, self.client, self.probe = config, client, probe
         self._lock = threading.Lock()
-        self._figures: dict[str, Any] = {}
-        self._asked_s = -FIGURES_AGE_S
+        self._figures: HostFigures | None = None
+        self._fetched_s = 0.0
 
-    def stats(self) -> dict[str, Any]:
-        """The host's figures, at most a second old."""
+    def stats(self) -> HostFigures:
+        """The figures of the host, at most FIGURES_AGE_S old."""
         with self._lock:
-            if time.monotonic() >= self._asked_s + FIGURES_AGE_S:
-                self._figures = public_figures(self.probe.call("stats")) | terms(self.config)
-                self._asked_s = time.monotonic()
+            if self._figures is None or time.monotonic() >= self._fetched_s + FIGURES_AGE_S:
+                self._figures = {**public_figures(self.probe.call(STATS)), **slot_defaults(self.config)}
+                self._fetched_s = time.monotonic()
             return self._figures
 
-    def claim(self, options: Mapping[str, Any], key: str | None, client: str) -> Mapping[str, Any]:
-        """A claim. Its key is one of the landing page and of that address: nobody gets a slot by another's key.
+    def claim(self, options: Mapping[str, object], key: str | None, client: str) -> Claim:
+        """Claims a slot. The key is valid for the landing page and the address `client` only.
 
-        With the space in it, it is none that the control API lets through either.
+        Otherwise a visitor could get the slot of another one by guessing a key. The spaces keep the key apart
+        from keys of the control API, which contain none.
         """
-        kept = None if key is None else f"landing {client} {key}"
-        document: Mapping[str, Any] = self.client.call("claim", options=dict(options), key=kept, client=client)
-        return document
+        landing_key = None if key is None else f"landing {client} {key}"
+        return self.client.call(CLAIM, ClaimArguments(options, landing_key or own_key(), client))
 
     def origin(self, slot: str, host: str, scheme: str) -> str:
-        """What the operator says, else where the caller came in."""
+        """The origin of a slot by [router] of the settings, else the one that the visitor's request was sent to."""
         router = self.config.router
         if router.public_url or router.domain or host_of(host) is None or scheme not in ("http", "https"):
-            return responses.front(router, slot, host)
+            return slot_origin(router, slot, host)
         return f"{scheme}://{host}"
 
     def has_origins(self) -> bool:

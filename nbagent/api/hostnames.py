@@ -1,7 +1,7 @@
-"""Names of hosts as requests carry them: the Host header, an Origin, this machine's own names.
+"""Host names: in a Host header, in an Origin, of this machine, and in the URL of a claimed slot.
 
-Everything here reads text that a caller chose. What is not plainly a name or an address is None,
-and is never echoed.
+Host and Origin are text that a caller chose. Text that is neither a name nor an address becomes None,
+so that it is never echoed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from nbagent.config.host_config import RouterSettings
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_.-]{1,253})(?::\d{1,5})?")
 _RESOLVER = Path("/etc/resolv.conf")
@@ -35,7 +37,7 @@ def is_address(host: str) -> bool:
 
 
 def plain_address(peer: str) -> str:
-    """A peer's address as people write it: IPv4 where a dual-stack socket says ::ffff:."""
+    """A peer's address, in which the IPv4-mapped IPv6 address of a dual-stack socket becomes IPv4."""
     try:
         mapped = ipaddress.IPv6Address(peer).ipv4_mapped
     except ValueError:
@@ -44,7 +46,7 @@ def plain_address(peer: str) -> str:
 
 
 def origin_of(url: str) -> str | None:
-    """The origin of a URL, such as a Referer's, or None when it has none."""
+    """The origin of a URL, such as a Referer, or None when it has none."""
     try:
         parts = urlsplit(url)
     except ValueError:
@@ -53,10 +55,17 @@ def origin_of(url: str) -> str | None:
 
 
 def machine_names(resolver: Path = _RESOLVER) -> frozenset[str]:
-    """What this machine may be called, without asking the DNS, which may be down at start."""
+    """The host names of this machine, from its own files because the DNS may be down when the service starts."""
     full = socket.gethostname().lower()
     short = full.partition(".")[0]
     return frozenset({full, short, *(f"{short}.{domain}" for domain in _search_domains(resolver))})
+
+
+def slot_origin(router: RouterSettings, slot: str, host_header: str) -> str:
+    """The origin of a slot: router.public_url or router.domain, else the host by which the API was called."""
+    host = router.domain or host_of(host_header) or socket.gethostname()
+    scheme, _, authority = (router.public_url or f"http://{host}:{router.port}").partition("://")
+    return f"{scheme}://{slot}.{authority}" if router.domain else f"{scheme}://{authority}"
 
 
 def _search_domains(resolver: Path) -> Iterator[str]:

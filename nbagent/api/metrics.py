@@ -1,27 +1,33 @@
 """The supervisor's stats in Prometheus' text format.
 
-The API has no state, so there is no registry that lives: each scrape makes one of the stats of
-that moment. The names are an interface; a dashboard breaks when one changes.
+Each scrape makes a registry of its own, because the API has no state. Names of metrics are an
+interface: dashboards and alerts break when one changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Literal
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from nbagent.core.documents import Durations, Stats
+
 MEDIA_TYPE = CONTENT_TYPE_LATEST
-STATES = ("starting", "warm", "claimed", "stopping")
-_GAUGES = {
+_State = Literal["starting", "warm", "claimed", "stopping"]
+_Gauge = Literal["capacity", "available", "draining", "ready", "memory_available_bytes", "uptime_s"]
+_PoolGauge = Literal["wanted", "warm", "starting", "failures"]
+_Histogram = Literal["start_seconds", "claim_seconds"]
+STATES: tuple[_State, ...] = ("starting", "warm", "claimed", "stopping")
+_GAUGES: dict[_Gauge, tuple[str, str]] = {
     "capacity": ("nbagent_capacity", "Slots that may run at a time."),
-    "available": ("nbagent_available", "Claims that would be answered now."),
-    "draining": ("nbagent_draining", "1 while the host hands out nothing."),
-    "ready": ("nbagent_ready", "1 when the supervisor answers claims."),
-    "memory_available_bytes": ("nbagent_memory_available_bytes", "Memory left for slots."),
-    "uptime_s": ("nbagent_uptime_seconds", "Since the supervisor started."),
+    "available": ("nbagent_available", "Claims that would get a slot now."),
+    "draining": ("nbagent_draining", "1 while the host hands out no slots."),
+    "ready": ("nbagent_ready", "1 when slots of the default image start."),
+    "memory_available_bytes": ("nbagent_memory_available_bytes", "Memory that is left for slots."),
+    "uptime_s": ("nbagent_uptime_seconds", "Time since the supervisor started."),
 }
 _COUNTERS = {
     "claims": "Slots handed out.",
@@ -31,32 +37,32 @@ _COUNTERS = {
     "released": "Slots released by their owner.",
     "died": "Slots that ended by themselves.",
     "oom_kills": "Processes of slots that the kernel killed for memory.",
-    "culled_idle": "Slots ended because nobody used them.",
+    "culled_idle": "Slots ended because they were idle.",
     "culled_age": "Slots ended because they were too old.",
-    "culled_memory": "Slots ended because their processes were killed for memory on and on.",
-    "compressed": "Times that the memory of a slot at rest was compressed.",
+    "culled_memory": "Slots ended because the kernel kept killing their processes for memory.",
+    "compressed": "How often the memory of an idle slot was compressed.",
 }
-_POOL_GAUGES = {
+_POOL_GAUGES: dict[_PoolGauge, str] = {
     "wanted": "Warm slots that the pool should hold.",
     "warm": "Warm slots that the pool holds.",
-    "starting": "Slots of the pool that start now.",
-    "failures": "Starts that failed in a row.",
+    "starting": "Slots of the pool that are starting.",
+    "failures": "Consecutive failures to start a slot of the pool.",
 }
-_HISTOGRAMS = {
-    "start_seconds": "From the decision to start a slot until it is warm.",
-    "claim_seconds": "How long a claim waited in the supervisor.",
+_HISTOGRAMS: dict[_Histogram, str] = {
+    "start_seconds": "Time from the decision to start a slot until it is warm.",
+    "claim_seconds": "Time that a claim took in the supervisor.",
 }
 
 
-def render(stats: Mapping[str, Any]) -> bytes:
-    """The text of a scrape, of the document that the supervisor's `stats` answers."""
+def render(stats: Stats) -> bytes:
+    """The text of a scrape."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_StatsCollector(stats))
     return generate_latest(registry)
 
 
 class _StatsCollector(Collector):
-    def __init__(self, stats: Mapping[str, Any]) -> None:
+    def __init__(self, stats: Stats) -> None:
         self.stats = stats
 
     def describe(self) -> Iterable[Metric]:
@@ -65,27 +71,26 @@ class _StatsCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self.stats
         build = GaugeMetricFamily("nbagent_build_info", "Always 1.", labels=["version", "label"])
-        build.add_metric([str(stats["version"]), str(stats["label"])], 1)
+        build.add_metric([stats["version"], stats["label"]], 1)
         yield build
         slots = GaugeMetricFamily("nbagent_slots", "Slots by state.", labels=["state"])
         for state in STATES:
             slots.add_metric([state], stats[state])
         yield slots
-        for key, (name, text) in _GAUGES.items():
-            yield GaugeMetricFamily(name, text, value=float(stats[key]))
-        for key, text in _POOL_GAUGES.items():
-            pools = GaugeMetricFamily(f"nbagent_pool_{key}", text, labels=["image"])
+        for gauge, (name, text) in _GAUGES.items():
+            yield GaugeMetricFamily(name, text, value=float(stats[gauge]))
+        for pool_gauge, text in _POOL_GAUGES.items():
+            pools = GaugeMetricFamily(f"nbagent_pool_{pool_gauge}", text, labels=["image"])
             for image, pool in stats["pools"].items():
-                pools.add_metric([image], pool[key])
+                pools.add_metric([image], pool[pool_gauge])
             yield pools
-        for key, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"nbagent_{key}", text, value=stats["counters"][key])
-        for key, text in _HISTOGRAMS.items():
-            yield _histogram(f"nbagent_{key}", text, stats[key])
+        for counter, text in _COUNTERS.items():
+            yield CounterMetricFamily(f"nbagent_{counter}", text, value=stats["counters"][counter])
+        for histogram, text in _HISTOGRAMS.items():
+            yield _histogram(f"nbagent_{histogram}", text, stats[histogram])
 
 
-def _histogram(name: str, text: str, measured: Mapping[str, Any]) -> HistogramMetricFamily:
-    """The buckets count what took at most so long, each including the ones below it."""
+def _histogram(name: str, text: str, measured: Durations) -> HistogramMetricFamily:
     bounds = sorted(((bound, n) for bound, n in measured["buckets"].items() if bound != "+Inf"),
                     key=lambda bucket: float(bucket[0]))
     buckets = [*bounds, ("+Inf", measured["count"])]

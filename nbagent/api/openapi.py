@@ -1,31 +1,30 @@
-"""The OpenAPI 3.1 description of what is served, made from the route table.
+"""The OpenAPI 3.1 description of the API, generated from the route table.
 
-The schemas below are the only thing written by hand; a test holds the API's real answers
-against them.
+Only the schemas below are written by hand. A test validates real responses of the API against them.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from nbagent import __version__
-from nbagent.api.inputs import BODY_MAX_BYTES, KEY_EXPECTED
-from nbagent.api.problems import HTTP_CODES, MEDIA_TYPE, TYPE_PREFIX
+from nbagent.api.inputs import BODY_MAX_BYTES
 from nbagent.api.route import Route
 from nbagent.config.host_config import NETWORK_MODES
 from nbagent.core import claim_content
 from nbagent.core.errors import Forbidden, InvalidField, NbagentError, Unauthenticated
 from nbagent.core.model import ID_EXPECTED, MEMORY_MIN_BYTES, PATH_EXPECTED, SlotState
 from nbagent.core.quantities import DURATION_EXPECTED, QUOTA_EXPECTED, SIZE_EXPECTED
+from nbagent.web.keys import HEADER, KEY_EXPECTED
+from nbagent.web.problems import HTTP_CODES, MEDIA_TYPE, TYPE_PREFIX
 
-Schema = dict[str, Any]
+Schema = dict[str, object]
 
 
-def describe(routes: Iterable[Route]) -> dict[str, Any]:
+def describe(routes: Iterable[Route]) -> Schema:
     """The description of `routes`."""
-    paths: dict[str, dict[str, Any]] = {}
+    paths: dict[str, Schema] = {}
     for route in routes:
         item = paths.setdefault(route.path, {})
         item[route.method.lower()] = _operation(route)
@@ -36,8 +35,8 @@ def describe(routes: Iterable[Route]) -> dict[str, Any]:
         "info": {
             "title": "nbagent control API",
             "version": __version__,
-            "description": "Hands out notebook slots on one host. Every error is a problem document"
-            " (RFC 9457) whose type is stable.",
+            "description": "Starts and releases notebook slots on one host. Every error is a problem document"
+            " (RFC 9457) with a stable type.",
             "license": {"name": "BSD-3-Clause", "identifier": "BSD-3-Clause"},
         },
         "servers": [{"url": "/"}],
@@ -49,15 +48,15 @@ def describe(routes: Iterable[Route]) -> dict[str, Any]:
                 "token": {
                     "type": "http",
                     "scheme": "bearer",
-                    "description": "The token in /etc/nbagent/token; not needed on a trusted network.",
+                    "description": "The token in /etc/nbagent/token. Callers on a trusted network need none.",
                 }
             },
         },
     }
 
 
-def _operation(route: Route) -> dict[str, Any]:
-    operation: dict[str, Any] = {
+def _operation(route: Route) -> Schema:
+    operation: Schema = {
         "operationId": route.name,
         "summary": route.summary,
         "responses": {"200": _success(route), **_problems(route)},
@@ -72,7 +71,7 @@ def _operation(route: Route) -> dict[str, Any]:
     if route.fields and route.method != "GET":
         limit_bytes = claim_content.BODY_MAX_BYTES if "files" in route.fields else BODY_MAX_BYTES
         operation["requestBody"] = {
-            "description": f"At most {limit_bytes} bytes. Each field here or in the query, not in both.",
+            "description": f"At most {limit_bytes} bytes. A field is either in the body or in the query.",
             "required": False,
             "content": {"application/json": {"schema": _object(
                 {name: OPTIONS[name] for name in route.fields}, required=(), closed=True
@@ -83,14 +82,14 @@ def _operation(route: Route) -> dict[str, Any]:
     return operation
 
 
-def _success(route: Route) -> dict[str, Any]:
+def _success(route: Route) -> Schema:
     schema: Schema = {"$ref": f"#/components/schemas/{route.schema}"}
     if route.is_list:
         schema = {"type": "array", "items": schema}
     return {"description": route.summary, "content": {route.media_type: {"schema": schema}}}
 
 
-def _problems(route: Route) -> dict[str, Any]:
+def _problems(route: Route) -> Schema:
     kinds: list[type[NbagentError]] = [InvalidField, *route.problems]
     if not route.is_open:
         kinds += [Unauthenticated, Forbidden]
@@ -100,16 +99,16 @@ def _problems(route: Route) -> dict[str, Any]:
     return {str(status): _problem(status, sorted(codes[status])) for status in sorted(codes)}
 
 
-def _problem(status: int, codes: list[str]) -> dict[str, Any]:
-    answer: dict[str, Any] = {
+def _problem(status: int, codes: list[str]) -> Schema:
+    response: Schema = {
         "description": " or ".join(TYPE_PREFIX + code for code in codes),
         "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
     }
     if status == 503:
-        answer["headers"] = {"Retry-After": {
-            "description": "Seconds until it is worth to try again.", "schema": {"type": "integer"},
+        response["headers"] = {"Retry-After": {
+            "description": "Seconds after which the request should be sent again.", "schema": {"type": "integer"},
         }}
-    return answer
+    return response
 
 
 def _object(
@@ -135,7 +134,7 @@ _TIME: Schema = {"type": "string", "format": "date-time"}
 _MAYBE_TIME: Schema = {"type": ["string", "null"], "format": "date-time"}
 _MAYBE_AMOUNT: Schema = {"type": ["number", "null"], "minimum": 0}
 _USED: Schema = _MAYBE_AMOUNT | {
-    "description": "As it is now; in the list of all slots as it was up to 30 ms ago for each of them (3 s for a"
+    "description": "A measured value. In the list of all slots it may be as old as 30 ms times their number (3 s for a"
     " hundred, 30 s for a thousand), at most cull.interval."
 }
 _MEASURED = ("memory_bytes", "swapped_bytes", "cpu_s", "tasks", "oom_kills", "tasks_refused", "storage_bytes")
@@ -155,7 +154,7 @@ OPTIONS: dict[str, Schema] = {
     "path": {"type": "string", "description": PATH_EXPECTED},
     "files": {
         "type": "object",
-        "description": f"What is in the home directory when the claim is answered: {claim_content.FILES_EXPECTED}.",
+        "description": f"Files that are in the home directory when the claim returns: {claim_content.FILES_EXPECTED}.",
         "maxProperties": claim_content.FILES_MAX,
         "propertyNames": {"description": claim_content.FILE_PATH_EXPECTED},
         "additionalProperties": {
@@ -165,10 +164,10 @@ OPTIONS: dict[str, Schema] = {
     },
     "archive": {
         "type": "string", "format": "uri",
-        "description": "A .tar, .tar.gz, .tar.bz2, .tar.xz or .zip, below one of claims.archives, that the slot"
-        " fetches itself and unpacks in the home directory.",
+        "description": "The URL of a .tar, .tar.gz, .tar.bz2, .tar.xz or .zip below one of claims.archives. The slot"
+        " fetches it and unpacks it in the home directory.",
     },
-    "network": {"type": "string", "enum": list(NETWORK_MODES), "description": "Within network.allow of the host."},
+    "network": {"type": "string", "enum": list(NETWORK_MODES), "description": "One of network.allow of the host."},
 }
 
 SCHEMAS: dict[str, Schema] = {
@@ -201,7 +200,7 @@ SCHEMAS: dict[str, Schema] = {
     "Durations": _object({
         "count": _COUNT, "sum": _AMOUNT,
         "buckets": {"type": "object", "additionalProperties": _COUNT,
-                    "description": "How many took at most so many seconds."},
+                    "description": "The number of durations of at most so many seconds."},
     }),
     "Stats": _object({
         "version": _TEXT, "label": _TEXT, "container_image": _TEXT,
@@ -224,19 +223,19 @@ SCHEMAS: dict[str, Schema] = {
             "title": _TEXT,
             "status": {"type": "integer", "minimum": 400, "maximum": 599},
             "detail": _TEXT,
-            "field": {"type": "string", "description": "The field that is wrong."},
-            "expected": {"type": "string", "description": "What would be right."},
-            "value": {"type": "string", "description": "What was given, shortened."},
+            "field": {"type": "string", "description": "The field that is invalid."},
+            "expected": {"type": "string", "description": "The values that are valid."},
+            "value": {"type": "string", "description": "The value that was sent, shortened."},
         }, required=("type", "title", "status", "detail")),
         "additionalProperties": True,
     },
 }
 
-_SLOT_PARAMETER: dict[str, Any] = {
+_SLOT_PARAMETER: Schema = {
     "name": "slot", "in": "path", "required": True, "schema": _TEXT, "description": ID_EXPECTED,
 }
-_KEY_PARAMETER: dict[str, Any] = {
-    "name": "Idempotency-Key", "in": "header", "required": False,
+_KEY_PARAMETER: Schema = {
+    "name": HEADER, "in": "header", "required": False,
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
-    "description": f"The same key gives the same slot again: {KEY_EXPECTED}.",
+    "description": f"A claim that is sent again with the same key gets the same slot: {KEY_EXPECTED}.",
 }

@@ -1,4 +1,4 @@
-"""`nbagent`, the operators' command: a client of the control API, and a look at this host."""
+"""`nbagent`, the command for operators: a client of the control API, and tools for this host."""
 
 from nbagent.cli.commands import main
 

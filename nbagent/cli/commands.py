@@ -1,7 +1,7 @@
-"""The commands: what each asks, and how it shows the answer.
+"""The commands of `nbagent`.
 
-Standard output is for the answer and nothing else, so that a command can be used in a script;
-errors are one line on standard error, and the exit status is that of the error (nbagent.errors).
+Standard output has only the result, so that scripts can use a command. An error is one line on standard error, and its
+class in nbagent.core.errors determines the exit status.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from nbagent import __version__
 from nbagent.cli import tables
 from nbagent.cli.gateway import gateway
 from nbagent.cli.images import image
-from nbagent.cli.remote import DEFAULT_URL, TOKEN_PATH, Remote, read_token
+from nbagent.cli.remote import DEFAULT_URL, Remote, read_token
 from nbagent.cli.slot import slot as slot_group
 from nbagent.config import host_config
 from nbagent.config.host_config import NETWORK_MODES
+from nbagent.core import paths
 from nbagent.core.errors import ConfigError, NbagentError
 from nbagent.core.quantities import format_duration
 
@@ -36,7 +37,7 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The entry point. Ends the process with the status of what happened."""
+    """The entry point. Exits with the status of the error, if there is one."""
     try:
         nbagent.main(argv, prog_name="nbagent", standalone_mode=False)
     except click.ClickException as error:
@@ -45,21 +46,21 @@ def main(argv: list[str] | None = None) -> None:
     except click.Abort:
         sys.exit(130)
     except NbagentError as error:
-        _complain(error)
+        _print_error(error)
         sys.exit(error.exit_status)
     except BrokenPipeError:
-        # Whoever read our output has enough; Python must not try to flush the rest at exit.
+        # The reader of our output closed the pipe. Without this, Python would fail to flush the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except OSError as error:
-        _complain(error)
+        _print_error(error)
         sys.exit(1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="nbagent", message="%(prog)s %(version)s")
 def nbagent() -> None:
-    """Notebook slots on this host: claim, watch and end them."""
+    """Claim, watch and end notebook slots, and manage this host."""
 
 
 nbagent.add_command(gateway)
@@ -67,14 +68,14 @@ nbagent.add_command(image)
 nbagent.add_command(slot_group)
 
 
-def _asks_api(function: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command `remote` and `as_json`, and the options that say where the API is."""
+def _with_api(function: Callable[..., None]) -> Callable[..., None]:
+    """Add the options for the address of the API and for JSON to a command, which gets `remote` and `as_json`."""
 
     @_JSON
     @click.option("--url", envvar="NBAGENT_URL", default=DEFAULT_URL, show_default=True, show_envvar=True,
                   help="The control API.")
-    @click.option("--token-file", envvar="NBAGENT_TOKEN_FILE", type=click.Path(path_type=Path),
-                  show_envvar=True, help=f"The file with its token.  [default: {TOKEN_PATH}, if readable]")
+    @click.option("--token-file", envvar="NBAGENT_TOKEN_FILE", type=click.Path(readable=False, path_type=Path),
+                  show_envvar=True, help=f"The file with the token of the API.  [default: {paths.TOKEN}, if readable]")
     @functools.wraps(function)
     def command(url: str, token_file: Path | None, **options: Any) -> None:
         function(Remote(url, read_token(token_file)), **options)
@@ -85,44 +86,44 @@ def _asks_api(function: Callable[..., None]) -> Callable[..., None]:
 @nbagent.command()
 @click.option("--image", help="The image to start.  [default: pool.image]")
 @click.option("--memory", help="Memory such as 512M or 2G.  [default: slots.memory]")
-@click.option("--cpu-weight", help="Share of the processors when they are short, 1 to 10000.")
-@click.option("--cpu-quota", help="Most of the processors, such as 1/32 of the host or 50% of one.")
-@click.option("--ttl", help="How long it lives, such as 2h.  [default: slots.ttl]")
-@click.option("--path", help="Where the link leads, such as lab/tree/notebook.ipynb.")
+@click.option("--cpu-weight", help="Share of the processors when they are busy, 1 to 10000.")
+@click.option("--cpu-quota", help="Limit of processor time, such as 1/32 of the host or 50% of one processor.")
+@click.option("--ttl", help="Life of the slot, such as 2h.  [default: slots.ttl]")
+@click.option("--path", help="Page that the URL opens, such as lab/tree/notebook.ipynb.")
 @click.option("--file", "files", metavar="FILE[=PATH]", multiple=True,
-              help="A file to be in the slot's home directory, there as PATH; may be repeated.")
-@click.option("--archive", metavar="URL", help="A .tar, .tar.gz or .zip that the slot fetches and unpacks there.")
-@click.option("--network", type=click.Choice(NETWORK_MODES), help="What it reaches.  [default: the image's]")
-@click.option("--idempotency-key", help="The same key gives the same slot again.")
-@_asks_api
+              help="A file to copy to PATH in the slot's home directory; may be repeated.")
+@click.option("--archive", metavar="URL", help="A .tar, .tar.gz or .zip to download and unpack in the slot's home.")
+@click.option("--network", type=click.Choice(NETWORK_MODES), help="Network of the slot.  [default: that of the image]")
+@click.option("--idempotency-key", help="A claim with the same key returns the same slot.")
+@_with_api
 def claim(
     remote: Remote, as_json: bool, idempotency_key: str | None, files: tuple[str, ...], **options: str | None
 ) -> None:
     """Take a slot and print its URL."""
-    asked: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    request: dict[str, object] = {name: value for name, value in options.items() if value is not None}
     if files:
-        asked["files"] = dict(_file(argument) for argument in files)
-    claimed = remote.call("POST", "/claim", asked, idempotency_key)
+        request["files"] = dict(_file(argument) for argument in files)
+    claimed = remote.call("POST", "/claim", request, idempotency_key)
     if as_json:
         _print_json(claimed)
         return
     click.echo(claimed["url"])
     if sys.stderr.isatty():
-        left = format_duration(tables.seconds_until(claimed["expires_at"], _now()))
-        click.echo(f"slot {claimed['slot']} lives {left}, until {claimed['expires_at']}", err=True)
+        remaining = format_duration(tables.seconds_until(claimed["expires_at"], _now()))
+        click.echo(f"slot {claimed['slot']} expires in {remaining}, at {claimed['expires_at']}", err=True)
 
 
 @nbagent.command()
 @click.argument("slots", metavar="ID...", nargs=-1, required=True)
-@_asks_api
+@_with_api
 def release(remote: Remote, as_json: bool, slots: tuple[str, ...]) -> None:
-    """End slots. Every one is tried; the status is that of the last that failed."""
+    """End slots. After a failure, continue with the next slot, and exit with the status of the last failure."""
     released, failure = [], None
     for slot in slots:
         try:
             released.append(remote.call("DELETE", _slot_path(slot)))
         except NbagentError as error:
-            _complain(error)
+            _print_error(error)
             failure = error
         else:
             if not as_json:
@@ -135,28 +136,28 @@ def release(remote: Remote, as_json: bool, slots: tuple[str, ...]) -> None:
 
 @nbagent.command()
 @click.argument("slot", metavar="[ID]", required=False)
-@click.option("--watch", is_flag=True, help="Go on showing them until interrupted.")
+@click.option("--watch", is_flag=True, help="Show them repeatedly until interrupted.")
 @click.option("--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True,
-              help="Seconds between two looks with --watch.")
-@_asks_api
+              help="Seconds between two updates with --watch.")
+@_with_api
 def slots(remote: Remote, as_json: bool, slot: str | None, watch: bool, interval: float) -> None:
     """Show the slots of the host, or one slot in full."""
-    look = functools.partial(remote.call, "GET", "/slots" if slot is None else _slot_path(slot))
+    fetch = functools.partial(remote.call, "GET", "/slots" if slot is None else _slot_path(slot))
     if watch and (as_json or not sys.stdout.isatty()):
         while True:
-            _print_json(look())
+            _print_json(fetch())
             time.sleep(interval)
     elif watch:
-        _watch(look, interval)
+        _watch(fetch, interval)
     elif as_json:
-        _print_json(look())
+        _print_json(fetch())
     elif slot is not None:
-        tables.show_facts(look())
+        tables.show_facts(fetch())
     else:
-        tables.show(tables.SLOT_COLUMNS, _slot_rows(look()))
+        tables.show(tables.SLOT_COLUMNS, _slot_rows(fetch()))
 
 
-def _watch(look: Callable[[], Any], interval_s: float) -> None:
+def _watch(fetch: Callable[[], Any], interval_s: float) -> None:
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
@@ -164,47 +165,47 @@ def _watch(look: Callable[[], Any], interval_s: float) -> None:
     rows: list[tuple[str, ...]] = []
     with contextlib.suppress(KeyboardInterrupt), Live(screen=True, auto_refresh=False) as live:
         while True:
-            caption = f"{_now():%H:%M:%S} UTC, every {interval_s:g} s, Ctrl-C ends"
+            caption = f"{_now():%H:%M:%S} UTC, every {interval_s:g} s, end with Ctrl-C"
             try:
-                found = look()
+                found = fetch()
                 rows = _slot_rows(found if isinstance(found, list) else [found])
             except NbagentError as error:
-                caption = str(error)  # the API restarts; what was seen last stays in sight
+                caption = str(error)  # the API may be restarting, so the last rows stay on the screen
             shown = Group(tables.table(tables.SLOT_COLUMNS, rows), Text(caption, "dim"))
             live.update(shown, refresh=True)
             time.sleep(interval_s)
 
 
 @nbagent.command()
-@_asks_api
+@_with_api
 def stats(remote: Remote, as_json: bool) -> None:
-    """Show how full the host is, and what it has done."""
+    """Show the capacity and the counters of the host."""
     _print(remote.call("GET", "/stats"), as_json)
 
 
 @nbagent.command()
-@click.option("--off", is_flag=True, help="Hand out slots again.")
-@click.option("--wait", is_flag=True, help="Return when the last claimed slot is gone.")
-@_asks_api
+@click.option("--off", is_flag=True, help="Accept claims again.")
+@click.option("--wait", is_flag=True, help="Return when the last claimed slot has ended.")
+@_with_api
 def drain(remote: Remote, as_json: bool, off: bool, wait: bool) -> None:
-    """Hand out no more slots; users stay."""
+    """Refuse new claims; claimed slots keep running."""
     if off and wait:
-        raise click.UsageError("--wait waits for a drain, and --off ends it; give one of them")
-    answer = remote.call("DELETE" if off else "POST", "/drain")
-    while wait and answer["claimed"]:
+        raise click.UsageError("--wait waits for a drain, and --off ends it; use only one of them")
+    state = remote.call("DELETE" if off else "POST", "/drain")
+    while wait and state["claimed"]:
         if sys.stderr.isatty():
-            click.echo(f"\r{answer['claimed']} claimed slots left ", err=True, nl=False)
-        # The API tells no events; a drain takes hours, so a look a second is cheap.
+            click.echo(f"\r{state['claimed']} claimed slots left ", err=True, nl=False)
+        # The API has no events to wait for. One request a second is cheap for a drain that takes hours.
         time.sleep(WAIT_INTERVAL_S)
-        now = remote.call("GET", "/stats")
-        answer = {name: now[name] for name in ("draining", "claimed", "warm")}
-    _print(answer, as_json)
+        stats = remote.call("GET", "/stats")
+        state = {name: stats[name] for name in ("draining", "claimed", "warm")}
+    _print(state, as_json)
 
 
 @nbagent.command()
-@_asks_api
+@_with_api
 def images(remote: Remote, as_json: bool) -> None:
-    """Show the images that a claim can ask for."""
+    """Show the images that a claim may request."""
     found = remote.call("GET", "/images")
     if as_json:
         _print_json(found)
@@ -214,14 +215,14 @@ def images(remote: Remote, as_json: bool) -> None:
 
 @nbagent.group("config")
 def config_group() -> None:
-    """Shows and checks the configuration."""
+    """Check the configuration."""
 
 
 @config_group.command()
-@click.argument("file", type=click.Path(path_type=Path), default=host_config.DEFAULT_PATH)
+@click.argument("file", type=click.Path(readable=False, path_type=Path), default=host_config.DEFAULT_PATH)
 @_JSON
 def check(file: Path, as_json: bool) -> None:
-    """Say whether FILE and the conf.d beside it are right, and what was read."""
+    """Check FILE and the conf.d directory beside it, and show which files were read."""
     if file != host_config.DEFAULT_PATH and not file.is_file():
         raise ConfigError(f"{file}: no such file", file=str(file))
     settings = host_config.load(file)
@@ -229,17 +230,17 @@ def check(file: Path, as_json: bool) -> None:
     if as_json:
         _print_json({"files": files, "config": effective(settings)})
         return
-    click.echo(f"OK, read from {', '.join(files)}" if files else "OK, no file: every setting has its default")
+    click.echo(f"OK, read from {', '.join(files)}" if files else "OK, no file found: every setting has its default")
 
 
 @nbagent.command()
-@click.option("--config", "file", type=click.Path(path_type=Path), default=host_config.DEFAULT_PATH,
-              show_default=True, help="The configuration to judge the host by.")
+@click.option("--config", "file", type=click.Path(readable=False, path_type=Path), default=host_config.DEFAULT_PATH,
+              show_default=True, help="The configuration to check the host against.")
 @click.option("--url", envvar="NBAGENT_URL", default=DEFAULT_URL, show_default=True, show_envvar=True,
               help="The control API.")
 @_JSON
 def doctor(file: Path, url: str, as_json: bool) -> None:
-    """Say what is missing or weak on this host, and how to mend it."""
+    """Check this host, and show how to fix what is missing or weak."""
     from nbagent import doctor as checks
 
     findings = checks.examine(file, url)
@@ -256,10 +257,10 @@ def doctor(file: Path, url: str, as_json: bool) -> None:
         sys.exit(1)
 
 
-def effective(settings: host_config.HostConfig) -> dict[str, Any]:
-    """The whole configuration as it is in force, as JSON holds it; None is "auto"."""
+def effective(settings: host_config.HostConfig) -> dict[str, object]:
+    """All settings with their values as a JSON document, in which None is "auto"."""
 
-    def plain(value: Any) -> Any:
+    def plain(value: object) -> object:
         if isinstance(value, dict):
             return {name: plain(item) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
@@ -274,10 +275,10 @@ def effective(settings: host_config.HostConfig) -> dict[str, Any]:
 
 
 def _file(argument: str) -> tuple[str, dict[str, str]]:
-    """A file's path in the slot and what is in it, as a claim has them."""
+    """The name and value of a member of a claim's `files`, for an argument FILE[=PATH]."""
     from base64 import b64encode
 
-    # A file whose own name has "=" in it is given with a PATH.
+    # The last "=" separates the two, so a FILE with "=" in its name needs a PATH.
     source, _, path = argument.rpartition("=") if "=" in argument else (argument, "", Path(argument).name)
     return path, {"base64": b64encode(Path(source).read_bytes()).decode()}
 
@@ -293,18 +294,18 @@ def _slot_rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [tables.slot_row(slot, now) for slot in found]
 
 
-def _print(document: dict[str, Any], as_json: bool) -> None:
+def _print(document: dict[str, object], as_json: bool) -> None:
     if as_json:
         _print_json(document)
     else:
         tables.show_facts(document)
 
 
-def _print_json(document: Any) -> None:
+def _print_json(document: object) -> None:
     click.echo(json.dumps(document, indent=2 if sys.stdout.isatty() else None))
 
 
-def _complain(error: Exception) -> None:
+def _print_error(error: Exception) -> None:
     click.echo(f"nbagent: {' '.join(str(error).split())}", err=True)
 
 

@@ -1,4 +1,4 @@
-"""`nbagent gateway`: the landing page of a fleet, on the machine that it runs on."""
+"""`nbagent gateway`: the gateway of a fleet, on the machine that runs it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import TYPE_CHECKING
 
 import click
 
+from nbagent.core import paths
 from nbagent.core.errors import NbagentError
 
 if TYPE_CHECKING:
     from nbagent.gateway.membership import Fleet
 
-SETTINGS_PATH = Path("/etc/nbagent/gateway.toml")
 RELOAD_TIMEOUT_S = 10.0
 UNITS = ("nbagent-gateway.service", "nbagent-gateway-status.service")
 
-_FILE = click.option("--config", "file", type=click.Path(path_type=Path), default=SETTINGS_PATH, show_default=True,
-                     help="The configuration; beside it gateway.d.")
+_FILE = click.option("--config", "file", type=click.Path(readable=False, path_type=Path),
+                     default=paths.GATEWAY_SETTINGS, show_default=True,
+                     help="The configuration file; gateway.d is beside it.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 class NotReloaded(NbagentError):
-    """systemd did not reload the gateway."""
+    """systemd or HAProxy did not reload the gateway."""
 
     code = "not-reloaded"
     title = "The gateway was not reloaded"
@@ -34,13 +35,13 @@ class NotReloaded(NbagentError):
 
 @click.group()
 def gateway() -> None:
-    """Set up and change the landing page of a fleet: HAProxy, and the hosts behind it."""
+    """Configure the gateway of a fleet: HAProxy, and the hosts behind it."""
 
 
 @gateway.command()
 @_FILE
 def render(file: Path) -> None:
-    """Print the HAProxy configuration that the settings make."""
+    """Print the HAProxy configuration that is generated from the settings."""
     from nbagent.gateway import haproxy, settings
 
     click.echo(haproxy.render(settings.load(file)), nl=False)
@@ -49,22 +50,23 @@ def render(file: Path) -> None:
 @gateway.command()
 @_FILE
 def check(file: Path) -> None:
-    """Say whether the settings are right, and HAProxy takes what they make."""
+    """Check the settings, and whether HAProxy accepts the configuration that is generated from them."""
     from nbagent.gateway import apply, settings
 
     found = settings.load(file)
-    said = apply.try_out(found)
-    if said:
-        click.echo(said, err=True)
-    hosts = f"hosts by {found.fleet.srv}" if found.fleet.srv else f"{len(found.hosts)} hosts"
-    read = ", ".join(map(str, settings.settings_files(file)))
-    click.echo(f"OK, {hosts}, read from {read}" if read else f"OK, {hosts}, no file: every setting has its default")
+    warnings = apply.try_out(found)
+    if warnings:
+        click.echo(warnings, err=True)
+    hosts = f"hosts from {found.fleet.srv}" if found.fleet.srv else f"{len(found.hosts)} hosts"
+    files = ", ".join(map(str, settings.settings_files(file)))
+    source = f"read from {files}" if files else "no file found: every setting has its default"
+    click.echo(f"OK, {hosts}, {source}")
 
 
 @gateway.command()
 @_FILE
 def apply(file: Path) -> None:
-    """Put the settings into force, and close no connection by it."""
+    """Apply the settings without closing a connection."""
     from nbagent.gateway import apply, settings
 
     apply.try_out(settings.load(file))
@@ -72,11 +74,11 @@ def apply(file: Path) -> None:
     done = subprocess.run(["systemctl", "reload-or-restart", *UNITS], capture_output=True, text=True, check=False)
     if done.returncode:
         raise NotReloaded(done.stderr.strip())
-    # systemd has told HAProxy's master, which says nothing; a new worker is what shows that it was done.
+    # HAProxy's master does not report the result of a reload to systemd, but a successful one starts a new worker.
     deadline_s = time.monotonic() + RELOAD_TIMEOUT_S
     while _worker() in (None, before):
         if time.monotonic() > deadline_s:
-            raise NotReloaded("HAProxy stays with what it had; journalctl -u nbagent-gateway says why")
+            raise NotReloaded("HAProxy keeps its previous configuration; see journalctl -u nbagent-gateway")
         time.sleep(0.05)
     click.echo("applied")
 
@@ -84,7 +86,7 @@ def apply(file: Path) -> None:
 @gateway.command()
 @_FILE
 def write(file: Path) -> None:
-    """Write what HAProxy reads below /run; nbagent-gateway.service does, when it starts and reloads."""
+    """Write HAProxy's files to /run, as nbagent-gateway.service does at a start and a reload."""
     from nbagent.gateway import apply, settings
 
     click.echo(apply.write(settings.load(file)))
@@ -94,7 +96,7 @@ def write(file: Path) -> None:
 @_FILE
 @_JSON
 def hosts(file: Path, as_json: bool) -> None:
-    """Show the hosts, and how they do."""
+    """Show the hosts and their state."""
     from nbagent.cli import tables
     from nbagent.gateway import fleet
 
@@ -115,12 +117,12 @@ def hosts(file: Path, as_json: bool) -> None:
 @gateway.command("add-host")
 @click.argument("label")
 @click.argument("address")
-@click.option("--port", type=int, default=8000, show_default=True, help="The port of its router.")
-@click.option("--check-port", type=int, default=9001, show_default=True, help="The port that tells its capacity.")
-@click.option("--weight", type=int, default=100, show_default=True, help="Its size beside the others', 1 to 256.")
+@click.option("--port", type=int, default=8000, show_default=True, help="The port of the host's router.")
+@click.option("--check-port", type=int, default=9001, show_default=True, help="The port of the host's agent check.")
+@click.option("--weight", type=int, default=100, show_default=True, help="Size relative to other hosts, 1 to 256.")
 @_FILE
 def add_host(file: Path, label: str, address: str, port: int, check_port: int, weight: int) -> None:
-    """Add the host LABEL at the IP address ADDRESS, at once and for good."""
+    """Add the host LABEL at the IP address ADDRESS to the settings and to the running gateway."""
     from nbagent.gateway import settings
 
     given = {"address": address, "port": port, "check_port": check_port, "weight": weight}
@@ -130,24 +132,24 @@ def add_host(file: Path, label: str, address: str, port: int, check_port: int, w
 
 @gateway.command("drain-host")
 @click.argument("label")
-@click.option("--off", is_flag=True, help="Ask it for slots again.")
+@click.option("--off", is_flag=True, help="Send claims to the host again.")
 @_FILE
 def drain_host(file: Path, label: str, off: bool) -> None:
-    """Ask the host LABEL for no more slots; its users stay."""
+    """Send no more claims to the host LABEL; its users stay."""
     click.echo(_fleet(file).drain(label, not off))
 
 
 @gateway.command("remove-host")
 @click.argument("label")
-@click.option("--force", is_flag=True, help="Also when slots run on it; who uses one is cut off.")
+@click.option("--force", is_flag=True, help="Remove it even if slots run on it, and close their connections.")
 @_FILE
 def remove_host(file: Path, label: str, force: bool) -> None:
-    """Take the drained host LABEL out of the fleet."""
+    """Remove the drained host LABEL from the fleet."""
     click.echo(_fleet(file).remove(label, force))
 
 
 def _worker() -> str | None:
-    """The HAProxy process at work, None when there is none."""
+    """The pid of HAProxy's worker process, or None if HAProxy is not running."""
     from nbagent.gateway import haproxy
     from nbagent.gateway.runtime import GatewayDown, Runtime
 

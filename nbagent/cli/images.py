@@ -1,6 +1,6 @@
-"""`nbagent image`: the image store of this host, by root and without the agent's help.
+"""`nbagent image`: changes the image store of this host directly, as root.
 
-A change of the host's own store is told to the agent, if it runs.
+After a change of the default store, the agent is reloaded if it runs.
 """
 
 from __future__ import annotations
@@ -10,35 +10,33 @@ import os
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from nbagent.cli import tables
+from nbagent.core import paths
 from nbagent.core.errors import FetchFailed
 
 if TYPE_CHECKING:
     from nbagent.image.store import Image, ImageStore
 
-STORE_PATH = Path("/var/lib/nbagent/images")
-# Makes an archive of a recipe: images/build of the source, as the package has it.
-BUILDER = Path("/usr/lib/nbagent/build-image")
-BUILD_CACHE = Path("/var/cache/nbagent")
 _SHOWN_DIGITS = 12
 
 _STORE = click.option(
-    "--store", type=click.Path(path_type=Path), default=STORE_PATH, show_default=True, help="The image store."
+    "--store", type=click.Path(readable=False, path_type=Path), default=paths.IMAGES, show_default=True,
+    help="The image store.",
 )
-_NAME = click.option("--name", required=True, help="What claims call the image.")
+_NAME = click.option("--name", required=True, help="Name of the image in claims.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.group()
 def image() -> None:
-    """Add, import, build, list, exchange and remove the images of this host.
+    """Add, import, build, list, switch and remove the images of this host.
 
-    The agent, if it runs, is told: it replaces warm slots, and claimed ones finish on the image they have.
+    If the agent runs, it is reloaded. It then replaces warm slots; claimed slots keep their image.
     """
 
 
@@ -55,18 +53,18 @@ def add(name: str, archive: Path, store: Path, as_json: bool) -> None:
 
 @image.command("import")
 @_NAME
-@click.option("--manifest", type=_FILE, help="What the image says about itself, in place of what is in it.")
-@click.option("--insecure", is_flag=True, help="A registry without TLS, or whose certificate nobody vouches for.")
+@click.option("--manifest", type=_FILE, help="A manifest that replaces the one in the image.")
+@click.option("--insecure", is_flag=True, help="Allow a registry without TLS or with an untrusted certificate.")
 @click.argument("source")
 @_STORE
 @_JSON
 def import_image(
     name: str, manifest: Path | None, insecure: bool, source: str, store: Path, as_json: bool
 ) -> None:
-    """Bring a container image into the store under a name.
+    """Import a container image into the store under a name.
 
-    SOURCE is oci:DIR[:TAG], docker-archive:FILE or docker://NAME[:TAG]. No Docker daemon is needed; skopeo is,
-    except for a layout that is here (oci:).
+    SOURCE is oci:DIR[:TAG], docker-archive:FILE or docker://NAME[:TAG]. This needs no Docker daemon. It needs skopeo,
+    except for a local OCI layout (oci:).
     """
     from nbagent.image import fetch
     from nbagent.image.manifest import parse
@@ -82,14 +80,14 @@ def import_image(
 @_STORE
 @_JSON
 def build(name: str, recipe: Path, store: Path, as_json: bool) -> None:
-    """Build the RECIPE directory and put the image into the store under a name."""
+    """Build an image from the directory RECIPE and add it to the store under a name."""
     images = _open(store)
-    BUILD_CACHE.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=BUILD_CACHE) as output:
-        command = [str(BUILDER), "--output", output, str(recipe)]
-        environment = os.environ | {"NBAGENT_CACHE": str(BUILD_CACHE)}
+    paths.BUILD_CACHE.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=paths.BUILD_CACHE) as output:
+        command = [str(paths.IMAGE_BUILDER), "--output", output, str(recipe)]
+        environment = os.environ | {"NBAGENT_CACHE": str(paths.BUILD_CACHE)}
         if subprocess.run(command, stdout=subprocess.DEVNULL, env=environment, check=False).returncode:
-            raise FetchFailed(f"{recipe} was not built; what went wrong is said above")
+            raise FetchFailed(f"failed to build {recipe}; the output above has the reason")
         (archive,) = Path(output).iterdir()
         added = images.add(archive, name)
     _changed(images, added, as_json)
@@ -101,9 +99,9 @@ def build(name: str, recipe: Path, store: Path, as_json: bool) -> None:
 @_STORE
 @_JSON
 def use(name: str, reference: str, store: Path, as_json: bool) -> None:
-    """Let NAME mean another IMAGE of the store: another's name, or the first digits of a digest.
+    """Switch NAME to another IMAGE of the store, given by its name or by the first digits of its digest.
 
-    What NAME meant before is kept, so that is the way back, too: image list shows it.
+    The previous image is kept, so that you can switch back; "nbagent image list" shows it.
     """
     images = _open(store)
     _changed(images, images.use(name, reference), as_json)
@@ -113,13 +111,13 @@ def use(name: str, reference: str, store: Path, as_json: bool) -> None:
 @_STORE
 @_JSON
 def list_images(store: Path, as_json: bool) -> None:
-    """List the images of the store, and what each name meant before."""
+    """List the images of the store, and the previous image of each name."""
     images = _open(store)
-    documents = [_document(images, found) for found in images.list()]
+    found = images.list()
     if as_json:
-        click.echo(json.dumps(documents))
+        click.echo(json.dumps([_document(images, item) for item in found]))
     else:
-        rows = [(i["name"], _short(i["digest"]), _short(i["former"]), i["root"]) for i in documents]
+        rows = [(i.name, _short(i.digest), _short(images.former(i.name)), str(i.root)) for i in found]
         tables.show(("NAME", "DIGEST", "BEFORE", "ROOT"), rows)
 
 
@@ -128,10 +126,10 @@ def list_images(store: Path, as_json: bool) -> None:
 @_STORE
 @_JSON
 def remove(name: str, store: Path, as_json: bool) -> None:
-    """Take the name off an image; slots that run from it go on."""
+    """Remove the name of an image; its running slots are not affected."""
     images = _open(store)
     images.remove(name)
-    _tell_agent(images)
+    _reload_agent(images)
     click.echo(json.dumps({"removed": name}) if as_json else f"{name} removed")
 
 
@@ -142,14 +140,14 @@ def _open(store: Path) -> ImageStore:
 
 
 def _changed(images: ImageStore, found: Image, as_json: bool) -> None:
-    """Tells the agent and the operator what a name means now."""
-    _tell_agent(images)
+    """Reload the agent, and print the image that a name has now."""
+    _reload_agent(images)
     click.echo(json.dumps(_document(images, found)) if as_json else f"{found.name} {found.digest}")
 
 
-def _tell_agent(images: ImageStore) -> None:
-    """The agent looks at its store when it is reloaded. One that does not run looks when it starts."""
-    if images.path == STORE_PATH and Path("/run/systemd/system").is_dir():
+def _reload_agent(images: ImageStore) -> None:
+    """Reload the agent if it runs, because it reads its store at a start and a reload."""
+    if images.path == paths.IMAGES and Path("/run/systemd/system").is_dir():
         subprocess.run(["systemctl", "--quiet", "try-reload-or-restart", "nbagent.service"], check=False)
 
 
@@ -157,8 +155,8 @@ def _short(digest: str | None) -> str:
     return digest.removeprefix("sha256-")[:_SHOWN_DIGITS] if digest else "-"
 
 
-def _document(images: ImageStore, found: Image) -> dict[str, Any]:
-    """What of an Image is of use outside the host's own processes."""
+def _document(images: ImageStore, found: Image) -> dict[str, str | int | None]:
+    """An image as a JSON document."""
     return {
         "name": found.name,
         "digest": found.digest,

@@ -1,8 +1,7 @@
-"""The control API from outside: one request, one answer, and problems as the exceptions they were.
+"""A client of the control API. Problem documents are raised as the exceptions that they describe.
 
-No proxy from the environment and no redirect: the token goes to the named host and nowhere else.
-http.client and ssl are imported when a call is made, since most of them never use TLS and
-`nbagent --version` makes no call at all.
+It uses no proxy from the environment and follows no redirect, so that the token is sent to the named host only.
+http.client and ssl are imported when a call is made, because `nbagent --version` makes none.
 """
 
 from __future__ import annotations
@@ -13,27 +12,27 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from nbagent.core import paths
 from nbagent.core.errors import ConfigError, InvalidField, NbagentError, from_wire
 
 DEFAULT_URL = "http://127.0.0.1:9000"
-TOKEN_PATH = Path("/etc/nbagent/token")
-# Longer than any claim waits by default (pool.claim_timeout and claims.timeout).
+# More than the time that a claim waits by default (pool.claim_timeout and claims.timeout).
 TIMEOUT_S = 60.0
 _TYPE_PREFIX = "urn:nbagent:problem:"
 
 
 class ApiUnavailable(NbagentError):
-    """Nothing answers at the URL, or what answers is not the control API."""
+    """No server responds at the URL, or it is not the control API."""
 
     code = "api-unavailable"
-    title = "The control API does not answer"
+    title = "The control API does not respond"
     exit_status = 69  # EX_UNAVAILABLE of sysexits.h
 
 
 def read_token(path: Path | None) -> str | None:
-    """The token of `path`; None: that of this host when it may be read. Raises ConfigError."""
+    """The token in `path`; without a path, this host's token, or None if it is unreadable. Raises ConfigError."""
     try:
-        token = (path or TOKEN_PATH).read_bytes().strip().decode("ascii")
+        token = (path or paths.TOKEN).read_bytes().strip().decode("ascii")
     except OSError as error:
         if path is None:
             return None
@@ -42,7 +41,7 @@ def read_token(path: Path | None) -> str | None:
         token = ""
     if token.isprintable() and token:
         return token
-    raise ConfigError(f"{path or TOKEN_PATH}: holds no token", file=str(path or TOKEN_PATH))
+    raise ConfigError(f"{path or paths.TOKEN}: does not contain a token", file=str(path or paths.TOKEN))
 
 
 class Remote:
@@ -61,9 +60,9 @@ class Remote:
         self._is_tls, self._prefix = parts.scheme == "https", parts.path
 
     def call(
-        self, method: str, path: str, body: Mapping[str, Any] | None = None, key: str | None = None
+        self, method: str, path: str, body: Mapping[str, object] | None = None, key: str | None = None
     ) -> Any:
-        """The document that answers. Raises the NbagentError that the API met, or ApiUnavailable."""
+        """The JSON document of the response. Raises the NbagentError of a problem document, or ApiUnavailable."""
         import http.client
 
         kind = http.client.HTTPSConnection if self._is_tls else http.client.HTTPConnection
@@ -71,23 +70,23 @@ class Remote:
         try:
             payload = None if body is None else json.dumps(body).encode()
             connection.request(method, self._prefix + path, payload, self._headers(body is not None, key))
-            answer = connection.getresponse()
-            text = answer.read()
+            response = connection.getresponse()
+            text = response.read()
         except (OSError, http.client.HTTPException) as error:
             reason = getattr(error, "strerror", None) or error or type(error).__name__
             raise ApiUnavailable(
-                f"no answer from {self.url}: {reason}; is nbagent-api.socket active?"
+                f"no response from {self.url}: {reason}; is nbagent-api.socket active?"
             ) from None
         finally:
             connection.close()
-        return self._document(answer.status, text)
+        return self._document(response.status, text)
 
     def _headers(self, has_body: bool, key: str | None) -> dict[str, str]:
         headers = {"Accept": "application/json", "User-Agent": "nbagent"}
         if has_body:
             headers["Content-Type"] = "application/json"
         if key is not None:
-            # As latin-1 is all that a header can carry, the API shall judge what is left of it.
+            # http.client encodes headers as Latin-1. The API refuses a key with replaced characters.
             headers["Idempotency-Key"] = key.encode("ascii", "replace").decode()
         if self.token is not None:
             headers["Authorization"] = f"Bearer {self.token}"
@@ -97,18 +96,18 @@ class Remote:
         try:
             document = json.loads(text)
         except ValueError:
-            raise ApiUnavailable(f"{self.url} answered {status}, but it is not the control API") from None
+            raise ApiUnavailable(f"{self.url} is not the control API: status {status} without JSON") from None
         if status < 400:
             return document
         raise error_of_problem(document, status)
 
 
-def error_of_problem(problem: Any, status: int) -> NbagentError:
+def error_of_problem(problem: object, status: int) -> NbagentError:
     """The exception that a problem document describes."""
     if not isinstance(problem, dict):
-        return NbagentError(f"answered {status}")
+        return NbagentError(f"the API responded with status {status}")
     code = str(problem.get("type", "")).removeprefix(_TYPE_PREFIX)
     standard = {"type", "title", "status", "detail", "message", "self"}
     details = {str(name): value for name, value in problem.items() if name not in standard}
-    message = str(problem.get("detail") or problem.get("title") or f"answered {status}")
+    message = str(problem.get("detail") or problem.get("title") or f"the API responded with status {status}")
     return from_wire({"code": code, "message": message, "details": details})

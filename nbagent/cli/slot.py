@@ -1,4 +1,4 @@
-"""`nbagent slot`: what a slot is made of."""
+"""`nbagent slot`: the steps of a slot's start."""
 
 from __future__ import annotations
 
@@ -9,39 +9,37 @@ from pathlib import Path
 
 import click
 
-from nbagent.cli.images import STORE_PATH
 from nbagent.config import host_config
+from nbagent.core import paths
 
-RUN = Path("/run/nbagent/slots")
 WIDTH = 100
 
 
 @click.group()
 def slot() -> None:
-    """Shows how slots are made."""
+    """Show how slots are started."""
 
 
 @slot.command()
 @click.argument("image")
-@click.option("--store", type=click.Path(path_type=Path), default=STORE_PATH, show_default=True,
+@click.option("--store", type=click.Path(readable=False, path_type=Path), default=paths.IMAGES, show_default=True,
               help="The image store.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plan(image: str, store: Path, as_json: bool) -> None:
     """Print every step of the start of a slot of IMAGE, with its reason.
 
-    Nothing is started. A start that fails says the step in these words, and undoes the ones before. Where
-    slots are forked, the steps of the zygote, done once for many slots, come first.
+    Nothing is started. If a start fails, its message names the step with these words, and the steps before it are
+    undone. If slots of the image are forked, the steps of the zygote, which are done once for many slots, come first.
     """
     from nbagent.core.model import Slot, SlotState
     from nbagent.image.store import ImageStore
     from nbagent.network.addresses import FIRST
     from nbagent.sandbox.plan import plan as sandbox_plan
     from nbagent.sandbox.plan import zygote_plan
-    from nbagent.supervisor.agent import default_limits
-    from nbagent.supervisor.launcher import host_steps, sandbox_spec
+    from nbagent.supervisor.launcher import host_steps, sandbox_spec, zygote_spec
     from nbagent.supervisor.network import INTERNET, numbered, uplink
+    from nbagent.supervisor.slot_starter import default_limits
     from nbagent.supervisor.slots import UID_FIRST
-    from nbagent.supervisor.zygotes import zygote_spec
 
     settings, found = host_config.load(), ImageStore(store).get(image)
     sample = Slot(
@@ -54,9 +52,9 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     lines = []
     if found.launch == "fork":
         spec = spec._replace(forked=True)
-        made_once = zygote_plan(zygote_spec(found, settings.slots.storage_bytes))
-        lines = [line._replace(part="zygote") for line in made_once.lines()]
-    lines += [*host_steps(sample, RUN / sample.id, spec.forked), *sandbox_plan(spec).lines()]
+        shared_steps = zygote_plan(zygote_spec(found, settings.slots.storage_bytes))
+        lines = [line._replace(part="zygote") for line in shared_steps.lines()]
+    lines += [*host_steps(sample, paths.SLOTS / sample.id, spec.forked), *sandbox_plan(spec).lines()]
     if as_json:
         click.echo(json.dumps([line._asdict() for line in lines], indent=2 if sys.stdout.isatty() else None))
         return

@@ -1,14 +1,14 @@
-"""Documents of the API for people: tables on a terminal, plain columns in a pipe.
+"""Prints documents of the API: as tables on a terminal, as columns of plain text otherwise.
 
-rich is imported only where a terminal shows it.
+rich is imported only for a terminal, because it is slow to load.
 """
 
 from __future__ import annotations
 
 import datetime
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -17,13 +17,15 @@ from nbagent.core.quantities import format_duration, format_size
 if TYPE_CHECKING:
     from rich.table import Table
 
+T = TypeVar("T")
+
 SLOT_COLUMNS = ("SLOT", "STATE", "IMAGE", "AGE", "IDLE", "MEMORY", "CPU", "TASKS", "OOM", "EXPIRES")
 IMAGE_COLUMNS = ("NAME", "DIGEST", "LAUNCH", "WARM", "DEFAULT")
 _STYLES = {"claimed": "green", "warm": "cyan", "starting": "yellow", "stopping": "dim", "failed": "red"}
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table; columns of spaces where no terminal is."""
+    """Print a table, or columns separated by spaces if standard output is not a terminal."""
     if sys.stdout.isatty():
         from rich.console import Console
 
@@ -36,26 +38,26 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """The same as a rich table, states in colour."""
+    """A rich table with states in color."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    # Text, since rich would read [brackets] in what it shows as markup.
+    # Text, because rich would interpret [brackets] in a plain str as markup.
     drawn = Table(*columns, box=SIMPLE_HEAD, pad_edge=False)
     for cells in rows:
         drawn.add_row(*(Text(cell, _STYLES.get(cell, "")) for cell in cells))
     return drawn
 
 
-def show_facts(facts: Mapping[str, Any]) -> None:
-    """Prints names and values, one a line, those of a mapping below its name."""
+def show_facts(facts: Mapping[str, object]) -> None:
+    """Print names and values, one on a line; names in a nested mapping are joined with dots."""
     for name, value in _flat(facts, ""):
         click.echo(f"{name:28} {'-' if value is None else value}")
 
 
 def slot_row(slot: Mapping[str, Any], now: datetime.datetime) -> tuple[str, ...]:
-    """A slot document as the cells of SLOT_COLUMNS; "-" for what is not known."""
+    """The cells of SLOT_COLUMNS for a slot document; "-" for an unknown value."""
     used, limit = slot.get("memory_bytes"), slot["limits"]["memory_bytes"]
     expires = slot.get("expires_at")
     return (
@@ -73,7 +75,7 @@ def slot_row(slot: Mapping[str, Any], now: datetime.datetime) -> tuple[str, ...]
 
 
 def image_row(image: Mapping[str, Any]) -> tuple[str, ...]:
-    """An image document as the cells of IMAGE_COLUMNS."""
+    """The cells of IMAGE_COLUMNS for an image document."""
     return (
         image["name"],
         str(image["digest"]).removeprefix("sha256-")[:12],
@@ -84,15 +86,15 @@ def image_row(image: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def seconds_until(instant: str, now: datetime.datetime) -> float:
-    """From `now` to an RFC 3339 instant, negative when it has passed."""
+    """Seconds from `now` to an RFC 3339 time, negative if it has passed."""
     return (datetime.datetime.fromisoformat(instant.replace("Z", "+00:00")) - now).total_seconds()
 
 
-def _maybe(value: Any, form: Any) -> str:
+def _maybe(value: T | None, form: Callable[[T], str]) -> str:
     return "-" if value is None else form(value)
 
 
-def _flat(facts: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, Any]]:
+def _flat(facts: Mapping[str, object], prefix: str) -> Iterable[tuple[str, object]]:
     for name, value in facts.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")

@@ -1,9 +1,8 @@
-"""Settings: what may be set, its default, how it is written, and how wrong input is explained.
+"""The settings of a host: names, defaults, descriptions, and checks that involve more than one setting.
 
-Read from `/etc/nbagent/nbagent.toml`, then every `/etc/nbagent/conf.d/*.toml` in the order of
-their names, as nbagent.config.schema reads them. Every setting has a default that works on one host.
-
-Sample files is all this module does to the world; nothing here knows what a setting is for.
+They are read from `/etc/nbagent/nbagent.toml`, then from every `/etc/nbagent/conf.d/*.toml` in the order of their
+names, by nbagent.config.schema. Every setting has a default that works on a single host. A description is printed in
+nbagent.toml and nbagent.toml(5), which nbagent.config.reference generates.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from nbagent.config.schema import (
     Network,
+    Origin,
     Reader,
     auto_or,
     dns_domain,
@@ -33,18 +33,18 @@ from nbagent.config.schema import (
     tables,
     word_or,
 )
-from nbagent.core import urls
+from nbagent.core import paths, urls
 from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
 from nbagent.core.quantities import QUOTA_EXPECTED, parse_quota, parse_rate, parse_size
 
-DEFAULT_PATH = Path("/etc/nbagent/nbagent.toml")
-# What a slot's network can be: nothing but loopback, or the public internet by way of the host.
+DEFAULT_PATH = paths.HOST_SETTINGS
+# Networks of a slot: only loopback, or the public internet by NAT on the host.
 NETWORK_MODES = ("none", "internet")
 
 N = TypeVar("N", IPv4Network, IPv6Network)
 
 
-def _quota(value: Any) -> str:
+def _quota(value: object) -> str:
     if value == "none":
         return "none"
     try:
@@ -54,14 +54,14 @@ def _quota(value: Any) -> str:
     return str(value)
 
 
-def _origins(value: Any) -> tuple[str, ...]:
+def _origins(value: object) -> tuple[str, ...]:
     pattern = r"\*|https?://[^/\s]+"
     if isinstance(value, list) and all(isinstance(v, str) and re.fullmatch(pattern, v) for v in value):
         return tuple(value)
     raise ValueError('a list of origins such as ["https://example.org"], without a path')
 
 
-def _cookies(value: Any) -> tuple[str, ...]:
+def _cookies(value: object) -> tuple[str, ...]:
     expected = 'a list of at most 16 names of cookies such as ["_xsrf", "session-*"]'
     parse = matching(r"[A-Za-z0-9_.-]{1,64}\*?", expected)
     if isinstance(value, list) and len(value) <= 16:
@@ -69,11 +69,11 @@ def _cookies(value: Any) -> tuple[str, ...]:
     raise ValueError(expected)
 
 
-def _sentence(low: int, high: int) -> Callable[[Any], str]:
+def _sentence(low: int, high: int) -> Callable[[object], str]:
     return matching(rf"[^\x00-\x1f\x7f]{{{low},{high}}}", f"text of {low} to {high} characters in one line")
 
 
-def _archives(value: Any) -> tuple[str, ...]:
+def _archives(value: object) -> tuple[str, ...]:
     expected = 'a list of URLs such as ["https://data.example.org/courses/"], without "?", "#" or ".."'
     if not isinstance(value, list) or not all(isinstance(v, str) and "?" not in v for v in value):
         raise ValueError(expected)
@@ -83,15 +83,14 @@ def _archives(value: Any) -> tuple[str, ...]:
         raise ValueError(expected) from None
 
 
-def _mode(value: Any) -> str:
+def _mode(value: object) -> str:
     if value in NETWORK_MODES:
         return str(value)
     raise ValueError('"none" or "internet"')
 
 
-def _modes(value: Any) -> tuple[str, ...]:
-    known = isinstance(value, list) and all(mode in NETWORK_MODES for mode in value)
-    if known and value and len(set(value)) == len(value):
+def _modes(value: object) -> tuple[str, ...]:
+    if isinstance(value, list) and all(mode in NETWORK_MODES for mode in value) and len(value) == len(set(value)) > 0:
         return tuple(value)
     raise ValueError('a list with "none", "internet" or both, the default first')
 
@@ -101,7 +100,7 @@ _DNS_NAME = re.compile(
 )
 
 
-def _reach(value: Any) -> tuple[str | Network, ...]:
+def _reach(value: object) -> tuple[str | Network, ...]:
     expected = 'a list of names and networks such as ["pip.example", "203.0.113.0/24"]'
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
         raise ValueError(expected)
@@ -116,8 +115,8 @@ def _reach(value: Any) -> tuple[str | Network, ...]:
     return tuple(found)
 
 
-def _range(kind: type[N], shortest: int, longest: int) -> Callable[[Any], N]:
-    def parse(value: Any) -> N:
+def _range(kind: type[N], shortest: int, longest: int) -> Callable[[object], N]:
+    def parse(value: object) -> N:
         with contextlib.suppress(ValueError):
             network = ipaddress.ip_network(value) if isinstance(value, str) else None
             if isinstance(network, kind) and shortest <= network.prefixlen <= longest:
@@ -128,7 +127,7 @@ def _range(kind: type[N], shortest: int, longest: int) -> Callable[[Any], N]:
 
 
 def derived_label(hostname: str) -> str:
-    """A host label from a hostname: its first part, `[a-z0-9]`, at most 16 characters."""
+    """The default host label: the characters `[a-z0-9]` of the hostname's first part, at most 16."""
     return re.sub(r"[^a-z0-9]", "", hostname.split(".")[0].lower())[:16] or "host"
 
 
@@ -138,68 +137,77 @@ _IMAGE_NAME = matching(IMAGE_NAME.pattern, IMAGE_NAME_EXPECTED)
 
 @dataclass(frozen=True)
 class HostSettings:
-    """`[host]`: this machine in the fleet."""
+    """`[host]`: this host's identity in the fleet, and its memory reserve."""
 
-    label: str | None = setting("auto", auto_or(_LABEL), "Unique in the fleet; auto: from the hostname.")
-    memory_reserve: int = setting("512M", parse_size, "No slot is started when less than this would be left.")
+    label: str | None = setting(
+        "auto", auto_or(_LABEL),
+        "First part of the ids of this host's slots, unique in the fleet; auto: derived from the hostname.",
+    )
+    memory_reserve: int = setting("512M", parse_size, "Available memory of the host that a start must leave.")
 
 
 @dataclass(frozen=True)
 class ApiSettings:
-    """`[api]`: who may call the control API, and how it is served."""
+    """`[api]`: access to the control API, and its processes."""
 
     trusted_networks: tuple[Network, ...] = setting(
-        ["127.0.0.0/8", "::1/128"], networks, "Peers that need no token."
+        ["127.0.0.0/8", "::1/128"], networks, "Networks whose clients need no token."
     )
-    allowed_origins: tuple[str, ...] = setting([], _origins, 'Web origins whose pages may call; "*": any.')
-    workers: int = setting(2, number(1, 64, int), "gunicorn worker processes.")
-    threads: int = setting(64, number(1, 256, int), "Threads of each worker: calls that wait at a time.")
+    allowed_origins: tuple[str, ...] = setting([], _origins, 'Web origins whose pages may call the API; "*": any.')
+    workers: int = setting(2, number(1, 64, int), "Number of gunicorn worker processes.")
+    threads: int = setting(64, number(1, 256, int), "Threads of each worker, which limit the calls at a time.")
 
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """`[router]`: where users reach their slots."""
+    """`[router]`: the addresses of slots for browsers."""
 
     url_mode: str = setting(
         "path", matching("path|subdomain", '"path" or "subdomain"'),
-        'Slots share one web origin with "path"; with "subdomain" each has its own, SLOT.domain.',
+        '"path": all slots share one web origin; "subdomain": each slot has an origin of its own, SLOT.domain.',
     )
     domain: str | None = setting(
-        "none", word_or("none", dns_domain), 'With url_mode = "subdomain": *.domain leads to the router.'
+        "none", word_or("none", dns_domain),
+        'For url_mode = "subdomain": DNS domain whose names *.domain resolve to the router.'
     )
     cookies: tuple[str, ...] = setting(
         ["_xsrf"], _cookies,
-        'Cookies that reach a slot beside its own login, by name or "name*"; all others are kept from it.',
+        'Cookies that the router forwards to slots besides their login cookie, by name or "name*"; it removes all '
+        'others.',
     )
     public_url: str | None = setting(
         "auto",
         auto_or(matching(r"https?://[^/\s]+", 'a URL without a path, such as "https://nb.example.org"')),
-        "The front of a claim's url; auto: the name the API was called by, or SLOT.domain, on `port`.",
+        "Scheme, host and port of the url in a claim; auto: the Host of the API request, or SLOT.domain, with `port`.",
     )
-    port: int = setting(8000, number(1, 65535, int), "The router's port in a claim's url.")
+    port: int = setting(8000, number(1, 65535, int), "Port of the router in the url of a claim.")
     trusted_proxies: tuple[Network, ...] = setting(
-        [], networks, "Gateways and proxies in front, whose X-Forwarded-For says who the client is."
+        [], networks, "Gateways and proxies whose X-Forwarded-For header has the address of the client."
     )
 
 
 @dataclass(frozen=True)
 class LandingSettings:
-    """`[landing]`: the pages where people start a notebook, and tmpnb's public API; served by the router."""
+    """`[landing]`: the pages on which people start a notebook, and tmpnb's public API, both served by the router."""
 
     access: str = setting(
         "public", matching("public|token|off", '"public", "token" or "off"'),
-        'Who may start a slot: anybody; programs with the token of /etc/nbagent/landing-token; "off": there is none.',
+        'Clients that may start a slot: "public": all; "token": those with the token in /etc/nbagent/landing-token; '
+        '"off": none.',
     )
     start: str = setting(
-        "click", matching("click|at once", '"click" or "at once"'), "Whether the front page waits for its button."
+        "click", matching("click|at once", '"click" or "at once"'),
+        "When the front page starts a slot: after a click on its button, or when it is opened."
     )
-    title: str = setting("A notebook, at once", _sentence(1, 80), "What the front page says first.")
+    title: str = setting("A notebook, at once", _sentence(1, 80), "Title of the front page.")
     text: str = setting(
         "A live Jupyter notebook in your browser, with nothing to install. It is yours when you press the button.",
-        _sentence(0, 600), "And what below.",
+        _sentence(0, 600), "Text below the title.",
     )
-    rate: int = setting(60, number(1, 100000, int), "Slots that one address may start a minute, IPv6 by /64.")
-    banned: tuple[Network, ...] = setting([], networks, "Addresses that are served nothing.")
+    rate: int = setting(
+        60, number(1, 100000, int), "Slots that one client address may start in a minute; for IPv6, one /64 network."
+    )
+    banned: tuple[Network, ...] = setting([], networks, "Networks whose requests are refused.")
     allowed_origins: tuple[str, ...] = setting(
         [], _origins, 'Web origins whose pages may start slots by the API; "*": any.'
     )
@@ -207,109 +215,129 @@ class LandingSettings:
 
 @dataclass(frozen=True)
 class SlotSettings:
-    """`[slots]`: what one slot may use, and for how long."""
+    """`[slots]`: limits of a slot's resources and of its life."""
 
     capacity: int | None = setting(
-        "auto", auto_or(number(1, 60000, int)), "Slots at a time; auto: from memory and overcommit."
+        "auto", auto_or(number(1, 60000, int)),
+        "Most slots at a time; auto: memory of the host times `overcommit`, divided by `memory`."
     )
-    overcommit: float = setting(4.0, number(0.1, 100, float), "How often the host's memory may be promised.")
-    memory: int = setting("1G", parse_size, "MemoryMax= of a slot, unless the claim asks otherwise.")
-    memory_max: int = setting("4G", parse_size, "The most that a claim may ask for.")
+    overcommit: float = setting(
+        4.0, number(0.1, 100, float), "Memory of all slots together, as a multiple of the memory of the host."
+    )
+    memory: int = setting("1G", parse_size, "MemoryMax= of a slot whose claim has no other value.")
+    memory_max: int = setting("4G", parse_size, "Highest `memory` that a claim may request.")
     storage: int | None = setting(
-        "auto", auto_or(parse_size), "Files a slot may write, which are in its memory; auto: half of `memory`."
+        "auto", auto_or(parse_size),
+        "Size of a slot's writable file system, which is in its memory; auto: half of `memory`."
     )
     cpu_weight: int = setting(100, number(1, 10000, int), "CPUWeight= of a slot.")
-    cpu_quota: str = setting("none", _quota, 'CPUQuota= of a slot: "1/32" of the host, "50%" of one, "none".')
+    cpu_quota: str = setting(
+        "none", _quota, 'CPUQuota= of a slot: "1/32" of the host, "50%" of one processor, or "none".'
+    )
     tasks: int = setting(256, number(16, 65536, int), "TasksMax= of a slot: processes and threads.")
-    ttl: float = setting("12h", positive_duration, "How long a claimed slot lives, unless asked otherwise.")
-    ttl_max: float = setting("24h", positive_duration, "The longest life that a claim may ask for.")
-    start_timeout: float = setting("60s", positive_duration, "A slot not ready by then has failed.")
-    stop_timeout: float = setting("3s", positive_duration, "From SIGTERM to SIGKILL.")
+    ttl: float = setting("12h", positive_duration, "Life of a claimed slot whose claim has no other value.")
+    ttl_max: float = setting("24h", positive_duration, "Highest `ttl` that a claim may request.")
+    start_timeout: float = setting(
+        "60s", positive_duration, "Time from the start of a slot after which it has failed if it is not ready."
+    )
+    stop_timeout: float = setting("3s", positive_duration, "Time between SIGTERM and SIGKILL when a slot ends.")
 
     @property
     def storage_bytes(self) -> int:
-        """The size of a slot's file system."""
+        """The size of a slot's writable file system."""
         return self.memory // 2 if self.storage is None else self.storage
 
 
 @dataclass(frozen=True)
 class PoolSettings:
-    """`[pool]`: warm slots, ready before anyone asks."""
+    """`[pool]`: warm slots, which are started before they are claimed."""
 
-    image: str = setting("minimal", _IMAGE_NAME, "The image of a claim that names none.")
-    warm: int = setting(2, number(0, 10000, int), "Warm slots of each image.")
+    image: str = setting("minimal", _IMAGE_NAME, "Image of a claim that does not name one.")
+    warm: int = setting(2, number(0, 10000, int), "Number of warm slots of each image.")
     starts: int | None = setting(
         "auto", auto_or(number(1, 1000, int)),
-        "Starts at a time, of which four by fork count as one; auto: one a processor.",
+        "Most starts at a time, where four starts by fork count as one; auto: one for each processor.",
     )
-    max_age: float = setting("6h", positive_duration, "A warm slot older than this is replaced.")
-    backoff: float = setting("1s", positive_duration, "Pause after a failed start; doubles with each.")
-    backoff_max: float = setting("60s", positive_duration, "The longest pause.")
-    claim_timeout: float = setting("30s", positive_duration, "How long a claim waits for a start.")
-    zygote_slots: int = setting(1000, number(1, 1_000_000, int), "A zygote is replaced after so many slots.")
-    zygote_age: float = setting("1h", positive_duration, "A zygote older than this is replaced.")
+    max_age: float = setting("6h", positive_duration, "Age at which a warm slot is replaced.")
+    backoff: float = setting(
+        "1s", positive_duration, "Pause after a failed start; it doubles with each further failure."
+    )
+    backoff_max: float = setting("60s", positive_duration, "Longest pause.")
+    claim_timeout: float = setting("30s", positive_duration, "Longest time that a claim waits for a slot.")
+    zygote_slots: int = setting(
+        1000, number(1, 1_000_000, int), "Number of forked slots after which a zygote is replaced."
+    )
+    zygote_age: float = setting("1h", positive_duration, "Age at which a zygote is replaced.")
 
 
 @dataclass(frozen=True)
 class ClaimSettings:
-    """`[claims]`: what a claim may bring into its slot."""
+    """`[claims]`: limits of the content that is delivered to a claimed slot."""
 
-    archives: tuple[str, ...] = setting([], _archives, "A slot with a network may fetch archives below these URLs.")
-    archive_max: int = setting("128M", parse_size, "Bytes of an archive, packed and unpacked.")
-    archive_entries: int = setting(10000, number(1, 1000000, int), "Files and directories of an archive.")
-    timeout: float = setting("20s", positive_duration, "Content not in the slot by then: the claim has failed.")
+    archives: tuple[str, ...] = setting(
+        [], _archives, "URL prefixes of archives that a slot with a network may download."
+    )
+    archive_max: int = setting("128M", parse_size, "Largest size of an archive, both compressed and unpacked.")
+    archive_entries: int = setting(10000, number(1, 1000000, int), "Most files and directories in an archive.")
+    timeout: float = setting(
+        "20s", positive_duration, "Time after which the claim fails if its content was not delivered."
+    )
 
 
 @dataclass(frozen=True)
 class CullSettings:
-    """`[cull]`: when a slot that nobody uses is compressed, and when one that somebody claimed is ended."""
+    """`[cull]`: the rules that compress idle slots and end claimed ones."""
 
-    idle: float = setting("1h", positive_duration, "No kernel busy and nobody acting for this long.")
-    cpu: float = setting(0.05, number(0, 64, float), "Processors' worth of use below which a slot is idle.")
-    interval: float = setting("30s", positive_duration, "How often the rules are looked at.")
+    idle: float = setting(
+        "1h", positive_duration, "Time without a busy kernel or a user's action after which a claimed slot is ended."
+    )
+    cpu: float = setting(0.05, number(0, 64, float), "Processors in use below which a slot counts as idle.")
+    interval: float = setting("30s", positive_duration, "Time between two evaluations of the rules.")
     compress: float | None = setting(
         "10min", word_or("never", positive_duration),
-        'At rest for this long, a slot\'s memory is compressed, where all swap of the host is zram; or "never".',
+        'Idle time after which a slot\'s memory is compressed if all swap of the host is in zram; or "never".',
     )
 
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """`[network]`: what slots may reach beyond themselves. The host and private networks are refused always."""
+    """`[network]`: networks that slots may reach: never the host, and private networks only with `also`."""
 
     allow: tuple[str, ...] = setting(
-        ["none"], _modes, 'Networks that a claim may ask for, the default first: "none", "internet".'
+        ["none"], _modes, 'Values of `network` that a claim may request, the default first: "none", "internet".'
     )
     only: tuple[str | Network, ...] = setting(
-        [], _reach, "When not empty: names, with all below them, and ranges that alone are reached; no others resolve."
+        [], _reach,
+        "If not empty, slots reach only these networks and DNS domains with their subdomains; other names do not "
+        "resolve."
     )
-    also: tuple[Network, ...] = setting([], networks, "Private ranges that are reached although they are private.")
-    up: int = setting("100Mbit", parse_rate, "What one slot may send, in bits a second.")
-    down: int = setting("100Mbit", parse_rate, "What one slot may receive, in bits a second.")
-    connections: int = setting(512, number(1, 60000, int), "Connections of one slot at a time.")
-    connection_rate: int = setting(50, number(1, 10000, int), "New connections of one slot a second.")
-    range4: IPv4Network = setting(  # noqa: RUF009  a field, whatever its type
-        "198.18.0.0/16", _range(IPv4Network, 8, 24), "Where slots have their addresses, behind NAT."
+    also: tuple[Network, ...] = setting([], networks, "Private networks that slots may reach.")
+    up: int = setting("100Mbit", parse_rate, "Bits a second that one slot may send.")
+    down: int = setting("100Mbit", parse_rate, "Bits a second that one slot may receive.")
+    connections: int = setting(512, number(1, 60000, int), "Most connections of one slot at a time.")
+    connection_rate: int = setting(50, number(1, 10000, int), "Most new connections of one slot in a second.")
+    range4: IPv4Network = setting(  # noqa: RUF009  setting() returns a field
+        "198.18.0.0/16", _range(IPv4Network, 8, 24), "IPv4 network of the slots' addresses, behind NAT."
     )
-    range6: IPv6Network = setting(  # noqa: RUF009  a field, whatever its type
+    range6: IPv6Network = setting(  # noqa: RUF009  setting() returns a field
         "fd6e:6261:6765:6e74::/64", _range(IPv6Network, 32, 112),
-        "Likewise; used where the host forwards IPv6 and has a route.",
+        "IPv6 network of the slots' addresses, used if the host forwards IPv6 and has a default route.",
     )
 
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """`[images.NAME]`: what differs for one image."""
+    """`[images.NAME]`: settings of one image."""
 
-    warm: int | None = setting("auto", auto_or(number(0, 10000, int)), "Warm slots; auto: as in [pool].")
+    warm: int | None = setting("auto", auto_or(number(0, 10000, int)), "Number of warm slots; auto: as in [pool].")
     network: str | None = setting(
-        "auto", auto_or(_mode), "The network of a claim that names none; auto: the first of network.allow."
+        "auto", auto_or(_mode), "Network of a claim that does not name one; auto: the first of network.allow."
     )
 
 
 @dataclass(frozen=True)
 class HostConfig:
-    """All settings, each with its default."""
+    """All settings of a host."""
 
     host: HostSettings = field(default_factory=HostSettings)
     api: ApiSettings = field(default_factory=ApiSettings)
@@ -324,40 +352,40 @@ class HostConfig:
 
     @property
     def label(self) -> str:
-        """The host label, from the setting or the hostname."""
+        """The host label, from host.label or from the hostname."""
         return self.host.label or derived_label(socket.gethostname())
 
     def warm(self, image: str) -> int:
-        """How many warm slots the pool of `image` wants."""
+        """The number of warm slots of `image`."""
         settings = self.images.get(image)
         return self.pool.warm if settings is None or settings.warm is None else settings.warm
 
     def network_mode(self, image: str) -> str:
-        """The network of a claim of `image` that names none."""
+        """The network of a claim of `image` that does not name one."""
         settings = self.images.get(image)
         return (settings.network if settings else None) or self.network.allow[0]
 
 
 @dataclass
 class CurrentConfig:
-    """The configuration in force. A reload replaces `value`, and every holder reads it here at each use."""
+    """The configuration in force. A reload replaces `value`, so read it at each use."""
 
     value: HostConfig
 
 
 def settings_files(path: Path = DEFAULT_PATH) -> list[Path]:
-    """The files that make the configuration, in the order they are read; missing ones left out."""
+    """The existing files of the configuration, in the order in which they are read."""
     extra = sorted((path.parent / "conf.d").glob("*.toml"))
     return [file for file in [path, *extra] if file.is_file()]
 
 
 def load(path: Path = DEFAULT_PATH) -> HostConfig:
-    """Reads the configuration. Raises ConfigError naming file, key and what would be right."""
+    """Read the configuration. Raises ConfigError, which names the file, the key and the expected value."""
     return parse(*read_tables(settings_files(path)))
 
 
-def parse(tables: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path] | None = None) -> HostConfig:
-    """A HostConfig of tables as TOML gives them. `origin` says which file each key came from."""
+def parse(tables: Mapping[str, object], origin: Origin | None = None) -> HostConfig:
+    """The HostConfig of parsed TOML tables. `origin` has the file of each key. Raises ConfigError."""
     tables, origin = rename_section(tables, origin or {}, "door", "landing")
     reader = Reader(origin)
     config = reader.section(HostConfig, tables, ())
@@ -380,7 +408,7 @@ def _check_origins(router: RouterSettings, reader: Reader) -> None:
             raise reader.error(("router", "domain"), '"none", unless router.url_mode is "subdomain"')
         return
     if router.domain is None:
-        raise reader.error(("router", "domain"), 'a DNS name, since router.url_mode is "subdomain"')
+        raise reader.error(("router", "domain"), 'a DNS name, because router.url_mode is "subdomain"')
     with_port = rf"https?://{re.escape(router.domain)}(:\d{{1,5}})?"
     if router.public_url and not re.fullmatch(with_port, router.public_url):
         raise reader.error(

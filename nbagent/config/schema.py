@@ -1,9 +1,9 @@
-"""Settings as dataclasses: how one is declared, and read from TOML files, strictly.
+"""Settings as dataclasses: their declaration, and a strict reader of TOML files.
 
-A field says how its value is written in a file, what its default is and what it is for; so the
-configuration files and their manual pages are made of the same lines that read them. A later file
-wins key by key. What is not known, or wrong, is refused with the file, the key and what would be
-right, because a misspelt limit that is silently ignored is worse than no program.
+A field carries its parser, its default and its description, so that nbagent.config.reference generates the
+configuration files and manual pages from the same declarations. A later file overrides an earlier one key by key.
+An unknown key or a wrong value is an error that names the file, the key and the expected value, because a misspelt
+limit must not be ignored silently.
 
 nbagent.config.host_config has the settings of a host, nbagent.gateway.settings those of a gateway.
 """
@@ -28,31 +28,35 @@ from nbagent.core.errors import ConfigError
 from nbagent.core.quantities import parse_duration
 
 Network = IPv4Network | IPv6Network
+# File of each key, for error messages.
+Origin = Mapping[tuple[str, ...], Path]
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
 
 
-def setting(default: Any, parse: Callable[[Any], Any], doc: str) -> Any:
-    """A field whose value in a file goes through `parse`, which raises ValueError."""
+def setting(default: object, parse: Callable[[object], object], doc: str) -> Any:
+    """A dataclass field with the value `parse(value)` of a file's value; `parse` raises ValueError."""
     metadata = {"parse": parse, "doc": doc, "default": default}
     return field(default_factory=lambda: parse(default), metadata=metadata)
 
 
 def tables(kind: type, pattern: str, expected: str, called: str) -> Any:
-    """A field with a table of `kind` for each name of the shape `pattern`."""
-    return field(default_factory=dict, metadata={"tables": _Tables(kind, re.compile(pattern), expected, called)})
+    """A dataclass field with a mapping from names that match `pattern` to tables of `kind`."""
+    return field(default_factory=dict, metadata={"tables": NamedTables(kind, re.compile(pattern), expected, called)})
 
 
-class _Tables(NamedTuple):
+class NamedTables(NamedTuple):
+    """Metadata of a field made by tables()."""
+
     kind: type
     pattern: re.Pattern[str]
     expected: str
     called: str
 
 
-def matching(pattern: str, expected: str) -> Callable[[Any], str]:
-    """A parser of text that has the whole of a pattern."""
-    def parse(value: Any) -> str:
+def matching(pattern: str, expected: str) -> Callable[[object], str]:
+    """A parser of text that matches the whole pattern."""
+    def parse(value: object) -> str:
         if isinstance(value, str) and re.fullmatch(pattern, value):
             return value
         raise ValueError(expected)
@@ -60,9 +64,9 @@ def matching(pattern: str, expected: str) -> Callable[[Any], str]:
     return parse
 
 
-def number(low: float, high: float, kind: type[T]) -> Callable[[Any], T]:
+def number(low: float, high: float, kind: type[T]) -> Callable[[object], T]:
     """A parser of numbers from `low` to `high`, both included."""
-    def parse(value: Any) -> T:
+    def parse(value: object) -> T:
         whole = "a whole number" if kind is int else "a number"
         types = (int,) if kind is int else (int, float)
         if isinstance(value, types) and not isinstance(value, bool) and low <= value <= high:
@@ -72,10 +76,10 @@ def number(low: float, high: float, kind: type[T]) -> Callable[[Any], T]:
     return parse
 
 
-def word_or(word: str, parse: Callable[[Any], T]) -> Callable[[Any], T | None]:
-    """`word` is read as None."""
+def word_or(word: str, parse: Callable[[object], T]) -> Callable[[object], T | None]:
+    """A parser that returns None for `word`, and parses anything else with `parse`."""
 
-    def parse_either(value: Any) -> T | None:
+    def parse_either(value: object) -> T | None:
         if value == word:
             return None
         try:
@@ -86,21 +90,21 @@ def word_or(word: str, parse: Callable[[Any], T]) -> Callable[[Any], T | None]:
     return parse_either
 
 
-def auto_or(parse: Callable[[Any], T]) -> Callable[[Any], T | None]:
-    """"auto" is read as None."""
+def auto_or(parse: Callable[[object], T]) -> Callable[[object], T | None]:
+    """A parser that returns None for "auto", and parses anything else with `parse`."""
     return word_or("auto", parse)
 
 
-def positive_duration(value: Any) -> float:
-    """Seconds of a time that is not none."""
+def positive_duration(value: object) -> float:
+    """Seconds of a duration such as "90s". Raises ValueError unless it is above 0."""
     duration_s = parse_duration(value)
     if duration_s <= 0:
         raise ValueError("a time above 0")
     return duration_s
 
 
-def networks(value: Any) -> tuple[Network, ...]:
-    """A list of networks, as CIDR."""
+def networks(value: object) -> tuple[Network, ...]:
+    """The networks of a list in CIDR notation. Raises ValueError."""
     expected = 'a list of networks such as ["127.0.0.0/8", "10.1.0.0/16"]'
     if not isinstance(value, list):
         raise ValueError(expected)
@@ -110,17 +114,17 @@ def networks(value: Any) -> tuple[Network, ...]:
         raise ValueError(f"{expected}; {error}") from None
 
 
-def dns_domain(value: Any) -> str:
-    """A name in the DNS below which slots have theirs."""
-    # An id with its dot takes 30 of the 253 characters that a name in the DNS may have.
+def dns_domain(value: object) -> str:
+    """A DNS domain in which each slot has a host name. Raises ValueError."""
+    # A DNS name has at most 253 characters, of which a slot id with its dot takes up to 30.
     part = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
     name = rf"(?=.{{1,223}}$)(?!(.*\.)?\d+$)({part}\.)*{part}"
     return matching(name, 'a DNS name in lower case, such as "nb.example.org"')(value)
 
 
-def read_tables(files: Iterable[Path]) -> tuple[dict[str, Any], dict[tuple[str, ...], Path]]:
-    """What the files say together, and which of them each key came from. Raises ConfigError."""
-    tables: dict[str, Any] = {}
+def read_tables(files: Iterable[Path]) -> tuple[dict[str, object], dict[tuple[str, ...], Path]]:
+    """The merged content of the files, and the file that each key came from. Raises ConfigError."""
+    tables: dict[str, object] = {}
     origin: dict[tuple[str, ...], Path] = {}
     for file in files:
         try:
@@ -134,27 +138,27 @@ def read_tables(files: Iterable[Path]) -> tuple[dict[str, Any], dict[tuple[str, 
 
 
 def _merge(
-    into: dict[str, Any],
-    document: Mapping[str, Any],
+    into: dict[str, object],
+    document: Mapping[str, object],
     file: Path,
     origin: dict[tuple[str, ...], Path],
     prefix: tuple[str, ...],
 ) -> None:
     for key, value in document.items():
         origin[*prefix, key] = file
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value, file, origin, (*prefix, key))
-        elif isinstance(value, dict):
-            into[key] = {}
-            _merge(into[key], value, file, origin, (*prefix, key))
+        if isinstance(value, dict):
+            below = into.get(key)
+            if not isinstance(below, dict):
+                below = into[key] = {}
+            _merge(below, value, file, origin, (*prefix, key))
         else:
             into[key] = value
 
 
 def rename_section(
-    tables: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path], old: str, new: str
-) -> tuple[Mapping[str, Any], Mapping[tuple[str, ...], Path]]:
-    """`tables` and `origin` with the section `old` under its name of today, `new`.
+    tables: Mapping[str, object], origin: Origin, old: str, new: str
+) -> tuple[Mapping[str, object], Origin]:
+    """`tables` and `origin` with the deprecated section `old` renamed to `new`.
 
     Logs a warning when `old` is used. Raises ConfigError when both sections are present.
     """
@@ -176,24 +180,24 @@ def rename_section(
 
 @dataclass(frozen=True)
 class Reader:
-    """Makes dataclasses of tables; what is wrong it names with the file it came from."""
+    """Makes dataclasses of tables; its errors name the file that the wrong key came from."""
 
-    origin: Mapping[tuple[str, ...], Path]
+    origin: Origin
 
     def error(self, key: tuple[str, ...], expected: str) -> ConfigError:
-        """That `key` is not what is expected."""
+        """The error for a wrong value of `key`."""
         file, name = self.origin.get(key), ".".join(key)
         where = f"{file}: " if file else ""
         return ConfigError(
             f"{where}{name}: expected {expected}", file=str(file or ""), key=name, expected=expected
         )
 
-    def section(self, kind: type[T], table: Any, prefix: tuple[str, ...]) -> T:
-        """A `kind` of the table that is named `prefix`. Raises ConfigError."""
+    def section(self, kind: type[T], table: object, prefix: tuple[str, ...]) -> T:
+        """A `kind` with the settings of `table`, whose name is `prefix`. Raises ConfigError."""
         if not isinstance(table, Mapping):
             raise self.error(prefix, "a table")
         fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for name, value in table.items():
             key = (*prefix, name)
             if name not in fields:
@@ -201,7 +205,7 @@ class Reader:
             values[name] = self._value(kind, fields[name], value, key)
         return kind(**values)
 
-    def _value(self, kind: type, setting: dataclasses.Field[Any], value: Any, key: tuple[str, ...]) -> Any:
+    def _value(self, kind: type, setting: dataclasses.Field[object], value: object, key: tuple[str, ...]) -> object:
         if parse_value := setting.metadata.get("parse"):
             try:
                 return parse_value(value)

@@ -1,96 +1,102 @@
-"""Brings what a claim brings into a running slot: one process that enters the slot and becomes its user.
+"""Delivers the content of a claim into a running slot: one process that enters the slot and becomes its user.
 
-    python3 -I -m nbagent.content.deliver CONTROL_FD PIDFD ORDER_FD
+    python3 -I -m nbagent.content.deliver CONTROL_FD
 
-PIDFD is the slot's first process, ORDER_FD an `Order` as JSON. Over CONTROL_FD (SOCK_SEQPACKET) it answers
-once and ends:
+Over the control channel (nbagent.wire.channel) it receives {"order": Order}, with a pidfd of the slot's first process,
+"init", and, for a claim with files, a sealed memfd with their bytes, "content". It sends one response and exits:
+{"files": int, "entries": int}, or a failure of the step ENTER, WRITE or UNPACK.
 
-    {"done": {"files": int, "entries": int}}
-    {"failed": {"part": "enter" | "files" | "archive", "text": str}}
+Its first instruction runs in the slot's scope already, so that all memory it touches is charged to the slot. Before it
+enters, it imports all it will need and reads its order. The process that enters exits at once; its child is in the
+slot's pid namespace too, where the slot's init will reap it, and gets the slot's user, limits and filter by the last
+steps of the same plan. Only then it touches a file or the network.
 
-Its first instruction runs in the slot's scope already, so all it touches is charged to the slot. Before it
-enters it imports all it will ever need and reads its order. The process that enters ends at once; its child is
-in the slot's pid namespace too, where the slot's init will reap it, and becomes what each of the slot's
-processes is by the last steps of the same plan. Only then it touches a file or the network.
-
-To the slot it shows nothing: no descriptor of the host but this socket, no environment, and it is not dumpable
-from before it enters to its end, so that nothing with the slot's id can trace it or look into /proc/PID. The
-other way round its answer is no more than what the slot says of itself.
+It exposes nothing to the slot: it has no descriptor of the host but this channel and the claim's own content, and no
+environment, and it is not dumpable from before it enters to its end, so that no process with the slot's id can trace it
+or read its /proc. In turn its response is untrusted, because it is a process of the slot that sends it.
 
 Standard library only; Python 3.9 and up.
 """
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import json
 import os
 import signal
-import socket
 import sys
-from typing import Any, Dict, List, Mapping, NamedTuple, NoReturn, Optional
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Tuple
 
 from nbagent.content.beneath_writer import BeneathWriter, Refused
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.sandbox import plan
+from nbagent.wire import fields
+from nbagent.wire.channel import Channel, Message, report_failure
+from nbagent.wire.failure import Failure, StepFailed
 
 NAMESPACES = plan.NAMESPACES | ns.CLONE_NEWUSER
+ENTER, WRITE, UNPACK = "enter", "write", "unpack"
+# 100 files whose paths of 1,000 bytes JSON escapes threefold.
+ORDER_MAX_BYTES = 1 << 20
 
 
 class Order(NamedTuple):
-    """What is to be brought, and as whom: `uid` in the slot, whose first process on the host is `pid`.
+    """The content to deliver, and the user: `uid` in the slot, whose first process on the host is `pid`.
 
-    `files` are pairs of path and base64; `allowed` are URLs' beginnings.
-    `timeout_s` is for all of it; the supervisor ends the slot a little later.
+    `files` are pairs of a path and a size in bytes; `allowed` are prefixes of URLs. `timeout_s` is for all of it; the
+    supervisor ends the slot a little later.
     """
 
     uid: int
     pid: int
     syscall_filter: str
-    files: List[List[str]]
+    files: List[Tuple[str, int]]
     archive: Optional[str]
     allowed: List[str]
     archive_bytes: int
     archive_entries: int
     timeout_s: float
 
-    def save(self) -> Dict[str, Any]:
+    def save(self) -> Dict[str, object]:
         """The order as JSON."""
         return self._asdict()
 
     @classmethod
-    def restore(cls, saved: Mapping[str, Any]) -> Order:
-        """The order out of JSON. Raises TypeError when it is not one."""
-        return cls(**saved)
+    def restore(cls, saved: Mapping[str, object]) -> Order:
+        """The order from JSON of the supervisor, which is trusted. Raises TypeError when a field is missing."""
+        return cls(**saved)  # type: ignore[arg-type]
+
+
+Fetch = Callable[[BeneathWriter, Order], int]
 
 
 def main() -> NoReturn:
     """Runs in the slot's scope, as root of the host; never returns."""
-    control = socket.socket(fileno=int(sys.argv[1]))
-    _guarded(control, "enter", lambda: _outside(control, int(sys.argv[2]), int(sys.argv[3])))
+    control = Channel.from_fd(int(sys.argv[1]), ORDER_MAX_BYTES)
+    report_failure(control, ENTER, lambda: _outside(control))
 
 
-def _outside(control: socket.socket, pidfd: int, order_fd: int) -> NoReturn:
-    # When memory ends, rather the claim than what is in the slot.
+def _outside(control: Channel) -> NoReturn:
+    # When memory runs out, this process is to be killed rather than the slot's.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
-    with open(order_fd, "rb") as order_file:
-        order = Order.restore(json.load(order_file))
+    if (request := control.receive()) is None:  # the supervisor has ended
+        os._exit(1)
+    order = Order.restore(fields.mapping(request.body, "order"))
     fetch = _fetcher() if order.archive is not None else None
     prctl(PR_SET_DUMPABLE, 0)
+    pidfd = request.take("init")
     ns.enter(pidfd, order.pid, NAMESPACES)
     os.close(pidfd)
-    # What is not imported by now must never be: it would be the image's.
+    # No import from here on, because it would load the image's modules.
     sys.path.clear()
     sys.path_importer_cache.clear()
     if os.fork() == 0:
-        _guarded(control, "enter", lambda: _inside(control, order, fetch))
+        report_failure(control, ENTER, lambda: _inside(control, order, request, fetch))
     os._exit(0)
 
 
-def _inside(control: socket.socket, order: Order, fetch: Any) -> NoReturn:
+def _inside(control: Channel, order: Order, request: Message, fetch: Optional[Fetch]) -> NoReturn:
     os.setsid()
     null = os.open("/dev/null", os.O_RDWR)
     for number in range(3):
@@ -98,35 +104,37 @@ def _inside(control: socket.socket, order: Order, fetch: Any) -> NoReturn:
     os.close(null)
     for step in plan.last(order.uid, order.syscall_filter):
         step.do()
-    # The kernel has seen to it with the new id already, unless fs.suid_dumpable is 1.
+    # The kernel clears it with the change of user, but not where fs.suid_dumpable is 1.
     prctl(PR_SET_DUMPABLE, 0)
     os.umask(0o022)
-    signal.signal(signal.SIGALRM, _late)
+    signal.signal(signal.SIGALRM, _on_alarm)
     signal.setitimer(signal.ITIMER_REAL, order.timeout_s)
     path = _home_of(order.uid)
     os.chdir(path)
     with BeneathWriter(path) as home:
-        _guarded(control, "files", lambda: _bring(control, home, order, fetch))
-
-
-def _bring(control: socket.socket, home: BeneathWriter, order: Order, fetch: Any) -> NoReturn:
-    for path, data in order.files:
-        home.write(tuple(path.split("/")), [base64.b64decode(data)])
-    entries = 0
-    if fetch is not None:
-        with _reported(control, "archive"):
-            entries = fetch(home, order)
-    control.send(json.dumps({"done": {"files": len(order.files), "entries": entries}}).encode())
+        with _step(WRITE):
+            _write(home, order, request)
+        with _step(UNPACK):
+            entries = fetch(home, order) if fetch is not None else 0
+    control.send({"files": len(order.files), "entries": entries})
     os._exit(0)
 
 
-def _fetcher() -> Any:
-    """A function that brings an archive, with everything it needs imported and loaded."""
+def _write(home: BeneathWriter, order: Order, request: Message) -> None:
+    offset = 0
+    for path, size in order.files:
+        home.write(tuple(path.split("/")), [os.pread(request.fds["content"], size, offset)])
+        offset += size
+    request.close()
+
+
+def _fetcher() -> Fetch:
+    """A function that fetches and unpacks an archive, with everything it needs imported and loaded."""
     import ssl
 
     from nbagent.content import download, unpack
 
-    # The host's certificates, as whom to trust is the operator's word.
+    # The host's certificates, because the operator decides which are trusted.
     context = ssl.create_default_context()
 
     def fetch(home: BeneathWriter, order: Order) -> int:
@@ -138,36 +146,28 @@ def _fetcher() -> Any:
 
 
 def _home_of(uid: int) -> str:
-    """The home directory of a user of the slot, by a file that root of the slot wrote (steps.Identity)."""
+    """The home directory of a user of the slot, from a file that root of the slot wrote (steps.Identity)."""
     with open("/etc/passwd", encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
-            fields = line.rstrip("\n").split(":")
-            if len(fields) == 7 and fields[2] == str(uid):
-                return fields[5]
+            columns = line.rstrip("\n").split(":")
+            if len(columns) == 7 and columns[2] == str(uid):
+                return columns[5]
     raise Refused(f"no user {uid} in the slot")
 
 
-def _late(number: int, frame: object) -> None:
-    raise Refused("not there in time")
-
-
-def _guarded(control: socket.socket, part: str, action: Any) -> NoReturn:
-    """Runs `action`, which does not return; whatever it raises goes back to the supervisor."""
-    with _reported(control, part):
-        action()
-    os._exit(1)
+def _on_alarm(number: int, frame: object) -> None:
+    raise Refused("content was not delivered in time")
 
 
 @contextlib.contextmanager
-def _reported(control: socket.socket, part: str) -> Any:
-    """Reports what is raised as a failure of `part`, and ends the process."""
+def _step(name: str) -> Iterator[None]:
+    """Raises what is raised within as a failure of the step `name`."""
     try:
         yield
-    except BaseException as error:  # the process ends here; nothing may be lost
-        text = str(error) if isinstance(error, (Refused, OSError)) else repr(error)
-        with contextlib.suppress(OSError):
-            control.send(json.dumps({"failed": {"part": part, "text": text[:1000]}}).encode())
-        os._exit(1)
+    except Refused as error:
+        raise StepFailed(Failure(name, 0, str(error))) from error
+    except Exception as error:
+        raise StepFailed(Failure.of(error, name)) from error
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What a claim brings with it: small files in the claim itself, and the URL of an archive.
+"""The content of a claim: small files in the claim itself, and the URL of an archive.
 
     {"files": {"analysis/hello.ipynb": "text", "data.bin": {"base64": "AAEC"}}, "archive": "https://…"}
 
-All bounds of what travels inside a claim are here. Pure: what comes in is untrusted JSON, what goes out
-are values that may be written below a slot's home directory, or an InvalidField that names the file.
+All limits of a claim's content are here. Pure: untrusted JSON becomes values that may be written below a slot's home
+directory, or an InvalidField that names the file. The API decodes the files once; from there on their bytes are in a
+memfd, and a FileBundle describes them.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from nbagent.core import urls
-from nbagent.core.errors import InvalidField
+from nbagent.core.errors import BadRequest, InvalidField
 
 FILES_MAX = 100
-# Together, decoded. More belongs into an image or an archive.
+# Of all files together, decoded. More belongs into an image or an archive.
 FILES_MAX_BYTES = 1 << 20
-# Of a claim's whole body: escaped as most clients do it, a letter of two bytes is six.
+# Of a claim's whole body, because most clients escape a letter of two bytes as six.
 BODY_MAX_BYTES = 3 * FILES_MAX_BYTES + (256 << 10)
 PATH_MAX_BYTES = 1000
 NAME_MAX_BYTES = 255
@@ -33,30 +34,54 @@ FILE_PATH_EXPECTED = (
     f" parts, at most {PATH_MAX_BYTES} bytes"
 )
 FILE_DATA_EXPECTED = 'the text of the file, or {"base64": "…"}'
-NONE_ALLOWED = "no archive, as this host allows none; claims.archives in its configuration says which it does"
+NONE_ALLOWED = "no archive, because claims.archives in this host's configuration is empty"
 
 
 @dataclass(frozen=True)
 class File:
-    """One file: its path relative to the home directory, and all that is in it."""
+    """One file: its path relative to the home directory, and its bytes."""
 
     path: str
     data: bytes
 
 
 @dataclass(frozen=True)
-class Content:
-    """What is to be in a slot's home directory before anybody gets the slot."""
+class FileBundle:
+    """Files on their way to a slot: their paths and sizes, and a memfd with their bytes, one file after the other.
 
-    files: tuple[File, ...] = ()
+    `digest` is of all of it, so that `str`, which a claim's fingerprint is made of, differs when a byte differs. The
+    descriptor is borrowed from the request that brought it.
+    """
+
+    entries: tuple[tuple[str, int], ...]
+    digest: str
+    fd: int
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __str__(self) -> str:
+        return f"sha256:{self.digest}"
+
+
+@dataclass(frozen=True)
+class Content:
+    """Content that a slot's home directory gets before the slot is handed out."""
+
+    files: FileBundle | tuple[File, ...] = ()
     archive: str | None = None
 
     def __bool__(self) -> bool:
         return bool(self.files) or self.archive is not None
 
 
-def parse_files(value: object) -> tuple[File, ...]:
-    """The files of a claim. Raises InvalidField, or ValueError where no single file is wrong."""
+def parse_files(value: object) -> FileBundle | tuple[File, ...]:
+    """The files of a claim. Raises InvalidField, or ValueError where no single file is wrong.
+
+    A FileBundle and a tuple of File are returned as they are, because the API has checked them already.
+    """
+    if isinstance(value, (FileBundle, tuple)):
+        return value
     if not isinstance(value, Mapping) or len(value) > FILES_MAX:
         raise ValueError(FILES_EXPECTED)
     files = tuple(File(_path(path), _data(path, data)) for path, data in value.items())
@@ -67,6 +92,23 @@ def parse_files(value: object) -> tuple[File, ...]:
         if file.path in directories:
             _refuse(file.path, "a file or a directory of this path, not both")
     return files
+
+
+def checked_entries(value: object, size_bytes: int) -> tuple[tuple[str, int], ...]:
+    """The entries of a bundle of `size_bytes`, from the API. Raises BadRequest."""
+    if not isinstance(value, list) or len(value) > FILES_MAX:
+        raise BadRequest(f"expected a list of at most {FILES_MAX} files")
+    entries = tuple(_entry(item) for item in value)
+    if sum(size for _, size in entries) != size_bytes:
+        raise BadRequest(f"the sizes of the files do not add up to {size_bytes} bytes")
+    return entries
+
+
+def _entry(item: object) -> tuple[str, int]:
+    match item:
+        case [str(path), int(size)] if size >= 0 and not isinstance(size, bool):
+            return _path(path), size
+    raise BadRequest("expected a list of [path, size in bytes]")
 
 
 def parse_archive(value: object, allowed: tuple[str, ...]) -> str:
@@ -82,6 +124,7 @@ def parse_archive(value: object, allowed: tuple[str, ...]) -> str:
 
 
 def _path(path: str) -> str:
+    """`path`, checked. Raises InvalidField."""
     try:
         encoded = path.encode()
     except UnicodeEncodeError:
@@ -94,7 +137,7 @@ def _path(path: str) -> str:
     return path
 
 
-def _data(path: str, data: Any) -> bytes:
+def _data(path: str, data: object) -> bytes:
     try:
         if isinstance(data, str):
             return data.encode()

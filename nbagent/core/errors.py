@@ -1,7 +1,7 @@
-"""The one error tree. HTTP status and exit status of every failure come from here.
+"""The error tree. The HTTP status and the exit status of every error come from here.
 
     NbagentError
-      BadRequest               the caller's input; names the field and what would be right
+      BadRequest               the caller's input; names the field and the expected value
         InvalidField
         InvalidBody
       IdempotencyMismatch      the same Idempotency-Key with another request
@@ -9,19 +9,19 @@
       Forbidden                a token or an origin that is not allowed
       SlotNotFound
       ImageNotFound
-      IllegalMove              a slot cannot go from its state to the one asked for
-      Full                     no slot left to hand out; carries when to come back
-      Draining                 the host hands out nothing; carries when to come back
-      SupervisorUnavailable    the control socket does not answer
+      IllegalMove              a slot cannot go from its state to the requested one
+      Full                     no slot is left to hand out; has the time to retry after
+      Draining                 the host hands out no slots; has the time to retry after
+      SupervisorUnavailable    no response on the control socket
       StartFailed              a slot did not become ready: the step, errno and text
-      ContentFailed            a slot cannot take the files that a claim brings
-        ArchiveFailed          an archive could not be had, or is not fit to be unpacked
-      ConfigError              a setting; names file, key and what would be right
+      ContentFailed            a slot cannot take the files of a claim
+        ArchiveFailed          an archive could not be fetched or unpacked
+      ConfigError              a wrong setting; names the file, the key and the expected value
       ImageInvalid             an archive or manifest that is refused
-      FetchFailed              an image did not come from where it is
+      FetchFailed              an image could not be fetched from its source
 
-Codes are stable: clients and alerts match on them, never on the text. A code travels over the
-control socket, and `from_wire` makes the same exception of it on the other side.
+Codes are stable, because clients and alerts match on them and never on the text. A code travels over the control
+socket, and `from_wire` makes the same exception from it on the other side.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from typing import Any, ClassVar
 
 
 class NbagentError(Exception):
-    """Something nbagent can explain.
+    """The root of the tree.
 
-    `str(error)` is one sentence for a person. `details` are the machine-readable facts beside
-    it; they go into the problem document and over the control socket as they are.
+    `str(error)` is one sentence for a person. `details` are machine-readable; the problem document and the control
+    socket carry them unchanged.
     """
 
     code: ClassVar[str] = "internal"
@@ -44,10 +44,10 @@ class NbagentError(Exception):
 
     def __init__(self, message: str = "", **details: Any) -> None:
         super().__init__(message or self.title)
-        self.details: dict[str, Any] = details
+        self.details = details
 
     def to_wire(self) -> dict[str, Any]:
-        """The error as the control socket carries it."""
+        """The error as JSON for the control socket."""
         return {"code": self.code, "message": str(self), "details": self.details}
 
 
@@ -79,7 +79,7 @@ class InvalidBody(BadRequest):
 
 
 class IdempotencyMismatch(BadRequest):
-    """An Idempotency-Key came back with a different request."""
+    """An Idempotency-Key was used before with a different request."""
 
     code = "idempotency-mismatch"
     title = "Idempotency-Key reused"
@@ -87,7 +87,7 @@ class IdempotencyMismatch(BadRequest):
 
 
 class Unauthenticated(NbagentError):
-    """The caller is not on a trusted network and showed no token."""
+    """The caller is not on a trusted network and sent no token."""
 
     code = "unauthenticated"
     title = "Authentication required"
@@ -105,7 +105,7 @@ class Forbidden(NbagentError):
 
 
 class SlotNotFound(NbagentError):
-    """No slot of this id lives on this host."""
+    """There is no slot with this id on this host."""
 
     code = "slot-not-found"
     title = "No such slot"
@@ -114,7 +114,7 @@ class SlotNotFound(NbagentError):
 
 
 class ImageNotFound(NbagentError):
-    """No image of this name is in the store."""
+    """There is no image with this name in the store."""
 
     code = "image-not-found"
     title = "No such image"
@@ -123,7 +123,7 @@ class ImageNotFound(NbagentError):
 
 
 class IllegalMove(NbagentError):
-    """A slot cannot make this move from the state it is in."""
+    """The state of a slot does not allow this change."""
 
     code = "illegal-move"
     title = "Illegal move"
@@ -131,7 +131,7 @@ class IllegalMove(NbagentError):
 
 
 class Full(NbagentError):
-    """Capacity or memory is used up. Details: `retry_after_s`."""
+    """The capacity or the memory of the host is used up. Details: `retry_after_s`."""
 
     code = "full"
     title = "Host is full"
@@ -147,7 +147,7 @@ class Draining(Full):
 
 
 class SupervisorUnavailable(NbagentError):
-    """The supervisor does not answer. Details: `retry_after_s`."""
+    """There is no response from the supervisor. Details: `retry_after_s`."""
 
     code = "supervisor-unavailable"
     title = "Supervisor unavailable"
@@ -156,15 +156,20 @@ class SupervisorUnavailable(NbagentError):
 
 
 class StartFailed(NbagentError):
-    """A slot did not start. Details: `step`, and `errno` where the kernel said one."""
+    """A slot did not start. Details: `step`, and `errno` when a system call failed."""
 
     code = "start-failed"
     title = "Slot did not start"
     http_status = 503
 
+    @classmethod
+    def at(cls, step: str, errno: int, text: str) -> StartFailed:
+        """The error of a wire.failure.Failure, whose fields these are."""
+        return cls(f"{step}: {text}", step=step, errno=errno)
+
 
 class ContentFailed(NbagentError):
-    """What a claim brings does not fit into a slot."""
+    """The content of a claim could not be delivered into a slot."""
 
     code = "content-failed"
     title = "Content cannot be brought into the slot"
@@ -197,7 +202,7 @@ class ImageInvalid(NbagentError):
 
 
 class FetchFailed(NbagentError):
-    """An image could not be fetched: nothing there, no answer, or no program to fetch it."""
+    """An image could not be fetched: it does not exist, there is no response, or no program can fetch it."""
 
     code = "fetch-failed"
     title = "Image not fetched"
@@ -213,7 +218,7 @@ def _tree(root: type[NbagentError]) -> dict[str, type[NbagentError]]:
 
 
 def from_wire(document: Mapping[str, Any]) -> NbagentError:
-    """The exception that `to_wire` described; an unknown code becomes a plain NbagentError."""
+    """The exception from a document of `to_wire`; an unknown code becomes a plain NbagentError."""
     kind = _tree(NbagentError).get(str(document.get("code")), NbagentError)
     details = document.get("details")
     facts = {str(name): value for name, value in details.items()} if isinstance(details, Mapping) else {}

@@ -1,21 +1,21 @@
-"""The journal: every line an operator may search for, with its MESSAGE_ID and fields.
+"""The events that nbagent writes to the journal: each has a MESSAGE_ID, a priority and fields.
 
-Every kind of event is one member of `Event`. Its entry in packaging/nbagent.catalog explains it
-in `journalctl -x`; a test keeps the two lists equal. A line about a slot carries `NBAGENT_SLOT=`,
-so `journalctl NBAGENT_SLOT=ID` is the slot's whole life.
+Every kind of event is one member of `Event`. packaging/nbagent.catalog holds the explanation that
+`journalctl -x` prints for it; tests/unit/test_catalog.py checks that the two lists are equal. An
+entry about a slot has the field `NBAGENT_SLOT=`, so `journalctl NBAGENT_SLOT=ID` prints all of them.
 
-An event is announced after it happened, never before.
+Callers emit an event after it happened, never before.
 """
 
 from __future__ import annotations
 
 import enum
 import sys
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Priority(enum.IntEnum):
-    """syslog's priorities, as journald filters them."""
+    """syslog(3) priorities, for `journalctl -p`."""
 
     ERR = 3
     WARNING = 4
@@ -25,7 +25,7 @@ class Priority(enum.IntEnum):
 
 
 class Kind(NamedTuple):
-    """What makes an event: its MESSAGE_ID, its priority and its text with %(field)s in it."""
+    """MESSAGE_ID, priority and text of an event; `text` is a %-format with named fields."""
 
     message_id: str
     priority: Priority
@@ -33,47 +33,47 @@ class Kind(NamedTuple):
 
 
 class Event(enum.Enum):
-    """All that nbagent tells the journal."""
+    """Every kind of journal entry that nbagent writes."""
 
     AGENT_READY = Kind("6521035b3ff04feb88c92548b5542e9e", Priority.INFO, "agent %(label)s is ready: %(adopted)s slots adopted, capacity %(capacity)s")
-    AGENT_STOPPING = Kind("9e9a4cdd7d2243fe995221b82bc11189", Priority.INFO, "agent stops; claimed slots go on")
+    AGENT_STOPPING = Kind("9e9a4cdd7d2243fe995221b82bc11189", Priority.INFO, "agent stops; claimed slots keep running")
     CONFIG_RELOADED = Kind("3dcb1e358e8b4b0cb75d342c7280efa8", Priority.INFO, "configuration reloaded")
     CONFIG_REFUSED = Kind("69271e7b1f9e464aa828cd161b9e5d20", Priority.ERR, "configuration not reloaded: %(text)s")
     SLOT_STARTING = Kind("af5ca35bdfcc4e77b18755ac1e49e4a2", Priority.INFO, "slot %(slot)s starts from image %(image)s")
     SLOT_WARM = Kind("e8cd4fce160c4598b8e4b61949266185", Priority.INFO, "slot %(slot)s is warm after %(took_ms)s ms")
     SLOT_CLAIMED = Kind("12ed30e6088e42ccb653d32788675081", Priority.INFO, "slot %(slot)s claimed by %(client)s for %(ttl_s)s s")
-    CONTENT_DELIVERED = Kind("be7eb579348a41f392980cecde64f025", Priority.INFO, "slot %(slot)s has the content of its claim after %(took_ms)s ms: %(text)s")
-    SLOT_NOT_PREPARED = Kind("60ac41d29c47403b95636687bf284c72", Priority.NOTICE, "slot %(slot)s ended, as the content or network of its claim did not come: %(text)s")
+    CONTENT_DELIVERED = Kind("be7eb579348a41f392980cecde64f025", Priority.INFO, "content of the claim delivered to slot %(slot)s after %(took_ms)s ms: %(text)s")
+    SLOT_NOT_PREPARED = Kind("60ac41d29c47403b95636687bf284c72", Priority.NOTICE, "slot %(slot)s ended because the claim's content or network could not be set up: %(text)s")
     SLOT_UPDATED = Kind("b4e6291587384e9886220ed915f4aeb4", Priority.INFO, "slot %(slot)s updated: %(text)s")
     SLOT_RELEASED = Kind("6fb33426e020411d89d2f6e11b0cbac0", Priority.INFO, "slot %(slot)s released")
-    SLOT_CULLED = Kind("7b77b27db7374acea5de2983df49b061", Priority.INFO, "slot %(slot)s culled: %(text)s")
+    SLOT_CULLED = Kind("7b77b27db7374acea5de2983df49b061", Priority.INFO, "slot %(slot)s removed: %(text)s")
     SLOT_RETIRED = Kind("1f61a98eeded4c2ea0743b04de07916b", Priority.INFO, "unclaimed slot %(slot)s retired: %(text)s")
     SLOT_FAILED = Kind("b49d6bb6c9ef467498f1854733208a44", Priority.WARNING, "slot %(slot)s did not start: %(text)s")
-    SLOT_DIED = Kind("02082d84e50e471fa3bcbd8a66cef216", Priority.WARNING, "slot %(slot)s ended by itself: %(text)s")
+    SLOT_DIED = Kind("02082d84e50e471fa3bcbd8a66cef216", Priority.WARNING, "slot %(slot)s ended unexpectedly: %(text)s")
     SLOT_OOM = Kind("eeba48b5bb434bbf8ee339305b2c1dda", Priority.WARNING, "slot %(slot)s ran out of memory: %(text)s")
-    SLOT_TASKS_REFUSED = Kind("c15ff9ed3706454ab8d676f69ba81e37", Priority.NOTICE, "slot %(slot)s is refused more processes and threads: it has TasksMax=%(tasks)s")
-    SLOT_STORAGE_FULL = Kind("d3ae5651de5d48468d4d58578c7b0622", Priority.NOTICE, "slot %(slot)s has no room for more files: %(text)s")
-    SLOT_OUTPUT_DROPPED = Kind("5bfc573930c940edb49bc630c883030f", Priority.WARNING, "slot %(slot)s prints too much: %(lines)s lines dropped, %(bytes)s bytes")
-    SLOT_COMPRESSED = Kind("a7cce4919dbf4fd1ab1668e620950dbb", Priority.DEBUG, "memory of slot %(slot)s compressed in %(took_ms)s ms: %(before)s bytes before, %(after)s after and %(swapped)s in zram")
-    SLOT_KILLED = Kind("07264f1dabc849c28a0039a0d392c6aa", Priority.NOTICE, "slot %(slot)s did not end within %(wait_s)s s of SIGTERM; what was left of it was killed")
-    SLOT_GONE = Kind("5d228306df004b76b0638734c77a88c0", Priority.INFO, "slot %(slot)s is gone without a trace after %(age_s)s s; it used %(cpu_s)s s of processor time")
-    SLOT_ADOPTED = Kind("bcd85f62197b418f81d82c0888bae142", Priority.INFO, "slot %(slot)s adopted, %(state)s")
+    SLOT_TASKS_REFUSED = Kind("c15ff9ed3706454ab8d676f69ba81e37", Priority.NOTICE, "slot %(slot)s is at its limit of processes and threads: TasksMax=%(tasks)s")
+    SLOT_STORAGE_FULL = Kind("d3ae5651de5d48468d4d58578c7b0622", Priority.NOTICE, "slot %(slot)s has no storage left: %(text)s")
+    SLOT_OUTPUT_DROPPED = Kind("5bfc573930c940edb49bc630c883030f", Priority.WARNING, "slot %(slot)s exceeds the log rate limit: %(lines)s lines dropped, %(bytes)s bytes")
+    SLOT_COMPRESSED = Kind("a7cce4919dbf4fd1ab1668e620950dbb", Priority.DEBUG, "memory of slot %(slot)s compressed in %(took_ms)s ms: %(before)s bytes before, %(after)s bytes after, %(swapped)s bytes in zram")
+    SLOT_KILLED = Kind("07264f1dabc849c28a0039a0d392c6aa", Priority.NOTICE, "slot %(slot)s did not end within %(wait_s)s s of SIGTERM; its remaining processes were killed")
+    SLOT_GONE = Kind("5d228306df004b76b0638734c77a88c0", Priority.INFO, "slot %(slot)s removed after %(age_s)s s; processor time used: %(cpu_s)s s")
+    SLOT_ADOPTED = Kind("bcd85f62197b418f81d82c0888bae142", Priority.INFO, "slot %(slot)s adopted in state %(state)s")
     SLOT_REMOVED = Kind("cf8fcf24e7a74f40bbaf5dec8f193e38", Priority.NOTICE, "remains of slot %(slot)s removed: %(text)s")
-    POOL_BACKOFF = Kind("d21e37092c564cc08c0ee12c91d1c333", Priority.WARNING, "pool %(image)s waits %(wait_s)s s after %(failures)s failed starts")
+    POOL_BACKOFF = Kind("d21e37092c564cc08c0ee12c91d1c333", Priority.WARNING, "pool %(image)s pauses for %(wait_s)s s after %(failures)s failed starts")
     HOST_FULL = Kind("57891dcfb3fc4e91ac0219ef96c2537c", Priority.NOTICE, "claim refused: %(text)s")
-    ZYGOTE_READY = Kind("c5f0b8c1b9a04d52a3d6c1b7f0d2a9e4", Priority.INFO, "zygote %(zygote)s forks slots of image %(image)s, ready after %(took_ms)s ms")
-    ZYGOTE_ENDED = Kind("0f4b7f2d6a5e4c0f9d1f3f7a1c8e5b26", Priority.WARNING, "zygote %(zygote)s is given up; %(meanwhile)s meanwhile: %(text)s")
-    ZYGOTE_REPLACED = Kind("a2d97c3b4e1f45a8b6f09c5d7e8a1b34", Priority.INFO, "zygote %(zygote)s is replaced: %(text)s")
-    DRAIN_STARTED = Kind("875ce81d14eb45779076bc769de73b84", Priority.NOTICE, "host drains: no new claims, users stay")
-    DRAIN_ENDED = Kind("d8588f3fa3c24bd6b15c944b6a5ea6f6", Priority.NOTICE, "host hands out slots again")
-    IMAGE_UNREADABLE = Kind("0bc63350b4844358b8076fa893514ce8", Priority.WARNING, "image %(image)s is passed over: %(text)s")
-    IMAGE_REMOVED = Kind("76a3d4bb762d4e53947351833104a45f", Priority.INFO, "image %(digest)s removed from the store: nothing uses it")
-    NETWORK_FAILED = Kind("941fcad1b56e411ca4f64dcb31e8503c", Priority.WARNING, "the slots' network is not as it should be: %(text)s")
-    NETWORK_RESTORED = Kind("c56a026931784bdfb4bbe6f67097d3fa", Priority.WARNING, "somebody removed nftables' table inet nbagent; it is there again")
+    ZYGOTE_READY = Kind("c5f0b8c1b9a04d52a3d6c1b7f0d2a9e4", Priority.INFO, "zygote %(zygote)s of image %(image)s is ready after %(took_ms)s ms")
+    ZYGOTE_ENDED = Kind("0f4b7f2d6a5e4c0f9d1f3f7a1c8e5b26", Priority.WARNING, "zygote %(zygote)s failed; %(meanwhile)s until the next one is ready: %(text)s")
+    ZYGOTE_REPLACED = Kind("a2d97c3b4e1f45a8b6f09c5d7e8a1b34", Priority.INFO, "zygote %(zygote)s replaced: %(text)s")
+    DRAIN_STARTED = Kind("875ce81d14eb45779076bc769de73b84", Priority.NOTICE, "drain started: the host refuses new claims, claimed slots keep running")
+    DRAIN_ENDED = Kind("d8588f3fa3c24bd6b15c944b6a5ea6f6", Priority.NOTICE, "drain ended: the host accepts claims again")
+    IMAGE_UNREADABLE = Kind("0bc63350b4844358b8076fa893514ce8", Priority.WARNING, "image %(image)s skipped: cannot be read: %(text)s")
+    IMAGE_REMOVED = Kind("76a3d4bb762d4e53947351833104a45f", Priority.INFO, "image %(digest)s removed from the store: no slot uses it")
+    NETWORK_FAILED = Kind("941fcad1b56e411ca4f64dcb31e8503c", Priority.WARNING, "failed to set up the slot network: %(text)s")
+    NETWORK_RESTORED = Kind("c56a026931784bdfb4bbe6f67097d3fa", Priority.WARNING, "nftables table inet nbagent was removed by another program; restored")
 
 
-def entry(event: Event, **fields: Any) -> dict[str, str]:
-    """`event` as a journal entry; every field becomes `NBAGENT_FIELD=`."""
+def entry(event: Event, **fields: object) -> dict[str, str]:
+    """The fields of `event`'s journal entry; each of `fields` becomes `NBAGENT_NAME=`."""
     kind = event.value
     return {
         "MESSAGE": kind.text % fields,
@@ -84,15 +84,12 @@ def entry(event: Event, **fields: Any) -> dict[str, str]:
     }
 
 
-def emit(event: Event, **fields: Any) -> None:
-    """Writes `event` to the journal.
-
-    On a terminal the text also goes to standard error, for whoever runs a part by hand.
-    """
-    # Here and not above: every slot's init imports this module, and does without the library.
+def emit(event: Event, **fields: object) -> None:
+    """Write `event` to the journal, and its text to standard error as well if that is a terminal."""
+    # Imported here because the init of every slot imports this module without having python3-systemd.
     from systemd import journal
 
-    # Not journal.send, which reads source files to say which line of this module called it.
+    # journal.send() would read source files for CODE_LINE=, and would record the line of this call only.
     journal.sendv(*(f"{name}={value}" for name, value in entry(event, **fields).items()))
     if sys.stderr.isatty():
         print(event.value.text % fields, file=sys.stderr)

@@ -1,8 +1,7 @@
-"""The slot: its id, its states and the moves between them, its limits, and what a claim asks for.
+"""The slot: its id, its states and the moves between them, its limits, and the options of a claim.
 
-Pure data. Times are seconds of CLOCK_BOOTTIME: they keep their meaning over a restart of the
-agent and do not jump with the wall clock, and a reboot ends every slot anyway. `wall` turns one
-into the time of day for people.
+Pure data. Times are seconds of CLOCK_BOOTTIME, because it goes on over a restart of the supervisor and does not jump
+with the wall clock; a reboot ends every slot. `wall` converts one into the time of day.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from nbagent.core.quantities import parse_duration, parse_integer, parse_quota, 
 
 T = TypeVar("T")
 
-# 12 of 32 characters: 60 random bits. Without i, l, o and u nobody misreads one aloud.
+# 12 of 32 characters: 60 random bits. i, l, o and u are left out because they are easily misread.
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
-_ID = re.compile(r"([a-z0-9]{1,16})-([a-z0-9]{12})")
+_ID = re.compile(r"[a-z0-9]{1,16}-[a-z0-9]{12}")
 _PATH = re.compile(r"[A-Za-z0-9/._~%!$&'()*+,;=:@?#-]{1,2000}")
 
 IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 IMAGE_NAME_EXPECTED = "a name of a-z, 0-9, '.', '_' and '-', at most 63 characters, the first a letter or digit"
-ID_EXPECTED = "an id as a claim gave it, LABEL-RANDOM, of this host"
+ID_EXPECTED = "the id of a slot, LABEL-RANDOM, as its claim returned it"
 PATH_EXPECTED = 'a path below the slot, such as "lab/tree/notebook.ipynb", without ".."'
 
 
 class SlotState(enum.Enum):
-    """Where a slot is in its life."""
+    """The state of a slot."""
 
     STARTING = "starting"
     WARM = "warm"
@@ -51,7 +50,7 @@ class SlotState(enum.Enum):
 MOVES: Mapping[SlotState, frozenset[SlotState]] = {
     SlotState.STARTING: frozenset({SlotState.WARM, SlotState.STOPPING, SlotState.FAILED}),
     SlotState.WARM: frozenset({SlotState.PREPARING, SlotState.CLAIMED, SlotState.STOPPING, SlotState.FAILED}),
-    # A claim's content is on its way in. Whoever finds a slot so finds it half made.
+    # The network and content of a claim are on their way in; until then the slot is incomplete.
     SlotState.PREPARING: frozenset({SlotState.CLAIMED, SlotState.STOPPING, SlotState.FAILED}),
     SlotState.CLAIMED: frozenset({SlotState.STOPPING, SlotState.FAILED}),
     SlotState.STOPPING: frozenset({SlotState.GONE}),
@@ -62,30 +61,27 @@ MOVES: Mapping[SlotState, frozenset[SlotState]] = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a slot's scope may use.
-
-    `cpu_quota` is processors' worth of time (1.5: one and a half processors), None: no quota.
-    """
+    """The limits of a slot's scope. `cpu_quota` is in processors (1.5: one and a half); None: no quota."""
 
     memory_bytes: int
     cpu_weight: int
     cpu_quota: float | None
     tasks: int
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, object]:
         """The limits as JSON."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One slot as the agent knows it; a new one is made for every change.
+    """One slot; every change makes a new object.
 
-    `path` and `query` are where the claim's link leads below the slot, as its image or the claim has it.
-    `uid` is the slot's id inside its image's range of 65,536, so the host sees `id_base + uid`.
-    `ends_s` is when PID 1 ends the scope whatever happens; nothing can move it.
-    `addresses` are those of its interface, IPv4 and perhaps IPv6, and empty where it has none; whether
-    they lead anywhere is `network`, a mode of the configuration.
+    `path` and `query` are the target of the claim's link below the slot, from its image or the claim.
+    `uid` is the slot's user id inside the range of its image, so on the host it is `id_base + uid`.
+    `ends_s` is when PID 1 ends the scope, because systemd does not change RuntimeMaxSec= of a running scope.
+    `addresses` are those of its interface, IPv4 and perhaps IPv6, and empty where it has none. `network` is a mode of
+    the configuration, and decides whether the interface is open.
     """
 
     id: str
@@ -121,7 +117,7 @@ class Slot:
 
     @property
     def expires_s(self) -> float | None:
-        """When a claimed slot is too old; None while nobody has it."""
+        """The end of a claimed slot's life; None before the claim."""
         return None if self.claimed_s is None or self.ttl_s is None else self.claimed_s + self.ttl_s
 
     def to(self, state: SlotState, **changes: Any) -> Slot:
@@ -130,8 +126,8 @@ class Slot:
             raise IllegalMove(f"slot {self.id} is {self.state.value} and cannot become {state.value}")
         return dataclasses.replace(self, state=state, **changes)
 
-    def save(self) -> dict[str, Any]:
-        """The slot as its file holds it."""
+    def save(self) -> dict[str, object]:
+        """The slot as the content of its file."""
         return {**vars(self), "state": self.state.value, "limits": self.limits.document()}
 
     @classmethod
@@ -143,11 +139,8 @@ class Slot:
         fields["addresses"] = tuple(fields.get("addresses", ()))
         return cls(**fields)
 
-    def claim_document(self) -> dict[str, Any]:
-        """What the one who claimed the slot learns, its token included.
-
-        The API makes `url` of it, and of `query`, which nobody else needs.
-        """
+    def claim_document(self) -> dict[str, object]:
+        """The response to the slot's claim, with its token. The API replaces `query` by `url`."""
         return {
             "slot": self.id,
             "path": self.base_path + self.path,
@@ -160,8 +153,8 @@ class Slot:
             "limits": self.limits.document(),
         }
 
-    def document(self, now_s: float) -> dict[str, Any]:
-        """What anybody who may call the API learns; never the token."""
+    def document(self, now_s: float) -> dict[str, object]:
+        """The slot for every caller of the API, without its token."""
         return {
             "slot": self.id,
             "state": self.state.value,
@@ -175,8 +168,8 @@ class Slot:
         }
 
 
-def claim_link(claim: Mapping[str, Any]) -> str:
-    """The path that opens the slot of a claim document, with the query its program asks for, mostly its token."""
+def claim_link(claim: Mapping[str, object]) -> str:
+    """The path that opens the slot of a claim document, with the query that its program needs, mostly its token."""
     path, mark, fragment = str(claim["path"]).partition("#")
     query = f"{'&' if '?' in path else '?'}{claim['query']}" if claim["query"] else ""
     return f"{path}{query}{mark}{fragment}"
@@ -184,7 +177,7 @@ def claim_link(claim: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What options are checked against: the operator's limits and the host's size."""
+    """The bounds of options: the operator's limits and the host's size."""
 
     memory_max_bytes: int
     ttl_max_s: float
@@ -195,7 +188,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Options:
-    """What a claim or an update asks for; None: as it is, or the default."""
+    """The options of a claim or an update; None: unchanged, or the default."""
 
     image: str | None = None
     memory_bytes: int | None = None
@@ -207,13 +200,13 @@ class Options:
     content: Content = field(default_factory=Content)
 
     def limits(self, default: Limits) -> Limits:
-        """`default` with what is asked for in its place."""
-        asked: dict[str, Any] = {
-            "memory_bytes": self.memory_bytes,
-            "cpu_weight": self.cpu_weight,
-            "cpu_quota": self.cpu_quota,
-        }
-        return dataclasses.replace(default, **{k: v for k, v in asked.items() if v is not None})
+        """`default` with the limits that the options set."""
+        return Limits(
+            memory_bytes=default.memory_bytes if self.memory_bytes is None else self.memory_bytes,
+            cpu_weight=default.cpu_weight if self.cpu_weight is None else self.cpu_weight,
+            cpu_quota=default.cpu_quota if self.cpu_quota is None else self.cpu_quota,
+            tasks=default.tasks,
+        )
 
 
 CLAIM_FIELDS = ("image", "memory", "cpu_weight", "cpu_quota", "ttl", "path", "network", "files", "archive")
@@ -221,11 +214,8 @@ UPDATE_FIELDS = ("memory", "cpu_weight", "cpu_quota", "ttl")
 MEMORY_MIN_BYTES = 64 << 20
 
 
-def parse_options(given: Mapping[str, Any], allowed: tuple[str, ...], bounds: Bounds) -> Options:
-    """Options out of untrusted JSON or a query string.
-
-    Raises InvalidField naming the field and what would be right.
-    """
+def parse_options(given: Mapping[str, object], allowed: tuple[str, ...], bounds: Bounds) -> Options:
+    """Options from untrusted JSON or a query string. Raises InvalidField with the field and the expected value."""
     for name in given:
         if name not in allowed:
             raise InvalidField(
@@ -247,7 +237,7 @@ def parse_options(given: Mapping[str, Any], allowed: tuple[str, ...], bounds: Bo
     )
 
 
-def _field(given: Mapping[str, Any], name: str, parse: Callable[[Any], T]) -> T | None:
+def _field(given: Mapping[str, object], name: str, parse: Callable[[object], T]) -> T | None:
     if name not in given:
         return None
     try:
@@ -294,7 +284,7 @@ def _network(value: object, bounds: Bounds) -> str:
     if isinstance(value, str) and value in bounds.networks:
         return value
     names = " or ".join(f'"{name}"' for name in bounds.networks)
-    raise ValueError(f"{names}, as network.allow of this host's configuration has it")
+    raise ValueError(f"{names}, from network.allow of this host's configuration")
 
 
 def _path(value: object) -> str:
@@ -307,20 +297,19 @@ def _path(value: object) -> str:
 
 
 def new_id(label: str) -> str:
-    """A fresh slot id: the host's label and 60 random bits."""
-    # 32 characters: a byte is as likely to be one as any other.
+    """A new slot id: the host's label and 60 random bits."""
+    # 256 is a multiple of 32, so every character is equally likely.
     return f"{label}-" + "".join(_ALPHABET[byte % 32] for byte in secrets.token_bytes(12))
 
 
 def new_token() -> str:
-    """A fresh token: 256 random bits, 43 URL-safe characters."""
+    """A new token: 256 random bits, 43 URL-safe characters."""
     return secrets.token_urlsafe(32)
 
 
-def is_slot_id(text: str, label: str) -> bool:
-    """Whether `text` is shaped as an id of the host `label`."""
-    match = _ID.fullmatch(text)
-    return match is not None and match[1] == label
+def is_slot_id(text: str) -> bool:
+    """Whether `text` is a well-formed slot id, of this or another host."""
+    return _ID.fullmatch(text) is not None
 
 
 def now() -> float:
@@ -335,7 +324,7 @@ def wall(boot_s: float | None) -> str | None:
     return _written(int(time.time() - now() + boot_s))
 
 
-# A list of a thousand slots has three thousand times in it, the same ones each time.
+# Cached, because a list of a thousand slots has three thousand times in it, and the same ones in each list.
 @functools.lru_cache(4096)
 def _written(unix_s: int) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unix_s))

@@ -1,8 +1,7 @@
-"""Amounts as people write them: memory, time, shares of the processors, rates of a network.
+"""Parsers and formatters of quantities: memory, time, shares of the processors, network rates.
 
-Pure. The configuration and the API read amounts by these functions and by no others, so the
-same words mean the same thing in both. Every function raises ValueError with what would be
-right; the caller knows the field and adds its name.
+The settings and the API parse quantities by these functions only, so that both accept the same syntax.
+Every parser raises ValueError with the expected syntax; the caller adds the name of the field.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def parse_duration(value: object) -> float:
 def parse_rate(value: object) -> int:
     """Bytes a second of `"100Mbit"`. Raises ValueError.
 
-    The upper bound is what 32 bits of bytes hold, in the kernel's token bucket too.
+    The upper bound keeps the bytes a second within 32 bits, the size of the rate in the kernel's token bucket.
     """
     if isinstance(value, str) and (match := _RATE.fullmatch(value.strip())):
         rate = float(match[1]) * _RATE_UNITS[match[2]]
@@ -63,9 +62,9 @@ def parse_rate(value: object) -> int:
 
 
 def parse_quota(value: object, cpus: int) -> float:
-    """Processors' worth of time of `"1/32"` (of `cpus`) or `"50%"` (of one). Raises ValueError.
+    """The number of processors in `"1/32"` (of `cpus`) or `"50%"` (of one). Raises ValueError.
 
-    The percentage is systemd's `CPUQuota=`; the fraction of the host is tmpnb's way to say it.
+    The percentage has the meaning of systemd's `CPUQuota=`; the fraction of the host is tmpnb's syntax.
     """
     if isinstance(value, str):
         if (match := _FRACTION.fullmatch(value.strip())) and int(match[2]):
@@ -81,7 +80,7 @@ def parse_quota(value: object, cpus: int) -> float:
 
 
 def parse_integer(value: object) -> int:
-    """`7` or `"7"` (a query string has no numbers). Raises ValueError."""
+    """The integer in `7` or `"7"`, because values of a query string are text. Raises ValueError."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,18}", value.strip()):

@@ -1,8 +1,8 @@
-"""URLs that somebody allowed: taken apart once, compared by their parts and never as text.
+"""Allow-lists of URL prefixes: URLs are parsed once and compared by their parts, never as text.
 
-`https://data.example.org/courses` allows what is below it, and neither `/courses-of-others`, nor
-another port, nor `/courses/../private` however that is spelt. Shared by the supervisor, which refuses
-a claim, and by the process in a slot that follows redirects. Standard library only; Python 3.9 and up.
+`https://data.example.org/courses` allows the URLs below it. It allows neither `/courses-of-others`, nor
+another port, nor any spelling of `/courses/../private`. The supervisor checks claims by this module, and
+a process in the slot checks redirects. Standard library only; Python 3.9 and up.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from urllib.parse import unquote_to_bytes, urlsplit
 URL_MAX_CHARACTERS = 2000
 URL_EXPECTED = 'a URL such as "https://data.example.org/courses/one.tar.gz", without a user, "..", or a fragment'
 PORTS = {"http": 80, "https": 443}
-# Visible ASCII without the backslash, which some readers of URLs take for a slash.
+# Visible ASCII without the backslash, because some parsers of URLs treat that as a slash.
 _TEXT = re.compile(r"[!-\[\]-~]+")
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
 
 
 class Url(NamedTuple):
-    """An http or https URL. `segments` are those of its path, decoded; `target` is what a request asks for."""
+    """An http or https URL. `segments` are those of its path, decoded; `target` is the request target of HTTP."""
 
     scheme: str
     host: str
@@ -34,7 +34,7 @@ class Url(NamedTuple):
         return self[:3] == prefix[:3] and self.segments[:len(prefix.segments)] == prefix.segments
 
     def is_loopback(self) -> bool:
-        """Whether the host is a loopback address, which every network namespace has of its own."""
+        """Whether the host is a loopback address. Every network namespace has its own loopback interface."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -42,7 +42,7 @@ class Url(NamedTuple):
 
 
 def parse(text: str) -> Url:
-    """The parts of `text`. Raises ValueError with what would be right."""
+    """The parts of `text`. Raises ValueError with the expected syntax."""
     if not _TEXT.fullmatch(text) or len(text) > URL_MAX_CHARACTERS or "#" in text:
         raise ValueError(URL_EXPECTED)
     try:
@@ -63,6 +63,6 @@ def parse(text: str) -> Url:
 
 
 def _is_ambiguous(segment: bytes) -> bool:
-    """Whether a server may take a decoded segment for more or less than one name."""
-    # Some servers cut ";parameters" off before they look for "..".
+    """Whether a server may interpret a decoded segment as something else than one name."""
+    # Some servers remove ";parameters" before they resolve "..".
     return segment.partition(b";")[0] in (b".", b"..") or bool(re.search(rb"[/\\\x00-\x1f\x7f]", segment))

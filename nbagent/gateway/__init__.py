@@ -1,1 +1,1 @@
-"""The landing page of a fleet: HAProxy's configuration, the hosts in it, and a service that tells how they do."""
+"""The gateway of a fleet: HAProxy's configuration and hosts, and the service for the landing page and figures."""

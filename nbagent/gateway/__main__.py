@@ -1,14 +1,15 @@
-"""`python3 -m nbagent.gateway`: what nbagent-gateway-status.service runs, behind HAProxy and for it alone."""
+"""`python3 -m nbagent.gateway`: nbagent-gateway-status.service, which serves requests from HAProxy only."""
 
 from __future__ import annotations
 
-import argparse
 import re
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
+from nbagent.core import paths
 from nbagent.core.errors import ConfigError
 from nbagent.gateway import haproxy, settings
 from nbagent.gateway.fleet import FleetBackend
@@ -21,44 +22,49 @@ if TYPE_CHECKING:
 _SLOT = re.compile(rf"/user/({settings.LABEL})-[a-z0-9]+(?:/|$)")
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Serves until told to stop. Ends with EX_CONFIG when the configuration is refused."""
-    parser = argparse.ArgumentParser(prog="nbagent-gateway-status", description="the pages and figures of a fleet")
-    parser.add_argument("--config", type=Path, default=settings.DEFAULT_PATH)
-    parser.add_argument("--bind", default=f"unix:{haproxy.STATUS_SOCKET}", help="where to listen without systemd")
-    arguments = parser.parse_args(argv)
+@click.command()
+@click.option("--config", type=click.Path(readable=False, path_type=Path), default=settings.DEFAULT_PATH,
+              show_default=True, help="The configuration file.")
+@click.option("--bind", default=f"unix:{paths.GATEWAY_STATUS_SOCKET}", show_default=True,
+              help="The address to listen on if systemd passes no socket.")
+@click.pass_context
+def main(context: click.Context, config: Path, bind: str) -> None:
+    """Serve the landing page and the figures of a fleet until SIGTERM.
+
+    The exit status is EX_CONFIG if the configuration is refused.
+    """
     try:
-        _serve(arguments)
+        _serve(config, bind)
     except ConfigError as error:
-        sys.stderr.write(f"nbagent-gateway-status: {error}\n")
-        sys.exit(error.exit_status)
+        click.echo(f"nbagent-gateway-status: {error}", err=True)
+        context.exit(error.exit_status)
 
 
-def _serve(arguments: argparse.Namespace) -> None:
+def _serve(config: Path, bind: str) -> None:
     from nbagent.web import gunicorn_app
 
     gunicorn_app.configure_logging()
-    # Nothing here takes longer than asking the hosts does.
+    # The longest request is one that fetches the figures of the hosts (fleet.DEADLINE_S).
     shape = gunicorn_app.Shape(workers=1, threads=32, graceful_s=5)
     gunicorn_app.GunicornApp(
-        "nbagent-gateway-status", lambda: settings.load(arguments.config), lambda _: shape, make_app, arguments.bind
+        "nbagent-gateway-status", lambda: settings.load(config), lambda _: shape, make_app, bind
     ).run()
 
 
 def make_app(found: GatewaySettings) -> WSGIApplication:
-    """The landing page of the fleet, and what is said of a host that does not answer."""
+    """The WSGI application: the landing page of the fleet, and error pages for hosts that do not respond."""
     from nbagent.landing.app import create_app
 
     backend = haproxy.all_hosts(found)
-    runtime = Runtime(haproxy.LOOK_SOCKET)
+    runtime = Runtime(haproxy.STATS_SOCKET)
     fleet = FleetBackend(lambda: runtime.servers(backend))
-    # A claim comes here only when the hosts have refused it; its token does not matter then.
+    # The token is not checked, because a claim arrives here only after all hosts have refused it.
     landing = create_app(found.landing, fleet, lambda _: True)
-    return silent_hosts(landing, fleet.knows, Path(haproxy.PAGES))
+    return silent_hosts(landing, fleet.knows, paths.GATEWAY_PAGES)
 
 
 def silent_hosts(landing: WSGIApplication, knows: Callable[[str], bool], pages: Path) -> WSGIApplication:
-    """`landing`, but 503 for a slot of a host that there is: HAProxy sends it here when it cannot reach the host."""
+    """`landing`, with 503 for slots of known hosts: HAProxy sends such a request here if it cannot reach the host."""
 
     def serve(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         match = _SLOT.match(environ.get("PATH_INFO", ""))

@@ -1,20 +1,20 @@
-"""HAProxy's configuration, of the settings: a pure function. HAProxy 2.6 (Debian 12) and 3.0 (Debian 13) take it.
+"""Generates HAProxy's configuration from the settings, for HAProxy 2.6 (Debian 12) and 3.0 (Debian 13).
 
-How a claim goes. `web` hands it to a way (`by_load`, `by_click`, `by_key`), whose servers are the
-stages that it goes through until one has a slot: listeners of this same HAProxy, and at last the
-status service, which has no slot but a page that says when there may be one. A stage asks hosts:
+Routing of a claim: the frontend `web` sends it to a chain, one of the backends `by_load`, `by_click` and `by_key`. The
+servers of a chain are stages, which are tried in order until one returns a slot. Stages are listeners of the same
+HAProxy. The last server is the status service, whose page shows when a slot may become free. The stages send claims to
+hosts:
 
-    claims   a host at random, by its size and how much of it is free; a no leads to the next
-    clicked  as claims, but the same click goes to the same host again
-    keyed    the same client's Idempotency-Key goes to the same host again, by every gateway
+    claims   to a random host, weighted by its size and its free capacity; after a refusal, to the next one
+    clicked  like claims, but a repeated click goes to the same host again
+    keyed    a repeated Idempotency-Key of a client goes to the same host again, through any gateway
 
-Every claim carries a key. So a host that is asked again gives the slot that it gave, and what is
-tried at another host is only what this one refused (503), never heard, or took with it when it died.
+Every claim has an Idempotency-Key, so a host that gets it twice returns the same slot. A claim is sent to another host
+only if the first one refused it (503), did not receive it, or died with its response.
 
-How a user goes. The slot's id says the host. In `users` each host has weight 0: nothing is ever
-balanced to it, and who names it is served by it. So what cannot go where it wants, as the host is
-dead or there is none of that name, goes to the only server with a weight: the status service, which
-says so. No host is given another's user, whatever happens.
+Routing of a user: the slot's id contains the label of its host. In the backend `users` each host has weight 0, so that
+requests go to a host only if they name it. If the named host is down or unknown, the request goes to the only server
+with a weight, the status service, which responds with an error page. A request never goes to another host.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ import ipaddress
 from collections.abc import Iterable, Iterator
 
 from nbagent.config.schema import Network
+from nbagent.core import paths
 from nbagent.gateway.settings import FleetHostSettings, GatewaySettings, Listen, ring_number
 
-RUN = "/run/nbagent-gateway"
+RUN = str(paths.GATEWAY_RUN)
 CERTIFICATES = f"{RUN}/certificates"
-# HAProxy's runtime interface: one to change hosts by, root's; one to look, the status service's.
+# HAProxy's Runtime API: ADMIN_SOCKET is root's and may change hosts, STATS_SOCKET is read-only for the status service.
 ADMIN_SOCKET = f"{RUN}/admin.sock"
-LOOK_SOCKET = f"{RUN}/look.sock"
-STATUS_SOCKET = "/run/nbagent-gateway-status.sock"
-PAGES = "/usr/share/nbagent/gateway"
+STATS_SOCKET = f"{RUN}/look.sock"
+STATUS_SOCKET = str(paths.GATEWAY_STATUS_SOCKET)
+PAGES = str(paths.GATEWAY_PAGES)
 
-# A label has neither "_" nor "-", so none of these is a host's.
+# Labels of hosts contain neither "_" nor "-", so these names are never those of a host.
 STATUS = "_status"
 ANY = "_any"
-NOBODY = "_nobody"
+NO_HOST = "_nobody"
 STAGES = ("claims", "clicked", "keyed")
 USERS = "users"
-# What the keys begin with that the gateway gives; nobody asks with one of them again.
+# Prefix of the keys that the gateway adds. No client repeats a request with such a key.
 OWN_KEY = "gateway-"
 
-# A request is held whole, to be sent again, in one buffer of 16 KiB with all its headers.
+# HAProxy keeps a whole claim with its headers in one buffer of 16 KiB, so that it can send it to another host.
 CLAIM_MAX_BYTES = 8192
 RATE_WINDOW_S = 60
-_WORDS_A_LINE = 50  # HAProxy takes 64
+_WORDS_A_LINE = 50  # HAProxy allows 64
 _CHECK = "check inter 2s fastinter 500ms downinter 1s fall 2 rise 1"
 
 
 def render(settings: GatewaySettings) -> str:
-    """The whole configuration."""
+    """The whole configuration file."""
     blocks = [
         _head(settings),
         _web(settings),
-        *_ways(),
+        *_chains(),
         *(_stage(name, settings) for name in STAGES),
         _users(settings),
         _services(settings),
@@ -63,12 +64,12 @@ def render(settings: GatewaySettings) -> str:
 
 
 def servers_of(label: str, host: FleetHostSettings) -> dict[str, str]:
-    """What stands behind `server LABEL` in each backend that has the host, in the configuration and at run time."""
+    """The arguments of `server LABEL` in each backend that has the host, for the configuration and the Runtime API."""
     where = f"{_numbered(host.address)}:{host.port}"
     agent = f"agent-check agent-inter 1s agent-port {host.check_port}"
     users = {USERS: f"{where} weight 0 {_CHECK}"}
     if host.drain:
-        # Not `disabled`: the host's own "ready" would lift that.
+        # The host is left out instead of `disabled`, because "ready" from its agent check would enable it again.
         return users
     place = f"id {ring_number(label)}"
     return users | {
@@ -79,7 +80,7 @@ def servers_of(label: str, host: FleetHostSettings) -> dict[str, str]:
 
 
 def all_hosts(settings: GatewaySettings) -> str:
-    """The backend that has all hosts, the drained ones too."""
+    """The backend that has all hosts, including drained ones."""
     return STAGES[0] if settings.fleet.srv else USERS
 
 
@@ -89,17 +90,17 @@ def _numbered(address: str) -> str:
 
 def _head(settings: GatewaySettings) -> Iterator[str]:
     yield f"""\
-# Written by nbagent gateway, from /etc/nbagent/gateway.toml and gateway.d. Changes here are lost.
+# Generated by nbagent gateway from /etc/nbagent/gateway.toml and gateway.d. Changes here are overwritten.
 
 global
-    # Nothing above notice: a reload says "stopped" of all that the old process had as a warning.
+    # More urgent messages get the level notice, because a reload logs a warning for each stopped proxy.
     log stdout format short local0 info notice
     stats socket {ADMIN_SOCKET} mode 600 level admin expose-fd listeners
-    # Who is in its group may look, and change nothing.
-    stats socket {LOOK_SOCKET} mode 660 level user
+    # Read-only, for members of its group.
+    stats socket {STATS_SOCKET} mode 660 level user
     ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets
     ssl-default-bind-ciphers ECDHE+AESGCM:ECDHE+CHACHA20
-    # Checks of many hosts do not all fall on one moment.
+    # Health checks of many hosts are spread over time.
     spread-checks 10"""
     if settings.listen.connections:
         yield f"    maxconn {settings.listen.connections}"
@@ -109,8 +110,8 @@ defaults
     log global
     option dontlognull
     option splice-auto
-    # A host that vanished without a word, seen by its silence. A websocket of an idle notebook is silent, too, but
-    # its host's kernel answers.
+    # TCP keepalives detect a host that vanished without closing its connections. The websocket of an idle notebook
+    # stays open, because the kernel of its host responds to them.
     option clitcpka
     option srvtcpka
     srvtcpka-idle 10s
@@ -127,7 +128,7 @@ defaults
     timeout server 24h
     timeout tunnel 25h"""
     for status in (500, 502, 503, 504):
-        # Nobody else answered, not even the status service.
+        # Sent if no server responded, not even the status service.
         yield (
             f'    http-error status {status} content-type "text/html; charset=utf-8" file {PAGES}/closed.html '
             "hdr Cache-Control no-store hdr Retry-After 5"
@@ -143,13 +144,13 @@ defaults
         yield "    timeout resolve 1s"
         yield "    timeout retry 1s"
         yield "    hold valid 5s"
-        # A name server that fails takes no host away that it named before.
+        # Hosts are kept for a while if a name server fails.
         yield "    hold obsolete 30s"
         yield "    hold nx 5s"
 
 
 def _web(settings: GatewaySettings) -> Iterator[str]:
-    """What browsers come to: who they are, what they want, and what they may not."""
+    """The frontend for browsers: client addresses, refusals and routing."""
     tls = bool(settings.tls.certificates)
     yield "frontend web"
     yield from (f"    bind {_bound(listen)}" for listen in settings.listen.http)
@@ -160,21 +161,21 @@ def _web(settings: GatewaySettings) -> Iterator[str]:
     if settings.log.requests == "trouble":
         yield "    option dontlog-normal"
     yield ""
-    yield from _who(settings, tls)
+    yield from _client_headers(settings, tls)
     yield ""
     yield from _refusals(settings)
     yield ""
-    yield from _wants(settings)
+    yield from _routes(settings)
 
 
-def _who(settings: GatewaySettings, tls: bool) -> Iterator[str]:
+def _client_headers(settings: GatewaySettings, tls: bool) -> Iterator[str]:
     if settings.listen.trusted_proxies:
         yield from _list("trusted", "src", settings.listen.trusted_proxies)
         yield "    http-request set-var(txn.proxied) bool(true) if trusted"
         yield "    http-request set-src req.hdr_ip(X-Forwarded-For,-1) if trusted { req.hdr(X-Forwarded-For) -m found }"
     yield """\
     acl proxied var(txn.proxied) -m bool
-    # Nobody else says who somebody is, or speaks for a gateway.
+    # Clients must not set headers that hosts trust from a gateway.
     http-request set-var(txn.proto) str(http)
     http-request set-var(txn.proto) str(https) if { ssl_fc }
     http-request set-var(txn.proto) str(https) if proxied { req.hdr(X-Forwarded-Proto) -m str https }
@@ -196,12 +197,12 @@ def _who(settings: GatewaySettings, tls: bool) -> Iterator[str]:
 
 def _refusals(settings: GatewaySettings) -> Iterator[str]:
     yield """\
-    # Programs get JSON, people a page.
+    # API clients get JSON, browsers get a page.
     acl wants_json path_beg /api/
     acl wants_json path_reg ^/user/[^/]+/api(/|$)
     acl wants_json req.hdr(Accept) -m sub json
     acl wants_page req.hdr(Accept) -m sub text/html
-    # The host is the part of the slot's id before its "-".
+    # The label of the host is the part of the slot's id before "-".
     acl slot path_reg ^/user/[a-z0-9]{1,16}-[a-z0-9]+(/|$)
     http-request set-var(txn.label) path,field(3,/),field(1,-) if slot"""
     if settings.fleet.domain:
@@ -210,8 +211,7 @@ def _refusals(settings: GatewaySettings) -> Iterator[str]:
         yield "    http-request set-var(txn.label) req.hdr(Host),lower,field(1,-) if slot_host !slot"
     yield """\
     acl at_slot var(txn.label) -m found
-    # What takes a slot: the button on the front page, tmpnb's links, tmpnb's API. A HEAD takes none, nor does a browser
-    # that only looks what may be wanted next.
+    # These claim a slot: the button on the front page, tmpnb's links and tmpnb's API. HEAD and prefetching do not.
     acl spawn path /spawn
     acl spawn path_beg /spawn/
     acl gone path_beg /spawn/user/
@@ -224,22 +224,22 @@ def _refusals(settings: GatewaySettings) -> Iterator[str]:
     if settings.landing.access == "public":
         yield "    http-request set-var(txn.claim) bool(true) if spawn !gone claim_method !ahead !at_slot"
     if settings.landing.access != "off":
-        # Which token is right, the hosts know.
+        # The hosts check the token.
         token = " has_token" if settings.landing.access == "token" else ""
         yield f"    http-request set-var(txn.claim) bool(true) if api_spawn METH_POST !at_slot{token}"
     if settings.landing.banned:
         yield from _list("banned", "src", settings.landing.banned)
         yield from _answer(403, "banned", "banned")
     yield f"""\
-    # One address is one client, and with IPv6 one /64. Only a claim that is let through counts.
+    # A client is one IPv4 address or one IPv6 /64 network. Refused claims do not count.
     http-request track-sc0 src,ipmask(32,64) table rates if claim
     acl too_often sc0_gpc0_rate(rates) ge {settings.landing.rate}"""
     yield from _answer(429, "busy", "claim too_often", "hdr Retry-After 60")
     yield f"""\
     http-request sc-inc-gpc0(0) if claim
-    # A host that says no is not the last: the whole request has to fit into a buffer, to be sent again.
+    # The whole request must fit into a buffer, so that it can be sent to the next host after a refusal.
     http-request wait-for-body time 5s at-least {CLAIM_MAX_BYTES} if claim METH_POST
-    http-request return status 413 content-type text/plain string "a claim is smaller" \
+    http-request return status 413 content-type text/plain string "the body of a claim is too large" \
 if claim {{ req.body_len gt {CLAIM_MAX_BYTES} }}"""
 
 
@@ -252,9 +252,9 @@ def _answer(status: int, page: str, condition: str, headers: str = "") -> Iterat
     yield f"    http-request return status {status} {html}{fixed} if {condition}"
 
 
-def _wants(settings: GatewaySettings) -> Iterator[str]:
+def _routes(settings: GatewaySettings) -> Iterator[str]:
     yield f"""\
-    # Two gateways agree about a key that a client chose. A click on the button has a key of its page.
+    # A key chosen by the client goes to the same host through every gateway. A click on the button has the page's key.
     acl has_key req.hdr(Idempotency-Key) -m found
     acl has_click req.body_param(key) -m reg ^[A-Za-z0-9_.:-]{{1,128}}$
     http-request set-var(txn.way) str(load) if claim
@@ -268,25 +268,25 @@ def _wants(settings: GatewaySettings) -> Iterator[str]:
     yield "    default_backend status"
 
 
-def _ways() -> Iterator[Iterator[str]]:
-    """From stage to stage: the first with a 200 is the last. `balance first` goes by the servers' numbers."""
-    yield _way("by_load", [])
-    yield _way("by_click", ["clicked"])
-    yield _way("by_key", ["keyed"])
+def _chains() -> Iterator[Iterator[str]]:
+    """Backends that try their stages in order, by the servers' ids (`balance first`), until one succeeds."""
+    yield _chain("by_load", [])
+    yield _chain("by_click", ["clicked"])
+    yield _chain("by_key", ["keyed"])
 
 
-def _way(name: str, before: list[str]) -> Iterator[str]:
+def _chain(name: str, before: list[str]) -> Iterator[str]:
     yield f"""\
 backend {name}
     balance first
     option http-buffer-request
     option redispatch 1
     http-reuse never
-    # 503: every host that was asked said no. 501: there was none to ask.
+    # 503: every host that got the claim refused it. 501: no host was up.
     retry-on 501 503 conn-failure
     retries {len(before) + 1}"""
     for stage in before:
-        # Of weight 0: it is named for the first try, and is nobody's second choice.
+        # With weight 0, use-server selects it for the first attempt, and a retry never does.
         yield f"    use-server {stage} if TRUE"
         yield f"    server {stage} unix@{RUN}/{stage}.sock id 3 weight 0 send-proxy-v2"
     yield f"    server claims unix@{RUN}/claims.sock id 1 send-proxy-v2"
@@ -300,13 +300,14 @@ listen {name}
     log-format \"{_log_format('claim')}\"
     option httpchk GET /healthz
     option http-buffer-request
-    # A new connection for each: what cannot be connected to has not heard the claim.
+    # A new connection for each claim, so that a host to which the connection fails has not received the claim.
     http-reuse never
     srvtcpka-idle 2s
     srvtcpka-intvl 1s
     timeout connect 1s
     timeout server {settings.fleet.claim_timeout:.0f}s
-    # Not response-timeout: a host that is slow may have a slot made. One that closes without an answer has died.
+    # Without response-timeout, because a slow host may have started a slot. A host that closes the connection without a
+    # response has died.
     retry-on 503 conn-failure empty-response
     retries {settings.fleet.retries}
     option redispatch 1
@@ -315,7 +316,7 @@ listen {name}
     if name in keys:
         yield f"    balance hash {keys[name]}"
         yield "    hash-type consistent"
-        # Who gave a slot is remembered: a host that was full when a key came first may have room when it comes again.
+        # The table keeps the host that returned a slot, because another one that was full before may have capacity now.
         yield "    stick-table type string len 128 size 100k expire 1h"
         yield f"    stick on {keys[name]}"
     else:
@@ -324,9 +325,9 @@ listen {name}
         for stage, key in keys.items():
             yield f"    stick store-request {key} table {stage} unless own_key"
     yield from _servers(name, settings)
-    # HAProxy 2.6 may close without a word when the last server goes between two tries. So there always is one, and
-    # what it says is the way's to try again, not the stage's.
-    yield f"    server {NOBODY} unix@{RUN}/nobody.sock backup"
+    # HAProxy 2.6 may close the connection without a response if the last server goes down between two attempts, so this
+    # server is always up. Its 501 makes the chain, but not the stage, try again.
+    yield f"    server {NO_HOST} unix@{RUN}/nobody.sock backup"
 
 
 def _users(settings: GatewaySettings) -> Iterator[str]:
@@ -334,14 +335,14 @@ def _users(settings: GatewaySettings) -> Iterator[str]:
 backend {USERS}
     balance roundrobin
     option httpchk GET /healthz
-    # At once to the status service when the host cannot be connected to; never a second time what was sent.
+    # If the connection to the host fails, the status service responds at once. A request that was sent is not repeated.
     retry-on conn-failure
     retries 1
     option redispatch 1"""
     if settings.fleet.srv:
         domain = settings.fleet.srv.split(".", 2)[2]
         yield f"""\
-    # No table: the host's name is made of the label.
+    # The host's DNS name is derived from the label.
     http-request do-resolve(txn.host,dns) var(txn.label),concat(.{domain})
     http-request set-dst var(txn.host) if {{ var(txn.host) -m found }}
     use-server {ANY} if {{ var(txn.host) -m found }}
@@ -349,7 +350,7 @@ backend {USERS}
     else:
         yield "    use-server %[var(txn.label)] if TRUE"
         yield from _servers(USERS, settings)
-    # Twice, as HAProxy waits a second before it tries again in a backend with one server.
+    # Listed twice, because HAProxy waits a second before a retry in a backend with one server.
     yield f"    server {STATUS} unix@{STATUS_SOCKET} weight 1"
     yield f"    server {STATUS}_again unix@{STATUS_SOCKET} weight 1"
 
@@ -372,7 +373,7 @@ def _servers(backend: str, settings: GatewaySettings) -> Iterator[str]:
 def _services(settings: GatewaySettings) -> Iterator[str]:
     yield f"""\
 backend status
-    # It restarts in a second, and its socket is systemd's: who comes meanwhile waits.
+    # systemd holds the socket, so requests wait while the service restarts, which takes a second.
     timeout server 30s
     server {STATUS} unix@{STATUS_SOCKET}
 
@@ -401,14 +402,14 @@ def _bound(listen: Listen) -> str:
 
 
 def _list(name: str, fetch: str, networks: Iterable[Network]) -> Iterator[str]:
-    """An ACL of any length: HAProxy limits the words of a line."""
+    """An ACL on several lines, because HAProxy limits the words of a line."""
     texts = [str(ipaddress.ip_network(network)) for network in networks]
     for begin in range(0, len(texts), _WORDS_A_LINE):
         yield f"    acl {name} {fetch} {' '.join(texts[begin : begin + _WORDS_A_LINE])}"
 
 
 def _log_format(kind: str) -> str:
-    """Names and values. No query, where tokens are; no header of the client's."""
+    """A log format of names and values, without query strings, which may have tokens, and without client headers."""
     host = "host=%s" if kind == "claim" else "backend=%b server=%s"
     return (
         f"{kind} client=%ci method=%HM path=%HPO version=%HV status=%ST bytes=%B {host} retries=%rc "

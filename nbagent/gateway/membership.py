@@ -1,7 +1,8 @@
-"""Hosts that come and go while people work: in gateway.d, which is the truth, and in the HAProxy that runs.
+"""Adds, drains and removes hosts of a running gateway, in gateway.d and in the running HAProxy.
 
-Nothing is reloaded and no connection closed. A host's own file is `gateway.d/host-LABEL.toml`; one
-that is listed elsewhere can be drained by such a file, but only be removed where it stands.
+HAProxy is changed through its Runtime API, so no reload is needed and no connection is closed. The file of a host is
+`gateway.d/host-LABEL.toml`. A host that is listed in another file can be drained by such a file, but must be removed
+from the file that lists it.
 """
 
 from __future__ import annotations
@@ -15,65 +16,68 @@ from pathlib import Path
 from nbagent.config.schema import read_tables
 from nbagent.core.errors import BadRequest, NbagentError
 from nbagent.gateway import haproxy, settings
-from nbagent.gateway.fleet import ask
+from nbagent.gateway.fleet import fetch_figures
 from nbagent.gateway.runtime import GatewayDown, HaproxyServer, Runtime
 from nbagent.gateway.settings import FleetHostSettings
 
-# What was asked of a host when it was taken out is answered by then, or the host is asked to end it.
+# Time that requests to a removed host have to complete before its server is left in maintenance.
 LEAVE_TIMEOUT_S = 15.0
 _RETRY_S = 0.2
 
 
 class NotChanged(BadRequest):
-    """The fleet is not as the change supposes."""
+    """The change does not fit the current fleet."""
 
     code = "fleet-not-changed"
     title = "The fleet was not changed"
 
 
 class Fleet:
-    """The hosts of the configuration at `path`, and of the HAProxy behind `runtime`."""
+    """The hosts in the configuration at `path`, and in the HAProxy process behind `runtime`."""
 
     def __init__(self, path: Path, runtime: Runtime) -> None:
         self.path, self.runtime = path, runtime
 
     @property
     def backend(self) -> str:
-        """The backend that has all hosts."""
+        """The HAProxy backend that has all hosts."""
         return haproxy.all_hosts(settings.load(self.path))
 
     def file(self, label: str) -> Path:
-        """The host's own file."""
+        """The file in gateway.d for the host."""
         return self.path.with_suffix(".d") / f"host-{label}.toml"
 
     def add(self, label: str, host: FleetHostSettings) -> str:
-        """Adds a host; what was done, in a sentence. Raises NotChanged, ConfigError."""
+        """Add a host; returns a message for the operator. Raises NotChanged, ConfigError."""
         if settings.load(self.path).fleet.srv:
-            raise NotChanged("DNS says which hosts there are (fleet.srv): add it there")
+            raise NotChanged(f"host {label} not added: fleet.srv is set; add the host to the SRV records instead")
         if label in self._hosts():
-            raise NotChanged(f"{label} is in the fleet already")
+            raise NotChanged(f"host {label} not added: it is in the fleet already")
         self._write(label, host, whole=True)
-        return self._tell(lambda: self._join(label, host), f"{label} is in the fleet")
+        return self._apply(lambda: self._join(label, host), f"host {label} added")
 
     def drain(self, label: str, drain: bool) -> str:
-        """Lets a host be asked for no more slots, or for some again. Raises NotChanged, ConfigError."""
+        """Stop or resume claims to a host; returns a message for the operator. Raises NotChanged, ConfigError."""
         host = self._host(label)
         changed = replace(host, drain=drain)
         self._write(label, changed, whole=self._is_own(label))
         if drain:
-            return self._tell(lambda: self._leave(label, haproxy.STAGES), f"{label} is asked for no more slots")
-        return self._tell(lambda: self._join(label, changed), f"{label} is asked for slots again")
+            return self._apply(lambda: self._leave(label, haproxy.STAGES), f"host {label} gets no more claims")
+        return self._apply(lambda: self._join(label, changed), f"host {label} gets claims again")
 
     def remove(self, label: str, force: bool) -> str:
-        """Takes a host out. Raises NotChanged when it has users and `force` is not given."""
+        """Remove a host; returns a message for the operator. Without `force`, raises NotChanged if slots run on it."""
         host = self._host(label)
         if not self._is_own(label):
-            raise NotChanged(f"{label} is not in {self.file(label)}; take it out of the file it is in, and apply")
+            raise NotChanged(
+                f"host {label} not removed: {self.file(label)} does not list it; remove it from the file that does, "
+                "then run nbagent gateway apply"
+            )
         if not force:
             self._check_unused(label, host)
         self.file(label).unlink()
         everywhere = (*haproxy.STAGES, haproxy.USERS)
-        return self._tell(lambda: self._leave(label, everywhere, force), f"{label} is out of the fleet")
+        return self._apply(lambda: self._leave(label, everywhere, force), f"host {label} removed")
 
     def _hosts(self) -> dict[str, FleetHostSettings]:
         return dict(settings.load(self.path).hosts)
@@ -81,16 +85,16 @@ class Fleet:
     def _host(self, label: str) -> FleetHostSettings:
         hosts = self._hosts()
         if label not in hosts:
-            raise NotChanged(f"no host {label}; there are {', '.join(sorted(hosts)) or 'none'}")
+            raise NotChanged(f"unknown host {label}; known hosts: {', '.join(sorted(hosts)) or 'none'}")
         return hosts[label]
 
     def _is_own(self, label: str) -> bool:
-        """Whether the host stands in its own file, and not only a change to it."""
+        """Whether the host's file in gateway.d lists the host, and not only changes a setting of it."""
         file = self.file(label)
-        return file.is_file() and "address" in read_tables([file])[0].get("hosts", {}).get(label, {})
+        return file.is_file() and settings.has_address(read_tables([file])[0], label)
 
     def _write(self, label: str, host: FleetHostSettings, whole: bool) -> None:
-        """Writes the host's file, and takes it back when the settings are no longer right with it."""
+        """Write the host's file, and restore the previous one if the settings are not valid with it."""
         file = self.file(label)
         before = file.read_bytes() if file.is_file() else None
         lines = [f"[hosts.{label}]"]
@@ -109,19 +113,21 @@ class Fleet:
 
     def _check_unused(self, label: str, host: FleetHostSettings) -> None:
         if not host.drain:
-            raise NotChanged(f"{label} is asked for slots: drain it first, or use --force")
-        figures = ask(HaproxyServer(label, host.address, host.port, None, False))
+            raise NotChanged(f"host {label} not removed: it gets claims; drain it first, or use --force")
+        figures = fetch_figures(HaproxyServer(label, host.address, host.port, None, False))
         if figures is None:
-            raise NotChanged(f"{label} does not say whether slots run; use --force if none do, or none matter")
+            raise NotChanged(
+                f"host {label} not removed: it does not respond, so slots may run on it; use --force if none do"
+            )
         if used := figures.get("in_use"):
-            raise NotChanged(f"{used} slots run on {label}; wait for their end, or use --force")
+            raise NotChanged(f"host {label} not removed: {used} slots run on it; wait for their end, or use --force")
 
-    def _tell(self, change: Callable[[], None], done: str) -> str:
-        """Changes the HAProxy that runs. Without one, the file is what the next start reads."""
+    def _apply(self, change: Callable[[], None], done: str) -> str:
+        """Change the running HAProxy. If it is not running, the next start reads the changed files."""
         try:
             change()
         except GatewayDown:
-            return f"{done} when the gateway starts"
+            return f"{done}; the gateway is not running and reads this when it starts"
         return done
 
     def _join(self, label: str, host: FleetHostSettings) -> None:
@@ -130,11 +136,11 @@ class Fleet:
             if known[backend]:
                 continue
             self._call(f"add server {backend}/{label} {arguments}", "New server registered.")
-            # A server that is added is in maintenance, with its checks at rest.
+            # HAProxy adds a server in maintenance, with its checks disabled.
             self._call(f"enable health {backend}/{label}")
             if "agent-check" in arguments:
                 self._call(f"enable agent {backend}/{label}")
-                # The agent tells a weight and not "up", without which HAProxy takes a server that is added for down.
+                # HAProxy keeps an added server down until it gets "up", and the agent check reports only a weight.
                 self._call(f"set server {backend}/{label} agent up")
             self._call(f"enable server {backend}/{label}")
 
@@ -143,17 +149,17 @@ class Fleet:
             if not self._has(backend, label):
                 continue
             if backend in haproxy.STAGES:
-                # Else its next word, "ready", would end the maintenance.
+                # Otherwise the next "ready" of the agent check would end the maintenance.
                 self._call(f"disable agent {backend}/{label}")
             self._call(f"set server {backend}/{label} state maint")
             if force:
                 self._call(f"shutdown sessions server {backend}/{label}")
         deadline_s = time.monotonic() + LEAVE_TIMEOUT_S
         for backend in backends:
-            # Who is served by it goes on; it is only not there for anybody new.
+            # HAProxy refuses to delete a server with connections. These continue, and new ones are not made.
             while self._has(backend, label):
-                said = self.runtime.call(f"del server {backend}/{label}")
-                if said.startswith("Server deleted") or time.monotonic() > deadline_s:
+                response = self.runtime.call(f"del server {backend}/{label}")
+                if response.startswith("Server deleted") or time.monotonic() > deadline_s:
                     break
                 time.sleep(_RETRY_S)
 
@@ -161,15 +167,15 @@ class Fleet:
         return any(server.name == label for server in self.runtime.servers(backend))
 
     def _call(self, command: str, expected: str = "") -> None:
-        said = self.runtime.call(command)
-        if said != expected:
-            raise NotChanged(f"HAProxy says to {' '.join(command.split()[:3])!r}: {said or 'nothing'}")
+        response = self.runtime.call(command)
+        if response != expected:
+            raise NotChanged(f"HAProxy command {' '.join(command.split()[:3])!r} failed: {response or 'no response'}")
 
 
 def _replace(file: Path, content: bytes) -> None:
-    """The name appears with the whole content, or keeps what it had."""
+    """Write `file` atomically."""
     file.parent.mkdir(exist_ok=True)
-    # Not *.toml: it must not be read before it is whole.
+    # The suffix is not .toml, so that the settings are never read from the incomplete file.
     new = file.with_suffix(".new")
     try:
         new.write_bytes(content)

@@ -1,8 +1,7 @@
-"""Settings of a gateway: `/etc/nbagent/gateway.toml`, then `/etc/nbagent/gateway.d/*.toml` by name.
+"""The settings of a gateway: `/etc/nbagent/gateway.toml`, then `/etc/nbagent/gateway.d/*.toml` by name.
 
-They are read, judged and explained as nbagent.toml is (nbagent.config). The hosts of the fleet are
-among them, each a table `[hosts.LABEL]`; so a file for each host in gateway.d is one way to keep
-them, and that of `nbagent gateway add-host`.
+nbagent.config.schema reads and checks them as it does nbagent.toml. Each host of the fleet is a table `[hosts.LABEL]`,
+so a host may have a file of its own in gateway.d; `nbagent gateway add-host` writes such a file.
 """
 
 from __future__ import annotations
@@ -13,11 +12,11 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from nbagent.config.host_config import LandingSettings
 from nbagent.config.schema import (
     Network,
+    Origin,
     Reader,
     auto_or,
     dns_domain,
@@ -31,8 +30,9 @@ from nbagent.config.schema import (
     tables,
     word_or,
 )
+from nbagent.core import paths
 
-DEFAULT_PATH = Path("/etc/nbagent/gateway.toml")
+DEFAULT_PATH = paths.GATEWAY_SETTINGS
 LABEL = r"[a-z0-9]{1,16}"
 LABEL_EXPECTED = "1 to 16 characters of a-z and 0-9, the label of a host"
 _LISTEN = re.compile(r"(\*|\d+\.\d+\.\d+\.\d+|\[[0-9a-f:]+\]):(\d{1,5})")
@@ -40,7 +40,7 @@ _LISTEN = re.compile(r"(\*|\d+\.\d+\.\d+\.\d+|\[[0-9a-f:]+\]):(\d{1,5})")
 
 @dataclass(frozen=True)
 class Listen:
-    """An address with a port: every IPv4 address is "*", every IPv6 one "::"."""
+    """An address with a port; "*" is every IPv4 address, "::" every IPv6 address."""
 
     address: str
     port: int
@@ -49,7 +49,7 @@ class Listen:
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
-def _listen(value: Any) -> Listen:
+def _listen(value: object) -> Listen:
     match = _LISTEN.fullmatch(value) if isinstance(value, str) else None
     try:
         if match and 1 <= int(match[2]) <= 65535:
@@ -60,7 +60,7 @@ def _listen(value: Any) -> Listen:
     raise ValueError('an address with a port, such as "*:80", "[::]:80" or "127.0.0.1:8080"')
 
 
-def _listens(value: Any) -> tuple[Listen, ...]:
+def _listens(value: object) -> tuple[Listen, ...]:
     expected = 'a list of addresses with ports, such as ["*:80", "[::]:80"]'
     if not isinstance(value, list):
         raise ValueError(expected)
@@ -70,20 +70,26 @@ def _listens(value: Any) -> tuple[Listen, ...]:
         raise ValueError(expected) from None
 
 
-def _address(value: Any) -> str:
+def _address(value: object) -> str:
     try:
         if isinstance(value, str):
             return str(ipaddress.ip_address(value))
     except ValueError:
         pass
-    raise ValueError('an IP address such as "10.1.0.7"; names are found with fleet.srv')
+    raise ValueError('an IP address such as "10.1.0.7"; to find hosts by DNS, use fleet.srv')
 
 
-def _paths(value: Any) -> tuple[str, ...]:
+def _paths(value: object) -> tuple[str, ...]:
     expected = 'a list of files or directories such as ["/etc/letsencrypt/live/nb.example.org"]'
     if isinstance(value, list) and all(isinstance(v, str) and re.fullmatch(r"/[^\s\"'\\]+", v) for v in value):
         return tuple(value)
     raise ValueError(expected)
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError("true or false")
 
 
 _PORT = number(1, 65535, int)
@@ -92,85 +98,90 @@ _SRV = matching(r"(_?[a-z0-9-]+\.){2,}[a-z0-9-]+", 'a name with SRV records such
 
 @dataclass(frozen=True)
 class ListenSettings:
-    """`[listen]`: where browsers come in, and who may speak for them."""
+    """`[listen]`: addresses for browsers, and the proxies in front of the gateway."""
 
     http: tuple[Listen, ...] = setting(
-        ["*:80", "[::]:80"], _listens, "Plain HTTP; with tls.certificates only a redirect to https."
+        ["*:80", "[::]:80"], _listens,
+        "Addresses for HTTP; if tls.certificates is set, requests are redirected to HTTPS."
     )
-    https: tuple[Listen, ...] = setting(["*:443", "[::]:443"], _listens, "HTTPS, when there are tls.certificates.")
-    metrics: Listen | None = setting(  # noqa: RUF009  a field, whatever its type
+    https: tuple[Listen, ...] = setting(
+        ["*:443", "[::]:443"], _listens, "Addresses for HTTPS, used if tls.certificates is set."
+    )
+    metrics: Listen | None = setting(  # noqa: RUF009  setting() returns a field
         "127.0.0.1:8405", word_or("none", _listen),
-        "HAProxy's own figures: /metrics for Prometheus, /stats for people. It asks for no password.",
+        "Address for HAProxy's own statistics, without a password: /metrics for Prometheus, /stats for browsers.",
     )
     trusted_proxies: tuple[Network, ...] = setting(
-        [], networks, "Proxies in front, whose X-Forwarded-For says who the client is."
+        [], networks, "Proxies in front whose X-Forwarded-For header has the address of the client."
     )
     connections: int | None = setting(
-        "auto", auto_or(number(100, 1000000, int)), "Of browsers, at a time; auto: by LimitNOFILE= of the service."
+        "auto", auto_or(number(100, 1000000, int)),
+        "Most connections of browsers at a time; auto: derived from LimitNOFILE= of the service."
     )
 
 
 @dataclass(frozen=True)
 class TlsSettings:
-    """`[tls]`: certificates. Without any, the gateway speaks plain HTTP."""
+    """`[tls]`: certificates. Without any, the gateway serves plain HTTP."""
 
     certificates: tuple[str, ...] = setting(
         [], _paths, "Directories with fullchain.pem and privkey.pem, or files that hold both."
     )
     hsts: float | None = setting(
-        "365d", word_or("none", positive_duration), "How long browsers shall come by https only."
+        "365d", word_or("none", positive_duration),
+        "Time for which browsers must use HTTPS only (Strict-Transport-Security)."
     )
-    acme: Listen | None = setting(  # noqa: RUF009  a field, whatever its type
-        "none", word_or("none", _listen), "Where your ACME client answers /.well-known/acme-challenge/."
+    acme: Listen | None = setting(  # noqa: RUF009  setting() returns a field
+        "none", word_or("none", _listen), "Address of your ACME client, which serves /.well-known/acme-challenge/."
     )
 
 
 @dataclass(frozen=True)
 class FleetSettings:
-    """`[fleet]`: how hosts are found and asked. Those that DNS does not list are [hosts.LABEL]."""
+    """`[fleet]`: discovery of hosts by DNS, and how claims are sent to hosts. [hosts.LABEL] lists hosts without DNS."""
 
     srv: str | None = setting(
-        "none", word_or("none", _SRV), "A name whose SRV records are the hosts; [hosts] is empty then."
+        "none", word_or("none", _SRV), "DNS name whose SRV records are the hosts; [hosts] must be empty then."
     )
-    srv_hosts: int = setting(64, number(1, 4000, int), "The most hosts that SRV records may name.")
+    srv_hosts: int = setting(64, number(1, 4000, int), "Most hosts that are used from SRV records.")
     resolvers: tuple[Listen, ...] | None = setting(
-        "auto", auto_or(_listens), "DNS servers with ports; auto: those of /etc/resolv.conf."
+        "auto", auto_or(_listens), "DNS servers with ports; auto: those in /etc/resolv.conf."
     )
     domain: str | None = setting(
-        "none", word_or("none", dns_domain), "The hosts' router.domain, when each slot has a name of its own in it."
+        "none", word_or("none", dns_domain), "The hosts' router.domain, if their router.url_mode is \"subdomain\"."
     )
     retries: int = setting(
-        20, number(1, 100, int), "Hosts that are asked one after the other for a slot, beyond the first."
+        20, number(1, 100, int),
+        "Number of further hosts that a claim is sent to, one after the other, if a host refuses it."
     )
     claim_timeout: float = setting(
-        "75s", positive_duration, "The longest that a claim may take: pool.claim_timeout of the hosts, and some more."
+        "75s", positive_duration,
+        "Longest time that a host may take for a claim; it must be above pool.claim_timeout of the hosts."
     )
 
 
 @dataclass(frozen=True)
 class LogSettings:
-    """`[log]`: what the journal is told. Claims are there always; queries, and tokens with them, never."""
+    """`[log]`: requests in the journal. Claims are always logged; query strings, which may have tokens, never are."""
 
-    requests: str = setting("trouble", matching("trouble|all", '"trouble" or "all"'), "Of all other requests.")
+    requests: str = setting(
+        "trouble", matching("trouble|all", '"trouble" or "all"'),
+        'Other requests that are logged: "trouble": failed ones; "all": all.'
+    )
 
 
 @dataclass(frozen=True)
 class FleetHostSettings:
-    """`[hosts.LABEL]`: a host, by the label in its slots' ids (host.label of its nbagent.toml)."""
+    """`[hosts.LABEL]`: a host, by the label in its slots' ids, which is host.label in its nbagent.toml."""
 
-    address: str = setting("192.0.2.1", _address, "Its IP address.")
-    port: int = setting(8000, _PORT, "The port of its router.")
-    check_port: int = setting(9001, _PORT, "The port that tells its free capacity.")
+    address: str = setting("192.0.2.1", _address, "IP address of the host.")
+    port: int = setting(8000, _PORT, "Port of the host's router.")
+    check_port: int = setting(9001, _PORT, "Port of the host's agent check, which reports its free capacity.")
     weight: int = setting(
-        100, number(1, 256, int), "Its size beside the others': claims come by this times the part of it that is free."
+        100, number(1, 256, int),
+        "Size of the host relative to others; its share of claims is proportional to this and to its free part."
     )
-    drain: bool = setting(False, lambda value: _flag(value), "It is asked for no more slots; users stay.")
-
-
-def _flag(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise ValueError("true or false")
+    drain: bool = setting(False, _flag, "Whether claims are no longer sent to the host; its users stay.")
 
 
 @dataclass(frozen=True)
@@ -186,35 +197,42 @@ class GatewaySettings:
 
 
 def ring_number(label: str) -> int:
-    """The host's place on the ring of a consistent hash: of its label alone, so that all gateways agree."""
+    """The host's place on the ring of a consistent hash, by its label only, so that all gateways use the same one."""
     return zlib.crc32(label.encode()) & 0x7FFF_FFFF or 1
 
 
+def has_address(document: Mapping[str, object], label: str) -> bool:
+    """Whether a parsed TOML document has the address of the host `label`, and not only changes to it."""
+    hosts = document.get("hosts")
+    host = hosts.get(label) if isinstance(hosts, Mapping) else None
+    return isinstance(host, Mapping) and "address" in host
+
+
 def settings_files(path: Path = DEFAULT_PATH) -> list[Path]:
-    """The files that make the configuration, in the order they are read; missing ones left out."""
+    """The existing files of the configuration, in the order in which they are read."""
     extra = sorted(path.with_suffix(".d").glob("*.toml"))
     return [file for file in [path, *extra] if file.is_file()]
 
 
 def load(path: Path = DEFAULT_PATH) -> GatewaySettings:
-    """Reads the configuration. Raises ConfigError naming file, key and what would be right."""
+    """Read the configuration. Raises ConfigError, which names the file, the key and the expected value."""
     return parse(*read_tables(settings_files(path)))
 
 
-def parse(document: Mapping[str, Any], origin: Mapping[tuple[str, ...], Path] | None = None) -> GatewaySettings:
-    """The settings in a document as TOML gives them. `origin` says which file each key came from."""
+def parse(document: Mapping[str, object], origin: Origin | None = None) -> GatewaySettings:
+    """The settings in a parsed TOML document. `origin` has the file of each key. Raises ConfigError."""
     document, origin = rename_section(document, origin or {}, "door", "landing")
     reader = Reader(origin)
     settings = reader.section(GatewaySettings, document, ())
     for label in settings.hosts:
-        if "address" not in document["hosts"][label]:
+        if not has_address(document, label):
             raise reader.error(("hosts", label), "an `address`")
     numbers = {ring_number(label): label for label in settings.hosts}
     for label in settings.hosts:
         if (other := numbers[ring_number(label)]) != label:
-            raise reader.error(("hosts", label), f"another label, as it and {other} have the same CRC")
+            raise reader.error(("hosts", label), f"another label, because {label} and {other} have the same CRC-32")
     if settings.fleet.srv and settings.hosts:
-        raise reader.error(("hosts",), "no hosts beside fleet.srv, which finds them")
+        raise reader.error(("hosts",), "no hosts, because fleet.srv is set and finds them by DNS")
     if not settings.listen.http and not (settings.listen.https and settings.tls.certificates):
-        raise reader.error(("listen", "http"), "an address, as there is no https")
+        raise reader.error(("listen", "http"), "an address, because there is none for HTTPS")
     return settings

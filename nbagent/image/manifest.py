@@ -43,7 +43,8 @@ class Program:
     A command serves HTTP on `port` of the slot's own loopback. In it and in `environment`, `{base_path}`,
     `{port}` and `{token}` stand for the slot's. Below the slot's address, `ready` is requested until the program
     responds, and `url` is the target of a claim's link. `preload` are modules that the notebook server of `launch`
-    "fork" and its kernels import before there is a slot. `python`, `home` and `directory` are paths inside the image.
+    "fork" and its kernels import before there is a slot, and `share_memory` prepares that server's memory so that its
+    slots share most of it. `python`, `home` and `directory` are paths inside the image.
     """
 
     python: str | None
@@ -57,6 +58,7 @@ class Program:
     launch: str
     preload: tuple[str, ...]
     environment: Mapping[str, str]
+    share_memory: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,11 @@ def from_mapping(data: Mapping[str, object]) -> Manifest:
     preload = _preload(data.get("preload", []))
     if preload and launch != "fork":
         raise _wrong("preload", 'expected launch = "fork", because only its notebook server imports modules early')
+    share_memory = data.get("share_memory", True)
+    if not isinstance(share_memory, bool):
+        raise _wrong("share_memory", "expected true or false")
+    if not share_memory and launch != "fork":
+        raise _wrong("share_memory", 'expected launch = "fork", because only forked slots share the memory of a server')
     command = () if python else _command(data["command"])
     environment = _environment(data.get("environment", {}))
     if sum(map(len, (*command, *environment, *environment.values()))) > _PROGRAM_MAX_BYTES:
@@ -124,20 +131,21 @@ def from_mapping(data: Mapping[str, object]) -> Manifest:
         user=user,
         launch=launch,
         preload=preload,
+        share_memory=share_memory,
         environment=environment,
         static=_static(data.get("static", {})),
     )
 
 
 def to_mapping(manifest: Manifest) -> dict[str, object]:
-    """The mapping that `from_mapping` reads, in JSON's types."""
+    """The mapping that `from_mapping` reads, in JSON's types and without defaults."""
     mapping: dict[str, object] = {}
-    for key in _KEYS:
-        value = getattr(manifest, key)
+    for field in fields(Manifest):
+        value = getattr(manifest, field.name)
         if isinstance(value, Mapping):
-            mapping[key] = dict(value)
-        elif value is not None and value != ():
-            mapping[key] = list(value) if isinstance(value, tuple) else value
+            mapping[field.name] = dict(value)
+        elif value is not None and value != () and value != field.default:
+            mapping[field.name] = list(value) if isinstance(value, tuple) else value
     return mapping
 
 

@@ -32,6 +32,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from nbagent.core import paths
 from nbagent.core.errors import ImageInvalid, ImageNotFound
 from nbagent.core.events import Event, emit
 from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
@@ -42,7 +43,7 @@ from nbagent.image.manifest import Manifest, Program
 from nbagent.image.tree import open_tree
 from nbagent.untrusted.tree import NotInTree
 
-DEFAULT_PATH = Path("/var/lib/nbagent/images")
+DEFAULT_PATH = paths.IMAGES
 
 _DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
 _PREFIX = re.compile(r"(?:sha256-)?([0-9a-f]{4,64})")

@@ -1,76 +1,76 @@
-"""What the landing page stands in front of, and the figures of it that everybody may see."""
+"""The interface between the landing page and the slots behind it, and the figures that every visitor may see."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from nbagent.config.host_config import HostConfig
+from nbagent.core.documents import Claim, Durations, PublicFigures, SlotDefaults, Stats
+
+RETRY_MIN_S, RETRY_MAX_S, RETRY_DEFAULT_S = 2, 60, 10
 
 
 class SlotBackend(Protocol):
-    """A host, or a fleet of them. Its calls raise NbagentError."""
+    """A host, or a fleet of hosts. The methods raise NbagentError."""
 
-    def stats(self) -> dict[str, Any]:
-        """The figures that `public_figures` makes; of a fleet their sums, and under `hosts` those of each host."""
+    def stats(self) -> Mapping[str, object]:
+        """HostFigures; of a fleet the sums of its hosts, and under `hosts` the figures of each."""
 
-    def claim(self, options: Mapping[str, Any], key: str | None, client: str) -> Mapping[str, Any]:
-        """Hands out a slot to the address `client`; the same one for the same `key`.
+    def claim(self, options: Mapping[str, object], key: str | None, client: str) -> Claim:
+        """Claims a slot for the address `client`; the same `key` gets the same slot.
 
-        The document has `slot`, `path` and `query`, as `model.Slot.claim_document` writes them.
         Raises Full with `retry_after_s`.
         """
 
     def origin(self, slot: str, host: str, scheme: str) -> str:
-        """Where a slot is served, such as `https://nb.example.org`, to somebody who called `host` by `scheme`."""
+        """The origin of a slot, such as `https://nb.example.org`, for a visitor who reached `host` by `scheme`."""
 
     def has_origins(self) -> bool:
-        """Whether each slot is an origin of its own, so that links to it are never relative."""
+        """Whether each slot has an origin of its own, so that links to it cannot be relative."""
 
 
-def public_figures(stats: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the supervisor's stats what is no secret: tmpnb's four, and what a picture of the host needs.
-
-    `next_end_s` is when the first slot in use ends at the latest, None when there is none. `claim_ms` are
-    the middle and the slowest hundredth of the answers to claims since the supervisor started.
-    """
-    names = ("available", "capacity", "version", "container_image", "label", "warm", "starting", "draining",
-             "free_percent", "ready", "next_end_s", "uptime_s")
-    return {name: stats[name] for name in names} | {
+def public_figures(stats: Stats) -> PublicFigures:
+    """The part of the supervisor's stats that is not confidential."""
+    return {
+        "available": stats["available"], "capacity": stats["capacity"], "version": stats["version"],
+        "container_image": stats["container_image"], "label": stats["label"], "warm": stats["warm"],
+        "starting": stats["starting"], "draining": stats["draining"], "free_percent": stats["free_percent"],
+        "ready": stats["ready"], "next_end_s": stats["next_end_s"], "uptime_s": stats["uptime_s"],
         "in_use": stats["claimed"],
         "claims": stats["counters"]["claims"],
-        "claim_ms": {name: quantile_ms(stats["claim_seconds"], share) for name, share in (("p50", .5), ("p99", .99))},
+        "claim_ms": {"p50": quantile_ms(stats["claim_seconds"], .5), "p99": quantile_ms(stats["claim_seconds"], .99)},
     }
 
 
-def quantile_ms(histogram: Mapping[str, Any], share: float) -> float | None:
-    """The time, in ms, within which `share` of what a cumulative histogram counted was done; None of nothing.
+def quantile_ms(histogram: Durations, share: float) -> float | None:
+    """The quantile `share` of a cumulative histogram in ms, None when it is empty.
 
-    Between two bounds the observations are taken for evenly spread; what is beyond the last counts as that.
+    Durations are taken as evenly spread between two bounds; one above the last bound counts as that bound.
     """
-    wanted = share * int(histogram["count"])
-    if not wanted:
+    rank = share * histogram["count"]
+    if not rank:
         return None
-    below_s, below = 0.0, 0
-    for bound, count in sorted((float(bound), int(count)) for bound, count in histogram["buckets"].items()):
-        if count >= wanted:
-            at_s = below_s + (bound - below_s) * (wanted - below) / (count - below)
-            return round(1000.0 * at_s, 1)
-        below_s, below = bound, count
-    return round(1000 * below_s, 1)
+    lower_s, lower_count = 0.0, 0
+    for bound_s, count in sorted((float(bound), count) for bound, count in histogram["buckets"].items()):
+        if count >= rank:
+            quantile_s = lower_s + (bound_s - lower_s) * (rank - lower_count) / (count - lower_count)
+            return round(1000.0 * quantile_s, 1)
+        lower_s, lower_count = bound_s, count
+    return round(1000 * lower_s, 1)
 
 
-def again_s(figures: Mapping[str, Any], retry_after_s: object) -> int:
-    """Seconds after which it is worth to ask again: what was said with the refusal, else when a slot may end."""
-    for said in (retry_after_s, figures.get("next_end_s")):
-        if isinstance(said, (int, float)) and not isinstance(said, bool):
-            return max(2, min(60, math.ceil(said)))
-    return 10
+def retry_delay_s(figures: Mapping[str, object], retry_after_s: object) -> int:
+    """Seconds until a refused claim should be sent again: `retry_after_s` of the refusal, else when a slot may end."""
+    for delay_s in (retry_after_s, figures.get("next_end_s")):
+        if isinstance(delay_s, (int, float)) and not isinstance(delay_s, bool):
+            return max(RETRY_MIN_S, min(RETRY_MAX_S, math.ceil(delay_s)))
+    return RETRY_DEFAULT_S
 
 
-def terms(config: HostConfig) -> dict[str, Any]:
-    """What somebody who starts a slot here should know: how long it lives, and what it may use."""
+def slot_defaults(config: HostConfig) -> SlotDefaults:
+    """When a slot that is claimed without options ends, and what it may use."""
     return {
         "idle_s": config.cull.idle, "life_s": config.slots.ttl, "memory_bytes": config.slots.memory,
         "internet": config.network_mode(config.pool.image) == "internet",

@@ -1,1 +1,1 @@
-"""Kernel facilities, one a file: thin, named as in the kernel's headers, no policy, real OSErrors."""
+"""Kernel facilities, one a file: thin wrappers, named as in the kernel's headers, that raise OSError."""

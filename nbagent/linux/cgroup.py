@@ -1,7 +1,7 @@
-"""What a cgroup has used and was refused: memory, processor time, tasks, OOM kills; version 1 and 2 alike.
+"""Accounting of a cgroup (memory, processor time, tasks, OOM kills), for cgroup v1 and v2.
 
-Reads the kernel's files and nothing else: a read wakes nobody, so a thousand slots may be
-looked at without one of them noticing. What it writes, by `reclaim` and `MigrationPrimer`, changes no limit.
+Reading a cgroup's files wakes none of its processes, so a thousand slots can be sampled without cost to them.
+`Cgroup.reclaim` and `MigrationPrimer` write to cgroup files; neither changes a limit.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _FILE_MAX_BYTES = 4096
 
 @dataclass(frozen=True)
 class Usage:
-    """What the processes of one cgroup use at one moment."""
+    """The resource use of one cgroup at one moment."""
 
     memory_bytes: int
     swapped_bytes: int
@@ -30,10 +30,10 @@ class Usage:
 
 @dataclass(frozen=True)
 class Cgroup:
-    """Where the controllers of one cgroup are; in version 2 all are the same directory.
+    """The directories of one cgroup, by controller; with cgroup v2 all three are the same.
 
-    `cpu` is always a directory of version 2: its cpu.stat counts there without a controller too,
-    while systemd leaves version 1's cpuacct alone where that is mounted by itself.
+    `cpu` is always in the v2 hierarchy, because cpu.stat counts there even without the cpu controller, while
+    systemd creates no cgroup in v1's cpuacct hierarchy where that is mounted separately.
     """
 
     memory: str
@@ -42,15 +42,15 @@ class Cgroup:
 
     @property
     def unified(self) -> bool:
-        """Whether it is of version 2."""
+        """Whether all controllers of this cgroup are in the v2 hierarchy."""
         return self.memory == self.cpu
 
     def usage(self) -> Usage:
-        """What it uses now. A cgroup that is gone uses nothing."""
+        """The use at this moment; all zero when the cgroup was removed."""
         unified = self.unified
         return Usage(
             memory_bytes=_number(f"{self.memory}/{'memory.current' if unified else 'memory.usage_in_bytes'}"),
-            # Version 1 has it only where the kernel counts memory and swap together, and nothing is swapped there.
+            # v1 counts swap only with memsw accounting; the agent swaps out slots with v2 only (`reclaim`).
             swapped_bytes=_number(f"{self.memory}/memory.swap.current") if unified else 0,
             cpu_s=self.cpu_s(),
             tasks=_number(f"{self.pids}/pids.current"),
@@ -59,25 +59,26 @@ class Cgroup:
         )
 
     def cpu_s(self) -> float:
-        """The processor time it has used; 0 where it is gone."""
+        """The processor time used so far; 0 when the cgroup was removed."""
         return _keyed(f"{self.cpu}/cpu.stat", b"usage_usec") / 1e6
 
     def may_swap(self) -> bool:
-        """Whether any of its memory may be swapped out."""
+        """Whether memory.swap.max lets the kernel swap out memory of this cgroup."""
         try:
             return self.unified and _read(f"{self.memory}/memory.swap.max").strip() != b"0"
         except OSError:
             return False
 
     def reclaim(self, size_bytes: int) -> bool:
-        """Has the kernel swap out, or drop from its cache, so much of its memory; False when less was to be had.
+        """Reclaims memory of this cgroup (swap, page cache); returns False when the kernel reclaimed less.
 
-        Blocks until that is done. Raises OSError: of version 1, before Linux 5.19, and gone are FileNotFoundError.
+        Blocks until the reclaim is complete. Raises OSError; FileNotFoundError with cgroup v1, before Linux 5.19
+        (which has no memory.reclaim), and when the cgroup was removed.
         """
         fd = os.open(f"{self.memory}/memory.reclaim", os.O_WRONLY | os.O_CLOEXEC)
         try:
             os.write(fd, str(size_bytes).encode())
-        except BlockingIOError:  # EAGAIN: the kernel gave up after sixteen rounds that freed nothing more
+        except BlockingIOError:  # EAGAIN: 16 rounds of reclaim did not free size_bytes (MAX_RECLAIM_RETRIES)
             return False
         finally:
             os.close(fd)
@@ -85,7 +86,7 @@ class Cgroup:
 
 
 def of_process(pid: int, root: Path = ROOT) -> Cgroup:
-    """The cgroup that the process `pid` is in. Raises OSError when the process is gone."""
+    """The cgroup of the process `pid`. Raises OSError when the process does not exist."""
     paths: dict[str, str] = {}
     for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
@@ -102,7 +103,7 @@ def of_process(pid: int, root: Path = ROOT) -> Cgroup:
 
 
 def unit_of_process(pid: int) -> str:
-    """The unit systemd put the process in: the last part of its cgroup. Raises OSError."""
+    """The systemd unit of a process, which is the last component of its cgroup path; "" at the root. Raises OSError."""
     lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     named = [line for line in lines if line.split(":", 2)[1] == "name=systemd"]
     for line in named or [line for line in lines if line.startswith("0::")]:
@@ -111,36 +112,37 @@ def unit_of_process(pid: int) -> str:
 
 
 class MigrationPrimer:
-    """Makes the next move of a process into a cgroup quick, by waiting here for what it would wait for.
+    """Takes the RCU grace period of a cgroup migration in advance, so that PID 1 does not wait for it.
 
-    The first move for some time waits for an RCU grace period, 5 to 10 ms, in which PID 1 does nothing; those that
-    follow soon do not (percpu_down_write(9) of cgroup_threadgroup_rwsem). This moves the caller to where it is, in a
-    thread that waits inside splice(2) for when it is wanted, and so begins without having to run any Python.
+    A write to cgroup.procs takes cgroup_threadgroup_rwsem for writing. After a pause, percpu_down_write() waits for
+    an RCU grace period (5 to 10 ms), during which PID 1 handles nothing else; writes that follow soon do not wait.
+    `prime` therefore starts a migration of this process into its own cgroup, which changes nothing. A thread blocked
+    in splice(2) from a pipe to cgroup.procs does it, because that needs neither the GIL nor any Python code.
     """
 
     def __init__(self, root: Path = ROOT) -> None:
-        """Raises OSError where this process may not write to its cgroup.procs."""
+        """Raises OSError when this process cannot write to the cgroup.procs of its own cgroup."""
         lines = Path("/proc/self/cgroup").read_text().splitlines()
         own = next(line for line in lines if line.startswith("0::")).removeprefix("0::")
         tree = root if len(lines) == 1 else root / "unified"
         self._procs = os.open(f"{tree}{own}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
-        self._wanted, self._want = os.pipe()
-        os.set_blocking(self._want, False)
-        threading.Thread(target=self._run, name="hastener", daemon=True).start()
+        self._trigger_read, self._trigger_write = os.pipe()
+        os.set_blocking(self._trigger_write, False)
+        threading.Thread(target=self._run, name="migration-primer", daemon=True).start()
 
     def prime(self) -> None:
-        """Begins now; does not wait."""
+        """Starts the migration and returns without waiting for it."""
         with contextlib.suppress(BlockingIOError):
-            os.write(self._want, b"0")
+            os.write(self._trigger_write, b"0")  # cgroup.procs takes "0" as the writing process
 
     def _run(self) -> None:
-        # Where the kernel cannot do that (before Linux 5.12), moves take as long as they take.
+        # cgroup files support splice(2) since Linux 5.12; with an older kernel migrations are not primed.
         with contextlib.suppress(OSError):
-            while os.splice(self._wanted, self._procs, 1):
+            while os.splice(self._trigger_read, self._procs, 1):
                 pass
 
 
-# As plain as can be, as a thousand slots have five thousand of these files.
+# os.open() and os.read() instead of a file object, because a thousand slots have five thousand of these files.
 def _read(file: str) -> bytes:
     fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:

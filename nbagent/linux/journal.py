@@ -1,9 +1,8 @@
-"""Into the journal without its library: lines by a stream, as sd_journal_stream_fd(3) does, and entries.
+"""Writing to the journal without libsystemd: stream sockets as by sd_journal_stream_fd(3), and native entries.
 
-journald attributes each line to the process that wrote it and looks up that process's unit when it
-reads the line. One that has ended by then has none any more, and its last words would be missing
-from `journalctl -u`; for them journald takes the unit that the stream was opened with, which it
-believes only of root.
+journald looks up the unit of the sending process when it reads a line. When the process has exited by then,
+journald uses the unit in the stream's header instead, which it accepts only from root. Without that unit the last
+lines of a process would be missing from `journalctl -u`.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ LOG_INFO = 6
 
 
 def stream(identifier: str, unit: str, path: str = STREAM_PATH) -> socket.socket:
-    """A socket whose lines become journal entries of `identifier`, of `unit` at the least. Raises OSError.
+    """A socket whose lines become journal entries of `identifier`, and of `unit` if the sender exited. Raises OSError.
 
-    The header's lines are: identifier, unit, priority, and whether levels are parsed and lines
-    forwarded to syslog, kmsg and console (systemd's src/libsystemd/sd-journal/journal-send.c).
+    The header's lines are: identifier, unit, priority, and flags for parsing of level prefixes and for forwarding
+    to syslog, kmsg and console (systemd's src/libsystemd/sd-journal/journal-send.c).
     """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -34,7 +33,7 @@ def stream(identifier: str, unit: str, path: str = STREAM_PATH) -> socket.socket
 
 
 def entries(path: str = ENTRIES_PATH) -> socket.socket:
-    """A socket for entries with fields, one a datagram; it outlives journald's restarts. Raises OSError."""
+    """A socket for native entries, one a datagram; it stays usable when journald restarts. Raises OSError."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         connection.connect(path)
@@ -45,5 +44,5 @@ def entries(path: str = ENTRIES_PATH) -> socket.socket:
 
 
 def encode(fields: Mapping[str, str]) -> bytes:
-    """An entry as journald's native protocol has it; no value here has a line break in it."""
+    """An entry in journald's native protocol. A value must not contain a line break, which needs the binary form."""
     return "".join(f"{name}={value}\n" for name, value in fields.items()).encode()

@@ -1,4 +1,4 @@
-"""mount(2), umount2(2), pivot_root(2), and the file system types a slot's root is made of."""
+"""mount(2), umount2(2) and pivot_root(2)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ MS_REMOUNT = 1 << 5
 MS_BIND = 1 << 12
 MS_REC = 1 << 14
 MS_PRIVATE = 1 << 18
-MS_SLAVE = 1 << 19
 MNT_DETACH = 1 << 1
 
-# pivot_root has no wrapper in libc; its number differs between architectures.
+# libc has no wrapper for pivot_root, whose system call number differs between architectures.
 _NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 
 

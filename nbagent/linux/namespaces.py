@@ -25,13 +25,16 @@ def unshare(flags: int) -> None:
     call("unshare", flags)
 
 
-def join(fd: int) -> None:
-    """Moves the caller into the namespace of the descriptor; of a pid namespace, its children. Raises OSError."""
-    call("setns", fd, 0)
+def setns(fd: int, flags: int = 0) -> None:
+    """setns(2), on a namespace's descriptor or, with `flags`, on a pidfd. Raises OSError.
+
+    CLONE_NEWPID takes effect for children only: a process never changes its own pid namespace.
+    """
+    call("setns", fd, flags)
 
 
 def owner_of_user_namespace(pid: int) -> int:
-    """The user of ours that the user namespace of a process belongs to. Raises OSError."""
+    """The owner of a process's user namespace, as a user id of the caller's user namespace. Raises OSError."""
     fd = os.open(f"/proc/{pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
     try:
         return int(struct.unpack("I", fcntl.ioctl(fd, _NS_GET_OWNER_UID, bytes(4)))[0])
@@ -40,22 +43,26 @@ def owner_of_user_namespace(pid: int) -> int:
 
 
 def enter(pidfd: int, pid: int, flags: int) -> None:
-    """Moves the caller, root, into namespaces of a process, its user namespace among them, as the root of that.
+    """Moves the caller, root, into namespaces of a process, among them its user namespace, and makes it root there.
 
-    It does so as the user that the user namespace belongs to, who needs no CAP_SYS_ADMIN in the host's.
-    Only children are in the pid namespace. Raises OSError, and is then in none of them.
+    setns(2) needs CAP_SYS_ADMIN in the target user namespace. The namespace's owner has every capability in it when
+    it is in the parent namespace (user_namespaces(7)), so the caller takes the owner's user id first and needs no
+    CAP_SYS_ADMIN on the host. With CLONE_NEWPID only the caller's children are in the pid namespace.
+    Raises OSError, and the caller is then in none of the namespaces.
     """
     owner = owner_of_user_namespace(pid)
     os.setresuid(owner, owner, 0)
-    # Root's capabilities are for a process that is not dumpable.
+    # A change of the effective user id from root clears the effective set; CAP_SYS_PTRACE in it is needed for a target
+    # that is not dumpable.
     raise_permitted()
-    call("setns", pidfd, flags)
-    # The kernel has given all capabilities in the namespace, and takes them only from who has been its root.
+    setns(pidfd, flags)
+    # setns(2) into a user namespace grants all capabilities in it. The next change of ids would not clear them, since
+    # the kernel does that only when a process leaves user id 0 of its namespace (capabilities(7)).
     _become_root()
 
 
 def write_id_maps(pid: int, id_base: int, count: int) -> None:
-    """Maps ids 0 to `count` of the user namespace of `pid` to `id_base` and up on the host.
+    """Maps the ids 0 to `count` - 1 of the user namespace of `pid` to `id_base` and up in the parent namespace.
 
     The caller needs CAP_SETUID and CAP_SETGID in the parent namespace. Raises OSError.
     """
@@ -65,19 +72,19 @@ def write_id_maps(pid: int, id_base: int, count: int) -> None:
 
 
 def unshare_user(id_base: int, count: int, owner: int) -> None:
-    """Moves the caller, root, into a new user namespace as its root, with the map above.
+    """Moves the caller, root, into a new user namespace as its root, with the map of `write_id_maps`.
 
-    `owner` is the user of the host that the namespace belongs to. What the kernel counts for each
-    user (pending signals and timers, inotify instances, message queues, locked memory) it counts
-    in every namespace up to the host's, there for the owner: were that root, what one namespace
-    takes would be missing to root on the host and to all the others.
+    `owner` is the host's user id that owns the namespace. The kernel charges per-user limits (pending signals,
+    POSIX timers, inotify instances, message queues, locked memory) in every ancestor namespace, and there to the
+    owner. If root owned all namespaces, one of them could exhaust these limits for the host and for all others.
 
-    A process cannot map ids that are not its own from inside, so a child that stays outside
-    writes the maps. Raises OSError; the child's failure comes back with its errno.
+    A process without CAP_SETUID in the parent namespace can map only its own id, so a child that stays in the
+    parent namespace writes the maps. Raises OSError, also with the errno of a failure in that child.
     """
     go_read, go_write = os.pipe()
     parent = os.getpid()
-    # Both are the owner, who may write the maps without CAP_SYS_ADMIN, and keep root's capabilities for it.
+    # The user id that calls unshare(2) becomes the owner. The child has it too: a map may be written without
+    # CAP_SYS_ADMIN by a process with the owner's user id, which still needs CAP_SETUID and CAP_SETGID.
     os.setresuid(owner, owner, 0)
     raise_permitted()
     child = os.fork()

@@ -1,4 +1,4 @@
-"""What a process may do and who it is: prctl(2), capabilities, ids, resource limits, descriptors."""
+"""Attributes of the calling process: prctl(2), capabilities, ids, resource limits, descriptor table."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ def prctl(option: int, *arguments: int) -> int:
 
 
 def last_capability() -> int:
-    """The highest capability this kernel knows."""
+    """The highest capability number of this kernel."""
     with open("/proc/sys/kernel/cap_last_cap") as file:
         return int(file.read())
 
 
 def drop_bounding_set(capabilities: Iterable[int]) -> None:
-    """Makes these capabilities unobtainable for this process and its children."""
+    """Removes capabilities from the bounding set, so that no execve(2) can grant them again. Raises OSError."""
     for capability in capabilities:
         prctl(PR_CAPBSET_DROP, capability)
 
 
 def keep_capabilities(kept: Iterable[int], last: int) -> None:
-    """Leaves the caller, root of its user namespace, these capabilities alone, by exec too."""
+    """Reduces the caller, root of its user namespace, to these capabilities, after execve(2) too. Raises OSError."""
     kept = frozenset(kept)
     for capability in range(last + 1):
         if capability not in kept:
@@ -52,7 +52,7 @@ def keep_capabilities(kept: Iterable[int], last: int) -> None:
 
 
 def become(uid: int) -> None:
-    """Takes user and group id `uid` for good; the kernel clears all capabilities with it."""
+    """Sets all user and group ids to `uid`; the kernel clears all capabilities when no id is 0. Raises OSError."""
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
     os.setgroups([])
     os.setresgid(uid, uid, uid)
@@ -60,9 +60,9 @@ def become(uid: int) -> None:
 
 
 def raise_permitted() -> None:
-    """Puts all permitted capabilities into effect again, as after a change of the effective user id.
+    """Copies the permitted set to the effective set, which a change of the effective user id from 0 clears.
 
-    By capset(2), version 3: for each 32 of them the effective, the permitted and the inheritable.
+    capset(2) version 3 takes two structures of 32 capabilities each: effective, permitted, inheritable.
     """
     header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
     sets = (ctypes.c_uint32 * 6)()
@@ -71,8 +71,8 @@ def raise_permitted() -> None:
     call("capset", header, sets)
 
 
-def limit(kind: int, soft: int, hard: int) -> None:
-    """setrlimit(2), never above the hard limit there is."""
+def set_rlimit(kind: int, soft: int, hard: int) -> None:
+    """setrlimit(2), with both values capped at the present hard limit, which only CAP_SYS_RESOURCE can raise."""
     _, ceiling = resource.getrlimit(kind)
     if ceiling != resource.RLIM_INFINITY:
         hard = min(hard, ceiling)
@@ -80,10 +80,10 @@ def limit(kind: int, soft: int, hard: int) -> None:
 
 
 def make_room_for_descriptors(count: int) -> None:
-    """Makes the table of descriptors large enough for so many, or as many as there may be, before there are threads.
+    """Enlarges the descriptor table to `count` entries, or to RLIMIT_NOFILE, while the process has one thread.
 
-    It begins with 64. Who has threads when it grows waits for an RCU grace period, 5 to 25 ms (expand_fdtable of
-    the kernel's fs/file.c).
+    The table starts with 64 entries. When it grows in a process with threads, expand_fdtable() (fs/file.c) waits for
+    an RCU grace period, 5 to 25 ms.
     """
     highest = min(count, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - 1
     os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, highest))

@@ -1,7 +1,8 @@
-"""rtnetlink(7): just enough for one interface, and for the token bucket that both its ends have.
+"""rtnetlink(7) for the slot's end of its interface: state, address, route, and the token bucket of both ends.
 
-pyroute2 does everything else on the host; it is not there where this also runs. Standard library
-only; Python 3.9 and up. Every function raises OSError with what the kernel answered.
+Written by hand because it runs in a slot's network namespace under an image's own Python, where pyroute2 is not
+installed; `network.netlink` uses pyroute2 on the host. Standard library only; Python 3.9 and up. Every function
+that sends a request raises OSError with the errno of the kernel's acknowledgement.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TCA_TBF_PARMS, TCA_TBF_BURST = 1, 6
 TC_H_ROOT = 0xFFFFFFFF
 TC_LINKLAYER_ETHERNET = 1
 NLA_F_NESTED = 0x8000
-_ANSWER_BYTES = 65536
+_RESPONSE_BYTES = 65536
 
 
 def bring_up_loopback() -> None:
@@ -33,20 +34,20 @@ def bring_up_loopback() -> None:
 
 
 def bring_up(index: int) -> None:
-    """Brings an interface up that resolves no addresses: its one neighbour has its own MAC."""
+    """Brings an interface up with IFF_NOARP, because both ends of a slot's veth pair have the same MAC address."""
     flags = IFF_UP | IFF_NOARP
     _request(RTM_NEWLINK, 0, struct.pack("=BxHiII", socket.AF_UNSPEC, 0, index, flags, flags))
 
 
 def add_address(index: int, address: str) -> None:
-    """Gives an interface an address, IPv4 or IPv6, and no network around it."""
+    """Adds an IPv4 or IPv6 address as a host address (/32 or /128), so that no network route comes with it."""
     family, packed = _packed(address)
     body = struct.pack("=BBBBI", family, 8 * len(packed), 0, 0, index)
     _request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body, {IFA_LOCAL: packed, IFA_ADDRESS: packed})
 
 
 def add_default_route(index: int, gateway: str) -> None:
-    """Sends everything to `gateway`, which need not be in a network of the interface."""
+    """Adds a default route; RTNH_F_ONLINK, because `gateway` is in no network of the interface."""
     family, packed = _packed(gateway)
     body = struct.pack(
         "=BBBBBBBBI", family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, 0, RTN_UNICAST, RTNH_F_ONLINK
@@ -55,15 +56,21 @@ def add_default_route(index: int, gateway: str) -> None:
     _request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, attributes)
 
 
-def shape(index: int, rate: int) -> None:
-    """Lets an interface send `rate` bytes a second, by tc-tbf(8).
+def token_bucket(rate: int) -> Tuple[int, int]:
+    """`burst` and `limit` in bytes of a tc-tbf(8) queue that sends `rate` bytes a second.
 
-    The bucket holds 10 ms, and 64 KiB at least, the largest packet that the kernel hands on in one
-    piece; what waits behind it, 100 ms, after which packets are dropped and TCP slows down.
+    The bucket holds 10 ms of traffic, but at least 64 KiB: tbf cannot send a GSO packet larger than its bucket in one
+    piece. The queue behind it holds 100 ms; tbf drops the packets beyond that, so that TCP slows down.
     """
     burst = max(65536, rate // 100)
+    return burst, burst + max(65536, rate // 10)
+
+
+def shape(index: int, rate: int) -> None:
+    """Limits an interface to sending `rate` bytes a second, by a tbf queueing discipline at its root."""
+    burst, limit = token_bucket(rate)
     ratespec = struct.pack("=BBHhHI", 0, TC_LINKLAYER_ETHERNET, 0, -1, 0, rate)
-    parameters = ratespec + bytes(12) + struct.pack("=III", burst + max(65536, rate // 10), 0, 0)
+    parameters = ratespec + bytes(12) + struct.pack("=III", limit, 0, 0)
     options = _attribute(TCA_TBF_PARMS, parameters) + _attribute(TCA_TBF_BURST, struct.pack("=I", burst))
     body = struct.pack("=BxxxiIII", socket.AF_UNSPEC, index, 0x10000, TC_H_ROOT, 0)
     attributes = {TCA_KIND: b"tbf\0", TCA_OPTIONS | NLA_F_NESTED: options}
@@ -73,12 +80,12 @@ def shape(index: int, rate: int) -> None:
 def _request(kind: int, flags: int, body: bytes, attributes: Dict[int, bytes] = {}) -> None:  # noqa: B006  read only
     payload = body + b"".join(_attribute(*attribute) for attribute in attributes.items())
     header = struct.pack("=IHHII", 16 + len(payload), kind, flags | NLM_F_REQUEST | NLM_F_ACK, 1, 0)
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as kernel:
-        kernel.send(header + payload)
-        answer = kernel.recv(_ANSWER_BYTES)
-    _, answered = struct.unpack_from("=IH", answer)
-    (error,) = struct.unpack_from("=i", answer, 16)
-    if answered != NLMSG_ERROR or error:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as netlink:
+        netlink.send(header + payload)
+        response = netlink.recv(_RESPONSE_BYTES)
+    _, response_kind = struct.unpack_from("=IH", response)
+    (error,) = struct.unpack_from("=i", response, 16)
+    if response_kind != NLMSG_ERROR or error:
         raise OSError(-error, os.strerror(-error))
 
 

@@ -1,7 +1,7 @@
-"""System call filters: made on the host by libseccomp, loaded in the slot by prctl(2).
+"""System call filters: compiled on the host by libseccomp, loaded in the slot by prctl(2).
 
-`compile_filter` needs Debian's python3-seccomp and runs in the supervisor; `load` needs nothing but
-the C library, and runs wherever a slot starts.
+`compile_filter` needs Debian's python3-seccomp and runs in the supervisor. `load` needs only the C library, because
+it runs under an image's own Python.
 """
 
 from __future__ import annotations
@@ -31,18 +31,19 @@ def compile_filter(
     equal: Mapping[tuple[str, int], Iterable[int]],
     without: Mapping[str, int],
 ) -> bytes:
-    """A filter as the kernel takes it, for this machine's own architecture.
+    """A BPF program for this machine's native architecture.
 
-    `allowed` may be called; `refused` fail with the errno given; everything else, other architectures' calls too,
-    fails with `otherwise`, or is allowed where that is 0. `equal`: allowed when the argument of that number, from 0, is
-    one of these; one that fits is enough. `without`: allowed when none of these bits is set in the first argument. A
-    name that this libseccomp does not know is left out, and so fails with `otherwise`.
+    `allowed` calls are permitted and `refused` ones fail with the given errno. All others, and those of other
+    architectures, fail with the errno `otherwise`, or are permitted when that is 0. `equal` permits a call when the
+    argument with that index (from 0) has one of the values; several entries for one call are alternatives. `without`
+    permits a call when its first argument has none of the bits. A call that this libseccomp has no name for gets no
+    rule, and so fails with `otherwise`.
     """
     import seccomp
 
     default = seccomp.ERRNO(otherwise) if otherwise else seccomp.ALLOW
-    made = seccomp.SyscallFilter(defaction=default)
-    made.set_attr(seccomp.Attr.ACT_BADARCH, default)
+    program = seccomp.SyscallFilter(defaction=default)
+    program.set_attr(seccomp.Attr.ACT_BADARCH, default)
     rules = [
         *((name, seccomp.ALLOW, ()) for name in allowed),
         *((name, seccomp.ERRNO(errno), ()) for name, errno in refused.items()),
@@ -54,15 +55,15 @@ def compile_filter(
     ]
     for name, action, arguments in rules:
         with contextlib.suppress(RuntimeError):
-            made.add_rule(action, name, *arguments)
+            program.add_rule(action, name, *arguments)
     with open(os.memfd_create("nbagent-filter", os.MFD_CLOEXEC), "w+b") as file:
-        made.export_bpf(file)
+        program.export_bpf(file)
         file.seek(0)
         return file.read()
 
 
 def load(program: bytes) -> None:
-    """Applies a filter to this process and all its descendants for good. Needs no_new_privs.
+    """Applies a filter to this thread and all its descendants; it cannot be removed. Needs no_new_privs.
 
     Raises OSError.
     """

@@ -1,4 +1,4 @@
-"""The host's swap: what of it is compressed memory (zram), and what leads to a disk."""
+"""The host's swap areas: those in compressed memory (zram) and those on a disk."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Swap:
-    """The swap areas in use, by the names that /proc/swaps has."""
+    """The active swap areas, by their names in /proc/swaps."""
 
     in_memory: tuple[str, ...]
     on_disk: tuple[str, ...]
 
     @property
     def stays_in_memory(self) -> bool:
-        """Whether there is swap, and nothing that is swapped out reaches a disk."""
+        """Whether there is swap and no page that is swapped out reaches a disk."""
         return bool(self.in_memory) and not self.on_disk
 
 
 def read(root: Path = Path("/")) -> Swap:
-    """The swap areas in use now; none where the kernel knows no swap. Raises OSError."""
+    """The active swap areas; none when the kernel was built without swap and has no /proc/swaps. Raises OSError."""
     listed = root / "proc/swaps"
     areas = [line.split()[:2] for line in listed.read_text().splitlines()[1:]] if listed.exists() else []
     in_memory = tuple(name for name, kind in areas if kind == "partition" and _is_memory(name, root))
@@ -29,9 +29,9 @@ def read(root: Path = Path("/")) -> Swap:
 
 
 def _is_memory(name: str, root: Path) -> bool:
-    """Whether a block device is zram, all of it: one with a backing device writes pages to that.
+    """Whether a block device is zram without a backing device, to which zram would write pages.
 
-    Only zram has comp_algorithm in sysfs. backing_dev is there where the kernel was built with CONFIG_ZRAM_WRITEBACK.
+    Only zram has comp_algorithm in sysfs; backing_dev exists when the kernel was built with CONFIG_ZRAM_WRITEBACK.
     """
     device = root / "sys/block" / os.path.basename(name)
     if not (device / "comp_algorithm").exists():

@@ -1,7 +1,7 @@
-"""Who has which address, and which addresses nobody in a slot may reach. Pure but for `forwards_ipv6`.
+"""The slots' addresses, and the ranges that no slot may reach. Pure, except `forwards_ipv6`.
 
-A slot is a point: one address of IPv4 and perhaps one of IPv6, both with the same number in their
-ranges, on an interface that nobody shares. Number 1 is the host, for every slot the same.
+Each slot has a veth pair of its own with one IPv4 address and, on a host that forwards IPv6, one IPv6 address. Both
+have the same number in their ranges. Number 1 of each range is the host, for every slot.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 PREFIX = "nb-"
 GATEWAY = 1
 FIRST = 2
-# The public part of IPv6 is 2000::/3; everything outside is local, reserved, or a way to write an IPv4 address.
+# Global unicast is 2000::/3. All other IPv6 addresses are local, reserved, or embed an IPv4 address.
 REFUSED6 = (
     "::/3",
     "2001::/23",  # protocol assignments: Teredo, benchmarks, ORCHID
     "2001:db8::/32",  # documentation
-    "2002::/16",  # 6to4: leads to any IPv4 address
+    "2002::/16",  # 6to4: embeds any IPv4 address
     "3fff::/20",  # documentation
     "4000::/2",
-    "8000::/1",  # fc00::/7 with clouds' metadata, fe80::/10, ff00::/8 among it
+    "8000::/1",  # includes fc00::/7 (metadata services of clouds), fe80::/10 and ff00::/8
 )
-# What IANA's registry of special addresses does not call globally reachable, and multicast and reserved.
+# The ranges that IANA's special-purpose registry does not list as globally reachable, multicast, and reserved.
 REFUSED4 = (
     "0.0.0.0/8",
     "10.0.0.0/8",
-    "100.64.0.0/10",  # carriers' NAT; 100.100.100.200 is Alibaba's metadata
+    "100.64.0.0/10",  # carrier-grade NAT; 100.100.100.200 is Alibaba's metadata service
     "127.0.0.0/8",
-    "168.63.129.16/32",  # Azure's metadata, public to look at
-    "169.254.0.0/16",  # link-local; 169.254.169.254 is the other clouds' metadata
+    "168.63.129.16/32",  # Azure's metadata service, in a public range
+    "169.254.0.0/16",  # link-local; 169.254.169.254 is the metadata service of the other clouds
     "172.16.0.0/12",
     "192.0.0.0/24",
     "192.0.2.0/24",
@@ -46,22 +46,22 @@ REFUSED4 = (
 
 
 def interface(slot_id: str) -> str:
-    """The host's end of a slot's interface: 15 characters, as many as the kernel allows."""
+    """The name of the host's end of a slot's interface: 15 characters, the most that IFNAMSIZ allows."""
     return PREFIX + slot_id.rpartition("-")[2]
 
 
 def gateway(network: Network) -> str:
-    """The host's address in a range."""
+    """The host's address in a range of slots."""
     return str(network[GATEWAY])
 
 
 def next_number(last: int, taken: Container[str], range4: Network) -> int:
-    """The number after `last` whose address is not taken; after the last of the range the first.
+    """The next number after `last` whose address is not taken, starting again from the first at the end of the range.
 
-    In a circle, so that an address rests as long as possible before another slot has it: what was
-    sent to the one before is then not delivered to the next. Raises LookupError when none is free.
+    The order is circular so that an address is unused for as long as possible before another slot has it, because
+    late packets of its former connections must not reach that slot. Raises LookupError when no address is free.
     """
-    count = range4.num_addresses - 1 - FIRST  # without the last, a broadcast address to old programs
+    count = range4.num_addresses - 1 - FIRST  # the last is the broadcast address of the range
     for step in range(count):
         number = FIRST + (last + 1 - FIRST + step) % count
         if str(range4[number]) not in taken:
@@ -70,10 +70,10 @@ def next_number(last: int, taken: Container[str], range4: Network) -> int:
 
 
 def forwards_ipv6(root: Path = Path("/")) -> bool:
-    """Whether the host forwards IPv6 and has a way to the internet.
+    """Whether the host forwards IPv6 and has a default route.
 
-    The operator decides that: a host that begins to forward IPv6 drops the routes that it learned
-    from router advertisements. IPv4 knows forwarding interface by interface, and is ours to set.
+    The operator enables IPv6 forwarding, because a host that enables it drops the routes that it learned from router
+    advertisements. IPv4 forwarding is a setting of each interface, which the network service changes itself.
     """
     try:
         if (root / "proc/sys/net/ipv6/conf/all/forwarding").read_text().strip() == "0":
@@ -82,5 +82,5 @@ def forwards_ipv6(root: Path = Path("/")) -> bool:
     except OSError:
         return False
     columns = (line.split() for line in routes)
-    # Destination, its prefix, then source; the last is the device. Unreachable defaults are on lo.
+    # Columns: destination, its prefix length, source, …, device. Unreachable default routes are on lo.
     return any(set(line[0]) == {"0"} and line[1] == "00" and line[-1] != "lo" for line in columns)

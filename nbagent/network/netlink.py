@@ -1,8 +1,8 @@
-"""What the network service does to the host: interfaces, addresses, routes, our table in nftables.
+"""The host's side of the slots' network: interfaces, addresses, routes, and the nftables table `inet nbagent`.
 
-The kernel holds all of it, so whoever does the next call may be another process. Every act may be
-repeated. What is open is written at the interface itself, as its alias in `ip link`, and from
-there the table is filled again when somebody flushed all rules of the host.
+The kernel holds all state, so the network service can be restarted between any two calls, and every method can be
+repeated. The alias of an interface (`ip link`) holds its state and the slot's addresses. The sets of the table are
+filled from the aliases again after another program flushed the host's ruleset.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any  # pyroute2 has no types
 
 from nftables import Nftables
 from pyroute2 import IPRoute, NetlinkError
@@ -22,16 +22,17 @@ from nbagent.linux import rtnetlink
 from nbagent.network.addresses import PREFIX, gateway
 from nbagent.network.rules import COUNTED, PER_SLOT, TABLE, Rules, render
 
-# Both ends of a slot's interface have this address, and neither asks for the other's: nobody can answer for another,
-# and no table of neighbours fills up. The second bit says that it is locally administered.
+# The MAC address of both ends of every veth pair. With it and IFF_NOARP no end resolves its neighbour, so that no slot
+# can send a forged ARP reply and the host's neighbour table does not fill up. Bit 0x02 means locally administered.
 MAC = "02:6e:62:61:67:74"
 LABEL = "lo:nbagent"
 OPEN, CLOSED = "internet", "closed"
 MTU = 1500
-# Any public address: nothing is sent there, it is looked up in the host's routes.
+# Any public address, to look up the host's default route; no packet is sent to it.
 PUBLIC = "8.8.8.8"
 SYSCTL = Path("/proc/sys/net")
 _SCOPE_HOST = 254
+_IFF_UP, _IFF_NOARP = 0x1, 0x80
 _NETLINK_NETFILTER = 12
 _NFNLGRP_NFTABLES = 7
 _NFT_DELTABLE = 10 << 8 | 2
@@ -47,7 +48,7 @@ class HostNetwork:
     def __init__(self) -> None:
         self._nft = Nftables()
         self._ip: Any = IPRoute()
-        # As in the set of that name, for the moment in which somebody has flushed it.
+        # A copy of the set `guarded`, to restore it after another program flushed the host's ruleset.
         self._guarded: set[str] = set()
         if self.is_applied():
             self._guarded = {name for name, in self._elements("guarded")}
@@ -56,146 +57,150 @@ class HostNetwork:
         """Closes the netlink socket."""
         self._ip.close()
 
-    # -- what all slots share ------------------------------------------------------------------
+    # -- common to all slots -------------------------------------------------------------------
 
     def apply(self, rules: Rules) -> None:
-        """Makes our table, or brings it up to date; then the resolver's address, and forwarding."""
+        """Creates or updates the nftables table, the resolver's address, and IPv4 forwarding."""
         self._command(render(rules))
         for name in self._guarded:
             self._guard(name)
-        for name, state, addresses in self._ends():
+        for name, state, addresses in self._interfaces():
             if state == OPEN:
-                self._admit(name, addresses)
-        self._put_resolver(gateway(rules.range4))
+                self._add_slot(name, addresses)
+        self._set_resolver_address(gateway(rules.range4))
         routes = self._ip.get_default_routes(family=socket.AF_INET)
-        ways = {route.get_attr("RTA_OIF") for route in routes} - {None}
+        uplinks = {route.get_attr("RTA_OIF") for route in routes} - {None}
         for network in rules.named:
-            ways |= self._ways_to(str(network[0])) if network.version == 4 else set()
-        self._forward(ways)
+            uplinks |= self._uplinks_to(str(network[0])) if network.version == 4 else set()
+        self._enable_forwarding(uplinks)
 
     def is_applied(self) -> bool:
-        """Whether our table is there; anybody may flush all rules of the host."""
+        """Whether the table exists; another program can have flushed the host's ruleset."""
         return f"table {TABLE}\n" in self._command("list tables inet")
 
-    def _forward(self, ways: Iterable[int]) -> None:
-        """Lets the host's ways out forward IPv4, if need be, for slots and for nobody else."""
+    def _enable_forwarding(self, uplinks: Iterable[int]) -> None:
+        """Enables IPv4 forwarding on the host's uplinks, for the slots' packets only."""
         if (SYSCTL / "ipv4/ip_forward").read_text().strip() == "1":
-            return  # somebody made this host a router; what it does for others is not ours to guard
-        for index in ways:
+            return  # the operator made this host a router, so its packets for others must not be dropped
+        for index in uplinks:
             name = socket.if_indextoname(index)
             setting = SYSCTL / "ipv4/conf" / name / "forwarding"
             if name != "lo" and setting.read_text().strip() == "0":
-                # First the guard, then what it guards.
+                # The guard comes first, so that the host at no moment forwards packets of others.
                 self._guarded.add(name)
                 self._guard(name)
                 setting.write_text("1")
 
     def remove_all(self) -> None:
-        """Takes back everything that was ever made here."""
+        """Removes everything that this service ever made on the host."""
         self.sweep(())
         for name in self._guarded:
             with contextlib.suppress(OSError):
                 (SYSCTL / "ipv4/conf" / name / "forwarding").write_text("0")
         if self.is_applied():
             self._command(f"delete table {TABLE}")
-        self._put_resolver(None)
+        self._set_resolver_address(None)
 
     # -- one slot ------------------------------------------------------------------------------
 
     def attach(self, name: str, inner: str, netns_fd: int, addresses: Collection[str], rate: int) -> None:
-        """Makes a slot's interface, closed; its `inner` end is in the network namespace.
+        """Makes a slot's veth pair, in state closed; its end `inner` is in the network namespace `netns_fd`.
 
-        `rate` is what the slot may receive, in bytes a second.
+        `rate` limits what the slot receives, in bytes a second.
         """
-        if name in (known for _, known in socket.if_nameindex()):
-            self.remove(name, addresses)  # asked again, as the answer to the first time was lost
-        # Asked anew for each, as the host's way out may be another by now; and by one question to the kernel, not by
-        # reading all routes, of which each slot is one.
-        ways = self._ways_to(PUBLIC)
-        self._forward(ways)
-        mtu = self._mtu(ways)
+        if name in (existing for _, existing in socket.if_nameindex()):
+            self.remove(name, addresses)  # a repeated request, whose first response was lost
+        # Looked up for every slot, because the host's uplink can change. One RTM_GETROUTE for one address, not a dump
+        # of all routes, because each slot adds a route.
+        uplinks = self._uplinks_to(PUBLIC)
+        self._enable_forwarding(uplinks)
+        mtu = self._mtu(uplinks)
         peer = {"ifname": inner, "address": MAC, "mtu": mtu, "net_ns_fd": netns_fd}
         self._ip.link("add", ifname=name, kind="veth", address=MAC, mtu=mtu, peer=peer)
         index = socket.if_nametoindex(name)
-        self._ip.link("set", index=index, ifalias=" ".join((CLOSED, *addresses)))
         (SYSCTL / "ipv4/conf" / name / "forwarding").write_text("1")
         with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
-            # 1: no link-local address; the host says nothing to a slot on its own.
+            # 1 (IN6_ADDR_GEN_MODE_NONE): no link-local address, from which the host would send packets to the slot.
             (SYSCTL / "ipv6/conf" / name / "addr_gen_mode").write_text("1")
-        rtnetlink.shape(index, rate)
-        rtnetlink.bring_up(index)
+        burst, limit = rtnetlink.token_bucket(rate)
+        self._ip.tc("add", "tbf", index, rate=rate, burst=burst, limit=limit)
+        flags = _IFF_UP | _IFF_NOARP
+        self._ip.link("set", index=index, ifalias=" ".join((CLOSED, *addresses)), flags=flags, change=flags)
         for address in addresses:
             bits = 128 if ":" in address else 32
             self._ip.route("add", dst=f"{address}/{bits}", oif=index, scope="link" if bits == 32 else "universe")
 
     def open(self, name: str) -> None:
-        """Lets a slot's packets through. Raises OSError when it has no interface."""
+        """Adds a slot's addresses to the sets, so that its packets pass. Raises OSError when it has no interface."""
         index = socket.if_nametoindex(name)
-        for known, _, addresses in self._ends(index):
-            if known == name:
+        for found, _, addresses in self._interfaces(index):
+            if found == name:
                 self._ip.link("set", index=index, ifalias=" ".join((OPEN, *addresses)))
-                self._admit(name, addresses)
+                self._add_slot(name, addresses)
 
     def remove(self, name: str, addresses: Collection[str]) -> None:
-        """Takes a slot's interface away, and all that was remembered of it; none of it need be there."""
+        """Deletes a slot's interface and its elements in all sets; any of them may be missing."""
         for address in addresses:
-            self._forget(f"slots{6 if ':' in address else 4}", name, address)
-        for counted in COUNTED:
-            self._forget(counted, name)
+            self._delete_element(f"slots{6 if ':' in address else 4}", name, address)
+        for set_name in COUNTED:
+            self._delete_element(set_name, name)
         with contextlib.suppress(OSError, NetlinkError):
             self._ip.link("del", index=socket.if_nametoindex(name))
 
     def sweep(self, keep: Collection[str]) -> None:
         """Removes every interface of ours, and every element of one, that is not among `keep`."""
-        for chosen in PER_SLOT if self.is_applied() else ():
-            for element in self._elements(chosen):
+        for set_name in PER_SLOT if self.is_applied() else ():
+            for element in self._elements(set_name):
                 if element[0] not in keep:
-                    self._forget(chosen, *element)
+                    self._delete_element(set_name, *element)
         for index, name in socket.if_nameindex():
             if name.startswith(PREFIX) and name not in keep:
-                with contextlib.suppress(NetlinkError):  # gone with its network namespace meanwhile
+                with contextlib.suppress(NetlinkError):  # the kernel removed it with its network namespace
                     self._ip.link("del", index=index)
 
     # -- helpers -------------------------------------------------------------------------------
 
-    def _admit(self, name: str, addresses: Iterable[str]) -> None:
+    def _add_slot(self, name: str, addresses: Iterable[str]) -> None:
         for address in addresses:
             self._command(f'add element {TABLE} slots{6 if ":" in address else 4} {{ "{name}" . {address} }}')
 
     def _guard(self, name: str) -> None:
         self._command(f'add element {TABLE} guarded {{ "{name}" }}')
 
-    def _forget(self, chosen: str, name: str, *rest: str) -> None:
-        """Takes an element out of a set, if it is in it."""
+    def _delete_element(self, set_name: str, name: str, *rest: str) -> None:
+        """Deletes an element of a set, if there is one: nft's failure is ignored."""
         key = " . ".join((f'"{name}"', *rest))
-        self._nft.cmd(f"delete element {TABLE} {chosen} {{ {key} }}")
+        self._nft.cmd(f"delete element {TABLE} {set_name} {{ {key} }}")
 
-    def _elements(self, chosen: str) -> list[tuple[str, ...]]:
-        """The elements of a set, each as its parts."""
+    def _elements(self, set_name: str) -> list[tuple[str, ...]]:
+        """The elements of a set, each as the tuple of its concatenated fields."""
         self._nft.set_json_output(True)
         try:
-            answer = json.loads(self._command(f"list set {TABLE} {chosen}"))
+            response = json.loads(self._command(f"list set {TABLE} {set_name}"))
         finally:
             self._nft.set_json_output(False)
         found = []
-        for part in answer["nftables"]:
+        for part in response["nftables"]:
             for element in part.get("set", {}).get("elem", ()):
-                # {"elem": {"val": ...}} where something is counted beside it; {"concat": [...]} where it has parts.
+                # {"elem": {"val": …}} with a counter or limit; {"concat": […]} with several fields.
                 value = element.get("elem", element) if isinstance(element, dict) else element
                 value = value.get("val", value) if isinstance(value, dict) else value
                 found.append(tuple(value["concat"]) if isinstance(value, dict) else (str(value),))
         return found
 
-    def _ends(self, *index: int) -> Iterator[tuple[str, str, list[str]]]:
-        """Our interfaces: name, whether open, addresses."""
+    def _interfaces(self, *index: int) -> Iterator[tuple[str, str, list[str]]]:
+        """The slots' interfaces: name, state (OPEN or CLOSED), addresses."""
         for link in self._ip.get_links(*index):
             name, alias = link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_IFALIAS") or ""
             if name.startswith(PREFIX) and alias.startswith((OPEN, CLOSED)):
                 state, *addresses = alias.split()
                 yield name, state, addresses
 
-    def _put_resolver(self, wanted: str | None) -> None:
-        """Our one address on lo. Of scope host: nothing the host says outside comes from it."""
+    def _set_resolver_address(self, wanted: str | None) -> None:
+        """Makes `wanted` the only address on lo with our label.
+
+        Its scope is host, so that the kernel never selects it as the source address of packets to other hosts.
+        """
         index = socket.if_nametoindex("lo")
         held = {
             message.get_attr("IFA_LOCAL"): message["prefixlen"]
@@ -208,15 +213,15 @@ class HostNetwork:
         if wanted is not None and wanted not in held:
             self._ip.addr("add", index=index, address=wanted, prefixlen=32, label=LABEL, scope=_SCOPE_HOST)
 
-    def _ways_to(self, address: str) -> set[int]:
-        """The interface by which the host sends to an address; none when it has no route there."""
+    def _uplinks_to(self, address: str) -> set[int]:
+        """The interface by which the host sends to an address; empty when it has no route there."""
         with contextlib.suppress(NetlinkError, IndexError):
             return {self._ip.route("get", dst=address)[0].get_attr("RTA_OIF")}
         return set()
 
-    def _mtu(self, ways: Iterable[int]) -> int:
-        """Of the narrowest way out, so that no packet of a slot is too large for it."""
-        return min((link.get_attr("IFLA_MTU") for way in ways for link in self._ip.get_links(way)), default=MTU)
+    def _mtu(self, uplinks: Iterable[int]) -> int:
+        """The smallest MTU of the uplinks, so that the host need not fragment or refuse a slot's packets."""
+        return min((link.get_attr("IFLA_MTU") for index in uplinks for link in self._ip.get_links(index)), default=MTU)
 
     def _command(self, script: str) -> str:
         status, output, error = self._nft.cmd(script)
@@ -226,7 +231,7 @@ class HostNetwork:
 
 
 def watch() -> socket.socket:
-    """A socket that can be read whenever something in the host's nftables changed."""
+    """A non-blocking netlink socket that becomes readable when the host's nftables ruleset changes."""
     events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
     try:
         events.bind((0, 1 << _NFNLGRP_NFTABLES - 1))
@@ -238,14 +243,14 @@ def watch() -> socket.socket:
 
 
 def lost_table(events: socket.socket) -> bool:
-    """Reads all events; whether a table may have gone with one of them."""
+    """Reads all pending events; returns whether a table was deleted, or can have been."""
     lost = False
     while True:
         try:
             packet = events.recv(65536)
         except BlockingIOError:
             return lost
-        except OSError:  # ENOBUFS: there were more than fit, and what they said is not known
+        except OSError:  # ENOBUFS: the socket's buffer overflowed and events are lost
             lost = True
             continue
         offset = 0

@@ -1,7 +1,7 @@
 """The slots' resolver: settings of dnsmasq(8). Pure.
 
-It asks whom the host asks and tells nothing of the host itself. Where only some names may be
-reached, it knows no others: a resolver that asks the world on a slot's behalf is a way out, too.
+It forwards queries to the host's resolvers and does not serve the host's /etc/hosts. When an allow-list of names is
+configured, it resolves only those, because a resolver that forwards any query for a slot is a channel to the outside.
 """
 
 from __future__ import annotations
@@ -9,38 +9,41 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-PATH = Path("/run/nbagent/dns.conf")
+from nbagent.core import paths
+
+PATH = paths.DNS_CONFIG
 HOSTS_OWN = Path("/etc/resolv.conf")
 UNIT = "nbagent-dns.service"
 
 
 def upstreams(text: str) -> list[str]:
-    """The resolvers in the text of a resolv.conf(5)."""
+    """The name servers in the text of a resolv.conf(5)."""
     lines = (line.split() for line in text.splitlines())
     return [words[1] for words in lines if len(words) > 1 and words[0] == "nameserver"]
 
 
-def render(address: str, names: Collection[str], asked: Collection[str], *, private: bool) -> str:
-    """The file. `asked` are the host's resolvers; `private`: private ranges are reached, so names may lead there.
+def render(address: str, names: Collection[str], servers: Collection[str], *, private: bool) -> str:
+    """The text of dnsmasq's configuration. `servers` are the host's resolvers.
 
-    Without `names` dnsmasq follows the host's resolv.conf itself, with them it cannot: servers from there would be
-    asked for every name.
+    `private` means that slots reach private ranges, so that names may resolve to addresses there. Without `names`
+    dnsmasq reads the host's resolv.conf itself. With `names` it must not, because it would send queries for every
+    name to the servers in that file.
     """
     lines = [
         f"listen-address={address}",
-        "bind-dynamic",  # the address may come later than this service
+        "bind-dynamic",  # the address can be added after this service has started
         "no-hosts",
         "domain-needed",
         "bogus-priv",
         "dns-forward-max=1000",
     ]
     if not private:
-        # A name that leads to a private address is refused at the packet, too; here its address is not even told.
+        # The firewall refuses packets to private addresses anyway; this also keeps those addresses from the slots.
         lines.append("stop-dns-rebind")
     if names:
-        # Each answer that a slot gets also opens the way there, so none is given from memory.
+        # No cache, because only a response from a server adds its addresses to the sets answers4 and answers6.
         lines += ["cache-size=0", "no-resolv", "address=/#/"]
         for name in sorted(names):
-            lines += [f"server=/{name}/{server}" for server in asked]
+            lines += [f"server=/{name}/{server}" for server in servers]
             lines.append(f"nftset=/{name}/4#inet#nbagent#answers4,6#inet#nbagent#answers6")
     return "\n".join(lines) + "\n"

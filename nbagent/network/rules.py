@@ -1,15 +1,15 @@
-"""The firewall of slots, as nft(8) reads it. Pure: settings in, text out.
+"""The slots' firewall as an nft(8) script. Pure: settings in, text out.
 
-One table is ours, `inet nbagent`, and nothing in another's is touched. What differs from slot to
-slot is in its sets, so the rules are written once. A set's elements live as long as the slot:
+All rules are in one table, `inet nbagent`; tables of others are not changed. The rules are the same for all slots;
+what differs between slots is in sets, whose elements are deleted with the slot:
 
-    slots4, slots6          the addresses of each open interface: who is not in here gets nothing through
-    connections, rates,     what is counted for each interface, filled by the rules themselves
+    slots4, slots6          interface and address of every open slot; packets with any other source are dropped
+    connections, rates,     counters and limits of each interface, added by the rules themselves
     questions
-    answers4, answers6      addresses that allowed names have led to, filled by the resolver
-    guarded                 interfaces of the host that forward for us only, and for nobody else
+    answers4, answers6      addresses that allowed names resolved to, added by the resolver
+    guarded                 interfaces of the host on which this service enabled forwarding, for slots only
 
-A verdict of ours accepts nothing that another table of the host drops.
+An accept in this table does not override a drop in another table of the host.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from nbagent.core import paths
 from nbagent.network.addresses import PREFIX, REFUSED4, REFUSED6, Network, gateway
 
+_OneFamily = TypeVar("_OneFamily", ipaddress.IPv4Network, ipaddress.IPv6Network)
+
 TABLE = "inet nbagent"
-# Written by the supervisor, whose settings these are; read by the service, whenever it starts too.
-RULES_PATH = Path("/run/nbagent/network.json")
-# Sets whose elements begin with the name of a slot's interface.
+# Written by the supervisor from its settings; read by the network service on request and at its start.
+RULES_PATH = paths.NETWORK_RULES
+# Sets whose elements begin with the name of a slot's interface. The rules themselves fill the counted ones.
 COUNTED = ("connections", "rates", "questions")
 PER_SLOT = ("slots4", "slots6", *COUNTED)
-# A name's address is remembered a day longer than it was asked for.
+# An address that an allowed name resolved to stays reachable for this long after the last query.
 ANSWER_LIFE = "1d"
-# Questions to the resolver: a connection needs two, and a program that asks more often is in a loop.
+# Queries to the resolver, a second and slot. A connection needs two (A and AAAA).
 QUESTION_RATE = 200
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the rules depend on.
+    """The settings that the rules depend on.
 
-    `named` are ranges that are reached whatever they are; with `closed`, besides these only the
+    `named` are ranges that slots reach even when they are private. With `closed`, slots reach only these and the
     addresses of allowed names.
     """
 
@@ -49,8 +51,8 @@ class Rules:
     connections: int
     connection_rate: int
 
-    def save(self) -> dict[str, Any]:
-        """The rules' settings as JSON."""
+    def save(self) -> dict[str, object]:
+        """The fields as a JSON object."""
         return {
             "range4": str(self.range4), "range6": str(self.range6), "named": [str(n) for n in self.named],
             "closed": self.closed, "connections": self.connections, "connection_rate": self.connection_rate,
@@ -58,7 +60,7 @@ class Rules:
 
     @classmethod
     def restore(cls, saved: Mapping[str, Any]) -> Rules:
-        """The same out of JSON. Raises KeyError, TypeError or ValueError when it is not that."""
+        """The inverse of `save`. Raises KeyError, TypeError or ValueError for malformed values."""
         return cls(
             ipaddress.IPv4Network(saved["range4"]), ipaddress.IPv6Network(saved["range6"]),
             tuple(ipaddress.ip_network(text) for text in saved["named"]),
@@ -67,7 +69,7 @@ class Rules:
 
 
 def render(rules: Rules) -> str:
-    """A script that makes the table, or brings it up to date at one moment; elements of slots stay."""
+    """A script that creates or updates the table in one transaction and keeps the slots' elements."""
     refused4 = [*map(ipaddress.IPv4Network, REFUSED4), rules.range4]
     refused6 = [*map(ipaddress.IPv6Network, REFUSED6), rules.range6]
     return (
@@ -75,8 +77,8 @@ def render(rules: Rules) -> str:
         + f"flush table {TABLE}\n"
         + _filled("refused4", refused4)
         + _filled("refused6", refused6)
-        + _filled("named4", [n for n in rules.named if n.version == 4])
-        + _filled("named6", [n for n in rules.named if n.version == 6])
+        + _filled("named4", [n for n in rules.named if isinstance(n, ipaddress.IPv4Network)])
+        + _filled("named6", [n for n in rules.named if isinstance(n, ipaddress.IPv6Network)])
         + _CHAINS % {
             "slots": f'"{PREFIX}*"',
             "resolver": gateway(rules.range4),
@@ -88,7 +90,7 @@ def render(rules: Rules) -> str:
     )
 
 
-def _filled(name: str, networks: Iterable[Any]) -> str:
+def _filled(name: str, networks: Iterable[_OneFamily]) -> str:
     elements = ", ".join(str(network) for network in ipaddress.collapse_addresses(networks))
     fill = f"add element {TABLE} {name} {{ {elements} }}\n" if elements else ""
     return f"flush set {TABLE} {name}\n{fill}"
@@ -117,8 +119,8 @@ _CLOSED = """ip daddr @answers4 goto counted
 
 _CHAINS = """\
 table inet nbagent {
-    # Before anything else, and before a connection is remembered: a packet that does not come from the address
-    # of its interface, or whose interface nobody opened, was never there.
+    # Priority raw comes before connection tracking, so that a packet with a forged source address, or from an
+    # interface that is not open, creates no conntrack entry.
     chain arrival {
         type filter hook prerouting priority raw; policy accept;
         iifname %(slots)s goto source
@@ -133,7 +135,7 @@ table inet nbagent {
         type filter hook forward priority filter; policy accept;
         oifname %(slots)s goto inward
         iifname %(slots)s goto outward
-        # This interface of the host forwards since slots need it; that does not make the host a router for others.
+        # Forwarding was enabled on these interfaces for slots only; the host does not become a router for others.
         meta nfproto ipv4 iifname @guarded drop
     }
     chain inward {
@@ -144,7 +146,7 @@ table inet nbagent {
     chain outward {
         ct state established,related accept
         ct state invalid drop
-        # What the host hands on to somewhere else, such as a container's port, is the host's.
+        # A destination that another table rewrote, such as a published port of a container, is part of the host.
         ct status dnat goto refused
         ip daddr @named4 goto counted
         ip6 daddr @named6 goto counted
@@ -158,17 +160,18 @@ table inet nbagent {
         update @rates { iifname limit rate over %(rate)s packets } goto refused
         accept
     }
-    # At once, not by silence. A reset is not rationed as the kernel rations other refusals.
+    # Refuse instead of drop, so that programs fail at once. TCP gets a reset, because the kernel limits the rate of
+    # ICMP errors but not of resets.
     chain refused {
         meta l4proto tcp reject with tcp reset
         reject with icmpx admin-prohibited
     }
 
-    # The host is no place to go, but for its resolver.
+    # Slots reach no address of the host except its resolver.
     chain input {
         type filter hook input priority filter; policy accept;
         iifname %(slots)s goto host
-        # The resolver's address is on lo, where by the kernel's custom every interface leads.
+        # The kernel accepts packets to an address of lo on every interface (weak host model).
         iifname != "lo" ip daddr %(resolver)s drop
     }
     chain host {
@@ -181,7 +184,7 @@ table inet nbagent {
         update @questions { iifname limit rate over %(questions)s packets } goto refused
         accept
     }
-    # Nor does the host begin a conversation with a slot, not even by discovery or multicast.
+    # The host opens no connection to a slot, and sends no multicast or discovery packets to it.
     chain output {
         type filter hook output priority filter; policy accept;
         oifname %(slots)s ct state established,related accept

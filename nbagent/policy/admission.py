@@ -1,25 +1,28 @@
-"""How many slots the host takes, and whether it takes one more. Pure."""
+"""The capacity of the host, and whether it can start one more slot. Pure.
+
+This module alone owns the number of slots that fit, for the supervisor and for `nbagent doctor`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-# Ids 1000 and up of an image's 65,536 are slots', with room left so that none is soon used again.
+# An image has 65,536 user ids, and those from 2000 up are for slots. Some are spare, so that an id is not reused soon.
 CAPACITY_MAX = 60000
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a start takes while it is under way: processors, and memory that it has not touched yet."""
+    """The cost of a start under way: processors, and memory that it has not touched yet."""
 
     processors: float
     memory_bytes: int
 
 
-# By a slot's `launch`. A cold JupyterLab server computes all the time until it is ready and has 65 MiB of its own, its
-# launcher and first kernel the rest. A forked one computes for 10 ms, and waits longer than that for PID 1; it has
-# 7 MiB (shared/facts.md), its first kernel the rest.
+# By a slot's `launch`. A JupyterLab server that starts by exec uses a processor until it is ready, and has 65 MiB of
+# its own; the rest is for its launcher and its first kernel. A forked one uses a processor for 10 ms, waits longer than
+# that for PID 1, and has 7 MiB of its own; the rest is for its first kernel.
 COSTS = {"exec": Cost(1.0, 128 << 20), "fork": Cost(0.25, 24 << 20)}
 
 
@@ -27,8 +30,8 @@ COSTS = {"exec": Cost(1.0, 128 << 20), "fork": Cost(0.25, 24 << 20)}
 class Host:
     """The host at one moment.
 
-    `live` counts every slot that is not gone. `starts` is what the starts under way take together, `starts_max`
-    how many processors they may take.
+    `live` counts all slots until they are removed. `starts` is the cost of all starts under way, `starts_max` the
+    number of processors that they may use.
     """
 
     capacity: int
@@ -41,7 +44,7 @@ class Host:
 
 
 def under_way(starting: Mapping[str, int]) -> Cost:
-    """What starts take together; `starting` is how many there are, by their `launch`."""
+    """The cost of starts together; `starting` is their number by `launch`."""
     return Cost(
         sum(COSTS[launch].processors * count for launch, count in starting.items()),
         sum(COSTS[launch].memory_bytes * count for launch, count in starting.items()),
@@ -49,16 +52,20 @@ def under_way(starting: Mapping[str, int]) -> Cost:
 
 
 def capacity(configured: int | None, memory_bytes: int, slot_bytes: int, overcommit: float) -> int:
-    """Slots at a time: as configured, or as many as `overcommit` times the memory promises."""
+    """The number of slots that fit: slots.capacity, or, where that is "auto", by memory.
+
+    Then `overcommit` times the host's memory is divided by the memory of one slot. host.memory_reserve has no part in
+    it, because it is compared with the available memory at each start.
+    """
     if configured is not None:
         return configured
     return max(1, min(CAPACITY_MAX, int(memory_bytes * overcommit / max(1, slot_bytes))))
 
 
 def room(host: Host, launch: str) -> int:
-    """How many more slots may be started so, by capacity and by memory, one after the other; 0 when draining.
+    """How many more slots may be started this way, by capacity and by memory; 0 when the host drains.
 
-    Slots that are starting have not touched their memory yet, so it is set aside for them.
+    The memory of slots that are starting is set aside, because they have not touched it yet.
     """
     if host.draining:
         return 0
@@ -67,7 +74,7 @@ def room(host: Host, launch: str) -> int:
 
 
 def may_start(host: Host, launch: str) -> bool:
-    """Whether one more may begin now, beside the starts that are under way."""
+    """Whether one more start may begin now, beside those under way."""
     return host.starts.processors + COSTS[launch].processors <= host.starts_max and room(host, launch) > 0
 
 
@@ -79,10 +86,10 @@ def started(host: Host, launch: str) -> Host:
 
 
 def may_wait(image: str, short: Mapping[str, int], room: int, ending: int) -> bool:
-    """Whether one more claim of `image` has a slot to wait for.
+    """Whether a slot can come for one more claim of `image`.
 
-    `short` is by image how many claims wait, less the slots that start: these go to claims first. `room` is for how
-    many more, and each of the `ending` slots makes room for another.
+    `short` has, for each image, the number of claims that wait less the number of slots that start, because those go to
+    claims first. `room` more slots may be started, and each of the `ending` slots makes room for another.
     """
     own = short[image] + 1
     others = sum(max(0, claims) for name, claims in short.items() if name != image)
@@ -90,7 +97,7 @@ def may_wait(image: str, short: Mapping[str, int], room: int, ending: int) -> bo
 
 
 def obstacle(host: Host) -> str:
-    """Why there is no room, in words for a person."""
+    """The reason why there is no room, as a part of an error text."""
     if host.draining:
         return "the host is draining"
     if host.live >= host.capacity:

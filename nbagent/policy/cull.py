@@ -1,12 +1,12 @@
-"""When a claimed slot is ended by rule. Pure.
+"""The rules that end a claimed slot. Pure.
 
-Active is: a kernel busy, a person or a kernel acting, or the processors in use above a
-threshold. An open browser tab is none of these, so a tab on a sleeping machine keeps nothing
-alive, and a cell that computes for hours without a word is never idle.
+A slot is active while a kernel is busy, when a person or a kernel does something, and while its use of processors is
+above a threshold. An open browser tab alone is no activity, so a tab on a sleeping machine does not keep a slot, and a
+cell that computes for hours without output is not idle.
 
-Of limits, only memory ends a slot: the kernel's log tells of each kill, with a list of the slot's
-processes, two a second at the most (oom_kill_process in mm/oom_kill.c), and a slot that is killed
-on and on fills it. A thousand are ten minutes of that; a leaking notebook is killed a few times.
+Memory is the only limit that ends a slot, because the kernel logs each OOM kill with a list of the slot's processes,
+at most two a second (oom_kill_process in mm/oom_kill.c), and a slot with endless kills fills the log. A thousand kills
+take ten minutes at that rate; a notebook that leaks memory has a few.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ OOM_KILLS_MAX = 1000
 
 @dataclass(frozen=True)
 class ActivitySample:
-    """A claimed slot at one moment.
+    """A claimed slot at one time.
 
-    `active_s`: when it was last known to be active; `cpu`: processors' worth of time used since
-    the look before, None at the first one; `oom_kills`: processes killed for memory, in all its life.
+    `active_s`: its last activity by the former samples. `cpu`: processors in use since the sample before, None at the
+    first one. `oom_kills`: processes killed for memory since its start.
     """
 
     claimed_s: float
@@ -33,23 +33,23 @@ class ActivitySample:
     oom_kills: int
 
 
-def active_since(look: ActivitySample, cpu_threshold: float, now_s: float) -> float:
-    """When the slot was last active, as far as this look can tell.
+def active_since(sample: ActivitySample, cpu_threshold: float, now_s: float) -> float:
+    """The time of the slot's last activity by this sample.
 
-    A slot whose processor time is not known yet, as after a restart of the agent, gets the
-    benefit of the doubt until the next look.
+    A slot counts as active while its use of processors is not known, as at the first sample after a restart of the
+    supervisor.
     """
-    if look.busy or look.cpu is None or look.cpu >= cpu_threshold:
+    if sample.busy or sample.cpu is None or sample.cpu >= cpu_threshold:
         return now_s
-    return max(look.claimed_s, look.active_s, look.acted_s)
+    return max(sample.claimed_s, sample.active_s, sample.acted_s)
 
 
-def reason(look: ActivitySample, idle_s: float, cpu_threshold: float, now_s: float) -> str | None:
-    """`"age"`, `"idle"`, `"memory"`, or None when the slot goes on."""
-    if now_s >= look.expires_s:
+def reason(sample: ActivitySample, idle_s: float, cpu_threshold: float, now_s: float) -> str | None:
+    """The rule that ends the slot: `"age"`, `"idle"` or `"memory"`; None when it goes on."""
+    if now_s >= sample.expires_s:
         return "age"
-    if look.oom_kills >= OOM_KILLS_MAX:
+    if sample.oom_kills >= OOM_KILLS_MAX:
         return "memory"
-    if now_s - active_since(look, cpu_threshold, now_s) >= idle_s:
+    if now_s - active_since(sample, cpu_threshold, now_s) >= idle_s:
         return "idle"
     return None

@@ -1,20 +1,21 @@
-"""Which of its limits a slot runs into, from one look to the next. Pure.
+"""The limits that a slot runs into, from one sample to the next. Pure.
 
-Each is told once an episode: tasks are refused until a look finds none refused since the look
-before, and storage is full until there is room again.
+Each is reported once in an episode. The episode of refused tasks ends with a sample since which no task was refused,
+that of full storage when there is room again.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Of the size, and of the number of files. What has no room for a write of 4 MiB in 256 has none for a notebook.
+# Of the size, and of the number of files. 256 MiB are full with less than 5 MiB free, because a notebook cannot be
+# saved where a write of 4 MiB fails.
 FULL, ROOMY = 0.98, 0.9
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The slot's file system: bytes and files, in use and at most. All 0: it could not be looked at."""
+    """The slot's file system: bytes and files, in use and at most. All 0 when it could not be read."""
 
     used_bytes: int = 0
     size_bytes: int = 0
@@ -23,14 +24,14 @@ class Storage:
 
     @property
     def share(self) -> float:
-        """How full it is, 0 to 1, of what is fuller."""
+        """The part in use, 0 to 1, of bytes or of files, whichever is more."""
         pairs = ((self.used_bytes, self.size_bytes), (self.used_files, self.most_files))
         return max(used / size if size else 0.0 for used, size in pairs)
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """The limits that hold a slot at one look, and the count that the next look starts from."""
+    """The limits that a slot runs into at one sample, and the count that the next sample compares with."""
 
     tasks_refused: int = 0
     refuses_tasks: bool = False
@@ -38,7 +39,7 @@ class Trouble:
 
 
 def find(before: Trouble, tasks_refused: int, storage: Storage) -> Trouble:
-    """The trouble at this look, given that at the look before; `tasks_refused` counts a slot's whole life."""
+    """The trouble at this sample, given that of the sample before; `tasks_refused` counts since the slot's start."""
     return Trouble(
         tasks_refused=tasks_refused,
         refuses_tasks=tasks_refused > before.tasks_refused,

@@ -1,8 +1,8 @@
-"""What the pools do next: which slots to start, which warm ones to retire. Pure.
+"""The next moves of the pools: slots to start, and warm slots to retire. Pure.
 
-A pool wants its number of warm slots, and one more for every claim that waits. A slot that is
-stale (of a former image, too old, or made when lives were shorter) still serves a claim, and is
-retired only when fresh ones have taken its place, so rolling an image never leaves a pool empty.
+A pool should have its number of warm slots, and one more for every claim that waits. A slot that is stale (of a former
+image, too old, or started while slots.ttl_max was shorter) can still be claimed. It is retired only when fresh slots
+have replaced it, so that the replacement of an image does not leave a pool empty.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from nbagent.policy.admission import Host
 
 @dataclass(frozen=True)
 class Pool:
-    """One image's pool. `digest` None: the image is gone and nothing is wanted of it.
+    """The pool of one image. `digest` is None when the store no longer has the image.
 
-    `launch` is how its slots start. `paused_s`: the seconds that must still pass before a start is tried again.
+    `launch` is "fork" or "exec". `paused_s` are the seconds until the next start may be tried.
     """
 
     image: str
@@ -34,7 +34,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Retire:
-    """A warm slot to end, and why."""
+    """A warm slot to end, and the reason."""
 
     id: str
     reason: str
@@ -42,7 +42,7 @@ class Retire:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do now. `start` names an image once for every slot to start, most urgent first."""
+    """The moves. `start` has an image once for every slot to start, the most urgent first."""
 
     start: tuple[str, ...]
     retire: tuple[Retire, ...]
@@ -55,7 +55,7 @@ def decide(pools: Sequence[Pool], host: Host, now_s: float, max_age_s: float, li
     """
     if host.draining:
         return Decision((), tuple(Retire(slot.id, "the host drains") for pool in pools for slot in pool.warm))
-    # Asked at each event, of a thousand warm slots perhaps: each is looked at once.
+    # One pass over the warm slots, because this runs at each event and there may be a thousand.
     oldest_s, least_s = now_s - max_age_s, now_s + life_s
     fresh = {
         pool.image: [
@@ -101,7 +101,7 @@ def _retire(pool: Pool, fresh: Sequence[Slot], no_room: bool) -> Iterable[Retire
     if len(fresh) < len(pool.warm) and (len(fresh) >= pool.wanted or no_room):
         known = {slot.id for slot in fresh}
         stale = [slot for slot in pool.warm if slot.id not in known]
-        # Without room, one at a time: each makes the room for its own replacement.
+        # Without room, one at a time, because each makes the room for its own replacement.
         for slot in stale[:1] if no_room and len(fresh) < pool.wanted else stale:
             reason = "its image was replaced" if slot.digest != pool.digest else "it is too old to be claimed"
             yield Retire(slot.id, reason)

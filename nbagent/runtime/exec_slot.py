@@ -1,103 +1,99 @@
-"""The launcher: one process that turns itself into a slot whose program is exec'd.
+"""The launcher of a slot by exec: one process that turns itself into the slot's init and program.
 
-    python3 -I -m nbagent.runtime.exec_slot CONTROL_FD LISTEN_FD ACTIVITY_FD CONFIG_FD
+    python3 -I -m nbagent.runtime.exec_slot CONTROL_FD
 
-Its first instruction runs in the slot's scope already, so all it ever touches is charged to the
-slot. Over CONTROL_FD it receives the SandboxSpec, and answers as `making` says.
+Its first instruction runs in the slot's scope already, so that all memory it touches is charged to the slot. Over the
+control channel it receives {"spec": SandboxSpec, "fds": ["listen", "activity", "config"]}, and reports as
+`slot_process` describes.
 
-It becomes three generations. This process enters the user namespace and the others, forks, and
-ends. Its child is the first process of the pid namespace: it builds the root, forks the slot's
-program, and stays as `init`; the kernel kills all others when it ends. The grandchild loses its
-privileges and execs. A program that cannot be handed a socket has a sibling, as unprivileged, that
-forwards to its port.
+It becomes three generations. This process enters the user namespace and the others, forks, and exits. Its child is the
+first process of the pid namespace: it builds the root, forks the slot's program, and stays as `init`; the kernel kills
+all others when it ends. The grandchild drops its privileges and execs. A program that cannot take a listening socket
+has a sibling, as unprivileged, that forwards to its port.
 
-Not for: anything the supervisor decides; slots that are forked (`zygote_service`).
+Not for: the supervisor's decisions; slots that are forked (`zygote_service`).
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import signal
 import socket
 import sys
-from typing import List, NoReturn
+from typing import NoReturn
 
 from nbagent.linux import journal
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.runtime import init, port_forward
-from nbagent.runtime.slot_process import (
-    FREE_FD,
-    PACKET_MAX_BYTES,
-    become_init,
-    move_fd,
-    output_pipe,
-    place_fds,
-    report_failure,
-    run,
-)
+from nbagent.runtime.slot_process import FREE_FD, become_init, move_fd, output_pipe, place_fds, run
 from nbagent.sandbox.plan import OPEN_FILES, Plan, plan
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD, SandboxSpec
+from nbagent.wire import fields
+from nbagent.wire.channel import Channel, report_failure
 
 
 def main() -> NoReturn:
     """Runs in the slot's scope, as root of the host; never returns."""
-    passed = [int(number) for number in sys.argv[1:5]]
-    control = socket.socket(fileno=fcntl.fcntl(passed[0], fcntl.F_DUPFD_CLOEXEC, FREE_FD))
-    spec = SandboxSpec.restore(json.loads(control.recv(PACKET_MAX_BYTES)))
-    report_failure(control, lambda: _outside(control, spec, passed))
+    passed_fd = int(sys.argv[1])
+    control = Channel.from_fd(fcntl.fcntl(passed_fd, fcntl.F_DUPFD_CLOEXEC, FREE_FD))
+    report_failure(control, "exec", lambda: _outside(control, passed_fd))
 
 
-def _outside(control: socket.socket, spec: SandboxSpec, passed: List[int]) -> NoReturn:
-    # The supervisor is the last to go when memory ends; a slot is as good as any other process.
+def _outside(control: Channel, passed_fd: int) -> NoReturn:
+    if (request := control.receive()) is None:  # the supervisor has ended
+        os._exit(0)
+    spec = SandboxSpec.restore(fields.mapping(request.body, "spec"))
+    # The supervisor has a lower score, because it is to be killed last when memory runs out.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("0")
     stream = move_fd(journal.stream(spec.slot, f"nbagent-{spec.slot}.scope").detach())
     entries = move_fd(journal.entries().detach())
     printed, print_fd = output_pipe(spec)
-    place_fds(print_fd, passed[1:])
+    place_fds(print_fd, [request.take(name) for name in ("listen", "activity", "config")])
     os.closerange(CONFIG_FD + 1, FREE_FD)
-    # A supervisor of many slots has higher numbers. They were passed as they are: exec would not close them.
-    if passed[0] >= FREE_FD:
-        os.close(passed[0])
+    # In a supervisor of many slots its number is higher. It is inheritable, so exec would not close it.
+    if passed_fd >= FREE_FD:
+        os.close(passed_fd)
     output = init.Output(spec.slot, printed, socket.socket(fileno=stream), socket.socket(fileno=entries))
     steps = plan(spec)
     run(steps.outside)
-    # Before the fork: the child soon moves the root of both.
-    netns = [] if spec.uplink is None else [os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)]
+    # Before the fork, because the child soon changes the root of both.
+    netns = {} if spec.uplink is None else {"netns": os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)}
     pid = os.fork()
     if pid == 0:
-        for fd in netns:
+        for fd in netns.values():
             os.close(fd)
-        report_failure(control, lambda: become_init(control, spec, steps, output, lambda: _start(control, spec, steps)))
-    socket.send_fds(control, [json.dumps({"given": ["init"]}).encode()], [os.pidfd_open(pid)])
+        report_failure(
+            control, "exec", lambda: become_init(control, spec, steps, output, lambda: _start(control, spec, steps))
+        )
+    control.send({}, {"init": os.pidfd_open(pid)})
     if netns:
-        socket.send_fds(control, [json.dumps({"given": ["netns"]}).encode()], netns)
+        control.send({}, netns)
     os._exit(0)
 
 
-def _start(control: socket.socket, spec: SandboxSpec, steps: Plan) -> init.Program:
+def _start(control: Channel, spec: SandboxSpec, steps: Plan) -> init.Program:
     pid = os.fork()
     if pid == 0:
-        report_failure(control, lambda: _program(spec, steps))
+        report_failure(control, "exec", lambda: _program(spec, steps))
     forwarder = 0
     if spec.port and (forwarder := os.fork()) == 0:
-        report_failure(control, lambda: _forward(spec, steps))
+        report_failure(control, "exec", lambda: _forward(spec, steps))
     return init.Program(pid, forwarder)
 
 
 def _forward(spec: SandboxSpec, steps: Plan) -> NoReturn:
     run(steps.last)
     prctl(PR_SET_DUMPABLE, 0)
-    # systemd asks every process of a scope to end; this one stays as long as the program does.
+    # systemd sends SIGTERM to every process of a scope; this one has to stay as long as the program does.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    # The control socket and init's way to the journal among them.
+    # Among them are the control channel and init's journal sockets.
     os.closerange(CONFIG_FD, OPEN_FILES)
     try:
         port_forward.serve(LISTEN_FD, spec.port, ACTIVITY_FD, spec.listen_timeout_s)
-    except BaseException as error:  # the process ends here; nothing may be lost
+    except BaseException as error:  # the process ends here, so nothing else could report it
         print(f"the slot's forwarder failed: {error!r}", flush=True)
     os._exit(1)
 

@@ -1,22 +1,20 @@
 """Init of a slot: the first process of its pid namespace, host code among the slot's own processes.
 
-It reaps orphans, passes SIGTERM on, and stands between what the slot prints and the journal: the
-slot's processes write into a pipe, and only init holds the journal. So a slot that prints without
-end fills no journal with it: beyond a budget its lines are dropped, and an entry says how many.
+It reaps orphans, forwards SIGTERM to the program, and copies the slot's output to the journal: the slot's processes
+write into a pipe, and only init holds the journal. So a slot that prints without end cannot fill the journal, because
+lines beyond a budget are dropped, and a journal entry has their number.
 
-It promises: what is printed within the budget reaches the journal, the last words too; the slot
-waits for a journal that stands still for STALL_S at most, once, and for PAUSE_S a read when its
-budget is spent; init holds LINE_MAX_BYTES of output and a read more. The kernel keeps it safe: no
-process of its pid namespace can kill or stop it, and as it is not dumpable, none can trace it or
-take its descriptors.
+It guarantees: output within the budget reaches the journal, up to the last line; the slot's output blocks for STALL_S
+at most, once, when the journal accepts nothing, and for PAUSE_S a read when the budget is spent; init buffers at most
+LINE_MAX_BYTES and one read. No process of its pid namespace can kill or stop it (pid_namespaces(7)), and because it is
+not dumpable, none can trace it or take its descriptors.
 
-Standard library only, and little of it: this is memory of every slot. Python 3.9 and up.
+Standard library only, and little of it, because it is memory of every slot; Python 3.9 and up.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
@@ -26,28 +24,32 @@ from typing import NoReturn, Optional, Tuple
 
 from nbagent.core.events import Event, entry
 from nbagent.linux import journal
+from nbagent.wire import fields
+from nbagent.wire.channel import Channel, Message
+from nbagent.wire.fields import MalformedMessage
 
-# A server that starts prints 6 KiB, one in trouble some hundred tracebacks; then it has said enough. A day of
-# the rate is 350 MB, a tenth of what journald keeps by default: no slot alone drives out what others said.
+# A server prints 6 KiB when it starts, and the rest is enough for some hundred tracebacks. A day of the rate is 350 MB,
+# a tenth of what journald keeps by default, so that one slot alone cannot displace the entries of others.
 BUDGET_BYTES = 1 << 20
 BUDGET_BYTES_PER_S = 4096
-# What journald stores with a line beside its text, an entry with its fields: 350 bytes in the mean of 100,000 by
-# systemd 252, rounded up.
+# journald stores an entry with its fields for each line: 350 bytes beside the text in the mean of 100,000 with systemd
+# 252, rounded up.
 LINE_COST_BYTES = 512
 LINE_MAX_BYTES = 16384
-# From the first line dropped to the entry that says so, and from that to the next.
+# From the first dropped line to its journal entry, and from one such entry to the next.
 NOTE_FIRST_S, NOTE_NEXT_S = 1.0, 60.0
 STALL_S = 5.0
-# Between two reads of what is dropped: 800 KB/s. Read as fast as it is written, it would keep two processors busy.
+# Between two reads while lines are dropped: 800 KB/s. Without a pause, writer and init would use two processors.
 PAUSE_S = 0.02
-# Of a fork server's two words to its slot's init.
-NEWS_MAX_BYTES = 256
-# What a pipe holds at the most (fs.pipe-max-size) is read out at the end, and no more: a writer may be left.
+# The two messages of a fork server to its slot's init are shorter.
+FORK_SERVER_MAX_BYTES = 256
+PID_MAX = 1 << 22  # the kernel's PID_MAX_LIMIT
+# At the end no more is read than a pipe can hold (fs.pipe-max-size), because a writer may be left.
 LAST_READS = (1 << 20) // LINE_MAX_BYTES
 
 
 class Output:
-    """What the slot prints, on its way from a pipe to the journal. Owns `source_fd`."""
+    """Copies the slot's output from a pipe to the journal. Owns `source_fd`."""
 
     def __init__(self, slot: str, source_fd: int, stream: socket.socket, entries: socket.socket) -> None:
         self.slot, self.source_fd, self.stream, self.entries = slot, source_fd, stream, entries
@@ -63,7 +65,7 @@ class Output:
         self._stalled = False
 
     def pass_on(self) -> bool:
-        """Reads once and passes on what the budget allows; whether there was anything to read."""
+        """Reads once and copies the lines within the budget; returns whether there was anything to read."""
         try:
             data = os.read(self.source_fd, LINE_MAX_BYTES)
         except BlockingIOError:
@@ -78,22 +80,22 @@ class Output:
             self.paused_until_s = time.monotonic() + PAUSE_S
         return bool(data)
 
-    def finish(self, words: str) -> None:
-        """Passes on what is left, and then the slot's last words, which need no budget."""
+    def finish(self, last_line: str) -> None:
+        """Copies the rest, and then the slot's last line, which needs no budget."""
         for _ in range(LAST_READS):
             if not self.pass_on():
                 break
         self.note()
-        self._write([*filter(None, [self._began]), words.encode()])
+        self._write([*filter(None, [self._began]), last_line.encode()])
 
     def note(self) -> None:
-        """Says in the journal how much was dropped, if anything was."""
+        """Writes a journal entry with the number of dropped lines and bytes, if there are any."""
         self.note_due_s = None
         if not self._lines:
             return
         fields = entry(Event.SLOT_OUTPUT_DROPPED, slot=self.slot, lines=self._lines, bytes=self._bytes)
         self._noted_s = time.monotonic()
-        # A journal that takes nothing now is told at the next time.
+        # When the journal accepts nothing now, the next entry counts these lines too.
         with contextlib.suppress(OSError):
             self.entries.send(journal.encode(fields))
             self._lines = self._bytes = 0
@@ -128,36 +130,36 @@ class Output:
 
 
 class Program:
-    """What a slot is nothing without: its program, and perhaps a forwarder, by their pids; 0 is none.
+    """The processes that the slot ends with: its program, and perhaps a forwarder, by their pids; 0 is none.
 
-    A program that was forked is a child of its fork server, not of init; `fork_server` is the socket to that.
-    The fork server sends the program's pid, and its exit status; when the fork server ends first, the program
-    becomes init's child.
-    `end` is how it came to an end, in words and as an exit status, negative for a signal.
+    A program that was forked is a child of its fork server, not of init; `fork_server` is the channel to that.
+    The fork server sends {"program": pid}, and {"exited": status} at the program's end; when the fork server ends
+    first, the program becomes init's child.
+    `end` is the reason for the end as text, and an exit status, negative for a signal.
     """
 
-    def __init__(self, pid: int = 0, forwarder: int = 0, fork_server: Optional[socket.socket] = None) -> None:
+    def __init__(self, pid: int = 0, forwarder: int = 0, fork_server: Optional[Channel] = None) -> None:
         self.pid, self.forwarder, self.fork_server = pid, forwarder, fork_server
         self.end: Optional[Tuple[str, int]] = None
 
-    def hear(self) -> None:
-        """Takes in what the fork server says."""
+    def receive(self) -> None:
+        """Reads a message of the fork server, which is an image's code. A malformed one counts as its end."""
         if self.fork_server is None:
             return
-        said = self.fork_server.recv(NEWS_MAX_BYTES)
-        news = json.loads(said or "{}")
-        if "program" in news:
-            self.pid = int(news["program"])
-        elif "exited" in news:
-            self._ended("program", int(news["exited"]))
-        else:
-            self.fork_server.close()
-            self.fork_server = None
-            if not self.pid:
-                self.end = "what was to be the slot's program ended before it was", 1
+        with contextlib.suppress(MalformedMessage), self.fork_server.receive() or Message({}, {}) as message:
+            if "program" in message.body:
+                self.pid = fields.integer(message.body, "program", 1, PID_MAX)
+                return
+            if "exited" in message.body:
+                self._ended("program", fields.integer(message.body, "exited", -signal.NSIG, 255))
+                return
+        self.fork_server.close()
+        self.fork_server = None
+        if not self.pid:
+            self.end = self.end or ("the slot's program exited before it started", 1)
 
     def reap(self) -> None:
-        """Takes in all children that have ended."""
+        """Reaps all children that have ended."""
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
                 if ended[0] in (self.pid, self.forwarder):
@@ -165,12 +167,19 @@ class Program:
                     self._ended(name, os.waitstatus_to_exitcode(ended[1]))
 
     def _ended(self, name: str, code: int) -> None:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
+        how = f"was killed by {_signal_name(-code)}" if code < 0 else f"exited with status {code}"
         self.end = self.end or (f"the slot's {name} {how}", code)
 
 
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # the real-time signals but the first and the last
+        return f"signal {number}"
+
+
 def run(program: Program, output: Output) -> NoReturn:
-    """Until the program ends, or the forwarder it is nothing without; then the kernel ends all others."""
+    """Runs until the program or its forwarder has ended; then it exits, and the kernel kills all other processes."""
     def forward(number: int, _frame: object) -> None:
         if program.pid:
             with contextlib.suppress(ProcessLookupError):
@@ -181,7 +190,7 @@ def run(program: Program, output: Output) -> NoReturn:
         os.set_blocking(fd, False)
     signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, forward)
-    # Without a handler of its own the signal would wake nobody.
+    # Only a signal with a handler is written to the wake-up descriptor.
     signal.signal(signal.SIGCHLD, lambda *_: None)
     printed = True
     program.reap()
@@ -203,8 +212,8 @@ def run(program: Program, output: Output) -> NoReturn:
         if output.source_fd in ready:
             printed = output.pass_on()
         if program.fork_server is not None and program.fork_server.fileno() in ready:
-            program.hear()
+            program.receive()
         program.reap()
-    words, code = program.end
-    output.finish(words)
+    last_line, code = program.end
+    output.finish(last_line)
     os._exit(code if code >= 0 else 128 - code)

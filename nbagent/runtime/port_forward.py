@@ -1,13 +1,13 @@
-"""From a slot's listening socket to a program that listens on a TCP port of the slot's own loopback.
+"""Forwards from a slot's listening socket to a program that listens on a TCP port of the slot's own loopback.
 
-For programs that cannot be handed a socket. Runs beside the program inside the slot's namespaces, as its user
-and as unprivileged. It looks at nothing that passes: bytes go both ways, an end of one direction is passed on
-(HTTP, websockets and whatever else alike), and what one side does not take the other has to keep.
+For programs that cannot take a listening socket. Runs beside the program inside the slot's namespaces, as its user
+and as unprivileged. It does not interpret the bytes: they are copied both ways, the end of one direction is forwarded
+(so HTTP, websockets and other protocols all work), and a side that does not read blocks the other.
 
-Until the program listens, connections wait: so readiness is one request that waits, as it is for a program
-that was handed the socket. Bytes from a client are an act on the activity page.
+Until the program listens, connections wait, so that one request that waits is the readiness probe, as it is for a
+program that took the socket. Bytes from a client count as activity on the activity page.
 
-Standard library only, and no module that `socket` has not imported: it is memory of every slot that has it.
+Standard library only, and no module that `socket` has not imported, because it is memory of every slot that has it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FIRST_RETRY_S, LAST_RETRY_S = 0.005, 0.25
 
 
 class Pipe:
-    """One direction of a connection: what was read from one side and not yet taken by the other."""
+    """One direction of a connection: bytes that were read from one side and not yet written to the other."""
 
     def __init__(self, source: socket.socket, target: socket.socket, on_bytes: Callable[[], None]) -> None:
         self.source, self.target, self._on_bytes = source, target, on_bytes
@@ -37,7 +37,7 @@ class Pipe:
         self.passed_end = False
 
     def pull(self) -> None:
-        """Reads what there is, if there is room. Raises OSError when the connection is broken."""
+        """Reads once, without blocking. Raises OSError when the connection is broken."""
         with contextlib.suppress(BlockingIOError):
             self.waiting = self.source.recv(BUFFER_BYTES)
             if self.waiting:
@@ -47,7 +47,7 @@ class Pipe:
             self.push()
 
     def push(self) -> None:
-        """Writes what is there, and passes on the end. Raises OSError when the connection is broken."""
+        """Writes without blocking, and forwards the end. Raises OSError when the connection is broken."""
         with contextlib.suppress(BlockingIOError):
             while self.waiting:
                 self.waiting = self.waiting[self.target.send(self.waiting) :]
@@ -59,19 +59,19 @@ class Pipe:
 class Connection:
     """A client and the program, connected."""
 
-    def __init__(self, client: socket.socket, program: socket.socket, acted: Callable[[], None]) -> None:
+    def __init__(self, client: socket.socket, program: socket.socket, on_activity: Callable[[], None]) -> None:
         self.sockets = (client, program)
-        self.up, self.down = Pipe(client, program, acted), Pipe(program, client, lambda: None)
+        self.up, self.down = Pipe(client, program, on_activity), Pipe(program, client, lambda: None)
         self.broken = False
 
     def wanted(self, side: socket.socket) -> int:
-        """What to wait for on one of the two sockets."""
+        """The events to wait for on one of the two sockets."""
         reading, writing = (self.up, self.down) if side is self.sockets[0] else (self.down, self.up)
         events = 0 if reading.ended or reading.waiting else selectors.EVENT_READ
         return events | (selectors.EVENT_WRITE if writing.waiting else 0)
 
     def step(self, side: socket.socket, events: int) -> None:
-        """Goes on after `events` on one side. Raises OSError when the connection is broken."""
+        """Handles `events` on one side. Raises OSError when the connection is broken."""
         reading, writing = (self.up, self.down) if side is self.sockets[0] else (self.down, self.up)
         if events & selectors.EVENT_WRITE:
             writing.push()
@@ -80,15 +80,15 @@ class Connection:
 
     @property
     def over(self) -> bool:
-        """Whether both directions have ended, or nothing more can come of it."""
+        """Whether both directions have ended, or the connection is broken."""
         return self.broken or (self.up.passed_end and self.down.passed_end)
 
 
 class Forwarder:
     """All connections of one slot."""
 
-    def __init__(self, listener: socket.socket, port: int, acted: Callable[[], None], timeout_s: float) -> None:
-        self._listener, self._port, self._acted = listener, port, acted
+    def __init__(self, listener: socket.socket, port: int, on_activity: Callable[[], None], timeout_s: float) -> None:
+        self._listener, self._port, self._on_activity = listener, port, on_activity
         self._deadline_s = time.monotonic() + timeout_s
         self._retry_s = FIRST_RETRY_S
         self._listens = False
@@ -97,10 +97,10 @@ class Forwarder:
         self._count = 0
 
     def run(self) -> None:
-        """Forwards until it turns out that the program does not listen in time."""
+        """Forwards; returns when the program has not listened in time."""
         while self._listens or time.monotonic() < self._deadline_s:
-            room = self._count < CONNECTIONS_MAX
-            self._await(self._listener, selectors.EVENT_READ if room else 0, self._accept)
+            accepts = self._count < CONNECTIONS_MAX
+            self._await(self._listener, selectors.EVENT_READ if accepts else 0, self._accept)
             for key, events in self._selector.select(self._retry_s if self._pending else None):
                 key.data(events)
             pending, self._pending = self._pending, []
@@ -122,11 +122,11 @@ class Forwarder:
         program.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         program.connect_ex(("127.0.0.1", self._port))
 
-        def answered(_events: int) -> None:
+        def connected(_events: int) -> None:
             self._await(program, 0)
             if program.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
                 self._listens = True
-                self._look(Connection(client, program, self._acted))
+                self._watch(Connection(client, program, self._on_activity))
                 return
             program.close()
             if self._listens:
@@ -135,7 +135,7 @@ class Forwarder:
             else:
                 self._pending.append(client)
 
-        self._await(program, selectors.EVENT_WRITE, answered)
+        self._await(program, selectors.EVENT_WRITE, connected)
 
     def _step(self, connection: Connection, side: socket.socket, events: int) -> None:
         try:
@@ -143,19 +143,19 @@ class Forwarder:
         except OSError:
             connection.broken = True
         if not connection.over:
-            self._look(connection)
+            self._watch(connection)
         elif connection.sockets[0].fileno() >= 0:  # one round of events may have both sides
             for each in connection.sockets:
                 self._await(each, 0)
                 each.close()
             self._count -= 1
 
-    def _look(self, connection: Connection) -> None:
+    def _watch(self, connection: Connection) -> None:
         for side in connection.sockets:
             self._await(side, connection.wanted(side), functools.partial(self._step, connection, side))
 
     def _await(self, side: socket.socket, events: int, then: Optional[Callable[[int], None]] = None) -> None:
-        """Has `then` called when one of `events` comes; none: never."""
+        """Calls `then` at each of `events`; 0 ends that."""
         known = self._selector.get_map().get(side)
         if known is None:
             if events:
@@ -167,8 +167,8 @@ class Forwarder:
 
 
 def serve(listen_fd: int, port: int, activity_fd: int, timeout_s: float) -> None:
-    """Forwards what comes in at `listen_fd` to `port`; returns when the program has not listened in time."""
+    """Forwards connections at `listen_fd` to `port`; returns when the program has not listened in time."""
     listener = socket.socket(fileno=listen_fd)
     listener.setblocking(False)
-    # How many of its kernels are busy only the program knows; its processor time shows work as well.
+    # The number of busy kernels is 0, because only the program knows it; its processor time shows work as well.
     Forwarder(listener, port, lambda: activity.write(activity_fd, 0), timeout_s).run()

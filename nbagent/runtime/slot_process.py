@@ -1,71 +1,53 @@
-"""What all who make a sandbox share: running steps, placing descriptors, telling what failed, and the life of a
-slot's first process from its namespaces to the loop of `init`.
+"""The common parts of processes that make a sandbox: running steps, placing descriptors, and the life of a slot's first
+process from its namespaces to the loop of `init`.
 
-Over its control socket (SOCK_SEQPACKET) the supervisor hears
+Over a slot's control channel (nbagent.wire.channel) the supervisor receives
 
-    {"given": [name, ...]}     with a descriptor for each name beside it: pidfds of the processes that belong into the
-                               slot's scope, "init" and, of a slot by fork, "fork_server"; "netns" of a slot with an
-                               interface, answered by {"attached": true} when that is there
-    {"serves": true}           from a program that was forked: its loop turns, and what it answers with was rehearsed
-    {"failed": {"step": str, "errno": int, "text": str}}
-    end of file                the slot's program runs: every process that held the socket is done with it
+    {"fds": ["init"]}          a pidfd of the slot's first process
+    {"fds": ["fork_server"]}   of a slot by fork, a pidfd of its fork server; both belong into the slot's scope
+    {"fds": ["netns"]}         of a slot with an interface, its network namespace; when the interface is made, the
+                               supervisor sends {"attached": true}
+    {"serves": true}           from a program that was forked: its loop runs, and needs no probe
+    {"failure": {...}}         nbagent.wire.failure
+    end of file                the slot's program runs, because every process that held the channel has closed it
 
-Standard library only, and little of it: this is memory of every slot. Python 3.9 and up.
+Standard library only, and little of it, because it is memory of every slot; Python 3.9 and up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
-import socket
 import sys
-from typing import Any, Callable, Dict, Iterable, List, NoReturn, Tuple
+from typing import Callable, Iterable, List, NoReturn, Tuple
 
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.runtime import init
 from nbagent.sandbox.plan import Plan
 from nbagent.sandbox.spec import CONFIG_FD, LISTEN_FD, SandboxSpec
 from nbagent.sandbox.steps import Step
+from nbagent.wire.channel import Channel
+from nbagent.wire.failure import Failure, StepFailed
 
-PACKET_MAX_BYTES = 65536
-# Above every number that a slot's process knows; what must get out of the way goes here.
+# Above every number that a slot's process knows; descriptors that have to move go here.
 FREE_FD = 64
-
-
-class StepFailed(Exception):
-    """A step that the kernel refused; the cause is the OSError."""
+# The namespaces that the fork server and the program of a slot by fork join, in this order: the mount namespace last,
+# because it replaces /proc.
+JOINED = ("ipc", "uts", "net", "cgroup", "mnt")
 
 
 def run(steps: Iterable[Step]) -> None:
-    """Does the steps in order. Raises StepFailed."""
+    """Does the steps in order. Raises StepFailed when the kernel refuses one."""
     for step in steps:
         try:
             step.do()
         except OSError as error:
-            raise StepFailed(step.describe()) from error
-
-
-def report_failure(control: socket.socket, action: Callable[[], Any]) -> NoReturn:
-    """Runs `action`, which does not return; whatever it raises goes back over `control`."""
-    report: Dict[str, Any] = {"step": "exec", "errno": 0, "text": "returned"}
-    try:
-        action()
-    except StepFailed as failed:
-        cause = failed.__cause__
-        report = {"step": str(failed), "errno": getattr(cause, "errno", 0) or 0, "text": str(cause)}
-    except OSError as error:
-        report = {"step": "exec", "errno": error.errno or 0, "text": str(error)}
-    except BaseException as error:  # the process ends here; nothing may be lost
-        report = {"step": "launch", "errno": 0, "text": repr(error)}
-    with contextlib.suppress(OSError):
-        control.send(json.dumps({"failed": report}).encode())
-    os._exit(1)
+            raise StepFailed(Failure.of(error, step.describe())) from error
 
 
 def forget_modules() -> None:
-    """What is not imported by now never will be: after a pivot it would be the image's."""
+    """Prevents any further import, because after a pivot it would load the image's modules."""
     sys.path.clear()
     sys.path_importer_cache.clear()
 
@@ -78,10 +60,10 @@ def move_fd(fd: int) -> int:
 
 
 def place_fds(output_fd: int, fds: List[int]) -> None:
-    """Puts every descriptor at its number: standard streams, then those of `spec`. Closes them elsewhere."""
+    """Moves every descriptor to its number: the standard streams, then LISTEN_FD and up."""
     with open("/dev/null") as null:
         wanted = (null.fileno(), output_fd, output_fd, *fds)
-        # First out of the way of each other, then in place; dup2 clears close-on-exec.
+        # First to numbers that none of them has to get; dup2 clears close-on-exec.
         moved = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FREE_FD) for fd in wanted]
     for fd in {output_fd, *fds}:
         os.close(fd)
@@ -91,26 +73,26 @@ def place_fds(output_fd: int, fds: List[int]) -> None:
 
 
 def output_pipe(spec: SandboxSpec) -> Tuple[int, int]:
-    """What the slot prints goes into a pipe; init alone holds the journal, at its other end."""
+    """The pipe for the output of the slot's processes: init's end, and theirs. Only init holds the journal."""
     printed, print_fd = os.pipe()
-    # Who opens /dev/stdout opens this pipe anew, and needs to be allowed to.
+    # A process that opens /dev/stdout opens this pipe anew, which takes a permission.
     os.fchown(print_fd, spec.uid if spec.forked else spec.id_base + spec.uid, -1)
     return move_fd(printed), move_fd(print_fd)
 
 
 def become_init(
-    control: socket.socket, spec: SandboxSpec, steps: Plan, output: init.Output,
+    control: Channel, spec: SandboxSpec, steps: Plan, output: init.Output,
     start: Callable[[], init.Program],
 ) -> NoReturn:
-    """From the first process of a pid namespace, in the other namespaces, to a slot's init.
+    """Turns the first process of a pid namespace, which is in the other namespaces, into a slot's init.
 
-    `start` makes the program run once the root is there.
+    `start` starts the program when the root is complete.
     """
     forget_modules()
     run(steps.inside)
-    # The supervisor had the interface made while the root was built.
-    if steps.connected:
-        control.recv(PACKET_MAX_BYTES)
+    # The interface is made while the root is built. No message: the supervisor has ended.
+    if steps.connected and (message := control.receive()) is not None:
+        message.close()
     run(steps.connected)
     program = start()
     for fd in (LISTEN_FD, CONFIG_FD):
@@ -119,7 +101,8 @@ def become_init(
     for fd in (1, 2):
         os.dup2(output.stream.fileno(), fd)
     run(steps.last)
-    control.close()  # not before: its own failure must be heard, as the program ends with it
-    # The program has the same user id; it may not look into this process, nor trace it.
+    # Only after the last step, because init's failure ends the program and has to be reported.
+    control.close()
+    # The program has the same user id, and may neither trace this process nor read its /proc.
     prctl(PR_SET_DUMPABLE, 0)
     init.run(program, output)

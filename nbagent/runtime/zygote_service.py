@@ -1,23 +1,36 @@
-"""The keeper: makes an image's user namespace, starts its zygote there, and makes of each request a slot.
+"""The zygote service: makes an image's user namespace, starts its zygote there, and makes a slot for each request.
 
     python3 -I -m nbagent.runtime.zygote_service IMAGE:GENERATION       (nbagent-zygote@.service)
 
-It is our code under the host's Python; of an image it runs nothing. It connects to the supervisor
-(ZYGOTE_PATH, SOCK_SEQPACKET), says {"unit": IMAGE:GENERATION}, and is sent {"spec": SandboxSpec of the
-zygote, "preload": [modules]}. When the zygote is ready it answers {"ready": true}. Then each packet is
-the SandboxSpec of a slot, with six descriptors beside it: the slot's control socket, its listening
-socket, the activity page, the configuration, a stream to the journal and a pipe. What comes of it is said over the
-slot's own control socket, as `making` has it.
+It is host code under the host's Python; it runs no code of an image. Its messages (nbagent.wire.channel):
 
-Two processes are forked for a slot, and touch nothing before they are in its scope. The keeper's
-child is the first process of a new pid namespace: it makes the other namespaces, builds the root and stays
-as `init`. The zygote's child is born into that pid namespace, joins the rest, forks the program and stays as its
-fork server.
-They need not come into the scope together: the first hears at the control socket when it is, the other at the pipe.
+    service → supervisor  {"unit": IMAGE:GENERATION}                          on ZYGOTE_PATH
+    supervisor → service  {"spec": SandboxSpec of the zygote, "preload": [modules]}
+    service → supervisor  {"ready": true} or a failure
+    supervisor → service  {"spec": SandboxSpec, "fds": ["control", "listen", "activity", "config", "stream", "go"]}
+                          for each slot: its control channel, its listening socket, the activity page, the
+                          configuration, a stream to the journal, and a pipe. The result goes over the control channel
+                          (`slot_process`).
 
-The connection is its life: when the supervisor ends or is done with it, it ends, and the zygote with it.
-Slots do not: nothing of theirs is in its unit or under its processes. A zygote that does not
-fork within FORK_TIMEOUT_S is given up; then too the keeper ends.
+    service → zygote      {"preload": [modules], "fds": ["nowhere"]}          a pid namespace that allows no more births
+    zygote → service      {"ready": true} or a failure
+    service → zygote      {"slot": `program`, "fds": ["pidns", "init", "control", "go", "listen", "activity", "config",
+                          "output"]}                                          for each slot
+    zygote → service      {"fds": ["fork_server"]}, a pidfd; {"ended": true} when that process has ended already; or a
+                          failure
+
+    init → fork server, program    {"fds": JOINED}, once each, when the slot's root is complete
+    fork server → init             {"program": pid}; {"exited": status}
+
+Two processes are forked for a slot, and touch no memory before they are in its scope. The service's child is the first
+process of a new pid namespace: it makes the other namespaces, builds the root and stays as `init`. The zygote's child
+is born into that pid namespace, joins the rest, forks the program and stays as its fork server. They need not enter the
+scope together: the first waits for a packet at the control channel, the other for bytes in the pipe. Neither is a
+message, because to parse one touches memory.
+
+When the supervisor ends or closes the connection, the service ends, and the zygote with it. Slots go on, because none
+of their processes is in the service's unit or ends with its parent. A zygote that does not fork within FORK_TIMEOUT_S
+has failed; then the service ends too.
 
 Standard library only; Python 3.9 and up.
 """
@@ -28,13 +41,12 @@ import _thread
 import contextlib
 import errno
 import gc
-import json
 import os
 import select
 import signal
 import socket
 import sys
-from typing import Any, Callable, Dict, List, NoReturn, Optional, Tuple
+from typing import Callable, Dict, List, NoReturn, Optional, Tuple
 
 from nbagent.linux import journal
 from nbagent.linux import namespaces as ns
@@ -42,165 +54,151 @@ from nbagent.linux.process import PR_SET_DUMPABLE, drop_bounding_set, last_capab
 from nbagent.runtime import init
 from nbagent.runtime.slot_process import (
     FREE_FD,
-    PACKET_MAX_BYTES,
-    StepFailed,
+    JOINED,
     become_init,
     forget_modules,
     move_fd,
     output_pipe,
     place_fds,
-    report_failure,
     run,
 )
 from nbagent.sandbox.plan import Plan, plan, zygote_plan
 from nbagent.sandbox.spec import ACTIVITY_FD, SandboxSpec
+from nbagent.wire import fields
+from nbagent.wire.channel import Channel, Message, report_failure
+from nbagent.wire.failure import Failure, StepFailed
+from nbagent.wire.fields import MalformedMessage
 
 ZYGOTE_PATH = "/run/nbagent/zygote.sock"
-# A fork takes the kernel 2 ms; beside it a busy host may be slow to run the zygote at all.
+# A fork takes the kernel 2 ms, but a busy host may schedule the zygote late.
 FORK_TIMEOUT_S = 5.0
-# Of the kernel's counts for each user, those that no resource limit bounds: what one slot may have. The host's own
-# maximum is for all slots of an image together, so the package raises it (packaging/nbagent.sysctl).
+# Per-user counts of the kernel that no resource limit bounds, for one slot. The host's own maximum is for all slots of
+# an image together, so the package raises it (packaging/nbagent.sysctl).
 USER_MAXIMA = {"max_inotify_instances": 128, "max_inotify_watches": 65536}
-# What a slot's program joins, in this order: the mount namespace last, as /proc goes with it.
-JOINED = ("ipc", "uts", "net", "cgroup", "mnt")
-REQUEST_FDS = 6
 
 
-class ZygoteGone(Exception):
-    """The zygote ended, or does not answer."""
+class ZygoteFailed(StepFailed):
+    """The zygote ended, failed to start, or does not respond."""
+
+    def __init__(self, text: str, step: str = "zygote") -> None:
+        super().__init__(Failure(step, 0, text))
 
 
 class ZygoteService:
-    """One zygote, `pid`, and the requests for it. It owns its three sockets for as long as it lives."""
+    """One zygote, `pid`, and the requests for it. Owns its channels and its journal socket as long as it lives."""
 
-    def __init__(self, supervisor: socket.socket, entries: socket.socket, zygote: socket.socket, pid: int) -> None:
+    def __init__(self, supervisor: Channel, entries: socket.socket, zygote: Channel, pid: int) -> None:
         self.supervisor, self.entries, self.zygote, self.pid = supervisor, entries, zygote, pid
 
     def begin(self, preload: List[str]) -> None:
-        """Returns when the zygote is ready. Raises ZygoteGone."""
+        """Returns when the zygote is ready. Raises StepFailed."""
         ended, nowhere = fork_first(lambda: os._exit(0))
         try:
-            socket.send_fds(self.zygote, [json.dumps({"preload": preload}).encode()], [nowhere])
+            self.zygote.send({"preload": preload}, {"nowhere": nowhere})
         finally:
             os.close(ended)
             os.close(nowhere)
-        answer, _ = self.answer()
-        if "ready" not in answer:
-            failed = answer.get("failed", "an answer that is none")
-            raise ZygoteGone(f"{failed.get('step')}: {failed.get('text')}" if isinstance(failed, dict) else str(failed))
+        with self.receive() as response:
+            response.raise_failure()
+            if "ready" not in response.body:
+                raise MalformedMessage("expected ready or a failure")
 
     def serve(self) -> None:
-        """Until the supervisor or the zygote is gone."""
+        """Serves requests until the supervisor closes the connection. Raises ZygoteFailed when the zygote ends."""
         waiting = select.poll()
-        for end in (self.supervisor, self.zygote):
-            waiting.register(end.fileno(), select.POLLIN)
-        ended_fd = _told_of_children()
-        waiting.register(ended_fd, select.POLLIN)
+        for channel in (self.supervisor, self.zygote):
+            waiting.register(channel.fileno(), select.POLLIN)
+        children_fd = _wake_at_child_ends()
+        waiting.register(children_fd, select.POLLIN)
         while True:
             ready = [fd for fd, _ in waiting.poll()]
-            if ended_fd in ready:
-                os.read(ended_fd, 512)
+            if children_fd in ready:
+                os.read(children_fd, 512)
                 self._reap()
-                if ready == [ended_fd]:
+                if ready == [children_fd]:
                     continue
-            # Between requests a zygote has nothing to say but that it ends.
+            # Between requests a zygote sends nothing, so that its socket is only readable at its end.
             if self.zygote.fileno() in ready:
                 raise self._ended()
-            payload, fds, _, _ = socket.recv_fds(self.supervisor, PACKET_MAX_BYTES, REQUEST_FDS)
-            if not payload:
+            request = self.supervisor.receive()
+            if request is None:
                 return
-            with contextlib.ExitStack() as stack:
-                for fd in fds:
-                    stack.callback(os.close, fd)
-                self._make(SandboxSpec.restore(json.loads(payload)), fds)
+            with request:
+                self._make(SandboxSpec.restore(fields.mapping(request.body, "spec")), request)
 
-    def _make(self, spec: SandboxSpec, fds: List[int]) -> None:
-        control = socket.socket(fileno=os.dup(fds[0]))
-        with control:
+    def _make(self, spec: SandboxSpec, request: Message) -> None:
+        with Channel.from_fd(request.take("control")) as control:
             try:
-                self._fork(spec, control, fds)
-            except (OSError, ZygoteGone) as error:
-                report = {"step": "fork", "errno": getattr(error, "errno", 0) or 0, "text": str(error)}
+                self._fork(spec, control, request.fds)
+            except (OSError, StepFailed, MalformedMessage) as error:
                 with contextlib.suppress(OSError):
-                    control.send(json.dumps({"failed": report}).encode())
-                if isinstance(error, ZygoteGone):
+                    control.send(Failure.of(error, "fork").save())
+                if not isinstance(error, OSError):
                     raise
 
-    def _fork(self, spec: SandboxSpec, control: socket.socket, fds: List[int]) -> None:
-        _, listen_fd, activity_fd, config_fd, stream_fd, go_fd = fds
+    def _fork(self, spec: SandboxSpec, control: Channel, given: Dict[str, int]) -> None:
         with contextlib.ExitStack() as stack:
             def owned(fd: int) -> int:
                 stack.callback(os.close, fd)
                 return fd
 
-            def pair() -> Tuple[socket.socket, socket.socket]:
-                ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                return stack.enter_context(ends[0]), stack.enter_context(ends[1])
-
             printed, print_fd = (owned(fd) for fd in output_pipe(spec))
-            ours, theirs = pair()
+            own, peer = (stack.enter_context(end) for end in Channel.pair(init.FORK_SERVER_MAX_BYTES))
             steps = plan(spec)
 
             def first() -> NoReturn:
-                # Whoever waits at the other end of one of these is to see its end.
-                for end in (self.supervisor, self.zygote, theirs):
-                    end.close()
-                for fd in (print_fd, go_fd):
+                # A copy of one of these would keep its peer from seeing its end.
+                for channel in (self.supervisor, self.zygote, peer):
+                    channel.close()
+                for fd in (print_fd, given["go"]):
                     os.close(fd)
-                output = init.Output(spec.slot, printed, socket.socket(fileno=stream_fd), self.entries)
-                _first(control, spec, steps, ours, activity_fd, output)
+                output = init.Output(spec.slot, printed, socket.socket(fileno=given["stream"]), self.entries)
+                _first(control, spec, steps, own, given["activity"], output)
 
-            first_fd, pidns = (owned(fd) for fd in fork_first(lambda: report_failure(control, first)))
-            socket.send_fds(control, [json.dumps({"given": ["init"]}).encode()], [first_fd])
-            passed = [pidns, theirs.fileno(), control.fileno(), go_fd, listen_fd, activity_fd, config_fd, print_fd]
-            socket.send_fds(self.zygote, [json.dumps(program(spec)).encode()], passed)
-            socket.send_fds(control, [json.dumps({"given": ["fork_server"]}).encode()], [owned(self._forked())])
+            first_fd, pidns = (owned(fd) for fd in fork_first(lambda: report_failure(control, "exec", first)))
+            control.send({}, {"init": first_fd})
+            passed = {name: given[name] for name in ("go", "listen", "activity", "config")}
+            passed |= {"pidns": pidns, "init": peer.fileno(), "control": control.fileno(), "output": print_fd}
+            self.zygote.send({"slot": program(spec)}, passed)
+            control.send({}, {"fork_server": owned(self._forked())})
 
     def _forked(self) -> int:
-        """A pidfd of the process that the zygote has forked. Raises ZygoteGone, or OSError when it has ended."""
-        answer, fds = self.answer(FORK_TIMEOUT_S)
-        if "ended" in answer:
-            raise ProcessLookupError(errno.ESRCH, "the slot's program ended before it was in its scope")
-        if "failed" in answer or len(fds) != 1:
-            for fd in fds:
-                os.close(fd)
-            raise ZygoteGone(f"the zygote: {answer.get('failed', 'no process')}")
-        return fds[0]
+        """A pidfd of the process that the zygote has forked. Raises OSError when it has ended, or StepFailed."""
+        with self.receive(FORK_TIMEOUT_S) as response:
+            if "ended" in response.body:
+                raise ProcessLookupError(errno.ESRCH, "the slot's program exited before it was in its scope")
+            response.raise_failure()
+            return response.take("fork_server")
 
-    def answer(self, timeout_s: Optional[float] = None) -> Tuple[Dict[str, Any], List[int]]:
-        """The zygote's next packet. Raises ZygoteGone."""
-        self.zygote.settimeout(timeout_s)
+    def receive(self, timeout_s: Optional[float] = None) -> Message:
+        """The zygote's next message. Raises ZygoteFailed, or MalformedMessage."""
+        self.zygote.socket.settimeout(timeout_s)
         try:
-            payload, fds, _, _ = socket.recv_fds(self.zygote, PACKET_MAX_BYTES, 1)
+            message = self.zygote.receive()
         except TimeoutError:
-            raise ZygoteGone(f"the zygote does not answer within {timeout_s:g} s") from None
-        except ConnectionResetError:
-            payload, fds = b"", []
-        if not payload:
+            raise ZygoteFailed(f"the zygote did not respond within {timeout_s:g} s") from None
+        if message is None:
             raise self._ended()
-        try:
-            answer = json.loads(payload)
-        except ValueError:
-            answer = None
-        return (answer if isinstance(answer, dict) else {"failed": "an answer that is none"}), list(fds)
+        return message
 
     def _reap(self) -> None:
-        """Takes in the first processes of slots that have ended. How the zygote does is for `_ended`."""
+        """Reaps the first processes of slots that have ended, but not the zygote, which `_ended` reaps."""
         with contextlib.suppress(ChildProcessError):
             while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
                 if ended.si_pid == self.pid:
-                    return  # which is seen at its socket
+                    return  # `serve` sees its end at its channel
                 os.waitpid(ended.si_pid, 0)
 
-    def _ended(self) -> ZygoteGone:
-        """How a zygote has ended that holds its socket no more, and so soon will have."""
+    def _ended(self) -> ZygoteFailed:
+        """The error of a zygote that has closed its channel, and so ends."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        return ZygoteGone(f"the zygote {how}")
+        return ZygoteFailed(f"the zygote {how}")
 
 
-def program(spec: SandboxSpec) -> Dict[str, Any]:
-    """What the zygote has to know of a slot; its secrets are in the configuration, which the slot alone reads."""
+def program(spec: SandboxSpec) -> Dict[str, object]:
+    """The part of a slot's sandbox that the zygote needs. The slot's secrets are in the configuration, which only the
+    slot reads."""
     return {
         "uid": spec.uid, "directory": spec.directory, "environment": spec.environment,
         "syscall_filter": spec.forked_filter,
@@ -210,8 +208,8 @@ def program(spec: SandboxSpec) -> Dict[str, Any]:
 def fork_first(first: Callable[[], NoReturn]) -> Tuple[int, int]:
     """Forks the first process of a new pid namespace, which runs `first`; its pidfd, and the namespace. Raises OSError.
 
-    Whose children are born into another pid namespace cannot undo that, for want of a right over the host's. But
-    namespaces are each thread's own, so a thread does it, and ends.
+    unshare(CLONE_NEWPID) cannot be reverted without CAP_SYS_ADMIN over the host's pid namespace. It applies to the
+    calling thread only, so a thread does it, and ends.
     """
     made: List[int] = []
     failures: List[OSError] = []
@@ -240,29 +238,28 @@ def fork_first(first: Callable[[], NoReturn]) -> Tuple[int, int]:
     return made[0], made[1]
 
 
-def _told_of_children() -> int:
-    """A descriptor that can be read when a child has ended."""
+def _wake_at_child_ends() -> int:
+    """A descriptor that becomes readable when a child has ended."""
     read_fd, write_fd = os.pipe()
     for fd in (read_fd, write_fd):
         os.set_blocking(fd, False)
     signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    # Without a handler of its own the signal would wake nobody.
+    # Only a signal with a handler is written to the wake-up descriptor.
     signal.signal(signal.SIGCHLD, lambda *_: None)
     return read_fd
 
 
 def _first(
-    control: socket.socket, spec: SandboxSpec, steps: Plan, sibling: socket.socket, activity_fd: int,
-    output: init.Output,
+    control: Channel, spec: SandboxSpec, steps: Plan, fork_server: Channel, activity_fd: int, output: init.Output,
 ) -> NoReturn:
-    """The slot's first process; `sibling` leads to the one that will be its fork server, and to the program."""
-    # The supervisor says when the slot's scope is around it.
-    if not control.recv(PACKET_MAX_BYTES):
+    """The slot's first process; `fork_server` leads to the process that will be that, and to the program."""
+    # A packet and no message: memory that is touched before the slot's scope is around this process is not the slot's.
+    if not control.socket.recv(16):
         os._exit(0)
     os.setsid()
-    signal.set_wakeup_fd(-1)  # the keeper's
-    control, sibling = _moved(control), _moved(sibling)
-    output.stream, output.entries = _moved(output.stream), _moved(output.entries)
+    signal.set_wakeup_fd(-1)  # the service's
+    control, fork_server = _moved(control), _moved(fork_server)
+    output.stream, output.entries = _moved_socket(output.stream), _moved_socket(output.entries)
     with open("/dev/null") as null:
         for number in (0, 1, 2):
             os.dup2(null.fileno(), number)
@@ -271,44 +268,48 @@ def _first(
     os.dup2(page, ACTIVITY_FD)
     os.close(page)
     run(steps.outside)
-    joined = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in JOINED]
+    joined = {name: os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in JOINED}
     if spec.uplink is not None:
-        socket.send_fds(control, [json.dumps({"given": ["netns"]}).encode()], [joined[JOINED.index("net")]])
+        control.send({}, {"netns": joined["net"]})
 
     def start() -> init.Program:
-        # For the program and for its fork server, which share the other end.
+        # One for the fork server and one for the program, which share the other end.
         for _ in range(2):
-            socket.send_fds(sibling, [b"root"], joined)
-        for fd in joined:
+            fork_server.send({}, joined)
+        for fd in joined.values():
             os.close(fd)
-        return init.Program(fork_server=sibling)
+        return init.Program(fork_server=fork_server)
 
     become_init(control, spec, steps, output, start)
 
 
-def _moved(end: socket.socket) -> socket.socket:
-    family, kind = end.family, end.type  # told, it does not ask the kernel
+def _moved(channel: Channel) -> Channel:
+    return Channel(_moved_socket(channel.socket), channel.limit_bytes)
+
+
+def _moved_socket(end: socket.socket) -> socket.socket:
+    # With family and type given, the constructor makes no system call to find them.
+    family, kind = end.family, end.type
     return socket.socket(family, kind, 0, move_fd(end.detach()))
 
 
-def _start_zygote(spec: SandboxSpec, steps: Plan) -> Tuple[socket.socket, int]:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
+def _start_zygote(spec: SandboxSpec, steps: Plan) -> Tuple[Channel, int]:
+    own, peer = Channel.pair()
+    with peer:
         pid = os.fork()
         if pid == 0:
-            ours.close()
-            report_failure(theirs, lambda: _exec_zygote(theirs, spec, steps))
-    return ours, pid
+            own.close()
+            report_failure(peer, "exec", lambda: _exec_zygote(peer, spec, steps))
+    return own, pid
 
 
-def _exec_zygote(control: socket.socket, spec: SandboxSpec, steps: Plan) -> NoReturn:
+def _exec_zygote(control: Channel, spec: SandboxSpec, steps: Plan) -> NoReturn:
     os.setsid()
     output = os.dup(1)
     place_fds(output, [os.dup(control.fileno())])
     run(steps.outside[1:])
     forget_modules()
     run(steps.inside)
-    # Its children have to know which process they fork from, and it itself which descriptors it has.
     run(steps.last)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.chdir(spec.directory)
@@ -317,18 +318,17 @@ def _exec_zygote(control: socket.socket, spec: SandboxSpec, steps: Plan) -> NoRe
 
 def main() -> int:
     """Runs as the service's main process. Returns the exit status."""
-    supervisor = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    payload = b""
-    # A supervisor that has ended meanwhile wants nothing any more.
+    supervisor = Channel.unconnected()
+    request = None
+    # A supervisor that has ended meanwhile needs no zygote.
     with contextlib.suppress(ConnectionError, FileNotFoundError):
-        supervisor.connect(ZYGOTE_PATH)
-        supervisor.send(json.dumps({"unit": sys.argv[1]}).encode())
-        payload = supervisor.recv(PACKET_MAX_BYTES)
-    if not payload:
+        supervisor.socket.connect(ZYGOTE_PATH)
+        supervisor.send({"unit": sys.argv[1]})
+        request = supervisor.receive()
+    if request is None:
         return 0
-    asked = json.loads(payload)
-    spec = SandboxSpec.restore(asked["spec"])
-    # As root: journald believes nobody else which unit an entry is of.
+    spec = SandboxSpec.restore(fields.mapping(request.body, "spec"))
+    # Connected as root of the host, because journald accepts the unit of an entry from root only.
     entries = journal.entries()
     steps = zygote_plan(spec)
     try:
@@ -337,23 +337,23 @@ def main() -> int:
             with open(f"/proc/sys/user/{name}", "w") as file:
                 file.write(str(most))
         prctl(PR_SET_DUMPABLE, 0)
-        keeper = ZygoteService(supervisor, entries, *_start_zygote(spec, steps))
-        keeper.begin(asked["preload"])
-        # Nothing of it is to be had by what is forked from here on: 41 calls fewer for each.
+        service = ZygoteService(supervisor, entries, *_start_zygote(spec, steps))
+        service.begin(fields.texts(request.body, "preload"))
+        # Forked processes get an empty bounding set here, which saves each of them 41 calls.
         drop_bounding_set(range(last_capability() + 1))
-        # Nor will it import anything, which each init would see to in a copy of its own: 50 pages.
+        # Nothing is imported from here on. In each init the same would cost 50 pages of its own.
         forget_modules()
         gc.collect()
         gc.freeze()
-        supervisor.send(json.dumps({"ready": True}).encode())
-        keeper.serve()
-    except (OSError, StepFailed, ZygoteGone) as error:
-        text = f"{error}: {error.__cause__}" if isinstance(error, StepFailed) else str(error)
-        print(f"zygote {sys.argv[1]}: {text}", flush=True)
+        supervisor.send({"ready": True})
+        service.serve()
+    except (OSError, StepFailed, MalformedMessage) as error:
+        failure = Failure.of(error, "zygote")
+        print(f"zygote {sys.argv[1]}: {failure}", flush=True)
         try:
-            supervisor.send(json.dumps({"failed": {"step": "zygote", "errno": 0, "text": text}}).encode())
+            supervisor.send(failure.save())
         except OSError:
-            return 0  # nobody wants it any more
+            return 0  # the supervisor has ended
         return 1
     return 0
 

@@ -1,1 +1,1 @@
-"""A slot's root and namespaces as a plan of ordered steps."""
+"""A slot's root filesystem and namespaces as a plan of ordered steps."""

@@ -1,19 +1,20 @@
-"""The order of the steps: from a process in its scope to a slot's root.
+"""The order of the sandbox's steps, from a process in its scope to a slot in its own root.
 
-The order is one list, and a test pins it. Two moments divide it. `outside` runs in the process
-that the supervisor started: it ends as the parent of a new pid namespace. `inside` runs in that
-namespace's first process, still root of the user namespace, and ends with the host out of sight.
-`connected` follows when the host has made the slot's interface meanwhile, and is empty without one.
-`last` runs in the slot's own processes and leaves them without a capability.
+A test pins the order. The steps are in four parts, because they run in different processes:
 
-A slot by fork has the same plan. Of its two processes, both forked for it, the first begins in the image's user
-namespace and as the first of a pid namespace; the other, forked off the zygote, forks the program, and both join the
-rest and do `last`.
-The zygote itself is in a root made by `zygote_plan`, once for many slots.
+    outside     in the process that the supervisor started; afterwards its next child is PID 1 of a pid namespace
+    inside      in that PID 1, still root of the user namespace; ends with the host's root unmounted
+    connected   in the same process, after the host has made the slot's interface; empty for a slot without one
+    last        in every process of the slot; removes all capabilities and loads the system call filter
 
-Every step has its undo, the same for all: what it did is in a namespace, or in the process itself,
-that no process of the host's is in, and the kernel takes it back when the process that failed has
-ended. There is no second list of steps backwards that could fail as well.
+A slot that is forked from a zygote has the same plan. The zygote service forks the slot's PID 1, which is already in
+the image's user namespace and in a new pid namespace. The zygote forks the slot's program, which joins the
+namespaces of PID 1. Both run `last`. The zygote itself has the root that `zygote_plan` describes, made once for all
+its slots.
+
+No step needs a step that undoes it, because everything a step makes belongs to a namespace, or to the process
+itself, and no process of the host is in those namespaces: when the processes of a failed start exit, the kernel
+removes all of it.
 
 Standard library only; Python 3.9 and up.
 """
@@ -33,33 +34,33 @@ NAMESPACES = (
     ns.CLONE_NEWNS | ns.CLONE_NEWPID | ns.CLONE_NEWIPC | ns.CLONE_NEWUTS | ns.CLONE_NEWNET | ns.CLONE_NEWCGROUP
 )
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-# Docker's and podman's lists of what a container must not see or change (moby's oci/defaults.go).
+# The masked and read-only paths of Docker and podman (moby's oci/defaults.go).
 MASKED_DIRECTORIES = ("/proc/acpi", "/proc/asound", "/proc/scsi")
 MASKED_FILES = (
     "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug", "/proc/sysrq-trigger",
     "/proc/timer_list", "/proc/timer_stats",
 )
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys")
-# Where the slot finds the package nbagent; `zygote` in it runs under the image's own Python.
+# The package nbagent inside the slot; its programs run there under the image's own Python.
 CODE_PATH = "/run/nbagent/lib/nbagent"
-# A file of a notebook user is seldom below 4 KiB; a million empty ones end here, not in memory.
+# A tmpfs does not count inodes against its size, so their number is limited, to one for every 4 KiB of storage.
 BYTES_PER_INODE = 4096
 OPEN_FILES = 65536
-# The inner end of a slot's interface.
+# The name of the slot's end of its interface.
 INTERFACE = "net0"
 PENDING_SIGNALS = 4096
-# CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_SYS_CHROOT and CAP_SYS_ADMIN (capabilities(7)): setns(2) asks for the last
-# two, the user and the end of all capabilities for the others.
+# CAP_SETGID, CAP_SETUID, CAP_SETPCAP, CAP_SYS_CHROOT and CAP_SYS_ADMIN (capabilities(7)). setns(2) needs the last two
+# for a mount namespace; setresuid(2), setresgid(2) and the removal of the bounding set need the others.
 FORKING = (6, 7, 8, 18, 21)
-# Of the 3072 that kernel.pty.max leaves to all slots of a host.
+# A slot's share of the 3072 terminals (kernel.pty.max less kernel.pty.reserve) of all devpts instances of a host.
 TERMINALS = 32
 
 
-UNDO = "goes with the process that did it"
+UNDO = "removed by the kernel when the slot's processes exit"
 
 
 class Line(NamedTuple):
-    """One step of a start in words: which part of it, what it does, why, and how it is undone."""
+    """One step of a start as text: its part of the plan, its effect, its reason, and what undoes it."""
 
     part: str
     step: str
@@ -76,13 +77,13 @@ class Plan(NamedTuple):
     last: Tuple[Step, ...]
 
     def lines(self) -> List[Line]:
-        """The plan for people: what each step does, where, and why."""
+        """The plan as text, for `nbagent slot plan`."""
         parts = (("outside", self.outside), ("inside", self.inside), ("connected", self.connected), ("last", self.last))
         return [Line(part, step.describe(), reason(step), UNDO) for part, steps in parts for step in steps]
 
 
 def reason(step: Step) -> str:
-    """Why there is such a step: the words its class begins with."""
+    """The reason for a step, which is the docstring of its class."""
     return " ".join((type(step).__doc__ or "").split())
 
 
@@ -93,7 +94,7 @@ def plan(spec: SandboxSpec) -> Plan:
     links = (("fd", "/proc/self/fd"), ("stdin", "/proc/self/fd/0"), ("stdout", "/proc/self/fd/1"),
              ("stderr", "/proc/self/fd/2"), ("ptmx", "pts/ptmx"))
     return Plan(
-        outside=(_joined(),) if spec.forked else (
+        outside=(_namespaces_but_pid(),) if spec.forked else (
             steps.UserNamespace(spec.id_base, spec.uid),
             steps.Namespaces(NAMESPACES, "mount, pid, ipc, uts, net, cgroup"),
         ),
@@ -123,25 +124,26 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Interface(INTERFACE, uplink.addresses, uplink.gateways, uplink.rate),
             steps.Resolver(uplink.gateways[0]),
         ),
-        # The first process of a slot by fork is born without a bounding set.
+        # The PID 1 of a forked slot inherits an empty bounding set from the zygote service.
         last=last(spec.uid, spec.syscall_filter, () if spec.forked else None),
     )
 
 
-def _joined() -> steps.Namespaces:
+def _namespaces_but_pid() -> steps.Namespaces:
     return steps.Namespaces(NAMESPACES & ~ns.CLONE_NEWPID, "mount, ipc, uts, net, cgroup")
 
 
 def zygote_plan(spec: SandboxSpec) -> Plan:
-    """The plan of a zygote: a slot's, but for what it needs to fork slots.
+    """The plan of a zygote, which differs from a slot's in what a zygote needs to fork slots.
 
-    It is the root of the image's user namespace, of whose capabilities it keeps few, and in the host's pid
-    namespace: the end of a pid namespace ends the ones within, and no slot ends with its zygote.
+    A zygote stays root of the image's user namespace, with the capabilities `FORKING` only. It stays in the host's
+    pid namespace, because the kernel kills nested pid namespaces together with their ancestor: otherwise the end of
+    a zygote would end its slots.
     """
-    whole = plan(spec)
+    base = plan(spec)
     return Plan(
-        outside=(steps.UserNamespace(spec.id_base, spec.uid), _joined()),
-        inside=tuple(steps.HostProc(step.target) if isinstance(step, steps.Proc) else step for step in whole.inside),
+        outside=(steps.UserNamespace(spec.id_base, spec.uid), _namespaces_but_pid()),
+        inside=tuple(steps.HostProc(step.target) if isinstance(step, steps.Proc) else step for step in base.inside),
         connected=(),
         last=(
             steps.ResourceLimits(OPEN_FILES, PENDING_SIGNALS),
@@ -152,10 +154,11 @@ def zygote_plan(spec: SandboxSpec) -> Plan:
 
 
 def last(uid: int, syscall_filter: str, held: Optional[Tuple[int, ...]] = None) -> Tuple[Step, ...]:
-    """What makes a process in the slot's namespaces one of the slot's: the end of every plan.
+    """The steps that take all privileges from a process in the slot's namespaces: the end of every slot's plan.
 
-    `held` are the capabilities that it could still have; None for all. A zygote's children have its few, and its
-    filter, so theirs only refuses what that allows beside (`syscalls.FORKING`).
+    `held` are the capabilities that its bounding set can still contain; None means all. A child of a zygote has
+    inherited the zygote's bounding set and system call filter, so that its own filter only has to refuse the calls
+    that `syscalls.FORKING` allows to a zygote.
     """
     return (
         steps.ResourceLimits(OPEN_FILES, PENDING_SIGNALS),

@@ -1,19 +1,22 @@
-"""What a slot's sandbox is to be: plain values that travel as JSON from supervisor to launcher."""
+"""The specification of a slot's sandbox: plain values, sent as JSON from the supervisor to the launcher."""
 
 from __future__ import annotations
 
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 
-# Where a slot's process finds what the supervisor made for it.
+# Descriptors of the slot's program: its listening socket, its activity page, its configuration.
 LISTEN_FD = 3
 ACTIVITY_FD = 4
 CONFIG_FD = 5
 
 
 class Uplink(NamedTuple):
-    """The slot's side of its interface: for IPv4, and perhaps IPv6, an address and the host's that
-    it is reached by; the first of the latter also resolves names. `rate` is what the slot may
-    send, in bytes a second."""
+    """The slot's end of its interface.
+
+    `addresses` has the slot's IPv4 address and, on a host that forwards IPv6, its IPv6 address; `gateways` has the
+    host's address of each family, of which the first is also the resolver. `rate` limits what the slot sends, in
+    bytes a second.
+    """
 
     addresses: List[str]
     gateways: List[str]
@@ -23,16 +26,16 @@ class Uplink(NamedTuple):
 class SandboxSpec(NamedTuple):
     """One slot's sandbox.
 
-    `command` is started in `directory`, its first word looked for on the PATH of `environment`. Where `port`
-    is not 0, it listens on that port of the slot's own loopback, within `listen_timeout_s`, and what comes
-    in at LISTEN_FD is forwarded there; else the program is handed the three descriptors above.
-    `root` is the image's tree on the host, owned by `id_base` and up; `uid` is the slot's id
-    inside the image's range of ids; `storage_bytes` bounds everything the slot may write;
-    `code` is the host's directory of the package nbagent, shown to the slot read-only;
-    `mountpoint` is an empty directory of the host, covered in the slot's mount namespace only;
-    `syscall_filter` is a seccomp program, in base64; `uplink` is None for a slot that has loopback only.
-    `forked`: the slot's processes begin inside the image's user namespace and a pid namespace of their own;
-    `forked_filter` is then what its program and kernels have beside the zygote's filter.
+    `command` is started in `directory`; its first word is searched on the PATH of `environment`. When `port` is not
+    0, the program must listen on that port of the slot's loopback within `listen_timeout_s`, and connections to
+    LISTEN_FD are forwarded there; when it is 0, the program inherits the three descriptors above.
+    `root` is the image's tree on the host, owned by the ids from `id_base`; `uid` is the slot's user id inside the
+    image's range of ids; `storage_bytes` bounds the total size of the files that the slot writes; `code` is the
+    host's directory of the package nbagent, mounted read-only in the slot; `mountpoint` is an empty directory of the
+    host, on which the slot's mount namespace mounts the slot's storage; `syscall_filter` is a seccomp program in
+    base64; `uplink` is None for a slot with loopback only.
+    `forked` means that the slot's PID 1 starts inside the image's user namespace and its own pid namespace;
+    `forked_filter` is then the filter that its program and kernels load in addition to the zygote's.
     """
 
     slot: str
@@ -54,13 +57,13 @@ class SandboxSpec(NamedTuple):
     forked: bool = False
     forked_filter: str = ""
 
-    def save(self) -> Dict[str, Any]:
-        """The specification as JSON."""
+    def save(self) -> Dict[str, object]:
+        """The fields as a JSON object."""
         return self._asdict()
 
     @classmethod
     def restore(cls, saved: Mapping[str, Any]) -> SandboxSpec:
-        """The specification out of JSON. Raises TypeError when it is not one."""
+        """The inverse of `save`. Raises TypeError when a field is missing or unknown."""
         fields = dict(saved)
         if fields.get("uplink") is not None:
             fields["uplink"] = Uplink(*fields["uplink"])

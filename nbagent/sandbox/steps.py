@@ -1,18 +1,16 @@
-"""The steps a sandbox is built of: each says what it does and why, and does it.
+"""The steps of a sandbox. Each describes itself, and its class's docstring is its reason (`nbagent slot plan`).
 
-Everything a step makes lives in the namespaces of the process that runs it and goes with that
-process, so a failure half way leaves nothing on the host: the end of the process is the undo.
-What must be undone by hand (the socket, the scope, the slot's directory) is the supervisor's. A
-step's reason is its docstring, which `nbagent slot plan` prints.
+Everything that a step makes belongs to the namespaces of the process that runs it, so a failed start leaves nothing
+on the host: the kernel removes it when the process exits. The supervisor undoes what is outside of them: the socket,
+the scope, the slot's directory.
 
-From Pivot to Detach the working directory is the host's root while the process's root is the
-slot's: a source is a path relative to the host's root, a target is absolute in the slot's. So no
-symbolic link in an image can lead a step anywhere but into the image: the host's root has a name
-that no image can know, and from the moment that /proc/self/cwd is there, nothing but /proc is a
-target.
+From Pivot to Detach the working directory is the host's root while the root directory is the slot's: a source is a
+path relative to the host's root, a target is an absolute path in the slot's root. No symbolic link in an image can
+lead a step out of the image, because the host's root is mounted under a random name, and because from the moment that
+/proc/self/cwd exists, only paths in /proc are targets.
 
-Standard library only, and little of it: every module is memory of a process that lives as long as
-the slot. So steps are named tuples; dataclasses would be 2 MiB a slot. Python 3.9 and up.
+Standard library only, and few modules of it, because each costs memory in a process that lives as long as the slot.
+Steps are named tuples, because importing dataclasses would cost 2 MiB a slot. Python 3.9 and up.
 """
 
 from __future__ import annotations
@@ -46,17 +44,17 @@ from nbagent.linux.process import (
     drop_bounding_set,
     keep_capabilities,
     last_capability,
-    limit,
     prctl,
+    set_rlimit,
 )
 
 IDS = 65536
-# The kernel's own defaults, which the service of a zygote lifts for the sum of all its slots.
+# The kernel's defaults for one user. units/nbagent-zygote@.service raises them for the sum of a zygote's slots.
 LOCKED_BYTES, QUEUED_BYTES = 8 << 20, 819200
 
 
 class Step(Protocol):
-    """One step: `describe` is a line for a person, `do` raises OSError when the kernel refuses."""
+    """One step: `describe` is a line for an operator, `do` raises OSError when the kernel refuses a call."""
 
     def describe(self) -> str: ...
 
@@ -64,9 +62,9 @@ class Step(Protocol):
 
 
 class UserNamespace(NamedTuple):
-    """Root inside, an unprivileged range of ids outside: from here on nothing that goes wrong
-    in a step can touch what belongs to the host. It belongs to the slot's own user, so that what
-    the kernel counts for each user is counted for each slot; a zygote's to the image's root, for all its slots."""
+    """Root inside is an unprivileged id on the host, so from here on no fault in a step can change anything of the
+    host. The namespace is owned by the slot's user id, because the kernel counts per-user limits for the owner; a
+    zygote's is owned by the image's root and counts for all its slots."""
 
     id_base: int
     uid: int
@@ -79,7 +77,7 @@ class UserNamespace(NamedTuple):
 
 
 class Namespaces(NamedTuple):
-    """Namespaces that belong to the user namespace just entered."""
+    """The new namespaces are owned by the new user namespace, so that its root may configure them."""
 
     flags: int
     names: str
@@ -92,8 +90,8 @@ class Namespaces(NamedTuple):
 
 
 class PrivateMounts(NamedTuple):
-    """No mount made from here on is seen by the host, nor the host's later ones here. Thousands
-    of mounts that propagate to the host stall its PID 1."""
+    """No mount made from here on propagates to the host, and no later mount of the host to here, because
+    thousands of slots' mounts in the host's mount namespace stall PID 1."""
 
     def describe(self) -> str:
         return "mounts stop propagating in both directions"
@@ -103,7 +101,7 @@ class PrivateMounts(NamedTuple):
 
 
 class Tmpfs(NamedTuple):
-    """Memory-backed files. They are charged to the slot, and the size bounds them besides."""
+    """Files in memory, which the kernel charges to the slot's cgroup; size and number of inodes are limited too."""
 
     target: str
     size_bytes: int
@@ -121,8 +119,8 @@ class Tmpfs(NamedTuple):
 
 
 class Overlay(NamedTuple):
-    """The image below, read-only and shared by all its slots; the slot's own files above.
-    `userxattr`, because trusted.* attributes need a capability on the host."""
+    """The image is the lower layer, read-only and shared by all its slots; the slot's files are in the upper layer.
+    `userxattr`, because the trusted.* attributes that overlayfs uses otherwise need CAP_SYS_ADMIN on the host."""
 
     lower: str
     upper: str
@@ -140,7 +138,7 @@ class Overlay(NamedTuple):
 
 
 class Directory(NamedTuple):
-    """A directory the slot may write."""
+    """A directory that the slot may write to."""
 
     path: str
     mode: int
@@ -154,7 +152,7 @@ class Directory(NamedTuple):
 
 
 class Devices(NamedTuple):
-    """The devices that are harmless, each with the host's own node: a user namespace makes none."""
+    """Harmless devices only, each bound from the host, because mknod(2) makes no device in a user namespace."""
 
     source: str
     target: str
@@ -171,7 +169,7 @@ class Devices(NamedTuple):
 
 
 class Bind(NamedTuple):
-    """Shows a directory at a second place."""
+    """A directory mounted at a second path."""
 
     source: str
     target: str
@@ -179,22 +177,22 @@ class Bind(NamedTuple):
     no_exec: bool = False
 
     def describe(self) -> str:
-        but = f"{', read-only' if self.read_only else ''}{', no programs' if self.no_exec else ''}"
-        return f"bind {self.source} at {self.target}{but}"
+        options = f"{', read-only' if self.read_only else ''}{', noexec' if self.no_exec else ''}"
+        return f"bind {self.source} at {self.target}{options}"
 
     def do(self) -> None:
         _make_directory(self.target)
         mount(self.source, self.target, None, MS_BIND)
         flags = MS_RDONLY * self.read_only | MS_NOEXEC * self.no_exec
         if flags:
-            # Flags that the source's mount is locked to must be repeated in a user namespace.
+            # A mount from a more privileged mount namespace has its flags locked: a remount that drops one is EPERM.
             flags |= MS_NOSUID | MS_NODEV | _locked_flags(self.target)
             mount(None, self.target, None, MS_BIND | MS_REMOUNT | flags)
 
 
 class DevPts(NamedTuple):
-    """Terminals of the slot's own: a new instance shows nobody else's. How many there may be on
-    the whole host is one number, kernel.pty.max, so each slot has its share."""
+    """A new devpts instance contains only the slot's terminals. Their number is limited, because kernel.pty.max
+    is one number for the whole host."""
 
     target: str
     terminals: int
@@ -222,7 +220,7 @@ class Link(NamedTuple):
 
 
 class Proc(NamedTuple):
-    """A /proc of the new pid namespace: it shows the slot's own processes only."""
+    """A procfs of the new pid namespace shows only the slot's processes."""
 
     target: str
 
@@ -235,13 +233,13 @@ class Proc(NamedTuple):
 
 
 class HostProc(NamedTuple):
-    """The host's /proc as the service of the zygote has it: of processes, it shows those alone that
-    one may trace. A zygote stays in the host's pid namespace, as those of its slots must not end with it."""
+    """A zygote stays in the host's pid namespace, so that its slots do not end with it. The /proc of its service
+    has ProtectProc=invisible, so it shows only processes that the zygote may ptrace(2)."""
 
     target: str
 
     def describe(self) -> str:
-        return f"the host's proc at {self.target}, without others' processes"
+        return f"the host's proc at {self.target}, without the processes of other users"
 
     def do(self) -> None:
         _make_directory(self.target)
@@ -249,8 +247,8 @@ class HostProc(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """Parts of /proc that tell about the whole host, or would act on it if a permission check
-    ever failed: Docker's list. Files show /dev/null, directories an empty one."""
+    """These parts of /proc contain information about the whole host, or would act on it if a permission check in
+    the kernel were missing (Docker's list). Files are covered by /dev/null, directories by an empty tmpfs."""
 
     files: Tuple[str, ...]
     directories: Tuple[str, ...]
@@ -261,7 +259,7 @@ class Masked(NamedTuple):
 
     def do(self) -> None:
         os.stat(self.null)
-        # Which of them this kernel has is for it to say, in one call for each.
+        # Not every kernel has all of them: ENOENT from mount(2) is one system call less than a test before it.
         for path in self.files:
             with contextlib.suppress(FileNotFoundError):
                 mount(self.null, path, None, MS_BIND)
@@ -271,7 +269,7 @@ class Masked(NamedTuple):
 
 
 class ReadOnly(NamedTuple):
-    """Parts of /proc that may be read and never written."""
+    """These parts of /proc may be read and are never written, because they configure the whole host's kernel."""
 
     paths: Tuple[str, ...]
 
@@ -287,7 +285,7 @@ class ReadOnly(NamedTuple):
 
 
 class Identity(NamedTuple):
-    """Names for the slot's id: its user in passwd and group, its hostname, its hosts file."""
+    """The slot's user id needs entries in passwd and group; the slot has its own hostname and hosts file."""
 
     user: str
     uid: int
@@ -308,7 +306,7 @@ class Identity(NamedTuple):
 
 
 class OwnHome(NamedTuple):
-    """The home directory with the image's files in it, all the slot's own."""
+    """The slot's user owns its home directory and the image's files in it."""
 
     path: str
     uid: int
@@ -330,7 +328,7 @@ class OwnHome(NamedTuple):
 
 
 class Loopback(NamedTuple):
-    """The one interface of a slot without network."""
+    """A new network namespace has one interface, lo, which is down at first."""
 
     def describe(self) -> str:
         return "interface lo is up"
@@ -340,9 +338,9 @@ class Loopback(NamedTuple):
 
 
 class Interface(NamedTuple):
-    """The slot's end of the interface that the host made for it: addresses, routes, and how fast it
-    may send. Here and not on the host, as a sender that has to wait loses nothing; what the slot's
-    user may not change as well, since that takes a capability. Where it leads is up to the host."""
+    """The slot's end of the veth pair that the host made: addresses, routes, and the limit on sending. The limit is
+    at this end, because a sender whose queue is full waits, while the host could only drop packets. The slot's user
+    cannot change it without CAP_NET_ADMIN. The host's rules decide which addresses are reachable."""
 
     name: str
     addresses: List[str]
@@ -351,7 +349,7 @@ class Interface(NamedTuple):
 
     def describe(self) -> str:
         addresses = ", ".join(self.addresses)
-        return f"interface {self.name} is {addresses} by way of {', '.join(self.gateways)}, {self.rate} bytes/s"
+        return f"interface {self.name} is {addresses} via {', '.join(self.gateways)}, {self.rate} bytes/s"
 
     def do(self) -> None:
         index = socket.if_nametoindex(self.name)
@@ -363,7 +361,7 @@ class Interface(NamedTuple):
 
 
 class Resolver(NamedTuple):
-    """Whom the slot asks for names, whatever the image says: nobody else answers there."""
+    """The image's resolv.conf is replaced, because the slot reaches no other resolver than the host's."""
 
     address: str
 
@@ -375,9 +373,9 @@ class Resolver(NamedTuple):
 
 
 class Pivot(NamedTuple):
-    """The new root in the place of the host's, which stays as the working directory for now, under
-    a random name. pivot_root(".", ".") needs none, but stacks the host's root upon the new one, and
-    then ".." in a link of the image leads there."""
+    """The slot's root becomes the root directory. The host's root is mounted below it under a random name and is the
+    working directory until Detach. pivot_root(".", ".") would need no name, but mounts the host's root on top of the
+    new one, where ".." in a symbolic link of the image leads to it."""
 
     root: str
 
@@ -394,8 +392,8 @@ class Pivot(NamedTuple):
 
 
 class Detach(NamedTuple):
-    """The host's root out of reach. Not before /proc: the kernel mounts a new one only where an
-    unmasked one is in sight."""
+    """The host's root is unmounted. This follows Proc, because the kernel permits a new procfs in a user namespace
+    only while a fully visible one is mounted in the mount namespace (mount_too_revealing())."""
 
     def describe(self) -> str:
         return "the host's root is unmounted"
@@ -408,12 +406,10 @@ class Detach(NamedTuple):
 
 
 class ResourceLimits(NamedTuple):
-    """Resource limits that no cgroup has: no core dumps, and files, timers, queued signals, locked
-    memory and message queues enough for a notebook.
-
-    One byte of core is too little for a file, and the only limit at which the kernel does not start
-    a program of the host that core_pattern names (man 5 core); `syscalls` keeps a slot from lowering it.
-    """
+    """Limits that cgroups do not have: no core dumps; open files, timers, queued signals, locked memory and message
+    queues that suffice for a notebook. RLIMIT_CORE is 1 byte, too small for a file, because 1 is the only value at
+    which the kernel does not start a core_pattern program of the host (core(5)); the system call filter keeps a slot
+    from lowering it."""
 
     files: int
     signals: int
@@ -422,17 +418,18 @@ class ResourceLimits(NamedTuple):
         return f"no core dumps, {self.files} open files, {self.signals} pending signals"
 
     def do(self) -> None:
-        # A zygote's slots have it from the zygote, under a filter that lets nobody set it.
+        # Processes forked from a zygote inherit it, and a filter under which setting RLIMIT_CORE fails.
         if resource.getrlimit(resource.RLIMIT_CORE) != (1, 1):
-            limit(resource.RLIMIT_CORE, 1, 1)
-        limit(resource.RLIMIT_NOFILE, self.files, self.files)
-        limit(resource.RLIMIT_SIGPENDING, self.signals, self.signals)
-        limit(resource.RLIMIT_MEMLOCK, LOCKED_BYTES, LOCKED_BYTES)
-        limit(resource.RLIMIT_MSGQUEUE, QUEUED_BYTES, QUEUED_BYTES)
+            set_rlimit(resource.RLIMIT_CORE, 1, 1)
+        set_rlimit(resource.RLIMIT_NOFILE, self.files, self.files)
+        set_rlimit(resource.RLIMIT_SIGPENDING, self.signals, self.signals)
+        set_rlimit(resource.RLIMIT_MEMLOCK, LOCKED_BYTES, LOCKED_BYTES)
+        set_rlimit(resource.RLIMIT_MSGQUEUE, QUEUED_BYTES, QUEUED_BYTES)
 
 
 class Unprivileged(NamedTuple):
-    """The slot's id, no capability now, none to be had: not by a setuid file, not by exec."""
+    """The slot's user id without any capability. An empty bounding set and no_new_privs keep execve(2) from granting
+    one, also by a setuid file or file capabilities."""
 
     uid: int
     held: Optional[Tuple[int, ...]] = None
@@ -447,9 +444,9 @@ class Unprivileged(NamedTuple):
 
 
 class Forking(NamedTuple):
-    """What a zygote needs to make another process a slot's: it joins namespaces, becomes the slot's
-    user and gives up the rest. In the image's user namespace only, and with no network's or file's
-    privilege even there."""
+    """A zygote's child joins the slot's namespaces, sets its user id and removes its bounding set, each of which
+    needs a capability. They are capabilities in the image's user namespace only, and include none for the network
+    or for other users' files."""
 
     capabilities: Tuple[int, ...]
 
@@ -462,20 +459,20 @@ class Forking(NamedTuple):
 
 
 class SystemCalls(NamedTuple):
-    """What is left of the kernel's entrance; `syscalls` has the list. The last of all steps, as
-    it refuses what the others do."""
+    """Only the system calls in sandbox/syscalls.py are permitted. This is the last step, because the filter refuses
+    the calls that the other steps make."""
 
     program: bytes
 
     def describe(self) -> str:
-        return f"system calls filtered by {len(self.program) // 8} instructions"
+        return f"system call filter of {len(self.program) // 8} instructions"
 
     def do(self) -> None:
         seccomp.load(self.program)
 
 
 def _locked_flags(path: str) -> int:
-    """The flags a mount has that a remount in a user namespace may not drop."""
+    """The flags of a mount that a remount in a user namespace must repeat (CL_UNPRIVILEGED locks them)."""
     pairs = ((os.ST_NOSUID, MS_NOSUID), (os.ST_NODEV, MS_NODEV), (os.ST_NOEXEC, MS_NOEXEC))
     has = os.statvfs(path).f_flag
     flags = sum(flag for bit, flag in pairs if has & bit)
@@ -485,7 +482,7 @@ def _locked_flags(path: str) -> int:
 
 
 def _set_line(path: str, name: str, line: str) -> None:
-    """Puts `line` into a colon-separated file in the place of the entry `name`, first of all."""
+    """Makes `line` the first entry of a colon-separated file and removes other entries called `name`."""
     others = []
     with contextlib.suppress(FileNotFoundError), open(path, "rb", buffering=0) as file:
         lines = file.read().decode(errors="replace").splitlines()
@@ -493,11 +490,11 @@ def _set_line(path: str, name: str, line: str) -> None:
     _write(path, "\n".join([line, *others]) + "\n")
 
 
-# A slot's start waits for all of this, and most of what it costs are the calls: these do with few.
+# These make few system calls, because those are most of the time that a slot's start waits for its steps.
 
 
 def _make_directory(path: str) -> None:
-    """Makes a directory with those above it, each of mode 0755, if there is none."""
+    """Makes a directory and its missing parents, each with mode 0755."""
     try:
         os.mkdir(path, 0o755)
     except FileExistsError:
@@ -507,7 +504,7 @@ def _make_directory(path: str) -> None:
 
 
 def _write(path: str, text: str) -> None:
-    """Writes a file anew, of mode 0644, whatever is there."""
+    """Replaces a file by a new one with mode 0644, so that a symbolic link at `path` is not followed."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)

@@ -1,12 +1,12 @@
-"""What a slot's processes may ask of the kernel.
+"""The system calls that a slot's processes may make.
 
-An allow-list: what an unprivileged program needs, in a terminal, a compiler or a notebook. It is no
-wider than the default of Docker and podman for a container without capabilities, and leaves out what
-those let through or gate by capabilities that a new user namespace would give: namespaces and mounts
-of its own, keyrings, handles; and io_setup(2), as fs.aio-max-nr is one number for the whole host that
-one process can use up. A test compares it with the list that Debian's containers-common has.
+An allow-list of the calls that an unprivileged program needs: a shell, a compiler, a notebook. A test checks that it
+permits nothing that the default of Docker and podman refuses to a container without capabilities, by the list in
+Debian's containers-common. It is narrower: it refuses the calls that those lists permit, or permit with a capability
+that a process would hold in a new user namespace (namespaces, mounts, keyrings, file handles), and io_setup(2),
+because fs.aio-max-nr is one number for the whole host, which one process can exhaust.
 
-Standard library only; the filter itself is compiled by the supervisor.
+Standard library only; the supervisor compiles the filter.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ ALLOWED = """
     write writev
 """.split()
 
-# Known, and refused as a program without privileges expects it. What no list knows is answered
-# ENOSYS, as by a kernel that does not have it: programs then do without, as glibc does without
-# clone3, which cannot be filtered as its flags are in memory.
+# Refused with EPERM, as the kernel itself refuses them to a process without privileges. A call that is in neither list
+# fails with ENOSYS, as on a kernel that does not have it, so that programs use their fallback: glibc uses clone(2)
+# when clone3(2), whose flags are in memory that a filter cannot read, is missing.
 REFUSED = dict.fromkeys(
     """
     acct add_key bpf chroot delete_module fanotify_init finit_module fsconfig fsmount fsopen fspick init_module
@@ -63,9 +63,9 @@ _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
 _UNAME26 = 0x0020000
 _RLIMIT_CORE, _RLIMITS = 4, 16
 _NOT_CORE = tuple(sorted({*range(_RLIMITS)} - {_RLIMIT_CORE}))
-# This argument, counted from 0, has to be one of these. No AF_VSOCK, AF_ALG, AF_PACKET. personality(2)
-# only asks, or says what uname(2) and setarch(8) want. The limit of core dumps stays as it is: prlimit(2)
-# asks for it with a null in the place of a new one.
+# Permitted only when the argument with this index, from 0, has one of these values. No AF_VSOCK, AF_ALG or AF_PACKET.
+# personality(2) may query, and set PER_LINUX, PER_LINUX32 and UNAME26 (setarch(8)). RLIMIT_CORE cannot be changed:
+# prlimit(2) may query it, with a null pointer in place of the new limit.
 EQUAL = {
     ("socket", 0): (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK),
     ("personality", 0): (0, 8, _UNAME26, _UNAME26 | 8, 0xFFFFFFFF),
@@ -73,9 +73,9 @@ EQUAL = {
     ("prlimit64", 1): _NOT_CORE,
     ("prlimit64", 2): (0,),
 }
-# The first argument has none of these bits: no new namespace by clone(2).
+# Permitted only when the first argument has none of these bits: the CLONE_NEW* flags of clone(2).
 WITHOUT = {"clone": 0x7E020000}
 OTHERWISE = errno.ENOSYS
 
-# What a zygote's own filter allows beside, under which each slot that it forks has the one above as well.
+# Permitted in addition by a zygote's own filter; the processes that it forks load a second filter, which refuses it.
 FORKING = ("setns",)

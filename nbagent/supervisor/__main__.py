@@ -1,9 +1,8 @@
-"""Starts the supervisor: settings, sockets from systemd, one loop, signals.
+"""The supervisor's program: configuration, sockets from systemd, one event loop, signals.
 
     /usr/bin/python3 -m nbagent.supervisor
 
-Signal handlers only queue. SIGHUP reads the settings and looks for images; SIGTERM leaves every
-slot that is not half made as it is.
+SIGHUP reloads the configuration and the list of images. SIGTERM ends the supervisor; warm and claimed slots go on.
 """
 
 from __future__ import annotations
@@ -15,24 +14,21 @@ import pwd
 import signal
 import socket
 import sys
-from pathlib import Path
 
 from systemd import daemon
 
 from nbagent.config import host_config
+from nbagent.config.host_config import CurrentConfig
+from nbagent.core import paths
 from nbagent.core.errors import ConfigError
 from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
-from nbagent.supervisor.agent import Agent
-from nbagent.supervisor.calls import Calls
+from nbagent.supervisor.composition import Supervisor, Surroundings, compose
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.server import ControlServer, serve_check
 from nbagent.supervisor.zygotes import ForkLauncher, Zygotes
 from nbagent.systemd.bus import Systemd
-
-IMAGES = Path("/var/lib/nbagent/images")
-RUN = Path("/run/nbagent")
 
 
 def main() -> int:
@@ -42,7 +38,7 @@ def main() -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_status
-    # Slots start with a clean mask whatever ours is.
+    # Processes of slots inherit the mask.
     os.umask(0o022)
     asyncio.run(_run(config))
     return 0
@@ -51,17 +47,17 @@ def main() -> int:
 async def _run(config: host_config.HostConfig) -> None:
     sockets = _activated()
     systemd = Systemd()
-    records = Records(RUN / "slots", grp.getgrnam("nbagent-router").gr_gid)
-    zygotes = Zygotes(config, systemd)
+    records = Records(paths.SLOTS, grp.getgrnam("nbagent-router").gr_gid)
+    current, changed = CurrentConfig(config), asyncio.Event()
+    zygotes = Zygotes(current, systemd, changed.set)
     await zygotes.open()
-    agent = Agent(
-        config, systemd, ImageStore(IMAGES), ForkLauncher(zygotes), zygotes, records, Network(config, systemd),
-        RUN / "drain",
-    )
-    zygotes.changed = agent.wake
-    adopted = await agent.adopt()
-    agent.refresh_images()
-    calls = Calls(agent)
+    supervisor = compose(Surroundings(
+        current, systemd, ImageStore(paths.IMAGES), ForkLauncher(zygotes), zygotes, records,
+        Network(current, systemd), paths.DRAIN, changed,
+    ))
+    agent, calls = supervisor.agent, supervisor.calls
+    adopted = await supervisor.adoption.run()
+    supervisor.images.refresh()
     tasks = [
         asyncio.ensure_future(agent.run()),
         asyncio.ensure_future(ControlServer(calls, sockets["control"], {0, _api_uid()}).serve()),
@@ -73,11 +69,12 @@ async def _run(config: host_config.HostConfig) -> None:
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     loop.add_signal_handler(signal.SIGINT, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, _reload, agent)
+    loop.add_signal_handler(signal.SIGHUP, _reload, supervisor)
     daemon.notify("READY=1")
-    emit(Event.AGENT_READY, label=agent.label, adopted=adopted, capacity=agent.host().capacity)
+    emit(Event.AGENT_READY, label=config.label, adopted=adopted, capacity=supervisor.load.host().capacity)
     stopped = asyncio.ensure_future(stop.wait())
-    # A task that ends by itself is a bug: better a restart, which adopts every slot, than a limp.
+    # A task ends by itself only because of a bug. The service then ends, because systemd starts it again and every slot
+    # is adopted.
     done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
     daemon.notify("STOPPING=1")
     await agent.stop()
@@ -89,19 +86,19 @@ async def _run(config: host_config.HostConfig) -> None:
         task.result()
 
 
-def _reload(agent: Agent) -> None:
+def _reload(supervisor: Supervisor) -> None:
     daemon.notify("RELOADING=1")
     try:
-        agent.reload(host_config.load())
+        supervisor.agent.reload(host_config.load())
         emit(Event.CONFIG_RELOADED)
     except ConfigError as error:
         emit(Event.CONFIG_REFUSED, text=str(error))
-        agent.refresh_images()
+        supervisor.images.refresh()
     daemon.notify("READY=1")
 
 
 async def _watchdog() -> None:
-    """Tells systemd that the loop turns, three times as often as it must."""
+    """Notifies systemd's watchdog, three times in its interval."""
     interval_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / 3
     while True:
         daemon.notify("WATCHDOG=1")
@@ -109,7 +106,7 @@ async def _watchdog() -> None:
 
 
 def _activated() -> dict[str, socket.socket]:
-    """The sockets systemd holds for this service, by their FileDescriptorName=."""
+    """The sockets that systemd passes to this service, by FileDescriptorName=."""
     named = daemon.listen_fds_with_names()
     found = {name: socket.socket(fileno=fd) for fd, name in named.items()}
     if "control" not in found:

@@ -1,19 +1,17 @@
-"""Compressing the memory of slots at rest: the kernel swaps it out, to where swap is compressed memory.
+"""Compression of the memory of slots at rest: the kernel swaps it out to zram.
 
-A slot has MemorySwapMax=0, but for the moment in which the supervisor asks the kernel to reclaim its memory. So no page
-of a slot goes where nobody looked first that it stays in memory, and a host that is short of memory swaps out none.
-Where there is swap on a disk, no swap, or cgroup v1, nothing happens.
+A slot has MemorySwapMax=0 except while the supervisor writes to its memory.reclaim. So pages of a slot are swapped out
+only after a check that all swap is zram, and not when the host is short of memory. With swap on a disk, without swap,
+or with cgroup v1, no slot is compressed.
 
-One slot at a time, in a thread, as reclaim blocks for as long as it takes. A slot that is needed again meanwhile is
-left alone after the step that is under way; its pages come back one by one as they are touched.
+Slots are compressed one at a time and in a thread, because a write to memory.reclaim blocks until the kernel is done.
+The compression of a slot that becomes active ends after the current step; its pages are read back when they are used.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 from nbagent.core.events import Event, emit
 from nbagent.core.model import SlotState, now
@@ -22,43 +20,42 @@ from nbagent.linux.cgroup import Cgroup
 from nbagent.policy import compress
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.tasks import Tasks
 from nbagent.systemd.bus import Systemd
 
-# systemd may answer a change of a limit before it has written it to the kernel.
+# systemd may respond to a change of a limit before it has written it to the kernel.
 LIMIT_TIMEOUT_S = 5.0
 LIMIT_PAUSE_S = 0.005
 ALIVE = (SlotState.WARM, SlotState.CLAIMED)
 
 
 class Compressor:
-    """The slots that are to be compressed, in turn. Its task is one of the agent's, by `spawn`."""
+    """The queue of slots to compress, and a task that runs while it is not empty."""
 
-    def __init__(
-        self, systemd: Systemd, counters: Counters, spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[Any]]
-    ) -> None:
+    def __init__(self, systemd: Systemd, counters: Counters, tasks: Tasks) -> None:
         self._systemd = systemd
         self._counters = counters
-        self._spawn = spawn
-        # Each with the instant since which it was at rest.
+        self._tasks = tasks
+        # Each with the time of its last activity.
         self._waiting: dict[RunningSlot, float] = {}
-        self._task: asyncio.Task[Any] | None = None
+        self._task: asyncio.Task[None] | None = None
 
     def offer(self, live: RunningSlot) -> None:
-        """Takes a slot at rest."""
+        """Adds a slot at rest."""
         if live.cgroup is None or not live.cgroup.unified:
             return
         self._waiting.setdefault(live, live.rests_since(now()))
         if self._task is None or self._task.done():
-            self._task = self._spawn(self._work())
+            self._task = self._tasks.spawn(self._work())
 
     def adopt(self, live: RunningSlot) -> None:
-        """Takes back what an agent before this one has allowed a slot and did not live to take back."""
+        """Sets MemorySwapMax=0 on a slot that a former supervisor was compressing when it ended."""
         if live.cgroup is not None and live.cgroup.may_swap():
             self._allow_swap(live, 0)
 
     async def _work(self) -> None:
         while self._waiting:
-            # Looked at before each: swap can be added at any time. What waits is offered again at its next look.
+            # Checked before each slot, because swap can be added at any time. The next sample offers the slot again.
             if not swap.read().stays_in_memory:
                 self._waiting.clear()
                 return
@@ -100,5 +97,5 @@ class Compressor:
 
 
 def _rests(live: RunningSlot, since_s: float) -> bool:
-    """Whether nobody has needed a slot since; it may have ended, or been claimed."""
+    """Whether a slot has been at rest since; it may have ended or been claimed."""
     return live.slot.state in ALIVE and live.rests_since(now()) == since_s

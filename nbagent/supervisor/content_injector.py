@@ -1,36 +1,37 @@
-"""Brings content into a slot that nobody has yet, by a process that enters it (nbagent.content.deliver).
+"""Delivers the content of a claim into a slot that has no owner yet, by a process inside the slot
+(nbagent.content.deliver).
 
-What comes back is the slot's own word: it is bounded, parsed strictly, and shown as text and nothing else.
+Its response comes from inside the slot and is untrusted: the channel bounds and checks it, and only text is shown.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import json
-import os
-import socket
 import subprocess
 from collections.abc import Callable
 from typing import NamedTuple
 
 from nbagent.config.host_config import ClaimSettings
-from nbagent.content.deliver import Order
-from nbagent.core.claim_content import Content
+from nbagent.content.deliver import ENTER, UNPACK, Order
+from nbagent.core.claim_content import FILES_MAX, Content, FileBundle
 from nbagent.core.errors import ArchiveFailed, ContentFailed, NbagentError, StartFailed
 from nbagent.core.model import Slot
 from nbagent.supervisor import scoped_process
-from nbagent.supervisor.aio import readable
 from nbagent.supervisor.launcher import syscall_filter
+from nbagent.wire import fields
+from nbagent.wire.aio import receive
+from nbagent.wire.channel import Channel, Message
+from nbagent.wire.failure import Failure, StepFailed
+from nbagent.wire.fields import MalformedMessage
 
-_ANSWER_MAX_BYTES = 8192
 _TEXT_MAX_CHARACTERS = 300
-# The slot is given less time than we wait, so that the reason is its own where it has one.
+# The process in the slot has less time than the supervisor waits, so that the reason is its own where it has one.
 _HEAD_START_S = 1.0
+_ENTRIES_MAX = 1 << 40
 
 
 class Injected(NamedTuple):
-    """What is in the slot now: files of the claim, and entries of its archive."""
+    """How many files of the claim, and entries of its archive, are in the slot now."""
 
     files: int
     entries: int
@@ -39,45 +40,47 @@ class Injected(NamedTuple):
 async def inject(
     slot: Slot, pidfd: int, content: Content, settings: ClaimSettings, join_scope: Callable[[int], None]
 ) -> Injected:
-    """Brings `content` into the slot whose first process is `pidfd`; `join_scope` puts a pid into its scope.
+    """Delivers `content` into the slot whose first process is `pidfd`; `join_scope` moves a pid into its scope.
 
-    Raises ContentFailed, ArchiveFailed or StartFailed. The slot is then in no state to be handed out.
+    Raises ContentFailed, ArchiveFailed or StartFailed. The slot must not be handed out then.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours:
-        with theirs, open(os.memfd_create("nbagent-order", os.MFD_CLOEXEC), "w+") as order:
-            json.dump(_order(slot, content, settings).save(), order)
-            order.flush()
-            order.seek(0)
-            passed = (theirs.fileno(), pidfd, order.fileno())
-            try:
-                process = scoped_process.spawn_blocked("nbagent.content.deliver", passed, subprocess.DEVNULL)
-            except OSError as error:
-                raise StartFailed(f"enter: {error}", step="enter", errno=error.errno or 0) from error
+    control, peer = Channel.pair()
+    with control:
+        try:
+            with peer:
+                control.send({"order": _order(slot, content, settings).save()}, _descriptors(pidfd, content))
+                process = scoped_process.spawn_blocked("nbagent.content.deliver", peer.fileno(), subprocess.DEVNULL)
+        except OSError as error:
+            raise StartFailed.at(*Failure.of(error, ENTER)) from error
         try:
             join_scope(process.pid)
             scoped_process.release(process)
             async with asyncio.timeout(settings.timeout + _HEAD_START_S):
-                answer = await _packet(ours)
-                # Only when the last process of it has ended is the slot nobody's but its own.
-                if answer and await _packet(ours):
-                    raise ContentFailed("the slot answers twice")
+                return await _result(control, content)
         except TimeoutError:
-            raise _failure(content)(f"not there after {settings.timeout:g} s") from None
+            raise _failure(content)(f"content was not delivered within {settings.timeout:g} s") from None
         except OSError as error:
-            raise StartFailed(f"enter: {error}", step="enter", errno=error.errno or 0) from error
+            raise StartFailed.at(*Failure.of(error, ENTER)) from error
         finally:
             scoped_process.kill(process)
-    return _result(answer, content)
+
+
+def _descriptors(pidfd: int, content: Content) -> dict[str, int]:
+    files = content.files
+    if files and not isinstance(files, FileBundle):
+        raise TypeError("the supervisor has the files of a claim in a bundle")
+    return {"init": pidfd} | ({"content": files.fd} if isinstance(files, FileBundle) else {})
 
 
 def _order(slot: Slot, content: Content, settings: ClaimSettings) -> Order:
-    assert slot.pid is not None
+    if slot.pid is None:
+        raise ContentFailed(f"slot {slot.id} has no process")
+    files = content.files
     return Order(
         uid=slot.uid,
         pid=slot.pid,
         syscall_filter=syscall_filter(),
-        files=[[file.path, base64.b64encode(file.data).decode()] for file in content.files],
+        files=list(files.entries) if isinstance(files, FileBundle) else [],
         archive=content.archive,
         allowed=list(settings.archives),
         archive_bytes=settings.archive_max,
@@ -86,32 +89,40 @@ def _order(slot: Slot, content: Content, settings: ClaimSettings) -> Order:
     )
 
 
-async def _packet(connection: socket.socket) -> bytes:
-    """One packet, b"" when no process holds the other end. Descriptors beside it are not accepted."""
-    await readable(connection.fileno())
+async def _result(control: Channel, content: Content) -> Injected:
     try:
-        return connection.recv(_ANSWER_MAX_BYTES)
-    except ConnectionResetError:
-        return b""
+        response = await receive(control)
+        if response is None:
+            raise _failure(content)(
+                "the process that delivers the content was killed, most likely because the slot's memory ran out"
+            )
+        with response:
+            injected = _injected(response)
+        # The process is in the slot until its end of the channel is closed; then only the slot's own are.
+        second = await receive(control)
+    except MalformedMessage as error:
+        raise ContentFailed(f"the slot's response is malformed: {error}") from None
+    except StepFailed as error:
+        raise _reported(error.failure) from error
+    if second is not None:
+        second.close()
+        raise ContentFailed("the slot sent more than one response")
+    return injected
 
 
-def _result(answer: bytes, content: Content) -> Injected:
-    if not answer:
-        raise _failure(content)("what brought it was ended, most likely as the slot's memory ran out")
-    try:
-        document = json.loads(answer)
-        if "failed" in document:
-            raise _reported(document["failed"]["part"], str(document["failed"]["text"]))
-        return Injected(int(document["done"]["files"]), int(document["done"]["entries"]))
-    except (ValueError, RecursionError, KeyError, TypeError):
-        raise ContentFailed("the slot's answer is none") from None
+def _injected(response: Message) -> Injected:
+    response.raise_failure()
+    return Injected(
+        fields.integer(response.body, "files", 0, FILES_MAX),
+        fields.integer(response.body, "entries", 0, _ENTRIES_MAX),
+    )
 
 
-def _reported(part: str, text: str) -> NbagentError:
-    shown = "".join(c if c.isprintable() else "?" for c in text[:_TEXT_MAX_CHARACTERS])
-    if part == "enter":
-        return StartFailed(f"enter: {shown}", step="enter")
-    return ArchiveFailed(shown) if part == "archive" else ContentFailed(shown)
+def _reported(failure: Failure) -> NbagentError:
+    text = failure.text[:_TEXT_MAX_CHARACTERS]
+    if failure.step == ENTER:
+        return StartFailed.at(ENTER, failure.errno, text)
+    return ArchiveFailed(text) if failure.step == UNPACK else ContentFailed(text)
 
 
 def _failure(content: Content) -> type[ContentFailed]:

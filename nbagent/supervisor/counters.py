@@ -1,9 +1,10 @@
-"""What has happened since the supervisor started, for /stats and /metrics."""
+"""Counts and durations since the start of the supervisor, for /stats and /metrics."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+
+from nbagent.core.model import now
 
 # Seconds. From a forked slot's 10 ms to a cold start on a loaded machine.
 BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -15,7 +16,7 @@ COUNTERS = (
 
 @dataclass
 class Histogram:
-    """How long something took: cumulative counts as Prometheus has them."""
+    """Durations: cumulative counts by upper bound, as in a Prometheus histogram."""
 
     count: int = 0
     sum: float = 0.0
@@ -28,25 +29,26 @@ class Histogram:
         for bound in BUCKETS:
             self.buckets[bound] += seconds <= bound
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> dict[str, object]:
         """The histogram as JSON."""
         return {"count": self.count, "sum": self.sum, "buckets": {str(k): v for k, v in self.buckets.items()}}
 
 
 @dataclass
 class Counters:
-    """All counters; `add` refuses a name that is not one."""
+    """All counters, and the start time of the supervisor."""
 
+    started_s: float = field(default_factory=now)
     values: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
     start_seconds: Histogram = field(default_factory=Histogram)
     claim_seconds: Histogram = field(default_factory=Histogram)
 
     def add(self, name: str, amount: int = 1) -> None:
-        """Counts. Raises KeyError for an unknown name."""
+        """Adds to a counter. Raises KeyError for an unknown name."""
         self.values[name] += amount
 
-    def document(self) -> dict[str, Any]:
-        """Everything counted, as JSON."""
+    def document(self) -> dict[str, object]:
+        """All counters and histograms as JSON."""
         return {
             "counters": dict(self.values),
             "start_seconds": self.start_seconds.document(),

@@ -1,8 +1,7 @@
-"""Starting a slot's processes: by exec of the image's program, or by a fork of its zygote.
+"""Starting a slot's processes: by exec of the image's program here, by a fork of its zygote in `zygotes`.
 
-A launcher is given a slot, its image and its listening socket, the slot's scope to be, and a callback that
-makes an interface in a network namespace; it answers when the slot's program runs. It owns nothing afterwards:
-the descriptors it returns are the caller's.
+A launcher gets a slot, its sandbox and its listening socket, the scope to start, and a callback that makes an interface
+in a network namespace; it returns when the slot's program runs. The descriptors that it returns are the caller's.
 """
 
 from __future__ import annotations
@@ -14,12 +13,13 @@ import json
 import os
 import re
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import nbagent
+from nbagent.core import paths
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Slot
 from nbagent.image.store import Image
@@ -29,18 +29,21 @@ from nbagent.sandbox import syscalls
 from nbagent.sandbox.plan import CODE_PATH, Line
 from nbagent.sandbox.spec import SandboxSpec, Uplink
 from nbagent.supervisor import scoped_process
-from nbagent.supervisor.aio import readable
 from nbagent.wire import activity
+from nbagent.wire.aio import readable, receive
+from nbagent.wire.channel import Channel, Message
+from nbagent.wire.failure import StepFailed, printable
+from nbagent.wire.fields import MalformedMessage
 
-MOUNTPOINT = "/run/nbagent/sandbox"
-_ANSWER_MAX_BYTES = 65536
+# Takes the place of a slot's id in the sandbox of a zygote.
+ZYGOTE_NAME = "zygote"
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A slot whose program runs. `pid` is its first process, `pidfd` and `activity_fd` are open.
+    """A slot whose program runs. `pid` is its first process; `pidfd` and `activity_fd` are open.
 
-    `serves`: the program has said that it takes requests; one that says nothing has to be asked.
+    `serves`: the program has reported that it takes requests; any other has to be probed.
     """
 
     pid: int
@@ -53,13 +56,13 @@ class Scope(Protocol):
     """The scope of a slot that starts."""
 
     async def start(self, pids: Sequence[int]) -> None:
-        """Makes it around these processes. Raises JobFailed or OSError."""
+        """Starts it with these processes in it. Raises JobFailed or OSError."""
 
     def add(self, pids: Sequence[int]) -> None:
-        """Puts more processes into it. Raises OSError."""
+        """Moves more processes into it. Raises OSError."""
 
     async def stop(self) -> None:
-        """Ends it with all that is in it, if it is there. Raises OSError."""
+        """Ends it and every process in it, if it exists. Raises OSError."""
 
 
 Attach = Callable[[int], Awaitable[None]]
@@ -69,12 +72,12 @@ class Launcher(Protocol):
     """How slots are started."""
 
     def prepare(self) -> None:
-        """A claim waits for a slot that will be started: does what takes time and need not wait for it."""
+        """Does the slow work of a start ahead of it, because a claim waits for a slot that will be started."""
 
     async def launch(
         self, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
     ) -> Launched:
-        """Starts the slot's program. Raises StartFailed; what it made is then ended with the scope."""
+        """Starts the slot's program. Raises StartFailed; the caller then stops the scope, which ends the processes."""
 
 
 @functools.cache
@@ -88,7 +91,7 @@ def syscall_filter() -> str:
 
 @functools.cache
 def forking_filter() -> str:
-    """The zygotes' seccomp program, in base64; compiled once."""
+    """The seccomp program of zygotes, in base64; compiled once."""
     refused = {name: errno for name, errno in syscalls.REFUSED.items() if name not in syscalls.FORKING}
     program = seccomp.compile_filter(
         [*syscalls.ALLOWED, *syscalls.FORKING], refused, syscalls.OTHERWISE, syscalls.EQUAL, syscalls.WITHOUT
@@ -98,7 +101,7 @@ def forking_filter() -> str:
 
 @functools.cache
 def forked_filter() -> str:
-    """What a zygote's children have beside its filter, in base64; compiled once. Together they are the slots'."""
+    """The filter of a zygote's children beside the zygote's, in base64; compiled once. Both together are the slots'."""
     refused = {name: syscalls.REFUSED[name] for name in syscalls.FORKING}
     return base64.b64encode(seccomp.compile_filter([], refused, 0, {}, {})).decode()
 
@@ -106,75 +109,109 @@ def forked_filter() -> str:
 def sandbox_spec(
     slot: Slot, image: Image, storage_bytes: int, start_timeout_s: float, uplink: Uplink | None = None
 ) -> SandboxSpec:
-    """The sandbox of a slot of `image`, and what runs in it."""
+    """The sandbox of a slot of `image`, and the program in it."""
+    values = {"base_path": slot.base_path.rstrip("/"), "port": str(image.port or ""), "token": slot.token}
+    environment = _environment(image, values) | {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
     notebook = [image.python, "-I", f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
-    environment = {name: _filled(value, slot, image) for name, value in image.environment.items()}
-    environment |= {"HOME": image.home, "USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
-    return SandboxSpec(
+    return _image_spec(image, storage_bytes)._replace(
         slot=slot.id,
-        root=str(image.root),
-        id_base=image.id_base,
         uid=slot.uid,
-        user=image.user,
-        home=image.home,
-        storage_bytes=storage_bytes,
-        command=notebook or [_filled(word, slot, image) for word in image.command],
-        directory=image.directory,
+        command=notebook or [_filled(word, values) for word in image.command],
         port=image.port or 0,
-        # A little before the supervisor gives up, so that the journal has the better reason.
+        # Less than the supervisor's own timeout, so that the failure is the forwarder's, which has the reason.
         listen_timeout_s=start_timeout_s * 0.9,
         environment=environment,
-        code=str(Path(nbagent.__file__).parent),
-        mountpoint=MOUNTPOINT,
-        syscall_filter=syscall_filter(),
         uplink=uplink,
     )
 
 
-def host_steps(slot: Slot, directory: Path, forked: bool) -> list[Line]:
-    """What the supervisor does on the host for a slot's start, before the sandbox's own plan.
+def zygote_spec(image: Image, storage_bytes: int) -> SandboxSpec:
+    """The sandbox of a zygote of `image`: a slot's, but as root of the image's user namespace.
 
-    Each is undone by its name alone, so a successor of this supervisor can do that too.
+    The environment is for the imports only, because each fork replaces it by its slot's.
     """
-    inside = "two processes just forked, the first of a pid namespace, that wait" if forked else "a shell that waits"
+    if image.python is None:
+        raise ValueError(f"image {image.name} has no Python, so that it has no zygote")
+    values = {"base_path": f"/user/{ZYGOTE_NAME}", "port": "", "token": ""}
+    environment = _environment(image, values)
+    return _image_spec(image, storage_bytes)._replace(
+        user="root", command=[image.python, "-I", f"{CODE_PATH}/zygote/zygote.py"],
+        environment=environment | {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": ZYGOTE_NAME},
+        syscall_filter=forking_filter(),
+    )
+
+
+def _image_spec(image: Image, storage_bytes: int) -> SandboxSpec:
+    """The part of a sandbox that is the same for an image's slots and its zygote."""
+    return SandboxSpec(
+        slot=ZYGOTE_NAME,
+        root=str(image.root),
+        id_base=image.id_base,
+        uid=0,
+        user=image.user,
+        home=image.home,
+        storage_bytes=storage_bytes,
+        command=[],
+        directory=image.directory,
+        port=0,
+        listen_timeout_s=0.0,
+        environment={},
+        code=str(Path(nbagent.__file__).parent),
+        mountpoint=str(paths.SANDBOX),
+        syscall_filter=syscall_filter(),
+    )
+
+
+def _environment(image: Image, values: Mapping[str, str]) -> dict[str, str]:
+    return {name: _filled(value, values) for name, value in image.environment.items()} | {"HOME": image.home}
+
+
+def host_steps(slot: Slot, directory: Path, forked: bool) -> list[Line]:
+    """The supervisor's steps on the host for a slot's start, before the sandbox's own plan.
+
+    Each is undone by its name alone, so that the next supervisor can do that too.
+    """
+    inside = "two blocked processes: the slot's init and its fork server" if forked else "a blocked shell"
     interface = Line(
         "host", f"interface {addresses.interface(slot.id)} to {', '.join(slot.addresses)}, by nbagent-network.service",
-        "Made while the root is built, where it costs no claim time; it leads nowhere until a claim opens it.",
-        "removed, with all that the firewall remembers of it",
+        "Made while the root is built, so that it costs no claim time; it forwards nothing until a claim opens it.",
+        "removed, with its entries in the firewall's sets",
     )
     return [
         Line(
             "host", f"directory {directory} with the slot's file, its socket and its static files",
-            "The router finds the slot by this path, and a supervisor that comes after this one the slot.",
-            "removed, first of all: from then on the router says that the slot is gone",
+            "The router finds the socket by this path, and a restarted supervisor finds the slot.",
+            "removed first, because from then on the router responds that there is no such slot",
         ),
         Line(
             "host", f"scope {slot.scope} around {inside}",
-            "Limits hold before the first instruction of the slot, and all memory it touches is its own.",
-            "stopped: SIGTERM, then SIGKILL to all that is in it",
+            "Limits hold before the first instruction of the slot, and all memory it touches is charged to it.",
+            "stopped: SIGTERM, then SIGKILL to every process in it",
         ),
         *([interface] if slot.addresses else []),
     ]
 
 
-def _filled(text: str, slot: Slot, image: Image) -> str:
-    """`text` of an image's manifest with what is the slot's own in it."""
-    values = {"base_path": slot.base_path.rstrip("/"), "port": str(image.port or ""), "token": slot.token}
-    # In one pass, and by these names only: what is filled in is not looked at again.
+def _filled(text: str, values: Mapping[str, str]) -> str:
+    """`text` of an image's manifest with the slot's values in the place of {base_path}, {port} and {token}."""
+    # In one pass, so that braces in a value are not replaced in turn.
     return re.sub(r"\{(base_path|port|token)\}", lambda match: values[match[1]], text)
 
 
-class Parts:
-    """What is made for a slot on either way of starting; a context that closes what nobody has taken over.
+class SlotStart:
+    """Resources of one start, whichever way it is done; a context that closes those that were not passed on.
 
-    `control` is the supervisor's end of the slot's control socket, which speaks as nbagent.runtime.slot_process has it.
+    `control` is the supervisor's end of the slot's control channel (nbagent.runtime.slot_process), `peer` the slot's.
     """
 
     def __init__(self, slot: Slot) -> None:
         self.slot = slot
+        self._awaited = {"init", "fork_server", "netns"}
+        self._received: dict[str, int] = {}
 
-    def __enter__(self) -> Parts:
+    def __enter__(self) -> SlotStart:
         with contextlib.ExitStack() as stack:
+            stack.callback(self._close_received)
             self.activity_fd = activity.create()
             self._activity = stack.enter_context(contextlib.ExitStack())
             self._activity.callback(os.close, self.activity_fd)
@@ -183,77 +220,96 @@ class Parts:
             settings = {"base_url": self.slot.base_path, "token": self.slot.token}
             os.write(self.config_fd, json.dumps(settings).encode())
             os.lseek(self.config_fd, 0, os.SEEK_SET)
-            ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self.control, self.theirs = (stack.enter_context(end) for end in ends)
+            self.control, self.peer = (stack.enter_context(end) for end in Channel.pair())
             self._all = stack.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._all.close()
 
-    async def given(self, *names: str) -> list[int]:
-        """The descriptors of these names, in whatever order and packets they come. Raises StartFailed."""
-        found: dict[str, int] = {}
-        try:
-            while missing := set(names) - found.keys():
-                answer, fds = await _answer(self.control)
-                said = _given(answer)
-                if not said or len(said) != len(fds) or len(said) != len(missing & set(said)):
-                    for fd in fds:
-                        os.close(fd)
-                    raise StartFailed("it ended before the slot's first process ran", step="launch")
-                found |= zip(said, fds, strict=True)
-        except BaseException:
-            for fd in found.values():
-                os.close(fd)
-            raise
-        return [found[name] for name in names]
+    def descriptors(self, listener: socket.socket) -> dict[str, int]:
+        """The descriptors that the slot's program gets, borrowed."""
+        return {"listen": listener.fileno(), "activity": self.activity_fd, "config": self.config_fd}
 
-    async def running(self, pidfd: int, spec: SandboxSpec, attach: Attach) -> Launched:
-        """Returns when the slot's program runs. `pidfd`, of its first process, is the caller's if this raises."""
+    async def receive_fds(self, *names: str) -> list[int]:
+        """The descriptors of these names, which are the caller's from then on. Raises StartFailed.
+
+        They arrive in any order: init can send its network namespace before the zygote has forked the fork server.
+        """
+        while missing := set(names) - self._received.keys():
+            message = await self._receive()
+            if message is None:
+                wanted = ", ".join(sorted(missing))
+                raise StartFailed(f"the slot's processes ended before they sent: {wanted}", step="launch")
+            with message:
+                if not message.fds or not message.fds.keys() <= self._awaited:
+                    raise _unexpected(message)
+                for name in list(message.fds):
+                    self._received[name] = message.take(name)
+                    self._awaited.remove(name)
+        return [self._received.pop(name) for name in names]
+
+    def _close_received(self) -> None:
+        while self._received:
+            os.close(self._received.popitem()[1])
+
+    async def wait_running(self, pidfd: int, spec: SandboxSpec, attach: Attach) -> Launched:
+        """Returns when the slot's program runs. `pidfd`, of its first process, stays the caller's if this raises."""
         if spec.uplink is not None:
-            netns_fd, = await self.given("netns")
+            netns_fd, = await self.receive_fds("netns")
             try:
                 await attach(netns_fd)
             finally:
                 os.close(netns_fd)
-            self.control.send(json.dumps({"attached": True}).encode())
+            self.control.send({"attached": True})
         pid = pid_of(pidfd, self.slot)
         serves = False
-        while True:
-            answer, fds = await _answer(self.control)
-            for fd in fds:
-                os.close(fd)
-            if answer is None:
-                break
-            if "serves" not in answer:
-                raise StartFailed(f"unexpected answer {answer}", step="launch")
+        while (message := await self._receive()) is not None:
+            with message:
+                if "serves" not in message.body:
+                    raise _unexpected(message)
             serves = True
         self._activity.pop_all()
         return Launched(pid, pidfd, self.activity_fd, serves)
+
+    async def _receive(self) -> Message | None:
+        """The next message, None at the end. Raises StartFailed for a failure, and for a malformed message."""
+        try:
+            message = await receive(self.control)
+        except MalformedMessage as error:
+            raise StartFailed(str(error), step="launch") from error
+        if message is not None:
+            try:
+                message.raise_failure()
+            except StepFailed as error:
+                message.close()
+                raise StartFailed.at(*error.failure) from error
+            except MalformedMessage as error:
+                message.close()
+                raise StartFailed(str(error), step="launch") from error
+        return message
 
 
 class ExecLauncher:
     """Starts a slot by exec of its image's program: a second, and works with every image."""
 
     def prepare(self) -> None:
-        """Nothing: what there is to win is milliseconds."""
+        """Nothing, because only milliseconds could be saved."""
 
     async def launch(
         self, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
     ) -> Launched:
-        with Parts(slot) as parts:
-            with parts.theirs:
-                passed = (parts.theirs.fileno(), listener.fileno(), parts.activity_fd, parts.config_fd)
-                process = scoped_process.spawn_blocked("nbagent.runtime.exec_slot", passed)
+        with SlotStart(slot) as start:
+            with start.peer:
+                process = scoped_process.spawn_blocked("nbagent.runtime.exec_slot", start.peer.fileno())
             launcher_fd = os.pidfd_open(process.pid)
             try:
                 await scope.start([process.pid])
                 scoped_process.release(process)
-                parts.control.send(json.dumps(spec.save()).encode())
-                pidfd, = await parts.given("init")
+                start.control.send({"spec": spec.save()}, start.descriptors(listener))
+                pidfd, = await start.receive_fds("init")
                 try:
-                    launched = await parts.running(pidfd, spec, attach)
+                    launched = await start.wait_running(pidfd, spec, attach)
                 except BaseException:
                     os.close(pidfd)
                     raise
@@ -267,39 +323,14 @@ class ExecLauncher:
                 os.close(launcher_fd)
 
 
-def _given(answer: dict[str, Any] | None) -> list[str]:
-    """The names of what is beside an answer; none if it says no names."""
-    said = answer.get("given") if answer is not None else None
-    return said if isinstance(said, list) and all(isinstance(name, str) for name in said) else []
-
-
-async def _answer(control: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
-    """The next packet of a slot that starts, and its descriptors; None at the end.
-
-    It may be an image's that says it, so it is looked at closely. Raises StartFailed when it is a failure, or nonsense.
-    """
-    await readable(control.fileno())
-    payload, fds, _, _ = socket.recv_fds(control, _ANSWER_MAX_BYTES, 2)
-    if not payload:
-        return None, fds
-    try:
-        answer = json.loads(payload)
-        if not isinstance(answer, dict):
-            raise TypeError(f"{type(answer).__name__} where an object belongs")
-        if (failed := answer.get("failed")) is None:
-            return answer, fds
-        step, text, errno = str(failed["step"]), str(failed["text"]), int(failed["errno"])
-        failure = StartFailed(f"{step}: {text}", step=step, errno=errno)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        failure = StartFailed(f"an answer that is none: {error}", step="launch")
-    for fd in fds:
-        os.close(fd)
-    raise failure
+def _unexpected(message: Message) -> StartFailed:
+    content = printable(", ".join([*map(repr, message.body), *(f"descriptor {name!r}" for name in message.fds)]), 200)
+    return StartFailed(f"unexpected message from the slot's processes: {content or 'empty'}", step="launch")
 
 
 def ended(slot: Slot) -> StartFailed:
-    """What a start has come to whose program ended, wherever that is noticed first."""
-    return StartFailed(f"it ended; journalctl -u {slot.scope} says why", step="ready")
+    """The error of a start whose program ended, wherever that is noticed first."""
+    return StartFailed(f"the slot's program ended; for the reason see journalctl -u {slot.scope}", step="ready")
 
 
 def pid_of(pidfd: int, slot: Slot) -> int:

@@ -1,8 +1,8 @@
-"""The slots' network, as the supervisor sees it: it decides, and asks the network service to do it.
+"""The slots' network: the supervisor decides, and the network service (nbagent.network) makes the changes.
 
-The supervisor has no CAP_NET_ADMIN and needs none. A slot's interface is made when the slot
-starts, where it costs nobody time, and leads nowhere until a claim opens it. A host that never
-allowed a network never starts the service.
+So the supervisor needs no CAP_NET_ADMIN. A slot's interface is made when the slot starts, so that it costs no claim
+time, and forwards nothing until a claim opens it. The service never starts on a host whose configuration allows no
+network.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import asyncio
 import json
 import os
 import secrets
-import socket
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
-from nbagent.config.host_config import HostConfig, NetworkSettings
+from nbagent.config.host_config import CurrentConfig, NetworkSettings
+from nbagent.core import paths
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Slot
 from nbagent.network import addresses, resolver
@@ -24,36 +24,39 @@ from nbagent.network.rules import RULES_PATH, Rules
 from nbagent.sandbox.plan import INTERFACE
 from nbagent.sandbox.spec import Uplink
 from nbagent.systemd.bus import JobFailed, Systemd
+from nbagent.wire.aio import receive
+from nbagent.wire.channel import Channel, Message
+from nbagent.wire.failure import Failure, StepFailed
+from nbagent.wire.fields import MalformedMessage
 
-SOCKET_PATH = Path("/run/nbagent/network.sock")
 INTERNET = "internet"
-# The service answers in milliseconds; its first start may take seconds on a busy machine.
+# The service responds in milliseconds; its first start may take seconds on a busy machine.
 TIMEOUT_S = 20.0
-# It may be restarted at any moment, and every request may be repeated.
+# The service may be restarted at any moment, and every request may be repeated.
 TRIES = 3
-_ANSWER_BYTES = 65536
 
 
 class Network:
-    """Interfaces of slots. Every call to the service raises StartFailed when it does not succeed."""
+    """Interfaces of slots. Every call to the service raises StartFailed when it fails."""
 
-    def __init__(self, config: HostConfig, systemd: Systemd) -> None:
-        self.settings = config.network
+    def __init__(self, config: CurrentConfig, systemd: Systemd) -> None:
+        self._config = config
         self._systemd = systemd
-        # Somewhere: a supervisor that restarts does not give away again what was just given back.
+        # A random start, so that a restarted supervisor does not reuse addresses that were just released.
         self._last = secrets.randbelow(self.settings.range4.num_addresses)
         self._set_up = asyncio.Lock()
         self._applied: NetworkSettings | None = None
-        self._asked = ""
+        self._resolver_text = ""
+
+    @property
+    def settings(self) -> NetworkSettings:
+        """The settings in force; `set_up` applies changed ones before the next interface is made."""
+        return self._config.value.network
 
     @property
     def allowed(self) -> bool:
         """Whether any claim may get a network."""
         return INTERNET in self.settings.allow
-
-    def reload(self, config: HostConfig) -> None:
-        """Takes new settings; rules and resolver follow before the next interface is made."""
-        self.settings = config.network
 
     async def set_up(self) -> None:
         """Brings the rules and the resolver up to date, where a network is allowed."""
@@ -65,16 +68,16 @@ class Network:
                 _write(RULES_PATH, json.dumps(rules(settings).save()))
                 await self._call("rules")
                 self._applied = settings
-            asked = resolver_text(settings)
-            if asked != self._asked:
+            text = resolver_text(settings)
+            if text != self._resolver_text:
                 try:
-                    await self._systemd.start(resolver.UNIT, anew=_write(resolver.PATH, asked))
+                    await self._systemd.start(resolver.UNIT, anew=_write(resolver.PATH, text))
                 except (OSError, JobFailed) as error:
                     raise StartFailed(f"{resolver.UNIT}: {error}", step="network") from error
-                self._asked = asked
+                self._resolver_text = text
 
     def choose(self, taken: Container[str]) -> tuple[str, ...]:
-        """Addresses for a new slot, not `taken` ones; none where no network is allowed. Raises StartFailed."""
+        """Addresses for a new slot, none of them in `taken`; empty where no network is allowed. Raises StartFailed."""
         if not self.allowed:
             return ()
         range4 = self.settings.range4
@@ -85,14 +88,14 @@ class Network:
         return numbered(self.settings, self._last)
 
     def uplink(self, slot: Slot) -> Uplink | None:
-        """What a slot's own side of its interface needs."""
+        """The inner side of a slot's interface, None for a slot without one."""
         return uplink(self.settings, slot)
 
     async def attach(self, slot: Slot, netns_fd: int) -> None:
         """Makes a slot's interface, closed, and puts its inner end into the slot's network namespace."""
         await self.set_up()
         await self._call(
-            "attach", netns_fd,
+            "attach", {"netns": netns_fd},
             name=addresses.interface(slot.id), inner=INTERFACE, addresses=list(slot.addresses), rate=self.settings.down,
         )
 
@@ -101,52 +104,52 @@ class Network:
         await self._call("open", name=addresses.interface(slot.id))
 
     async def remove(self, slot: Slot) -> None:
-        """Removes a slot's interface and what is remembered of it, if it ever had one."""
+        """Removes a slot's interface and its entries in the firewall's sets, if it has addresses."""
         if slot.addresses:
             await self._call("remove", name=addresses.interface(slot.id), addresses=list(slot.addresses))
 
     async def sweep(self, keep: Iterable[Slot]) -> None:
-        """Removes every interface but those of `keep` that are open, or may be opened by a claim yet to come."""
+        """Removes every interface but those of `keep` that are open, or that a later claim may open."""
         kept = [slot for slot in keep if slot.addresses and (slot.claimed_s is None or slot.network == INTERNET)]
         await self._call("sweep", keep=[addresses.interface(slot.id) for slot in kept])
 
-    async def _call(self, op: str, *fds: int, **arguments: Any) -> None:
-        request = json.dumps({"op": op, **arguments}).encode()
-        answer: dict[str, Any] = {"error": "ended without an answer"}
+    async def _call(self, op: str, fds: Mapping[str, int] = MappingProxyType({}), **arguments: object) -> None:
+        failure = Failure("network", 0, "nbagent-network.service ended without a response")
         for _ in range(TRIES):
             try:
                 async with asyncio.timeout(TIMEOUT_S):
-                    payload = await _ask(request, fds)
+                    response = await _request({"op": op, **arguments}, fds)
+                if response is not None:
+                    with response:
+                        response.raise_failure()
+                    return
             except TimeoutError:
-                answer = {"error": f"no answer within {TIMEOUT_S:g} s"}
+                failure = Failure("network", 0, f"no response within {TIMEOUT_S:g} s")
                 break
             except OSError as error:
-                answer = {"error": str(error)}
-                continue
-            if payload:
-                answer = json.loads(payload)
+                failure = Failure.of(error, "network")
+            except (StepFailed, MalformedMessage) as error:
+                failure = Failure.of(error, "network")
                 break
-        if "error" in answer:
-            raise StartFailed(f"nbagent-network: {op}: {answer['error']}", step="network")
+        raise StartFailed(f"nbagent-network: {op}: {failure.text}", step="network", errno=failure.errno)
 
 
-async def _ask(request: bytes, fds: tuple[int, ...]) -> bytes:
-    loop = asyncio.get_running_loop()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-        connection.setblocking(False)
-        await loop.sock_connect(connection, str(SOCKET_PATH))
-        socket.send_fds(connection, [request], list(fds))
-        return await loop.sock_recv(connection, _ANSWER_BYTES)
+async def _request(request: Mapping[str, object], fds: Mapping[str, int]) -> Message | None:
+    with Channel.unconnected() as channel:
+        channel.socket.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(channel.socket, str(paths.NETWORK_SOCKET))
+        channel.send(request, fds)
+        return await receive(channel)
 
 
 def numbered(settings: NetworkSettings, number: int) -> tuple[str, ...]:
-    """The addresses of a number: of IPv4, and of IPv6 where the host has it."""
+    """The addresses of a number: one of IPv4, and one of IPv6 where the host forwards it."""
     version6 = (str(settings.range6[number]),) if addresses.forwards_ipv6() else ()
     return (str(settings.range4[number]), *version6)
 
 
 def uplink(settings: NetworkSettings, slot: Slot) -> Uplink | None:
-    """The inner side of the interface of a slot that has one."""
+    """The inner side of a slot's interface, None for a slot without one."""
     if not slot.addresses:
         return None
     ranges = (settings.range4, settings.range6)
@@ -155,7 +158,7 @@ def uplink(settings: NetworkSettings, slot: Slot) -> Uplink | None:
 
 
 def rules(settings: NetworkSettings) -> Rules:
-    """The rules that the settings mean."""
+    """The firewall rules of the settings."""
     return Rules(
         range4=settings.range4,
         range6=settings.range6,
@@ -167,7 +170,7 @@ def rules(settings: NetworkSettings) -> Rules:
 
 
 def resolver_text(settings: NetworkSettings) -> str:
-    """The resolver's file, by the settings and by whom the host asks now."""
+    """The resolver's configuration file, from the settings and the host's own resolv.conf."""
     names = [name for name in settings.only if isinstance(name, str)]
     hosts_own = resolver.HOSTS_OWN.read_text(errors="replace") if resolver.HOSTS_OWN.exists() else ""
     gateway = addresses.gateway(settings.range4)
@@ -175,12 +178,12 @@ def resolver_text(settings: NetworkSettings) -> str:
 
 
 def named(settings: NetworkSettings) -> tuple[addresses.Network, ...]:
-    """Ranges that the operator names: reached, also where they are private."""
+    """Ranges that the operator named, which slots reach even where they are private."""
     return (*settings.also, *(item for item in settings.only if not isinstance(item, str)))
 
 
 def _write(path: Path, text: str) -> bool:
-    """Writes a file whole or not at all; whether that changed it."""
+    """Replaces a file atomically; returns whether its content changed."""
     if path.exists() and path.read_text() == text:
         return False
     new = path.with_suffix(".new")

@@ -1,4 +1,4 @@
-"""Is a slot ready? One request to its socket, which waits in the backlog until it is served."""
+"""The readiness of a slot: one request to its socket, which waits in the backlog until the program accepts it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from nbagent.core.errors import StartFailed
 
 
 async def ready(path: Path, url: str) -> None:
-    """Returns when `GET url` on the unix socket is answered below 500. Raises StartFailed otherwise.
+    """Returns when the response to `GET url` on the unix socket has a status below 500. Raises StartFailed otherwise.
 
-    A program that asks who is there, or sends one elsewhere, is ready all the same.
-    There is no polling: the connection waits in the listening socket's backlog, and the answer
-    comes with the first turn of the server's loop.
+    A redirect or a request for a password also shows that the program serves requests. No polling is needed, because
+    the kernel keeps the connection in the backlog of the listening socket until the program accepts it.
     """
     writer = None
     try:
@@ -22,10 +21,10 @@ async def ready(path: Path, url: str) -> None:
         writer.write(f"GET {url} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         status = await reader.readline()
     except OSError as error:
-        raise StartFailed(f"the slot's socket: {error}", step="ready") from error
+        raise StartFailed(f"no response from {path}: {error}", step="ready") from error
     finally:
         if writer is not None:
             writer.close()
     if not re.match(rb"HTTP/1\.[01] [1-4][0-9][0-9] ", status):
-        answer = status.decode(errors="replace").strip() or "nothing"
-        raise StartFailed(f"GET {url} was answered {answer}", step="ready")
+        response = status.decode(errors="replace").strip() or "nothing"
+        raise StartFailed(f"the response to GET {url} was {response}", step="ready")

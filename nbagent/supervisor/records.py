@@ -1,10 +1,10 @@
-"""The small file of each slot: with what systemd runs, the whole truth about slots.
+"""The directory of each slot. These files and systemd's scopes are the whole persistent state of slots.
 
     /run/nbagent/slots/SLOT/slot.json    the Slot, mode 0600: it holds the token
-    /run/nbagent/slots/SLOT/http.sock    where the slot listens; the router's only address
+    /run/nbagent/slots/SLOT/http.sock    the listening socket of the slot, to which the router connects
     /run/nbagent/slots/SLOT/static       link to the image's static files, for the router
 
-A slot's own processes never see this directory.
+The directory is not in the mount namespaces of slots.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ BACKLOG = 1024
 
 
 class Records:
-    """The directory of slots."""
+    """The directories of all slots below one path."""
 
     def __init__(self, path: Path, socket_gid: int) -> None:
         self.path = path
         self.socket_gid = socket_gid
 
     def create(self, slot: Slot, static: Path) -> socket.socket:
-        """Makes the slot's directory and returns its listening socket."""
+        """Creates the slot's directory and returns its listening socket."""
         directory = self.path / slot.id
         directory.mkdir(mode=0o711)
         self.save(slot)
         (directory / "static").symlink_to(static)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # Never reachable with another mode or group than the last, not even for a moment.
+        # With mode 0600 until its group is right, because any process can connect to a socket by its mode.
         previous = os.umask(0o177)
         try:
             listener.bind(str(directory / "http.sock"))
         finally:
             os.umask(previous)
-        os.chown(directory / "http.sock", 0, self.socket_gid)
+        os.chown(directory / "http.sock", -1, self.socket_gid)
         os.chmod(directory / "http.sock", 0o660)
         listener.listen(BACKLOG)
         return listener
 
     def save(self, slot: Slot) -> None:
-        """Writes the slot's file whole or not at all. It is on tmpfs, so there is no fsync."""
+        """Replaces the slot's file atomically, without fsync, because it is on a tmpfs."""
         file = f"{self.path}/{slot.id}/slot.json"
         fd = os.open(f"{file}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(fd, "wb", buffering=0) as stream:
@@ -56,7 +56,7 @@ class Records:
         os.rename(f"{file}.new", file)
 
     def load(self) -> Iterator[tuple[str, Slot | None]]:
-        """Every slot's name with its Slot, or None where the file is missing, broken or another slot's."""
+        """The name of every directory with its Slot, or None if the file is missing, broken or of another slot."""
         for directory in sorted(self.path.iterdir()):
             if not directory.is_dir():
                 continue
@@ -67,13 +67,10 @@ class Records:
             yield directory.name, slot if slot is not None and slot.id == directory.name else None
 
     def http_path(self, slot: Slot) -> Path:
-        """The slot's socket."""
+        """The path of the slot's socket."""
         return self.path / slot.id / "http.sock"
 
     def remove(self, name: str) -> None:
-        """Removes all of a slot's directory: from now on the router says that the slot is gone.
-
-        One that is not there is removed.
-        """
+        """Removes the slot's directory, if it exists; from then on the router responds that the slot has ended."""
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.path / name)

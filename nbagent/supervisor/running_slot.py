@@ -1,4 +1,4 @@
-"""A slot while it lives: the Slot, and the descriptors and observations that go with it."""
+"""A slot that runs: the Slot with its descriptors, its cgroup and its last sample."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import contextlib
 import math
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nbagent.core.model import Slot, now
 from nbagent.linux import cgroup
@@ -25,7 +25,7 @@ NO_TROUBLE = Trouble()
 
 @dataclass(frozen=True)
 class Findings:
-    """What is new at a look: OOM kills, and limits that the slot has run into."""
+    """New findings of a sample: OOM kills, and limits that the slot has run into."""
 
     storage: Storage
     oom_kills: int
@@ -34,7 +34,7 @@ class Findings:
 
 
 class Sample(NamedTuple):
-    """What a slot used at one moment."""
+    """The usage of a slot at one time."""
 
     at_s: float
     usage: Usage
@@ -46,10 +46,11 @@ NEVER_READ = Sample(-math.inf, NOTHING_USED, Storage())
 
 @dataclass(eq=False)
 class RunningSlot:
-    """One slot's runtime side. It owns `pidfd` and `activity_fd` from `attach` to `close`.
+    """A slot that runs. It owns `pidfd` and `activity_fd` from `attach` to `close`.
 
-    `reading` is the last one, whoever asked for it; `usage`, `trouble` and `sampled_s` are those of the last look;
-    `compressed_s` is when its memory was compressed last.
+    `reading` is the last usage that was read, for a document or a sample; `usage`, `trouble` and `sampled_s` are those
+    of the last sample. `compressed_s` is when its memory was compressed last. `task` starts the slot, and then waits
+    for the end of its first process.
     """
 
     slot: Slot
@@ -67,34 +68,33 @@ class RunningSlot:
     def attach(self, launched: Launched) -> None:
         """Takes over the descriptors of a launch."""
         self.pidfd, self.activity_fd = launched.pidfd, launched.activity_fd
-        self.cgroup = cgroup.of_process(launched.pid)
 
     def close(self) -> None:
-        """Closes the descriptors; may be called twice."""
+        """Closes the descriptors; a second call does nothing."""
         for fd in (self.pidfd, self.activity_fd):
             if fd >= 0:
                 os.close(fd)
         self.pidfd = self.activity_fd = -1
 
     def read(self, now_s: float, oldest_s: float) -> Sample:
-        """What the slot uses, read at `oldest_s` or later."""
+        """The usage of the slot, read at `oldest_s` or later."""
         if self.reading.at_s < oldest_s:
             self.reading = Sample(now_s, self._use(), self._storage())
         return self.reading
 
     def new_oom_kills(self) -> int:
-        """The processes killed for memory since the last look."""
+        """The processes killed for memory since the last sample."""
         return max(0, self._use().oom_kills - self.usage.oom_kills)
 
     def cpu_s(self) -> float:
-        """The processor time that the slot has used."""
+        """The processor time that the slot has used so far."""
         return self.cgroup.cpu_s() if self.cgroup else 0.0
 
     def _use(self) -> Usage:
         return self.cgroup.usage() if self.cgroup else NOTHING_USED
 
     def _storage(self) -> Storage:
-        """What the slot's files take. Its root is an overlay, which answers for the tmpfs above it."""
+        """The use of the slot's file system. statvfs of an overlay returns the figures of its upper layer, a tmpfs."""
         try:
             status = os.statvfs(f"/proc/{self.slot.pid}/root")
         except OSError:
@@ -107,14 +107,14 @@ class RunningSlot:
         )
 
     def rests_since(self, now_s: float) -> float:
-        """Since when nobody has needed it, as the last look and its page have it; a busy kernel needs it now."""
+        """The time of the last activity, by the last sample and the activity page; now while a kernel is busy."""
         if self.slot.claimed_s is None:
             return self.slot.created_s
         acted_s, busy = activity.read(self.activity_fd, now_s)
         return now_s if busy else max(self.slot.claimed_s, self.active_s, acted_s)
 
     def take_sample(self, now_s: float, cpu_threshold: float) -> tuple[ActivitySample, Findings]:
-        """Takes a sample of a claimed slot: what the rules need, and what is new since the last look."""
+        """Takes a sample of a claimed slot: the input of the rules, and the findings since the last sample."""
         _, usage, storage = self.read(now_s, now_s)
         past_s = None if self.sampled_s is None else now_s - self.sampled_s
         cpu = (usage.cpu_s - self.usage.cpu_s) / past_s if past_s and past_s > 0.1 else None
@@ -134,8 +134,8 @@ class RunningSlot:
         self.usage, self.trouble, self.sampled_s = usage, found, now_s
         return activity_sample, findings
 
-    def document(self, now_s: float, oldest_s: float) -> dict[str, Any]:
-        """The slot for GET /slots: its state, and what it used at `oldest_s` or later."""
+    def document(self, now_s: float, oldest_s: float) -> dict[str, object]:
+        """The slot for GET /slots: its state, and its usage at `oldest_s` or later."""
         _, usage, storage = self.read(now_s, oldest_s)
         idle_s = None
         if self.slot.claimed_s is not None and self.activity_fd >= 0:
@@ -153,10 +153,10 @@ class RunningSlot:
 
 
 def reattach(slot: Slot) -> RunningSlot | None:
-    """A slot that outlived the agent, or None when its processes are gone.
+    """A slot of a former supervisor, or None when its processes have ended.
 
-    The pid in its file counts only while that process is in the slot's own scope; its init holds
-    the activity page at the number it was given, out of reach of the slot's user.
+    The kernel may have given the recorded pid to another process, so the process must be in the slot's scope. Its init
+    holds the activity page at the descriptor ACTIVITY_FD, which the slot's user cannot change.
     """
     if slot.pid is None:
         return None
@@ -169,7 +169,8 @@ def reattach(slot: Slot) -> RunningSlot | None:
             live = RunningSlot(slot)
             page = os.open(f"/proc/{slot.pid}/fd/{ACTIVITY_FD}", os.O_RDONLY | os.O_CLOEXEC)
             live.attach(Launched(slot.pid, pidfd, page, serves=True))
-            # What the agent before this one has seen is not new.
+            live.cgroup = cgroup.of_process(slot.pid)
+            # The former supervisor has reported all OOM kills and refused tasks so far.
             _, live.usage, storage = live.read(now(), now())
             live.trouble = limit_alerts.find(Trouble(live.usage.tasks_refused), live.usage.tasks_refused, storage)
             return live

@@ -1,33 +1,33 @@
-"""Starting a helper of a slot so that its very first instruction runs in the slot's scope.
+"""Starting a helper of a slot so that its first instruction runs in the slot's scope.
 
-A shell waits for the word that it is in its scope, and is replaced by a Python that touches all its
-memory there. A Python that waited itself would leave 5 MiB charged to the supervisor.
+A shell blocks until a line arrives on its standard input, and then execs Python, which touches all its memory in the
+scope. A Python that blocked itself would leave 5 MiB charged to the supervisor. The line needs no channel: a shell
+reads it, before there is any code of ours.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Sequence
 
 _GATE = 'read -r go && exec "$@" </dev/null'
 
 
-def spawn_blocked(module: str, passed: Sequence[int], output: int | None = None) -> subprocess.Popen[bytes]:
-    """A process that waits at the gate to run `python3 -I -m MODULE FD…` with the descriptors `passed`.
+def spawn_blocked(module: str, control_fd: int, output: int | None = None) -> subprocess.Popen[bytes]:
+    """A process that is blocked until `release` and then runs `python3 -I -m MODULE FD`, FD being `control_fd`.
 
-    `output` is where it writes, as subprocess has it; None: where the supervisor does.
+    `output` is its standard output and error, as a parameter of subprocess; None: the supervisor's.
     """
-    python = [sys.executable, "-I", "-m", module, *map(str, passed)]
+    python = [sys.executable, "-I", "-m", module, str(control_fd)]
     return subprocess.Popen(
         ["/bin/sh", "-c", _GATE, module, *python],
-        stdin=subprocess.PIPE, stdout=output, stderr=output, bufsize=0, pass_fds=passed, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=output, stderr=output, bufsize=0, pass_fds=(control_fd,), start_new_session=True,
         cwd="/", env={"LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"},
     )
 
 
 def release(process: subprocess.Popen[bytes]) -> None:
-    """Lets a process through that is in its scope."""
+    """Unblocks a process that is in its scope."""
     if process.stdin is not None:
         with process.stdin as gate:
             gate.write(b"go\n")

@@ -1,25 +1,55 @@
-"""The control socket's other side, and the agent-check: who may ask, and what is answered.
+"""The supervisor's side of the control socket, and the agent-check: who may connect, and the dispatch of operations.
 
-A caller is the API's user or root, by SO_PEERCRED. One that closes its connection while its
-claim waits gives the place up; a claim whose answer nobody receives is released again, unless an
-Idempotency-Key from outside promises that somebody will ask for it once more.
+A caller is the API's user or root, by SO_PEERCRED. When it closes its connection while its claim waits, the claim is
+cancelled; a claim whose response cannot be delivered is abandoned and its slot ended, unless it has an Idempotency-Key
+of the caller, because then a repeated request is to get the same slot.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import inspect
 import os
 import socket
-import struct
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Callable, Collection, Iterator
+from typing import TypeVar
 
 from nbagent.core.errors import BadRequest, Forbidden, NbagentError
-from nbagent.supervisor.aio import readable
 from nbagent.supervisor.calls import Calls
-from nbagent.wire import control
+from nbagent.wire import control, operations
+from nbagent.wire.aio import receive
+from nbagent.wire.channel import Channel, Message
+from nbagent.wire.fields import MalformedMessage, mapping, text
+from nbagent.wire.operations import Arguments, Operation
+
+A = TypeVar("A", bound=Arguments)
+R = TypeVar("R")
+# Reads an operation's arguments from a request, and calls the supervisor with them.
+Handler = Callable[[Message], object]
+
+
+def handlers(calls: Calls) -> dict[str, Handler]:
+    """The operations of nbagent.wire.operations, each with the call that it is."""
+    return dict([
+        _handler(operations.CLAIM, lambda args: calls.claim(args.options, args.key, args.client)),
+        _handler(operations.SLOTS, lambda _: calls.list_slots()),
+        _handler(operations.SLOT, lambda args: calls.slot(args.id)),
+        _handler(operations.UPDATE, lambda args: calls.update(args.id, args.options)),
+        _handler(operations.RELEASE, lambda args: calls.release(args.id)),
+        _handler(operations.DRAIN, lambda _: calls.set_draining(True)),
+        _handler(operations.UNDRAIN, lambda _: calls.set_draining(False)),
+        _handler(operations.RECYCLE_POOL, lambda _: calls.recycle_pool()),
+        _handler(operations.STATS, lambda _: calls.stats()),
+        _handler(operations.IMAGES, lambda _: calls.images()),
+    ])
+
+
+def _handler(operation: Operation[A, R], call: Callable[[A], object]) -> tuple[str, Handler]:
+    def handle(request: Message) -> object:
+        return call(operation.restore(mapping(request.body, "args"), request))
+
+    return operation.name, handle
 
 
 class ControlServer:
@@ -29,6 +59,7 @@ class ControlServer:
         self.calls = calls
         self.listener = listener
         self.allowed_uids = allowed_uids
+        self._handlers = handlers(calls)
 
     async def serve(self) -> None:
         """Accepts until cancelled. Raises OSError when it cannot."""
@@ -50,105 +81,88 @@ class ControlServer:
             if not failed.done():
                 failed.set_exception(error)
             return
-        self.calls.agent.spawn(self._serve_one(connection))
+        self.calls.spawn(self._serve_one(Channel(connection, control.REQUEST_MAX_BYTES)))
 
-    async def _serve_one(self, connection: socket.socket) -> None:
-        """One request and its answer. No other task has its turn between a warm slot's claim and the answer."""
-        with connection:
-            connection.setblocking(False)
+    async def _serve_one(self, channel: Channel) -> None:
+        """One request and its response. No other task runs between a warm slot's claim and the response."""
+        with channel:
+            channel.socket.setblocking(False)
             try:
-                payload = await _received(connection)
-            except (OSError, ValueError) as error:
+                request = await receive(channel)
+            except (OSError, MalformedMessage) as error:
                 with contextlib.suppress(OSError):
-                    control.send(connection, {"error": BadRequest(f"unreadable: {error}").to_wire()})
+                    channel.send({"error": BadRequest(str(error)).to_wire()})
                 return
-            if not payload:
+            if request is None:
                 return
-            answer, nobody_asks_again = await self._answer(connection, payload)
+            # Open until the claim is complete, because its files are in a descriptor of the request.
+            with request:
+                response, claimed = await self._respond(channel, request)
             try:
-                control.send(connection, answer)
-                # The kernel puts the one it wakes on this processor, as if we were to sleep now.
+                channel.send(response)
+                # The kernel runs the process that the response wakes on this processor, once this process yields it.
                 os.sched_yield()
             except OSError:
-                if nobody_asks_again and "ok" in answer:
-                    # After what the claim has yet to say.
-                    asyncio.get_running_loop().call_soon(self.calls.abandon, answer["ok"]["slot"])
+                if claimed is not None:
+                    # In the loop's next turn, because the claim's own event is emitted there.
+                    asyncio.get_running_loop().call_soon(self.calls.abandon, claimed)
 
-    async def _answer(self, connection: socket.socket, payload: bytes) -> tuple[dict[str, Any], bool]:
-        """The answer, and whether it is a claim's that is lost when this connection is."""
-        own = False
+    async def _respond(self, channel: Channel, request: Message) -> tuple[dict[str, object], str | None]:
+        """The response, and the slot to abandon when the response cannot be delivered."""
         try:
-            _check_peer(connection, self.allowed_uids)
-            request = _request(payload)
-            own = request["op"] == "claim" and request["args"]["key"].startswith(control.OWN_KEY_PREFIX)
-            with _until_gone(connection) if own else contextlib.nullcontext():
-                return {"ok": await self._dispatch(request)}, own
+            _check_peer(channel, self.allowed_uids)
+            name = text(request.body, "op")
+            if (handler := self._handlers.get(name)) is None:
+                raise BadRequest(f"unknown operation {name[:40]!r}")
+            is_lost = name == operations.CLAIM.name and _has_own_key(request)
+            with _cancelled_with(channel) if is_lost else contextlib.nullcontext():
+                result = handler(request)
+                if inspect.isawaitable(result):
+                    result = await result
+            return {"ok": result}, str(result["slot"]) if is_lost and isinstance(result, dict) else None
         except NbagentError as error:
-            return {"error": error.to_wire()}, own
+            return {"error": error.to_wire()}, None
+        except MalformedMessage as error:
+            return {"error": BadRequest(str(error)).to_wire()}, None
         except Exception as error:
             asyncio.get_running_loop().call_exception_handler(
                 {"message": "a request failed unexpectedly", "exception": error}
             )
-            return {"error": NbagentError("the supervisor failed; its journal says more").to_wire()}, own
-
-    async def _dispatch(self, request: dict[str, Any]) -> Any:
-        calls, op, args = self.calls, request["op"], request["args"]
-        match op:
-            case "claim":
-                return await calls.claim(args.get("options", {}), args["key"], str(args.get("client", "?")))
-            case "slots":
-                return calls.list_slots()
-            case "slot":
-                return calls.slot(str(args.get("id")))
-            case "update":
-                return calls.update(str(args.get("id")), args.get("options", {}))
-            case "release":
-                return calls.release(str(args.get("id")))
-            case "drain" | "undrain":
-                return calls.set_draining(op == "drain")
-            case "recycle_pool":
-                return calls.recycle_pool()
-            case "stats":
-                return calls.stats()
-            case "images":
-                return calls.images()
-        raise BadRequest(f"unknown request {op!r}")
+            failed = NbagentError("an error in the supervisor; its journal has the details: journalctl -u nbagent")
+            return {"error": failed.to_wire()}, None
 
 
 async def serve_check(calls: Calls, listener: socket.socket) -> None:
-    """Answers HAProxy's agent-check until cancelled: one line, then the connection ends.
+    """Responds to HAProxy's agent-check until cancelled: one line, then the connection is closed.
 
-    `ready` takes a server out of the drain that `drain` put it into; nothing is ever read.
+    `ready` ends the drain that `drain` began. Nothing is read from the connection.
     """
     listener.setblocking(False)
     while True:
         connection, _ = await asyncio.get_running_loop().sock_accept(listener)
         with connection, contextlib.suppress(OSError):
-            line = "drain" if calls.agent.draining else f"ready {calls.free_percent()}%"
+            line = "drain" if calls.draining else f"ready {calls.free_percent()}%"
             connection.send(f"{line}\n".encode())
 
 
-async def _received(connection: socket.socket) -> bytes:
-    """What the caller asks, which mostly is there with its connection; b"" when it left."""
-    while True:
-        try:
-            return control.receive_bytes(connection, control.REQUEST_MAX_BYTES)
-        except BlockingIOError:
-            await readable(connection.fileno())
+def _has_own_key(request: Message) -> bool:
+    key = mapping(request.body, "args").get("key")
+    return isinstance(key, str) and key.startswith(operations.OWN_KEY_PREFIX)
 
 
 @contextlib.contextmanager
-def _until_gone(connection: socket.socket) -> Iterator[None]:
-    """Cancels the current task when the caller closes its connection meanwhile."""
-    task, loop, fd = asyncio.current_task(), asyncio.get_running_loop(), connection.fileno()
-    assert task is not None
+def _cancelled_with(channel: Channel) -> Iterator[None]:
+    """Cancels the current task when the caller closes its connection."""
+    task, loop, fd = asyncio.current_task(), asyncio.get_running_loop(), channel.fileno()
+    if task is None:
+        raise RuntimeError("a request is served in a task")
 
-    def gone() -> None:
+    def closed() -> None:
         loop.remove_reader(fd)
         task.cancel()
 
-    # In the loop's next turn: most claims are answered in this one.
-    watch = loop.call_soon(loop.add_reader, fd, gone)
+    # In the loop's next turn, because most claims are complete in this one.
+    watch = loop.call_soon(loop.add_reader, fd, closed)
     try:
         yield
     finally:
@@ -156,23 +170,7 @@ def _until_gone(connection: socket.socket) -> Iterator[None]:
         loop.remove_reader(fd)
 
 
-def _request(payload: bytes) -> dict[str, Any]:
-    try:
-        request = json.loads(payload)
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(f"the request is not JSON: {error}") from None
-    if not isinstance(request, dict):
-        raise BadRequest("a request is an object")
-    if not isinstance(request.get("op"), str) or not isinstance(request.get("args"), dict):
-        raise BadRequest('a request is {"op": str, "args": {...}}')
-    options, key = request["args"].get("options", {}), request["args"].get("key")
-    if not isinstance(options, dict) or not isinstance(key, str if request["op"] == "claim" else type(None)):
-        raise BadRequest("options must be an object, and a claim has a key, a string")
-    return request
-
-
-def _check_peer(connection: socket.socket, allowed_uids: Collection[int]) -> None:
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
+def _check_peer(channel: Channel, allowed_uids: Collection[int]) -> None:
+    uid = channel.peer_uid()
     if uid not in allowed_uids:
-        raise Forbidden(f"user id {uid} may not ask the supervisor")
+        raise Forbidden(f"user id {uid} may not use the control socket")

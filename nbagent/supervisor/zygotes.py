@@ -1,93 +1,92 @@
-"""The zygotes: one for each image whose slots are forked, and the launcher that has them fork.
+"""The zygotes: one for each image whose slots are forked, and the launcher that starts slots by fork.
 
-A zygote and its keeper are a unit of systemd's, `nbagent-zygote@IMAGE:GENERATION.service`. The keeper connects
-here, and that connection is the zygote: closed by either side, it is over, and no slot with it. So a supervisor
-that starts begins with zygotes of its own. A zygote that has forked many slots or is old is replaced by one that
-is ready; one that ended, or does not answer, by one that is started then, and slots start by exec until it is
-there.
+A zygote and its zygote service are one systemd unit, `nbagent-zygote@IMAGE:GENERATION.service`. The service connects to
+the supervisor. When either side closes the connection, the service and the zygote end, and no slot ends with them; so a
+supervisor that starts begins with new zygotes. A zygote that has forked many slots or is old is replaced when the next
+one is ready. After one that ended or did not respond, another is started, and slots start by exec until it is ready.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import secrets
 import socket
-import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from nbagent.config.host_config import HostConfig
+from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event, emit
-from nbagent.core.model import Limits, Slot, SlotState, now
+from nbagent.core.model import Slot, now
 from nbagent.image.store import Image
 from nbagent.linux import cgroup, journal
 from nbagent.policy.pool import backoff
 from nbagent.runtime.zygote_service import ZYGOTE_PATH
-from nbagent.sandbox.plan import CODE_PATH
 from nbagent.sandbox.spec import SandboxSpec
-from nbagent.supervisor.aio import readable
 from nbagent.supervisor.launcher import (
     Attach,
     ExecLauncher,
     Launched,
-    Parts,
     Scope,
+    SlotStart,
     forked_filter,
-    forking_filter,
     pid_of,
-    sandbox_spec,
+    zygote_spec,
 )
 from nbagent.systemd.bus import JobFailed, Systemd
+from nbagent.wire import fields
+from nbagent.wire.aio import readable, receive
+from nbagent.wire.channel import Channel
+from nbagent.wire.failure import StepFailed
+from nbagent.wire.fields import MalformedMessage
 
-# From a request to the processes of the slot; the keeper itself gives its zygote up before.
+# From a request to the processes of the slot; the zygote service's own timeout for its zygote is shorter.
 FORK_TIMEOUT_S = 10.0
 HELLO_TIMEOUT_S = 20.0
-# A zygote takes 5 to 11 s of a processor to make, 60 slots a second take both (packaging/docs/density.md). While a
-# former one forks, the next has what nobody else wants; for so long, then it is made at its full weight.
+# A zygote takes 5 to 11 s of processor time to start, and 60 slots a second take both processors
+# (packaging/docs/density.md). While the former one forks, the next starts at the lowest weight; after PATIENCE_S it
+# gets its full weight.
 PATIENCE_S = 300.0
 CPU_WEIGHT, CPU_WEIGHT_GIVING_WAY = 100, 1
-# Whatever it is: what waits for it goes on.
+# To the pipe and to the slot's control socket. One write without a message, because its reader may touch no memory
+# before it is in the slot's scope.
 GO = b"go"
-_PACKET_BYTES = 65536
 
 
-class ZygoteGone(Exception):
-    """A zygote that did not fork: it ended, or does not answer."""
+class ZygoteServiceFailed(Exception):
+    """A zygote service did not fork: it ended, or does not respond."""
 
 
 @dataclass(eq=False)
 class Zygote:
-    """One zygote. `connection` leads to its keeper."""
+    """One zygote. `channel` leads to its zygote service."""
 
     instance: str
     image: Image
-    connection: socket.socket
+    channel: Channel
     born_s: float
     forks: int = 0
 
     @property
     def unit(self) -> str:
-        """The unit of it and its keeper."""
+        """The unit of the zygote and its service."""
         return unit_of(self.instance)
 
     def dismiss(self) -> None:
-        """Lets it end when it has made the slots it was asked for."""
-        # Closed under the watch, the descriptor might be another's before the watch ends.
+        """Makes it end after the forks that it was already requested to do."""
+        # Not close, because the descriptor's number might be reused while _watch still waits for it.
         with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
+            self.channel.socket.shutdown(socket.SHUT_WR)
 
 
 @dataclass(eq=False)
 class ZygotePool:
-    """What is known of one image's zygotes. `zygote` is the one that forks; `task` brings up the next.
+    """The zygotes of one image. `zygote` is the one that forks; `task` starts the next.
 
-    `first_try_done` is set when the first has come up, or has failed to; `no_zygote` while there is none that forks.
+    `first_try_done` is set when the first has started or failed to start; `no_zygote` while there is none that forks.
     """
 
     image: Image
@@ -102,21 +101,21 @@ class ZygotePool:
 
 
 class Zygotes:
-    """The zygotes of this host. `changed` is called when slots of an image start in another way than before."""
+    """The zygotes of this host. `changed` is called when the way in which an image's slots start has changed."""
 
-    def __init__(self, config: HostConfig, systemd: Systemd, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, config: CurrentConfig, systemd: Systemd, changed: Callable[[], None] = lambda: None) -> None:
         self.config = config
         self.changed = changed
         self._systemd = systemd
         self._pools: dict[str, ZygotePool] = {}
-        self._expected: dict[str, asyncio.Future[socket.socket]] = {}
+        self._expected: dict[str, asyncio.Future[Channel]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
 
     async def open(self, path: Path = Path(ZYGOTE_PATH)) -> None:
-        """Ends what is left of a former supervisor's zygotes, and listens for keepers."""
+        """Stops the zygotes of a former supervisor, and listens for zygote services."""
         for unit in self._systemd.zygotes():
-            # Asked to: what has lost its supervisor while it started is no failure.
+            # By a stop job, so that the end of a unit that was starting is not counted as a failure.
             with contextlib.suppress(OSError):
                 await self._systemd.stop(unit)
         path.unlink(missing_ok=True)
@@ -131,7 +130,7 @@ class Zygotes:
         self._spawn(self._accept(self._listener))
 
     async def close(self) -> None:
-        """Lets go of all zygotes, which end; slots do not."""
+        """Ends all zygotes; slots go on."""
         self.want({})
         for task in self._tasks:
             task.cancel()
@@ -140,7 +139,7 @@ class Zygotes:
             self._listener.close()
 
     def want(self, images: Mapping[str, Image]) -> None:
-        """Has a zygote for each of these images that forks its slots, and for no other."""
+        """Starts a zygote for each of these images whose slots are forked, and ends the zygotes of other images."""
         wanted = {name: image for name, image in images.items() if image.launch == "fork"}
         for name, pool in list(self._pools.items()):
             if wanted.get(name) != pool.image:
@@ -160,7 +159,7 @@ class Zygotes:
         return "fork" if pool is not None and (pool.zygote or not pool.first_try_done.is_set()) else "exec"
 
     async def zygote_for(self, slot: Slot) -> Zygote | None:
-        """Who forks this slot; None where it starts by exec. The first zygote of an image is waited for."""
+        """The zygote that forks this slot; None where it starts by exec. Waits for the first zygote of an image."""
         pool = self._pools.get(slot.image)
         if pool is None or pool.image.digest != slot.digest:
             return None
@@ -175,20 +174,20 @@ class Zygotes:
             self._review(pool)
 
     def review(self) -> None:
-        """Replaces the zygotes that have done their share; from time to time, as one that forks nothing ages too."""
+        """Replaces zygotes that are due; called periodically, because a zygote that forks nothing ages too."""
         for pool in self._pools.values():
             self._review(pool)
 
     def _review(self, pool: ZygotePool) -> None:
         if (zygote := pool.zygote) is None or pool.task is not None:
             return
-        settings, age_s = self.config.pool, now() - zygote.born_s
+        settings, age_s = self.config.value.pool, now() - zygote.born_s
         if zygote.forks >= settings.zygote_slots or age_s >= settings.zygote_age:
             emit(Event.ZYGOTE_REPLACED, zygote=zygote.instance, text=f"{zygote.forks} slots in {age_s:.0f} s")
             pool.task = self._spawn(self._bring_up(pool))
 
     def give_up(self, zygote: Zygote, text: str) -> None:
-        """Ends a zygote that is no good, and starts another."""
+        """Ends a zygote that failed, and starts another."""
         pool = self._pools.get(zygote.image.name)
         if pool is None or pool.zygote is not zygote:
             return
@@ -220,14 +219,14 @@ class Zygotes:
             await self._systemd.stop(zygote.unit)
 
     async def _bring_up(self, pool: ZygotePool) -> None:
-        """Until there is a new zygote, which takes the place of the former."""
+        """Starts a zygote, again after each failure, and replaces the former one by it."""
         while True:
-            settings = self.config.pool
+            settings = self.config.value.pool
             await asyncio.sleep(backoff(pool.failures, settings.backoff, settings.backoff_max))
             began_s, instance = now(), f"{pool.image.name}:{secrets.token_hex(3)}"
             try:
-                connection = await self._start(pool, instance)
-            except (OSError, JobFailed, TimeoutError, StartFailed) as error:
+                channel = await self._start(pool, instance)
+            except (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage) as error:
                 text = str(error) or f"not ready after {now() - began_s:.0f} s"
                 pool.failures += 1
                 self._say_ended(pool, instance, text)
@@ -235,7 +234,7 @@ class Zygotes:
                     await self._systemd.stop(unit_of(instance))
                 pool.first_try_done.set()
                 continue
-            former, pool.zygote = pool.zygote, Zygote(instance, pool.image, connection, now())
+            former, pool.zygote = pool.zygote, Zygote(instance, pool.image, channel, now())
             pool.no_zygote.clear()
             pool.task = None
             emit(Event.ZYGOTE_READY, zygote=instance, image=pool.image.name, took_ms=round((now() - began_s) * 1000))
@@ -246,8 +245,10 @@ class Zygotes:
             self.changed()
             return
 
-    async def _start(self, pool: ZygotePool, instance: str) -> socket.socket:
-        """Starts a zygote, and returns when it is ready. Raises OSError, JobFailed, TimeoutError or StartFailed."""
+    async def _start(self, pool: ZygotePool, instance: str) -> Channel:
+        """Starts a zygote, and returns when it is ready. Raises OSError, JobFailed, TimeoutError,
+        StartFailed or MalformedMessage.
+        """
         unit, gives_way = unit_of(instance), pool.zygote is not None
         if gives_way:
             self._systemd.set_cpu_weight(unit, CPU_WEIGHT_GIVING_WAY)
@@ -257,38 +258,44 @@ class Zygotes:
             if gives_way:
                 await asyncio.wait({made, no_zygote}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
                 self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
-            async with asyncio.timeout(self.config.slots.start_timeout):
+            async with asyncio.timeout(self.config.value.slots.start_timeout):
                 return await made
         finally:
             made.cancel()
             no_zygote.cancel()
 
-    async def _made(self, image: Image, instance: str) -> socket.socket:
-        hello = self._expected[instance] = asyncio.get_running_loop().create_future()
+    async def _made(self, image: Image, instance: str) -> Channel:
+        connected = self._expected[instance] = asyncio.get_running_loop().create_future()
         try:
             await self._systemd.start(unit_of(instance))
-            connection: socket.socket = await hello
+            channel: Channel = await connected
         finally:
             del self._expected[instance]
         try:
-            spec = zygote_spec(image, self.config.slots.storage_bytes)
-            connection.send(json.dumps({"spec": spec.save(), "preload": list(image.preload)}).encode())
-            answer = json.loads(await _packet(connection) or b"{}")
-            if "ready" not in answer:
-                failed = answer.get("failed", {"text": "its keeper ended"})
-                raise StartFailed(str(failed["text"]), step="zygote")
+            spec = zygote_spec(image, self.config.value.slots.storage_bytes)
+            channel.send({"spec": spec.save(), "preload": list(image.preload)})
+            response = await receive(channel)
+            if response is None:
+                raise StartFailed("the zygote service ended", step="zygote")
+            with response:
+                response.raise_failure()
+                if "ready" not in response.body:
+                    raise MalformedMessage("expected ready or a failure")
+        except StepFailed as error:
+            channel.close()
+            raise StartFailed.at(*error.failure) from error
         except BaseException:
-            connection.close()
+            channel.close()
             raise
-        return connection
+        return channel
 
     async def _watch(self, pool: ZygotePool, zygote: Zygote) -> None:
-        """Notices the end of a zygote."""
-        with zygote.connection:
-            await readable(zygote.connection.fileno())
+        """Replaces a zygote when it ends."""
+        with zygote.channel:
+            await readable(zygote.channel.fileno())
         if pool.zygote is zygote:
-            # A life of some length makes good for the failures before.
-            if now() - zygote.born_s > self.config.pool.backoff_max:
+            # A zygote that has run for backoff_max ends the series of failures.
+            if now() - zygote.born_s > self.config.value.pool.backoff_max:
                 pool.failures = 0
             self.give_up(zygote, "it ended")
 
@@ -297,23 +304,24 @@ class Zygotes:
         while True:
             connection, _ = await loop.sock_accept(listener)
             connection.setblocking(False)
-            self._spawn(self._greet(connection))
+            self._spawn(self._greet(Channel(connection)))
 
-    async def _greet(self, connection: socket.socket) -> None:
-        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-        try:
+    async def _greet(self, channel: Channel) -> None:
+        expected = None
+        with contextlib.suppress(TimeoutError, OSError, MalformedMessage):
             async with asyncio.timeout(HELLO_TIMEOUT_S):
-                hello = json.loads(await _packet(connection))
-            expected = self._expected.get(str(hello["unit"]))
-        except (TimeoutError, OSError, ValueError, KeyError, TypeError):
-            expected = None
-        if expected is None or expected.done() or struct.unpack("3i", credentials)[1] != 0:
-            connection.close()
+                hello = await receive(channel)
+            if hello is not None:
+                with hello:
+                    unit = fields.text(hello.body, "unit")
+                    expected = self._expected.get(unit) if channel.peer_uid() == 0 else None
+        if expected is None or expected.done():
+            channel.close()
         else:
-            expected.set_result(connection)
+            expected.set_result(channel)
 
-    def _spawn(self, work: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.ensure_future(work)
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -325,7 +333,7 @@ class ForkLauncher:
     def __init__(self, zygotes: Zygotes) -> None:
         self.zygotes = zygotes
         self._exec = ExecLauncher()
-        # Where the service may not do that, moves take as long as they take.
+        # Without it, for want of a permission, moves into a scope are slower.
         self._primer: cgroup.MigrationPrimer | None = None
         with contextlib.suppress(OSError):
             self._primer = cgroup.MigrationPrimer()
@@ -339,7 +347,7 @@ class ForkLauncher:
             try:
                 forked = spec._replace(forked=True, forked_filter=forked_filter())
                 return await self._fork(zygote, slot, forked, listener, scope, attach)
-            except ZygoteGone as error:
+            except ZygoteServiceFailed as error:
                 self.zygotes.give_up(zygote, str(error))
                 await scope.stop()
             finally:
@@ -349,23 +357,23 @@ class ForkLauncher:
     async def _fork(
         self, zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
     ) -> Launched:
-        with Parts(slot) as parts, contextlib.ExitStack() as stack:
-            go_fd = _ask(zygote, slot, spec, listener, parts)
+        with SlotStart(slot) as start, contextlib.ExitStack() as stack:
+            go_fd = _request_fork(zygote, slot, spec, listener, start)
             stack.callback(os.close, go_fd)
             self.zygotes.forked(zygote)
-            init, = await _forked(parts, "init")
+            init, = await _forked(start, "init")
             mine = stack.enter_context(contextlib.ExitStack())
             mine.callback(os.close, init)
             pids = _pids([init], slot, zygote)
-            # Alone, a slot has its scope and builds its root while the zygote still forks. That is one call of PID 1's
-            # more, a millisecond, which among others only holds those up.
-            early = asyncio.ensure_future(_enclose(scope, pids[:], parts)) if self._under_way == 1 else None
+            # A slot that starts alone gets its scope and builds its root while the zygote still forks. That is one
+            # call of PID 1 more, a millisecond, which delays slots that start at the same time.
+            early = asyncio.ensure_future(_enclose(scope, pids[:], start)) if self._under_way == 1 else None
             try:
-                server_fd, = await _forked(parts, "fork_server")
+                server_fd, = await _forked(start, "fork_server")
                 stack.callback(os.close, server_fd)
                 pids += _pids([server_fd], slot, zygote)
                 if early is None:
-                    await _enclose(scope, pids, parts)
+                    await _enclose(scope, pids, start)
                 else:
                     await early
                     scope.add(pids[1:])
@@ -374,74 +382,59 @@ class ForkLauncher:
                     early.cancel()
                     await asyncio.gather(early, return_exceptions=True)
             os.write(go_fd, GO)
-            launched = await parts.running(init, spec, attach)
+            launched = await start.wait_running(init, spec, attach)
             mine.pop_all()
             return launched
 
     def prepare(self) -> None:
-        """Sees to it that PID 1 does not wait, by the time when it is to move the slot's processes into their scope."""
+        """Primes PID 1, so that moving the slot's processes into their scope does not wait for an RCU grace period."""
         if self._primer is not None and self._under_way == 0:
             self._primer.prime()
 
 
-def _ask(zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, parts: Parts) -> int:
-    """Asks the zygote's keeper for a slot. Returns where its server is told to go on. Raises ZygoteGone."""
+def _request_fork(zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, start: SlotStart) -> int:
+    """Requests a slot from the zygote service. Raises ZygoteServiceFailed.
+
+    Returns the end of the pipe that unblocks the slot's fork server; it is the caller's.
+    """
     go_read, go_write = os.pipe()
-    with parts.theirs, open(go_read), journal.stream(slot.id, slot.scope) as stream:
-        fds = [parts.theirs.fileno(), listener.fileno(), parts.activity_fd, parts.config_fd, stream.fileno(), go_read]
+    with start.peer, open(go_read), journal.stream(slot.id, slot.scope) as stream:
+        fds = {"control": start.peer.fileno(), "stream": stream.fileno(), "go": go_read, **start.descriptors(listener)}
         try:
-            socket.send_fds(zygote.connection, [json.dumps(spec.save()).encode()], fds)
+            zygote.channel.send({"spec": spec.save()}, fds)
         except OSError as error:
             os.close(go_write)
-            raise ZygoteGone(f"its keeper takes no request: {error}") from error
+            raise ZygoteServiceFailed(f"the zygote service takes no request: {error}") from error
     return go_write
 
 
-async def _forked(parts: Parts, *names: str) -> list[int]:
-    """Pidfds of processes that are forked. Raises ZygoteGone."""
+async def _forked(start: SlotStart, name: str) -> list[int]:
+    """The pidfd of a forked process. Raises ZygoteServiceFailed."""
     try:
         async with asyncio.timeout(FORK_TIMEOUT_S):
-            return await parts.given(*names)
+            return await start.receive_fds(name)
     except (TimeoutError, StartFailed) as error:
-        raise ZygoteGone(str(error) or f"no fork within {FORK_TIMEOUT_S:g} s") from error
+        raise ZygoteServiceFailed(str(error) or f"no fork within {FORK_TIMEOUT_S:g} s") from error
 
 
-async def _enclose(scope: Scope, pids: list[int], parts: Parts) -> None:
-    """Makes the slot's scope, of which the first process is told that it may begin."""
+async def _enclose(scope: Scope, pids: list[int], start: SlotStart) -> None:
+    """Starts the slot's scope, and unblocks the first process in it."""
     await scope.start(pids)
-    parts.control.send(GO)
+    start.control.socket.send(GO)
 
 
 def _pids(pidfds: list[int], slot: Slot, zygote: Zygote) -> list[int]:
-    """The processes of pidfds. Raises StartFailed when one has ended, or is not what it should be.
+    """The processes of pidfds. Raises StartFailed when one has ended, or is not of the zygote's unit.
 
-    They are the word of an image: only what is forked in its own unit is taken for a slot.
+    The zygote, which is an image's code, sent the pidfds, so a process is accepted only when it was forked in the unit.
     """
     pids = [pid_of(fd, slot) for fd in pidfds]
     for pid in pids:
         if cgroup.unit_of_process(pid) != zygote.unit:
-            raise StartFailed(f"process {pid} is none of {zygote.unit}", step="fork")
+            raise StartFailed(f"process {pid} does not belong to {zygote.unit}", step="fork")
     return pids
 
 
 def unit_of(instance: str) -> str:
     """The unit of a zygote."""
     return f"nbagent-zygote@{instance}.service"
-
-
-def zygote_spec(image: Image, storage_bytes: int) -> SandboxSpec:
-    """The sandbox of a zygote of `image`: a slot's, as nobody's."""
-    nobody = Slot(
-        id="zygote", image=image.name, digest=image.digest, id_base=image.id_base, uid=0, state=SlotState.STARTING,
-        limits=Limits(0, 0, None, 0), token="", created_s=0.0,
-    )
-    assert image.python is not None
-    return sandbox_spec(nobody, image, storage_bytes, 0.0)._replace(
-        user="root", command=[image.python, "-I", f"{CODE_PATH}/zygote/zygote.py"],
-        syscall_filter=forking_filter(),
-    )
-
-
-async def _packet(connection: socket.socket) -> bytes:
-    await readable(connection.fileno())
-    return connection.recv(_PACKET_BYTES)

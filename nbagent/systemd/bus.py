@@ -1,8 +1,7 @@
-"""systemd's manager over the system bus, by pystemd; the only place that knows its shapes.
+"""systemd's manager on the system bus, by pystemd; the only module that knows pystemd and its lack of types.
 
-Calls block for the few milliseconds that PID 1 takes (3 ms for a scope, 1.2 ms for a change of
-limits; shared/facts.md), jobs are awaited: the bus's descriptor is watched by the event loop and
-JobRemoved wakes whoever waits.
+A method call blocks the event loop until PID 1 replies: about 3 ms for a scope, 1.2 ms for a change of limits. Jobs
+are awaited instead: the event loop watches the bus's descriptor, and the signal JobRemoved completes a job's future.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from pystemd import dbusexc
 from pystemd.dbuslib import DBus
@@ -22,13 +21,13 @@ from nbagent.core.model import Limits
 
 SLICE = "nbagent-slots.slice"
 INFINITY = 2**64 - 1
-# The signals that the supervisor handles; no other interrupts a call.
+# The signals for which the supervisor has handlers, and which therefore interrupt a call.
 HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
-# PID 1 takes milliseconds to put processes into a scope, or seconds when it is busy with a thousand others.
+# PID 1 needs milliseconds to move processes into a scope, but seconds while it starts a thousand others.
 PLACED_MAX_S = 5.0
 
-# What Debian 12's pystemd 0.11 does not know yet.
+# Property types that pystemd 0.11 (Debian 12) lacks.
 KNOWN_UNIT_SIGNATURES.update(
     {
         b"CPUAccounting": b"b",
@@ -44,12 +43,25 @@ KNOWN_UNIT_SIGNATURES.update(
 _MANAGER = (b"org.freedesktop.systemd1", b"/org/freedesktop/systemd1", b"org.freedesktop.systemd1.Manager")
 
 
+Value = bool | int | bytes | Sequence[int] | Sequence[bytes]
+
+
+class _Message(Protocol):
+    """The part of pystemd's DbusMessage that is used here; `body` as in JobRemoved: number, path, unit, result."""
+
+    body: tuple[int, bytes, bytes, bytes]
+
+    def is_empty(self) -> bool: ...
+
+    def process_reply(self, with_headers: bool, /) -> None: ...
+
+
 class JobFailed(Exception):
-    """A job ended otherwise than done: timeout, failed, canceled, dependency, skipped."""
+    """A job's result is not `done` but timeout, failed, canceled, dependency or skipped."""
 
 
 class Systemd:
-    """The manager of this host, for one event loop."""
+    """The systemd manager of this host, for one event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -58,9 +70,9 @@ class Systemd:
         self._manager: Any = Manager(bus=self._bus, _autoload=True)
         self._jobs: dict[bytes, asyncio.Future[str]] = {}
 
-        # pystemd hangs an attribute on the callback, which a bound method refuses, and keeps no
-        # reference to it: one that is collected crashes the process at the next signal.
-        def job_removed(message: Any, error: Any = None, userdata: Any = None) -> None:
+        # A function, because pystemd sets an attribute on the callback, which bound methods do not support. It is kept
+        # in self, because pystemd holds no reference to it: after its collection the next signal would crash Python.
+        def job_removed(message: _Message, error: object = None, userdata: object = None) -> None:
             self._job_removed(message)
 
         self._callback = job_removed
@@ -69,7 +81,7 @@ class Systemd:
         self._loop.add_reader(self._bus.get_fd(), self._process)
 
     def close(self) -> None:
-        """Lets go of the bus; what waits for a job is cancelled."""
+        """Closes the bus and cancels the futures of all jobs."""
         self._loop.remove_reader(self._bus.get_fd())
         self._bus.close()
         for job in self._jobs.values():
@@ -78,15 +90,15 @@ class Systemd:
     async def start_scope(
         self, name: str, pids: Sequence[int], description: str, limits: Limits, **settings: float
     ) -> None:
-        """Puts processes into a new scope below the slots' slice, and waits until they are there, when cancelled too.
+        """Moves processes into a new scope in the slots' slice and waits until they are there, also when cancelled.
 
         `settings`: `runtime_max_s`, `stop_timeout_s`. Raises JobFailed or OSError.
         """
-        properties: dict[bytes, Any] = {
+        properties: dict[bytes, Value] = {
             b"CollectMode": b"inactive-or-failed",
             b"CPUAccounting": True,
-            # No controller is delegated and nobody inside sees the cgroup; but only such a unit takes another
-            # process later (AttachProcessesToUnit).
+            # Delegation without controllers, because AttachProcessesToUnit accepts only delegated units. The slot's
+            # processes do not see the cgroup file system.
             b"DelegateControllers": [],
             b"Description": description.encode(),
             b"MemoryAccounting": True,
@@ -101,15 +113,15 @@ class Systemd:
         try:
             job = self._call("StartTransientUnit", name.encode(), b"fail", properties)
         except OSError as error:
-            # Some builds of 249 and 252 refuse this one; without it an OOM kill ends the scope.
+            # Some builds of systemd 249 and 252 lack OOMPolicy for scopes, and stop the scope after an OOM kill.
             if "OOMPolicy" not in str(error):
                 raise
             del properties[b"OOMPolicy"]
             job = self._call("StartTransientUnit", name.encode(), b"fail", properties)
-        await self._done(job, also_when_cancelled=True)
+        await self._wait_for(job, also_when_cancelled=True)
 
     def attach(self, name: str, pids: Sequence[int]) -> None:
-        """Puts more processes into a running scope. Raises OSError."""
+        """Moves more processes into a running scope. Raises OSError."""
         self._call("AttachProcessesToUnit", name.encode(), b"", list(pids))
 
     def set_limits(self, name: str, limits: Limits) -> None:
@@ -117,25 +129,25 @@ class Systemd:
         self._call("SetUnitProperties", name.encode(), True, _limits(limits))
 
     def set_swap(self, name: str, size_bytes: int) -> None:
-        """Changes how much memory of a running scope may be swapped out; 0 as it starts. Raises OSError."""
+        """Changes MemorySwapMax of a running scope, which starts with 0. Raises OSError."""
         self._call("SetUnitProperties", name.encode(), True, {b"MemorySwapMax": size_bytes})
 
     def set_cpu_weight(self, name: str, weight: int) -> None:
-        """Changes the weight of a service, or sets that of one that is started next. Raises OSError.
+        """Changes CPUWeight of a service, which may be inactive. Raises OSError.
 
-        systemd keeps it in a file until the host ends, or it is told to forget that (RevertUnitFiles).
+        systemd keeps the value as a drop-in in /run until the host reboots or RevertUnitFiles removes it.
         """
         self._call("SetUnitProperties", name.encode(), True, {b"CPUWeight": weight})
 
     async def start(self, name: str, *, anew: bool = False) -> None:
-        """Starts a unit, or starts it `anew`, and waits until it runs. Raises JobFailed or OSError."""
-        await self._done(self._call("RestartUnit" if anew else "StartUnit", name.encode(), b"replace"))
+        """Starts a unit, or with `anew` restarts it, and waits until it is active. Raises JobFailed or OSError."""
+        await self._wait_for(self._call("RestartUnit" if anew else "StartUnit", name.encode(), b"replace"))
 
     async def stop(self, name: str, *, at_once: bool = False) -> None:
-        """Ends a unit and waits for its end; one that is not there has ended. Raises OSError.
+        """Stops a unit and waits until it is inactive; does nothing when it is not loaded. Raises OSError.
 
-        `at_once` spares its processes the SIGTERM, for those that have nothing to save. The first
-        process of a pid namespace does not even hear one before it has a handler.
+        `at_once` sends SIGKILL instead of SIGTERM first, for processes that have nothing to save. PID 1 of a pid
+        namespace receives no SIGTERM before it has a handler for it, and the stop would take its whole timeout.
         """
         try:
             if at_once:
@@ -144,23 +156,24 @@ class Systemd:
         except FileNotFoundError:
             return
         with contextlib.suppress(JobFailed):
-            await self._done(job)
+            await self._wait_for(job)
 
     def scopes(self) -> Iterator[str]:
-        """The names of all slots' scopes that are not inactive."""
-        for unit in self._call("ListUnitsByPatterns", [], [b"nbagent-*.scope"]):
-            if unit[3] not in (b"inactive", b"failed"):
-                yield unit[0].decode()
+        """The names of all slots' scopes that are neither inactive nor failed."""
+        return self._active_units(b"nbagent-*.scope")
 
     def zygotes(self) -> Iterator[str]:
-        """The names of all zygotes' units that are not inactive."""
-        for unit in self._call("ListUnitsByPatterns", [], [b"nbagent-zygote@*.service"]):
-            if unit[3] not in (b"inactive", b"failed"):
-                yield unit[0].decode()
+        """The names of all zygotes' services that are neither inactive nor failed."""
+        return self._active_units(b"nbagent-zygote@*.service")
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        # A signal would break off the wait for an answer that comes all the same, and sd-bus calls that EINTR: a
-        # reload of the agent would fail the start of a slot. It is handled when the call is over.
+    def _active_units(self, pattern: bytes) -> Iterator[str]:
+        for name, _, _, active_state, *_ in self._call("ListUnitsByPatterns", [], [pattern]):
+            if active_state not in (b"inactive", b"failed"):
+                yield name.decode()
+
+    def _call(self, method: str, *arguments: Value | Mapping[bytes, Value]) -> Any:
+        # A signal during a call makes sd-bus return EINTR although the reply follows, so that a reload of the agent
+        # (SIGHUP) would fail the start of a slot. Blocked signals are handled after the call.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
             result = getattr(self._manager.Manager, method)(*arguments)
@@ -170,19 +183,19 @@ class Systemd:
             raise OSError(str(error)) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        # sd-bus may have read signals while it waited for the answer; the descriptor is then
-        # not readable any more, and nobody else would look.
+        # sd-bus can have read D-Bus signals into its queue while it waited for the reply. They make the descriptor
+        # not readable, so that the event loop's reader would not process them.
         self._loop.call_soon(self._process)
         return result
 
-    async def _done(self, job: bytes, *, also_when_cancelled: bool = False) -> None:
-        # In the turn of the loop that made the call: in the next one the signal may be here.
+    async def _wait_for(self, job: bytes, *, also_when_cancelled: bool = False) -> None:
+        # There is no await between the call and this line: JobRemoved can be processed in the next loop iteration.
         future = self._jobs.setdefault(job, self._loop.create_future())
         try:
             result = await asyncio.shield(future)
         except asyncio.CancelledError:
             if also_when_cancelled:
-                # Who gives up lets the processes end; to PID 1 that is a scope that failed, unless they are in it.
+                # A cancelled caller ends the processes. If they exit before PID 1 has moved them, the scope fails.
                 await asyncio.wait({future}, timeout=PLACED_MAX_S)
             raise
         finally:
@@ -194,7 +207,7 @@ class Systemd:
         while not self._bus.process().is_empty():
             pass
 
-    def _job_removed(self, message: Any) -> None:
+    def _job_removed(self, message: _Message) -> None:
         message.process_reply(False)
         _, job, _, result = message.body
         if (future := self._jobs.get(job)) and not future.done():
@@ -205,7 +218,7 @@ def _usec(seconds: float) -> int:
     return round(seconds * 1_000_000)
 
 
-def _limits(limits: Limits) -> Mapping[bytes, Any]:
+def _limits(limits: Limits) -> Mapping[bytes, Value]:
     quota = INFINITY if limits.cpu_quota is None else int(limits.cpu_quota * 1_000_000)
     return {
         b"CPUQuotaPerSecUSec": quota,

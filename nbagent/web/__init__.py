@@ -1,1 +1,1 @@
-"""What every HTTP service of nbagent shares: the gunicorn application and token files."""
+"""Parts that every HTTP service of nbagent shares: problem documents, CORS, keys, tokens, the gunicorn application."""

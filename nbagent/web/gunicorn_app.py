@@ -1,13 +1,13 @@
 """gunicorn as our services need it: embedded, threaded, on systemd's socket or an address.
 
-What differs from gunicorn's own ways, and why:
-- A connection that says nothing holds one of the few threads. It may for READ_TIMEOUT_S, so
-  idle connections neither block a service nor delay its restart.
-- An answer that is sent before the body was read (413, 401, 403) would be lost: closing a socket
-  with unread data resets it. So the rest is read and thrown away, within bounds.
-- A header with an underscore looks like another one to WSGI, and gunicorn 20 takes SCRIPT_NAME
-  from anybody. Such headers are dropped.
-- No access log: it would hold queries. What happens to slots is in the supervisor's journal.
+Differences from gunicorn's defaults, and their reasons:
+- A connection without a request occupies one of the few threads. It is closed after READ_TIMEOUT_S, so
+  that idle connections neither block a service nor delay its restart.
+- A response that is sent before the body was read (413, 401, 403) would be lost, because closing a socket
+  with unread data resets the connection. So the rest of the body is read and discarded, within bounds.
+- Headers with an underscore are dropped, because in WSGI they equal the same name with a hyphen,
+  and gunicorn 20 accepts SCRIPT_NAME as a header.
+- There is no access log, because it would contain tokens of queries. The supervisor logs what happens to slots.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, Generic, Protocol, TypeVar
 
 from gunicorn.app.base import BaseApplication
 from gunicorn.glogging import Logger
@@ -31,6 +31,8 @@ from gunicorn.workers.gthread import ThreadWorker
 from nbagent.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 READ_TIMEOUT_S = 10.0
@@ -45,9 +47,9 @@ C = TypeVar("C")
 
 
 def by_listener(app: WSGIApplication, others: Mapping[str, WSGIApplication]) -> WSGIApplication:
-    """`app`, but one of `others` for connections to the unix socket of its path.
+    """`app`, and for connections to a unix socket the one of `others` with the path of that socket.
 
-    The socket decides, and nothing that a caller says: no path, header or address leads from one to the other.
+    Only the listening socket selects the application, so that no path, header or address of a request can.
     """
 
     def serve(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
@@ -59,7 +61,7 @@ def by_listener(app: WSGIApplication, others: Mapping[str, WSGIApplication]) -> 
 
 @dataclass(frozen=True)
 class Shape:
-    """How a service is served: processes, threads of each, and how long a call under way may take to its end."""
+    """The number of processes, the threads of each, and how long a request may still run when the service stops."""
 
     workers: int
     threads: int
@@ -69,9 +71,8 @@ class Shape:
 class GunicornApp(BaseApplication, Generic[C]):  # type: ignore[misc]
     """A service under gunicorn's arbiter.
 
-    `make_app` runs in the arbiter, before the workers are forked, so that they share its memory;
-    and again at each reload. `read_config` raises ConfigError. `address` is where to listen without
-    socket activation.
+    `make_app` runs in the arbiter before it forks the workers, so that they share memory, and again at
+    each reload. `read_config` raises ConfigError. The service listens on `address` without socket activation.
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class GunicornApp(BaseApplication, Generic[C]):  # type: ignore[misc]
         super().__init__(prog=name)
 
     def reload(self) -> None:
-        """Called by gunicorn at SIGHUP. A configuration that is refused changes nothing."""
+        """Called by gunicorn at SIGHUP. The former settings stay when the new ones are invalid."""
         try:
             self.config = self.read_config()
         except ConfigError as error:
@@ -103,7 +104,7 @@ class GunicornApp(BaseApplication, Generic[C]):  # type: ignore[misc]
     def load_config(self) -> None:
         """Sets what differs from gunicorn's defaults; LISTEN_FDS wins over the address."""
         shape = self.shape(self.config)
-        settings: dict[str, Any] = {
+        settings: dict[str, object] = {
             "bind": self.address,
             "workers": shape.workers,
             "threads": shape.threads,
@@ -117,9 +118,9 @@ class GunicornApp(BaseApplication, Generic[C]):  # type: ignore[misc]
             "loglevel": "warning",
             "logger_class": JournalLogger,
             "proc_name": self.name,
-            # Nobody's X-Forwarded-Proto decides what a service of ours believes.
+            # No peer may set the scheme of a request by X-Forwarded-Proto.
             "forwarded_allow_ips": "",
-            "post_fork": heed_sigterm,
+            "post_fork": handle_sigterm,
             "pre_request": drop_ambiguous_headers,
             "post_request": discard_body,
         }
@@ -131,56 +132,75 @@ class GunicornApp(BaseApplication, Generic[C]):  # type: ignore[misc]
         return self.make_app(self.config)
 
 
+class Connection(Protocol):
+    """A connection of gunicorn's threaded worker."""
+
+    sock: socket.socket
+
+
+class GunicornRequest(Protocol):
+    """A request as gunicorn passes it to its hooks."""
+
+    headers: list[tuple[str, str]]
+    body: BinaryIO
+
+
+class Arbiter(Protocol):
+    """gunicorn's arbiter, with the signals that it has not handled yet."""
+
+    SIG_QUEUE: list[int]
+
+
 class Worker(ThreadWorker):  # type: ignore[misc]
-    """gunicorn's threaded worker with an end to waiting for a caller, and a gentle end of its own."""
+    """gunicorn's threaded worker with a timeout for reads, which serves accepted connections before it exits."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        self._ends_s: float | None = None
+        self._exit_s: float | None = None
 
-    def handle(self, conn: Any) -> Any:
-        """Serves one request of a connection; gunicorn takes care of the connection itself."""
+    def handle(self, conn: Connection) -> object:
+        """Serves one request of a connection. gunicorn closes the connection or keeps it alive."""
         conn.sock.settimeout(READ_TIMEOUT_S)
         return super().handle(conn)
 
-    def handle_exit(self, sig: int, frame: Any) -> None:
-        """SIGTERM: accepts nothing more, but reads what was accepted, which gunicorn 23 drops."""
-        # The arbiter says it again each second until the worker is gone, which must not put the end off.
-        if self._ends_s is None:
-            self._ends_s = time.monotonic() + LAST_READ_S
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """On SIGTERM, accepts no further connection and serves the accepted ones, which gunicorn 23 would drop."""
+        # The arbiter repeats the signal each second until the worker exits, so a repeated one must not delay the exit.
+        if self._exit_s is None:
+            self._exit_s = time.monotonic() + LAST_READ_S
 
-    def accept(self, server: Any, listener: Any) -> None:
-        """Takes a connection unless told to stop: then a successor finds it in the backlog."""
-        if self._ends_s is None:
+    def accept(self, server: object, listener: socket.socket) -> None:
+        """Accepts a connection. After SIGTERM it leaves connections in the backlog for the next worker."""
+        if self._exit_s is None:
             super().accept(server, listener)
         else:
             self.poller.unregister(listener)
 
     def notify(self) -> None:
-        """Called by gunicorn in each turn of the worker's loop, at least once a second."""
+        """Called by gunicorn in each iteration of the worker's loop, at least once a second."""
         super().notify()
-        if self._ends_s is not None and time.monotonic() > self._ends_s:
+        if self._exit_s is not None and time.monotonic() > self._exit_s:
             self.alive = False
 
 
-def heed_sigterm(arbiter: Any, worker: Any) -> None:
-    """gunicorn's hook in a new worker, which has the arbiter's handlers until it is initialised.
+def handle_sigterm(arbiter: Arbiter, worker: Worker) -> None:
+    """gunicorn's post_fork hook: a new worker handles SIGTERM from now on, and one that it has received already.
 
-    They only queue a SIGTERM for an arbiter that the worker is not, and the real arbiter would
-    wait the whole graceful_timeout for it.
+    Until its initialisation a worker has the signal handlers of the arbiter, which only queue the signal.
+    The arbiter would then wait for the worker during the whole graceful_timeout.
     """
     signal.signal(signal.SIGTERM, worker.handle_exit)
     if signal.SIGTERM in arbiter.SIG_QUEUE:
         worker.handle_exit(signal.SIGTERM, None)
 
 
-def drop_ambiguous_headers(worker: Any, request: Any) -> None:
-    """gunicorn's hook before a request."""
+def drop_ambiguous_headers(worker: Worker, request: GunicornRequest) -> None:
+    """gunicorn's pre_request hook."""
     request.headers = [(name, value) for name, value in request.headers if "_" not in name]
 
 
-def discard_body(worker: Any, request: Any, environ: Any, response: Any) -> None:
-    """gunicorn's hook after the answer was sent: lets the caller finish what it is sending."""
+def discard_body(worker: Worker, request: GunicornRequest, environ: WSGIEnvironment, response: object) -> None:
+    """gunicorn's post_request hook: reads the rest of the body, so that the caller can read the response."""
     deadline_s = time.monotonic() + LINGER_S
     discarded = 0
     with contextlib.suppress(OSError):
@@ -195,7 +215,7 @@ def discard_body(worker: Any, request: Any, environ: Any, response: Any) -> None
 
 
 class JournalFormatter(logging.Formatter):
-    """Lines that carry their priority for journald, each line of a traceback too."""
+    """Prefixes each line, those of a traceback too, with its priority for journald."""
 
     def format(self, record: logging.LogRecord) -> str:
         """`<3>text` under systemd, plain text elsewhere."""
@@ -207,31 +227,31 @@ class JournalFormatter(logging.Formatter):
 
 
 class JournalLogger(Logger):  # type: ignore[misc]
-    """gunicorn's logger with our format, silent about callers that were too slow."""
+    """gunicorn's logger in our format. Read timeouts and normal ends of workers are no errors."""
 
-    def setup(self, cfg: Any) -> None:
+    def setup(self, cfg: object) -> None:
         """Called by gunicorn for its own loggers."""
         super().setup(cfg)
         for handler in self.error_log.handlers:
             handler.setFormatter(JournalFormatter())
-            handler.addFilter(_is_news)
+            handler.addFilter(_is_unexpected)
 
-    def exception(self, msg: str, *args: Any, **kwargs: Any) -> None:
-        """A bug is an error; a caller that sent nothing for READ_TIMEOUT_S is none of ours."""
+    def exception(self, msg: str, *args: object, **kwargs: object) -> None:
+        """Logs an exception as an error, but the timeout of a silent caller only at level debug."""
         if isinstance(sys.exc_info()[1], TimeoutError):
-            self.debug("connection closed: its caller was silent for %s s", READ_TIMEOUT_S)
+            self.debug("connection closed: the caller sent nothing for %s s", READ_TIMEOUT_S)
         else:
             super().exception(msg, *args, **kwargs)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    # A worker that SIGTERM meets before it heeds it was told so by the arbiter, which then warns
-    # of its own doing; gunicorn 20 in the first words, 23 in the second.
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    # The arbiter warns when a worker dies of the SIGTERM that the arbiter sent, which happens when the signal arrives
+    # before the worker has a handler. The first text is gunicorn 20's, the second gunicorn 23's.
     return not record.getMessage().endswith(("due to signal 15", "was sent SIGTERM!"))
 
 
 def configure_logging() -> None:
-    """Sends what our own modules log to standard error, which is the journal."""
+    """Sends the logs of nbagent's modules to standard error, which systemd connects to the journal."""
     handler = logging.StreamHandler()
     handler.setFormatter(JournalFormatter())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

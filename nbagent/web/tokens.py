@@ -1,4 +1,4 @@
-"""Tokens that callers show, and the files that say which one is right."""
+"""Tokens in requests, and the files with the valid ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 class TokenFile:
-    """The token as its file holds it now; a changed file is read again."""
+    """The token in a file, which is read again whenever the file has changed."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -16,7 +16,7 @@ class TokenFile:
         self.read()
 
     def read(self) -> bytes:
-        """The token, or nothing when there is none that this process may read."""
+        """The token, empty when the file is absent or this process may not read it."""
         try:
             status = self.path.stat()
             seen = (status.st_ino, status.st_mtime_ns, status.st_size)
@@ -27,7 +27,7 @@ class TokenFile:
         return self._token
 
     def matches(self, given: str) -> bool:
-        """Whether `given` is the token, in a time that does not tell how much of it is right."""
+        """Whether `given` is the token, compared in constant time."""
         token = self.read()
         return bool(token) and hmac.compare_digest(given.encode(errors="replace"), token)
 
@@ -35,7 +35,7 @@ class TokenFile:
 def bearer_token(authorization: str) -> str | None:
     """The token of an Authorization header, None when it has none.
 
-    Another scheme, such as Basic from somebody's .netrc, says nothing to us.
+    Another scheme counts as none, because clients such as requests send Basic credentials of a .netrc on their own.
     """
     scheme, _, credentials = authorization.partition(" ")
     return credentials.strip() if scheme.lower() in ("bearer", "token") else None

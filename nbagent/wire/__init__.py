@@ -1,1 +1,1 @@
-"""What processes of nbagent exchange: the control socket and the activity page of a slot."""
+"""Communication between nbagent's processes: channels, failures, the control socket, a slot's activity page."""

@@ -1,20 +1,15 @@
-"""The zygote: a notebook server that is ready in all but name, and forks slots.
+"""The zygote: a notebook server that is initialised up to its listening socket, and forks slots.
 
     python3 -I zygote.py
 
 Runs inside an image, under the image's own Python, in a root of its own, as root of the image's user namespace
-with the few capabilities that a fork of a slot takes (nbagent.sandbox.plan). At CONTROL_FD it hears the keeper:
-first {"preload": [modules]}, with a pid namespace beside it in which nothing can be born any more; answered by
-{"ready": true} when all is imported, initialised and rehearsed. Each packet after that is a slot
-(nbagent.runtime.zygote_service, `program`), with descriptors beside it: the pid namespace, the socket to the
-slot's first process, the slot's control socket, the pipe that says that the child is in its scope, the listening
-socket, the activity page, the configuration and the end of a pipe to print to; answered by
-{"forked": true} with a pidfd, or by {"ended": true} when there is nothing left to point at.
+with the few capabilities that a fork of a slot takes (nbagent.sandbox.plan). Over the channel at CONTROL_FD it
+receives requests from the zygote service (nbagent.runtime.zygote_service lists the messages): first the modules to
+preload, then one request for each slot.
 
-It has one thread, no event loop and the descriptors it had at first, and checks that before each fork. Nothing of
-a slot is known to it but what it is told above; the token is in the configuration, which it does not read. What the
-server was initialised with in the place of a slot's secrets and address is found by looking at all objects,
-and replaced in the child.
+It has one thread, no event loop and the descriptors it had at first, and checks that before each fork. It knows of a
+slot only what is in the request; the token is in the configuration, which it does not read. The server was initialised
+with placeholders for a slot's token and address: they are found by a search of all objects, and replaced in the child.
 
 Standard library, the image's JupyterLab and IPython; Python 3.9 and up.
 """
@@ -23,43 +18,45 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import signal
-import socket
 import sys
 import traceback
-from typing import Any, Dict, List, NoReturn, Tuple
+from typing import Any, Dict, List, Mapping, NoReturn, Tuple, cast
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 gc.disable()
 
 from nbagent.zygote.memory import snapshot
 
-# Before all that is to be in it.
+# Before the imports whose memory is to be in the snapshot.
 snapshot.begin()
 
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
-from nbagent.runtime.slot_process import PACKET_MAX_BYTES, place_fds, report_failure, run
+from nbagent.runtime.slot_process import JOINED, place_fds, run
 from nbagent.sandbox import plan
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
+from nbagent.wire import fields
+from nbagent.wire.channel import Channel, Message, report_failure
+from nbagent.wire.failure import Failure
 from nbagent.zygote import entropy, forkserver, kernel, notebook_server, provisioner
 from nbagent.zygote.memory import heap_fill, immortal
 
 CONTROL_FD = LISTEN_FD
-# In the place of a slot's own, of the same form, so that whatever is made of them is of the right form too.
+# Placeholders of the same form as a slot's own values, so that values derived from them have the right form too.
 BASE_URL = "/user/zygote-000000000000/"
 TOKEN = "zygote-token-" + "0" * 32
-REQUEST_FDS = 8
+INIT_MAX_BYTES = 4096
+UID_MAX = 65535
 
 
 class Unclean(Exception):
-    """A state from which no fork may be made."""
+    """A state that a fork would copy wrongly: more than one thread, or a descriptor that is not the zygote's."""
 
 
 class PlaceholderSubstitution:
-    """Where in the objects of this process the values of `names` are, as they are or as a part of a text."""
+    """The places in the objects of this process where the strings `names` are, whole or as a part of a string."""
 
     def __init__(self, *names: str) -> None:
         self._names = names
@@ -79,7 +76,7 @@ class PlaceholderSubstitution:
             ]
 
     def fill(self, *values: str) -> None:
-        """Puts `values` there instead, in the order of the names."""
+        """Replaces the names by `values`, in the same order."""
         for known, key in self._found:
             text = known[key]
             for name, value in zip(self._names, values):  # noqa: B905  strict= is of 3.10
@@ -88,9 +85,9 @@ class PlaceholderSubstitution:
 
 
 class Zygote:
-    """The state that every slot begins with."""
+    """The process state that every slot begins with."""
 
-    def __init__(self, control: socket.socket, nowhere: int, preload: List[str]) -> None:
+    def __init__(self, control: Channel, nowhere: int, preload: List[str]) -> None:
         self.control, self.nowhere = control, nowhere
         self.server = notebook_server.initialise(BASE_URL, TOKEN)
         kernel.prepare(self.server, preload)
@@ -106,95 +103,92 @@ class Zygote:
         snapshot.settle()
 
     def serve(self) -> None:
-        """Forks on request, until the keeper is gone."""
-        # Nobody waits for what it forks: a slot's own init hears of its end.
+        """Forks on request, until the zygote service closes the channel."""
+        # The kernel reaps its children; the end of a slot is for the slot's own init.
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        while True:
-            payload, fds, _, _ = socket.recv_fds(self.control, PACKET_MAX_BYTES, REQUEST_FDS)
-            if not payload:
-                return
-            try:
-                self.check(fds)
-                pid = self._fork(json.loads(payload), fds)
-            except (OSError, Unclean) as error:
-                self.control.send(json.dumps({"failed": str(error)}).encode())
-                continue
-            finally:
-                for fd in fds:
-                    os.close(fd)
+        while (request := self.control.receive()) is not None:
+            with request:
+                try:
+                    self.check(request)
+                    pid = self._fork(request)
+                except (OSError, Unclean) as error:
+                    self.control.send(Failure.of(error, "fork").save())
+                    continue
             try:
                 pidfd = os.pidfd_open(pid)
-            except ProcessLookupError:  # nobody wants the slot any more, and it has noticed already
-                self.control.send(json.dumps({"ended": True}).encode())
+            except ProcessLookupError:  # the supervisor has abandoned the slot, so that the child has exited already
+                self.control.send({"ended": True})
                 continue
             try:
-                socket.send_fds(self.control, [json.dumps({"forked": True}).encode()], [pidfd])
+                self.control.send({}, {"fork_server": pidfd})
             finally:
                 os.close(pidfd)
 
-    def check(self, given: List[int]) -> None:
+    def check(self, request: Message) -> None:
         """Raises Unclean unless there is one thread, and no descriptor but those of the start and of the request."""
         threads = len(os.listdir("/proc/self/task"))
         if threads != 1:
             raise Unclean(f"{threads} threads, where a fork copies one")
-        strange = _open_fds() - self.fds - set(given)
+        strange = _open_fds() - self.fds - set(request.fds.values())
         if strange:
             raise Unclean(f"open descriptors that were not there at first: {sorted(strange)}")
 
-    def _fork(self, asked: Dict[str, Any], fds: List[int]) -> int:
-        pidns, *others = fds
-        # For its children; there is no way back from it but to one like it, which keeps nothing of the slot.
-        ns.join(pidns)
+    def _fork(self, request: Message) -> int:
+        # The pid namespace of its children. setns(2) back to its own takes CAP_SYS_ADMIN over the host's, so it goes to
+        # `nowhere` afterwards, which has no process and keeps nothing of the slot alive.
+        ns.setns(request.fds["pidns"])
         pid = os.fork()
         if pid == 0:
-            os.close(pidns)
+            os.close(request.take("pidns"))
             os.close(self.nowhere)
-            # Its number stays taken, as the next two, until the slot's descriptors are placed.
+            # Keep descriptors 3 to 5 occupied until place_fds() fills them.
             self.control.detach()
             os.dup2(ACTIVITY_FD, CONTROL_FD, inheritable=False)
-            self._child(asked, others)
-        ns.join(self.nowhere)
+            self._child(request)
+        ns.setns(self.nowhere)
         return pid
 
-    def _child(self, asked: Dict[str, Any], fds: List[int]) -> NoReturn:
-        sibling, control = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fd) for fd in fds[:2])
-        # Before the slot's scope is around it, it touches nothing.
-        if not os.read(fds[2], 2):
+    def _child(self, request: Message) -> NoReturn:
+        # It touches no memory before it is in the slot's scope, and so waits for bytes and not for a message.
+        go_fd = request.take("go")
+        if not os.read(go_fd, 2):
             os._exit(0)
-        os.close(fds[2])
-        report_failure(control, lambda: self._slot(asked, sibling, control, fds[3:]))
+        os.close(go_fd)
+        control = Channel.from_fd(request.take("control"))
+        report_failure(control, "exec", lambda: self._slot(request, control))
 
-    def _slot(
-        self, asked: Dict[str, Any], sibling: socket.socket, control: socket.socket, fds: List[int]
-    ) -> NoReturn:
-        listen_fd, activity_fd, config_fd, print_fd = fds
+    def _slot(self, request: Message, control: Channel) -> NoReturn:
+        init = Channel.from_fd(request.take("init"), INIT_MAX_BYTES)
+        slot = fields.mapping(request.body, "slot")
+        print_fd = request.take("output")
+        listen_fd, activity_fd, config_fd = (request.take(name) for name in ("listen", "activity", "config"))
         os.setsid()
 
-        def be_a_seed() -> None:
+        def begin_fork_server() -> None:
             control.close()
             for fd in (listen_fd, activity_fd, config_fd):
                 os.close(fd)
-            _enter(asked, sibling, print_fd, [])
+            _enter(slot, init, print_fd, [])
 
-        # Before anybody has the server's secrets, which are none of a kernel's.
-        provisioner.use(forkserver.split_off_server(kernel.run, sibling, be_a_seed))
-        # While the root is built: all that needs none.
+        # Before this process reads the server's secrets, which no kernel may have.
+        provisioner.use(forkserver.split_off_server(kernel.run, init, begin_fork_server))
+        # While init builds the root: all that needs none.
         entropy.reseed()
         os.environ.clear()
-        os.environ.update(asked["environment"])
+        os.environ.update(cast(Dict[str, str], fields.mapping(slot, "environment")))
         settings = notebook_server.read_settings(config_fd)
         self.places.fill(settings["base_url"], settings["token"])
         application = notebook_server.adopt(self.server, BASE_URL, settings["base_url"])
-        _enter(asked, sibling, print_fd, [listen_fd, activity_fd])
-        sibling.close()
-        # The change of user took it away. It is the user's own, as after an exec: its /proc, and to debug.
+        _enter(slot, init, print_fd, [listen_fd, activity_fd])
+        init.close()
+        # The change of user has cleared it. As after an exec, the user may read this process's /proc and debug it.
         prctl(PR_SET_DUMPABLE, 1)
-        # The one of the zygote's own run is in the zygote's root.
+        # The directory that the zygote made is in the zygote's root.
         os.makedirs(self.server.runtime_dir, mode=0o700, exist_ok=True)
 
         def serving() -> None:
-            with contextlib.suppress(OSError), control:  # a supervisor that has ended meanwhile is told nothing
-                control.send(json.dumps({"serves": True}).encode())
+            with contextlib.suppress(OSError), control:  # the supervisor may have ended meanwhile
+                control.send({"serves": True})
 
         try:
             notebook_server.serve(self.server, application, serving)
@@ -204,22 +198,24 @@ class Zygote:
         os._exit(0)
 
 
-def _enter(asked: Dict[str, Any], sibling: socket.socket, print_fd: int, fds: List[int]) -> None:
-    """Makes this process one of the slot's as soon as its root is there: its namespaces, descriptors and user."""
-    _, joined, _, _ = socket.recv_fds(sibling, PACKET_MAX_BYTES, 8)
-    if not joined:
+def _enter(slot: Mapping[str, object], init: Channel, print_fd: int, fds: List[int]) -> None:
+    """Makes this process one of the slot's when init has built the root: its namespaces, descriptors and user."""
+    joined = init.receive()
+    if joined is None:
         os._exit(0)
-    for fd in joined:
-        ns.join(fd)
+    for name in JOINED:
+        fd = joined.take(name)
+        ns.setns(fd)
         os.close(fd)
     place_fds(print_fd, fds)
     for number in range(LISTEN_FD, LISTEN_FD + len(fds)):
         os.set_inheritable(number, False)
-    run(plan.last(asked["uid"], asked["syscall_filter"], plan.FORKING))
-    # SIGPIPE and SIGXFSZ stay ignored, as in every Python: a browser that goes away ends no server.
+    uid, syscall_filter = fields.integer(slot, "uid", 0, UID_MAX), fields.text(slot, "syscall_filter")
+    run(plan.last(uid, syscall_filter, plan.FORKING))
+    # SIGPIPE and SIGXFSZ stay ignored, as in every Python, so that a closed connection does not end the server.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.umask(0o022)
-    os.chdir(asked["directory"])
+    os.chdir(fields.text(slot, "directory"))
 
 
 def _open_fds() -> frozenset[int]:
@@ -232,19 +228,21 @@ def _open_fds() -> frozenset[int]:
 
 
 def main() -> None:
-    """Serves the keeper."""
-    control = socket.socket(fileno=CONTROL_FD)
-    control.set_inheritable(False)
-    # The numbers that a slot's descriptors will have are free for them.
+    """Serves the zygote service."""
+    os.set_inheritable(CONTROL_FD, False)
+    control = Channel.from_fd(CONTROL_FD)
+    # The numbers that a slot's descriptors will have are occupied, so that no other file gets them.
     while os.open(os.devnull, os.O_RDWR) < CONFIG_FD:
         pass
-    payload, (nowhere,), _, _ = socket.recv_fds(control, PACKET_MAX_BYTES, 1)
+    request = control.receive()
+    if request is None:
+        return
     try:
-        zygote = Zygote(control, nowhere, json.loads(payload)["preload"])
-    except Exception as error:  # of an image: whatever it is, the operator has to read it
-        control.send(json.dumps({"failed": {"step": "initialise", "text": repr(error)}}).encode())
+        zygote = Zygote(control, request.take("nowhere"), fields.texts(request.body, "preload"))
+    except Exception as error:  # the image's code may raise anything, and the operator has to read it
+        control.send(Failure.of(error, "initialise").save())
         raise
-    control.send(json.dumps({"ready": True}).encode())
+    control.send({"ready": True})
     zygote.serve()
 
 

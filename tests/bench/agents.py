@@ -1,15 +1,15 @@
 #!/usr/bin/python3
-"""Stand-ins for the hosts of a fleet: what a gateway sees of an agent, and no slot behind it.
+"""Stand-ins for the hosts of a fleet: the interfaces that a gateway uses of an agent, without slots.
 
     tests/bench/agents.py --capacity N[,N…] [--answer-ms N] [--status SOCKET]
 
-Agent n has the address `address(n)`, with a router on port 8000, which speaks `POST /api/spawn`, /spawn and /healthz,
-and the agent-check on port 9001. One process plays any number of them, by two sockets that hear every address; so it
-runs in a network namespace where nothing else listens. With one --capacity and --only NUMBER it is that agent alone,
-at its own address, so that killing the process kills one host as it would a real one. --status is a unix socket
-that answers as the gateway's status service does when no host has a slot: 429.
+Agent n has the address `address(n)`, with a router on port 8000, which serves `POST /api/spawn`, /spawn and
+/healthz, and the agent-check on port 9001. One process serves any number of agents by two sockets that are bound to
+all addresses, so it runs in a network namespace where no other program listens. With one --capacity and --only NUMBER
+it serves that agent alone, at its own address, so that a kill of the process is the death of one host. --status is a
+unix socket with the response of the gateway's status service when no host has a free slot: 429.
 
-The benchmark speaks to it at /bench: GET tells the books, POST with a JSON object sets them (`Books.set`).
+The benchmark controls it at /bench: GET returns the books, POST with a JSON object sets them (`Books.set`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def label(number: int) -> str:
 
 
 class Agent:
-    """One host's books: how many slots are in use, and who has them."""
+    """The books of one host: its slots in use, by the key of their claim."""
 
     def __init__(self, name: str, capacity: int) -> None:
         self.name, self.capacity = name, capacity
@@ -50,25 +50,25 @@ class Agent:
         return self.capacity - self.used
 
     def percent(self) -> int:
-        """Free capacity, as the agent tells it: 0 only when a claim would be refused."""
+        """Free capacity in percent, as in the agent-check: 0 only when a claim would be refused."""
         return math.ceil(100 * self.free / self.capacity)
 
 
 class Books:
-    """All agents of the process. Slots end at random, so that as many as `hold` stay in use."""
+    """All agents of the process. Slots end at random, so that `hold` slots stay in use."""
 
     def __init__(self, agents: list[Agent], chance: random.Random) -> None:
         self.agents, self.chance = agents, chance
         self.hold: int | None = None
-        # A seat is a slot in use, here by the number of its agent.
+        # One element for each slot in use: the number of its agent.
         self.seats: list[int] = []
         self.keys: dict[tuple[int, str], str] = {}
         self.checks = self.probes = 0
-        # Of each claim that was given: how much of its host was free.
+        # For each successful claim: the free share of its host.
         self.free_sum = 0.0
 
     def claim(self, number: int, key: str) -> str | None:
-        """The slot; the same one for the same key. None when the agent is full."""
+        """Claims a slot; the same key gets the same slot. None when the agent is full."""
         if slot := self.keys.get((number, key)):
             return slot
         agent = self.agents[number]
@@ -84,14 +84,14 @@ class Books:
         return slot
 
     def _settle(self) -> None:
-        """Ends slots until no more are in use than shall be: any of them is as likely as any other."""
+        """Ends slots, drawn uniformly at random, until at most `hold` are in use."""
         while self.hold is not None and len(self.seats) > self.hold:
             place = self.chance.randrange(len(self.seats))
             self.seats[place], self.seats[-1] = self.seats[-1], self.seats[place]
             self.agents[self.seats.pop()].used -= 1
 
     def set(self, level: float, hold: bool = False, even: bool = False) -> None:
-        """Begins anew with the share `level` of all places in use: places drawn at random, or alike on all agents."""
+        """Starts again with the share `level` of the capacity in use, drawn at random or evenly over the agents."""
         for agent in self.agents:
             agent.used = agent.given = agent.refused = 0
         self.keys.clear()
@@ -108,7 +108,7 @@ class Books:
         self.hold = len(self.seats) if hold else None
 
     def document(self) -> dict[str, Any]:
-        """What the benchmark reads."""
+        """The books as the benchmark reads them."""
         columns = ("capacity", "used", "given", "refused")
         return {name: [getattr(agent, name) for agent in self.agents] for name in columns} | {
             "free_sum": self.free_sum, "checks": self.checks, "probes": self.probes, "cpu_s": sum(os.times()[:2]),
@@ -116,7 +116,7 @@ class Books:
 
 
 class Router(asyncio.Protocol):
-    """An agent's router, or with `full` the status service; just as much HTTP as HAProxy and aiohttp speak."""
+    """An agent's router, or with `full` the status service, with the subset of HTTP that HAProxy and aiohttp use."""
 
     def __init__(self, books: Books, answer_s: float = 0, full: bool = False, only: int | None = None) -> None:
         self.books, self.answer_s, self.full, self.only = books, answer_s, full, only
@@ -161,7 +161,7 @@ class Router(asyncio.Protocol):
         return 404, {}
 
     def number(self) -> int:
-        """Which agent is spoken to."""
+        """The number of the agent that the request was sent to."""
         return number_of(self.transport.get_extra_info("sockname")[0])
 
     def send(self, status: int, document: Any, closes: bool) -> None:
@@ -188,7 +188,7 @@ class Check(asyncio.Protocol):
 
 
 def number_of(of_address: str) -> int:
-    """Whose address it is; the first agent's, when it is nobody's, as the benchmark's own."""
+    """The number of the agent with this address; 0 for an address of no agent, such as the benchmark's own."""
     _, net, high, low = map(int, of_address.split("."))
     return high * _PER_NET + low - 1 if net == 1 else 0
 
@@ -201,7 +201,7 @@ def capacities(text: str) -> Iterator[int]:
 
 
 async def serve(arguments: argparse.Namespace) -> None:
-    """Until killed. Says on standard output when it listens."""
+    """Serves until killed. Prints a line on standard output when it listens."""
     first = arguments.only or 0
     agents = [Agent(label(first + place), capacity) for place, capacity in enumerate(capacities(arguments.capacity))]
     books, loop = Books(agents, random.Random(arguments.seed)), asyncio.get_running_loop()
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--capacity", required=True, metavar="N,N…", help="of each agent; 100x1000: of a thousand")
     parser.add_argument("--only", type=int, metavar="NUMBER", help="one agent, with this number")
     parser.add_argument("--answer-ms", type=float, default=0, help="how long a claim takes")
-    parser.add_argument("--status", metavar="SOCKET", help="where to stand in for the status service")
+    parser.add_argument("--status", metavar="SOCKET", help="unix socket on which to serve as the status service")
     parser.add_argument("--seed", type=int, default=1)
     try:
         asyncio.run(serve(parser.parse_args()))

@@ -1,4 +1,4 @@
-"""How evenly slots are spread, and how they would be with other knowledge. Pure: no HAProxy, no clock."""
+"""How evenly slots are spread over hosts, measured and simulated. Pure: no HAProxy, no clock."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from agents import Agent, Books
 
 @dataclass(frozen=True)
 class Spread:
-    """Of the shares of each host's places that are in use."""
+    """Statistics of the share of each host's capacity that is in use."""
 
     mean: float
     most: float
@@ -20,7 +20,7 @@ class Spread:
 
     @property
     def peak(self) -> float:
-        """The fullest host against the mean."""
+        """The share of the fullest host divided by the mean share."""
         return self.most / self.mean if self.mean else 1.0
 
 
@@ -31,7 +31,7 @@ def spread(used: Sequence[int], capacity: Sequence[int]) -> Spread:
 
 
 def gini(values: Sequence[float]) -> float:
-    """0 when all have the same, near 1 when one has all."""
+    """The Gini coefficient: 0 when all values are equal, near 1 when one value is the whole sum."""
     count, whole = len(values), sum(values)
     if not whole:
         return 0.0
@@ -41,7 +41,7 @@ def gini(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class Played:
-    """What became of claims: what nobody took, how often a host said no, how free the hosts were that took one."""
+    """The outcome of simulated claims: failures, refusals of hosts, and the free share of the hosts that accepted."""
 
     claims: int
     failed: int
@@ -54,7 +54,7 @@ Choose = Callable[[Books, int], int]
 
 
 def play(books: Books, claims: int, choose: Choose, tries: int) -> Played:
-    """Claims one after another. `choose` gives a host for the claim of that number, again when it says no."""
+    """Simulates claims one after another. `choose` returns a host for claim `number`, again after a refusal."""
     failed = 0
     for number in range(claims):
         failed += all(books.claim(choose(books, number), f"{number}") is None for _ in range(tries))
@@ -68,18 +68,18 @@ def of(agents: Sequence[Agent]) -> Spread:
 
 
 def emptiest(books: Books, _: int) -> int:
-    """Perfect knowledge: the host with the greatest share of its places free."""
+    """Perfect knowledge: the host with the greatest free share."""
     return max(range(len(books.agents)), key=lambda number: books.agents[number].free / books.agents[number].capacity)
 
 
 def emptier_of_two(books: Books, _: int) -> int:
-    """Any two hosts, and of them the one with the greater share of its places free now."""
+    """Two hosts drawn at random, of which the one with the greater free share now is chosen."""
     first, second = (books.chance.randrange(len(books.agents)) for _ in range(2))
     return max(first, second, key=lambda number: books.agents[number].free / books.agents[number].capacity)
 
 
 class Drawn:
-    """As HAProxy's random(): a host is drawn by weight, which is the percentage that it told `every` claims ago."""
+    """HAProxy's random(): a host drawn by weight, which is the percentage that it reported `every` claims ago."""
 
     def __init__(self, every: int) -> None:
         self.every, self._numbers = every, range(0)

@@ -4,9 +4,9 @@
     tests/bench/bench.py [--out DIRECTORY] [--rounds N] [--burst N] [--users N] [--peers N] [--only KEY,KEY…]
 
 Makes an nspawn host of its own, installs the packages as an operator would, and beside them the peers; measures all
-sides in turns, so that they see the same machine, and removes the host. The tables go to standard output; bench.txt,
-bench.md, bench.png and bench.json, with every sample, go to DIRECTORY (default: $NBAGENT_CACHE/bench). Absolute times
-are this machine's, ratios travel better. One round takes about ten minutes.
+sides by turns, because the speed of the machine changes, and removes the host. The tables go to standard output;
+bench.txt, bench.md, bench.png and bench.json, with every sample, go to DIRECTORY (default: $NBAGENT_CACHE/bench).
+Absolute times hold for this machine; ratios are comparable between machines. One round takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from testhost_driver import Host
 POLL_S = 0.005
 BASE = "systemd-run"
 SINGLES = {True: 5, False: 2}  # starts of one slot in a round: ours, a peer's
-# Claims of each kind in a round; what replaces those of the last kind takes a start by exec half a second.
+# Claims of each kind in a round; a slot that replaces one of the last kind starts by exec in half a second.
 CLAIMS = {"fork": 40, "exec": 10}
 REFILLED, REFILL_GAP_S = {"fork": 100, "exec": 20}, 0.2
 SANDBOXES = 40
@@ -50,22 +50,22 @@ KERNEL_TRIES = 3
 
 COLUMNS = [
     Column("ready", "start to ready", "s",
-           "one start at a time from nothing, until the first 200 of GET api, asked every 5 ms (a hub says itself when "
-           "it is ready). The way into the test host is in the time of systemd-run and podman, and said below."),
+           "one start at a time from nothing, until the first 200 of GET api, polled every 5 ms (a hub reports "
+           "itself when it is ready). Entering the test host is part of systemd-run's and podman's time, see below."),
     Column("cold", "start to result", "s",
            "the same start until the result of `1+1` in a new kernel has come by its websocket."),
     Column("cell", "claim to result", "s",
-           "what a person waits for: nbagent from POST /claim on a warm pool to the result of `1+1`; peers have no "
-           "pool, so theirs is start to result."),
+           "the time that a person waits: nbagent from POST /claim on a warm pool to the result of `1+1`; peers have "
+           "no pool, so that theirs is start to result."),
     Column("idle", "memory, idle", "MiB",
-           "PSS of all processes of the side, its services included, divided by its users; nobody has opened a page."),
+           "PSS of all processes of the side, its services included, divided by its users, before any page is opened."),
     Column("kernel", "memory, kernel", "MiB", "the same, after each user has run a cell in a kernel of their own."),
     Column("taken", "MemAvailable lost", "MiB",
-           "what the machine's MemAvailable fell by from before the burst until each user has a kernel, divided by the "
-           "users: also what no PSS has, as page tables, stacks of the kernel and files in memory; without services "
-           "that ran before, and programs' pages, which the kernel could read again."),
+           "the decrease of MemAvailable from before the burst until each user has a kernel, divided by the users: "
+           "includes page tables, kernel stacks and files in memory, which PSS does not count; excludes services that "
+           "ran before, and pages of programs, because the kernel can read them again."),
     Column("burst", "burst: last ready", "s",
-           "all that the column `at once` says asked for at once, from nothing, until the last answers 200.",
+           "as many starts at once as the column `at once` gives, from nothing, until the last server answers 200.",
            of_all=True),
     Column("rate", "slots a second", "1/s", "that number divided by that time.", more_is_better=True),
 ]
@@ -93,7 +93,7 @@ class Bench:
         self.entry_ms = statistics.median(timed_ms(lambda: host.run(["true"])) for _ in range(11))
 
     def sides(self) -> list[tuple[Line, Side]]:
-        """All sides that can be tried here, each with its line; a line without a side says why."""
+        """All sides that can run here, each with its line; a line without a side has the reason in `why`."""
         minimal = sides.image(self.host, "minimal")
         root, base, peers = minimal["root"], str(minimal["id_base"]), self.options.peers
         user = self.host.run(["stat", "-c", "%u", f"{root}/home/jovyan"]).stdout.strip()
@@ -101,7 +101,7 @@ class Bench:
         if minimal["launch"] == "fork":
             made.insert(0, Ours(self.host, self.client, "fork", "minimal"))
         else:
-            why = f"image minimal of this checkout says launch = \"{minimal['launch']}\""
+            why = f"image minimal of this checkout has launch = \"{minimal['launch']}\""
             self.lines.append(Line("fork", "nbagent, by fork", "", ours=True, why=why))
         # One slot was warm when the packages were installed.
         made[0].close()
@@ -119,7 +119,7 @@ class Bench:
         return pairs
 
     def run(self) -> None:
-        """All rounds; a side that fails is out of the rest, and its line says why."""
+        """All rounds; a side that fails is left out of the others, and its line has the reason."""
         pairs = self.sides()
         for number in range(1, self.options.rounds + 1):
             for line, side in pairs:
@@ -131,7 +131,7 @@ class Bench:
                 except Exception as error:
                     line.why = " ".join(f"{type(error).__name__}: {error}".split())[:600]
                     say(f"{line.name} failed: {line.why}")
-                    # Half of it says nothing about the whole.
+                    # Figures of an incomplete run are not comparable.
                     line.samples.clear()
                 finally:
                     try:
@@ -195,7 +195,7 @@ class Bench:
             side.warm(claims, claims)
             self.note(side, name, [self.client.run(self.claim_ms(side, new)) for _ in range(claims)])
             side.end()
-        # With room for more, every claim makes the pool start another.
+        # With free capacity every claim would make the pool start another slot.
         side.warm(refilled // 2, 2 * refilled)
         for _ in range(refilled):
             self.note(side, "refill", [self.client.run(self.claim_ms(side))])
@@ -220,7 +220,7 @@ class Bench:
         self.claims.setdefault(side.key, {}).setdefault(name, []).extend(round(value, 3) for value in samples_ms)
 
     async def burst(self, line: Line, side: Side, name: str = "burst") -> list[Server]:
-        """All at once. What cannot be waited for is asked less often the more there are: it shares the processors."""
+        """All starts at once. A server that must be polled is polled less often the more there are."""
         async def one(number: int) -> Server:
             began_s = time.perf_counter()
             if isinstance(side, Ours):
@@ -238,8 +238,8 @@ class Bench:
     async def kernels(self, line: Line, servers: list[Server]) -> list[Any]:
         """A kernel and its first cell for each, four at a time.
 
-        A peer's is asked for again: its users share the host's ports, and jupyter_client lets go of those that it has
-        found free before the kernel listens on them. Among 50 users one is taken meanwhile now and then.
+        A peer's kernel is requested again after a failure, because its users share the host's ports and jupyter_client
+        closes the ports that it found free before the kernel binds them. Among 50 users one is taken at times.
         """
         turn = asyncio.Semaphore(4)
 
@@ -255,14 +255,14 @@ class Bench:
         return list(await asyncio.gather(*map(one, servers)))
 
     def memory(self, side: Side) -> dict[str, Any]:
-        """What memory.py finds, once the side has come to rest."""
+        """The result of memory.py when the side is at rest."""
         time.sleep(2)
         code = (HERE / "memory.py").read_text()
         found = self.host.run(["python3", "-", side.slots, side.services], input=code, timeout=sides.TIMEOUT_S)
         document: dict[str, Any] = json.loads(found.stdout)
         return document
 
-    # -- where it goes -------------------------------------------------------------------------
+    # -- breakdown -----------------------------------------------------------------------------
 
     def isolation(self) -> list[tuple[str, str, float, float]]:
         """Part, step, milliseconds and KiB of each step of the sandbox's plan."""
@@ -274,8 +274,8 @@ class Bench:
         return [(part, step, statistics.median(took_ms), used / 1024) for part, step, took_ms, used in rows]
 
     def floor(self) -> dict[str, Any]:
-        """A bare fork of a Python that has in it what a zygote has."""
-        say("the floor: a bare fork")
+        """A bare fork of a Python with the modules of a zygote."""
+        say("a bare fork")
         root = sides.image(self.host, "minimal")["root"]
         user = self.host.run(["stat", "-c", "%u", f"{root}/home/jovyan"]).stdout.strip()
         self.host.run(["sh", "-c", sides.MOUNTS, "mounts", root, "1"])
@@ -285,7 +285,7 @@ class Bench:
         return document
 
     def breakdown(self) -> list[list[str]]:
-        """Where the time and memory of a slot go: a table with the floor as its last line."""
+        """The time and memory of a slot by part: a table whose last lines are the bare fork."""
         self.steps, self.bare = self.isolation(), self.floor()
         steps, floor = self.steps, self.bare
         ours = [line for line in self.lines if line.ours and line.samples]
@@ -304,17 +304,17 @@ class Bench:
             parts = {part: statistics.median(turn[part] for turn in found) for part in found[0]}
             lost = line.median("taken") or 0
             put("claim: API, control, answer; all services", number, claim_ms, parts["services"])
-            put("walls: namespaces, root, limits, identity; init", number, walls_ms, parts["init"])
+            put("isolation: namespaces, root, limits, identity; init", number, walls_ms, parts["init"])
             starts_ms, both = ready_ms - claim_ms - walls_ms, parts["fork_server"] + parts["server"]
-            put("scope, start of the server, until it answers; seed", number, starts_ms, both)
+            put("scope, start of the server, until it answers; fork server", number, starts_ms, both)
             put("kernel, until its first result", number, cold_ms - ready_ms, parts["kernel"])
             own = parts[figures.KERNEL]
-            put("the kernel's own memory: tables, stacks, inodes", number, None, own)
-            put("all of it", number, cold_ms, parts["all"] + own)
-            put("as MemAvailable has it", number, None, lost)
+            put("kernel memory: page tables, stacks, inodes", number, None, own)
+            put("total", number, cold_ms, parts["all"] + own)
+            put("decrease of MemAvailable", number, None, lost)
             floor_ms, floor_mib = statistics.median(floor["took_ms"]), floor["taken"] / 1024
-            put("the floor: a bare fork (200, idle)", number, floor_ms, floor_mib)
-            put("left to gain above two bare forks", number, cold_ms - 2 * floor_ms, lost - 2 * floor_mib)
+            put("a bare fork (200, idle)", number, floor_ms, floor_mib)
+            put("above two bare forks", number, cold_ms - 2 * floor_ms, lost - 2 * floor_mib)
         return table + [[what, *cells] for what, cells in named.items()]
 
 
@@ -323,12 +323,13 @@ async def _close(kernels: list[Any]) -> None:
 
 
 BREAKDOWN_HOW = """\
-Where the time and memory of one user go, from nothing to the first result. Time: medians of this run; the walls are the
-steps of `nbagent slot plan`, each done side by side by 40 sandboxes (tests/bench/isolation.py), their sum; the claim is
-that on a warm pool. Memory: PSS by process at the users of the table above, services divided by them; the kernel's own
-is what it charges to the slots' cgroups. The floor: a Python with JupyterLab and ipykernel imported forks children that
-do nothing (tests/bench/floor.py): fork() to its first byte, and what MemAvailable falls by. A user has two processes at
-work, a server and a kernel, so what is left to gain is what lies above two of these."""
+Time and memory of one user by part, from nothing to the first result. Time: medians of this run; isolation is the sum
+of the steps of `nbagent slot plan`, each done side by side by 40 sandboxes (tests/bench/isolation.py); the claim is
+on a warm pool. Memory: PSS by process at the users of the table above, services divided by the users; kernel memory
+is the amount charged to the slots' cgroups. A bare fork: a Python with JupyterLab and ipykernel imported forks
+children that do nothing (tests/bench/floor.py), from fork() to the first byte of the child, and the decrease of
+MemAvailable. A user has two active processes, a server and a kernel, so the last line is the cost above two bare
+forks."""
 
 
 def timed_ms(action: Any) -> float:
@@ -338,12 +339,12 @@ def timed_ms(action: Any) -> float:
 
 
 def conditions(bench: Bench, began_s: float) -> str:
-    """What a reader has to know about the run."""
+    """The conditions of the run, for the reader."""
     say_what = ". /etc/os-release; echo $PRETTY_NAME; systemctl --version | head -n 1; podman --version"
     debian, systemd, podman = bench.host.run(["sh", "-c", say_what]).stdout.splitlines()
     warnings = bench.host.run(["journalctl", "-q", "-t", "nbagent", "-p", "warning"], check=False).stdout.splitlines()
     for warning in warnings:
-        say(f"in the journal: {warning}")
+        say(f"warning in the journal: {warning}")
     loads = bench.loads or [os.getloadavg()[0]]
     memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return (
@@ -352,13 +353,13 @@ def conditions(bench: Bench, began_s: float) -> str:
         f"load average {min(loads):.1f} to {max(loads):.1f}; "
         f"rounds: {bench.options.rounds}, in {time.monotonic() - began_s:.0f} s. "
         f"The client used {bench.client.cpu_s:.1f} s of a processor; "
-        f"the way into the host takes {bench.entry_ms:.0f} ms of each start of systemd-run and podman."
+        f"entering the host takes {bench.entry_ms:.0f} ms of each start of systemd-run and podman."
         + f" Warnings of the agent in its journal: {len(warnings)}." * bool(warnings)
     )
 
 
 def claims_table(bench: Bench) -> list[list[str]]:
-    """Our own claims, in milliseconds."""
+    """The claims of nbagent, in milliseconds."""
     table = [["claims, ms", "n", "p50", "p90", "p99", "max"]]
     for line in bench.lines:
         for name in CLAIM_COLUMNS:
@@ -370,7 +371,7 @@ def claims_table(bench: Bench) -> list[list[str]]:
 
 
 def write(out: Path, bench: Bench, about: str, base: Line, broken: list[list[str]]) -> str:
-    """The files; returns the text."""
+    """Writes the files; returns the text."""
     out.mkdir(parents=True, exist_ok=True)
     steps = [["step of the sandbox", "ms", "KiB"]]
     steps += [[f"{part}: {step}", f"{ms:.2f}", f"{kib:.0f}"] for part, step, ms, kib in bench.steps]
@@ -403,21 +404,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=sides.OUT, help="where the files go")
     parser.add_argument("--rounds", type=int, default=3, choices=range(1, 21), metavar="N", help="default: 3")
-    parser.add_argument("--burst", type=int, default=100, metavar="N", help="our slots at once; default: 100")
-    parser.add_argument("--users", type=int, default=50, metavar="N", help="ours, for memory; default: 50")
-    parser.add_argument("--peers", type=int, default=50, metavar="N", help="a peer's, also for memory; default: 50")
-    parser.add_argument("--only", type=lambda text: text.split(","), metavar="KEY,…", help="these sides and no others")
+    parser.add_argument("--burst", type=int, default=100, metavar="N", help="slots of nbagent at once; default: 100")
+    parser.add_argument("--users", type=int, default=50, metavar="N", help="users of nbagent, for memory; default: 50")
+    parser.add_argument("--peers", type=int, default=50, metavar="N", help="slots and users of a peer; default: 50")
+    parser.add_argument("--only", type=lambda text: text.split(","), metavar="KEY,…", help="only these sides")
     return parser.parse_args(argv)
 
 
 def main() -> None:
     """Measures, prints, writes."""
     arguments = parse()
-    # Told to end, it still takes its host down.
+    # SIGTERM raises SystemExit, so that the host is still taken down.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began_s = time.monotonic()
     packages = product.build(say)
-    # Before the host is there: it takes a minute the first time.
+    # Before the host is up, because it takes a minute the first time.
     sides.built_hub()
     with Host.up(name=f"bench-{os.getpid()}", packages=sides.PACKAGES) as host:
         product.install(host, packages, sides.SETTINGS)
@@ -429,7 +430,7 @@ def main() -> None:
             try:
                 broken = bench.breakdown()
             except Exception as error:
-                # What took an hour to measure is not lost for it.
+                # The figures that took an hour to measure are kept in spite of this failure.
                 failed.append(f"breakdown: {error}"[:500])
                 broken = [["no breakdown"], [failed[-1]]]
             about = conditions(bench, began_s)

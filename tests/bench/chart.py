@@ -1,4 +1,4 @@
-"""The comparison as a picture: one panel a figure, one bar a side, ours in colour. Matplotlib, from Debian."""
+"""The comparison as a picture: one panel for each figure, one bar for each side, nbagent in colour."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 
 OURS, THEIRS, BASE, INK, FAINT = "#d9541e", "#9aa7b4", "#5f6f7f", "#1f2933", "#8895a3"
-# Sides differ by tens to hundreds of times in these; where they do not, the axis is linear.
+# The sides differ by factors of tens to hundreds in these columns; where they do not, the axis is linear.
 LOG_FROM = 25.0
 
 
 def draw(path: Path, lines: Sequence[Line], columns: Sequence[Column], base: Line, about: str) -> None:
-    """Draws the sides that have figures."""
+    """Draws all sides that have figures."""
     shown = [line for line in lines if line.samples]
     across, down = 4, -(-len(columns) // 4)
     with pyplot.rc_context({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK}):
@@ -30,7 +30,7 @@ def draw(path: Path, lines: Sequence[Line], columns: Sequence[Column], base: Lin
             _panel(axes, shown, column, base)
         for axes in list(panels.flat)[len(columns) :]:
             axes.set_axis_off()
-        title = "nbagent and its peers: one host, one run, in turns"
+        title = "nbagent and its peers: one host, one run, by turns"
         figure.suptitle(title, x=0.012, ha="left", fontsize=19, weight="bold")
         figure.text(
             0.012, 0.008, "\n".join(textwrap.wrap(

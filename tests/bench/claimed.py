@@ -1,4 +1,4 @@
-"""One claim, and what is said of many; and of HAProxy's own figures. Pure."""
+"""One claim, statistics of many, and parsers of HAProxy's figures. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import figures
 
 @dataclass(frozen=True)
 class Claimed:
-    """One claim: `status` is 0 when no answer came, `slot` "" when there is none."""
+    """One claim: `status` is 0 without a response, `slot` is "" without a slot."""
 
     status: int
     slot: str
@@ -26,12 +26,12 @@ class Claimed:
 
 
 def slot_of(url: str) -> str:
-    """The slot in the address that tmpnb's API answers."""
+    """The id of the slot in the url that tmpnb's API returns."""
     return url.partition("/user/")[2].partition("/")[0]
 
 
-def told(claims: list[Claimed]) -> dict[str, Any]:
-    """What is said of claims."""
+def summary(claims: list[Claimed]) -> dict[str, Any]:
+    """The statistics of claims: counts, failures, latencies, claims by host."""
     statuses = Counter(claimed.status for claimed in claims)
     return {
         "claims": len(claims), "failed": len(claims) - statuses[200],
@@ -42,11 +42,11 @@ def told(claims: list[Claimed]) -> dict[str, Any]:
 
 
 def metric(text: str, name: str, labels: str) -> float:
-    """One sample of Prometheus' text; 0 when it is not there."""
+    """The value of one sample of a Prometheus text; 0 when it is missing."""
     match = re.search(rf"^{re.escape(name)}{{{re.escape(labels)}}} (\S+)", text, re.MULTILINE)
     return float(match[1]) if match else 0.0
 
 
 def rows(text: str) -> list[dict[str, str]]:
-    """What HAProxy's `show stat` tells, a row for each frontend, backend and server."""
+    """The output of HAProxy's `show stat`: a row for each frontend, backend and server."""
     return list(csv.DictReader(text.removeprefix("# ").splitlines()))

@@ -1,7 +1,7 @@
 """The benchmarks' client: claims, notebook servers, kernels and cells, any number at a time, by asyncio in one thread.
 
-The thread is in the test host's network namespace, so what it asks for comes from the host's loopback, as a proxy's
-requests do that runs there. It shares the processors with what it measures; `cpu_s` says what it used.
+The thread is in the test host's network namespace, so that its requests come from the host's loopback, as those of a
+proxy on the host do. It shares the processors with the measured programs; `cpu_s` is the processor time that it used.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import aiohttp
 from product import API_PORT
 from testhost_driver import Host, netns
 
-# No request of a benchmark takes longer, however loaded the machine: what does has failed.
+# A request that takes longer has failed, even on a loaded machine.
 TIMEOUT_S = 300
 
 
 @dataclass(frozen=True)
 class Server:
-    """A notebook server: `url` ends with a slash; `slot` is what its maker calls it."""
+    """A notebook server: `url` ends with a slash; `slot` is its id or number at its side."""
 
     url: str
     token: str
@@ -39,9 +39,9 @@ class Server:
 
 
 class Kernel:
-    """A kernel's open websocket, which is listened to until `close`, as an open browser tab does.
+    """A kernel's open websocket, which is read until `close`, as an open browser tab does.
 
-    Not only while a cell runs: the server pings, and hangs up on who does not answer.
+    It is read between cells too, because the server sends pings and closes a connection without a pong.
     """
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
@@ -72,16 +72,16 @@ class Kernel:
             document = json.loads(message.data)
             result = self._results.get(document["parent_header"].get("msg_id", ""))
             if result is not None and not result.done():
-                self._tell(result, document["header"]["msg_type"], document["content"])
+                self._resolve(result, document["header"]["msg_type"], document["content"])
         for result in self._results.values():
             if not result.done():
                 result.set_exception(RuntimeError(f"the websocket was closed with {self._socket.close_code}"))
 
     @staticmethod
-    def _tell(result: asyncio.Future[str], kind: str, content: dict[str, Any]) -> None:
+    def _resolve(result: asyncio.Future[str], kind: str, content: dict[str, Any]) -> None:
         if kind == "execute_result":
             result.set_result(str(content["data"]["text/plain"]))
-        # The reply comes by another way, and may come first; idle comes last of what the result comes by.
+        # The reply comes on the shell channel and may come first; `idle` is the last message of the iopub channel.
         elif kind == "error" or (kind == "status" and content["execution_state"] == "idle"):
             result.set_exception(RuntimeError(f"no result but {content}"))
 
@@ -91,7 +91,7 @@ class Kernel:
 
 
 class Client:
-    """A thread with a loop; `run` gives it work and waits, from any other thread."""
+    """A thread with an event loop; `run` executes a coroutine there and waits, from any other thread."""
 
     def __init__(self, host: Host) -> None:
         self._host = host
@@ -118,12 +118,12 @@ class Client:
         self._loop.run_forever()
 
     async def _open(self) -> None:
-        # No bound on connections: a burst is a burst. Addresses are numbers, so no resolver thread is needed.
+        # No bound on connections, because a burst opens all at once. Addresses are numeric and need no resolver thread.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=600)
         self.http = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S))
 
     async def _close(self) -> None:
-        # Who is told to end in the middle of a burst leaves all of it.
+        # After a SIGTERM in the middle of a burst the tasks of the burst are still pending.
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
@@ -139,7 +139,7 @@ class Client:
         return time.clock_gettime(self._clock)
 
     async def claim(self, image: str | None = None, *, new_connection: bool = False) -> Server:
-        """POST /claim. Raises RuntimeError with the API's own words when it is not answered 200."""
+        """POST /claim. Raises RuntimeError with the response's text when the status is not 200."""
         body = {"image": image} if image else {}
         headers = {"Connection": "close"} if new_connection else None
         async with self.http.post(f"http://127.0.0.1:{API_PORT}/claim", json=body, headers=headers) as answer:
@@ -150,7 +150,7 @@ class Client:
         return Server(f"http://127.0.0.1:8000/user/{document['slot']}/", document["token"], document["slot"])
 
     async def ready(self, server: Server, poll_s: float) -> None:
-        """Returns at the first 200 of GET api. A server that cannot be waited for is asked again and again."""
+        """Returns at the first 200 of GET api. A server whose port refuses connections is polled."""
         async with asyncio.timeout(TIMEOUT_S):
             while True:
                 try:
@@ -172,7 +172,7 @@ class Client:
         return Kernel(await self.http.ws_connect(url, headers=server.headers, timeout=TIMEOUT_S))
 
     async def first_cell(self, server: Server) -> Kernel:
-        """A new kernel that has run its first cell, and said what it has to say."""
+        """A new kernel that has run its first cell."""
         kernel = await self.kernel(server)
         if (text := await kernel.run("1+1")) != "2":
             raise RuntimeError(f"1+1 is {text!r} at {server.url}")

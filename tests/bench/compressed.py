@@ -1,11 +1,12 @@
 #!/usr/bin/python3
-"""`make bench-compressed`: what a slot at rest is worth in compressed memory, and what waking up costs.
+"""`make bench-compressed`: the memory of a slot at rest when it is compressed, and the cost of its next cell.
 
     tests/bench/compressed.py [--slots N] [--algorithm NAME]
 
-On a virtual machine of its own, as it takes cgroup v2: claims N slots, starts a kernel in each through the router and
-runs a cell, lets all of them be compressed, and runs cells again. Prints a table for packaging/docs/density.md. Memory
-repeats well; where the machine is emulated, times can be compared with each other only.
+On a virtual machine of its own, because it needs cgroup v2: claims N slots, starts a kernel in each through the
+router and runs a cell, lets all of them be compressed, and runs cells again. Prints a table for
+packaging/docs/benchmarks.md. Memory figures are repeatable; times of an emulated machine are comparable only with
+each other.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Rest:
         self.kernels: list[tuple[str, Kernel]] = []
 
     def run(self, script: str, *arguments: str) -> str:
-        """A script on the host; what it printed."""
+        """Runs a script on the host; returns its output."""
         return str(self.host.run(["sh", "-ec", script, *arguments], timeout=120).stdout)
 
     def compress(self, after: str) -> None:
@@ -63,12 +64,12 @@ class Rest:
         return statistics.median(timed(lambda kernel=kernel: kernel.run(CELL, 120)) for _, kernel in self.kernels)
 
     def memory(self) -> list[tuple[int, int]]:
-        """What each slot has in memory and in zram, before compression."""
+        """Bytes of each slot in memory, and in zram before compression."""
         found = [self.api.get(f"/slots/{slot}").json() for slot, _ in self.kernels]
         return [(slot["memory_bytes"], slot["swapped_bytes"]) for slot in found]
 
     def stored(self) -> float:
-        """What zram takes of memory for each byte that it holds."""
+        """Bytes of memory that zram uses for each byte that it holds."""
         held, _, taken, *_ = map(int, self.run("cat /sys/block/zram0/mm_stat").split())
         return taken / held
 
@@ -79,7 +80,7 @@ class Rest:
         cell = "" if cell_s is None else f"{cell_s:.2f} s"
         return f"| {name} | {resident:.1f} | {swapped:.1f} | {zram:.1f} | {resident + zram:.1f} | {cell} |"
 
-    def fall_asleep(self) -> None:
+    def wait_compressed(self) -> None:
         """Waits until every slot has been compressed."""
         self.compress("5s")
         deadline = time.monotonic() + PATIENCE_S
@@ -90,10 +91,10 @@ class Rest:
         self.compress("never")
 
 
-def timed(deed: Callable[[], Any]) -> float:
+def timed(action: Callable[[], Any]) -> float:
     """How long something took, in seconds."""
     began_s = time.monotonic()
-    deed()
+    action()
     return time.monotonic() - began_s
 
 
@@ -112,7 +113,7 @@ def main() -> None:
             say(f"slot {number + 1} of {options.slots}")
         rest.cells()
         rows = [rest.row("awake", rest.cells())]
-        rest.fall_asleep()
+        rest.wait_compressed()
         rows.append(rest.row("at rest", None))
         rows.append(rest.row("… after a cell", rest.cells()))
         rows.append(rest.row("… after another", rest.cells()))

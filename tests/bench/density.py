@@ -1,14 +1,14 @@
 #!/usr/bin/python3
-"""`make bench-density`: how many live users one host holds, and what it costs.
+"""`make bench-density`: how many live users one host holds, and the cost of each.
 
     tests/bench/density.py [--users N] [--image NAME] [--concurrency N] [--minutes N] [--out DIRECTORY]
 
-On a host of its own: claims N slots through the API, starts a kernel in each through the router and runs a cell, keeps
-all their websockets open, and then runs a cell in every one again. Prints, and writes density.txt, density.json and, as
-a line of a table, density.md to DIRECTORY (default: $NBAGENT_CACHE/bench). Stops adding users when less than 1 GiB of
-the machine's memory is available or --minutes are over, says how far it came, measures those who are there, and ends
-with status 1; so it does when a user was not answered or the kernel killed anything for memory. The host goes when it
-ends, however it ends.
+On a host of its own: claims N slots through the API, starts a kernel in each through the router and runs a cell,
+keeps all their websockets open, and then runs a cell in every one again. Prints, and writes density.txt, density.json
+and, as a line of a table, density.md to DIRECTORY (default: $NBAGENT_CACHE/bench). Stops adding users when less than
+1 GiB of the machine's memory is available or --minutes are over, then reports the number, measures the present users
+and ends with status 1; it also ends with status 1 after a failed request or an OOM kill. The host is removed in every
+case.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ UNITS = ("nbagent.service", "nbagent-api.service", "nbagent-router.service")
 
 
 class TooSmall(Exception):
-    """The machine, or the time, was not enough for one more user."""
+    """Memory or time does not suffice for another user."""
 
 
 class Density:
@@ -68,9 +68,9 @@ class Density:
         self.deadline_s = time.monotonic() + 60 * options.minutes
 
     def run(self) -> dict[str, Any]:
-        """Everything; the figures."""
+        """Runs all parts; returns the figures."""
         wanted = self.options.users
-        # All of them fit by the settings: what ends it is the machine.
+        # The settings admit all users, so that only the machine bounds their number.
         self.side.open(wanted + PROBES)
         kills = oom_kills()
         stopped, at_few, before = "", None, self.memory()
@@ -85,11 +85,11 @@ class Density:
             stopped = str(error)
             say(f"stopped at {len(self.kernels)} users of {wanted}: {stopped}")
             if self.failures:
-                # What an operator would look at; the host goes with this run.
-                found = "Error|Traceback|given up|by itself"
+                # The lines that an operator would read, printed because the host is removed.
+                found = "Error|Traceback|zygote .* failed|unexpectedly"
                 journal = ["journalctl", "--no-pager", "-o", "cat", "-n", "40", "-g", found]
                 say(self.host.run(journal, check=False).stdout)
-            # Slots of the last wave without a kernel are nobody's, and would be counted as the others'.
+            # Slots of the last wave without a kernel have no user, so their memory would count for the other users.
             self.side.in_order([*self.live, *(server for server in self.claimed if server not in self.live)])
             self.side.end(keep=len(self.live))
         users = len(self.kernels)
@@ -121,20 +121,20 @@ class Density:
         }
 
     def wave(self, count: int) -> None:
-        """So many more users: all claim, then all start a kernel and run a cell."""
+        """Adds `count` users: all claim, then all start a kernel and run a cell."""
         began_s = time.monotonic()
         servers = self.client.run(self.at_a_time(count, lambda _: self.claim()))
         self.claiming_s += time.monotonic() - began_s
         for server in servers:
             self.side.took(server)
         self.claimed += servers
-        # A wave is counted whole or not: who has no kernel is no user.
+        # A claim without a kernel is not counted as a user.
         self.kernels += self.client.run(self.at_a_time(len(servers), lambda number: self.first_cell(servers[number])))
         if len(servers) < count or self.failures:
             raise TooSmall(self.failures[-1] if self.failures else self.shortage())
 
     async def at_a_time(self, count: int, work: Callable[[int], Awaitable[Any]]) -> list[Any]:
-        """Runs `work` for each number, some at a time, until one fails or the machine is full; what came of it."""
+        """Runs `work` for each number, some at a time, until one fails or memory is short; returns the results."""
         turn, done = asyncio.Semaphore(self.options.concurrency), []
 
         async def one(number: int) -> None:
@@ -150,7 +150,7 @@ class Density:
         return done
 
     def shortage(self) -> str:
-        """Why there can be no further user; '' when there can."""
+        """The reason why no further user fits; '' when one does."""
         if (left := available()) < LEAST_AVAILABLE:
             return f"{left >> 20} MiB of memory are available, less than {LEAST_AVAILABLE >> 20}"
         return f"{self.options.minutes} minutes are over" if time.monotonic() > self.deadline_s else ""
@@ -169,7 +169,7 @@ class Density:
         return kernel
 
     async def cells(self) -> list[float]:
-        """A cell in every kernel, some at a time: how long each took."""
+        """Runs a cell in every kernel, some at a time; returns the times."""
         turn, took_ms = asyncio.Semaphore(self.options.concurrency), []
 
         async def one(kernel: Kernel) -> None:
@@ -188,7 +188,7 @@ class Density:
         return took_ms
 
     def probe(self) -> dict[str, float]:
-        """Claims on a warm pool, one after another, beside the users who are there; they are released again."""
+        """Times claims on a warm pool, one after another, beside the present users, and releases them."""
         here = len(self.kernels)
         self.side.warm(PROBES, here + PROBES)
         took_ms, probes = [], []
@@ -210,7 +210,7 @@ class Density:
         return 1000 * (time.perf_counter() - began_s)
 
     def idle(self) -> dict[str, Any]:
-        """What the services use of a processor in half a minute in which nobody does anything, and their RSS."""
+        """Processor time of the services in half a minute without activity, and their RSS."""
         before, used_before, began_s = {unit: self.unit(unit) for unit in UNITS}, machine_busy_s(), time.monotonic()
         time.sleep(IDLE_S)
         after, took_s = {unit: self.unit(unit) for unit in UNITS}, time.monotonic() - began_s
@@ -229,7 +229,7 @@ class Density:
         return document
 
     def memory(self) -> dict[str, Any]:
-        """What memory.py finds, once everything has come to rest."""
+        """The result of memory.py when the host is at rest."""
         time.sleep(3)
         return self.measured(self.side.slots, self.side.services)
 
@@ -241,7 +241,7 @@ class Density:
 
 
 def available() -> int:
-    """Bytes of memory that the machine has for more."""
+    """MemAvailable of the machine, in bytes."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
@@ -249,7 +249,7 @@ def available() -> int:
 
 
 def oom_kills() -> int:
-    """How often the kernel has killed for memory, in any cgroup."""
+    """The number of OOM kills in all cgroups since boot."""
     words = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
     return int(words["oom_kill"])
 
@@ -265,7 +265,7 @@ def rss_mib() -> float:
 
 
 def report(found: dict[str, Any]) -> str:
-    """The figures for a reader."""
+    """The figures as text."""
     memory = found["mib_a_user"]
     waits = {
         "claim": found["claim_ms"], "kernel and first cell": found["first_cell_ms"],
@@ -327,7 +327,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures, prints, writes; status 1 when not everybody was served."""
+    """Measures, prints, writes; status 1 when a user was not served."""
     options = parse()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # A websocket for each user.

@@ -1,5 +1,5 @@
 #!/usr/bin/python3
-"""A stand-in for a host whose slots have websockets: what it is sent comes back. Beside it, /healthz.
+"""A stand-in for a host whose slots have websockets that echo each message. Serves /healthz too.
 
     tests/bench/echo.py ADDRESS
 """
@@ -18,7 +18,7 @@ async def healthz(_: web.Request) -> web.Response:
 
 
 async def channels(request: web.Request) -> web.WebSocketResponse:
-    """As a kernel's: open for as long as the browser has it open."""
+    """A websocket as a kernel's: open until the client closes it."""
     socket = web.WebSocketResponse(compress=False)
     await socket.prepare(request)
     async for message in socket:
@@ -27,7 +27,7 @@ async def channels(request: web.Request) -> web.WebSocketResponse:
 
 
 async def serve(address: str) -> None:
-    """Until killed. Says on standard output when it listens."""
+    """Serves until killed. Prints a line on standard output when it listens."""
     app = web.Application()
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/user/{slot}/channels", channels)

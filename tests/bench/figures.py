@@ -1,4 +1,4 @@
-"""Figures: samples of several sides, what is said of them, and how a reader sees them. Pure."""
+"""Figures: samples of several sides, their statistics, and tables of them. Pure."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Column:
-    """One figure. `how` says what is timed, for a stranger to repeat it."""
+    """One figure. `how` describes the measurement, so that a reader can repeat it."""
 
     key: str
     heading: str
     unit: str
     how: str
     more_is_better: bool = False
-    of_all: bool = False  # what all of those take that were asked for at once: only equal numbers compare
+    of_all: bool = False  # the time of all starts of a burst: comparable only for equal numbers
 
 
 @dataclass
 class Line:
-    """One side with its samples by column. `why` says why it has none; `at_once` and `users` how many there were.
+    """One side with its samples by column. `why` is the reason when it has none; `at_once` and `users` are counts.
 
-    `again` has a reason for each kernel that had to be asked for again.
+    `again` has the reason of each repeated request for a kernel.
     """
 
     key: str
@@ -45,7 +45,7 @@ class Line:
         return statistics.median(found) if found else None
 
     def document(self) -> dict[str, Any]:
-        """The side as JSON: what is said of it, and every sample."""
+        """The side as JSON: its statistics, and every sample."""
         return {
             "key": self.key, "name": self.name, "how": self.how, "at_once": self.at_once, "users": self.users,
             "why": self.why, "again": self.again,
@@ -54,12 +54,12 @@ class Line:
 
 
 def quantile(samples: Sequence[float], share: float) -> float:
-    """The sample below which `share` of all lie: the nearest one, none is invented between two."""
+    """The sample below which `share` of all lie: the nearest sample, without interpolation."""
     return sorted(samples)[min(len(samples) - 1, int(share * len(samples)))]
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """What is said of samples; there must be some."""
+    """The statistics of samples, of which there must be at least one."""
     shares = {"p90": 0.9, "p99": 0.99}
     return {
         "n": len(samples), "p50": statistics.median(samples),
@@ -77,7 +77,7 @@ def better(line: Line, base: Line, column: Column) -> float | None:
 
 
 def number(value: float) -> str:
-    """Three digits, and no exponent."""
+    """A number with three significant digits and without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -108,18 +108,18 @@ def comparison(lines: Sequence[Line], columns: Sequence[Column], base: Line) -> 
 
 
 def notes(lines: Sequence[Line], columns: Sequence[Column]) -> list[str]:
-    """What each column and each line is, and why a line is not there."""
+    """The explanation of each column and line, and the reason for each missing line."""
     said = [f"{column.heading}: {column.how}" for column in columns]
     said += [f"{line.name}: {line.how}" for line in lines if line.how]
     said += [
-        f"{line.name}: {len(line.again)} kernels did not start and were asked for again: {line.again[0]}"
+        f"{line.name}: {len(line.again)} kernels did not start and were requested again: {line.again[0]}"
         for line in lines if line.again
     ]
     return said + [f"{line.name} is not in the table: {line.why}" for line in lines if line.why]
 
 
 def columns_of(table: Sequence[Sequence[str]]) -> str:
-    """Cells below each other: words to the left, numbers to the right; long words are cut."""
+    """A text table: words aligned left, numbers right; long words are cut."""
     cut = [[cell if len(cell) <= 76 else f"{cell[:75]}…" for cell in line] for line in table]
     made = []
     for position, column in enumerate(zip(*cut, strict=True)):
@@ -138,9 +138,9 @@ KERNEL = "kernel's own"
 
 
 def per_user(found: Mapping[str, Any], users: int) -> dict[str, float]:
-    """MiB a user of what memory.py found: the sum of all, and of what it is made.
+    """MiB for each user of the result of memory.py: the sum, and its parts.
 
-    The parts are PSS by kind of process and the kernel's own memory, which no process' PSS has.
+    The parts are PSS by kind of process, and kernel memory, which PSS does not count.
     """
     roles = {role: kinds["pss"] for role, kinds in found["roles"].items()}
     parts = {role: roles.get(role, 0) for role in ("init", "fork_server", "server", "kernel", "slots", "services")}
@@ -149,12 +149,12 @@ def per_user(found: Mapping[str, Any], users: int) -> dict[str, float]:
 
 
 def taken(before: Mapping[str, Any], after: Mapping[str, Any], users: int) -> float:
-    """MiB that the machine has less for each user: the difference of MemAvailable between two looks."""
+    """The decrease of MemAvailable between two samples, in MiB for each user."""
     lost: float = before["meminfo"]["MemAvailable"] - after["meminfo"]["MemAvailable"]
     return lost / users / 1024
 
 
 def latency(samples_ms: Sequence[float]) -> dict[str, float]:
-    """What is said of many users' waits, in milliseconds."""
+    """The statistics of many users' waits, in milliseconds."""
     found = summary(samples_ms)
     return {name: round(found[name], 2) for name in ("n", "p50", "p90", "p99", "max")}

@@ -1,13 +1,13 @@
 #!/usr/bin/python3
-"""`make bench-fleet`: what a gateway costs, and how it spreads claims, with the real HAProxy as we configure it.
+"""`make bench-fleet`: the cost of a gateway and its distribution of claims, with the real HAProxy and configuration.
 
     tests/bench/fleet.py [--quick] [--only PART,PART…] [--out DIRECTORY]
 
 Parts: `latency`, `rate` and `killed` on three real hosts and a gateway, installed by their packages on nspawn hosts;
-`unequal`, `killed-agents`, `thousand` and `websockets` on stand-ins for hosts (agents.py, echo.py), as what is looked
-at there is HAProxy. All traffic is on loopback and in network namespaces of this run. The tables go to standard output;
-fleet.txt, fleet.md, fleet.png and fleet.json go to DIRECTORY (default: $NBAGENT_CACHE/bench). Takes six minutes,
-with --quick two.
+`unequal`, `killed-agents`, `thousand` and `websockets` on stand-ins for hosts (agents.py, echo.py), because these
+parts measure HAProxy alone. All traffic is on loopback and in network namespaces of this run. The tables go to
+standard output; fleet.txt, fleet.md, fleet.png and fleet.json go to DIRECTORY (default: $NBAGENT_CACHE/bench). Takes
+six minutes, with --quick two.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# tests/ first: there is a fleet.py, too.
+# tests/ first, because it has another fleet.py.
 sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent.parent)]
 
 import fleetchart
@@ -45,7 +45,7 @@ STAND_IN = ("unequal", "killed-agents", "thousand", "websockets")
 
 
 def parts(quick: bool) -> dict[str, Callable[..., dict[str, Any]]]:
-    """Each part; those of REAL are given the fleet, and the others what starts their programs."""
+    """All parts by name; those of REAL take the fleet, and the others a starter of programs."""
     return {
         "latency": lambda real: real.latency(*((200, 20) if quick else (2000, 100))),
         "rate": lambda real: real.rate(*((4, 1) if quick else (10, 3))),
@@ -60,7 +60,7 @@ def parts(quick: bool) -> dict[str, Callable[..., dict[str, Any]]]:
 
 
 def measure(names: list[str], quick: bool) -> dict[str, Any]:
-    """Every part that is named, with the load of the machine when it began and ended."""
+    """Runs the named parts; each result has the load average before and after."""
     found: dict[str, Any] = {}
     made = parts(quick)
 
@@ -74,7 +74,7 @@ def measure(names: list[str], quick: bool) -> dict[str, Any]:
 
     for name in STAND_IN:
         if name in names:
-            # Each has a network of its own: addresses and ports are the same in all.
+            # Each has a network namespace of its own, because addresses and ports are the same in all.
             network = f"{name[:8]}-{os.getpid()}"
             netns.create(network)
             try:
@@ -91,7 +91,7 @@ def measure(names: list[str], quick: bool) -> dict[str, Any]:
 
 
 def about(took_s: float) -> str:
-    """What a reader has to know about the run."""
+    """The conditions of the run, for the reader."""
     version = subprocess.run(["/usr/sbin/haproxy", "-v"], capture_output=True, text=True, check=True).stdout.split()[2]
     memory_gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     return (
@@ -101,7 +101,7 @@ def about(took_s: float) -> str:
 
 
 def failures(found: dict[str, Any]) -> list[str]:
-    """What a gateway must not do."""
+    """Failures that make the run fail."""
     said = []
     for name in ("killed", "killed-agents", "unequal"):
         if count := found.get(name, {}).get("failed"):
@@ -129,9 +129,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measures, prints, writes; status 1 when a claim or a websocket failed."""
     options = parse()
-    # Told to end, it still takes everything down.
+    # SIGTERM raises SystemExit, so that hosts and programs are still removed.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    # A websocket is a descriptor here and at the stand-in, and two of HAProxy.
+    # A websocket takes a descriptor here, one in the stand-in, and two in HAProxy.
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     began_s = time.monotonic()
     found = measure(options.only, options.quick)

@@ -17,7 +17,7 @@ from matplotlib import pyplot
 
 
 def draw(path: Path, found: Mapping[str, Any]) -> None:
-    """Draws what there is."""
+    """Draws a panel for each measured part."""
     panels = [(name, draw_one) for name, draw_one in PANELS.items() if name in found]
     if not panels:
         return
@@ -68,7 +68,7 @@ def latency(axes: pyplot.Axes, part: Mapping[str, Any]) -> None:
         )
     ]
     _bars(axes, ["GET, kept", "GET, new", "claim"], rows, "")
-    _title(axes, "What the gateway adds", "milliseconds, medians; less is better")
+    _title(axes, "Latency added by the gateway", "milliseconds, medians; less is better")
 
 
 def unequal(axes: pyplot.Axes, part: Mapping[str, Any]) -> None:
@@ -78,7 +78,7 @@ def unequal(axes: pyplot.Axes, part: Mapping[str, Any]) -> None:
         for place, (size, colour) in enumerate(zip(part["capacity"], (OURS, BASE, THEIRS), strict=True))
     ]
     _bars(axes, [f"fleet {step['level']:.0%} full" for step in steps], rows, "%")
-    _title(axes, "Hosts of unequal size", "each host's own places in use; ideal is alike")
+    _title(axes, "Hosts of unequal size", "share of each host's capacity in use; ideal is equal")
 
 
 def thousand(axes: pyplot.Axes, part: Mapping[str, Any]) -> None:
@@ -92,13 +92,13 @@ def thousand(axes: pyplot.Axes, part: Mapping[str, Any]) -> None:
             label=f"{level['level']:.0%} full: {refusals} refusals, {failed} failed of {part['claims']} claims",
         )
         axes.axvline(level["level"] * places, color=INK, linewidth=0.8, linestyle=":")
-    axes.set_xlabel("places in use of a host's 100; dotted: all hosts, with perfect knowledge")
+    axes.set_xlabel("slots in use of a host's 100; dotted: perfect knowledge")
     axes.set_ylabel("hosts")
     axes.set_yscale("symlog", linthresh=10)
     axes.yaxis.set_major_formatter(lambda value, _: figures.number(value))
     axes.margins(y=0.4)
     axes.legend(frameon=False, fontsize=9, loc="upper left")
-    _title(axes, f"{part['hosts']} agents behind HAProxy", "how many hosts are how full; narrow is better")
+    _title(axes, f"{part['hosts']} agents behind HAProxy", "distribution of the hosts' use; narrow is better")
 
 
 def rate(axes: pyplot.Axes, part: Mapping[str, Any]) -> None:

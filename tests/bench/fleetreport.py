@@ -1,4 +1,4 @@
-"""The figures of a fleet for a reader: a table a part, and how it is measured below it. Pure."""
+"""The figures of a fleet for a reader: a table a part, and its method below it. Pure."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ Table = list[list[str]]
 
 HOW = {
     "latency": (
-        "Three real hosts and a gateway. One client, one request after another, each asked straight of the host's "
+        "Three real hosts and a gateway. One client, one request after another, each sent directly to the host's "
         "router and then through the gateway: GET /user/SLOT/api of one slot, and POST /api/spawn with a full pool "
-        "(straight: of each host in turn; through: of whichever the gateway asks), released after each. `added` is "
+        "(direct: to each host by turns; through: to the host that the gateway chose), released after each. `added` is "
         "the difference of the medians."
     ),
     "rate": (
-        "The same fleet: 8 clients who POST /api/spawn, release the slot by the host's control API, and claim again "
+        "The same fleet: 8 clients that POST /api/spawn, release the slot by the host's control API, and claim again "
         "when that is done, for some seconds; one host and the fleet by turns. Hosts, gateway and clients share the "
-        "processors, so this is no measure of what three machines could do."
+        "processors, so that this is no measure of three machines."
     ),
     "killed": (
         "The same fleet, 8 clients: when a third is claimed one of the three hosts is ended with all its processes and "
-        "its network, and stays away. `failed` is every answer but 200."
+        "its network, and does not return. `failed` counts every response but 200."
     ),
     "killed-agents": (
         "Four stand-in agents (tests/bench/agents.py), a process each, which take 5 ms for a claim; 16 clients. When a "
@@ -38,14 +38,14 @@ HOW = {
         "Stand-in agents with 100 places each, in one process; each has an address of its own, and HAProxy checks each "
         "as it does a host. At first the places in use are drawn at random, which is where draws by free capacity lead "
         "in the end; with each claim one slot ends, drawn at random. `refusals` are answers 503 of agents, each a "
-        "retry; `failed` are claims that nobody took. Perfect: the same claims without HAProxy, each to the emptiest "
-        "host. Played: one host drawn by free capacity as the weight, known now or a second old; and two hosts drawn "
-        "alike, of which the emptier is asked, by what is so now. `went to, free`: how much of a host was free, of "
-        "those that took a claim, in the mean."
+        "retry; `failed` are claims without a slot. Perfect: the same claims simulated without HAProxy, each to the "
+        "emptiest host. Simulated: one host drawn with its free capacity as the weight, known now or a second ago; and "
+        "two hosts drawn uniformly, of which the emptier one now is chosen. `went to, free`: the mean free share of "
+        "the hosts that accepted a claim."
     ),
     "websockets": (
         "To one stand-in host (tests/bench/echo.py) through HAProxy: all are opened, 50 at a time; when all are open "
-        "each is asked, twice, and has to echo. Memory is what HAProxy's VmRSS grew by, divided by them."
+        "each echoes two messages. Memory is the growth of HAProxy's VmRSS, divided by their number."
     ),
 }
 
@@ -136,12 +136,12 @@ def thousand(part: Mapping[str, Any]) -> Table:
     return [*table, *_cost(part, len(table[0]))]
 
 
-PLAYED = {"perfect": "perfect knowledge", "fresh": "played, weights of now", "second": "played, a second old",
-          "two": "played, emptier of two"}
+PLAYED = {"perfect": "perfect knowledge", "fresh": "simulated, weights of now", "second": "simulated, a second old",
+          "two": "simulated, emptier of two"}
 
 
 def _cost(part: Mapping[str, Any], width: int) -> Iterator[list[str]]:
-    """What the checks cost, as lines of a table that has its own columns."""
+    """The cost of the checks, as lines of a table with its own columns."""
     checks = part["checks"]
     for name, value in {
         "agent-checks a second": f"{checks['agent_checks_a_second']:.0f}",
@@ -156,7 +156,7 @@ def _cost(part: Mapping[str, Any], width: int) -> Iterator[list[str]]:
 def websockets(part: Mapping[str, Any]) -> Table:
     ms = part["answer_ms"]
     return [
-        ["websockets", "asked for", "open at the end", "errors", "all open after, s", "echo p50, ms", "p99, ms",
+        ["websockets", "wanted", "open at the end", "errors", "all open after, s", "echo p50, ms", "p99, ms",
          "KiB each"],
         ["", number(part["wanted"]), number(part["open_at_the_end"]), str(part["error_count"]),
          number(part["opening_s"]), number(ms["p50"]), number(ms["p99"]), f"{part['kib_each']:.1f}"],

@@ -1,9 +1,9 @@
 #!/usr/bin/python3
-"""The physical floor of a slot: a bare fork. Runs inside an image's root, under its own Python; prints JSON.
+"""The lower bound of a slot: a bare fork. Runs inside an image's root, under its own Python; prints JSON.
 
-Imports what a notebook server with a kernel has in it, as a zygote does, and forks children that do nothing at all.
-Milliseconds from fork() until the child has said one byte; KiB that a child alone has, its share of everything, its
-page tables, and what the machine has less for each of them.
+Imports the modules of a notebook server with a kernel, as a zygote does, and forks children that do nothing.
+Milliseconds from fork() until a byte of the child arrives; private KiB of a child, its PSS, its page tables, and the
+decrease of MemAvailable for each.
 """
 
 import gc

@@ -1,7 +1,7 @@
 """The real HAProxy with the product's own configuration, in front of stand-in agents, in a network namespace.
 
-What is not the product's: paths, as nothing is installed; one stand-in for the status service; a bound on connections
-that fits the machine.
+It differs from the product's in paths, because no package is installed, in a stand-in for the status service, and in a
+bound on connections that fits the machine.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ HERE = Path(__file__).resolve().parent
 TOP = HERE.parent.parent
 PORT = 80
 URL = f"http://127.0.0.1:{PORT}"
-# Whoever measures is one address.
+# All requests come from one address.
 RATE_MAX = 100000
 _READY_S = 60
 
 
 class Processes:
-    """Programs that this one started, in a directory of their own; all end with it."""
+    """Programs that this process started, in a directory of their own; all end with it."""
 
     def __init__(self) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="nbagent-bench-"))
@@ -67,7 +67,7 @@ class Processes:
         return f"{self.directory}/status.sock"
 
     def haproxy(self, hosts: int) -> Gateway:
-        """Starts HAProxy for so many agents, and waits until it knows all of them."""
+        """Starts HAProxy for `count` agents and waits until all are up."""
         tables = {
             "listen": {"http": [f"127.0.0.1:{PORT}"], "metrics": "none"}, "landing": {"rate": RATE_MAX},
             "hosts": {agents.label(number): {"address": agents.address(number)} for number in range(hosts)},
@@ -91,14 +91,14 @@ class Processes:
 
 
 class Gateway:
-    """HAProxy as it runs."""
+    """A running HAProxy."""
 
     def __init__(self, process: subprocess.Popen[Any], directory: Path) -> None:
         self.process, self.directory = process, directory
         self.runtime = Runtime(directory / "admin.sock")
 
     def wait_up(self, hosts: int) -> None:
-        """Waits until all agents were asked twice how much they have."""
+        """Waits until HAProxy has checked all agents twice."""
         deadline = time.monotonic() + _READY_S
         while time.monotonic() < deadline:
             try:
@@ -109,7 +109,7 @@ class Gateway:
                 if self.process.poll() is not None:
                     break
             time.sleep(0.1)
-        raise SystemExit("HAProxy does not come up:\n" + (self.directory / "haproxy.log").read_text()[-2000:])
+        raise SystemExit("HAProxy did not start:\n" + (self.directory / "haproxy.log").read_text()[-2000:])
 
     def rows(self) -> list[dict[str, str]]:
         return rows(self.runtime.call("show stat"))
@@ -118,11 +118,11 @@ class Gateway:
         """The hosts of a backend."""
         return [
             row for row in self.rows()
-            if row["pxname"] == backend and row["svname"] not in ("FRONTEND", "BACKEND", haproxy.NOBODY)
+            if row["pxname"] == backend and row["svname"] not in ("FRONTEND", "BACKEND", haproxy.NO_HOST)
         ]
 
     def retries(self, backend: str = "claims") -> int:
-        """How often the backend has tried again so far."""
+        """The number of retries of the backend so far."""
         return sum(int(r["wretr"]) for r in self.rows() if (r["pxname"], r["svname"]) == (backend, "BACKEND"))
 
     def memory_kib(self) -> dict[str, int]:

@@ -1,11 +1,11 @@
 #!/usr/bin/python3
-"""What isolation costs, step by step: runs as root on the host that is measured, prints JSON.
+"""The cost of isolation by step: runs as root on the measured host, prints JSON.
 
     isolation.py IMAGE COUNT STORAGE
 
-Makes COUNT sandboxes side by side, as the launcher makes them but in step: each does one step of the plan when it is
-told to, says how long that took, and waits. After each step of all, the memory of the cgroup they are in is read; what
-it grew by, divided by COUNT, is the step's. Prints [[part, step, milliseconds of each, bytes a slot], ...].
+Makes COUNT sandboxes side by side, as the launcher makes them but in lockstep: each does one step of the plan on a
+command, reports its time, and waits. After each step of all sandboxes the memory of their cgroup is read; its growth
+divided by COUNT is the memory of the step. Prints [[part, step, milliseconds of each, bytes a slot], ...].
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from nbagent.sandbox.plan import plan
 from nbagent.supervisor.launcher import sandbox_spec
 
 FORK = "fork"
-# The parts that end with one: the parent of a pid namespace stays outside it, and init is the parent of the program.
+# The parts that end with a fork: the parent of a pid namespace stays outside it, and init is the parent of the program.
 FORKING = ("outside", "inside")
 
 
 def sandbox(spec: Any, control: socket.socket) -> NoReturn:
-    """One sandbox, doing what it is told to, a step at a time; ends when nobody tells it any more."""
+    """One sandbox that does a step for each command; ends when the command socket is closed."""
     for part, steps in zip(plan(spec)._fields, plan(spec), strict=True):
         for step in steps:
             obey(control, step.do)
         if part in FORKING:
-            # Who is not needed any more waits here, to be the one that is waited for.
+            # The parent of a finished part waits here, because the main process waits for it.
             obey(control, lambda: None if os.fork() == 0 else wait_for_child())
     control.recv(1)
     os._exit(0)
 
 
 def wait_for_child() -> NoReturn:
-    """The rest is the child's."""
+    """Forks; the child does the remaining steps."""
     os.wait()
     os._exit(0)
 
 
 def obey(control: socket.socket, action: Any) -> None:
-    """Waits for the word, acts, says how many milliseconds it took."""
+    """Waits for a command, acts, and sends the milliseconds that it took."""
     if not control.recv(1):
         os._exit(0)
     began_s = time.perf_counter()
@@ -57,7 +57,7 @@ def obey(control: socket.socket, action: Any) -> None:
 
 
 def main() -> None:
-    """Makes them all and measures."""
+    """Makes all sandboxes and measures."""
     image, count, storage = ImageStore().get(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     controls = []
     for number in range(count):

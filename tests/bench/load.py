@@ -1,4 +1,4 @@
-"""Claims by tmpnb's API, at a rate or so many at a time. By asyncio, in the thread it is called in."""
+"""Claims by tmpnb's API, at a rate or with a fixed number of clients. By asyncio, in the calling thread."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 from claimed import Claimed, slot_of
 
-# Above all of HAProxy's own deadlines for a claim.
+# Longer than all of HAProxy's deadlines for a claim.
 _TIMEOUT_S = 120
 
 
@@ -19,7 +19,7 @@ Then = Callable[[aiohttp.ClientSession, Claimed], Awaitable[None]]
 
 
 def session() -> aiohttp.ClientSession:
-    """Without a bound: a burst is a burst."""
+    """A session without a bound on connections, because a burst opens all at once."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=60)
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S))
 
@@ -39,7 +39,7 @@ async def claim(http: aiohttp.ClientSession, url: str) -> Claimed:
 
 
 async def at_rate(url: str, count: int, a_second: float) -> list[Claimed]:
-    """So many claims, begun evenly, however long each takes."""
+    """`claims` claims, begun at a constant rate, independent of their duration."""
     async with session() as http:
         began_s, tasks = time.perf_counter(), []
         for number in range(count):

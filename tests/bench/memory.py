@@ -1,13 +1,13 @@
 #!/usr/bin/python3
-"""What memory a side uses, as JSON: runs as root on the host that is measured, in as many processes as processors.
+"""The memory of a side, as JSON: runs as root on the measured host, in as many processes as processors.
 
     memory.py SLOTS SERVICES [UNIT]
 
-SLOTS and SERVICES are regular expressions of units; what is below such a unit's cgroup counts. KiB everywhere.
-PSS shares a page that several processes have among them, so the sum over all is what they really have; `private` is
-what a process alone has. `roles` tell a slot's processes apart by their numbers in its pid namespace: 1 is its init;
-the next its seed, where its parent is outside, as a zygote is; the next its server; all others have to do with kernels.
-With UNIT, only its processes' processor seconds and RSS.
+SLOTS and SERVICES are regular expressions of units; all processes below a unit's cgroup are counted. KiB everywhere.
+PSS divides a shared page by the processes that map it, so that the sum over all is their memory; `private` are pages
+that one process maps. `roles` are derived from the pid in the slot's pid namespace: 1 is init; the next is the fork
+server when its parent is outside, as a zygote is; the next the server; all others are kernels and their children.
+With UNIT, only the processor seconds and RSS of its processes.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def units_of(pid: str) -> tuple[list[str], str]:
 
 
 def measure(pid: str) -> tuple[int, int, Counter[str]] | None:
-    """A process's number in its innermost pid namespace, 0 if that is ours, its parent and its figures.
+    """A process's number in its innermost pid namespace, 0 if that is the host's, its parent and its figures.
 
-    None when it is gone.
+    None when it has ended.
     """
     try:
         rollup = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.MULTILINE))
@@ -54,8 +54,8 @@ def measure(pid: str) -> tuple[int, int, Counter[str]] | None:
 
 
 def roles_of(processes: list[tuple[int, bool]]) -> list[str]:
-    """What each process of one slot is for, by its number in the slot's pid namespace, and whether its parent is
-    outside the slot; peers have no numbers."""
+    """The role of each process of one slot, by its pid in the slot's pid namespace and whether its parent is outside
+    the slot; processes of peers are not in a pid namespace."""
     later = sorted(process for process in processes if process[0] > 1)
     names = {0: "slots", 1: "init"}
     if later and later[0][1]:
@@ -66,7 +66,7 @@ def roles_of(processes: list[tuple[int, bool]]) -> list[str]:
 
 
 def kernel_memory(cgroups: set[str]) -> int:
-    """KiB of the kernel's own memory (page tables, stacks, inodes, sockets) charged to these cgroups."""
+    """KiB of kernel memory (page tables, stacks, inodes, sockets) charged to these cgroups."""
     total = 0
     for path in cgroups:
         try:
@@ -81,7 +81,7 @@ def kernel_memory(cgroups: set[str]) -> int:
 
 
 def meminfo() -> dict[str, int]:
-    """The machine's own books."""
+    """Memory figures of the machine, from /proc/meminfo."""
     found = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
     wanted = ("MemTotal", "MemAvailable", "PageTables", "KernelStack", "Slab", "Shmem")
     return {name: int(found[name]) for name in wanted}

@@ -1,4 +1,4 @@
-"""What is measured on a fleet of real hosts: nbagent as it is installed, behind a gateway as it is installed."""
+"""Measurements on a fleet of real hosts: nbagent and the gateway, installed by their packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import figures
 import load
-from claimed import Claimed, metric, slot_of, told
+from claimed import Claimed, metric, slot_of, summary
 
 from fleet import HTTP_PORT, Fleet, gateway_address, host_address
 from product import API_PORT, ROUTER_PORT, Api, say, wait_warm
@@ -22,7 +22,7 @@ from testhost_driver import netns
 
 LABELS = ("a", "b", "c")
 WARM = 12
-# Whoever measures is one address, and releases what it took by the control API.
+# All requests come from one address, which releases its slots by the control API.
 SETTINGS = f"""\
 [slots]
 capacity = 300
@@ -41,7 +41,7 @@ CLIENTS = 8
 
 
 class RealFleet:
-    """Three hosts and a gateway of this run. What talks to them runs by `inside`, in their network."""
+    """Three hosts and a gateway of this run. Clients run by `inside`, in the network of the hosts."""
 
     def __init__(self) -> None:
         self.fleet = Fleet(f"fb{os.getpid()}", LABELS)
@@ -72,12 +72,12 @@ class RealFleet:
         text = Api(self.fleet.gateways[0], METRICS_PORT).get("/metrics").body.decode()
         return metric(text, f"haproxy_{name}", labels)
 
-    def inside(self, deed: Callable[[], Any]) -> Any:
-        """Does it in a thread that is in the fleet's network, at the bridge's address."""
-        return netns_call(self.fleet.lan.name, deed)
+    def inside(self, action: Callable[[], Any]) -> Any:
+        """Runs `action` in a thread in the fleet's network, with the bridge's address."""
+        return netns_call(self.fleet.lan.name, action)
 
     def warm(self) -> None:
-        """Waits until all pools are as at the start."""
+        """Waits until all pools are full again."""
         for host in self.fleet.hosts.values():
             wait_warm(host, WARM)
 
@@ -88,10 +88,10 @@ class RealFleet:
         connection.getresponse().read()
         connection.close()
 
-    # -- the gateway's own time ----------------------------------------------------------------
+    # -- latency of the gateway ----------------------------------------------------------------
 
     def latency(self, requests: int, claims: int) -> dict[str, Any]:
-        """GET of a slot's api and POST /api/spawn, straight and through, by turns."""
+        """GET of a slot's api and POST /api/spawn, direct and through the gateway, by turns."""
         self.warm()
         return dict(self.inside(lambda: self._latency(requests, claims)))
 
@@ -114,7 +114,7 @@ class RealFleet:
                 connection.close()
         self.release(slot)
         asked: dict[str, list[float]] = {"straight": [], "through": []}
-        # The gateway asks all hosts, and one that is seldom asked is slower.
+        # The gateway distributes over all hosts, and a host with few requests is slower.
         hosts = [http.client.HTTPConnection(one, ROUTER_PORT, timeout=TIMEOUT_S) for one in self.addresses.values()]
         for number in range(claims):
             for name, connection in (("straight", hosts[number % len(hosts)]), ("through", through)):
@@ -133,7 +133,7 @@ class RealFleet:
     # -- claims a second -----------------------------------------------------------------------
 
     def rate(self, seconds: float, rounds: int) -> dict[str, Any]:
-        """Eight clients who claim and release as fast as they can: one host straight, and the fleet, by turns."""
+        """Eight clients that claim and release as fast as they can: one host directly, and the fleet, by turns."""
         urls = {"one host, straight": f"http://{self.addresses['a']}:{ROUTER_PORT}",
                 "one fleet, through the gateway": self.gateway_url}
         made: dict[str, list[Claimed]] = {name: [] for name in urls}
@@ -142,7 +142,7 @@ class RealFleet:
                 self.warm()
                 made[name] += self.inside(lambda url=url: asyncio.run(load.at_a_time(
                     url, 1 << 30, CLIENTS, then=self._release, seconds=seconds)))
-        return {name: told(claims) | {"a_second": len(claims) / seconds / rounds} for name, claims in made.items()}
+        return {name: summary(claims) | {"a_second": len(claims) / seconds / rounds} for name, claims in made.items()}
 
     async def _release(self, session: aiohttp.ClientSession, claimed: Claimed) -> None:
         url = f"http://{self.addresses[claimed.label]}:{API_PORT}/slots/{claimed.slot}"
@@ -152,7 +152,7 @@ class RealFleet:
     # -- a host dies ---------------------------------------------------------------------------
 
     def killed(self, claims: int) -> dict[str, Any]:
-        """The last host is ended, with all its processes and its network, when a third is claimed. It stays away."""
+        """Ends the last host, with all its processes and its network, when a third is claimed; it does not return."""
         self.warm()
         now = threading.Event()
         victim = self.fleet.hosts[LABELS[-1]]
@@ -169,17 +169,17 @@ class RealFleet:
         )
         killer.join()
         retries = self.metric("backend_retry_warnings_total", 'proxy="claims"') - before
-        return told(made) | {"hosts": len(LABELS), "retries": round(retries)}
+        return summary(made) | {"hosts": len(LABELS), "retries": round(retries)}
 
 
-def netns_call(name: str, deed: Callable[[], Any]) -> Any:
-    """Does it in a thread in the network namespace `name`; what it starts is there too."""
+def netns_call(name: str, action: Callable[[], Any]) -> Any:
+    """Runs `action` in a thread in the network namespace `name`, which its child processes inherit."""
     done: list[Any] = []
 
     def work() -> None:
         try:
             netns.enter(netns.path_of(name))
-            done.append((deed(), None))
+            done.append((action(), None))
         except BaseException as error:
             done.append((None, error))
 
@@ -193,7 +193,7 @@ def netns_call(name: str, deed: Callable[[], Any]) -> Any:
 
 
 def get_ms(connection: http.client.HTTPConnection, path: str) -> float:
-    """Milliseconds of a GET that has to be answered 200, read whole."""
+    """Milliseconds of a GET until its whole body is read. Raises RuntimeError when the status is not 200."""
     began_s = time.perf_counter()
     connection.request("GET", path)
     answer = connection.getresponse()

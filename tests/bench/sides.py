@@ -1,7 +1,7 @@
-"""The sides of the comparison: this project by fork and by exec, and what else gives a person a notebook server.
+"""The sides of the comparison: this project by fork and by exec, and other ways to start a notebook server.
 
-A side is opened, starts servers, ends them and is closed; while one is open, nothing of another runs but this project's
-idle services. What can be made before a user comes, a peer has made before its clock starts.
+A side is opened, starts servers, ends them and is closed; while one is open, only this project's idle
+services run beside it. A peer's preparations that need no user are made before its clock starts.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ HERE = Path(__file__).resolve().parent
 PYTHON = "/usr/bin/python3"
 CACHE = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build"))
 OUT = CACHE / "bench"
-# No claim of a burst is given up, and no pool is kept but that of the side whose turn it is.
+ZYGOTE_READY = "MESSAGE_ID=c5f0b8c1b9a04d52a3d6c1b7f0d2a9e4"
+# No claim of a burst times out, and only the side whose turn it is has a pool.
 SETTINGS = f'[pool]\nwarm = 0\nclaim_timeout = "{TIMEOUT_S}s"\n[images.minimal]\nwarm = 1\n'
-# What the peers need on the host, from Debian, beside what every test host has.
+# Debian packages of the peers, beside those of every test host.
 PACKAGES = ("crun", "nodejs", "podman")
 FIRST_PORT = 20000
 SPARE_USERS = 10
@@ -61,7 +62,7 @@ for n in $(seq 0 $(($2 - 1))); do
     chmod 1777 $at/root/tmp
 done
 """
-# Podman's layers cannot be on the host's own overlay; it needs none of its drivers to run a tree that is there.
+# Podman's layers cannot be on the host's overlay; vfs suffices, because the root filesystem exists already.
 PODMAN_STORAGE = """
 set -e
 mkdir -p /var/lib/containers && mount -t tmpfs -o size=50% tmpfs /var/lib/containers
@@ -75,7 +76,7 @@ CLEAR_HUB = "rm -rf /run/bench-hub /run/jupyter-u*-singleuser && mkdir /run/benc
 
 
 class Side(Protocol):
-    """What is compared. `slots` and `services` are regular expressions of its units; `services` serve all users."""
+    """A side of the comparison. `slots` and `services` (for all users) are regular expressions of its units."""
 
     key: str
     name: str
@@ -84,16 +85,16 @@ class Side(Protocol):
     services: str
 
     def open(self, count: int) -> None:
-        """Makes ready for so many servers at once."""
+        """Prepares for `count` servers at once."""
 
     async def start(self, number: int, poll_s: float) -> Server:
-        """Starts one and returns when it answers 200."""
+        """Starts a server and returns when it responds with 200."""
 
     def end(self, keep: int = 0) -> None:
-        """Ends all but the first `keep`, and returns when they are gone."""
+        """Ends all but the first `keep`, and returns when they have ended."""
 
     def close(self) -> None:
-        """Ends what `open` made."""
+        """Removes everything that `open` made."""
 
 
 class Ours:
@@ -106,9 +107,9 @@ class Ours:
         self.name = f"nbagent, by {key}"
         self.how = (
             f"claims of an image with launch = \"{key}\", through gunicorn and nginx; the pool is empty, so a claim "
-            "waits for a start, except where a column says that it is warm"
+            "waits for a start, except in columns with a warm pool"
         )
-        # A zygote serves those who are forked from it.
+        # A zygote serves the slots that are forked from it.
         zygotes = r"|nbagent-zygote@.*\.service" if key == "fork" else ""
         self.services = rf"nbagent(-api|-router|-network)?\.service{zygotes}"
         self._claimed: list[str] = []
@@ -119,30 +120,30 @@ class Ours:
             self._wait_zygote()
 
     def _zygotes(self) -> int:
-        """How many have been ready since the host began."""
-        said = self.host.run(["journalctl", "-q", "-t", "nbagent", "-o", "cat", "-g", "forks slots"], check=False)
-        return len(said.stdout.splitlines())
+        """The number of zygotes that became ready since the boot of the host."""
+        output = self.host.run(["journalctl", "-q", "-t", "nbagent", "-o", "cat", ZYGOTE_READY], check=False)
+        return len(output.stdout.splitlines())
 
     def _wait_zygote(self, count: int = 1) -> None:
-        """Until so many were ready. Before the first is, slots start by exec, which is not what is measured here."""
+        """Waits until `count` zygotes were ready, because slots start by exec before the first one is."""
         deadline_s = time.monotonic() + ZYGOTE_TIMEOUT_S
         while self._zygotes() < count:
             if time.monotonic() > deadline_s:
-                raise TimeoutError(f"no zygote of {self.image} said in {ZYGOTE_TIMEOUT_S} s that it is ready")
+                raise TimeoutError(f"no zygote of image {self.image} was ready within {ZYGOTE_TIMEOUT_S} s")
             time.sleep(0.5)
 
     def replace_zygote(self, capacity: int, meanwhile: Callable[[], Any]) -> None:
-        """Has another zygote take the place of the one that forks, and does something before that is ready."""
+        """Lets another zygote replace the present one, and runs `action` before it is ready."""
         before = self._zygotes()
         self.configure(0, capacity, zygote_slots=1)
         meanwhile()
         if self._zygotes() != before:
-            raise RuntimeError("the next zygote was ready before what was to be done meanwhile")
+            raise RuntimeError("the next zygote was ready before the action ended")
         self._wait_zygote(before + 1)
         self.configure(0, capacity)
 
     def warm(self, count: int, capacity: int) -> None:
-        """Fills the pool with so many and returns when it is full and at rest."""
+        """Fills the pool with `count` slots and returns when it is full and at rest."""
         self.configure(count, capacity)
         self._settle(lambda s: s["warm"] == min(count, capacity - s["claimed"]) and not s["starting"] + s["stopping"])
 
@@ -152,17 +153,17 @@ class Ours:
         return server
 
     async def claim(self) -> Server:
-        """As a user claims; it is answered when the slot's server answers."""
+        """Claims as a user does, and waits until the slot's server responds."""
         server = await self.client.claim(self.image)
         self.took(server)
         return server
 
     def took(self, server: Server) -> None:
-        """A slot that was claimed elsewhere is ended with the others."""
+        """Ends a slot that another client claimed, together with the others."""
         self._claimed.append(server.slot)
 
     def in_order(self, servers: list[Server]) -> None:
-        """What `end` keeps are the first of these."""
+        """The slots in the order of their claims; `end` keeps the first."""
         self._claimed = [server.slot for server in servers]
 
     def end(self, keep: int = 0) -> None:
@@ -177,7 +178,7 @@ class Ours:
         self._settle(lambda s: not s["warm"] + s["starting"] + s["stopping"])
 
     def configure(self, warm: int, capacity: int, **pool: int) -> None:
-        """Sizes of the pool and of the host, and settings of all pools; the other image has no pool."""
+        """Sets the sizes of the pool and of the host, and settings of all pools; the other image has no pool."""
         sizes = {"minimal": 0, "exec": 0, self.image: warm}
         settings = f"[slots]\ncapacity = {capacity}\n[pool]\n"
         settings += "".join(f"{name} = {value}\n" for name, value in pool.items())
@@ -186,7 +187,7 @@ class Ours:
         self.host.run(["systemctl", "reload", "nbagent.service"])
 
     def _settle(self, what: Callable[[dict[str, Any]], bool]) -> None:
-        """Waits until the stats are such, and a moment more for what a start leaves to do."""
+        """Waits until the stats match, and for the work that a start leaves behind."""
         deadline_s = time.monotonic() + TIMEOUT_S
         while not what(stats := self.api.get("/stats").json()):
             if time.monotonic() > deadline_s:
@@ -196,7 +197,7 @@ class Ours:
 
 
 class Peers:
-    """What peers that are one process each have in common: a port and a token for each number."""
+    """The common part of peers with one process for each server: a port and a token for each number."""
 
     services = NOTHING
 
@@ -214,7 +215,7 @@ class Peers:
         return server
 
     def _reap(self, keep: int) -> list[int]:
-        """The numbers that end; what was started for them is reaped."""
+        """The numbers of servers to end; their processes are reaped."""
         ended = [number for number in self._running if number >= keep]
         for number in ended:
             process = self._running.pop(number)
@@ -224,7 +225,7 @@ class Peers:
 
 
 class SystemdRun(Peers):
-    """`systemd-run --scope … jupyter lab`: what an operator has without an agent."""
+    """`systemd-run --scope … jupyter lab`: the way to start a server without an agent."""
 
     key, name, slots = "systemd-run", "systemd-run", r"peer-.*\.scope"
 
@@ -296,8 +297,8 @@ class Hub:
         self.spawner = "jupyterhub.spawner.LocalProcessSpawner" if local else "systemd"
         self.how = (
             ("LocalProcessSpawner, with system users made before" if local else "SystemdSpawner with dynamic_users")
-            + ", mem_limit 1G, configurable-http-proxy; POST users/N/server, then the progress events until it says "
-            "ready and the first 200 through the proxy. Its JupyterLab is that of the image, but for the host's Python "
+            + ", mem_limit 1G, configurable-http-proxy; POST users/N/server, then the progress events until it is "
+            "ready, and the first 200 through the proxy. Its JupyterLab is that of the image, for the host's Python "
             "(tests/bench/hub)"
         )
         self.slots = NOTHING if local else r"jupyter-.*\.service"
@@ -308,7 +309,7 @@ class Hub:
     def open(self, count: int) -> None:
         self.at = install_hub(self.host)
         self.token = secrets.token_hex(16)
-        # Each start has a user of its own: a dynamic one's directory in /run stays as a link to nowhere, and
+        # Each start has a user of its own, because a dynamic user's directory in /run stays as a dangling link, and
         # SystemdSpawner 1.0.2 fails on it when it starts the same user again.
         self._users = [f"u{number}" for number in range(count + SPARE_USERS)]
         users = "for name; do id -u $name >/dev/null 2>&1 || useradd --create-home $name; done"
@@ -336,7 +337,7 @@ class Hub:
                 return
             await asyncio.sleep(0.2)
         journal = self.host.run(["journalctl", "-u", "bench-hub", "-n", "15", "--no-pager", "-o", "cat"]).stdout
-        raise RuntimeError(f"the hub does not answer: {journal}")
+        raise RuntimeError(f"the hub does not respond: {journal}")
 
     async def _call(self, method: str, path: str, *expected: int, **options: Any) -> int:
         url = f"{self.url}/hub/api/{path}"
@@ -359,7 +360,7 @@ class Hub:
         return server
 
     async def _progress(self, user: str) -> None:
-        """Waits without asking: an event says that the server is ready, or has failed."""
+        """Waits for the event that the server is ready or has failed, without polling."""
         url = f"{self.url}/hub/api/users/{user}/server/progress"
         async with self.client.http.get(url, headers=self._headers) as events:
             async for line in events.content:
@@ -368,7 +369,7 @@ class Hub:
                     raise RuntimeError(f"{user}: {event['message']}")
                 if event.get("ready"):
                     return
-        raise RuntimeError(f"{user}: no word that it is ready")
+        raise RuntimeError(f"{user}: no event `ready`")
 
     def end(self, keep: int = 0) -> None:
         numbers = [number for number in self._running if number >= keep]
@@ -377,8 +378,8 @@ class Hub:
     async def _end(self, users: list[str]) -> None:
         async def one(user: str) -> None:
             await self._call("DELETE", f"users/{user}/server", 202, 204, 400)
-            # 400: another action is pending, or no server is there. The user is asked for until none is, which takes as
-            # long as systemd waits for a server that does not heed SIGTERM. Among fifty there was one.
+            # 400: another action is pending, or there is no server. The user is polled until there is none, which
+            # takes as long as systemd waits for a server that ignores SIGTERM, as one of fifty does.
             url = f"{self.url}/hub/api/users/{user}"
             async with asyncio.timeout(TIMEOUT_S):
                 while True:
@@ -391,13 +392,13 @@ class Hub:
         await asyncio.gather(*map(one, users))
 
     def close(self) -> None:
-        """What is left of its users ends with it."""
+        """Ends the hub, and with it the remaining servers."""
         self._running.clear()
         self.host.run(["systemctl", "stop", "bench-hub.service", "jupyter-u*.service"], check=False, timeout=TIMEOUT_S)
 
 
 def install_hub(host: Host) -> Path:
-    """JupyterHub, from PyPI, and its proxy, from npm, at the same place on the host as in this machine's cache."""
+    """Installs JupyterHub (PyPI) and its proxy (npm) at the same path on the host as in this machine's cache."""
     at = built_hub()
     if host.run(["test", "-e", str(at)], check=False).returncode:
         host.run(["mkdir", "-p", str(at.parent)])
@@ -406,9 +407,9 @@ def install_hub(host: Host) -> Path:
 
 
 def built_hub() -> Path:
-    """Made once, and again when the requirements change."""
+    """Builds it once, and again when the requirements change."""
     recipe = b"".join(path.read_bytes() for path in sorted((HERE / "hub").iterdir()) if path.is_file())
-    # A cache may be a link to another; what is installed has its own path written into it.
+    # The cache may be a symbolic link, and the installed files contain their resolved path.
     at = (CACHE / f"bench-hub-{hashlib.sha256(recipe).hexdigest()[:16]}").resolve()
     if (at / "ready").exists():
         return at
@@ -433,8 +434,8 @@ def built_hub() -> Path:
     return at
 
 
-# Beside minimal an image of the same tree whose manifest says launch = "exec": the package's archive as the only layer
-# of a container image, which takes a manifest from outside.
+# Beside minimal an image of the same tree with launch = "exec" in its manifest: the package's archive as the only
+# layer of a container image, because such an image takes an external manifest.
 EXEC_IMAGE = r"""
 import hashlib, json, os, pathlib, re, subprocess, sys
 top = pathlib.Path("/root/exec-image")
@@ -453,9 +454,9 @@ manifest = {"schemaVersion": 2, "mediaType": kind, "config": config, "layers": [
 chosen = {"mediaType": kind, **put(json.dumps(manifest).encode())}
 (top / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [chosen]}))
 (top / "oci-layout").write_text('{"imageLayoutVersion": "1.0.0"}')
-says = (pathlib.Path(sys.argv[1]) / "etc/nbagent-image.toml").read_text()
-says = re.sub(r"(?ms)^preload\s*=\s*\[.*?\]$|^launch\s*=[^\n]*$", "", says)
-pathlib.Path("/root/exec.toml").write_text('launch = "exec"\n' + says)
+manifest = (pathlib.Path(sys.argv[1]) / "etc/nbagent-image.toml").read_text()
+manifest = re.sub(r"(?ms)^preload\s*=\s*\[.*?\]$|^launch\s*=[^\n]*$", "", manifest)
+pathlib.Path("/root/exec.toml").write_text('launch = "exec"\n' + manifest)
 command = ["nbagent", "image", "import", "--name", "exec", "--manifest", "/root/exec.toml", f"oci:{top}"]
 subprocess.run(command, check=True)
 """
@@ -467,6 +468,6 @@ def add_exec_image(host: Host, root: str) -> None:
 
 
 def image(host: Host, name: str) -> dict[str, Any]:
-    """What the store says of an image."""
+    """The record of an image in the store."""
     found: list[dict[str, Any]] = json.loads(host.run(["nbagent", "image", "list", "--json"]).stdout)
     return next(entry for entry in found if entry["name"] == name)

@@ -1,4 +1,4 @@
-"""What is measured with stand-in agents behind the real HAProxy. For a thread in a network namespace of its own."""
+"""Measurements with stand-in agents behind the real HAProxy. Run in a thread in a network namespace of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import aiohttp
 import balance
 import figures
 import load
-from claimed import told
+from claimed import summary
 from gateway import HERE, URL, Gateway, Processes
 
 from nbagent.gateway.settings import FleetSettings
@@ -46,7 +46,7 @@ def unequal(processes: Processes) -> dict[str, Any]:
     steps, failed, whole = [], 0, sum(UNEQUAL)
     for level in (0.25, 0.5, 0.75, 0.9):
         claims = asyncio.run(load.at_rate(URL, round(level * whole) - sum(call()["used"]), 50))
-        failed += told(claims)["failed"]
+        failed += summary(claims)["failed"]
         books = call()
         shares = [used / most for used, most in zip(books["used"], UNEQUAL, strict=True)]
         steps.append({
@@ -63,10 +63,10 @@ def killed(processes: Processes, claims: int) -> dict[str, Any]:
         processes.agents(f"{claims}", "--only", f"{number}", "--answer-ms", f"{ANSWER_MS}", "--seed", f"{number}")
         for number in range(hosts)
     ]
-    # Another wildcard listener would hear the killed one's address.
+    # A listener on the wildcard address would also accept connections to the killed agent's address.
     processes.agents("1", "--only", f"{hosts}", "--status", processes.status_socket)
     gateway = processes.haproxy(hosts)
-    found = told(asyncio.run(load.at_a_time(URL, claims, 16, halfway=made[-1].kill)))
+    found = summary(asyncio.run(load.at_a_time(URL, claims, 16, halfway=made[-1].kill)))
     return found | {"hosts": hosts, "retries": gateway.retries(), "answer_takes_ms": ANSWER_MS}
 
 
@@ -79,10 +79,10 @@ def thousand(processes: Processes, hosts: int, claims: int, a_second: float) -> 
     for level in LEVELS:
         say(f"{hosts} agents, {level:.0%} full: {claims} claims")
         call({"level": level, "hold": True})
-        # All have told it once more, and HAProxy has asked.
+        # Time for a further agent-check of every agent.
         time.sleep(3)
         before, cpu_s, begun_s = gateway.retries(), gateway.cpu_s(), time.monotonic()
-        found = told(asyncio.run(load.at_rate(URL, claims, a_second)))
+        found = summary(asyncio.run(load.at_rate(URL, claims, a_second)))
         took_s = time.monotonic() - begun_s
         books = call()
         del found["by_host"]
@@ -103,7 +103,7 @@ def thousand(processes: Processes, hosts: int, claims: int, a_second: float) -> 
 
 
 def rest(gateway: Gateway, for_s: float = 10) -> dict[str, float]:
-    """What checks alone cost HAProxy, and how many there are."""
+    """The processor time of HAProxy for checks alone, and their number."""
     call({"level": 0.5, "hold": True})
     before, cpu_s, begun_s = call(), gateway.cpu_s(), time.monotonic()
     time.sleep(for_s)

@@ -1,7 +1,7 @@
-"""Hosts for tests: one with the product on it, shared by all that leave it as it was.
+"""Hosts for tests: one with the product, shared by all tests that restore its state.
 
-A test passes only by what the host says. At the end of a shared host its journal must hold nothing
-of ours that nobody expected, no core dump, and no slot may be left behind.
+A test passes only on evidence from the host. At the end of a shared host its journal must hold no unexpected
+warning of nbagent and no core dump, and no slot may be left.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from notebook import Notebook
 from product import Api
 from testhost_driver import Host
 
-# Short lives and small pools, so that rules can be seen at work; what a test needs besides, it sets.
-# A virtual machine that shares two processors with others takes a minute to start a slot.
+# Short intervals and a small pool, so that tests see the rules act; a test adds settings of its own.
+# A virtual machine that shares two processors takes a minute to start a slot.
 SETTINGS = """
 [slots]
 memory = "512M"
@@ -35,16 +35,16 @@ interval = "1s"
 [api]
 allowed_origins = ["https://friend.example"]
 """
-# Warnings that a test provoked, or that this kind of host gives without us.
+# Warnings that tests provoke, or that this kind of host logs without nbagent.
 EXPECTED = re.compile(
     r"Failed to migrate controller cgroups"  # systemd 252 where cgroup v1 is mounted from outside
     r"|Failed to (set|attach|write|remove|adjust|delete)[^:]*(cgroup|cpuset|devices|memory|attribute)"
-    r"|nbagent-\S+\.scope: (Stopping timed out|Failed with result 'timeout')"  # slots.stop_timeout is little here
+    r"|nbagent-\S+\.scope: (Stopping timed out|Failed with result 'timeout')"  # slots.stop_timeout is short here
 )
 
 
 class Agent:
-    """The product on one host, and what tests ask of it again and again."""
+    """The product on one host, with operations that many tests need."""
 
     def __init__(self, host: Host) -> None:
         self.host, self.api, self.router = host, Api(host), Api(host, product.ROUTER_PORT)
@@ -54,13 +54,13 @@ class Agent:
         return self.api.claim(**options)
 
     def open(self, **options: Any) -> Notebook:
-        """Claims a slot and sits down at it."""
+        """Claims a slot and returns its notebook."""
         return Notebook(self.host, self.claim(**options))
 
     def release(self, slot: str) -> None:
-        """Ends a slot and waits until it is gone."""
+        """Ends a slot and waits for its removal."""
         self.api.delete(f"/slots/{slot}")
-        self.wait(lambda: self.api.get(f"/slots/{slot}").status == 404, f"{slot} to be gone")
+        self.wait(lambda: self.api.get(f"/slots/{slot}").status == 404, f"the removal of {slot}")
 
     def slots(self, state: str | None = None) -> list[dict[str, Any]]:
         return [slot for slot in self.api.get("/slots").json() if state in (None, slot["state"])]
@@ -72,13 +72,13 @@ class Agent:
             if found := what():
                 return found
             time.sleep(0.1)
-        raise AssertionError(f"waited {timeout} s in vain for {for_what}")
+        raise AssertionError(f"no {for_what} within {timeout} s")
 
     def wait_warm(self, count: int = 1) -> None:
         product.wait_warm(self.host, count)
 
     def run(self, *argv: str, check: bool = True, **options: Any) -> str:
-        """A command on the host; what it printed."""
+        """Runs a command on the host; returns its output."""
         return str(self.host.run(list(argv), check=check, **options).stdout)
 
     def journal(self, *match: str) -> list[dict[str, Any]]:
@@ -87,18 +87,18 @@ class Agent:
         return [json.loads(line) for line in lines]
 
     def agent_check(self) -> str:
-        """What HAProxy would be told on port 9001."""
+        """The line that HAProxy's agent-check would receive on port 9001."""
         with self.host.connect(product.CHECK_PORT) as connection:
             return connection.recv(100).decode()
 
     def processes(self, slot: str) -> list[int]:
-        """The pids of a slot's processes, as the host sees them."""
+        """The pids of a slot's processes in the host's pid namespace."""
         group = self.run("systemctl", "show", "-P", "ControlGroup", f"nbagent-{slot}.scope").strip()
         script = f"cd /sys/fs/cgroup; cat .{group}/cgroup.procs 2>/dev/null || cat systemd{group}/cgroup.procs"
         return [int(pid) for pid in self.run("sh", "-c", script).split()]
 
     def configure(self, settings: str) -> None:
-        """Settings on top of the shared ones; '' takes them away. Reloads the agent."""
+        """Sets settings beside the shared ones; '' removes them. Reloads the agent."""
         path = "/etc/nbagent/conf.d/90-one-test.toml"
         if settings:
             self.host.run(["tee", path], input=settings)
@@ -107,11 +107,11 @@ class Agent:
         self.run("systemctl", "reload", "nbagent.service")
 
     def expect(self, pattern: str) -> None:
-        """Says that a warning of this shape in the journal is what the test is about."""
+        """Allows warnings in the journal that match `pattern`, because the test provokes them."""
         self.expected.append(pattern)
 
     def check_journal(self) -> None:
-        """Fails on a warning of ours, or a core dump, that nobody expected."""
+        """Fails on an unexpected warning of nbagent and on a core dump."""
         surprises = []
         for entry in self.journal("-p", "warning"):
             text = str(entry.get("MESSAGE"))
@@ -120,7 +120,7 @@ class Agent:
             if ours and not EXPECTED.search(text) and not any(re.search(p, text) for p in self.expected):
                 surprises.append(f"{entry.get('_SYSTEMD_UNIT')}: {text}")
                 if str(entry.get("_SYSTEMD_UNIT")).endswith(".scope"):
-                    # What a slot said before, as nobody can ask it any more.
+                    # The earlier output of the slot, because the slot itself has ended.
                     said = self.journal("-u", str(entry["_SYSTEMD_UNIT"]), "-n", "20")
                     surprises += [f"    {line.get('MESSAGE')}"[:200] for line in said]
         assert not surprises, "unexpected in the journal:\n" + "\n".join(surprises)
@@ -128,22 +128,22 @@ class Agent:
         assert not cores, f"core dumps: {cores}"
 
     def purge(self) -> str:
-        """Purges the packages; what apt said."""
+        """Purges the packages; returns the output of apt."""
         done = self.host.run(["apt-get", "-q", "purge", "-y", *product.HOST], timeout=900)
         return done.stdout + done.stderr
 
     def check_remains(self) -> None:
-        """Ends every slot and fails when anything of one is left."""
+        """Ends every slot and fails when a file, scope, mount, interface or process of one is left."""
         self.api.post("/drain")
         for slot in self.slots():
             self.api.delete(f"/slots/{slot['slot']}")
-        self.wait(lambda: not self.slots(), "all slots to be gone")
+        self.wait(lambda: not self.slots(), "the removal of all slots")
         left = self.run("sh", "-c", """
             ls /run/nbagent/slots
             systemctl list-units --plain --no-legend 'nbagent-*.scope'
             grep nbagent/sandbox /proc/self/mountinfo
             ip -br link | grep '^nb-'
-            pgrep -af 'nbagent[.]sandbox[.](launch|enter) [0-9]'
+            pgrep -af 'nbagent[.](runtime[.]exec_slot|content[.]deliver) [0-9]'
             true""")
         assert not left, f"left behind: {left}"
         self.api.delete("/drain")
@@ -160,7 +160,7 @@ def packages() -> list[Path]:
 
 
 def made(packages: list[Path], name: str, driver: str, suite: str) -> Iterator[Agent]:
-    """A host with the product; afterwards its journal and its remains are looked at."""
+    """A host with the product; afterwards its journal and remains are checked."""
     host = Host.up(name=f"{name}-{os.getpid()}"[:16], driver=driver, suite=suite)
     try:
         before = product.listing(host)
@@ -178,13 +178,13 @@ def made(packages: list[Path], name: str, driver: str, suite: str) -> Iterator[A
 
 @pytest.fixture(scope="session")
 def shared(packages: list[Path]) -> Iterator[Agent]:
-    """The nspawn host that most tests share; take `agent`, which tidies up after each."""
+    """The nspawn host that most tests share; use `agent`, which restores its state after each test."""
     yield from made(packages, "t", "nspawn", "bookworm")
 
 
 @pytest.fixture
 def agent(shared: Agent) -> Iterator[Agent]:
-    """The shared host; whatever slots the test claimed are ended after it, settings are taken back."""
+    """The shared host; the slots and settings of the test are removed after it."""
     yield from tidied(shared)
 
 
@@ -205,11 +205,11 @@ def any_agent(any_shared: Agent) -> Iterator[Agent]:
 
 
 def tidied(shared: Agent) -> Iterator[Agent]:
-    """One test's turn on a shared host."""
+    """A shared host for one test, restored after it."""
     shared.wait_warm()
     yield shared
     shared.host.run(["systemctl", "start", "nbagent.service", "nbagent-api.service", "nbagent-router.service"])
-    shared.wait(lambda: shared.api.get("/healthz").status == 200, "the API to answer")
+    shared.wait(lambda: shared.api.get("/healthz").status == 200, "the API to respond")
     if shared.run("sh", "-c", "ls /etc/nbagent/conf.d/90-one-test.toml 2>/dev/null; true"):
         shared.configure("")
     for slot in shared.slots():

@@ -60,7 +60,7 @@ def unpack(package: Path, into: Path) -> Path:
 
 
 def command(tree: Path | str, shared: Path, *words: str) -> list[str]:
-    """Runs forked_slot.py in the image, its layers joined by colons; ends with whoever started it."""
+    """The command that runs forked_slot.py in the image, its layers joined by colons; it ends with its parent."""
     return ["unshare", "--mount", "--pid", "--net", "--fork", "--kill-child", "--propagation", "private",
             "sh", "-c", ENTER, "sh", str(tree), str(shared), str(PACKAGE), str(HERE), *words]
 
@@ -175,7 +175,7 @@ class Kernel:
         return header["msg_id"]
 
     def arriving(self) -> Iterator[dict[str, Any]]:
-        """Messages, those first that were passed over; raises TimeoutError in the end."""
+        """Messages, first those that an earlier call skipped; raises TimeoutError at the deadline."""
         deadline = time.monotonic() + self.patience_s
         while self.passed_over:
             yield self.passed_over.pop(0)
@@ -199,7 +199,7 @@ class Kernel:
                                              "user_expressions": {}, "allow_stdin": stdin})
 
     def finish(self, sent: str, typed: str = "") -> dict[str, Any]:
-        """What came of a cell: "status", "text", "stream", "error", "data"; asked for input, it gets `typed`."""
+        """The result of a cell: "status", "text", "stream", "error", "data"; a request for input gets `typed`."""
         got: dict[str, Any] = {"status": "", "text": "", "stream": "", "error": "", "data": {}, "kinds": []}
         idle = False
         for message in self.arriving():

@@ -24,6 +24,7 @@ from tornado.ioloop import IOLoop
 from tornado.web import RequestHandler
 from traitlets.config import Config
 
+from nbagent.wire.channel import Channel
 from nbagent.zygote import entropy, forkserver, kernel, provisioner
 from nbagent.zygote.memory import immortal
 
@@ -31,7 +32,7 @@ USER = 1000
 
 
 class Modules(RequestHandler):
-    """What the server has imported, and whether its log, hooks and streams are its own."""
+    """The modules that the server has imported, and whether its log, hooks and streams are its own."""
 
     def get(self):
         self.write({
@@ -63,7 +64,7 @@ def serve(server, path):
     listener.setblocking(False)
     become_user()
     entropy.reseed()
-    provisioner.use(divided())
+    provisioner.use(split_off_server())
     asyncio.set_event_loop(asyncio.new_event_loop())
     server.io_loop = IOLoop.current()
     server._http_server = HTTPServer(server.web_app)
@@ -71,10 +72,10 @@ def serve(server, path):
     server.start()
 
 
-def divided():
-    """The seed of what goes on from here; nobody is its init."""
-    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    return forkserver.split_off_server(kernel.run, ends[0], ends[1].close)
+def split_off_server():
+    """Splits this process into a fork server and a server; returns in the server. The init is a closed channel."""
+    init, peer = Channel.pair()
+    return forkserver.split_off_server(kernel.run, init, peer.close)
 
 
 def become_user():
@@ -86,7 +87,7 @@ def become_user():
 
 def suite(directory):
     become_user()
-    provisioner.use(divided())
+    provisioner.use(split_off_server())
     LabApp.clear_instance()
     asyncio.set_event_loop(asyncio.new_event_loop())
     os.environ["JUPYTER_DEFAULT_PROVISIONER_NAME"] = provisioner.NAME
@@ -130,7 +131,7 @@ def main():
     server = initialised()
     kernel.prepare(server)
     immortal.freeze()
-    # What a slot finds in its home is its own.
+    # The files in a slot's home belong to the slot's user.
     for directory, _folders, files in os.walk(os.environ["HOME"]):
         for name in (directory, *(os.path.join(directory, file) for file in files)):
             os.lchown(name, USER, USER)
@@ -145,7 +146,7 @@ def main():
             os._exit(0)
         pids.append(pid)
     statuses = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
-    # Immortal objects and all: a zygote that ends says nothing.
+    # Python's finalisation has to work with immortal objects too, so that a zygote exits without an error.
     sys.exit(max(statuses))
 
 

@@ -1,4 +1,4 @@
-"""Attacks on what a host has of everything: each ends in the slot that makes it, and its neighbours hardly notice."""
+"""Attacks on the resources of a host: limits contain each in its own slot, and other slots stay fast."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from nbagent.core.events import Event
 
 # The slot that attacks; its storage is half of the shared settings' memory.
 MEMORY = "384M"
-# Each runs as a program of its own in the attacking slot until the slot ends.
+# Each runs as a separate program in the attacking slot until the slot ends.
 FORK = """
 import os
 while True:
@@ -62,25 +62,25 @@ while True:
         os.unlink(f"/home/jovyan/{number}")
         open(f"/home/jovyan/{number}", "x").close()
 """
-# A petabyte by its length; each page that is touched is one of storage.
+# The file has a length of a petabyte; each touched page uses storage.
 SPARSE = """
 import mmap, os
 while True:
     if os.fork() == 0:
         with open("/tmp/sparse", "w+b") as file:
             os.ftruncate(file.fileno(), 1 << 50)
-            room = mmap.mmap(file.fileno(), 1 << 40)
-            for at in range(0, 1 << 40, 4096): room[at] = 1
+            pages = mmap.mmap(file.fileno(), 1 << 40)
+            for offset in range(0, 1 << 40, 4096): pages[offset] = 1
     os.wait()
 """
-# The journal's own stream was what a slot's server held; now it is a pipe.
+# The standard output of the slot's server is a pipe to the slot's init, which drops what exceeds a rate.
 PRINT = """
 import os
-init, seed, server, *_ = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+init, fork_server, server, *_ = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
 with open(f"/proc/{server}/fd/1", "wb", buffering=0) as output:
     while True: output.write((b"A" * 2000 + b"\\n") * 16)
 """
-# Hashing holds no lock of the interpreter: these are 64 that want a processor.
+# pbkdf2_hmac releases the GIL, so 64 threads compete for the processors.
 COMPUTE = """
 import hashlib, threading
 for _ in range(64): threading.Thread(target=hashlib.pbkdf2_hmac, args=("sha256", b"", b"", 2**31 - 1)).start()
@@ -91,15 +91,15 @@ while True:
     if os.fork() == 0: os.kill(os.getpid(), signal.SIGSEGV)
     os.wait()
 """
-DEAF = """
+IGNORE_SIGTERM = """
 import os, signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-init, seed, server, *_ = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+init, fork_server, server, *_ = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
 while True:
-    os.kill(server, signal.SIGSTOP)  # the one which would end, and all others with it
+    os.kill(server, signal.SIGSTOP)  # the server's exit would end the slot
     time.sleep(0.001)
 """
-# What bounds it, as the journal says. Nothing is refused to a slot that computes or crashes: it gets its share.
+# The event of the limit that contains the attack. Computing and crashing exceed no limit: the slot gets its share.
 ATTACKS = {
     "fork bomb": (FORK, Event.SLOT_TASKS_REFUSED),
     "zombies": (ZOMBIES, Event.SLOT_TASKS_REFUSED),
@@ -111,14 +111,14 @@ ATTACKS = {
     "log flood": (PRINT, Event.SLOT_OUTPUT_DROPPED),
     "64 threads": (COMPUTE, None),
     "crashes": (CRASH, None),
-    "deaf to SIGTERM": (DEAF, Event.SLOT_KILLED),
+    "ignores SIGTERM": (IGNORE_SIGTERM, Event.SLOT_KILLED),
 }
 SLOWER_AT_MOST, CLAIM_AT_MOST_S = 3, 0.1
 
 
 @pytest.fixture(scope="module")
 def neighbour(shared):
-    """A kernel in another slot, which lives through all attacks."""
+    """A kernel in another slot, which runs during all attacks."""
     shared.wait_warm()
     notebook = shared.open()
     with notebook.kernel() as kernel:
@@ -129,8 +129,8 @@ def neighbour(shared):
 
 @pytest.fixture
 def host(shared, neighbour):
-    """The shared host with a pool of two, so that claims need not wait; only the neighbour is there after."""
-    shared.expect(r"ran out of memory|prints too much|killed by the OOM killer|Still around after SIGKILL")
+    """The shared host with a pool of two, so that claims need not wait; releases all slots but the neighbour."""
+    shared.expect(r"ran out of memory|exceeds the log rate limit|killed by the OOM killer|Still around after SIGKILL")
     shared.configure("[pool]\nwarm = 2\n")
     shared.wait_warm(2)
     yield shared
@@ -141,7 +141,7 @@ def host(shared, neighbour):
 
 
 def cell_s(kernel):
-    """How long a cell takes, in the median of many."""
+    """The median time of a cell."""
     took = []
     for _ in range(25):
         began = time.monotonic()
@@ -151,7 +151,7 @@ def cell_s(kernel):
 
 
 def claim_s(host):
-    """How long a claim takes of a slot that is warm."""
+    """The time of a claim of a warm slot."""
     host.wait_warm()
     began = time.monotonic()
     slot = host.claim()["slot"]
@@ -162,29 +162,29 @@ def claim_s(host):
 
 @contextlib.contextmanager
 def paused(host, slot):
-    """The attack stands still, so that the same moment without it can be compared."""
+    """Stops the processes of the attack, so that a measurement without it has the same conditions otherwise."""
     host.run("kill", "-STOP", *map(str, host.processes(slot)), check=False)
     yield
     host.run("kill", "-CONT", *map(str, host.processes(slot)), check=False)
 
 
-def said(host, slot, event):
+def entries_of(host, slot, event):
     return host.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={event.value.message_id}")
 
 
-def took_hold(host, slot, name):
-    """Whether an attack is at work: by what the journal says, or else by what is seen of it."""
+def is_effective(host, slot, name):
+    """Whether an attack has reached its limit, by the journal, or is running, by its tasks, CPU time or state."""
     if name == "64 threads":
         return host.api.get(f"/slots/{slot}").json()["tasks"] > 64
     if name == "crashes":
         return host.api.get(f"/slots/{slot}").json()["cpu_s"] > 4
-    if name == "deaf to SIGTERM":
+    if name == "ignores SIGTERM":
         return "T" in host.run("ps", "-o", "stat=", "-p", ",".join(map(str, host.processes(slot))))
-    return said(host, slot, ATTACKS[name][1])
+    return entries_of(host, slot, ATTACKS[name][1])
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_ends_in_its_slot(host, neighbour, name):
+def test_attack_is_contained_in_its_slot(host, neighbour, name):
     code, event = ATTACKS[name]
     attacker = host.open(memory=MEMORY)
     with attacker.kernel() as kernel:
@@ -196,8 +196,9 @@ def test_an_attack_ends_in_its_slot(host, neighbour, name):
             f"subprocess.Popen(['python3', '-ISc', {code!r}], stdin=subprocess.DEVNULL, start_new_session=True)"
         )
         assert began.status == "ok"
-        host.wait(lambda: took_hold(host, attacker.slot, name), f"{name} to take hold")
-        # Best of several: what others do on this machine is no attack. Pools are refilled under attack, too.
+        host.wait(lambda: is_effective(host, attacker.slot, name), f"an effect of {name}")
+        # The best of several measurements, because other load on this machine is no effect of the attack. Pools are
+        # refilled during the attack, too.
         slower, claim = cell_s(neighbour) / quiet, claim_s(host)
         for _ in range(5):
             if slower > SLOWER_AT_MOST:
@@ -209,16 +210,16 @@ def test_an_attack_ends_in_its_slot(host, neighbour, name):
         ended = time.monotonic()
         host.release(attacker.slot)
     ended = time.monotonic() - ended
-    why = [line["MESSAGE"] for line in said(host, attacker.slot, event or Event.SLOT_GONE)]
+    why = [line["MESSAGE"] for line in entries_of(host, attacker.slot, event or Event.SLOT_GONE)]
     print(f"{name}: neighbour {slower:.1f} x {1000 * quiet:.1f} ms, claim {1000 * claim:.0f} ms, "
-          f"gone after {ended:.1f} s, {why}")
+          f"ended after {ended:.1f} s, {why}")
     assert slower <= SLOWER_AT_MOST
     assert claim <= CLAIM_AT_MOST_S
     assert why and neighbour.run("6 * 7").text == "42"
 
 
-# What the kernel counts for each user and has a ceiling for, taken until it is refused: locked memory (8 MiB),
-# message queues (800 KiB), pending signals, which timers are counted among.
+# Takes resources that the kernel limits for each user until it refuses more: locked memory (8 MiB), message queues
+# (800 KiB), and pending signals, which include timers.
 TAKE = """
 import ctypes, json, mmap, os
 libc = ctypes.CDLL(None, use_errno=True)
@@ -247,14 +248,14 @@ print(json.dumps([locked_mib(), queues(), timers()]))
 NS_GET_OWNER_UID = 0xB704
 
 
-def test_what_the_kernel_counts_for_each_user_it_counts_for_each_slot(agent):
-    # Each has a kernel, so that what the first took is held while the second takes the same.
+def test_limits_of_a_user_apply_to_each_slot(agent):
+    # Both kernels run at the same time, so that the first holds its resources while the second takes the same.
     agent.wait_warm()
     with agent.open().kernel() as first, agent.open().kernel() as second:
         took = [json.loads(kernel.run(TAKE).stream) for kernel in (first, second)]
-        keeper = agent.run("pgrep", "-of", "nbagent[.]runtime[.]zygote_service").strip()
-        limits = agent.run("cat", f"/proc/{keeper}/limits")
-        # For all slots of an image the zygote's unit lifts the limit, where PID 1 itself may (CAP_SYS_RESOURCE).
+        service = agent.run("pgrep", "-of", "nbagent[.]runtime[.]zygote_service").strip()
+        limits = agent.run("cat", f"/proc/{service}/limits")
+        # The zygote's unit removes the limit for all slots of an image, if PID 1 has CAP_SYS_RESOURCE.
         if "unlimited" not in next(line for line in limits.splitlines() if "msgqueue" in line):
             assert took[1].pop(1) + took[0][1] <= 9
             took[1].insert(1, took[0][1])
@@ -267,7 +268,7 @@ import fcntl, struct
 with open("/proc/{known['pid']}/ns/user") as namespace:
     print(*struct.unpack("I", fcntl.ioctl(namespace, {NS_GET_OWNER_UID}, bytes(4))))
 """)
-        # The image's root, whom the zygote's unit lets have all that its slots have together.
+        # The owner is the image's root, to which the limits of the zygote's unit apply for all slots of the image.
         assert int(owner) == known["id_base"]
-        # Root on the host has lost nothing by it, nor has it to count theirs.
+        # The resources of slots do not count against root on the host.
         assert agent.run("timeout", "5", "true") == ""

@@ -1,6 +1,6 @@
-"""`make up` as a newcomer lives it: two commands, and a notebook in a real browser on this machine.
+"""`make up` as a new user runs it: two commands, and a notebook in a real browser on this machine.
 
-The host that `make up` makes is left as it was found: up, or not there.
+The host of `make up` is left in the state in which it was found: up, or absent.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ NAME = "up"
 
 
 def make(target):
-    """`make TARGET`; what it printed."""
+    """Runs `make TARGET`; returns its output."""
     done = subprocess.run(["make", target], cwd=product.TOP, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                           text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stdout
@@ -39,7 +39,7 @@ def is_up():
 
 @pytest.fixture(scope="module")
 def made_up():
-    """What `make up` printed."""
+    """The output of `make up`."""
     was_up = is_up()
     yield make("up")
     if was_up:
@@ -50,7 +50,7 @@ def made_up():
 
 @pytest.fixture
 def claim(made_up):
-    """Claims from this machine, by make up's own address; they are released afterwards."""
+    """Claims from this machine, by make up's address; the slots are released afterwards."""
     claimed = []
 
     def one(query=""):
@@ -78,7 +78,7 @@ def page(tmp_path):
 
 
 def foreign(addresses):
-    """The addresses that are on a network and not the router's. (A new window of Chromium shows a page of its own.)"""
+    """The URLs that are neither the router's nor internal to Chromium, whose new window shows a page of its own."""
     parts = [urlsplit(address) for address in addresses]
     return [part.geturl() for part in parts
             if part.scheme in ("http", "https", "ws", "wss") and part.netloc != "127.0.0.1:8000"]
@@ -91,7 +91,7 @@ def test_the_claims_url_opens_the_welcome_notebook_and_its_cells_run(page, claim
     page.select_first_cell()
     page.run_cell()
     page.read(".jp-CodeCell .jp-OutputArea-output", "Hello from Python 3.13")
-    # The next code cell draws; it is below a title, which is run on the way.
+    # The next code cell draws a picture; the title above it is a cell that is run first.
     page.run_cell()
     page.run_cell()
     drawing = page.see(".jp-OutputArea-output svg, .jp-OutputArea-output.jp-RenderedSVG img")[0]
@@ -119,11 +119,11 @@ def test_a_new_notebook_from_the_launcher_computes_and_shows_a_table(page, claim
     page.shoot("launcher")
     assert foreign(page.requests()) == []
     assert page.complaints() == []
-    # The token is in the first address only: what a person copies from the window opens nothing for others.
+    # The token is in the first URL only, so that a URL copied from the window gives no access to others.
     assert "token=" not in page.driver.current_url
 
 
-def test_whose_notebook_has_ended_is_told_so_on_a_page(page, claim):
+def test_an_ended_notebook_is_explained_on_a_page(page, claim):
     claimed = claim()
     release(claimed)
     page.open(claimed["url"])
@@ -137,7 +137,7 @@ def test_whose_notebook_has_ended_is_told_so_on_a_page(page, claim):
     assert foreign(page.requests()) == []
 
 
-def test_what_make_up_prints_works(made_up):
+def test_the_commands_that_make_up_prints_work(made_up):
     assert "slots are warm" in made_up
     commands = [line.strip().split("  ")[0] for line in made_up.splitlines() if line.startswith("  ")]
     curls = [command for command in commands if command.startswith("curl ")]
@@ -177,9 +177,9 @@ def test_make_down_leaves_nothing(made_up):
 
 
 def processes(file):
-    """A file of every process's directory in /proc that is still there to be read.
+    """`file` of every process's directory in /proc.
 
-    Who has ended, and whose parent, the machine's own first process, has not looked yet, is no process any more.
+    A zombie that the machine's PID 1 has not reaped yet is left out.
     """
     for path in Path("/proc").glob(f"[0-9]*/{file}"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""The main job: a claim gives a working notebook, over HTTP, through the router."""
+"""A claim returns a working notebook, by HTTP through the router."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 
-def test_curl_gets_a_claim_with_everything_a_caller_needs(agent):
+def test_curl_gets_a_complete_claim_document(agent):
     claim = json.loads(agent.run("curl", "-sS", "127.0.0.1:9000/claim"))
     assert set(claim) == {"slot", "url", "path", "token", "image", "claimed_at", "expires_at", "network", "limits"}
     assert claim["network"] == "none"
@@ -34,7 +34,7 @@ def test_the_token_of_one_slot_does_not_open_another(agent):
     assert answer.status == 403
 
 
-def test_a_slot_is_never_handed_out_twice_however_many_ask_at_once(agent):
+def test_concurrent_claims_get_different_slots(agent):
     with ThreadPoolExecutor(6) as pool:
         claims = list(pool.map(lambda _: agent.claim(), range(6)))
     assert len({claim["slot"] for claim in claims}) == 6
@@ -79,12 +79,12 @@ def test_a_deep_link_opens_that_notebook(agent):
     assert agent.router.get(claim["path"] + "?token=" + claim["token"]).status == 200
 
 
-def test_a_released_slot_is_gone_for_the_api_and_for_the_router(agent):
+def test_a_released_slot_is_unknown_to_the_api_and_the_router(agent):
     claim = agent.claim()
     pids = agent.processes(claim["slot"])
     assert pids
     assert agent.api.delete(f"/slots/{claim['slot']}").json()["state"] == "stopping"
-    agent.wait(lambda: agent.api.get(f"/slots/{claim['slot']}").status == 404, "the slot to be gone")
+    agent.wait(lambda: agent.api.get(f"/slots/{claim['slot']}").status == 404, "the removal of the slot")
     page = agent.router.get(claim["path"], Accept="text/html")
     assert page.status == 404 and b"no longer running" in page.body
     assert agent.run("sh", "-c", f"ls -d {' '.join(f'/proc/{pid}' for pid in pids)} 2>/dev/null; true") == ""
@@ -109,7 +109,7 @@ def test_a_running_slot_gets_more_time_and_other_limits(agent):
     ({"path": "../../etc/passwd"}, "path"), ({"colour": "red"}, "colour"),
 ])
 def test_bad_input_names_the_field_and_costs_no_slot(agent, options, field):
-    before = {slot["slot"] for slot in agent.slots("warm")}  # one that an earlier test has let go may end meanwhile
+    before = {slot["slot"] for slot in agent.slots("warm")}  # a slot that an earlier test released may end meanwhile
     claimed = {slot["slot"] for slot in agent.slots("claimed")}
     answer = agent.api.post("/claim", options)
     assert answer.status == 400
@@ -136,14 +136,14 @@ def test_a_body_of_ten_megabytes_is_refused(agent):
 
 
 @pytest.mark.parametrize("slot", ["..%2f..%2fetc", "elsewhere-0123456789ab", "x", "%00"])
-def test_an_id_that_is_not_of_this_host_is_not_found(agent, slot):
+def test_a_foreign_or_malformed_id_is_not_found(agent, slot):
     for method in ("GET", "PATCH", "DELETE"):
         answer = agent.api.call(method, f"/slots/{slot}", {} if method == "PATCH" else None)
         assert answer.status == 404
         assert answer.headers["content-type"] == "application/problem+json"
 
 
-def test_nobody_learns_a_token_but_who_claimed(agent):
+def test_only_the_claims_response_has_the_token(agent):
     claim = agent.claim()
     for path in ("/slots", f"/slots/{claim['slot']}", "/stats", "/images", "/metrics"):
         answer = agent.api.get(path)
@@ -167,7 +167,7 @@ def test_draining_refuses_claims_and_keeps_users(agent):
     assert agent.agent_check().startswith("ready ")
 
 
-def test_a_full_host_says_so_and_when_to_come_back(agent):
+def test_a_full_host_returns_503_with_retry_after(agent):
     agent.configure("[slots]\ncapacity = 2\n")
     agent.claim()
     agent.claim()

@@ -202,7 +202,7 @@ def test_an_archive_that_is_too_slow_fails_in_time(agent):
     agent.configure(ALLOW + 'timeout = "1s"\n')
     with site(agent):
         answer = agent.api.post("/claim", {"archive": f"http://127.0.0.1:{PORT}/ok/never"})
-    assert answer.status == 502 and answer.json()["detail"] == "not there in time"
+    assert answer.status == 502 and answer.json()["detail"] == "content was not delivered in time"
 
 
 def test_what_brings_content_is_as_confined_as_the_slot_and_out_of_its_reach(agent, workers):

@@ -1,4 +1,4 @@
-"""Slots that end by rule: idle, too old, dead; and what counts as being active."""
+"""Slots that are culled because they are idle, too old or dead; and the kinds of activity."""
 
 import time
 
@@ -14,16 +14,16 @@ def impatient(agent):
     return agent
 
 
-def told(agent, slot, event):
-    """When the journal was told of an event about a slot (seconds), and what it says; None before."""
+def logged(agent, slot, event):
+    """The time (seconds) and the text of the journal's entry of an event about a slot; None before."""
     found = agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={event.value.message_id}")
     return (int(found[0]["__MONOTONIC_TIMESTAMP"]) / 1e6, found[0]["MESSAGE"]) if found else None
 
 
 def culled(agent, slot, timeout=60):
-    """Waits until a slot is culled; what the journal says of it."""
-    at_s, text = agent.wait(lambda: told(agent, slot, Event.SLOT_CULLED), f"{slot} to be culled", timeout)
-    return at_s, text.removeprefix(f"slot {slot} culled: ")
+    """Waits until a slot is culled; returns the time and the reason."""
+    at_s, text = agent.wait(lambda: logged(agent, slot, Event.SLOT_CULLED), f"{slot} to be culled", timeout)
+    return at_s, text.removeprefix(f"slot {slot} removed: ")
 
 
 def state(agent, slot):
@@ -35,14 +35,14 @@ def count(agent, name):
     return agent.api.get("/stats").json()["counters"][name]
 
 
-def test_an_idle_slot_is_ended_and_the_journal_says_why(impatient):
+def test_an_idle_slot_is_ended_and_the_reason_is_logged(impatient):
     agent = impatient
     before = count(agent, "culled_idle")
     slot = agent.claim()["slot"]
     at_s, text = culled(agent, slot)
     assert text.startswith("idle for ") and 4 <= int(text.split()[2]) < 60
-    assert at_s - told(agent, slot, Event.SLOT_CLAIMED)[0] >= 4
-    agent.wait(lambda: state(agent, slot) is None, "the slot to be gone")
+    assert at_s - logged(agent, slot, Event.SLOT_CLAIMED)[0] >= 4
+    agent.wait(lambda: state(agent, slot) is None, "the removal of the slot")
     assert count(agent, "culled_idle") == before + 1
     page = agent.router.get(f"/user/{slot}/lab", Accept="text/html")
     assert page.status == 404 and b"no longer running" in page.body
@@ -50,7 +50,7 @@ def test_an_idle_slot_is_ended_and_the_journal_says_why(impatient):
 
 def test_a_warm_slot_is_never_idle(impatient):
     agent = impatient
-    # One slot is claimed and culled: by then another has been warm for longer than that.
+    # One slot is claimed and culled, after which another has been warm for longer than `idle`.
     warm = agent.slots("warm")[0]["slot"]
     agent.configure('[cull]\nidle = "4s"\n[pool]\nwarm = 2\n')
     first = agent.claim()["slot"]
@@ -62,7 +62,7 @@ def test_a_warm_slot_is_never_idle(impatient):
     assert len(kept & {slot["slot"] for slot in agent.slots("warm")}) == 1
 
 
-def test_a_long_cell_without_a_word_is_not_idle(impatient):
+def test_a_long_cell_without_output_is_not_idle(impatient):
     agent = impatient
     notebook = agent.open()
     with notebook.kernel() as kernel:
@@ -80,10 +80,10 @@ def test_a_process_that_computes_outside_of_any_kernel_is_not_idle(impatient):
         f'import subprocess, time; subprocess.Popen(["python3", "-ISc", "{code}"], start_new_session=True)\n'
         "time.monotonic()"
     ).text)
-    agent.wait(lambda: not notebook.get("api/kernels"), "the kernel to be gone")
-    assert len(agent.processes(notebook.slot)) == 4  # init, the server, what kernels are forked from, and this one
+    agent.wait(lambda: not notebook.get("api/kernels"), "the end of the kernel")
+    assert len(agent.processes(notebook.slot)) == 4  # init, the server, the fork server, and this process
     at_s, text = culled(agent, notebook.slot)
-    # Idle is what it became when the process ended.
+    # The slot became idle when the process ended.
     assert text.startswith("idle for ") and at_s - began_s > 14
 
 
@@ -92,7 +92,7 @@ def test_a_page_that_only_polls_is_not_active(impatient):
     notebook = agent.open()
     asked = 0
     deadline = time.monotonic() + 60
-    while (found := told(agent, notebook.slot, Event.SLOT_CULLED)) is None and time.monotonic() < deadline:
+    while (found := logged(agent, notebook.slot, Event.SLOT_CULLED)) is None and time.monotonic() < deadline:
         for path in ("api/kernels", "api/contents"):
             answer = notebook.router.call("GET", notebook.base + path, headers=notebook.headers)
             asked += answer.status == 200
@@ -111,13 +111,13 @@ def test_an_open_websocket_to_an_idle_kernel_is_not_active(impatient):
     assert text.startswith("idle for ")
 
 
-def test_what_a_person_does_is_active(impatient):
+def test_actions_of_a_person_are_activity(impatient):
     agent = impatient
     notebook = agent.open()
-    claimed_s = told(agent, notebook.slot, Event.SLOT_CLAIMED)[0]
+    claimed_s = logged(agent, notebook.slot, Event.SLOT_CLAIMED)[0]
     body = {"type": "file", "format": "text", "content": "saved"}
     saved_s = claimed_s
-    # Saves a file now and then, for twice the time after which it would be idle.
+    # Saves a file at intervals, for twice the idle time.
     while saved_s - claimed_s < 9:
         saved_s = float(agent.run("cat", "/proc/uptime").split()[0])
         path = f"{notebook.base}api/contents/note.txt"
@@ -135,24 +135,24 @@ def test_age_counts_from_the_claim_and_not_from_the_start(agent):
     assert slot in warm
     at_s, text = culled(agent, slot)
     assert text == "its time is up"
-    assert at_s - told(agent, slot, Event.SLOT_CLAIMED)[0] >= 4
+    assert at_s - logged(agent, slot, Event.SLOT_CLAIMED)[0] >= 4
     assert count(agent, "culled_age") == before + 1
 
 
-def test_more_time_is_more_time(agent):
+def test_a_longer_and_a_shorter_life(agent):
     longer = agent.claim(ttl=10)["slot"]
     assert agent.api.patch(f"/slots/{longer}", {"ttl": "1h"}).status == 200
     shorter = agent.claim(ttl=10)["slot"]
     assert culled(agent, shorter)[1] == "its time is up"
     assert state(agent, longer) == "claimed"
-    # And less is less.
+    # A shorter life ends earlier.
     assert agent.api.patch(f"/slots/{longer}", {"ttl": 1}).status == 200
     assert culled(agent, longer)[1] == "its time is up"
 
 
 def test_a_slot_that_dies_is_noticed_at_once_and_replaced(agent):
-    agent.expect("ended by itself")
-    # Nobody looks at the rules for an hour: it is the kernel that says so.
+    agent.expect("ended unexpectedly")
+    # The rules are not checked for an hour; the end is noticed by the pidfd.
     agent.configure('[cull]\ninterval = "1h"\n')
     notebook = agent.open()
     agent.wait_warm()
@@ -162,9 +162,9 @@ def test_a_slot_that_dies_is_noticed_at_once_and_replaced(agent):
                           input=agent.run("cat", f"/run/nbagent/slots/{slot}/slot.json"))
         agent.run("kill", "-KILL", known.strip())
     for slot in (notebook.slot, warm):
-        _, text = agent.wait(lambda slot=slot: told(agent, slot, Event.SLOT_DIED), f"the death of {slot}")
+        _, text = agent.wait(lambda slot=slot: logged(agent, slot, Event.SLOT_DIED), f"the death of {slot}")
         assert "its processes ended" in text
-        agent.wait(lambda slot=slot: state(agent, slot) is None, f"{slot} to be gone")
+        agent.wait(lambda slot=slot: state(agent, slot) is None, f"the removal of {slot}")
     assert agent.router.get(f"/user/{notebook.slot}/lab").status == 404
     agent.wait_warm()
     assert agent.open().run("6 * 7").text == "42"

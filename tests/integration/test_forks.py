@@ -20,7 +20,7 @@ def journal_of(agent, **fields):
 
 def zygote(agent, image="minimal"):
     """The unit of an image's zygote that is ready, newest last, or None."""
-    ready = [e["NBAGENT_ZYGOTE"] for e in journal_of(agent, image=image) if "forks slots" in e["MESSAGE"]]
+    ready = [e["NBAGENT_ZYGOTE"] for e in journal_of(agent, image=image) if "is ready" in e["MESSAGE"]]
     return f"nbagent-zygote@{ready[-1]}.service" if ready else None
 
 
@@ -107,7 +107,7 @@ def test_a_token_or_login_of_one_slot_opens_no_other(of_a_zygote):
 
 def test_a_zygote_may_be_killed_and_nobody_notices(of_a_zygote):
     agent = of_a_zygote
-    agent.expect(r"zygote minimal:\S+ is given up")
+    agent.expect(r"zygote minimal:\S+ failed")
     agent.expect(r"^nbagent-zygote@minimal:\S+: (Failed|Main process exited)")
     notebook = agent.open()
     with notebook.kernel() as kernel:
@@ -125,7 +125,7 @@ def test_a_zygote_may_be_killed_and_nobody_notices(of_a_zygote):
 
 def test_until_a_zygote_that_hangs_is_replaced_slots_are_execd(of_a_zygote):
     agent = of_a_zygote
-    agent.expect(r"zygote minimal:\S+ is given up; .*does not answer")
+    agent.expect(r"zygote minimal:\S+ failed; .*did not respond")
     agent.expect(r"^nbagent-zygote@minimal:\S+: (Failed|Main process exited)")
     before, seen = zygote(agent), {slot["slot"] for slot in agent.slots()}
     agent.run("systemctl", "kill", "-s", "STOP", before)
@@ -157,7 +157,7 @@ def test_a_zygote_that_forks_nothing_is_replaced_when_it_is_old(of_a_zygote):
 
 def test_a_zygote_in_the_making_gives_way_while_another_forks(of_a_zygote):
     agent = of_a_zygote
-    agent.expect(r"zygote minimal:\S+ is given up")
+    agent.expect(r"zygote minimal:\S+ failed")
     agent.expect(r"^nbagent-zygote@minimal:\S+: (Failed|Main process exited)")
     first = zygote(agent)
     assert cpu_weight(agent, first) == 100
@@ -189,7 +189,7 @@ def test_memory_is_charged_to_the_slot_that_touches_it(of_a_zygote):
 
 def test_a_slot_ends_with_its_program_and_says_how(of_a_zygote):
     agent = of_a_zygote
-    agent.expect(r"slot \S+ ended by itself")
+    agent.expect(r"slot \S+ ended unexpectedly")
     slot = agent.claim()["slot"]
     agent.run("kill", "-KILL", str(server_of(agent, slot)))
     agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the slot to be gone")
@@ -199,7 +199,7 @@ def test_a_slot_ends_with_its_program_and_says_how(of_a_zygote):
 
 def test_a_slot_whose_seed_is_killed_goes_on_and_still_ends_with_its_program(of_a_zygote):
     agent = of_a_zygote
-    agent.expect(r"slot \S+ ended by itself")
+    agent.expect(r"slot \S+ ended unexpectedly")
     notebook = agent.open()
     server = server_of(agent, notebook.slot)
     seed = agent.run("ps", "-o", "ppid=", "-p", str(server)).strip()

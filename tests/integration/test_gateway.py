@@ -1,4 +1,4 @@
-"""A fleet of three small hosts behind two gateways, as people and operators meet it."""
+"""A fleet of three small hosts behind two gateways: claims, users, changes of hosts, and failures."""
 
 import contextlib
 import http.client
@@ -30,7 +30,7 @@ warm = 1
 LABELS = ("a", "b", "c")
 PERSON, OTHER, BANNED = (f"10.77.0.{number}" for number in (201, 202, 203))
 HTML = {"Accept": "text/html"}
-# As root's as an ACME client leaves it.
+# Readable by root only, as ACME clients store it.
 CERTIFICATE = """
 mkdir -p -m 700 /root/live && cd /root/live && chmod 400 privkey.pem 2>/dev/null
 openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=nb.example.org -keyout privkey.pem -out fullchain.pem
@@ -38,23 +38,23 @@ openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=nb.example.org -keyo
 
 
 class Front:
-    """One gateway, from its own loopback."""
+    """One gateway, used through its loopback interface."""
 
     def __init__(self, host):
         self.host, self.api = host, Api(host, HTTP_PORT, timeout=30)
         self.agent = Agent(host)
 
     def spawn(self, **headers):
-        """A slot by tmpnb's API, as a claim has it."""
-        answer = self.api.post("/api/spawn", **headers)
-        assert answer.status == 200, (answer.status, answer.body)
-        return claim_of(answer.json()["url"])
+        """Claim a slot with tmpnb's API; returns its id and token."""
+        response = self.api.post("/api/spawn", **headers)
+        assert response.status == 200, (response.status, response.body)
+        return claim_of(response.json()["url"])
 
     def open(self):
         return self.at(self.spawn())
 
     def at(self, claim):
-        """Sits down at a slot, through this gateway."""
+        """A notebook in a slot, used through this gateway."""
         return Notebook(self.host, claim, HTTP_PORT)
 
     def run(self, *words):
@@ -62,7 +62,7 @@ class Front:
         return self.host.run(["nbagent", "gateway", *words]).stdout.strip()
 
     def refused(self, *words):
-        """The same, which must not."""
+        """Run the same command, which must fail; returns its error."""
         done = self.host.run(["nbagent", "gateway", *words], check=False)
         assert done.returncode, done.stdout
         return done.stderr
@@ -71,7 +71,7 @@ class Front:
         return self.api.get("/api/stats").json()
 
     def wait_hosts(self, labels):
-        """Waits until these are the hosts that serve users, and no others."""
+        """Wait until exactly these hosts are up."""
         def up():
             hosts = self.figures()["hosts"].items()
             return {name.removeprefix("http://") for name, host in hosts if not host.get("down")} == set(labels)
@@ -84,29 +84,29 @@ def claim_of(url):
     return {"slot": parts.path.split("/")[2], "token": parse_qs(parts.query)["token"][0]}
 
 
-class Town:
-    """The fleet, its gateways and its hosts."""
+class RunningFleet:
+    """The gateways and the agents of a fleet of test machines."""
 
-    def __init__(self, fleet):
-        self.fleet = fleet
-        self.gateways = [Front(host) for host in fleet.gateways]
-        self.hosts = {label: Agent(host) for label, host in fleet.hosts.items()}
+    def __init__(self, machines):
+        self.machines = machines
+        self.gateways = [Front(host) for host in machines.gateways]
+        self.hosts = {label: Agent(host) for label, host in machines.hosts.items()}
 
     def in_use(self):
         return [slot["slot"] for host in self.hosts.values() for slot in host.slots() if slot["claimed_at"]]
 
     def clear(self):
-        """Ends every slot that somebody has, and waits until both gateways know."""
+        """End every claimed slot, and wait until both gateways have the new figures."""
         for slot in self.in_use():
             self.hosts[slot.partition("-")[0]].api.delete(f"/slots/{slot}")
         for host in self.hosts.values():
             host.wait(lambda host=host: host.api.get("/stats").json()["available"] == CAPACITY, "an empty host")
         for front in self.gateways:
             front.agent.wait(lambda front=front: self.weights(front) == dict.fromkeys(self.hosts, 100),
-                             "a gateway that knows the hosts to be empty", 20)
+                             "the gateway to have the weights of empty hosts", 20)
 
     def weights(self, front):
-        """What HAProxy takes the hosts' free capacity for."""
+        """The weights of the hosts that are up in HAProxy, which are their free capacity in percent."""
         rows = front.api.host.run(["curl", "-s", "127.0.0.1:8405/stats;csv"]).stdout.splitlines()
         names = rows[0].lstrip("# ").split(",")
         found = [dict(zip(names, row.split(","), strict=False)) for row in rows[1:]]
@@ -114,88 +114,89 @@ class Town:
                 if row["pxname"] == "claims" and row["svname"] in LABELS and row["status"].startswith("UP")}
 
     def call(self, source, method, path, **headers):
-        """One request to the first gateway from an address of the network."""
+        """Send a request to the first gateway from the address `source`."""
         connection = http.client.HTTPConnection(gateway_address(0), HTTP_PORT, timeout=30)
-        connection.sock = self.fleet.lan.connect(gateway_address(0), HTTP_PORT, source)
+        connection.sock = self.machines.lan.connect(gateway_address(0), HTTP_PORT, source)
         with contextlib.closing(connection):
             connection.request(method, path, headers=headers)
-            answer = connection.getresponse()
-            return product.Answer(answer.status, {k.lower(): v for k, v in answer.getheaders()}, answer.read())
+            response = connection.getresponse()
+            headers = {k.lower(): v for k, v in response.getheaders()}
+            return product.Answer(response.status, headers, response.read())
 
 
 @pytest.fixture(scope="module")
 def whole():
-    fleet = Fleet(f"g{os.getpid() % 100000}", LABELS, gateways=2)
+    machines = Fleet(f"g{os.getpid() % 100000}", LABELS, gateways=2)
     try:
-        fleet.up(product.say, HOSTS, "[landing]\nrate = 1000\n")
+        machines.up(product.say, HOSTS, "[landing]\nrate = 1000\n")
         for source in (PERSON, OTHER, BANNED):
-            fleet.lan.take(source)
-        yield Town(fleet)
+            machines.lan.take(source)
+        yield RunningFleet(machines)
     finally:
-        fleet.down()
+        machines.down()
 
 
 @pytest.fixture
-def town(whole):
-    """The fleet with nobody in it."""
+def fleet(whole):
+    """The fleet without claimed slots."""
     whole.clear()
     return whole
 
 
 @pytest.fixture
-def settings(town):
-    """Further settings of the first gateway, for one test."""
+def settings(fleet):
+    """Additional settings of the first gateway during one test."""
     path = "/etc/nbagent/gateway.d/90-one-test.toml"
 
     def use(text):
-        town.gateways[0].host.run(["tee", path], input=text)
-        assert town.gateways[0].run("apply") == "applied"
+        fleet.gateways[0].host.run(["tee", path], input=text)
+        assert fleet.gateways[0].run("apply") == "applied"
 
     yield use
-    town.gateways[0].host.run(["rm", "-f", path])
-    town.gateways[0].run("apply")
+    fleet.gateways[0].host.run(["rm", "-f", path])
+    fleet.gateways[0].run("apply")
 
 
-def test_every_place_of_the_fleet_is_found_and_then_it_is_full(town):
-    front = town.gateways[0]
+def test_the_whole_capacity_is_handed_out_and_then_claims_are_refused(fleet):
+    front = fleet.gateways[0]
     claims = [front.spawn() for _ in range(CAPACITY * len(LABELS))]
     assert Counter(claim["slot"][0] for claim in claims) == dict.fromkeys(LABELS, CAPACITY)
-    for one in town.gateways:
+    for one in fleet.gateways:
         refused = one.api.post("/api/spawn")
         assert (refused.status, refused.json()) == (429, {"status": "full"})
         full = one.api.get("/spawn/lab/tree/x.ipynb?a=b", **HTML)
         assert full.status == 503 and 2 <= int(full.headers["retry-after"]) <= 60
         assert b"12 of 12 are in use" in full.body and b"/spawn/lab/tree/x.ipynb?a=b" in full.body
-    # Users are served by full hosts, and a place that becomes free is found.
+    # Full hosts serve their users, and a slot that becomes free is handed out.
     assert front.at(claims[0]).get("api/status")["kernels"] == 0
     slot = claims[0]["slot"]
-    town.hosts[slot[0]].api.delete(f"/slots/{slot}")
-    front.agent.wait(lambda: front.api.post("/api/spawn").status == 200, "the free place", 10)
+    fleet.hosts[slot[0]].api.delete(f"/slots/{slot}")
+    front.agent.wait(lambda: front.api.post("/api/spawn").status == 200, "the free slot", 10)
 
 
-def test_claims_are_spread(town):
-    first = [town.gateways[number % 2].spawn()["slot"][0] for number in range(8)]
+def test_claims_are_spread_over_hosts(fleet):
+    first = [fleet.gateways[number % 2].spawn()["slot"][0] for number in range(8)]
     assert len(Counter(first)) > 1 and max(Counter(first).values()) <= CAPACITY
 
 
-def test_the_same_key_is_one_slot_by_both_gateways(town):
+def test_the_same_key_returns_the_same_slot_through_both_gateways(fleet):
     for key in ("click-1", "click-2", "click-3"):
         with ThreadPoolExecutor(4) as threads:
-            spawn = [front.spawn for front in town.gateways * 2]
+            spawn = [front.spawn for front in fleet.gateways * 2]
             slots = {made["slot"] for made in threads.map(lambda one, key=key: one(**{"Idempotency-Key": key}), spawn)}
         assert len(slots) == 1
-    assert len(town.in_use()) == 3
+    assert len(fleet.in_use()) == 3
 
 
-def test_a_link_keeps_path_and_query(town):
-    answer = town.gateways[0].api.get("/spawn/lab/tree/Welcome.ipynb?reset=1", Host="nb.example.org")
+def test_a_link_keeps_path_and_query(fleet):
+    answer = fleet.gateways[0].api.get("/spawn/lab/tree/Welcome.ipynb?reset=1", Host="nb.example.org")
     where = urlsplit(answer.headers["location"])
     assert answer.status == 302 and where.netloc in ("", "nb.example.org")
     assert where.path.endswith("/lab/tree/Welcome.ipynb") and parse_qs(where.query)["reset"] == ["1"]
 
 
-def test_any_gateway_serves_any_user_and_a_reload_keeps_the_websocket(town):
-    one, two = town.gateways
+def test_any_gateway_serves_any_user_and_a_reload_keeps_the_websocket(fleet):
+    one, two = fleet.gateways
     claim = one.spawn()
     kernel = one.at(claim).kernel()
     kernel.run("x = 21")
@@ -205,7 +206,7 @@ def test_any_gateway_serves_any_user_and_a_reload_keeps_the_websocket(town):
     assert two.at(claim).run("1 + 1").text == "2"
     kernel.close()
     one.host.run(["systemctl", "restart", "nbagent-gateway.service"])
-    # Nothing was kept, so nothing is lost: the kernel is where it was.
+    # The gateway has no state, so a restart loses none.
     one.agent.wait(lambda: one.api.get(f"/user/{claim['slot']}/api").status == 200, "the restarted gateway", 10)
     again = type(kernel)(one.at(claim), kernel.id)
     assert again.run("3 * x").text == "63"
@@ -213,42 +214,42 @@ def test_any_gateway_serves_any_user_and_a_reload_keeps_the_websocket(town):
 
 
 @pytest.mark.parametrize("path", ["/user/zz-0123456789ab/lab", "/user/a-0123456789ab/lab", "/user/_status-1/lab"])
-def test_a_slot_that_is_not_there_is_told_at_once(town, path):
+def test_requests_for_an_unknown_slot_get_404_at_once(fleet, path):
     began = time.monotonic()
-    page = town.gateways[0].api.get(path, **HTML)
-    problem = town.gateways[0].api.get(path.replace("/lab", "/api/kernels"))
+    page = fleet.gateways[0].api.get(path, **HTML)
+    problem = fleet.gateways[0].api.get(path.replace("/lab", "/api/kernels"))
     assert time.monotonic() - began < 2
     assert page.status == problem.status == 404
     assert b"<h1>" in page.body and problem.headers["content-type"] == "application/problem+json"
 
 
-def test_who_is_banned_and_who_comes_too_often_is_told_so_and_nobody_else(town, settings):
+def test_banned_clients_and_clients_above_the_rate_are_refused(fleet, settings):
     settings(f'[landing]\nrate = 2\nbanned = ["{BANNED}/32"]\n')
-    assert town.call(BANNED, "GET", "/", **HTML).status == 403
-    spawned = [town.call(PERSON, "POST", "/api/spawn") for _ in range(3)]
+    assert fleet.call(BANNED, "GET", "/", **HTML).status == 403
+    spawned = [fleet.call(PERSON, "POST", "/api/spawn") for _ in range(3)]
     assert [answer.status for answer in spawned] == [200, 200, 429]
     assert int(spawned[2].headers["retry-after"]) > 0
-    assert b"<h1>" in town.call(PERSON, "GET", "/spawn", **HTML).body
-    lie = {"X-Forwarded-For": "192.0.2.9"}
-    assert town.call(PERSON, "POST", "/api/spawn", **lie).status == 429
-    taken = town.call(OTHER, "POST", "/api/spawn", **lie)
+    assert b"<h1>" in fleet.call(PERSON, "GET", "/spawn", **HTML).body
+    forged = {"X-Forwarded-For": "192.0.2.9"}
+    assert fleet.call(PERSON, "POST", "/api/spawn", **forged).status == 429
+    taken = fleet.call(OTHER, "POST", "/api/spawn", **forged)
     assert taken.status == 200
-    # The host knows whose claim it was, by the gateway's word.
+    # The host gets the address of the client from the gateway.
     slot = claim_of(taken.json()["url"])["slot"]
-    clients = [entry["NBAGENT_CLIENT"] for entry in town.hosts[slot[0]].journal(f"NBAGENT_SLOT={slot}")
+    clients = [entry["NBAGENT_CLIENT"] for entry in fleet.hosts[slot[0]].journal(f"NBAGENT_SLOT={slot}")
                if "NBAGENT_CLIENT" in entry]
     assert clients == [OTHER]
 
 
-def test_a_host_counts_the_claims_of_whoever_is_no_gateway(town):
-    router = Api(town.hosts["a"].host, product.ROUTER_PORT)
-    lie = {"X-Nbagent-Gateway": "1", "X-Forwarded-For": PERSON}
-    statuses = Counter(router.post("/api/spawn", **lie).status for _ in range(90))
+def test_a_host_limits_the_rate_of_clients_that_are_not_gateways(fleet):
+    router = Api(fleet.hosts["a"].host, product.ROUTER_PORT)
+    forged = {"X-Nbagent-Gateway": "1", "X-Forwarded-For": PERSON}
+    statuses = Counter(router.post("/api/spawn", **forged).status for _ in range(90))
     assert statuses[200] == CAPACITY and statuses[429] > 0
 
 
-def test_hosts_come_and_go_while_people_work(town):
-    front = town.gateways[0]
+def test_hosts_are_drained_removed_and_added_without_interrupting_users(fleet):
+    front = fleet.gateways[0]
     notebook = front.open()
     label = notebook.slot[0]
     address = host_address(LABELS.index(label))
@@ -256,31 +257,31 @@ def test_hosts_come_and_go_while_people_work(town):
     kernel.run("x = 1")
     worker = front.host.run(["systemctl", "show", "-P", "MainPID", "nbagent-gateway"]).stdout
     try:
-        assert "no more slots" in front.run("drain-host", label)
+        assert "gets no more claims" in front.run("drain-host", label)
         assert label not in {front.spawn()["slot"][0] for _ in range(6)}
         assert kernel.run("x + 1").text == "2"
-        assert "take it out of the file" in front.refused("remove-host", label)
-        assert "asked for slots again" in front.run("drain-host", label, "--off")
-        front.agent.wait(lambda: label in town.weights(front), "the host to be asked again", 10)
+        assert "remove it from the file" in front.refused("remove-host", label)
+        assert "gets claims again" in front.run("drain-host", label, "--off")
+        front.agent.wait(lambda: label in fleet.weights(front), "the host to get claims again", 10)
     finally:
         front.host.run(["rm", "-f", f"/etc/nbagent/gateway.d/host-{label}.toml"])
     assert kernel.run("x + 2").text == "3"
-    # One that was added is like one that was listed; so it is listed by add-host, for once.
+    # Remove the host from the file of the fleet, and add it with add-host.
     listed = "/etc/nbagent/gateway.d/50-fleet.toml"
     before = front.host.run(["cat", listed]).stdout
     front.host.run(["tee", listed], input=re.sub(rf"\[hosts\.{label}\]\n.*\n", "", before))
     try:
         front.run("apply")
         front.wait_hosts(set(LABELS) - {label})
-        assert front.run("add-host", label, address) == f"{label} is in the fleet"
+        assert front.run("add-host", label, address) == f"host {label} added"
         front.wait_hosts(LABELS)
-        front.agent.wait(lambda: label in town.weights(front), "the host to be asked", 10)
+        front.agent.wait(lambda: label in fleet.weights(front), "the host to get claims", 10)
         assert front.at({"slot": notebook.slot, "token": notebook.token}).get("api/status")["kernels"] == 1
         front.agent.wait(lambda: front.spawn()["slot"][0] == label, "a slot on the host that was added", 20)
         front.run("drain-host", label)
         assert "slots run on" in front.refused("remove-host", label)
         assert kernel.run("x + 3").text == "4"
-        assert "out of the fleet" in front.run("remove-host", label, "--force")
+        assert f"host {label} removed" in front.run("remove-host", label, "--force")
         kernel.close()
         front.wait_hosts(set(LABELS) - {label})
         assert front.api.get(f"/user/{notebook.slot}/lab", **HTML).status == 404
@@ -291,8 +292,8 @@ def test_hosts_come_and_go_while_people_work(town):
     assert worker == front.host.run(["systemctl", "show", "-P", "MainPID", "nbagent-gateway"]).stdout
 
 
-def test_hosts_are_found_by_the_dns(town):
-    front = town.gateways[1]
+def test_hosts_are_found_with_dns(fleet):
+    front = fleet.gateways[1]
     listed = "/etc/nbagent/gateway.d/50-fleet.toml"
     before = front.host.run(["cat", listed]).stdout
     records = [f"--srv-host=_nbagent._tcp.hosts.test,{label}.hosts.test,8000" for label in LABELS]
@@ -311,22 +312,22 @@ def test_hosts_are_found_by_the_dns(town):
         with contextlib.closing(front.at(claims[0]).kernel()) as kernel:
             assert kernel.run("6 * 7").text == "42"
         assert front.api.get("/user/zz-0123456789ab/lab", **HTML).status == 404
-        assert "add it there" in front.refused("add-host", "d", "10.77.0.99")
+        assert "add the host to the SRV records" in front.refused("add-host", "d", "10.77.0.99")
     finally:
         front.host.run(["tee", listed], input=before)
         front.run("apply")
         front.host.run(["systemctl", "stop", "names.service"])
 
 
-def test_a_host_whose_router_is_gone_costs_no_claim_and_its_users_are_told(town):
-    front = town.gateways[0]
+def test_a_stopped_router_fails_no_claim_and_its_users_get_an_error(fleet):
+    front = fleet.gateways[0]
     claim = next(made for made in iter(front.spawn, None) if made["slot"][0] == "c")
-    dead = town.hosts["c"].host
+    dead = fleet.hosts["c"].host
     dead.run(["systemctl", "stop", "nbagent-router.socket", "nbagent-router.service"])
     try:
         began = time.monotonic()
         lost = front.api.get(f"/user/{claim['slot']}/lab", **HTML)
-        assert lost.status == 503 and b"does not answer" in lost.body and time.monotonic() - began < 2
+        assert lost.status == 503 and b"does not respond" in lost.body and time.monotonic() - began < 2
         assert {front.spawn()["slot"][0] for _ in range(4)} <= {"a", "b"}
         front.agent.wait(lambda: front.figures()["hosts"]["http://c"].get("down"), "the host to be known as down", 10)
     finally:
@@ -334,8 +335,8 @@ def test_a_host_whose_router_is_gone_costs_no_claim_and_its_users_are_told(town)
     front.agent.wait(lambda: front.at(claim).get("api/status"), "its users to be served again", 10)
 
 
-def test_the_picture_of_the_fleet_adds_up(town):
-    front = town.gateways[0]
+def test_figures_and_metrics_of_the_fleet(fleet):
+    front = fleet.gateways[0]
     front.spawn()
     time.sleep(1.1)
     figures = front.figures()
@@ -347,22 +348,22 @@ def test_the_picture_of_the_fleet_adds_up(town):
     assert 'haproxy_server_status{proxy="claims",server="a"' in metrics
 
 
-def test_tls_is_the_only_way_in_once_there_is_a_certificate(town, settings):
-    front = town.gateways[0]
+def test_with_a_certificate_http_is_redirected_to_https(fleet, settings):
+    front = fleet.gateways[0]
     front.host.run(["sh", "-c", CERTIFICATE])
     settings('[tls]\ncertificates = ["/root/live"]\n')
     moved = front.api.get("/spawn?a=b", Host="nb.example.org")
     assert (moved.status, moved.headers["location"]) == (308, "https://nb.example.org/spawn?a=b")
     curl = ["curl", "-sk", "--resolve", "nb.example.org:443:127.0.0.1"]
-    said = front.host.run([*curl, "-i", "-X", "POST", "https://nb.example.org/api/spawn"]).stdout
-    assert said.startswith("HTTP/2 200") and "strict-transport-security: max-age=31536000" in said
-    assert '"url":"https://nb.example.org/user/' in said
+    response = front.host.run([*curl, "-i", "-X", "POST", "https://nb.example.org/api/spawn"]).stdout
+    assert response.startswith("HTTP/2 200") and "strict-transport-security: max-age=31536000" in response
+    assert '"url":"https://nb.example.org/user/' in response
     kept = front.host.run(["sh", "-c", "stat -c '%a %U' /run/nbagent-gateway/certificates/*"]).stdout.split()
     assert kept == ["400", "nbagent-gateway"]
 
 
-def test_one_click_opens_jupyterlab_by_https_and_a_cell_runs(town, settings, tmp_path):
-    gateway = town.gateways[0].host
+def test_one_click_opens_jupyterlab_over_https_and_a_cell_runs(fleet, settings, tmp_path):
+    gateway = fleet.gateways[0].host
     gateway.run(["sh", "-c", CERTIFICATE])
     settings('[tls]\ncertificates = ["/root/live"]\n[log]\nrequests = "all"\n')
     front = f"https://127.0.0.1:{gateway.forward(443, 0)}"
@@ -372,27 +373,27 @@ def test_one_click_opens_jupyterlab_by_https_and_a_cell_runs(town, settings, tmp
         page.wait_for_kernel()
         where = urlsplit(page.driver.current_url)
         assert re.fullmatch(r"/user/[abc]-[a-z0-9]+/lab/tree/Welcome\.ipynb", where.path)
-        assert where.path.split("/")[2] in town.in_use()
+        assert where.path.split("/")[2] in fleet.in_use()
         page.select_first_cell()
         page.run_cell()
         page.read(".jp-CodeCell .jp-OutputArea-output", "Hello from Python")
         addresses = page.requests()
-    # Every request and websocket came to this origin, and by HTTP/2.
+    # All requests and websockets went to this origin, over HTTP/2.
     assert {urlsplit(address).netloc for address in addresses if address.startswith(("http", "ws"))} == {where.netloc}
     assert any(address.startswith("wss:") for address in addresses)
-    lines = [entry["MESSAGE"] for entry in town.gateways[0].agent.journal("-u", "nbagent-gateway.service")]
+    lines = [entry["MESSAGE"] for entry in fleet.gateways[0].agent.journal("-u", "nbagent-gateway.service")]
     protocols = {re.search(r"version=(\S+)", line)[1] for line in lines if where.path.split("/")[2] in line}
     assert protocols == {"HTTP/2.0"}
     assert any("/channels version=HTTP/2.0" in line for line in lines), "a websocket of a kernel"
 
 
-def test_the_journal_has_every_claim_with_its_client_and_no_token(town):
-    front = town.gateways[0]
+def test_the_journal_has_every_claim_with_its_client_and_no_token(fleet):
+    front = fleet.gateways[0]
     claim = front.spawn()
     front.api.get(f"/user/{claim['slot']}/lab?token={claim['token']}")
     front.api.get(f"/user/zz-0123456789ab/lab?token={claim['token']}")
-    told = town.call(PERSON, "GET", f"/spawn/lab?token={claim['token']}")
-    assert told.status == 302
+    redirect = fleet.call(PERSON, "GET", f"/spawn/lab?token={claim['token']}")
+    assert redirect.status == 302
 
     def lines():
         journal = front.agent.journal("-u", "nbagent-gateway.service", "-u", "nbagent-gateway-status.service")
@@ -403,43 +404,43 @@ def test_the_journal_has_every_claim_with_its_client_and_no_token(town):
     assert not any("token" in line or claim["token"] in line for line in lines())
 
 
-def test_systemd_finds_no_fault_in_the_units(town):
+def test_systemd_accepts_the_units(fleet):
     units = ("nbagent-gateway.service", "nbagent-gateway-status.service", "nbagent-gateway-status.socket")
-    host = town.gateways[0].host
+    host = fleet.gateways[0].host
     done = host.run(["systemd-analyze", "verify", *units], check=False)
     assert done.returncode == 0 and "nbagent" not in done.stderr, done.stderr
     assert host.run(["systemctl", "is-enabled", *units]).stdout.split() == ["enabled"] * 3
     assert host.run(["systemctl", "is-system-running"]).stdout.strip() == "running"
 
 
-def test_a_machine_with_a_gateway_has_no_agent(town):
-    host = town.gateways[0].host
+def test_a_gateway_works_without_the_package_of_the_agent(fleet):
+    host = fleet.gateways[0].host
     assert host.run(["dpkg-query", "-W", "-f", "${db:Status-Status}", "nbagent"], check=False).stdout != "installed"
     assert json.loads(host.run(["nbagent", "gateway", "hosts", "--json"]).stdout)["capacity"] == CAPACITY * 3
 
 
-def test_nothing_unexpected_is_in_the_journals(town):
-    for front in town.gateways:
+def test_the_journals_have_no_unexpected_warning(fleet):
+    for front in fleet.gateways:
         front.agent.check_journal()
-    for host in town.hosts.values():
+    for host in fleet.hosts.values():
         host.check_journal()
 
 
-def test_the_death_of_a_whole_host_costs_no_claim(town):
-    """The last but one: the host does not come back."""
-    front = town.gateways[0]
+def test_the_death_of_a_host_fails_no_claim(fleet):
+    """Runs before the last test only, because the host is not started again."""
+    front = fleet.gateways[0]
     notebook = next(made for made in iter(front.open, None) if made.slot[0] == "b")
     with ThreadPoolExecutor(1) as threads:
-        dying = threads.submit(town.fleet.hosts["b"].down, now=True)
-        # Whatever was taken on the way to one on b.
+        dying = threads.submit(fleet.machines.hosts["b"].down, now=True)
+        # Free the slots on the other hosts that were claimed before one on b.
         for label in ("a", "c"):
-            for slot in town.hosts[label].slots("claimed"):
-                town.hosts[label].api.delete(f"/slots/{slot['slot']}")
+            for slot in fleet.hosts[label].slots("claimed"):
+                fleet.hosts[label].api.delete(f"/slots/{slot['slot']}")
         claims = [front.spawn()["slot"][0] for _ in range(4)]
         dying.result()
     assert set(claims) <= {"a", "b", "c"}
     lost = front.api.get(f"/user/{notebook.slot}/lab", **HTML)
-    assert lost.status == 503 and b"does not answer" in lost.body
+    assert lost.status == 503 and b"does not respond" in lost.body
     front.agent.wait(lambda: front.figures()["hosts"]["http://b"].get("down"), "the host to be known as down", 15)
     assert front.figures()["capacity"] == CAPACITY * 2
 
@@ -449,6 +450,5 @@ def test_purge_leaves_nothing_of_a_gateway(whole):
     done = host.run(["apt-get", "-q", "purge", "-y", *product.GATEWAY], timeout=300)
     assert "warning" not in (done.stdout + done.stderr).lower(), done.stdout + done.stderr
     left = [line for line in product.listing(host) if "nbagent" in line and " /root/" not in line]
-    # The test's own settings were there before the package.
     assert left == []
     assert host.run(["systemctl", "is-system-running"]).stdout.strip() == "running"

@@ -363,8 +363,8 @@ def test_bytes_of_a_client_keep_a_program_from_being_idle(agent, images, layout)
 
 
 def test_a_program_that_does_not_listen_or_ends_is_said_to(agent, images, layout, tmp_path):
-    agent.expect(r"slot \S+ did not start: (it ended|not ready after 2 s|exec: )")
-    agent.expect(r"pool (deaf|gone) waits ")
+    agent.expect(r"slot \S+ did not start: (the slot's program ended|not ready after 2 s|exec: )")
+    agent.expect(r"pool (deaf|gone) pauses ")
     agent.expect(r"^nbagent-\S+\.scope: Failed with result")
     layer = base(agent.host)
     # Who notices first that time is up, the forwarder or the supervisor, is open on a machine that has much to do.

@@ -1,4 +1,4 @@
-"""A slot is a cell: what a hostile program in it tries, and that each wall is what stops it."""
+"""Isolation of a slot: attempts of a hostile program in it (walls.py), with each step of the sandbox and without it."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ WALLS = (HERE / "walls.py").read_text()
 HALVES = ["a-word-of-", "the-host-7f3a"]
 WORD, SOCKET, FILE = "".join(HALVES), "nbagent-decoy", "/etc/nbagent-decoy"
 SHM_KEY = 0x6E6261
-# Things of the host that a slot must not find: a process with an abstract socket and shared memory, a file.
+# Objects of the host that a slot must not reach: a process with an abstract socket and shared memory, a file.
 DECOY = f"""
 import ctypes, os, socket
 os.environ["DECOY"] = "{WORD}"
@@ -28,18 +28,18 @@ input()
 libc.shmctl(segment, 0, None)
 os.unlink("{FILE}")
 """
-# Steps that are no wall: a slot without them is poorer or dies of something harmless, and nobody is less safe.
+# Steps without which a slot lacks a feature or fails to start, but no attempt succeeds.
 FURNITURE = {
-    # A mount namespace of another user namespace receives the host's mounts and never sends any (mount_namespaces(7)).
-    # This step keeps the host's later ones out, of what is unmounted a moment later.
+    # A mount namespace that is owned by another user namespace is a slave: it receives the host's mounts and never
+    # propagates any (mount_namespaces(7)). The step only keeps later mounts of the host out, until Detach.
     "PrivateMounts",
-    "Directory", "Bind tmp", "Tmpfs dev", "Devices", "Bind dev/shm", "DevPts", "Link", "Home", "Loopback",
+    "Directory", "Bind tmp", "Tmpfs dev", "Devices", "Bind dev/shm", "DevPts", "Link", "OwnHome", "Loopback",
 }
 
 
 @pytest.fixture(scope="module")
 def decoys(shared):
-    """The decoys on the shared host, as walls.py wants them."""
+    """The decoys on the shared host, in the form that walls.py takes."""
     with shared.host.popen(
         ["env", f"DECOY={WORD}", "python3", "-c", DECOY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -55,7 +55,7 @@ def decoys(shared):
 
 @pytest.fixture(scope="module")
 def variants(shared, decoys):
-    """What became of a sandbox for each step that was left out, or that failed."""
+    """The result of a sandbox for each step that was left out, or that failed (unwalled.py)."""
     shared.host.copy_in([str(HERE / "unwalled.py")], "/root/")
     done = shared.host.run(
         ["python3", "-I", "/root/unwalled.py", "minimal", json.dumps(decoys)], input=WALLS, timeout=300
@@ -64,16 +64,17 @@ def variants(shared, decoys):
     return json.loads(done.stdout)
 
 
-def test_a_cell_of_a_claimed_slot_gets_through_no_wall(agent, decoys):
+def test_no_attempt_succeeds_in_a_kernel_of_a_claimed_slot(agent, decoys):
     with agent.open().kernel() as kernel:
         assert tried(kernel, decoys) == {}
 
 
-def test_a_bare_program_gets_through_no_wall(variants):
+def test_no_attempt_succeeds_in_a_program_in_the_sandbox(variants):
     assert variants["whole"] == {"failed": None, "through": {}, "left": []}
 
 
-def test_without_any_one_wall_something_gets_through_or_nothing_starts(variants):
+def test_each_step_is_necessary(variants):
+    """Without any one step, an attempt succeeds or the slot does not start."""
     open_walls = {}
     for name, found in variants.items():
         if name.startswith("without ") and name.removeprefix("without ") not in FURNITURE:
@@ -82,13 +83,13 @@ def test_without_any_one_wall_something_gets_through_or_nothing_starts(variants)
     assert [name for name, what in open_walls.items() if not what] == []
 
 
-def test_furniture_is_no_wall(variants):
+def test_steps_that_do_not_isolate(variants):
     for name in FURNITURE:
         found = variants[f"without {name}"]
         assert found["failed"] or found["through"] == {}, (name, found)
 
 
-def test_a_step_that_fails_is_named_and_those_before_it_are_undone(variants):
+def test_a_failed_step_is_reported_and_nothing_of_earlier_steps_remains(variants):
     failing = {name: found for name, found in variants.items() if name.startswith("fails after ")}
     assert len(failing) >= 29
     for name, found in failing.items():
@@ -97,20 +98,20 @@ def test_a_step_that_fails_is_named_and_those_before_it_are_undone(variants):
         assert found["through"] is None and found["left"] == [], (name, found)
 
 
-def test_links_in_an_image_lead_no_step_to_the_host(variants):
+def test_no_symbolic_link_in_an_image_leads_a_step_to_the_host(variants):
     hostile = {name: found for name, found in variants.items() if name.startswith("link ")}
     assert len(hostile) >= 85
     for name, found in hostile.items():
-        # The image has no program, so a start gets that far at the most.
+        # The image has no program, so that every start fails, at the latest with exec.
         assert found["failed"] and found["through"] is None and found["left"] == [], (name, found)
     assert sum(found["failed"]["step"] == "exec" for found in hostile.values()) > 20
 
 
-def test_what_is_left_out_leaves_nothing_on_the_host_either(variants):
+def test_no_variant_leaves_anything_on_the_host(variants):
     assert {name: found["left"] for name, found in variants.items() if found["left"]} == {}
 
 
-# A slot's own decoys, for its neighbour to look for: the same things, made by a cell.
+# Decoys made in a slot's kernel, which another slot must not reach.
 NEIGHBOUR = f"""
 import ctypes, json, os, socket, subprocess, sys
 subprocess.Popen(["sleep", "600"], env={{"DECOY": "{WORD}"}})
@@ -127,28 +128,28 @@ print(json.dumps([os.getpid(), socket.gethostname()]))
 
 
 def tried(kernel, decoys):
-    """{try: what got through} of the tries that a kernel makes."""
-    # Forking in a process with threads is warned about, on the stream of the answer.
+    """{name: result} of the attempts that succeed in a kernel."""
+    # Python warns about fork() in a process with threads, on the stream that has the result.
     quiet = "import warnings\nwarnings.simplefilter('ignore')\n"
     result = kernel.run(f"{quiet}{WALLS}\nprint(json.dumps(tried({decoys!r})))")
     assert result.status == "ok", result
     return {name: what for name, what in json.loads(result.stream).items() if what is not None}
 
 
-def test_a_slot_finds_nothing_of_its_neighbour(agent, decoys):
+def test_a_slot_reaches_nothing_of_another_slot(agent, decoys):
     one, other = agent.open(), agent.open()
-    with one.kernel() as theirs, other.kernel() as ours:
-        pid, hostname = json.loads(theirs.run(NEIGHBOUR).stream)
+    with one.kernel() as owner, other.kernel() as neighbour:
+        pid, hostname = json.loads(owner.run(NEIGHBOUR).stream)
         sought = decoys | {"hostname": hostname, "file": "/tmp/decoy", "pid": pid + 1000}
-        # Who made them finds them: the tries can see such things.
-        found = tried(theirs, sought | {"pid": pid})
+        # The slot that made the decoys reaches them, so the attempts are able to detect them.
+        found = tried(owner, sought | {"pid": pid})
         assert set(found) >= {
             "to_connect_to_an_abstract_socket_of_the_host", "to_find_shared_memory_of_the_host",
             "to_see_a_process_of_the_host", "to_signal_or_trace_a_process_of_the_host",
             "to_read_a_file_of_the_host", "to_learn_the_hosts_name_and_cgroup",
         }
-        assert tried(ours, sought) == {}
-        assert tried(ours, sought | {"file": "/dev/shm/decoy"}) == {}
+        assert tried(neighbour, sought) == {}
+        assert tried(neighbour, sought | {"file": "/dev/shm/decoy"}) == {}
 
 
 EVIL = r"""
@@ -167,11 +168,11 @@ rm -rf /root/evil
 """
 
 
-def test_a_malicious_image_is_run_behind_all_walls(agent, decoys):
-    """Its sitecustomize runs before the first line of ours, in every Python of the image."""
+def test_a_malicious_image_is_isolated(agent, decoys):
+    """Its sitecustomize runs before any code of nbagent, in every Python process of the image."""
     for pattern in (
-        r"slot \S+ did not start: it ended", r"pool evil waits ", r"^nbagent-\S+\.scope: Failed",
-        r"zygote evil:\S+ is given up", r"^nbagent-zygote@evil:\S+: (Failed|Main process exited)",
+        r"slot \S+ did not start: the slot's program ended", r"pool evil pauses ", r"^nbagent-\S+\.scope: Failed",
+        r"zygote evil:\S+ failed", r"^nbagent-zygote@evil:\S+: (Failed|Main process exited)",
     ):
         agent.expect(pattern)
     hostile = f"{WALLS}\nprint('TRIED ' + json.dumps(tried({decoys!r})), flush=True)\n"
@@ -179,13 +180,14 @@ def test_a_malicious_image_is_run_behind_all_walls(agent, decoys):
     try:
         agent.run("nbagent", "image", "add", "--name", "evil", "/root/evil.tar")
         agent.run("systemctl", "reload", "nbagent.service")
-        def told():
-            """By the zygote, and by the slot that is exec'd as there is no zygote."""
+
+        def reports():
+            """The attempts of the zygote, and of the slot that is exec'd because the zygote failed."""
             lines = [e for e in agent.journal("_TRANSPORT=stdout") if str(e["MESSAGE"]).startswith("TRIED ")]
             found = {e["_SYSTEMD_UNIT"].endswith(".service"): e["MESSAGE"] for e in lines}
             return found if len(found) == 2 else None
 
-        found = agent.wait(told, "the image to have tried")
+        found = agent.wait(reports, "the attempts of the image")
     finally:
         agent.run("nbagent", "image", "remove", "evil", check=False)
         agent.run("rm", "-f", "/root/evil.tar")
@@ -194,14 +196,14 @@ def test_a_malicious_image_is_run_behind_all_walls(agent, decoys):
     through = {zygote: {n: what for n, what in each.items() if what is not None} for zygote, each in tries.items()}
     assert len(tries[True]) == len(tries[False]) >= 25
     assert through[False] == {}
-    # What a fork of a slot takes, and no more: packaging/docs/security.md.
+    # A zygote has the privileges that forking a slot needs, and no others: packaging/docs/security.md.
     assert through[True] == {
         "to_be_root_of_the_slot": "uid 0, gid 0, groups []", "to_hold_a_capability": "CapPrm:\t00000000002401c0",
         "to_make_a_system_call_that_nobody_needs": "setns",
     }
 
 
-# Programs that everybody has for getting out, or for seeing how one could; the image has them from Debian.
+# Commands that would leave the sandbox or gain privileges; the image has the programs from Debian.
 TOOLS = (
     "unshare --user true", "unshare --map-root-user --mount true", "unshare --net true", "nsenter -t 1 --all true",
     "mount -t tmpfs none /mnt", "mount --bind / /mnt", "umount /proc", "chroot / true", "dmesg", "swapon /dev/null",
@@ -211,7 +213,7 @@ TOOLS = (
 )
 
 
-def test_public_tools_get_through_no_wall_either(agent):
+def test_no_privileged_command_succeeds(agent):
     with agent.open().kernel() as kernel:
         result = kernel.run(f"""
 import json, shutil, subprocess
@@ -224,7 +226,7 @@ found["setpriv"] = subprocess.run(["setpriv", "--dump"], capture_output=True, te
 print(json.dumps(found))""")
         tools = json.loads(result.stream)
         privileges = dict(line.split(": ", 1) for line in tools.pop("setpriv").splitlines())
-        # The kernel does as if, and leaves the first process of a pid namespace alone.
+        # kill(2) succeeds, but PID 1 of a pid namespace receives no SIGKILL from inside it.
         assert kernel.run("import os; os.kill(1, 9); 6 * 7").text == "42"
     assert len(tools) >= 16
     assert [line for line, (code, _) in tools.items() if code == 0] == []

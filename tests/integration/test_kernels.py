@@ -302,7 +302,7 @@ def test_a_seed_that_stands_still_holds_up_no_server(slots: list[Slot], shared: 
         assert kernel.run("os.kill(os.getppid(), signal.SIGCONT)")["status"] == "ok"
     # It has done without.
     assert values == ["False"]
-    assert "no answer from the seed: within" in (shared / "log").read_text()
+    assert "the fork server: no response within" in (shared / "log").read_text()
 
 
 def test_a_dead_seed_is_no_harm_and_takes_its_kernels_along(slots: list[Slot], shared: Path) -> None:

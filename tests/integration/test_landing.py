@@ -1,4 +1,4 @@
-"""The landing page on port 8000: notebooks for people and tmpnb's clients, and no way to the control API."""
+"""The landing page on port 8000: notebooks for people and tmpnb's clients, without access to the control API."""
 
 import concurrent.futures
 import contextlib
@@ -17,8 +17,8 @@ SERVICES = ("nbagent-api.service", "nbagent-router.service")
 
 
 @pytest.fixture(scope="module")
-def roomy(shared):
-    """A host where no test reaches the rate of an address by itself."""
+def unlimited_rate(shared):
+    """Raises the rate limit of an address above what the tests need."""
     path = "/etc/nbagent/conf.d/80-landing.toml"
     shared.host.run(["tee", path], input="[landing]\nrate = 1000\n")
     reload(shared)
@@ -28,14 +28,14 @@ def roomy(shared):
 
 
 @pytest.fixture
-def landing(agent, roomy):
-    """The router as its clients see it."""
+def landing(agent, unlimited_rate):
+    """A client of the router."""
     return agent.router
 
 
 @pytest.fixture
-def configure(agent, roomy):
-    """Settings for all three services; as they were afterwards."""
+def configure(agent, unlimited_rate):
+    """Applies settings to all three services until the test ends."""
     def use(settings):
         agent.configure(settings)
         reload(agent)
@@ -45,15 +45,15 @@ def configure(agent, roomy):
 
 
 def reload(agent):
-    """New settings for the API and the router, whose workers with the old ones are gone afterwards."""
+    """Reloads the API and the router, and waits until no worker has the former settings."""
     old = workers(agent)
     agent.run("systemctl", "reload", *SERVICES)
-    agent.wait(lambda: (now := workers(agent)) and not now & old, "workers that know the new settings")
-    agent.wait(lambda: agent.router.get("/healthz").status in (200, 403), "the router to answer")
+    agent.wait(lambda: (now := workers(agent)) and not now & old, "workers with the new settings")
+    agent.wait(lambda: agent.router.get("/healthz").status in (200, 403), "a response of the router")
 
 
 def workers(agent):
-    """Processes that take new connections, of those two that have workers; old ones of nginx may end hours later."""
+    """The workers of the API and the router that accept connections; nginx workers that shut down may run for hours."""
     script = """for unit in nbagent-api nbagent-router; do
         ps --no-headers -o pid,args --ppid $(systemctl show -P MainPID $unit)
     done | grep -v 'shutting down'; true"""
@@ -62,54 +62,54 @@ def workers(agent):
 
 @pytest.fixture
 def page(agent, landing, tmp_path):
-    """A browser, and the address of the landing page on this machine."""
+    """A browser; its `origin` is that of the landing page on this machine."""
     with browser.chromium(tmp_path) as window:
-        window.front = f"http://127.0.0.1:{agent.host.forward(product.ROUTER_PORT, 0)}"
+        window.origin = f"http://127.0.0.1:{agent.host.forward(product.ROUTER_PORT, 0)}"
         yield window
 
 
-def slot_of(answer):
-    found = SLOT.match(urlsplit(answer.headers.get("location") or answer.json()["url"]).path)
-    assert found, answer
+def slot_of(response):
+    found = SLOT.match(urlsplit(response.headers.get("location") or response.json()["url"]).path)
+    assert found, response
     return found[1]
 
 
 def claimed_by(agent, slot):
-    """The address that the journal says has claimed a slot."""
+    """The address of the client that claimed a slot, from the journal."""
     (entry,) = agent.wait(
         lambda: [e for e in agent.journal(f"NBAGENT_SLOT={slot}") if "NBAGENT_CLIENT" in e], f"{slot} in the journal")
     return entry["NBAGENT_CLIENT"]
 
 
 def test_a_link_starts_a_notebook_at_its_path(agent, landing):
-    answer = landing.get("/spawn/lab/tree/a%20b.ipynb?reset&x=1%262", Accept=HTML)
-    assert answer.status == 302 and answer.headers["cache-control"] == "no-store"
-    slot = slot_of(answer)
-    link = answer.headers["location"]
+    response = landing.get("/spawn/lab/tree/a%20b.ipynb?reset&x=1%262", Accept=HTML)
+    assert response.status == 302 and response.headers["cache-control"] == "no-store"
+    slot = slot_of(response)
+    link = response.headers["location"]
     assert link.startswith(f"/user/{slot}/lab/tree/a%20b.ipynb?reset&x=1%262&token=")
     opened = landing.get(link, Accept=HTML)
     assert opened.status == 200 and b"jupyter-config-data" in opened.body
 
 
-def test_the_button_starts_one_notebook_however_often_it_is_pressed(agent, landing):
+def test_repeated_presses_of_the_button_start_one_notebook(agent, landing):
     page = landing.get("/tree?x=1", Accept=HTML).body.decode()
     action, key = re.search(r'action="([^"]+)">\s*<input type="hidden" name="key" value="([^"]+)"', page).groups()
     def press():
         return landing.call("POST", html.unescape(action), f"key={key}".encode(),
-                         {"Content-Type": "application/x-www-form-urlencoded", "Accept": HTML})
+                            {"Content-Type": "application/x-www-form-urlencoded", "Accept": HTML})
 
-    with concurrent.futures.ThreadPoolExecutor() as fingers:
-        answers = [pressed.result() for pressed in [fingers.submit(press) for _ in range(4)]]
-    assert {answer.status for answer in answers} == {303}
-    assert len({answer.headers["location"] for answer in answers}) == 1
-    assert "/tree?x=1&token=" in answers[0].headers["location"]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        responses = [future.result() for future in [pool.submit(press) for _ in range(4)]]
+    assert {response.status for response in responses} == {303}
+    assert len({response.headers["location"] for response in responses}) == 1
+    assert "/tree?x=1&token=" in responses[0].headers["location"]
 
 
-def test_a_client_written_for_tmpnb_needs_no_change(agent, landing):
+def test_client_of_tmpnb_works_unchanged(agent, landing):
     before = landing.get("/api/stats").json()
-    answer = landing.post("/api/spawn/", b"ignored")
-    url = answer.json()["url"]
-    assert answer.status == 200 and re.fullmatch(r"/user/[a-z0-9-]+/\?token=[A-Za-z0-9_-]+", url)
+    response = landing.post("/api/spawn/", b"ignored")
+    url = response.json()["url"]
+    assert response.status == 200 and re.fullmatch(r"/user/[a-z0-9-]+/\?token=[A-Za-z0-9_-]+", url)
     base, _, token = url.partition("?token=")
     assert landing.get(f"{base}api/contents", Authorization=f"token {token}").status == 200
     agent.wait(lambda: landing.get("/api/stats").json()["in_use"] == before["in_use"] + 1, "the slot to be counted")
@@ -119,21 +119,21 @@ def test_a_client_written_for_tmpnb_needs_no_change(agent, landing):
     assert landing.call("OPTIONS", "/api/spawn", headers={"Origin": "https://x.example"}).status == 204
 
 
-def test_tmpnbs_admin_drains_the_pool_and_it_fills_again(agent):
+def test_delete_of_api_pool_replaces_the_warm_slots(agent):
     agent.wait_warm()
     old = {slot["slot"] for slot in agent.slots("warm")}
-    answer = agent.api.delete("/api/pool/")
-    assert answer.status == 200 and answer.json()["drained"] >= 1
+    response = agent.api.delete("/api/pool/")
+    assert response.status == 200 and response.json()["drained"] >= 1
     agent.wait(lambda: agent.slots("warm") and not old & {slot["slot"] for slot in agent.slots()}, "new warm slots")
 
 
 def raw(agent, request):
-    """The whole answer to a request that is sent as it is written."""
+    """Sends a request unchanged, and returns the whole response."""
     with agent.host.connect(product.ROUTER_PORT) as connection:
         connection.settimeout(20)
         connection.sendall(request.encode())
-        with contextlib.suppress(TimeoutError), connection.makefile("rb") as answer:
-            return answer.read()
+        with contextlib.suppress(TimeoutError), connection.makefile("rb") as response:
+            return response.read()
 
 
 @pytest.mark.parametrize("target", [
@@ -141,20 +141,20 @@ def raw(agent, request):
     "/lab/..;/claim", "/user/../claim", "/user/x/../../claim", "http://127.0.0.1:9000/claim", "/%63laim", "/claim%00",
     "/slots", "/drain", "/metrics", "/images", "/openapi.json", "/readyz", "/api/pool", "/api/spawn/../pool",
 ])
-def test_nothing_of_the_control_api_is_reached_by_the_landing_page(agent, landing, target):
+def test_control_api_is_unreachable_by_the_landing_page(agent, landing, target):
     before = agent.api.get("/stats").json()
     for method in ("GET", "POST", "DELETE"):
         local = "X-Forwarded-For: 127.0.0.1\r\nX-Real-IP: 127.0.0.1\r\n"
         head = f"{method} {target} HTTP/1.1\r\nHost: 127.0.0.1:9000\r\n{local}"
-        answer = raw(agent, f"{head}Content-Length: 0\r\nConnection: close\r\n\r\n")
-        # Below /lab/ everything is the front page.
-        assert re.match(rb"HTTP/1\.1 40[0345]", answer) or b"<h1>A notebook, at once</h1>" in answer, answer
-        assert b'"slot"' not in answer and b'"links"' not in answer and b"drained" not in answer
+        response = raw(agent, f"{head}Content-Length: 0\r\nConnection: close\r\n\r\n")
+        # Every path below /lab/ is the front page.
+        assert re.match(rb"HTTP/1\.1 40[0345]", response) or b"<h1>A notebook, at once</h1>" in response, response
+        assert b'"slot"' not in response and b'"links"' not in response and b"drained" not in response
     after = agent.api.get("/stats").json()
     assert (after["claimed"], after["draining"]) == (before["claimed"], False)
 
 
-def test_only_the_router_may_connect_to_the_doors_socket(agent, landing):
+def test_only_the_router_may_connect_to_the_landing_socket(agent, landing):
     script = "import socket; socket.socket(socket.AF_UNIX).connect('/run/nbagent/landing.sock')"
     def may(user):
         command = ["runuser", "-u", user, "--", "python3", "-c", script]
@@ -164,21 +164,21 @@ def test_only_the_router_may_connect_to_the_doors_socket(agent, landing):
     assert not may("nobody") and not may("nbagent")
 
 
-def test_what_a_client_says_of_its_address_is_believed_of_trusted_proxies_only(agent, configure, landing):
+def test_forwarded_address_is_accepted_from_trusted_proxies_only(agent, configure, landing):
     forged = {"X-Forwarded-For": "203.0.113.9", "X-Real-IP": "203.0.113.9"}
     assert claimed_by(agent, slot_of(landing.post("/api/spawn", **forged))) == "127.0.0.1"
     configure('[router]\ntrusted_proxies = ["127.0.0.1", "10.0.0.0/8"]\n')
-    # What stands before the last proxy's word, the client wrote.
-    told = {"X-Forwarded-For": "192.0.2.66, 203.0.113.9, 10.1.2.3"}
-    assert claimed_by(agent, slot_of(landing.post("/api/spawn", **told))) == "203.0.113.9"
+    # The address before that of the last trusted proxy is the client's; those before it may be forged.
+    forwarded = {"X-Forwarded-For": "192.0.2.66, 203.0.113.9, 10.1.2.3"}
+    assert claimed_by(agent, slot_of(landing.post("/api/spawn", **forwarded))) == "203.0.113.9"
 
 
-def test_one_address_may_start_so_many_a_minute_and_others_are_not_held_up(agent, configure, landing):
+def test_claims_are_limited_by_address(agent, configure, landing):
     configure('[router]\ntrusted_proxies = ["127.0.0.1"]\n[landing]\nrate = 2\n')
     def spawn(address, path="/api/spawn", **headers):
         return landing.call("POST", path, b"", {"X-Forwarded-For": address, **headers})
 
-    # The first, and a burst of two.
+    # One request and a burst of two.
     assert [spawn("203.0.113.1").status for _ in range(4)] == [200, 200, 200, 429]
     busy = spawn("203.0.113.1", "/spawn/lab", Accept=HTML)
     assert busy.status == 429 and busy.headers["retry-after"] == "60"
@@ -192,36 +192,36 @@ def test_one_address_may_start_so_many_a_minute_and_others_are_not_held_up(agent
     assert spawn("2001:db8:0:2::1").status == 200
 
 
-def test_who_is_banned_is_served_nothing_but_the_reason(agent, configure, landing):
+def test_banned_address_gets_403_with_the_reason(agent, configure, landing):
     notebook = agent.claim()
     configure('[router]\ntrusted_proxies = ["127.0.0.1"]\n[landing]\nbanned = ["203.0.113.0/24", "2001:db8::/32"]\n')
     banned, other = {"X-Forwarded-For": "203.0.113.77"}, {"X-Forwarded-For": "198.51.100.1"}
     for path in ("/", "/spawn", "/api/stats", f"/user/{notebook['slot']}/lab", "/healthz", "/nothing"):
-        answer = landing.get(path, Accept=HTML, **banned)
-        assert answer.status == 403 and b"Nothing is served to your address" in answer.body, path
+        response = landing.get(path, Accept=HTML, **banned)
+        assert response.status == 403 and b"Nothing is served to your address" in response.body, path
     problem = landing.post("/api/spawn", **banned, Accept="application/json")
     assert (problem.status, problem.json()["type"]) == (403, "urn:nbagent:problem:banned")
     assert landing.get("/", **{"X-Forwarded-For": "2001:db8:5::1"}).status == 403
     assert landing.get("/", **other).status == 200
 
 
-def test_a_full_host_says_so_with_when_to_come_back(agent, configure, landing):
+def test_full_host_sends_retry_after(agent, configure, landing):
     claim = agent.claim(ttl="10min")
     agent.expect("full")
     configure("[slots]\ncapacity = 1\n[pool]\nwarm = 0\n[landing]\nrate = 1000\n")
-    agent.wait(lambda: not agent.slots("warm"), "the warm ones to go")
+    agent.wait(lambda: not agent.slots("warm"), "the end of the warm slots")
     for path in ("/spawn", "/spawn/lab/tree/x.ipynb"):
-        answer = landing.get(path, Accept=HTML)
-        assert answer.status == 503 and 1 <= int(answer.headers["retry-after"]) <= 60
-        assert b"1 of 1 are in use" in answer.body and b"10 minutes" in answer.body
-        assert f"url={path}".encode() in answer.body
-    answer = landing.post("/api/spawn")
-    assert (answer.status, answer.json()) == (429, {"status": "full"})
+        response = landing.get(path, Accept=HTML)
+        assert response.status == 503 and 1 <= int(response.headers["retry-after"]) <= 60
+        assert b"1 of 1 are in use" in response.body and b"10 minutes" in response.body
+        assert f"url={path}".encode() in response.body
+    response = landing.post("/api/spawn")
+    assert (response.status, response.json()) == (429, {"status": "full"})
     agent.release(claim["slot"])
     assert slot_of(landing.get("/spawn"))
 
 
-def test_an_ended_notebook_has_a_button_that_starts_a_new_one_at_the_same_path(agent, landing):
+def test_button_of_an_ended_notebook_starts_a_new_one_at_the_same_path(agent, landing):
     claim = agent.claim()
     path = f"/user/{claim['slot']}/lab/tree/a%20b.ipynb"
     agent.release(claim["slot"])
@@ -229,11 +229,11 @@ def test_an_ended_notebook_has_a_button_that_starts_a_new_one_at_the_same_path(a
     assert page.status == 404 and b"no longer running" in page.body and claim["token"].encode() not in page.body
     action = re.search(r'action="([^"]+)"', page.body.decode())[1]
     assert action == "/spawn/lab/tree/a%20b.ipynb?x=1"
-    answer = landing.call("POST", action, b"", {"Content-Type": "application/x-www-form-urlencoded"})
-    assert answer.status == 303 and slot_of(answer) != claim["slot"]
+    response = landing.call("POST", action, b"", {"Content-Type": "application/x-www-form-urlencoded"})
+    assert response.status == 303 and slot_of(response) != claim["slot"]
 
 
-def test_a_door_that_is_off_leaves_the_router_what_it_was(agent, configure):
+def test_router_without_a_landing_page(agent, configure):
     configure('[landing]\naccess = "off"\n')
     assert agent.router.get("/api/stats").status == 404
     assert b"Live notebooks run here" in agent.router.get("/", Accept=HTML).body
@@ -241,14 +241,14 @@ def test_a_door_that_is_off_leaves_the_router_what_it_was(agent, configure):
         assert agent.router.get(path, Accept=HTML).status == 404
     claim = agent.claim()
     agent.release(claim["slot"])
-    gone = agent.router.get(f"/user/{claim['slot']}/lab", Accept=HTML)
-    assert gone.status == 404 and b"no longer running" in gone.body and b"<button" not in gone.body
+    ended = agent.router.get(f"/user/{claim['slot']}/lab", Accept=HTML)
+    assert ended.status == 404 and b"no longer running" in ended.body and b"<button" not in ended.body
 
 
-def test_at_the_name_of_a_slot_there_is_no_landing(agent, configure):
+def test_host_name_of_a_slot_has_no_landing_page(agent, configure):
     configure('[router]\nurl_mode = "subdomain"\ndomain = "nb.test"\n')
-    answer = agent.router.get("/spawn/lab", Host="nb.test:8000")
-    link = urlsplit(answer.headers["location"])
+    response = agent.router.get("/spawn/lab", Host="nb.test:8000")
+    link = urlsplit(response.headers["location"])
     slot = SLOT.match(link.path)[1]
     assert link.netloc == f"{slot}.nb.test:8000"
     for path in ("/spawn", "/api/spawn", "/info"):
@@ -256,29 +256,29 @@ def test_at_the_name_of_a_slot_there_is_no_landing(agent, configure):
     assert agent.router.get(f"{link.path}?{link.query}", Host=link.netloc).status == 200
 
 
-def test_while_the_api_restarts_people_wait_and_are_served(agent, landing):
-    with concurrent.futures.ThreadPoolExecutor() as people:
-        restart = people.submit(agent.run, "systemctl", "restart", "nbagent-api.service")
-        answers = [people.submit(landing.get, "/spawn") for _ in range(3)]
+def test_claims_wait_while_the_api_restarts(agent, landing):
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        restart = pool.submit(agent.run, "systemctl", "restart", "nbagent-api.service")
+        futures = [pool.submit(landing.get, "/spawn") for _ in range(3)]
         restart.result()
-        assert [answer.result().status for answer in answers] == [302] * 3
+        assert [future.result().status for future in futures] == [302] * 3
 
 
-def test_without_an_api_people_get_a_page_and_notebooks_go_on(agent, landing):
+def test_notebooks_run_and_claims_get_a_page_while_the_api_is_stopped(agent, landing):
     claim = agent.claim()
     agent.run("systemctl", "stop", "nbagent-landing.socket", "nbagent-api.service")
     try:
-        answer = landing.get("/spawn", Accept=HTML)
-        assert (answer.status, answer.headers["retry-after"]) == (503, "5")
-        assert b"cannot be started right now" in answer.body
+        response = landing.get("/spawn", Accept=HTML)
+        assert (response.status, response.headers["retry-after"]) == (503, "5")
+        assert b"cannot be started right now" in response.body
         assert landing.get(f"{claim['path']}?token={claim['token']}").status == 200
-        gone = landing.get(f"/user/{claim['slot'][:-4]}0000/lab", Accept=HTML)
-        assert gone.status == 404 and b"no longer running" in gone.body
+        ended = landing.get(f"/user/{claim['slot'][:-4]}0000/lab", Accept=HTML)
+        assert ended.status == 404 and b"no longer running" in ended.body
     finally:
         agent.run("systemctl", "start", "nbagent-landing.socket", "nbagent-api.socket", "nbagent-api.service")
 
 
-def test_a_stranger_who_says_nothing_does_not_hold_up_the_landing(agent, landing):
+def test_incomplete_requests_do_not_block_the_landing_page(agent, landing):
     silent = [agent.host.connect(product.ROUTER_PORT) for _ in range(150)]
     try:
         for connection in silent:
@@ -291,20 +291,20 @@ def test_a_stranger_who_says_nothing_does_not_hold_up_the_landing(agent, landing
 
 
 def test_one_click_opens_jupyterlab(page):
-    page.open(page.front)
+    page.open(page.origin)
     page.read("h1", "A notebook, at once")
     page.shoot("landing")
     page.see("button")[0].click()
     page.see('.jp-LauncherCard[data-category="Notebook"]')
     assert SLOT.search(page.driver.current_url)
     assert {urlsplit(address).netloc for address in page.requests() if address.startswith(("http", "ws"))} == {
-        urlsplit(page.front).netloc}
+        urlsplit(page.origin).netloc}
     assert page.complaints() == []
 
 
-def test_a_deep_link_goes_on_at_once_where_the_operator_wants_that(agent, configure, page):
+def test_deep_link_with_start_at_once_opens_the_notebook(agent, configure, page):
     configure('[landing]\nstart = "at once"\n')
-    page.open(f"{page.front}/lab/tree/")
+    page.open(f"{page.origin}/lab/tree/")
     page.see(".jp-Launcher, .jp-DirListing")
     assert SLOT.search(page.driver.current_url)
 
@@ -316,21 +316,21 @@ def test_the_pages_fit_a_phone_and_a_projector(agent, page, width, height):
         "width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile})
     label = agent.api.get("/stats").json()["label"]
     for name, path in (("front", "/lab/tree/a-name-that-is-rather-long-and-does-not-break-anywhere.ipynb"),
-                       ("gone", f"/user/{label}-0123456789ab/lab"), ("info", "/info")):
-        page.open(page.front + path)
+                       ("ended", f"/user/{label}-0123456789ab/lab"), ("info", "/info")):
+        page.open(page.origin + path)
         page.see("h1")
         if name == "info":
             page.wait(lambda driver: page.see("[data-figure=free]")[0].text not in ("", "–"), "figures")
         page.shoot(f"{name}-{width}")
         assert page.driver.execute_script("return document.documentElement.scrollWidth") <= width, name
-    # Read across a room.
+    # The figures of a projector are large enough to be read from the back of a room.
     size = page.driver.execute_script(
         "return parseFloat(getComputedStyle(document.querySelector('[data-figure=in_use]')).fontSize)")
     assert size >= (40 if mobile else 120)
 
 
-def test_the_picture_of_the_host_is_live(agent, page):
-    page.open(f"{page.front}/info")
+def test_status_page_refreshes_its_figures(agent, page):
+    page.open(f"{page.origin}/info")
     page.read("#state", "open")
     used = int(page.see("[data-figure=in_use]")[0].text)
     agent.claim()
@@ -338,14 +338,14 @@ def test_the_picture_of_the_host_is_live(agent, page):
     assert page.complaints() == []
 
 
-def test_who_found_the_host_full_gets_a_notebook_when_a_place_is_free(agent, configure, page):
+def test_page_of_a_full_host_opens_a_notebook_when_one_is_free(agent, configure, page):
     claim = agent.claim()
     agent.expect("full")
     configure("[slots]\ncapacity = 1\n[pool]\nwarm = 0\n")
-    agent.wait(lambda: not agent.slots("warm"), "the warm ones to go")
+    agent.wait(lambda: not agent.slots("warm"), "the end of the warm slots")
     agent.run("curl", "-sX", "PATCH", f"127.0.0.1:9000/slots/{claim['slot']}", "-H", "Content-Type: application/json",
               "-d", '{"ttl": "4s"}')
-    page.open(f"{page.front}/spawn/lab")
+    page.open(f"{page.origin}/spawn/lab")
     page.read("h1", "Every notebook is in use")
     page.shoot("full")
     page.see(".jp-Launcher")

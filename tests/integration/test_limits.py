@@ -1,4 +1,4 @@
-"""Limits that bite: what the kernel and PID 1 do to a slot that wants more, on every kind of host."""
+"""Limits of memory, tasks, processor time and age, which the kernel and systemd enforce, on every kind of host."""
 
 import time
 
@@ -8,7 +8,7 @@ from nbagent.core.events import Event
 
 pytestmark = pytest.mark.cgroup2
 
-# One busy process for every processor of the host. They end with the slot, not with the cell.
+# One busy process for each processor of the host. They run until the slot ends.
 BURN = """
 import os, subprocess
 for _ in range(os.cpu_count()):
@@ -41,7 +41,7 @@ DISK = "fallocate -l 64M /swapfile; chmod 600 /swapfile; mkswap -q /swapfile; sw
 
 @pytest.fixture
 def swapping(any_agent):
-    """The host; with swap in zram and on its disk where it has cgroup v2, the virtual machines."""
+    """A host; on virtual machines, which have cgroup v2, with swap in zram and on disk."""
     if any_agent.host.driver != "vm":
         yield any_agent
         return
@@ -53,18 +53,18 @@ def swapping(any_agent):
 
 
 def used(agent, *slots):
-    """The processor time of slots, all at one moment, and that moment."""
+    """The processor time of slots, and the time of the measurement."""
     known = {slot["slot"]: slot["cpu_s"] for slot in agent.slots()}
     return [known[slot] for slot in slots], time.monotonic()
 
 
 def opened(agent, **options):
-    """A claim of a slot that is warm: on a slow machine a claim would not wait for its start."""
+    """A claimed slot. It waits for a warm slot first, because on a slow machine a claim could time out."""
     agent.wait_warm()
     return agent.open(**options)
 
 
-def test_memory_kills_the_kernel_and_spares_the_server(any_agent):
+def test_the_oom_killer_kills_the_jupyter_kernel_and_not_the_server(any_agent):
     agent = any_agent
     agent.expect(r"ran out of memory|killed by the OOM killer")
     notebook = opened(agent, memory="256M")
@@ -78,29 +78,29 @@ def test_memory_kills_the_kernel_and_spares_the_server(any_agent):
         )
     assert state["state"] == "claimed"
     assert server <= set(agent.processes(notebook.slot))
-    said = agent.wait(
+    entries = agent.wait(
         lambda: agent.journal(f"NBAGENT_SLOT={notebook.slot}", f"MESSAGE_ID={Event.SLOT_OOM.value.message_id}"),
-        "the journal to say so",
+        "the journal entry",
     )
-    assert said[0]["PRIORITY"] == "4" and said[0]["NBAGENT_SLOT"] == notebook.slot
-    assert "killed at MemoryMax=268435456" in said[0]["MESSAGE"]
-    # The notebook is still there, and runs cells again.
+    assert entries[0]["PRIORITY"] == "4" and entries[0]["NBAGENT_SLOT"] == notebook.slot
+    assert "killed at MemoryMax=268435456" in entries[0]["MESSAGE"]
+    # The server still runs, and starts a new kernel.
     assert "Welcome.ipynb" in [file["name"] for file in notebook.get("api/contents")["content"]]
     assert notebook.run("6 * 7", timeout=180).text == "42"
     assert agent.run("systemctl", "is-active", f"nbagent-{notebook.slot}.scope") == "active\n"
 
 
-def test_the_supervisor_may_move_itself_so_that_others_are_moved_at_once(any_agent):
+def test_the_supervisor_may_write_to_its_own_cgroup(any_agent):
     pid = any_agent.run("systemctl", "show", "-P", "MainPID", "nbagent.service").strip()
     own = any_agent.run("sed", "-n", "s/^0:://p", f"/proc/{pid}/cgroup").strip()
-    # In its own view of the file systems, where nearly all of the tree is read-only.
+    # In the mount namespace of the supervisor, in which most of the cgroup tree is read-only.
     may = "for at in /sys/fs/cgroup/unified /sys/fs/cgroup; do if [ -w $at$1 ]; then echo $at; fi; done"
     view = ["nsenter", "-t", pid, "-m", "sh", "-c", may, "sh"]
     assert any_agent.run(*view, f"{own}/cgroup.procs").split()
     assert not any_agent.run(*view, "/system.slice/cgroup.procs").split()
 
 
-def test_tasks_end_at_the_limit_and_the_server_stays(any_agent):
+def test_a_fork_bomb_stops_at_tasks_max_and_the_server_keeps_running(any_agent):
     agent = any_agent
     notebook = opened(agent)
     with notebook.kernel() as kernel:
@@ -109,21 +109,21 @@ def test_tasks_end_at_the_limit_and_the_server_stays(any_agent):
         state = agent.api.get(f"/slots/{notebook.slot}").json()
         assert (state["tasks"], state["limits"]["tasks"]) == (256, 256) and state["tasks_refused"] >= 1
         match = (f"NBAGENT_SLOT={notebook.slot}", f"MESSAGE_ID={Event.SLOT_TASKS_REFUSED.value.message_id}")
-        said = agent.wait(lambda: agent.journal(*match), "the journal to say so")
-        assert said[0]["PRIORITY"] == "5" and "TasksMax=256" in said[0]["MESSAGE"]
+        entries = agent.wait(lambda: agent.journal(*match), "the journal entry")
+        assert entries[0]["PRIORITY"] == "5" and "TasksMax=256" in entries[0]["MESSAGE"]
         assert [known["id"] for known in notebook.get("api/kernels")] == [kernel.id]
 
 
-def test_two_busy_slots_share_the_processors_by_their_weights_and_a_quota_is_the_most(any_agent):
+def test_busy_slots_share_processors_by_weight_and_a_quota_is_enforced(any_agent):
     agent = any_agent
     light, heavy = opened(agent, cpu_weight=100), opened(agent, cpu_weight=300)
-    agent.wait_warm()  # nothing else is to want the processors
+    agent.wait_warm()  # so that no start uses the processors
     with light.kernel() as first, heavy.kernel() as second:
         for kernel in (first, second):
             assert kernel.run("1", timeout=180).text == "1"
         for kernel in (first, second):
             assert kernel.run(BURN, timeout=180).status == "ok"
-    # A machine that does other things as well takes longer to show the ratio; the ratio stays.
+    # Longer measurements compensate for other load on the machine.
     for seconds in (6, 12, 24, 48):
         before, _ = used(agent, light.slot, heavy.slot)
         time.sleep(seconds)
@@ -140,7 +140,7 @@ def test_two_busy_slots_share_the_processors_by_their_weights_and_a_quota_is_the
     assert 0.05 < (after - before) / (ended - began) <= 0.25 * 1.15
 
 
-def test_a_slot_at_rest_is_compressed_and_wakes_up(swapping):
+def test_an_idle_slot_is_compressed_and_keeps_its_memory(swapping):
     agent = swapping
 
     def state():
@@ -154,31 +154,31 @@ def test_a_slot_at_rest_is_compressed_and_wakes_up(swapping):
     notebook = opened(agent)
     with notebook.kernel() as kernel:
         assert kernel.run("numbers = list(range(300_000)); sum(numbers)", timeout=180).text == "44999850000"
-        # Nothing that is in a slot is for a disk, nor is there on cgroup v1 a way to swap out one slot alone.
-        agent.wait(lambda: state()["idle_s"] > 10, "the slot to be at rest for long enough", timeout=120)
+        # With swap on a disk no slot is compressed. On cgroup v1 a single slot cannot be swapped out.
+        agent.wait(lambda: state()["idle_s"] > 10, "the slot to be idle for long enough", timeout=120)
         awake = state()
         assert awake["swapped_bytes"] == 0 and awake["memory_bytes"] > 10 << 20 and compressed() == before
         if agent.host.driver != "vm":
             return
         agent.run("swapoff", "/swapfile", timeout=60)
-        agent.wait(lambda: state()["memory_bytes"] < awake["memory_bytes"] / 2, "its memory to be elsewhere")
-        # A host short of memory may not do so on its own, with whatever swap it has by then.
+        agent.wait(lambda: state()["memory_bytes"] < awake["memory_bytes"] / 2, "its memory to be in zram")
+        # Afterwards the kernel must not swap out the slot by itself.
         show = ("systemctl", "show", "-P", "MemorySwapMax", f"nbagent-{notebook.slot}.scope")
-        agent.wait(lambda: agent.run(*show) == "0\n", "the limit to be as it was")
+        agent.wait(lambda: agent.run(*show) == "0\n", "the limit to be reset")
         asleep = state()
         assert asleep["swapped_bytes"] > 10 << 20 and compressed() > before
         assert kernel.run("sum(numbers)", timeout=180).text == "44999850000"
         assert state()["memory_bytes"] > asleep["memory_bytes"]
-    # One that nobody has claimed rests from its start.
+    # A warm slot is idle from its start.
     agent.wait(lambda: any(slot["swapped_bytes"] for slot in agent.slots("warm")), "a warm slot's memory in zram")
     assert opened(agent).run("6 * 7", timeout=180).text == "42"
 
 
-def test_pid_1_ends_a_slot_at_its_greatest_age_while_no_agent_runs(any_agent):
+def test_systemd_ends_a_slot_at_its_maximum_age_without_an_agent(any_agent):
     agent = any_agent
     agent.expect(r"Failed with result 'timeout'|reached runtime time limit")
     starts = agent.api.get("/stats").json()["start_seconds"]
-    # Time enough for a start, and little more.
+    # Slightly more time than a start takes.
     warm_s, claimed_s = 10 + round(1.5 * starts["sum"] / max(1, starts["count"])), 20
     agent.configure(
         f'[slots]\nttl = "{claimed_s}s"\nttl_max = "{claimed_s}s"\n[pool]\nmax_age = "{warm_s}s"\n'
@@ -200,7 +200,7 @@ def test_pid_1_ends_a_slot_at_its_greatest_age_while_no_agent_runs(any_agent):
     assert agent.run("systemctl", "is-active", *units, check=False) == "inactive\n" * 3
     assert agent.run("sh", "-c", f"ps -o pid= -p {','.join(map(str, pids))}; true") == ""
     agent.run("systemctl", "start", *units)
-    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the agent to know")
-    said = agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={Event.SLOT_REMOVED.value.message_id}")
-    assert "ended while no agent ran" in said[0]["MESSAGE"]
+    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the agent to remove the slot")
+    entries = agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={Event.SLOT_REMOVED.value.message_id}")
+    assert "ended while no supervisor ran" in entries[0]["MESSAGE"]
     assert agent.run("sh", "-c", f"ls -d /run/nbagent/slots/{slot} 2>/dev/null; true") == ""

@@ -1,13 +1,15 @@
-"""What an operator sees and types: the journal, the command line, the metrics, and who may call."""
+"""The interfaces for operators: the journal, the command line, the metrics, and access control."""
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from nbagent.core.events import Event
 
+CATALOG = Path(__file__).parents[2] / "packaging/nbagent.catalog"
 OUTSIDE = "198.51.100.7"
 MANUAL_PAGES = ("nbagent(1)", "nbagent.toml(5)", "nbagent.service(8)", "nbagent-api.service(8)",
                 "nbagent-router.service(8)")
@@ -26,23 +28,23 @@ def cli(agent, *words):
     return done.returncode, done.stdout, done.stderr
 
 
-def said(agent, slot):
-    """The steps of a slot's life that the journal tells, in order; each has to have an id."""
-    known = {event.value.message_id: event for event in Event}
-    steps = [known[entry["MESSAGE_ID"]] for entry in agent.journal(f"NBAGENT_SLOT={slot}")]
+def events_of(agent, slot):
+    """The events of a slot in the journal, in order. Raises KeyError for an entry without a known MESSAGE_ID."""
+    by_id = {event.value.message_id: event for event in Event}
+    events = [by_id[entry["MESSAGE_ID"]] for entry in agent.journal(f"NBAGENT_SLOT={slot}")]
     # Another test may have restarted the agent while the slot was warm.
-    return [step for step in steps if step is not Event.SLOT_ADOPTED]
+    return [event for event in events if event is not Event.SLOT_ADOPTED]
 
 
 # -- the journal
 
 
-def test_each_step_of_a_slots_life_is_in_the_journal_under_its_id(agent):
+def test_every_change_of_a_slot_is_an_event_in_the_journal(agent):
     slot = agent.claim()["slot"]
     agent.api.patch(f"/slots/{slot}", {"ttl": 600})
     agent.release(slot)
-    agent.wait(lambda: Event.SLOT_GONE in said(agent, slot), "the end in the journal")
-    assert said(agent, slot) == [
+    agent.wait(lambda: Event.SLOT_GONE in events_of(agent, slot), "the end of the slot in the journal")
+    assert events_of(agent, slot) == [
         Event.SLOT_STARTING, Event.SLOT_WARM, Event.SLOT_CLAIMED, Event.SLOT_UPDATED, Event.SLOT_RELEASED,
         Event.SLOT_GONE,
     ]
@@ -50,18 +52,19 @@ def test_each_step_of_a_slots_life_is_in_the_journal_under_its_id(agent):
     assert claimed["NBAGENT_CLIENT"] == "127.0.0.1" and claimed["SYSLOG_IDENTIFIER"] == "nbagent"
 
 
-def test_journalctl_explains_each_step(agent):
+def test_catalog_explains_every_event(agent):
     slot = agent.claim()["slot"]
     agent.release(slot)
-    agent.wait(lambda: Event.SLOT_GONE in said(agent, slot), "the end in the journal")
-    told = agent.run("journalctl", "-x", "--no-pager", f"NBAGENT_SLOT={slot}")
-    for subject in ("starts", "is warm", "is claimed", "is released", "is gone"):
-        assert f"Subject: Slot {slot} {subject}" in told
-    assert f"journalctl -u nbagent-{slot}.scope" in told
-    assert "@NBAGENT_" not in told
+    agent.wait(lambda: Event.SLOT_GONE in events_of(agent, slot), "the end of the slot in the journal")
+    text = agent.run("journalctl", "-x", "--no-pager", f"NBAGENT_SLOT={slot}")
+    subjects = dict(re.findall(r"^-- ([0-9a-f]{32})\nSubject: (.+)$", CATALOG.read_text(), re.M))
+    for event in events_of(agent, slot):
+        assert f"Subject: {subjects[event.value.message_id].replace('@NBAGENT_SLOT@', slot)}" in text
+    assert f"journalctl -u nbagent-{slot}.scope" in text
+    assert "@NBAGENT_" not in text
 
 
-def test_the_scopes_journal_is_the_notebook_servers_own_output(agent):
+def test_journal_of_the_scope_is_the_output_of_the_notebook_server(agent):
     notebook = agent.open()
     kernel = notebook.kernel()
     kernel.end()
@@ -70,37 +73,56 @@ def test_the_scopes_journal_is_the_notebook_servers_own_output(agent):
     assert notebook.token not in output
 
 
-def test_settings_that_are_wrong_are_refused_in_the_journal_and_the_old_ones_stay(agent):
+def test_invalid_settings_are_logged_and_the_former_ones_stay(agent):
     agent.expect("configuration not reloaded: .*wram")
     agent.configure("[pool]\nwram = 3\n")
 
     def refusals():
         return agent.journal(f"MESSAGE_ID={Event.CONFIG_REFUSED.value.message_id}")
 
-    told = agent.wait(refusals, "the refusal in the journal")
-    assert 'did you mean "warm"?' in told[-1]["MESSAGE"]
+    entries = agent.wait(refusals, "the error in the journal")
+    assert 'did you mean "warm"?' in entries[-1]["MESSAGE"]
     assert agent.api.get("/stats").json()["pools"]["minimal"]["wanted"] == 1
+
+
+def test_slots_keep_their_ids_when_the_label_changes(agent):
+    notebook = agent.open()
+    path = f"/slots/{notebook.slot}"
+    agent.configure('[host]\nlabel = "renamed"\n')
+    try:
+        agent.run("systemctl", "reload", "nbagent-api.service", "nbagent-router.service")
+        agent.wait(lambda: agent.router.get("/healthz").status == 200, "a response of the router")
+        # Several requests, because workers with the former settings serve some of them for a moment.
+        assert {agent.api.get(path).status for _ in range(20)} == {200}
+        assert agent.router.get(f"/user/{notebook.slot}/api").status == 200
+        assert notebook.run("6 * 7").text == "42"
+        assert agent.api.patch(path, {"ttl": 600}).status == 200
+        assert agent.api.delete(path).json()["state"] == "stopping"
+        agent.wait(lambda: agent.api.get(path).status == 404, "the end of the slot")
+    finally:
+        agent.configure("")
+        agent.run("systemctl", "reload", "nbagent-api.service", "nbagent-router.service")
 
 
 # -- the command line
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_json_and_a_form_for_people(agent, command):
-    status, text, complaint = cli(agent, command, "--json")
-    assert (status, complaint) == (0, "")
+def test_every_command_prints_json_or_text(agent, command):
+    status, text, errors = cli(agent, command, "--json")
+    assert (status, errors) == (0, "")
     document = json.loads(text)
     if COMMANDS[command]:
         assert COMMANDS[command] <= set(document)
     else:
         assert document and all(isinstance(item, dict) for item in document)
-    status, text, complaint = cli(agent, command)
-    assert (status, complaint) == (0, "") and text
+    status, text, errors = cli(agent, command)
+    assert (status, errors) == (0, "") and text
     with pytest.raises(ValueError):
         json.loads(text)
 
 
-def test_a_slot_lives_from_command_to_command(agent):
+def test_claim_slots_and_release(agent):
     status, url, _ = cli(agent, "claim", "--memory", "300M", "--ttl", "1h", "--path", "lab/tree/Welcome.ipynb")
     assert status == 0
     slot = re.match(r"http://127\.0\.0\.1:8000/user/([^/]+)/lab/tree/Welcome\.ipynb\?token=\S+\n$", url)[1]
@@ -110,24 +132,24 @@ def test_a_slot_lives_from_command_to_command(agent):
     assert re.search(rf"memory_bytes +{300 << 20}$", facts, re.M)
     assert json.loads(cli(agent, "slots", slot, "--json")[1])["slot"] == slot
     assert cli(agent, "release", slot) == (0, f"{slot} stopping\n", "")
-    agent.wait(lambda: cli(agent, "slots", slot)[0] == 3, "the slot to be gone")
-    status, _, complaint = cli(agent, "release", slot)
-    assert status == 3 and complaint.startswith("nbagent: ") and complaint.count("\n") == 1
+    agent.wait(lambda: cli(agent, "slots", slot)[0] == 3, "the end of the slot")
+    status, _, errors = cli(agent, "release", slot)
+    assert status == 3 and errors.startswith("nbagent: ") and errors.count("\n") == 1
 
 
-def test_drain_and_its_end(agent):
+def test_drain_refuses_claims_until_it_ends(agent):
     status, text, _ = cli(agent, "drain", "--json")
     try:
         assert status == 0 and json.loads(text)["draining"] is True
-        status, out, complaint = cli(agent, "claim")
-        assert (status, out) == (75, "") and "draining" in complaint
+        status, out, errors = cli(agent, "claim")
+        assert (status, out) == (75, "") and "draining" in errors
     finally:
         status, text, _ = cli(agent, "drain", "--off", "--json")
     assert status == 0 and json.loads(text)["draining"] is False
     agent.wait_warm()
 
 
-def test_drain_can_wait_for_the_last_user(agent):
+def test_drain_waits_for_the_last_user(agent):
     slot = agent.claim()["slot"]
     waiting = agent.host.popen(["nbagent", "drain", "--wait"])
     try:
@@ -150,26 +172,26 @@ def test_drain_can_wait_for_the_last_user(agent):
     (("image", "remove", "no-such"), 3), (("image", "add", "--name", "bad", "/etc/hostname"), 65),
     (("--version",), 0), (("--help",), 0),
 ])
-def test_the_exit_status_says_what_went_wrong(agent, words, status):
-    found, out, complaint = cli(agent, *words)
-    assert found == status, complaint
-    assert "Traceback" not in complaint
+def test_exit_status_depends_on_the_error(agent, words, status):
+    found, out, errors = cli(agent, *words)
+    assert found == status, errors
+    assert "Traceback" not in errors
     if status:
-        assert out == "" and complaint
+        assert out == "" and errors
 
 
-def test_config_check_knows_right_from_wrong(agent):
+def test_config_check_accepts_valid_and_refuses_invalid_settings(agent):
     status, text, _ = cli(agent, "config", "check", "--json")
     assert status == 0 and json.loads(text)["config"]["slots"]["memory"] == 512 << 20
     assert json.loads(text)["files"] == ["/etc/nbagent/nbagent.toml", "/etc/nbagent/conf.d/50-test.toml"]
     agent.host.run(["tee", "/tmp/bad.toml"], input='[slots]\nmemory = "lots"\n')
-    status, out, complaint = cli(agent, "config", "check", "/tmp/bad.toml")
+    status, out, errors = cli(agent, "config", "check", "/tmp/bad.toml")
     assert (status, out) == (78, "")
-    assert "slots.memory" in complaint and '"512M"' in complaint
+    assert "slots.memory" in errors and '"512M"' in errors
     agent.run("rm", "/tmp/bad.toml")
 
 
-def test_the_doctor_names_what_is_weak_and_how_to_mend_it(agent):
+def test_doctor_lists_weaknesses_and_remedies(agent):
     status, text, _ = cli(agent, "doctor", "--json")
     findings = {finding["name"]: finding for finding in json.loads(text)}
     assert status == 0, text
@@ -180,7 +202,7 @@ def test_the_doctor_names_what_is_weak_and_how_to_mend_it(agent):
     assert findings["token"]["found"] == "mode 0640"
 
 
-def test_the_doctor_finds_a_part_that_does_not_run(agent):
+def test_doctor_finds_a_stopped_service(agent):
     agent.run("systemctl", "stop", "nbagent-router.socket", "nbagent-router.service")
     try:
         status, text, _ = cli(agent, "doctor")
@@ -192,7 +214,7 @@ def test_the_doctor_finds_a_part_that_does_not_run(agent):
 
 
 @pytest.mark.parametrize("page", MANUAL_PAGES)
-def test_manual_pages_are_there_and_render_without_a_complaint(agent, page):
+def test_manual_pages_render_without_warnings(agent, page):
     name, section = page.rstrip(")").split("(")
     assert agent.run("man", "-w", section, name).startswith(f"/usr/share/man/man{section}/")
     done = agent.host.run(["env", "MANWIDTH=80", "man", "--warnings=w", section, name])
@@ -205,9 +227,9 @@ def test_manual_pages_are_there_and_render_without_a_complaint(agent, page):
 
 def sample(agent, name, **labels):
     """One value of /metrics."""
-    answer = agent.api.get("/metrics")
-    assert answer.status == 200 and answer.headers["content-type"].startswith("text/plain")
-    for family in text_string_to_metric_families(answer.body.decode()):
+    response = agent.api.get("/metrics")
+    assert response.status == 200 and response.headers["content-type"].startswith("text/plain")
+    for family in text_string_to_metric_families(response.body.decode()):
         for found in family.samples:
             if found.name == name and labels.items() <= found.labels.items():
                 return found.value
@@ -230,7 +252,7 @@ def test_metrics_parse_and_move(agent):
     assert sample(agent, "nbagent_pool_warm", image="minimal") == 1
 
 
-def test_the_description_is_of_what_is_served(agent):
+def test_openapi_lists_the_routes_that_are_served(agent):
     described = {
         path: {method.upper() for method in item if method != "parameters"}
         for path, item in agent.api.get("/openapi.json").json()["paths"].items()
@@ -245,12 +267,12 @@ def test_the_description_is_of_what_is_served(agent):
     assert agent.api.get("/nothing").status == 404
 
 
-# -- who may call
+# -- access control
 
 
 @pytest.fixture
 def outside(agent):
-    """An address of the host that is on no trusted network; calls from it give a status."""
+    """Sends requests from an address that is on no trusted network, and returns their status."""
     agent.run("ip", "address", "add", f"{OUTSIDE}/32", "dev", "lo")
 
     def call(*words, path="/stats"):
@@ -261,7 +283,7 @@ def outside(agent):
     agent.run("ip", "address", "del", f"{OUTSIDE}/32", "dev", "lo")
 
 
-def test_a_caller_from_elsewhere_needs_the_token(agent, outside):
+def test_caller_outside_of_the_trusted_networks_needs_the_token(agent, outside):
     token = agent.run("cat", "/etc/nbagent/token").strip()
     assert len(token) >= 40
     before = len(agent.slots("claimed"))
@@ -289,13 +311,13 @@ def test_a_network_can_be_trusted(agent, outside):
 
 
 @pytest.mark.parametrize("header", ["X-Forwarded-For", "X-Real-IP", "Forwarded", "Via", "X-Forwarded-Host"])
-def test_a_proxy_in_between_voids_trust_in_the_address(agent, header):
-    answer = agent.api.call("POST", "/claim", headers={header: "127.0.0.1"})
-    assert answer.status == 401
-    assert answer.headers["content-type"] == "application/problem+json"
+def test_header_of_a_proxy_voids_trust_in_the_address(agent, header):
+    response = agent.api.call("POST", "/claim", headers={header: "127.0.0.1"})
+    assert response.status == 401
+    assert response.headers["content-type"] == "application/problem+json"
 
 
-def test_a_foreign_web_page_may_not_call_and_a_friends_may(agent):
+def test_only_pages_of_allowed_origins_may_call(agent):
     before = len(agent.slots("claimed"))
     for headers in ({"Origin": "https://evil.example"}, {"Sec-Fetch-Site": "cross-site"}, {"Origin": "null"},
                     {"Host": "evil.example:9000"}):

@@ -1,7 +1,7 @@
-"""Between the slots that one browser has open: what headers, cookies and addresses of one do to another.
+"""Isolation between the slots that one browser has open: headers, cookies and URLs of one slot against another.
 
-A stranger here is a slot whose server is the worst that a user could run in one: it answers with what the request
-asks for. The router takes it for any other slot.
+The attacker here is a slot whose server sends any status, headers and body that the query of a request contains.
+To the router it is a slot like any other.
 """
 
 import json
@@ -21,20 +21,20 @@ DOMAIN = "nb.test"
 SUBDOMAINS = f'[router]\nurl_mode = "subdomain"\ndomain = "{DOMAIN}"\n'
 UNITS = ("nbagent-api.service", "nbagent-router.service")
 
-STRANGER = r'''
-"""Answers with the status, the type, the headers and the body that the query asks for; else says what it was sent."""
+ATTACKER = r'''
+"""Sends the headers and the body that the query contains; without a body, the path and headers of the request."""
 import json, os, socketserver, sys
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qsl, urlsplit
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
-        asked = parse_qsl(urlsplit(self.path).query)
-        sent = {"path": self.path, "headers": {name.lower(): value for name, value in self.headers.items()}}
-        body = dict(asked).get("body", json.dumps(sent)).encode()
+        query = parse_qsl(urlsplit(self.path).query)
+        request = {"path": self.path, "headers": {name.lower(): value for name, value in self.headers.items()}}
+        body = dict(query).get("body", json.dumps(request)).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
-        for name, value in asked:
+        for name, value in query:
             if name == "header":
                 self.send_header(*value.split(": ", 1))
         self.end_headers()
@@ -53,7 +53,7 @@ Server(sys.argv[1], Handler).serve_forever()
 
 
 def configure(agent, settings):
-    """Other settings of the router, and waits until API and router go by them."""
+    """Applies settings, and waits until the API and the router use them."""
     agent.configure(settings)
     agent.run("systemctl", "reload", *UNITS)
     misplaced = 421 if settings else 404
@@ -66,7 +66,7 @@ def configure(agent, settings):
 
 @pytest.fixture
 def subdomains(agent):
-    """The shared host, with an origin for each slot."""
+    """The shared host in subdomain mode."""
     try:
         configure(agent, SUBDOMAINS)
         yield agent
@@ -75,45 +75,47 @@ def subdomains(agent):
 
 
 @pytest.fixture(scope="module")
-def stranger(shared):
-    """The id of the slot that is not on our side."""
-    slot = f"{shared.api.get('/stats').json()['label']}-stranger0000"
+def attacker(shared):
+    """The id of the attacker's slot."""
+    slot = f"{shared.api.get('/stats').json()['label']}-attacker0000"
     directory = f"/run/nbagent/slots/{slot}"
     shared.run("mkdir", directory)
-    shared.host.run(["tee", "/root/stranger.py"], input=STRANGER)
-    shared.run("systemd-run", "--quiet", "--unit=stranger", "--collect",
-               "/usr/bin/python3", "/root/stranger.py", f"{directory}/http.sock")
-    shared.wait(lambda: shared.router.get(f"/user/{slot}/").status == 200, "the stranger to answer")
+    shared.host.run(["tee", "/root/attacker.py"], input=ATTACKER)
+    shared.run("systemd-run", "--quiet", "--unit=attacker", "--collect",
+               "/usr/bin/python3", "/root/attacker.py", f"{directory}/http.sock")
+    shared.wait(lambda: shared.router.get(f"/user/{slot}/").status == 200, "a response of the attacker")
     yield slot
-    shared.run("systemctl", "stop", "stranger.service")
-    shared.run("rm", "-r", directory, "/root/stranger.py")
+    shared.run("systemctl", "stop", "attacker.service")
+    shared.run("rm", "-r", directory, "/root/attacker.py")
 
 
-def ask(agent, path, *arguments, host=None):
-    """A request as it is, by curl: status, headers as lines in lower case, body."""
-    where = ["-H", f"Host: {host}"] if host else []
-    answer = agent.run("curl", "-sS", "--path-as-is", "--max-time", "120", "-i", *where, *arguments, f"http://127.0.0.1:8000{path}")
-    head, _, body = answer.replace("\r\n", "\n").partition("\n\n")
+def curl(agent, path, *arguments, host=None):
+    """Sends a request unchanged; returns the status, the lines of the headers, and the body."""
+    host_header = ["-H", f"Host: {host}"] if host else []
+    response = agent.run(
+        "curl", "-sS", "--path-as-is", "--max-time", "120", "-i", *host_header, *arguments,
+        f"http://127.0.0.1:8000{path}")
+    head, _, body = response.replace("\r\n", "\n").partition("\n\n")
     status, *headers = head.splitlines()
     return int(status.split()[1]), headers, body
 
 
-def told(slot, headers, body=None):
-    """The path at which the stranger answers with these headers."""
-    asked = [("header", header) for header in headers] + ([("body", body)] if body else [])
-    return f"/user/{slot}/?{urlencode(asked)}"
+def path_for(slot, headers, body=None):
+    """The path for which the attacker sends these headers."""
+    query = [("header", header) for header in headers] + ([("body", body)] if body else [])
+    return f"/user/{slot}/?{urlencode(query)}"
 
 
-def sent(agent, slot, *arguments, host=None):
-    """The headers that a request has when it reaches the stranger."""
-    status, _, body = ask(agent, f"/user/{slot}/", *arguments, host=host)
+def forwarded_headers(agent, slot, *arguments, host=None):
+    """The headers of a request when it reaches the attacker."""
+    status, _, body = curl(agent, f"/user/{slot}/", *arguments, host=host)
     assert status == 200
     return json.loads(body)["headers"]
 
 
 def log_in(agent, claim, host):
-    """The cookies that the claim's url leaves in a browser, as one header has them."""
-    status, headers, _ = ask(agent, f"{claim['path']}?token={claim['token']}", host=host)
+    """The Cookie header of a browser that has opened the url of a claim."""
+    status, headers, _ = curl(agent, f"{claim['path']}?token={claim['token']}", host=host)
     assert status == 200
     return "; ".join(line.partition(": ")[2].partition(";")[0] for line in headers if line.startswith("Set-Cookie"))
 
@@ -124,13 +126,13 @@ def log_in(agent, claim, host):
     "Strict-Transport-Security: max-age=9; includeSubDomains", 'Use-As-Dictionary: match="/*"',
     'Sec-Session-Registration: (ES256);path="/x"', 'Secure-Session-Registration: (ES256);path="/x"',
 ])
-def test_no_header_of_a_slot_speaks_for_its_origin_or_its_domain(agent, stranger, header):
-    status, headers, _ = ask(agent, told(stranger, [header, "X-Other: y"]))
+def test_headers_that_apply_to_an_origin_or_a_domain_are_removed(agent, attacker, header):
+    status, headers, _ = curl(agent, path_for(attacker, [header, "X-Other: y"]))
     assert status == 200 and "X-Other: y" in headers
     assert header not in headers
 
 
-WALLS = {
+ISOLATION_HEADERS = {
     "Cross-Origin-Opener-Policy": ("same-origin-allow-popups", "same-origin"),
     "Cross-Origin-Resource-Policy": ("same-origin", "cross-origin"),
     "Referrer-Policy": ("same-origin", "no-referrer"),
@@ -139,29 +141,29 @@ WALLS = {
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_walls_stand_where_a_slot_has_put_none_of_its_own(agent, stranger, own):
-    headers = [f"{name}: {values[1]}" for name, values in WALLS.items()] if own else []
-    _, answered, _ = ask(agent, told(stranger, headers))
-    found = [line for line in answered if line.partition(":")[0] in WALLS]
-    assert sorted(found) == sorted(f"{name}: {values[own]}" for name, values in WALLS.items())
-    assert "Origin-Agent-Cluster: ?1" in answered
+def test_isolation_headers_are_added_unless_the_slot_sets_them(agent, attacker, own):
+    headers = [f"{name}: {values[1]}" for name, values in ISOLATION_HEADERS.items()] if own else []
+    _, response_headers, _ = curl(agent, path_for(attacker, headers))
+    found = [line for line in response_headers if line.partition(":")[0] in ISOLATION_HEADERS]
+    assert sorted(found) == sorted(f"{name}: {values[own]}" for name, values in ISOLATION_HEADERS.items())
+    assert "Origin-Agent-Cluster: ?1" in response_headers
 
 
-def test_a_slot_that_says_who_may_frame_it_is_framed_by_those(agent, stranger):
+def test_frame_ancestors_of_a_slot_replace_x_frame_options(agent, attacker):
     policy = "Content-Security-Policy: frame-ancestors https://school.example"
-    _, answered, _ = ask(agent, told(stranger, [policy]))
-    assert policy in answered and not [line for line in answered if line.startswith("X-Frame-Options")]
+    _, response_headers, _ = curl(agent, path_for(attacker, [policy]))
+    assert policy in response_headers and not [line for line in response_headers if line.startswith("X-Frame-Options")]
 
 
-@pytest.mark.parametrize("target", ["/_nbagent/gone.html", "/healthz", "@slot", "@trouble", "victim"])
-def test_a_slot_cannot_make_the_router_fetch_something_else(agent, stranger, target):
+@pytest.mark.parametrize("target", ["/_nbagent/ended.html", "/healthz", "@slot", "@slot_failed", "victim"])
+def test_x_accel_headers_of_a_slot_have_no_effect(agent, attacker, target):
     target = f"/user/{agent.claim()['slot']}/api" if target == "victim" else target
     headers = [f"X-Accel-Redirect: {target}", "X-Accel-Limit-Rate: 1", "X-Accel-Charset: koi8-r",
                "X-Accel-Expires: 9", "X-Accel-Buffering: yes", "Content-Type: text/plain"]
-    status, answered, body = ask(agent, told(stranger, headers, "m" * 5000))
+    status, response_headers, body = curl(agent, path_for(attacker, headers, "m" * 5000))
     assert (status, body) == (200, "m" * 5000)
-    assert "Content-Type: text/plain; charset=utf-8" in answered
-    assert not [line for line in answered if line.lower().startswith("x-accel")]
+    assert "Content-Type: text/plain; charset=utf-8" in response_headers
+    assert not [line for line in response_headers if line.lower().startswith("x-accel")]
 
 
 COOKIES = [
@@ -178,42 +180,43 @@ COOKIES = [
 
 
 @pytest.mark.parametrize("mode", ["path", "subdomain"])
-def test_a_cookie_is_for_the_slot_that_sets_it(request, agent, stranger, mode):
+def test_cookie_is_limited_to_the_slot_that_sets_it(request, agent, attacker, mode):
     if mode == "subdomain":
         request.getfixturevalue("subdomains")
-    names = {"slot": stranger, "root": f"/user/{stranger}/" if mode == "path" else "/"}
-    said, becomes = ([cookie[side].format(**names) for cookie in COOKIES] for side in (0, 1))
-    path = told(stranger, [f"Set-Cookie: {cookie}" for cookie in said])
-    _, headers, _ = ask(agent, path, host=f"{stranger}.{DOMAIN}")
-    assert [line.removeprefix("Set-Cookie: ") for line in headers if line.startswith("Set-Cookie: ")] == becomes
+    names = {"slot": attacker, "root": f"/user/{attacker}/" if mode == "path" else "/"}
+    original, rewritten = ([cookie[side].format(**names) for cookie in COOKIES] for side in (0, 1))
+    path = path_for(attacker, [f"Set-Cookie: {cookie}" for cookie in original])
+    _, headers, _ = curl(agent, path, host=f"{attacker}.{DOMAIN}")
+    assert [line.removeprefix("Set-Cookie: ") for line in headers if line.startswith("Set-Cookie: ")] == rewritten
 
 
-def test_a_cookie_that_came_by_tls_goes_by_tls_only(agent, stranger):
-    _, headers, _ = ask(agent, told(stranger, ["Set-Cookie: a=b"]), "-H", "X-Forwarded-Proto: https")
+def test_cookie_that_is_set_by_tls_is_secure(agent, attacker):
+    _, headers, _ = curl(agent, path_for(attacker, ["Set-Cookie: a=b"]), "-H", "X-Forwarded-Proto: https")
     assert "Set-Cookie: a=b; Secure; SameSite=Lax" in headers
 
 
-def test_a_slot_gets_no_cookie_but_its_own(agent, stranger):
+def test_slot_receives_only_its_own_cookies(agent, attacker):
     cookies = {
-        f"nbagent-{stranger}": "own", f"__Host-nbagent-{stranger}": "own-by-tls", "_xsrf": "2|x",
+        f"nbagent-{attacker}": "own", f"__Host-nbagent-{attacker}": "own-by-tls", "_xsrf": "2|x",
         "nbagent-x-victim000000": "login", "__Host-nbagent-x-victim000000": "login", "example_session": "sso",
-        "username-localhost-8888": "another-jupyter", f"xnbagent-{stranger}": "no", f"nbagent-{stranger}0": "no",
+        "username-localhost-8888": "another-jupyter", f"xnbagent-{attacker}": "no", f"nbagent-{attacker}0": "no",
     }
     text = "; ".join(f"{name}={value}" for name, value in cookies.items())
-    own = f"__Host-nbagent-{stranger}=own-by-tls; nbagent-{stranger}=own; _xsrf=2|x"
-    assert sent(agent, stranger, "-H", f"Cookie: {text}")["cookie"] == own
-    assert sent(agent, stranger, "-H", f"Cookie: {';'.join(text.split('; ')[::-1])}")["cookie"] == own
+    own = f"__Host-nbagent-{attacker}=own-by-tls; nbagent-{attacker}=own; _xsrf=2|x"
+    assert forwarded_headers(agent, attacker, "-H", f"Cookie: {text}")["cookie"] == own
+    assert forwarded_headers(agent, attacker, "-H", f"Cookie: {';'.join(text.split('; ')[::-1])}")["cookie"] == own
     split = [argument for cookie in text.split("; ") for argument in ("-H", f"Cookie: {cookie}")]
-    assert sent(agent, stranger, *split)["cookie"] == own
-    assert "cookie" not in sent(agent, stranger, "-H", "Cookie: example_session=sso")
+    assert forwarded_headers(agent, attacker, *split)["cookie"] == own
+    assert "cookie" not in forwarded_headers(agent, attacker, "-H", "Cookie: example_session=sso")
 
 
-def test_an_operator_may_let_other_cookies_through(agent, stranger):
+def test_cookies_in_the_settings_reach_the_slot(agent, attacker):
     try:
         agent.configure('[router]\ncookies = ["one", "two-*"]\n')
         agent.run("systemctl", "reload", "nbagent-router.service")
         cookies = ["-H", "Cookie: none=0; one=1; two-x.y=2; _xsrf=3; one2=4"]
-        agent.wait(lambda: sent(agent, stranger, *cookies).get("cookie") == "one=1; two-x.y=2", "the router's settings")
+        agent.wait(lambda: forwarded_headers(agent, attacker, *cookies).get("cookie") == "one=1; two-x.y=2",
+                   "the router's settings")
     finally:
         configure(agent, "")
 
@@ -221,7 +224,7 @@ def test_an_operator_may_let_other_cookies_through(agent, stranger):
 OWN, OTHER = "Origin: http://127.0.0.1:8000", "Origin: http://x-victim000000.nb.test:8000"
 
 
-@pytest.mark.parametrize(("headers", "known"), [
+@pytest.mark.parametrize(("headers", "with_cookies"), [
     ([], True), ([OWN], True), ([OWN.upper().replace("ORIGIN", "Origin")], True), ([OTHER], False),
     (["Origin: null"], False), (["Origin: http://127.0.0.1"], False), (["Origin: http://127.0.0.1:80001"], False),
     (["Sec-Fetch-Site: same-origin", "Sec-Fetch-Mode: cors", "Sec-Fetch-Dest: empty"], True),
@@ -231,14 +234,14 @@ OWN, OTHER = "Origin: http://127.0.0.1:8000", "Origin: http://x-victim000000.nb.
     (["Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document"], True),
     ([OTHER, "Sec-Fetch-Site: same-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document"], False),
 ])
-def test_a_page_of_another_origin_acts_without_cookies(agent, stranger, headers, known):
-    cookie = f"nbagent-{stranger}=login"
+def test_requests_of_other_origins_are_forwarded_without_cookies(agent, attacker, headers, with_cookies):
+    cookie = f"nbagent-{attacker}=login"
     lines = [argument for header in (f"Cookie: {cookie}", *headers) for argument in ("-H", header)]
-    assert sent(agent, stranger, *lines).get("cookie") == (cookie if known else None)
+    assert forwarded_headers(agent, attacker, *lines).get("cookie") == (cookie if with_cookies else None)
 
 
 @pytest.mark.parametrize("mode", ["path", "subdomain"])
-def test_another_origin_neither_changes_nor_reads_nor_connects(request, agent, mode):
+def test_other_origin_cannot_write_read_or_connect(request, agent, mode):
     if mode == "subdomain":
         request.getfixturevalue("subdomains")
     one, two = agent.claim(), agent.claim()
@@ -249,14 +252,14 @@ def test_another_origin_neither_changes_nor_reads_nor_connects(request, agent, m
     own = ["-H", f"Cookie: {cookies}", "-H", f"Origin: http://{host}"]
     foreign = ["-H", f"Cookie: {cookies}", "-H", f"Origin: {other}"]
     kernel = ["-X", "POST", "-H", f"X-XSRFToken: {xsrf}", "-d", "{}"]
-    status, _, body = ask(agent, f"{base}api/kernels", *own, *kernel, host=host)
+    status, _, body = curl(agent, f"{base}api/kernels", *own, *kernel, host=host)
     assert status == 201
     channels = f"{base}api/kernels/{json.loads(body)['id']}/channels"
     for change in (kernel, ["-X", "DELETE"], []):
-        status, headers, _ = ask(agent, f"{base}api/kernels", *foreign, *change, host=host)
+        status, headers, _ = curl(agent, f"{base}api/kernels", *foreign, *change, host=host)
         assert status in (403, 404), change
         assert not [line for line in headers if line.lower().startswith("access-control-allow-credentials")]
-    assert len(json.loads(ask(agent, f"{base}api/kernels", *own, host=host)[2])) == 1
+    assert len(json.loads(curl(agent, f"{base}api/kernels", *own, host=host)[2])) == 1
     connect(agent, host, channels, f"http://{host}", cookies).close()
     with pytest.raises(websocket.WebSocketBadStatusException) as refused:
         connect(agent, host, channels, other, cookies)
@@ -264,10 +267,10 @@ def test_another_origin_neither_changes_nor_reads_nor_connects(request, agent, m
 
 
 @pytest.mark.parametrize("mode", ["path", "subdomain"])
-def test_a_page_of_another_site_that_knows_the_token_works_with_the_slot(request, agent, mode):
-    """As Thebe and its like do, which make the code in a web page run: by the token alone, without any cookie.
+def test_page_of_another_site_with_the_token_can_use_the_slot(request, agent, mode):
+    """Thebe and similar libraries run the code in a web page by the token alone, without cookies.
 
-    (For what a browser asks about beforehand the image has to name such sites, by ServerApp.allow_origin.)
+    For requests with a preflight, ServerApp.allow_origin of the image must name such sites.
     """
     if mode == "subdomain":
         request.getfixturevalue("subdomains")
@@ -276,8 +279,8 @@ def test_a_page_of_another_site_that_knows_the_token_works_with_the_slot(request
     site = ["-H", f"Origin: {origin}", "-H", "Sec-Fetch-Site: cross-site", "-H", "Sec-Fetch-Mode: cors"]
     token = ["-H", f"Authorization: token {claim['token']}"]
     for status, arguments in ((201, [*token, "-d", "{}"]), (200, token)):
-        answered, headers, body = ask(agent, f"{base}api/kernels", *site, *arguments, host=host)
-        assert answered == status
+        response_status, headers, body = curl(agent, f"{base}api/kernels", *site, *arguments, host=host)
+        assert response_status == status
         assert f"Access-Control-Allow-Origin: {origin}" in headers
     channels = f"{base}api/kernels/{json.loads(body)[0]['id']}/channels"
     connect(agent, host, f"{channels}?token={claim['token']}", origin, None).close()
@@ -286,44 +289,44 @@ def test_a_page_of_another_site_that_knows_the_token_works_with_the_slot(request
 
 
 def connect(agent, host, path, origin, cookies):
-    """A websocket as a browser opens it."""
+    """Opens a websocket with the headers of a browser."""
     with agent.host.connect(product.ROUTER_PORT) as connection:
         return websocket.create_connection(
             f"ws://{host}{path}", socket=socket.socket(fileno=connection.detach()), origin=origin, cookie=cookies,
             timeout=60)
 
 
-def test_a_path_that_only_nginx_reads_as_a_slots_is_refused(agent, stranger):
+def test_path_that_browsers_and_nginx_resolve_differently_is_refused(agent, attacker):
     victim = agent.claim()["slot"]
-    # To a browser this is below the victim's path, and it would send the victim's cookies with it.
-    for crooked in (f"/user/{victim}/..%2f{stranger}/", f"/user/{victim}%2f..%2f{stranger}/",
-                    f"//user/{stranger}/", f"/user/%{ord(stranger[0]):x}{stranger[1:]}/",
-                    f"/user/{victim}/..%2f{stranger}/static/x", f"/user/{victim}/..%2f{stranger}"):
-        status, _, body = ask(agent, crooked, "-H", "Accept: application/json")
-        assert status == 421, crooked
+    # For a browser this path is below that of the victim, so it sends the victim's cookies.
+    for ambiguous in (f"/user/{victim}/..%2f{attacker}/", f"/user/{victim}%2f..%2f{attacker}/",
+                    f"//user/{attacker}/", f"/user/%{ord(attacker[0]):x}{attacker[1:]}/",
+                    f"/user/{victim}/..%2f{attacker}/static/x", f"/user/{victim}/..%2f{attacker}"):
+        status, _, body = curl(agent, ambiguous, "-H", "Accept: application/json")
+        assert status == 421, ambiguous
         assert json.loads(body)["type"] == "urn:nbagent:problem:misdirected"
-    assert ask(agent, f"/user/{stranger}/..%2f{stranger}/")[0] == 200
+    assert curl(agent, f"/user/{attacker}/..%2f{attacker}/")[0] == 200
 
 
-def test_with_subdomains_a_slot_is_served_at_its_own_name_only(subdomains, stranger):
+def test_subdomain_mode_serves_a_slot_at_its_own_host_name_only(subdomains, attacker):
     agent, slot = subdomains, subdomains.claim()["slot"]
     base = f"/user/{slot}/"
     for host in (f"{slot}.{DOMAIN}", f"{slot}.{DOMAIN}:8000", f"{slot.upper()}.{DOMAIN}"):
-        assert ask(agent, f"{base}api", host=host)[0] == 200, host
+        assert curl(agent, f"{base}api", host=host)[0] == 200, host
     asset = f"{base}static/favicon.ico"
-    assert ask(agent, asset, "-o", "/dev/null", "-D", "-", host=f"{slot}.{DOMAIN}")[0] == 200
-    for host in (f"{stranger}.{DOMAIN}", DOMAIN, "127.0.0.1:8000", f"x.{slot}.{DOMAIN}", f"{slot}.{DOMAIN}x", slot,
+    assert curl(agent, asset, "-o", "/dev/null", "-D", "-", host=f"{slot}.{DOMAIN}")[0] == 200
+    for host in (f"{attacker}.{DOMAIN}", DOMAIN, "127.0.0.1:8000", f"x.{slot}.{DOMAIN}", f"{slot}.{DOMAIN}x", slot,
                  f"{slot}.{DOMAIN}.evil.test", f"{slot}.nbxtest"):
         for path in (f"{base}api", asset, base.rstrip("/")):
-            status, _, body = ask(agent, path, "-H", "Accept: application/json", host=host)
+            status, _, body = curl(agent, path, "-H", "Accept: application/json", host=host)
             assert status == 421, (host, path)
             assert "misdirected" in body
-    page = ask(agent, f"{base}lab", "-H", "Accept: text/html", host=DOMAIN)
+    page = curl(agent, f"{base}lab", "-H", "Accept: text/html", host=DOMAIN)
     assert page[0] == 421 and "This notebook has another address" in page[2]
-    assert ask(agent, "/healthz", host=DOMAIN)[0] == 200
+    assert curl(agent, "/healthz", host=DOMAIN)[0] == 200
 
 
-def test_a_wrong_setting_leaves_the_router_as_it_is(agent):
+def test_reload_with_invalid_settings_changes_nothing(agent):
     agent.expect("Reload failed for nbagent-router.service")
     path = "/etc/nbagent/conf.d/90-one-test.toml"
     slot = agent.claim()["slot"]
@@ -337,7 +340,7 @@ def test_a_wrong_setting_leaves_the_router_as_it_is(agent):
     agent.run("systemctl", "reload", "nbagent-router.service")
 
 
-def test_token_cookie_secret_and_session_key_are_each_slots_own(agent):
+def test_each_slot_has_its_own_token_cookie_secret_and_session_key(agent):
     claims = [agent.claim() for _ in range(2)]
     code = """if True:
         import ipykernel, json
@@ -350,16 +353,16 @@ def test_token_cookie_secret_and_session_key_are_each_slots_own(agent):
     one, two = claims
     logins = [log_in(agent, claim, "127.0.0.1:8000") for claim in claims]
     for cookies, status in ((logins[0], 200), (logins[1], 403), (logins[1].replace(two["slot"], one["slot"]), 403)):
-        assert ask(agent, f"/user/{one['slot']}/api/contents", "-H", f"Cookie: {cookies}")[0] == status
-    assert ask(agent, f"/user/{one['slot']}/api/contents?token={two['token']}")[0] == 403
+        assert curl(agent, f"/user/{one['slot']}/api/contents", "-H", f"Cookie: {cookies}")[0] == status
+    assert curl(agent, f"/user/{one['slot']}/api/contents?token={two['token']}")[0] == 403
 
 
-# A front that ends the TLS, as an operator's would; here it is the router's nginx itself.
-FRONT = """
+# A proxy that terminates TLS, as operators run one; here it is a server of the router's nginx.
+TLS_PROXY = """
 server {
     listen 8443 ssl;
-    ssl_certificate /etc/nbagent/front.pem;
-    ssl_certificate_key /etc/nbagent/front.pem;
+    ssl_certificate /etc/nbagent/tls.pem;
+    ssl_certificate_key /etc/nbagent/tls.pem;
     location / {
         proxy_pass http://127.0.0.1:8000;
         proxy_http_version 1.1;
@@ -374,32 +377,32 @@ server {
 
 @pytest.fixture
 def tls(agent, tmp_path):
-    """The shared host with an origin for each slot, by TLS; the port of this machine that leads there."""
-    pem = tmp_path / "front.pem"
+    """The shared host in subdomain mode with TLS; the value is its port on this machine."""
+    pem = tmp_path / "tls.pem"
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
                     "-subj", f"/CN=*.{DOMAIN}", "-days", "2", "-keyout", pem, "-out", f"{pem}.crt"],
                    check=True, capture_output=True)
-    agent.host.run(["tee", "/etc/nbagent/front.pem"], input=pem.read_text() + pem.with_suffix(".pem.crt").read_text())
-    agent.host.run(["tee", "/etc/nbagent/router.d/front.conf"], input=FRONT)
+    agent.host.run(["tee", "/etc/nbagent/tls.pem"], input=pem.read_text() + pem.with_suffix(".pem.crt").read_text())
+    agent.host.run(["tee", "/etc/nbagent/router.d/tls.conf"], input=TLS_PROXY)
     port = agent.host.forward(8443, 0)
     try:
         configure(agent, f'{SUBDOMAINS}public_url = "https://{DOMAIN}:{port}"\n')
         yield port
     finally:
-        agent.run("rm", "/etc/nbagent/front.pem", "/etc/nbagent/router.d/front.conf")
+        agent.run("rm", "/etc/nbagent/tls.pem", "/etc/nbagent/router.d/tls.conf")
         configure(agent, "")
 
 
 @pytest.fixture
 def page(tmp_path):
-    """Chromium, for which every name of the domain is this machine, and every certificate good."""
+    """Chromium, which resolves every name of the domain to this machine and accepts every certificate."""
     with browser.chromium(tmp_path, f"--host-resolver-rules=MAP *.{DOMAIN} 127.0.0.1",
                           "--ignore-certificate-errors") as opened:
         yield opened
 
 
-def work(page, url):
-    """Opens a notebook and runs its first cell: page, static files, websocket and kernel are well."""
+def run_notebook(page, url):
+    """Opens a notebook and runs its first cell, by which page, static files, websocket and kernel are checked."""
     page.open(url)
     page.read(".jp-Notebook", "Welcome to your notebook")
     page.wait_for_kernel()
@@ -408,7 +411,7 @@ def work(page, url):
     page.read(".jp-CodeCell .jp-OutputArea-output", "Hello from Python")
 
 
-# What a page may try on another slot, at `base` and `socket`; each gives what it got, or why not.
+# Attacks of a page on another slot at `base` and `socket`. Each returns what it has read, or throws an error.
 ATTEMPTS = {
     "read": "const a = await fetch(base + 'lab', {credentials: 'include'}); return await a.text()",
     "identity": "const a = await fetch(base + 'api/me', {credentials: 'include'}); return await a.text()",
@@ -416,16 +419,16 @@ ATTEMPTS = {
         await new Promise(resolve => { f.onload = resolve; document.body.append(f) });
         return f.contentDocument.documentElement.outerHTML""",
     "window": """const w = window.open(base + 'lab');
-        let why = 'late';
+        let reason = 'timeout';
         for (let i = 0; i < 600; i++) {
             await new Promise(resolve => setTimeout(resolve, 50));
             if (w.closed) return 'cut off';
             try {
                 if (w.location.href == 'about:blank' || w.document.readyState != 'complete') continue;
                 const text = w.document.documentElement.outerHTML; w.close(); return text;
-            } catch (error) { why = error }
+            } catch (error) { reason = error }
         }
-        throw why""",
+        throw reason""",
     "start": """const x = await fetch(base + 'api/kernels', {method: 'POST', credentials: 'include', mode: 'no-cors',
         body: '{}', headers: {'Content-Type': 'text/plain'}}); return String(x.status)""",
     "connect": """return await new Promise((resolve, reject) => {
@@ -434,18 +437,18 @@ ATTEMPTS = {
 
 
 class Attack:
-    """The stranger's page, open in a browser in which the victim's notebook was opened before."""
+    """The attacker's page in a browser that has opened the victim's notebook before."""
 
-    def __init__(self, page, stranger, stranger_origin, victim, victim_origin, kernel):
-        self.page, self.stranger = page, stranger
+    def __init__(self, page, attacker, attacker_origin, victim, victim_origin, kernel):
+        self.page, self.attacker = page, attacker
         self.base = f"{victim_origin}/user/{victim}/"
         self.socket = f"{self.base.replace('http', 'ws', 1)}api/kernels/{kernel}/channels"
         headers = ["Content-Type: text/html", f"Set-Cookie: tossed-by-http=1; Domain={DOMAIN}; Path=/"]
-        page.open(stranger_origin + told(stranger, headers, "<h1>Look, kittens</h1>"))
+        page.open(attacker_origin + path_for(attacker, headers, "<h1>Look, kittens</h1>"))
         page.read("h1", "Look, kittens")
 
     def run(self, script):
-        """What a script of the page comes to."""
+        """The result of a script of the page."""
         self.page.driver.set_script_timeout(60)
         return self.page.driver.execute_async_script(
             f"const [base, socket, done] = arguments; (async () => {{ {script} }})()"
@@ -455,19 +458,19 @@ class Attack:
 def kernels(agent, claim, host):
     """The ids of the kernels that run in a slot."""
     path = f"/user/{claim['slot']}/api/kernels?token={claim['token']}"
-    return [kernel["id"] for kernel in json.loads(ask(agent, path, host=host)[2])]
+    return [kernel["id"] for kernel in json.loads(curl(agent, path, host=host)[2])]
 
 
-def test_with_subdomains_no_page_of_a_slot_reaches_another(agent, tls, page, stranger):
+def test_subdomain_mode_isolates_pages_of_slots(agent, tls, page, attacker):
     victim = agent.claim(path="lab/tree/Welcome.ipynb")
     slot, host = victim["slot"], f"{victim['slot']}.{DOMAIN}"
     origin = f"https://{host}:{tls}"
     assert victim["url"] == f"{origin}{victim['path']}?token={victim['token']}"
-    work(page, victim["url"])
+    run_notebook(page, victim["url"])
     page.shoot("victim")
     running = kernels(agent, victim, host)
-    attack = Attack(page, stranger, f"https://{stranger}.{DOMAIN}:{tls}", slot, origin, running[0])
-    page.shoot("stranger")
+    attack = Attack(page, attacker, f"https://{attacker}.{DOMAIN}:{tls}", slot, origin, running[0])
+    page.shoot("attacker")
     failed = {name: attack.run(script) for name, script in ATTEMPTS.items()}
     page.close_others()
     assert failed["read"].startswith("failed: TypeError: Failed to fetch")
@@ -477,12 +480,12 @@ def test_with_subdomains_no_page_of_a_slot_reaches_another(agent, tls, page, str
     assert failed["start"].startswith("failed: TypeError: Failed to fetch")
     assert failed["connect"] == "failed: refused"
     assert kernels(agent, victim, host) == running
-    # Cookies for the whole domain, under the names that the victim's slot goes by: a browser takes them from a script.
+    # A browser accepts cookies for the whole domain from a script, under the names of the victim's cookies too.
     attack.run(f"""for (const cookie of ['nbagent-{slot}', '__Host-nbagent-{slot}', '_xsrf'])
         for (const path of ['/', '/user/{slot}/', '/user/{slot}/lab'])
             document.cookie = `${{cookie}}=2|tossed; Secure; Domain={DOMAIN}; Path=${{path}}`""")
-    # Without the token in the address: the login outlives the attack.
-    work(page, f"{origin}/user/{slot}/lab/tree/Welcome.ipynb")
+    # The URL has no token, so this succeeds only if the login cookie survived the attack.
+    run_notebook(page, f"{origin}/user/{slot}/lab/tree/Welcome.ipynb")
     page.shoot("victim-afterwards")
     cookies = page.driver.get_cookies()
     assert {cookie["name"] for cookie in cookies if "tossed" in cookie["value"]} == {f"nbagent-{slot}", "_xsrf"}
@@ -491,19 +494,19 @@ def test_with_subdomains_no_page_of_a_slot_reaches_another(agent, tls, page, str
     assert [(c["domain"], c["path"], c["secure"], c["httpOnly"]) for c in login] == [(host, "/", True, True)]
 
 
-def test_the_known_weakness_of_paths_is_what_the_readme_says(agent, page, stranger):
-    """In path mode a page of one slot can do everything with another that the same browser has open."""
+def test_path_mode_does_not_isolate_pages_of_slots(agent, page, attacker):
+    """A page of one slot has full access to another slot in the same browser, as the README warns."""
     origin = f"http://127.0.0.1:{agent.host.forward(product.ROUTER_PORT, 0)}"
     victim = agent.claim(path="lab/tree/Welcome.ipynb")
     slot = victim["slot"]
     page.open(f"{origin}{victim['path']}?token={victim['token']}")
     page.wait_for_kernel()
-    attack = Attack(page, stranger, origin, slot, origin, kernels(agent, victim, None)[0])
+    attack = Attack(page, attacker, origin, slot, origin, kernels(agent, victim, None)[0])
     for name in ("read", "frame", "window"):
         assert victim["token"] in attack.run(ATTEMPTS[name]), name
     assert attack.run(ATTEMPTS["connect"]) == "got open"
-    # What even there is refused: to stay, below other slots' paths, when the page is closed.
-    worker = told(stranger, ["Content-Type: text/javascript", "Service-Worker-Allowed: /"], "self.x = 1")
+    # Even in path mode, no service worker for the paths of other slots remains when the page is closed.
+    worker = path_for(attacker, ["Content-Type: text/javascript", "Service-Worker-Allowed: /"], "self.x = 1")
     register = "const found = await navigator.serviceWorker.register('{}', {{scope: '{}'}}); return found.scope"
     assert "failed: SecurityError" in attack.run(register.format(worker, "/"))
-    assert attack.run(register.format(worker, f"/user/{stranger}/")) == f"got {origin}/user/{stranger}/"
+    assert attack.run(register.format(worker, f"/user/{attacker}/")) == f"got {origin}/user/{attacker}/"

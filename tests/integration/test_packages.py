@@ -1,6 +1,6 @@
-"""The packages on a host of their own: installed by apt, upgraded under a user, purged without a trace.
+"""The packages on a new host: installation with apt, an upgrade while a notebook is in use, and a purge.
 
-On Debian 13, and on cgroup v2, they are installed and purged by the fixture of the virtual machines.
+The fixture of the virtual machines installs and purges them on Debian 13 and on cgroup v2.
 """
 
 import json
@@ -19,12 +19,12 @@ SOCKETS = ("nbagent.socket", "nbagent-check.socket", "nbagent-api.socket", "nbag
            "nbagent-router.socket", "nbagent-network.socket")
 ON_DEMAND = ("nbagent-network.service", "nbagent-dns.service")
 EXPOSURE_MAX = 5.0
-# Files that others of the host made or changed meanwhile; whatever is ours has our name in its path.
-THEIRS = re.compile(r"file /(etc|usr|var|run)/(?!.*nbagent)")
+# Files that other programs of the host changed. Paths of our files contain "nbagent".
+OTHER_FILES = re.compile(r"file /(etc|usr|var|run)/(?!.*nbagent)")
 
 
 def ours(lines):
-    return sorted(line for line in lines if "nbagent" in line or not THEIRS.match(line))
+    return sorted(line for line in lines if "nbagent" in line or not OTHER_FILES.match(line))
 
 
 def install(host, packages, *options):
@@ -41,15 +41,15 @@ def depends(packages):
 
 @pytest.fixture(scope="module")
 def clean():
-    """A host that has never seen the packages."""
+    """A host on which the packages were never installed."""
     with Host.up(name=f"pk-{os.getpid()}"[:16]) as host:
         yield host
 
 
 @pytest.fixture(scope="module")
 def installed(clean, packages):
-    """The packages on it; what it was before is in `before`."""
-    # What the packages depend on comes first, so that only they themselves are compared.
+    """A host with the packages; `before` is the listing of its files before their installation."""
+    # Dependencies are installed before the first listing, so that it differs only by our packages.
     for package in packages:
         clean.copy_in(str(package), "/root/")
     names = depends(packages) - set(product.HOST)
@@ -68,7 +68,7 @@ def test_lintian_finds_no_error(packages):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_everything_runs_after_the_installation_and_after_the_next_boot(installed):
+def test_units_are_enabled_and_active_after_the_installation(installed):
     for unit in (*SERVICES, *SOCKETS):
         assert installed.run("systemctl", "is-enabled", unit).strip() == "enabled", unit
         assert installed.run("systemctl", "is-active", unit).strip() == "active", unit
@@ -79,19 +79,19 @@ def test_everything_runs_after_the_installation_and_after_the_next_boot(installe
 
 
 @pytest.mark.parametrize("unit", (*SERVICES, *ON_DEMAND))
-def test_no_service_is_more_exposed_than_it_may_be(installed, unit):
+def test_services_are_hardened(installed, unit):
     verdict = installed.run("systemd-analyze", "security", "--no-pager", unit).splitlines()[-1]
     assert float(re.search(r"(\d+\.\d+)", verdict)[1]) <= EXPOSURE_MAX, verdict
 
 
-def test_systemd_finds_no_fault_in_the_units(installed):
+def test_systemd_accepts_the_units(installed):
     units = (*SERVICES, *ON_DEMAND, *SOCKETS, "nbagent-slots.slice")
     done = installed.host.run(["systemd-analyze", "verify", *units], check=False)
     assert done.returncode == 0, done.stderr
     assert "nbagent" not in done.stderr, done.stderr
 
 
-def test_an_upgrade_keeps_the_user_and_the_websocket(installed, packages):
+def test_an_upgrade_keeps_slots_and_websockets(installed, packages):
     kernel = installed.open().kernel()
     kernel.run("x = 21")
     started = installed.run("systemctl", "show", "-P", "InvocationID", "nbagent.service")
@@ -103,13 +103,13 @@ def test_an_upgrade_keeps_the_user_and_the_websocket(installed, packages):
     assert installed.open().run("1 + 1").text == "2"
 
 
-def test_purge_under_a_user_leaves_nothing(installed):
+def test_purge_with_a_running_slot_leaves_no_file(installed):
     slot = installed.open()
     slot.kernel().close()
-    said = installed.purge()
-    assert "warning" not in said.lower(), said
+    output = installed.purge()
+    assert "warning" not in output.lower(), output
     after = product.listing(installed.host)
-    # Our settings of this test were there before the package was, and go with /etc/nbagent.
+    # Purge also removes the settings that this test wrote to /etc/nbagent.
     assert ours(after - installed.before) == []
     assert ours(installed.before - after) == []
     assert installed.run("systemctl", "is-system-running").strip() == "running"

@@ -1,4 +1,4 @@
-"""The pool: slots are warm before anyone asks, and an image that cannot start harms nobody but itself."""
+"""The pool: slots are warm before a claim, and an image that cannot start does not affect others."""
 
 import io
 import json
@@ -9,9 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 FAST = "[pool]\nwarm = 1\nbackoff = \"0.2s\"\nbackoff_max = \"5s\"\nclaim_timeout = \"2s\"\n"
-LAST_WORDS = "cannot find the flux capacitor"
-# What a person reads of a start that failed, and of the pause after it.
-PROVOKED = (r"slot \S+ did not start: it ended", r"pool broken waits ", r"^nbagent-\S+\.scope: Failed with result")
+LAST_LINE = "cannot find the flux capacitor"
+# The journal's lines of a failed start, and of the pause after it.
+PROVOKED = (
+    r"slot \S+ did not start: the slot's program ended", r"pool broken pauses ",
+    r"^nbagent-\S+\.scope: Failed with result",
+)
 STORE = "/var/lib/nbagent/images"
 
 
@@ -31,7 +34,7 @@ def tar_of(files):
 
 
 def add_image(agent, name, archive):
-    """Puts an archive into the host's store under a name, which tells the agent."""
+    """Puts an archive into the host's store under a name, which notifies the agent."""
     agent.host.run(["tee", f"/root/{name}.tar"], input=archive, text=False)
     added = json.loads(agent.run("nbagent", "image", "add", "--json", "--name", name, f"/root/{name}.tar"))
     agent.run("rm", f"/root/{name}.tar")
@@ -40,11 +43,11 @@ def add_image(agent, name, archive):
 
 @pytest.fixture
 def broken(agent):
-    """An image whose program says something and fails."""
+    """An image whose program prints a line and fails."""
     libraries = [line.split()[-2] for line in agent.run("ldd", "/bin/dash").splitlines() if "/" in line]
     names = ["/bin/dash", *libraries]
     files = {name.lstrip("/"): agent.host.run(["cat", name], text=False).stdout for name in names}
-    files["usr/bin/python3"] = f"#!/bin/dash\necho {LAST_WORDS}\nexit 3\n".encode()
+    files["usr/bin/python3"] = f"#!/bin/dash\necho {LAST_LINE}\nexit 3\n".encode()
     files["etc/passwd"] = b"jovyan:x:1000:1000::/home/jovyan:/bin/dash\n"
     files["etc/nbagent-image.toml"] = (
         b'python = "/usr/bin/python3"\nhome = "/home/jovyan"\nuser = "jovyan"\nlaunch = "exec"\n'
@@ -56,7 +59,7 @@ def broken(agent):
     yield add_image(agent, "broken", tar_of(files))
     agent.host.run(["nbagent", "image", "remove", "broken"], check=False)
     agent.wait(lambda: "broken" not in agent.api.get("/stats").json()["pools"]
-               or not any(slot["image"] == "broken" for slot in agent.slots()), "the broken slots to be gone")
+               or not any(slot["image"] == "broken" for slot in agent.slots()), "the removal of the broken slots")
 
 
 def pool(agent, image="minimal"):
@@ -67,7 +70,7 @@ def warm_slots(agent):
     return {slot["slot"] for slot in agent.slots("warm")}
 
 
-def test_a_slot_is_warm_before_anyone_asks(agent):
+def test_a_slot_is_warm_before_a_claim(agent):
     warm = agent.slots("warm")
     assert len(warm) == 1
     assert warm[0]["claimed_at"] is None
@@ -82,7 +85,7 @@ def test_a_claim_takes_a_warm_slot_and_another_is_started(agent):
     assert claimed not in {slot["slot"] for slot in after}
 
 
-def test_the_pool_grows_and_shrinks_as_it_is_told(agent):
+def test_the_pool_follows_its_setting(agent):
     for wanted in (3, 1, 0):
         agent.configure(f"[pool]\nwarm = {wanted}\n")
         agent.wait(lambda wanted=wanted: len(agent.slots()) == len(agent.slots("warm")) == wanted,
@@ -116,8 +119,8 @@ def test_the_pool_never_goes_above_capacity(agent):
     assert len(agent.slots()) == 2
 
 
-def test_of_claims_at_once_on_an_empty_pool_each_gets_a_slot_or_is_told_that_there_is_none(agent):
-    # Whoever waits for a slot that cannot come would still wait when the test has ended.
+def test_concurrent_claims_on_an_empty_pool_get_a_slot_or_503(agent):
+    # A claim that waited for a slot beyond capacity would outlast the test.
     agent.configure('[slots]\ncapacity = 3\n[pool]\nwarm = 0\nclaim_timeout = "10min"\n')
     agent.wait(lambda: not agent.slots(), "an empty pool")
     with ThreadPoolExecutor(5) as callers:
@@ -143,12 +146,12 @@ def test_a_warm_slot_that_waited_too_long_is_replaced_by_a_fresh_one(agent):
     before = warm_slots(agent)
     agent.configure('[pool]\nwarm = 1\nmax_age = "4s"\n')
     assert agent.wait(lambda: warm_slots(agent) - before, "a fresh warm slot")
-    agent.wait(lambda: not before & {slot["slot"] for slot in agent.slots()}, "the old one to be gone")
+    agent.wait(lambda: not before & {slot["slot"] for slot in agent.slots()}, "the removal of the old slot")
     agent.configure("")
 
 
 def life(agent, slot):
-    """How long PID 1 lets a slot live."""
+    """RuntimeMaxSec= of a slot's scope."""
     return agent.run("systemctl", "show", "-P", "RuntimeMaxUSec", f"nbagent-{slot}.scope").strip()
 
 
@@ -156,7 +159,7 @@ def test_a_slot_made_for_short_lives_is_not_claimed_for_a_long_one(agent):
     agent.configure('[slots]\nttl = "20s"\nttl_max = "20s"\n[pool]\nwarm = 1\nmax_age = "10min"\n')
 
     def short_lived():
-        """A warm slot of these settings; those of the former ones, also such as were starting, make room."""
+        """A warm slot of the present settings, after the slots of the former settings were replaced."""
         for slot in warm_slots(agent):
             if life(agent, slot) == "10min 20s":
                 return slot
@@ -164,30 +167,30 @@ def test_a_slot_made_for_short_lives_is_not_claimed_for_a_long_one(agent):
         return None
 
     short = agent.wait(short_lived, "a slot made for a short life")
-    # No room for a fresh one beside it, so that the claim meets it.
+    # No capacity for another slot, so that the claim takes this one.
     agent.configure(f"[slots]\ncapacity = {len(agent.slots())}\n[pool]\nwarm = 1\n")
     claim = agent.claim(ttl="12h")
     assert claim["slot"] != short
     assert life(agent, claim["slot"]) == "1d 6h"
 
 
-def test_a_start_that_fails_is_ended_counted_and_told_with_its_last_words(agent, broken):
+def test_a_failed_start_is_ended_counted_and_logged_with_its_last_line(agent, broken):
     agent.wait(lambda: pool(agent, "broken")["failures"] >= 2, "two failures")
     assert agent.api.get("/stats").json()["counters"]["start_failures"] >= 2
     warnings = agent.journal("-t", "nbagent", "-p", "warning")
-    failed = [entry for entry in warnings if re.search("did not start: it ended", entry["MESSAGE"])]
+    failed = [entry for entry in warnings if re.search("did not start: the slot's program ended", entry["MESSAGE"])]
     slot = failed[-1]["NBAGENT_SLOT"]
     output = agent.run("journalctl", "--no-pager", "-o", "cat", "-u", f"nbagent-{slot}.scope")
-    assert LAST_WORDS in output
+    assert LAST_LINE in output
     assert "exited with status 3" in output
-    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the failed slot to be gone")
+    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the removal of the failed slot")
     assert "No such file" in agent.run("sh", "-c", f"ls /run/nbagent/slots/{slot} 2>&1; true")
 
 
 def test_pauses_between_failing_starts_grow_up_to_their_bound(agent, broken):
     def pauses():
         entries = [e for e in agent.journal("-t", "nbagent", "NBAGENT_IMAGE=broken") if "NBAGENT_WAIT_S" in e]
-        # One for each failure in a row; the last row is this test's.
+        # One for each consecutive failure; the last series is this test's.
         start = max((i for i, e in enumerate(entries) if e["NBAGENT_FAILURES"] == "1"), default=0)
         return [float(entry["NBAGENT_WAIT_S"]) for entry in entries[start:]]
 
@@ -195,7 +198,7 @@ def test_pauses_between_failing_starts_grow_up_to_their_bound(agent, broken):
     assert pauses()[:6] == [0.2, 0.4, 0.8, 1.6, 3.2, 5.0]
 
 
-def test_an_image_that_cannot_start_harms_no_other(agent, broken):
+def test_an_image_that_cannot_start_does_not_affect_others(agent, broken):
     agent.wait(lambda: pool(agent, "broken")["failures"] >= 1, "a failure")
     notebook = agent.open()
     assert notebook.run("6 * 7").text == "42"
@@ -203,19 +206,19 @@ def test_an_image_that_cannot_start_harms_no_other(agent, broken):
     refused = agent.api.post("/claim", {"image": "broken"})
     assert refused.status == 503
     assert refused.json()["type"] == "urn:nbagent:problem:start-failed"
-    assert "it ended" in refused.json()["detail"]
+    assert "the slot's program ended" in refused.json()["detail"]
     assert agent.open().run("1").text == "1"
 
 
 def test_removing_an_image_ends_the_tries_to_start_it(agent, broken):
     agent.wait(lambda: pool(agent, "broken")["failures"] >= 1, "a failure")
     agent.run("nbagent", "image", "remove", "broken")
-    agent.wait(lambda: not any(slot["image"] == "broken" for slot in agent.slots()), "its slots to be gone")
+    agent.wait(lambda: not any(slot["image"] == "broken" for slot in agent.slots()), "the removal of its slots")
     starts = agent.api.get("/stats").json()["counters"]["starts"]
     assert "broken" not in {image["name"] for image in agent.api.get("/images").json()}
     assert agent.api.post("/claim", {"image": "broken"}).json()["field"] == "image"
-    agent.wait(lambda: broken["digest"] not in agent.run("ls", STORE), "its tree to be gone")
-    # The pool of the others goes on; of all starts from now on at most its two are new.
+    agent.wait(lambda: broken["digest"] not in agent.run("ls", STORE), "the removal of its tree")
+    # The pools of other images continue; of all starts from now on at most two are of this image.
     agent.claim()
     agent.wait(lambda: agent.slots("warm"), "the next warm slot")
     assert {slot["image"] for slot in agent.slots()} == {"minimal"}

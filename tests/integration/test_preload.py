@@ -93,7 +93,7 @@ def science(agent, added):
         said = [entry["MESSAGE"] for entry in agent.journal("-t", "nbagent", "NBAGENT_IMAGE=science")]
         return [text for text in said if "zygote" in text]
 
-    assert "forks slots of image science" in agent.wait(told, "the zygote")[-1]
+    assert "of image science is ready" in agent.wait(told, "the zygote")[-1]
     return lambda: agent.open(image="science")
 
 

@@ -1,4 +1,4 @@
-"""Restarts, crashes and upgrades: whatever happens to the agent, its users' slots go on."""
+"""Restarts, crashes and upgrades of the agent, none of which ends a claimed slot."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ from nbagent.core.model import new_id
 from notebook import Kernel
 
 SUPERVISOR, API, ROUTER = "nbagent.service", "nbagent-api.service", "nbagent-router.service"
-# What PID 1 says of a service that was killed.
+# The messages of PID 1 about a killed service.
 FAILED_SCOPE = re.compile(r"Failed to start nbagent-\S+\.scope")
 KILLED = r"nbagent(-api|-router)?\.service: (Main process exited|Failed with result|Consumed|Killing process)"
 
 
 class Session:
-    """A person in the middle of something: a variable, and a cell that runs until it is told to stop."""
+    """A user's session: a variable in a kernel, and a cell that runs until a file appears."""
 
     def __init__(self, agent):
         self.agent, self.notebook = agent, agent.open()
@@ -41,7 +41,7 @@ class Session:
         return answer.json()["content"] if answer.status == 200 else None
 
     def check(self):
-        """Fails unless everything went on: processes, the cell, the variable, the claim."""
+        """Fails unless the processes, the cell, the variable and the claim are unchanged."""
         agent, notebook = self.agent, self.notebook
         agent.wait(lambda: agent.api.get("/healthz").status == 200, "the API")
         assert agent.api.get(f"/slots/{notebook.slot}").json()["state"] == "claimed"
@@ -67,7 +67,7 @@ def session(agent):
 
 @pytest.fixture
 def workers():
-    """Threads for callers that ask while the test does something else."""
+    """Threads for concurrent callers."""
     with ThreadPoolExecutor(4) as pool:
         yield pool
 
@@ -77,9 +77,9 @@ def restart(agent, unit):
 
 
 def kill(agent, unit):
-    """SIGKILL to every process of a service; returns when PID 1 runs it anew."""
+    """SIGKILL to every process of a service; returns when PID 1 has restarted it."""
     agent.expect(KILLED)
-    # What was half started ends with it, before or after PID 1 has put it into its scope.
+    # A slot that is starting ends with the supervisor, before or after PID 1 has moved it into its scope.
     agent.expect(FAILED_SCOPE.pattern)
     before = main_pid(agent, unit)
     agent.run("systemctl", "kill", "-s", "KILL", unit)
@@ -91,7 +91,7 @@ def main_pid(agent, unit):
 
 
 def events(agent, slot, event):
-    """What the journal has of one kind of event about a slot."""
+    """The journal's entries of one event about a slot."""
     return agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={event.value.message_id}")
 
 
@@ -103,7 +103,7 @@ def test_a_session_goes_on_over_the_end_of(session, agent, unit, how):
     assert main_pid(agent, unit) not in (before, 0)
     session.check()
     if unit != ROUTER:
-        # Not even its websocket has noticed.
+        # Its websocket was not closed.
         assert session.kernel.run("answer + 1").text == "43"
 
 
@@ -132,12 +132,12 @@ def test_a_supervisor_that_stops_while_slots_start_leaves_no_failed_scope(agent,
 def test_no_call_is_lost_while_the_api_restarts(agent, workers):
     done = []
 
-    def ask():
+    def call():
         while not done:
             assert agent.api.get("/healthz").status == 200
         return "all answered"
 
-    asking = [workers.submit(ask) for _ in range(2)]
+    asking = [workers.submit(call) for _ in range(2)]
     for _ in range(2):
         restart(agent, API)
     done.append(True)
@@ -154,28 +154,28 @@ def test_a_warm_pool_is_adopted_and_not_made_anew(agent):
     assert {slot["slot"]: agent.processes(slot["slot"]) for slot in agent.slots("warm")} == before
     for slot in before:
         assert events(agent, slot, Event.SLOT_ADOPTED)
-    # It is handed out as if nothing had happened.
+    # A claim gets it as before the restart.
     notebook = agent.open()
     assert notebook.slot in before
     assert notebook.run("6 * 7").text == "42"
 
 
-def test_a_slot_that_was_half_made_is_removed(agent):
+def test_an_incomplete_slot_is_removed(agent):
     agent.expect(KILLED)
-    # What was half started ends with it, before or after PID 1 has put it into its scope.
+    # A slot that is starting ends with the supervisor, before or after PID 1 has moved it into its scope.
     agent.expect(FAILED_SCOPE.pattern)
     agent.configure("[pool]\nwarm = 3\n")
     half = agent.wait(lambda: agent.slots("starting"), "a slot that starts")[0]["slot"]
     agent.run("systemctl", "kill", "-s", "KILL", SUPERVISOR)
     removed = agent.wait(lambda: events(agent, half, Event.SLOT_REMOVED), "its removal")
-    assert "half made" in removed[0]["MESSAGE"]
+    assert "incomplete" in removed[0]["MESSAGE"]
     assert agent.api.get(f"/slots/{half}").status == 404
     assert agent.run("sh", "-c", f"ls -d /run/nbagent/slots/{half} 2>/dev/null; systemctl list-units --all --plain "
-                     f"--no-legend nbagent-{half}.scope; pgrep -f nbagent/[s]andbox/launch; true") == ""
+                     f"--no-legend nbagent-{half}.scope; pgrep -f nbagent[.]runtime[.]exec_slo[t]; true") == ""
     agent.wait_warm(3)
 
 
-def test_what_no_file_or_no_scope_belongs_to_is_removed(agent):
+def test_files_without_scope_and_scopes_without_file_are_removed(agent):
     broken, lost, kept = agent.claim()["slot"], agent.claim()["slot"], agent.open()
     agent.wait_warm()
     agent.run("systemctl", "stop", SUPERVISOR)
@@ -190,8 +190,8 @@ def test_what_no_file_or_no_scope_belongs_to_is_removed(agent):
         mkdir empty""")
     agent.run("systemctl", "start", SUPERVISOR)
     why = {
-        broken: "its file is broken", lost: "no file", double: "its file is broken",
-        ghost: "it ended while no agent ran", "empty": "its file is broken",
+        broken: "slot.json is missing or broken", lost: "has no slot.json", double: "slot.json is missing or broken",
+        ghost: "its processes ended while no supervisor ran", "empty": "slot.json is missing or broken",
     }
     for slot, text in why.items():
         agent.wait(lambda slot=slot: events(agent, slot, Event.SLOT_REMOVED), f"the removal of {slot}")
@@ -220,7 +220,7 @@ def test_an_upgrade_keeps_claimed_sessions(session, agent):
     after = {unit: main_pid(agent, unit) for unit in before}
     assert all(after.values())
     assert after[SUPERVISOR] != before[SUPERVISOR] and after[API] != before[API]
-    # The router takes its new configuration by a reload: no websocket ends.
+    # The router gets its new configuration by a reload, which ends no websocket.
     assert after[ROUTER] == before[ROUTER]
     assert session.kernel.socket.connected
     session.check()
@@ -228,7 +228,7 @@ def test_an_upgrade_keeps_claimed_sessions(session, agent):
     assert agent.open().run("1 + 1").text == "2"
 
 
-def test_a_wrong_setting_changes_nothing_and_the_journal_says_why(agent):
+def test_a_wrong_setting_changes_nothing_and_is_logged(agent):
     agent.expect(r"configuration not reloaded")
     before = main_pid(agent, SUPERVISOR)
     agent.configure('[slots]\nmemroy = "1G"\n')
@@ -254,10 +254,10 @@ def test_a_stop_is_quick_and_leaves_every_slot(session, agent):
     assert agent.run("systemctl", "show", "-P", "Result", SUPERVISOR) == "success\n"
     scopes = agent.run("systemctl", "list-units", "--plain", "--no-legend", "nbagent-*.scope").splitlines()
     running = {line.split()[0].removeprefix("nbagent-").removesuffix(".scope") for line in scopes}
-    # What was half made has ended or become warm; all else is as it was.
+    # A starting slot has ended or become warm; every other slot is unchanged.
     assert settled <= running
     known = agent.run("sh", "-c", "cat /run/nbagent/slots/*/slot.json | sed 's/}{/}\\n{/g'").splitlines()
     assert {json.loads(line)["state"] for line in known} <= {"warm", "claimed"}
-    assert session.file("runs") is not None  # the router needs no agent
+    assert session.file("runs") is not None  # the router works without the agent
     agent.run("systemctl", "start", SUPERVISOR)
     session.check()

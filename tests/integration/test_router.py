@@ -1,4 +1,4 @@
-"""The router: the path alone leads to a slot, and nobody else's words get into its logs or its sockets."""
+"""The router: the path of a URL selects the slot, tokens stay out of the journal, sockets are protected."""
 
 import base64
 import gzip
@@ -26,23 +26,23 @@ def label(agent):
 
 
 def page_of(agent, claim):
-    """The HTML that the claim's url opens."""
-    answer = agent.router.get(f"{claim['path']}?token={claim['token']}")
-    assert answer.status == 200
-    return answer.body.decode()
+    """The HTML at the url of a claim."""
+    response = agent.router.get(f"{claim['path']}?token={claim['token']}")
+    assert response.status == 200
+    return response.body.decode()
 
 
-def test_the_path_alone_leads_to_the_slot(agent):
+def test_path_selects_the_slot(agent):
     one, two = agent.open(), agent.open()
     assert one.run("import os; os.environ['NBAGENT_SLOT']").text == repr(one.slot)
     assert two.run("import os; os.environ['NBAGENT_SLOT']").text == repr(two.slot)
 
 
-def test_a_websocket_goes_through_and_outlives_a_reload_of_the_router(agent):
+def test_websocket_survives_a_reload_of_the_router(agent):
     kernel = agent.open().kernel()
     assert kernel.run("x = 21").status == "ok"
     agent.run("systemctl", "reload", "nbagent-router.service")
-    agent.wait(lambda: agent.router.get("/healthz").status == 200, "the router to answer")
+    agent.wait(lambda: agent.router.get("/healthz").status == 200, "a response of the router")
     assert kernel.run("2 * x").text == "42"
     kernel.end()
 
@@ -58,7 +58,7 @@ def test_a_kernel_is_reached_again_after_a_restart_of_the_router(agent):
     again.end()
 
 
-def test_an_unknown_slot_is_a_page_for_people_and_a_problem_for_programs(agent, label):
+def test_unknown_slot_is_a_page_for_people_and_a_problem_for_programs(agent, label):
     base = "/user/" + UNKNOWN.format(label=label)
     page = agent.router.get(base + "/lab", Accept="text/html,application/xhtml+xml,*/*;q=0.8")
     assert page.status == 404 and page.headers["content-type"].startswith("text/html")
@@ -71,22 +71,22 @@ def test_an_unknown_slot_is_a_page_for_people_and_a_problem_for_programs(agent, 
         assert problem.json()["type"] == "urn:nbagent:problem:slot-not-found"
 
 
-def test_what_is_no_address_of_a_slot_is_not_found(agent):
+def test_other_paths_are_not_found(agent):
     for path in ("/user/", "/user/x/lab", "/user/UPPER-case/lab", "/user/a-b.c/lab", "/favicon.ico",
-                 "/_nbagent/gone.html"):
-        answer = agent.router.get(path, Accept="text/html")
-        assert answer.status == 404, path
-        assert b"nothing at this address" in answer.body
+                 "/_nbagent/ended.html"):
+        response = agent.router.get(path, Accept="text/html")
+        assert response.status == 404, path
+        assert b"nothing at this address" in response.body
 
 
-def test_a_missing_slash_is_mended_by_a_redirect_that_keeps_method_and_query(agent):
+def test_path_without_a_slash_is_redirected_with_method_and_query(agent):
     claim = agent.claim()
-    answer = agent.router.get(f"/user/{claim['slot']}?token={claim['token']}")
-    assert answer.status == 308
-    assert answer.headers["location"] == f"/user/{claim['slot']}/?token={claim['token']}"
+    response = agent.router.get(f"/user/{claim['slot']}?token={claim['token']}")
+    assert response.status == 308
+    assert response.headers["location"] == f"/user/{claim['slot']}/?token={claim['token']}"
 
 
-def test_the_page_loads_its_files_from_the_router_even_while_the_slot_stands_still(agent):
+def test_static_files_are_served_while_the_slot_is_stopped(agent):
     claim = agent.claim()
     asset = ASSET.search(page_of(agent, claim))
     assert asset, "the page loads no script"
@@ -111,7 +111,7 @@ def test_the_page_loads_its_files_from_the_router_even_while_the_slot_stands_sti
     assert agent.router.get(f"/user/{claim['slot']}/api").status == 200
 
 
-def test_a_file_that_did_not_change_is_not_sent_again(agent):
+def test_unchanged_file_is_not_sent_again(agent):
     claim = agent.claim()
     asset = ASSET.search(page_of(agent, claim))[0]
     first = agent.router.get(asset)
@@ -120,22 +120,22 @@ def test_a_file_that_did_not_change_is_not_sent_again(agent):
 
 @pytest.mark.parametrize("path", ["static/../slot.json", "static/%2e%2e/slot.json", "static/..%2fslot.json",
                                   "static/lab/../../../slot.json", "slot.json", "http.sock"])
-def test_no_path_leads_to_what_is_beside_the_static_files(agent, path):
+def test_path_traversal_from_the_static_files(agent, path):
     claim = agent.claim()
-    answer = agent.router.get(f"/user/{claim['slot']}/{path}")
-    assert answer.status in (302, 400, 403, 404)
-    assert claim["token"] not in answer.body.decode()
+    response = agent.router.get(f"/user/{claim['slot']}/{path}")
+    assert response.status in (302, 400, 403, 404)
+    assert claim["token"] not in response.body.decode()
 
 
 @pytest.mark.parametrize("path", ["/claim", "/slots", "/readyz", "/metrics", "/drain", "/images", "/openapi.json"])
-def test_the_control_api_is_not_on_the_users_port(agent, path):
+def test_control_api_is_not_on_the_users_port(agent, path):
     before = len(agent.slots("claimed"))
     for method in ("GET", "POST", "DELETE"):
         assert agent.router.call(method, path, headers={"Accept": "application/json"}).status == 404
     assert len(agent.slots("claimed")) == before
 
 
-def test_no_token_gets_into_the_journal_whatever_goes_wrong(agent, label):
+def test_failed_requests_put_no_token_into_the_journal(agent, label):
     claim = agent.claim()
     token, base = claim["token"], f"/user/{claim['slot']}"
     silent = f"{label}-silent0silent"
@@ -155,63 +155,63 @@ def test_no_token_gets_into_the_journal_whatever_goes_wrong(agent, label):
     def lines():
         return [entry for entry in agent.journal("-t", "nbagent_router") if silent in str(entry["MESSAGE"])]
 
-    agent.wait(lines, "the router's line about the slot that does not answer")
+    agent.wait(lines, "the router's line about the unresponsive slot")
     text = agent.run("journalctl", "--no-pager", "--all", "-o", "json")
     assert token not in text and "token=" not in "".join(str(line) for line in lines())
     assert agent.run("sh", "-c", f"grep -rls {token} /var/log/nginx /run/nbagent-router; true") == ""
 
 
-@pytest.mark.parametrize(("user", "may"), [
+@pytest.mark.parametrize(("user", "permitted"), [
     ("root", True), ("nbagent-router", True), ("nbagent", False), ("nobody", False),
 ])
-def test_only_root_and_the_router_reach_a_slots_socket(agent, user, may):
+def test_only_root_and_the_router_reach_a_slots_socket(agent, user, permitted):
     slot = agent.claim()["slot"]
     directory = f"/run/nbagent/slots/{slot}"
     done = agent.host.run(["runuser", "-u", user, "--", "curl", "-sS", "-o", "/dev/null", "-w", "%{http_code}",
                            "--unix-socket", f"{directory}/http.sock", f"http://slot/user/{slot}/api"], check=False)
-    assert (done.returncode, done.stdout) == ((0, "200") if may else (7, "000"))
+    assert (done.returncode, done.stdout) == ((0, "200") if permitted else (7, "000"))
     if user != "root":
         for command in (["cat", f"{directory}/slot.json"], ["ls", "/run/nbagent/slots"]):
             assert agent.host.run(["runuser", "-u", user, "--", *command], check=False).returncode != 0
 
 
-@pytest.mark.parametrize(("said", "secure"), [(None, False), ("http", False), ("https", True), ("gopher", False)])
-def test_what_the_front_says_of_tls_reaches_the_slot(agent, said, secure):
+@pytest.mark.parametrize(("proto", "secure"), [(None, False), ("http", False), ("https", True), ("gopher", False)])
+def test_scheme_of_a_tls_proxy_reaches_the_slot(agent, proto, secure):
     claim = agent.claim()
-    headers = ["-H", f"Host: {claim['slot']}.nb.test"] + (["-H", f"X-Forwarded-Proto: {said}"] if said else [])
+    headers = ["-H", f"Host: {claim['slot']}.nb.test"] + (["-H", f"X-Forwarded-Proto: {proto}"] if proto else [])
     url = f"http://127.0.0.1:8000{claim['path']}?token={claim['token']}"
-    answer = agent.run("curl", "-sS", "-D", "-", "-o", "/dev/null", *headers, url)
-    # The slot names its login by what it was told; browsers take the one name by TLS only.
+    response = agent.run("curl", "-sS", "-D", "-", "-o", "/dev/null", *headers, url)
+    # The slot names its login cookie by the scheme, because browsers accept the prefix __Host- only by TLS.
     name = f"__Host-nbagent-{claim['slot']}=" if secure else f"nbagent-{claim['slot']}="
-    login = [line for line in answer.splitlines() if line.startswith(f"Set-Cookie: {name}")]
-    assert len(login) == 1, answer
+    login = [line for line in response.splitlines() if line.startswith(f"Set-Cookie: {name}")]
+    assert len(login) == 1, response
     assert ("; Secure" in login[0]) is secure
 
 
-def test_a_file_of_100_megabytes_is_uploaded_in_chunks_as_jupyterlab_does(agent):
+def test_upload_of_100_megabytes_in_chunks_as_by_jupyterlab(agent):
     notebook = agent.open()
     chunk, chunks, total = os.urandom(4 << 20), 25, hashlib.sha256()
     for number in range(1, chunks + 1):
         total.update(chunk)
         body = {"type": "file", "format": "base64", "content": base64.b64encode(chunk).decode(),
                 "chunk": -1 if number == chunks else number}
-        answer = notebook.router.call("PUT", f"{notebook.base}api/contents/big.bin", body, notebook.headers)
-        assert answer.status in (200, 201), answer.body[:500]
+        response = notebook.router.call("PUT", f"{notebook.base}api/contents/big.bin", body, notebook.headers)
+        assert response.status in (200, 201), response.body[:500]
     code = "import hashlib; hashlib.file_digest(open('big.bin', 'rb'), 'sha256').hexdigest()"
     assert notebook.run(code).text == repr(total.hexdigest())
 
 
-def test_a_file_of_100_megabytes_goes_in_and_out_in_one_piece(agent):
+def test_upload_and_download_of_100_megabytes_in_one_request(agent):
     notebook = agent.open(memory="2G")
     content = os.urandom(1 << 20) * 100
     body = {"type": "file", "format": "base64", "content": base64.b64encode(content).decode()}
-    answer = notebook.router.call("PUT", f"{notebook.base}api/contents/big.bin", body, notebook.headers)
-    assert answer.status == 201, answer.body[:500]
+    response = notebook.router.call("PUT", f"{notebook.base}api/contents/big.bin", body, notebook.headers)
+    assert response.status == 201, response.body[:500]
     back = notebook.router.call("GET", f"{notebook.base}files/big.bin", headers=notebook.headers)
     assert back.status == 200 and back.body == content
 
 
-def test_a_body_above_the_limit_is_refused_before_it_is_sent(agent):
+def test_body_above_the_limit_is_refused_before_it_is_sent(agent):
     notebook = agent.open()
     with agent.host.connect(product.ROUTER_PORT) as connection:
         connection.sendall(f"PUT {notebook.base}api/contents/x HTTP/1.1\r\nHost: x\r\n"
@@ -220,40 +220,40 @@ def test_a_body_above_the_limit_is_refused_before_it_is_sent(agent):
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_restart_of_the_router_loses_no_new_connection(agent):
+def test_restart_of_the_router_loses_no_connection(agent):
     path = f"/user/{agent.claim()['slot']}/api"
-    failures, answered, stop = [], [], threading.Event()
+    failures, successes, stop = [], [], threading.Event()
 
-    def ask():
+    def send():
         while not stop.is_set():
             try:
                 status = agent.router.get(path).status
             except (OSError, http.client.HTTPException) as error:
                 status = repr(error)
-            (answered if status == 200 else failures).append(status)
+            (successes if status == 200 else failures).append(status)
 
-    asking = [threading.Thread(target=ask) for _ in range(3)]
-    for thread in asking:
+    threads = [threading.Thread(target=send) for _ in range(3)]
+    for thread in threads:
         thread.start()
     try:
         for _ in range(3):
-            before = len(answered)
+            before = len(successes)
             agent.run("systemctl", "restart", "nbagent-router.service")
-            agent.wait(lambda before=before: failures or len(answered) > before + 10, "answers after the restart")
+            agent.wait(lambda before=before: failures or len(successes) > before + 10, "responses after the restart")
     finally:
         stop.set()
-        for thread in asking:
+        for thread in threads:
             thread.join()
     assert not failures
 
 
-def test_the_url_of_a_claim_is_where_the_router_is(agent):
+def test_url_of_a_claim_has_the_address_of_the_router(agent):
     parts = urlsplit(agent.claim()["url"])
     assert (parts.hostname, parts.port) == ("127.0.0.1", product.ROUTER_PORT)
 
 
-def test_no_worker_of_the_router_ever_waits_for_a_connection(agent):
-    """One that did would leave alone everybody it serves: it waits for events, and its sockets do not block."""
+def test_listening_sockets_of_the_router_do_not_block(agent):
+    """A worker that blocks in accept(2) would serve none of its connections meanwhile."""
     flags = agent.run("sh", "-c", "for pid in $(pgrep -u nbagent-router nginx); do "
                       "grep -h ^flags: /proc/$pid/fdinfo/3; done")
     assert len(flags.splitlines()) >= 2

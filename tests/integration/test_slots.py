@@ -1,4 +1,4 @@
-"""What a slot is on its host: its limits, its user, its walls; and that nothing of it stays."""
+"""A slot on its host: limits, user, namespaces, files, descriptors, and complete removal."""
 
 import base64
 import hashlib
@@ -10,7 +10,7 @@ import zipfile
 import pytest
 
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
-# What a slot's server holds: its output, its listening socket, its activity page, its event loop. Its seed: the server.
+# Descriptors of a slot's server: output, listening socket, activity page, event loop; of its fork server: the server.
 DESCRIPTORS = re.compile(
     r"/dev/null|(pipe|socket):\[\d+\]|/memfd:nbagent-activity \(deleted\)|anon_inode:\[(eventpoll|pidfd)\]"
 )
@@ -23,7 +23,7 @@ def shown(agent, slot):
 
 
 def record(agent, slot):
-    """The slot's own file: what the agent knows of it."""
+    """The slot's state file, slot.json."""
     return json.loads(agent.run("cat", f"/run/nbagent/slots/{slot}/slot.json"))
 
 
@@ -39,15 +39,15 @@ def namespaces(agent, pid):
     return dict(zip(NAMESPACES, links, strict=True))
 
 
-def ask(at, code):
-    """What a cell, or a notebook's own kernel, prints as JSON."""
-    result = at.run(code)
+def evaluate(runner, code):
+    """The JSON that a cell prints, run by a kernel, or by a new kernel of a notebook."""
+    result = runner.run(code)
     assert result.status == "ok", result
     return json.loads(result.stream)
 
 
-def renew(agent):
-    """Warm slots that are made by the settings of now."""
+def recycle_pool(agent):
+    """Replaces the warm slots by new ones with the present settings."""
     for slot in agent.slots("warm"):
         agent.release(slot["slot"])
     agent.wait_warm()
@@ -59,7 +59,7 @@ def test_a_scope_has_the_limits_of_the_settings(agent):
     expected = {
         "Slice": "nbagent-slots.slice", "MemoryMax": str(512 << 20), "MemorySwapMax": "0", "CPUWeight": "100",
         "TasksMax": "256", "OOMPolicy": "continue", "CollectMode": "inactive-or-failed",
-        # The longest that a warm slot may wait, 6 h, and a claimed one may live, 24 h.
+        # The maximum age of a warm slot, 6 h, plus the longest life of a claimed one, 24 h.
         "RuntimeMaxUSec": "1d 6h", "CPUQuotaPerSecUSec": "infinity", "ActiveState": "active",
     }
     assert {name: properties[name] for name in expected} == expected
@@ -67,7 +67,7 @@ def test_a_scope_has_the_limits_of_the_settings(agent):
     assert slice_ == "nbagent.slice"
 
 
-def test_each_slot_is_a_user_of_its_own_within_the_range_of_its_image(agent):
+def test_each_slot_has_its_own_user_id_in_the_range_of_its_image(agent):
     uids = []
     for slot in (agent.claim()["slot"], agent.claim()["slot"]):
         known = record(agent, slot)
@@ -83,7 +83,7 @@ def test_each_slot_is_a_user_of_its_own_within_the_range_of_its_image(agent):
     assert uids[0] != uids[1]
 
 
-def test_no_process_of_a_slot_holds_a_capability_or_can_get_one(agent):
+def test_no_process_of_a_slot_has_or_can_gain_a_capability(agent):
     notebook = agent.open()
     with notebook.kernel() as kernel:
         assert kernel.run("import subprocess; child = subprocess.Popen(['sleep', '600'])").status == "ok"
@@ -111,19 +111,19 @@ def test_a_slot_shares_no_namespace_with_the_host_or_another_slot(agent):
         assert host[name] not in (seen[0][name], seen[1][name]), name
 
 
-def test_a_slot_knows_itself_and_sees_nobody_else(agent):
+def test_a_slot_has_its_own_identity_and_sees_only_its_processes(agent):
     notebook = agent.open()
     uid = record(agent, notebook.slot)["uid"]
-    facts = ask(notebook, """
+    facts = evaluate(notebook, """
 import json, os, pwd, socket, subprocess
-def say(*argv): return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
+def output(*argv): return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.strip()
 try:
     socket.create_connection(("192.0.2.1", 80), timeout=10)
     away = "connected"
 except OSError as error:
     away = os.strerror(error.errno)
 print(json.dumps({
-    "whoami": say("whoami"), "id": say("id"), "hostname": say("hostname"), "home": os.path.expanduser("~"),
+    "whoami": output("whoami"), "id": output("id"), "hostname": output("hostname"), "home": os.path.expanduser("~"),
     "cwd": os.getcwd(), "passwd": list(pwd.getpwuid(os.getuid())), "localhost": socket.gethostbyname("localhost"),
     "self": socket.gethostbyname(socket.gethostname()),
     "interfaces": [name for _, name in socket.if_nameindex()], "away": away,
@@ -137,12 +137,12 @@ print(json.dumps({
     assert facts["home"] == facts["cwd"] == facts["passwd"][5] == "/home/jovyan"
     assert facts["localhost"] == facts["self"] == "127.0.0.1"
     assert facts["interfaces"] == ["lo"] and facts["away"] == "Network is unreachable"
-    # Its own four or five: init, the server, the kernel and what that starts. A host has dozens.
+    # Four or five: init, server, fork server, kernel and its child. A host has dozens.
     assert set(facts["parents"]) <= set(facts["pids"]) and max(facts["pids"]) < 100 and len(facts["pids"]) <= 6
 
 
-def test_nothing_of_the_host_is_in_sight(agent):
-    facts = ask(agent.open(), """
+def test_files_sockets_and_mounts_of_the_host_are_not_visible(agent):
+    facts = evaluate(agent.open(), """
 import json, os
 def names(path):
     try:
@@ -179,8 +179,8 @@ print(json.dumps({
     assert not [path for path in facts["mounts"] if path.startswith(("/sys", "/run/systemd", "/var", "/etc", "/root"))]
 
 
-def test_the_image_and_the_kernels_settings_are_not_to_be_written(agent):
-    facts = ask(agent.open(), """
+def test_the_image_and_the_kernels_settings_are_read_only(agent):
+    facts = evaluate(agent.open(), """
 import json, os
 def opened(path, mode="r+"):
     try:
@@ -204,14 +204,14 @@ print(json.dumps({
     assert set(facts["image"] + facts["new"]) == {"PermissionError"}
     assert facts["code"] in ("PermissionError", "read-only")
     assert set(facts["sys"]) <= {"PermissionError", "read-only"}
-    # Not every kernel has one.
+    # Not every kernel has /proc/sysrq-trigger.
     assert facts["trigger"] in ("PermissionError", "read-only", "FileNotFoundError")
     for path, options in facts["options"].items():
         assert {"nosuid", "nodev"} <= set(options), path
     assert "ro" in facts["options"]["/proc/sys"] and "ro" in facts["options"]["/run/nbagent/lib/nbagent"]
 
 
-def test_what_a_slot_writes_is_seen_by_no_other_and_goes_with_it(agent):
+def test_files_of_a_slot_are_private_and_removed_with_it(agent):
     first, second = agent.open(), agent.open()
     tree = record(agent, first.slot)["digest"].replace(":", "-")
     welcome = f"/var/lib/nbagent/images/{tree}/rootfs/home/jovyan/Welcome.ipynb"
@@ -224,9 +224,9 @@ for directory in {places}:
 pathlib.Path("/home/jovyan/Welcome.ipynb").write_text("mine")
 """
     assert first.run(write).status == "ok"
-    look = f"import json, os; print(json.dumps([os.path.exists(place + '/{mark}') for place in {places}]))"
-    assert ask(first, look) == [True] * 4
-    assert ask(second, look) == [False] * 4
+    check = f"import json, os; print(json.dumps([os.path.exists(place + '/{mark}') for place in {places}]))"
+    assert evaluate(first, check) == [True] * 4
+    assert evaluate(second, check) == [False] * 4
     assert second.get("api/contents/Welcome.ipynb")["type"] == "notebook"
 
     def on_host():
@@ -242,22 +242,22 @@ pathlib.Path("/home/jovyan/Welcome.ipynb").write_text("mine")
 
 @pytest.fixture
 def small_storage(agent):
-    """The shared host with slots of 24 MB of files; afterwards the pool is as it was."""
+    """The shared host with slots of 24 MB of storage; afterwards the pool has the former settings."""
     agent.configure('[slots]\nstorage = "24M"\n')
-    renew(agent)
+    recycle_pool(agent)
     yield agent
     agent.configure("")
-    renew(agent)
+    recycle_pool(agent)
 
 
-def test_storage_ends_with_an_error_and_not_with_the_server(small_storage):
+def test_full_storage_is_enospc_and_the_server_goes_on(small_storage):
     notebook = small_storage.open()
     with notebook.kernel() as kernel:
         fill_up(notebook, kernel)
 
 
 def fill_up(notebook, kernel):
-    full = ask(kernel, """
+    full = evaluate(kernel, """
 import errno, json, os
 def fill(path):
     written = 0
@@ -276,16 +276,16 @@ def crowd(directory):
             open(f"{directory}/{number}", "x").close()
     except OSError as error:
         return errno.errorcode[error.errno], number
-def room(path): return [os.statvfs(path).f_blocks * os.statvfs(path).f_frsize, os.statvfs(path).f_files]
+def size(path): return [os.statvfs(path).f_blocks * os.statvfs(path).f_frsize, os.statvfs(path).f_files]
 full = {"home": fill("big"), "tmp": fill("/tmp/big"), "shm": fill("/dev/shm/big")}
-print(json.dumps(full | {"room": room("/home/jovyan")}))
+print(json.dumps(full | {"size": size("/home/jovyan")}))
 """)
-    assert full["room"] == [24 << 20, (24 << 20) // 4096]
-    # The home, /tmp and /dev/shm share what a slot may write.
+    assert full["size"] == [24 << 20, (24 << 20) // 4096]
+    # The home, /tmp and /dev/shm share the slot's storage.
     assert full["home"][0] == full["tmp"][0] == full["shm"][0] == "ENOSPC"
     assert 20 << 20 < full["home"][1] <= 24 << 20 and full["tmp"][1] < 1 << 20 and full["shm"][1] < 1 << 20
     assert full["home"][1] <= notebook.get("api/contents/big?content=0")["size"] <= 24 << 20
-    crowded = ask(kernel, """
+    crowded = evaluate(kernel, """
 os.unlink("big"); os.unlink("/tmp/big"); os.unlink("/dev/shm/big")
 print(json.dumps({"home": crowd("crowd"), "shm": crowd("/dev/shm/crowd")}))
 """)
@@ -295,18 +295,18 @@ print(json.dumps({"home": crowd("crowd"), "shm": crowd("/dev/shm/crowd")}))
     assert notebook.get("api/contents/small")["content"] == "fits"
 
 
-def test_the_token_is_nowhere_but_with_who_claimed(agent):
+def test_the_token_is_only_in_the_claims_response(agent):
     claim = agent.claim()
     assert agent.router.get(claim["path"] + "?token=" + claim["token"]).status == 200
     assert agent.router.get(f"/user/{claim['slot']}/api/contents?token={claim['token']}").status == 200
     assert agent.router.get(f"/user/{claim['slot']}/no/such?token={claim['token']}").status == 404
     notebook = type(agent.open())(agent.host, claim)
     assert claim["token"] not in notebook.run("import os; print(dict(os.environ))").stream
-    look = "grep -slFf - /proc/[0-9]*/cmdline /proc/[0-9]*/environ; true"
-    assert agent.run("sh", "-c", look, input=claim["token"]) == ""
-    # The same look finds what is there.
+    search = "grep -slFf - /proc/[0-9]*/cmdline /proc/[0-9]*/environ; true"
+    assert agent.run("sh", "-c", search, input=claim["token"]) == ""
+    # The same search finds a text that is present.
     init = agent.run("sh", "-c", "tr '\\0' '\\n' </proc/1/cmdline")
-    assert "/proc/1/cmdline" in agent.run("sh", "-c", look, input=init)
+    assert "/proc/1/cmdline" in agent.run("sh", "-c", search, input=init)
     for unit in (f"nbagent-{claim['slot']}.scope", "nbagent.service", "nbagent-api.service"):
         assert claim["token"] not in agent.run("systemctl", "show", unit)
     journal = agent.run("journalctl", "--no-pager", "-o", "export", "--all")
@@ -314,34 +314,34 @@ def test_the_token_is_nowhere_but_with_who_claimed(agent):
     assert agent.run("stat", "-c", "%a %u", f"/run/nbagent/slots/{claim['slot']}/slot.json") == "600 0\n"
 
 
-def test_a_setuid_program_is_an_ordinary_one(agent):
+def test_a_setuid_program_gains_no_user_id(agent):
     notebook = agent.open()
     known = record(agent, notebook.slot)
-    # As the image's root, which nobody in a slot can be.
+    # Made by root of the image's user namespace, which no process of a slot is.
     agent.run("nsenter", "-t", str(known["pid"]), "-U", "-m", "-S", "0", "-G", "0", "sh", "-c",
               "cp /usr/bin/id /home/jovyan/rooted && chmod 6755 /home/jovyan/rooted")
-    facts = ask(notebook, """
+    facts = evaluate(notebook, """
 import json, os, subprocess
 status = os.stat("rooted")
-said = subprocess.run(["./rooted"], capture_output=True, text=True, check=True).stdout
-print(json.dumps({"owner": status.st_uid, "mode": oct(status.st_mode), "said": said.strip()}))
+id = subprocess.run(["./rooted"], capture_output=True, text=True, check=True).stdout
+print(json.dumps({"owner": status.st_uid, "mode": oct(status.st_mode), "id": id.strip()}))
 """)
     assert (facts["owner"], facts["mode"]) == (0, "0o106755")
     uid = known["uid"]
-    assert facts["said"] == f"uid={uid}(jovyan) gid={uid}(jovyan) groups={uid}(jovyan)"
+    assert facts["id"] == f"uid={uid}(jovyan) gid={uid}(jovyan) groups={uid}(jovyan)"
 
 
-def test_a_slots_processes_hold_the_descriptors_they_need_and_no_other(agent):
+def test_a_slots_processes_hold_only_the_descriptors_they_need(agent):
     slot = agent.claim()["slot"]
     pids = agent.processes(slot)
-    assert len(pids) == 3  # the third is what kernels are forked from
+    assert len(pids) == 3  # init, server, fork server
     for pid in pids:
         links = agent.run("sh", "-c", f"for fd in /proc/{pid}/fd/*; do readlink $fd; done").splitlines()
         assert 4 <= len([link for link in links if link != "/dev/null"]) <= 10
         assert [link for link in links if not DESCRIPTORS.fullmatch(link)] == []
 
 
-def test_a_slot_of_a_supervisor_with_many_descriptors_starts_and_holds_no_more_than_others(agent):
+def test_descriptors_of_the_supervisor_do_not_reach_a_slot(agent):
     connections = "import socket, time; held = [socket.socket(1, 5) for _ in range(100)];"
     connections += " [one.connect('/run/nbagent/control.sock') for one in held]; time.sleep(600)"
     agent.run("systemd-run", "-q", "--unit=holder", "/usr/bin/python3", "-c", connections)
@@ -364,7 +364,7 @@ def test_a_released_slot_leaves_no_process_mount_namespace_or_file(agent):
         assert kernel.run("import subprocess; subprocess.run(['setsid', '-f', 'sleep', '600'])").status == "ok"
         known, group = record(agent, notebook.slot), shown(agent, notebook.slot)["ControlGroup"]
         pids, uid = agent.processes(notebook.slot), known["id_base"] + known["uid"]
-        # The user namespace is the image's.
+        # The user namespace is the image's and remains.
         found = {name: link for name, link in namespaces(agent, known["pid"]).items() if name != "user"}
         ids = {link.split("[")[1].rstrip("]") for link in found.values()}
 
@@ -388,10 +388,10 @@ def test_a_released_slot_leaves_no_process_mount_namespace_or_file(agent):
         assert left == ""
 
 
-def test_a_fork_bomb_ends_at_the_task_limit_and_its_user_can_go_on(agent):
+def test_a_fork_bomb_stops_at_tasks_max_and_the_slot_stays_usable(agent):
     notebook = agent.open(memory="2G")  # so that tasks end first
-    # Each of its processes is interrupted, and says so at length.
-    agent.expect(r"prints too much")
+    # Each of its processes prints a traceback when it is interrupted.
+    agent.expect(r"exceeds the log rate limit")
     bomb = "import os, time\\ntry:\\n    while True: os.fork()\\nexcept OSError: time.sleep(600)"
     with notebook.kernel() as kernel:
         assert kernel.run(f'import subprocess; subprocess.Popen(["python3", "-ISc", "{bomb}"])').status == "ok"
@@ -405,7 +405,7 @@ def test_a_fork_bomb_ends_at_the_task_limit_and_its_user_can_go_on(agent):
         refused = kernel.run("import subprocess; subprocess.run(['true'])")
         assert refused.status == "error" and "BlockingIOError" in refused.error
         assert agent.api.get("/healthz").status == 200
-        # What a person does then; the bomb is of the kernel's process group and ends with it.
+        # As by "Shut Down Kernel": the bomb is in the kernel's process group and is killed with it.
         kernel.end()
     agent.wait(lambda: tasks() < 16, "the bomb to end with its kernel")
     assert "Welcome.ipynb" in [file["name"] for file in notebook.get("api/contents")["content"]]
@@ -413,7 +413,7 @@ def test_a_fork_bomb_ends_at_the_task_limit_and_its_user_can_go_on(agent):
 
 
 def wheel():
-    """A package of one line, as a wheel: its file name and its bytes."""
+    """A package of one line as a wheel: (file name, bytes)."""
     metadata = "tiny_answer-1.0.dist-info"
     files = {
         "tiny_answer.py": "ANSWER = 42\n",

@@ -1,4 +1,4 @@
-"""The test hosts themselves: what every other host test takes for granted.
+"""The test hosts themselves, on which every other integration test relies.
 
 Two nspawn hosts run side by side for the whole file. Nothing here is about nbagent.
 """
@@ -24,11 +24,11 @@ from testhost_driver.errors import BadArgument, CommandFailed, CommandTimedOut, 
 TESTHOST = Path(__file__).resolve().parents[1] / "testhost"
 NAMES = (f"tt-{os.getpid() % 100000}-a", f"tt-{os.getpid() % 100000}-b")
 
-# A slot in small, as root in the host: a user namespace whose ids the parent writes, in it a child with every
+# A minimal slot, as root in the host: a user namespace whose ids the parent writes, in it a child with every
 # other namespace, an overlay over a directory of the host's own overlay, a fresh /proc, and a pivot into it.
 # The lower layer must have no mount below it: the kernel refuses to clone a path with locked children, so `/`
 # itself will not do.
-SLOT_IN_SMALL = r"""
+MINIMAL_SLOT = r"""
 import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 def ok(result, what):
@@ -88,7 +88,7 @@ while True:
 
 
 def traces() -> dict[str, set[str]]:
-    """What a host could leave behind on this machine."""
+    """Everything that a host could leave behind on this machine."""
     mounts = {line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()}
     netns = {entry.name for entry in Path("/run/netns").iterdir()} if Path("/run/netns").exists() else set()
     cgroups = {str(path) for path in Path("/sys/fs/cgroup").glob("**/testhost-*")}
@@ -101,7 +101,7 @@ def traces() -> dict[str, set[str]]:
             except OSError:
                 pass
     found = {"mounts": mounts, "netns": netns, "cgroups": cgroups, "state": state, "processes": commands}
-    # Other hosts may come and go while we run; only what bears our names is ours.
+    # Other hosts may start and end meanwhile, so that only names of these hosts count.
     return {
         what: {item for item in items if any(name in item for name in NAMES)} for what, items in found.items()
     }
@@ -124,7 +124,7 @@ def host(pair: tuple[Host, Host]) -> Host:
 
 @contextlib.contextmanager
 def serve(host: Host, port: int) -> Iterator[subprocess.Popen[str]]:
-    """A server inside that says its host's name and who asks; it ends with the context."""
+    """A server inside that sends its host's name and the client's address; it ends with the context."""
     with host.popen(["python3", "-c", SERVER, port], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout.readline() == "listening\n"
         try:
@@ -154,7 +154,7 @@ def test_two_hosts_run_side_by_side_with_systemd_as_pid_1(pair: tuple[Host, Host
     assert pair[1].run(["test", "-e", "/etc/only-here"], check=False).returncode == 1
 
 
-def test_up_of_a_healthy_host_changes_nothing_and_says_so(host: Host) -> None:
+def test_up_of_a_healthy_host_changes_nothing(host: Host) -> None:
     boot = host.run(["cat", "/proc/sys/kernel/random/boot_id"]).stdout
     said: list[str] = []
     again = Host.up(name=host.name, say=said.append)
@@ -199,7 +199,7 @@ def test_down_leaves_nothing_behind() -> None:
             int(entry.name)
         ):  # a zombie is for the machine's init to reap
             assert f"testhost-{name}" not in (entry / "cgroup").read_text(), (entry / "cmdline").read_text()
-    host.down()  # once more is no error
+    host.down()  # a second call is no error
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_down_leaves_nothing_behind() -> None:
         ({"cpus": 0}, "1 to 64"),
     ],
 )
-def test_wrong_arguments_are_named_with_what_would_be_right(options: dict[str, object], message: str) -> None:
+def test_wrong_arguments_are_named_with_the_expected_value(options: dict[str, object], message: str) -> None:
     with pytest.raises(BadArgument, match=message):
         Host.up(**options)  # type: ignore[arg-type]
 
@@ -301,7 +301,7 @@ def test_connections_come_from_loopback_inside(pair: tuple[Host, Host]) -> None:
             port = host.forward(7002, 0)
             assert read_all(socket.create_connection(("127.0.0.1", port))) == f"{host.name} 127.0.0.1"
         assert pair[0].forward(7002, port_of(pair[0])) == port_of(pair[0])  # again: the same one
-    # What was killed is the way into the host; the server itself ends a moment later.
+    # The killed process is the entry into the host; the server itself ends a moment later.
     refused, deadline = False, time.monotonic() + 10
     while not refused and time.monotonic() < deadline:
         try:
@@ -325,7 +325,7 @@ def test_many_threads_connect_at_once_and_stay_in_their_own_namespace(host: Host
     } == {before}
 
 
-def test_a_taken_port_is_said_at_once(host: Host) -> None:
+def test_a_port_in_use_is_an_error(host: Host) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = command_line("forward", host.name, f"7004:{taken.getsockname()[1]}")
     assert done.returncode == 2
@@ -366,8 +366,8 @@ def test_cpu_weight_divides_one_processor(host: Host) -> None:
     assert 2.5 < large / small < 6
 
 
-def test_a_slot_in_small_works_without_capabilities_on_the_host(host: Host) -> None:
-    done = host.run(["python3", "-c", SLOT_IN_SMALL])
+def test_a_minimal_slot_works_without_capabilities_on_the_host(host: Host) -> None:
+    done = host.run(["python3", "-c", MINIMAL_SLOT])
     assert done.stdout.split() == ["1", "True"]
     assert host.run(["test", "-e", "/usr/written"], check=False).returncode == 1
 

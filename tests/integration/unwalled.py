@@ -12,25 +12,25 @@ import itertools
 import json
 import os
 import select
-import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from nbagent.core.model import ResourceLimits, Slot, SlotState
+from nbagent.core.model import Limits, Slot, SlotState
 from nbagent.image.store import ImageStore
 from nbagent.linux import namespaces as ns
 from nbagent.runtime import exec_slot
 from nbagent.sandbox import plan, steps
 from nbagent.supervisor.launcher import sandbox_spec
 from nbagent.wire import activity
+from nbagent.wire.channel import Channel
 
 KINDS = {"mount": ns.CLONE_NEWNS, "pid": ns.CLONE_NEWPID, "ipc": ns.CLONE_NEWIPC, "uts": ns.CLONE_NEWUTS,
          "net": ns.CLONE_NEWNET, "cgroup": ns.CLONE_NEWCGROUP}
 STORAGE = 64 << 20
-# What of an image's tree lies where a step of the plan works, and where its links would like to lead.
+# Names in an image's tree at which a step of the plan works, and targets of hostile links in their place.
 IN_THE_WAY = (
     "tmp", "dev", "dev/null", "dev/shm", "dev/pts", "proc", "run", "run/nbagent", "run/nbagent/lib", "etc",
     "etc/passwd", "etc/group", "etc/hosts", "etc/hostname", "etc/resolv.conf", "home", "home/jovyan",
@@ -59,7 +59,7 @@ def changed(spec, change):
 
 
 def name_of(step):
-    """What a step is called here: its class, and its target where there are several."""
+    """The name of a step here: its class, and its target where there are several."""
     kind = type(step).__name__
     return f"{kind} {step.target.lstrip('/')}" if kind in ("Tmpfs", "Bind") else kind
 
@@ -115,43 +115,42 @@ def links(spec, below):
 
 
 def run(spec, change):
-    """Starts one sandbox as the supervisor would; what came of it."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    result, answer = os.pipe()
+    """Starts one sandbox as the supervisor would; returns its failure and what its program reported."""
+    control, peer = Channel.pair()
+    result, report = os.pipe()
     page, config = activity.create(), os.memfd_create("nbagent-config")
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        ours.close()
-        os.close(result)
+        control.close()
+        for fd in (result, report, page, config):
+            os.close(fd)
         exec_slot.plan = lambda given: changed(given, change)
-        sys.argv = ["launch", *(str(fd) for fd in (theirs.fileno(), answer, page, config))]
+        os.set_inheritable(peer.fileno(), True)
+        sys.argv = ["exec_slot", str(peer.fileno())]
         exec_slot.main()
-    theirs.close()
-    for fd in (answer, page, config):
-        os.close(fd)
+    peer.close()
     failed, init = None, None
-    with ours:
-        ours.sendall(json.dumps(spec.save()).encode())
-        while True:
-            payload, fds, _, _ = socket.recv_fds(ours, 65536, 1)
-            if not payload:
-                break
-            init = fds[0] if fds else init
-            said = json.loads(payload)
-            failed = said.get("failed", failed)
+    with control:
+        control.send({"spec": spec.save()}, {"listen": report, "activity": page, "config": config})
+        for fd in (report, page, config):
+            os.close(fd)
+        while (message := control.receive()) is not None:
+            with message:
+                init = message.take("init") if "init" in message.fds else init
+                failed = message.body.get("failure", failed)
     os.waitpid(pid, 0)
     with open(result, "rb") as stream:
-        said = stream.read()
+        reported = stream.read()
     if init is not None:
         select.select([init], [], [], 10)
         os.close(init)
-    through = {name: what for name, what in json.loads(said).items() if what is not None} if said else None
+    through = {name: what for name, what in json.loads(reported).items() if what is not None} if reported else None
     return {"failed": failed, "through": through}
 
 
 def left(before):
-    """What a start left on the host; a namespace's last process takes a moment to end."""
+    """Remains of a start on the host; waits, because a namespace's last process ends with a delay."""
     deadline = time.monotonic() + 10
     while (found := traces() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -159,7 +158,7 @@ def left(before):
 
 
 def traces():
-    """What a start could leave on the host."""
+    """Everything on the host that a start could leave behind."""
     with open("/proc/self/mountinfo") as file:
         found = {f"mount {line.split()[4]}" for line in file}
     found |= {f"file {name}" for name in os.listdir("/run/nbagent/sandbox")}
@@ -185,7 +184,7 @@ def main():
     image, decoys = ImageStore().get(sys.argv[1]), json.loads(sys.argv[2])
     slot = Slot(
         id="host-unwalled00000", image=image.name, digest=image.digest, id_base=image.id_base, uid=1999,
-        state=SlotState.STARTING, limits=ResourceLimits(1 << 30, 100, None, 256), token="", created_s=0.0,
+        state=SlotState.STARTING, limits=Limits(1 << 30, 100, None, 256), token="", created_s=0.0,
     )
     code = f"{sys.stdin.read()}\nreport({decoys | {'storage': STORAGE}!r})\n"
     spec = sandbox_spec(slot, image, STORAGE, 60.0)._replace(command=[image.python, "-I", "-c", code])

@@ -1,13 +1,13 @@
-"""What a hostile program in a slot tries, each try against one wall. Runs inside slots, under an image's own Python.
+"""Attempts of a hostile program to leave a slot, each against one barrier. Runs inside slots, under an image's Python.
 
-A try yields a few words on what got through, and nothing when the wall held. `tried(decoys)` is all of them. The
-decoys are things of the host that its test made for the tries to find:
+An attempt is a generator: it yields a description of what succeeded, and nothing when the barrier held.
+`tried(decoys)` runs all of them. The decoys are objects of the host that the test made:
 
     {"abstract": name of an abstract socket, "shm": key of a System V segment, "pid": a process, "file": a path,
-     "word": a word in that file and that process's environment, in two halves, so that nobody finds it here,
-     "hostname": the host's, "storage": the slot's, in bytes}
+     "word": a word in that file and in that process's environment, in two halves so that this text does not match,
+     "hostname": the host's, "storage": the slot's storage in bytes}
 
-Standard library only, and no file but this one: its text is also sent into a kernel as a cell.
+Standard library only, and a single file, because its text is also sent to a kernel as a cell.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ NAMESPACE_BITS = {
 
 
 def attempt(function):
-    """Adds a try to the list."""
+    """Adds an attempt to the list."""
     TRIES.append(function)
     return function
 
@@ -43,12 +43,12 @@ def call(number, *arguments):
 
 
 def refused(code):
-    """Whether an errno says that the call is not allowed or not there, not that its arguments were wrong."""
+    """Whether an errno means that the call is not permitted or not implemented, not that its arguments are invalid."""
     return code in (errno.EPERM, errno.ENOSYS, errno.EACCES)
 
 
 def text(path):
-    """A file's text, "" when it is not to be read."""
+    """A file's text; "" when it cannot be read."""
     try:
         with open(path, errors="replace") as file:
             return file.read()
@@ -57,7 +57,7 @@ def text(path):
 
 
 def mounts():
-    """(mount point, file system type, source, options) of every mount in sight."""
+    """(mount point, file system type, source, options) of every mount in this mount namespace."""
     found = []
     for line in text("/proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
@@ -67,11 +67,11 @@ def mounts():
 
 
 def numbered():
-    """The pids in sight."""
+    """The pids in /proc."""
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-# --- who we are ---
+# --- credentials ---
 
 
 @attempt
@@ -115,7 +115,7 @@ def to_be_unfiltered(decoys):
         yield "no seccomp filter"
 
 
-# --- what the kernel is asked for ---
+# --- system calls ---
 
 
 @attempt
@@ -146,7 +146,7 @@ def to_make_a_system_call_that_nobody_needs(decoys):
         "ioperm": 173, "fsopen": 430, "open_tree": 428, "move_mount": 429, "mount_setattr": 442, "vhangup": 153,
         "clone3": 435, "lookup_dcookie": 212, "move_pages": 279, "vmsplice": 278,
     }
-    # Arguments that no kernel takes, so that a call that gets through fails with another errno than the filter's.
+    # Invalid arguments, so that a call that passes the filter fails with another errno than the filter's.
     through = [name for name, number in unneeded.items() if not refused(call(number, -1, -1, -1, -1, -1))]
     if through:
         yield ", ".join(through)
@@ -159,7 +159,7 @@ def to_open_a_socket_of_a_rare_family(decoys):
         code = call(41, family, kind, 0)
         if not refused(code):
             yield f"{name}: {errno.errorcode.get(code, 'opened')}"
-    # Raw sockets are CAP_NET_RAW's.
+    # Raw sockets need CAP_NET_RAW.
     if not refused(call(41, socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)):
         yield "SOCK_RAW"
 
@@ -178,7 +178,7 @@ def to_make_a_device(decoys):
 
 @attempt
 def to_dump_core_on_the_host(decoys):
-    # At 1, and only there, neither a file is written nor the program started that core_pattern may name (core(5)).
+    # Only with the limit 1 the kernel writes no file and starts no program of core_pattern (core(5)).
     if resource.getrlimit(resource.RLIMIT_CORE) != (1, 1):
         yield f"RLIMIT_CORE is {resource.getrlimit(resource.RLIMIT_CORE)}"
     try:
@@ -210,7 +210,7 @@ def to_open_files_without_end(decoys):
         yield f"RLIMIT_NOFILE is {resource.getrlimit(resource.RLIMIT_NOFILE)}"
 
 
-# --- who else is there ---
+# --- other processes ---
 
 
 @attempt
@@ -295,7 +295,7 @@ def to_learn_the_hosts_name_and_cgroup(decoys):
             yield f"its cgroup {line}"
 
 
-# --- what is in sight ---
+# --- files, mounts and devices ---
 
 
 @attempt
@@ -397,7 +397,7 @@ def to_use_a_descriptor_that_was_left_open(decoys):
                     peer = held.getpeername() if held.family == socket.AF_UNIX else ""
                 except OSError:
                     continue  # it listens
-                # The journal takes the slot's output, and answers nothing.
+                # The journal receives the slot's output and sends nothing.
                 if peer and "journal" not in str(peer):
                     yield f"{name} is connected to {peer}"
 
@@ -413,16 +413,16 @@ def to_inherit_the_hosts_environment(decoys):
 
 
 def tried(decoys):
-    """{name of a try: what got through, or None}"""
+    """{name of an attempt: what succeeded, or None}"""
     results = {}
     for function in TRIES:
         try:
             results[function.__name__] = next(function(decoys), None)
         except Exception as error:
-            results[function.__name__] = f"the try itself failed: {error!r}"
+            results[function.__name__] = f"the attempt raised {error!r}"
     return results
 
 
 def report(decoys):
-    """`tried`, as a line of JSON on descriptor 3, where a slot's listening socket would be."""
+    """Writes `tried` as JSON to descriptor 3, which is the listening socket in a slot."""
     os.write(3, json.dumps(tried(decoys)).encode())

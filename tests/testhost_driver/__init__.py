@@ -1,12 +1,12 @@
 """Real systemd hosts for tests. `from testhost_driver import Host`; the command line is `tests/testhost`."""
 
-TYPE_CHECKING = False  # type checkers take it for true; `typing` itself would cost more than all else here
+TYPE_CHECKING = False  # type checkers treat it as true; importing `typing` would cost more than the rest of this module
 if TYPE_CHECKING:
     from testhost_driver.host import Host as Host
 
 
 def __getattr__(name: str) -> object:
-    # Late, since `testhost exec` needs nothing of it and is most of what a test suite calls.
+    # Imported late, because `testhost exec` does not need it and is the command that a test suite calls most.
     if name == "Host":
         from testhost_driver.host import Host
 

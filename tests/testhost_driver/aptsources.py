@@ -1,8 +1,8 @@
-"""The Debian mirror that this machine itself uses, read from its apt configuration. No mirror is named in our
+"""The Debian mirror that this machine uses, read from its apt configuration, so that no mirror is named in the
 code.
 
-Both forms of `sources.list(5)` are understood: one-line and deb822. `apt-get indextargets` would say the
-same, but only after an `apt-get update`.
+Both forms of `sources.list(5)` are parsed: one-line and deb822. `apt-get indextargets` gives the same list, but
+only after an `apt-get update`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Source:
 
     @property
     def is_debian(self) -> bool:
-        """Debian's own archive, not somebody else's repository that is named after a Debian release."""
+        """Whether this is Debian's own archive, not a third-party repository that uses the name of a Debian release."""
         archive_key = not self.signed_by or "debian-archive" in self.signed_by
         return self.codename in CODENAMES and "main" in self.components and archive_key
 
@@ -44,7 +44,7 @@ class Source:
 def sources_lines(suite: str) -> list[str]:
     """One-line sources for `suite`, from the machine's mirrors; security too where the machine uses it."""
     debian = [source for source in _read(ETC_APT) if source.is_debian]
-    # An unsigned one-line entry cannot be told apart by its key; Debian's own mirrors say so in their path.
+    # A one-line entry without `signed-by` has no key to identify it, but a Debian mirror has "debian" in its URI.
     debian.sort(key=lambda source: "debian" not in source.uri)
     main = [source for source in debian if not source.is_security]
     security = [source for source in debian if source.is_security]

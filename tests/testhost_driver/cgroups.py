@@ -50,7 +50,7 @@ def create(host: str, memory_bytes: int | None, cpus: int | None) -> None:
         ):
             directory.mkdir(exist_ok=True)
             if mount.name == "cpuset":
-                # A v1 cpuset starts without any processor, and then nothing can join it.
+                # A new v1 cpuset has no processor, and no process can join it before it has one.
                 for name in ("cpuset.cpus", "cpuset.mems"):
                     (directory / name).write_text((directory.parent / name).read_text())
         top = parent / f"testhost-{host}"
@@ -65,14 +65,14 @@ def create(host: str, memory_bytes: int | None, cpus: int | None) -> None:
 
 
 def find(host: str) -> list[Path]:
-    """Every `testhost-NAME` directory on the machine, wherever the `up` that made it was."""
+    """Every `testhost-NAME` directory on the machine, below whichever cgroup the `up` that made it ran in."""
     found: list[Path] = []
     mounts = [MOUNT] if is_unified() else list(hierarchies())
     for mount in mounts:
         for directory, children, _files in os.walk(mount):
             if f"testhost-{host}" in children:
                 found.append(Path(directory) / f"testhost-{host}")
-            # A host's own cgroups are hundreds, and hold none of ours.
+            # A host has hundreds of cgroups of its own, and none of the driver's is among them.
             children[:] = [child for child in children if not child.startswith("testhost-")]
     return found
 
@@ -119,8 +119,8 @@ def kill(host: str, timeout_s: float = 20) -> None:
             with contextlib.suppress(ProcessLookupError):
                 fd = os.pidfd_open(pid)
                 try:
-                    # The number was read before the descriptor was opened: only a process that is in the
-                    # host's cgroup now, with the descriptor held, is the host's.
+                    # The pid was read before the pidfd was opened and may have been reused since: only a process
+                    # that is in the host's cgroup while the pidfd is held belongs to the host.
                     if _is_member(host, pid):
                         signal.pidfd_send_signal(fd, signal.SIGKILL)
                         processes.wait_gone(fd, min(deadline, time.monotonic() + 5))
@@ -129,7 +129,7 @@ def kill(host: str, timeout_s: float = 20) -> None:
 
 
 def remove(host: str) -> None:
-    """Remove the directories, deepest first. One stays busy for a moment after its last process ended."""
+    """Remove the directories, deepest first. A cgroup stays busy (EBUSY) for a moment after its last process."""
     deadline = time.monotonic() + 5
     for top in find(host):
         while top.exists():
@@ -161,7 +161,7 @@ def _limit(path: Path, value: int | str | None) -> None:
 
 
 def _delegated_parent(own: Path) -> Path:
-    """On v2 a cgroup with processes cannot hand controllers on, so the host goes beside us, not below us."""
+    """The host cgroup's parent: beside this process on v2, since a cgroup with processes delegates no controller."""
     return own if own == MOUNT else own.parent
 
 

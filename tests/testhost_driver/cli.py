@@ -1,4 +1,4 @@
-"""The command line of the test hosts. Parses, calls `hosts.host`, prints; decides nothing."""
+"""The command line of the test hosts. Parses arguments, calls `testhost_driver.host` and prints."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--cpus", type=int, metavar="N", help="of the whole host (default: nspawn all, vm 2)")
     up.set_defaults(call=_up)
 
-    run = commands.add_parser("exec", help="run a command in a host; its exit status is ours")
+    run = commands.add_parser("exec", help="run a command in a host and exit with its status")
     run.add_argument("host")
     run.add_argument("command", nargs=argparse.REMAINDER, metavar="-- CMD…")
     run.set_defaults(call=_exec)
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--json", action="store_true")
     show.set_defaults(call=_list)
 
-    down = commands.add_parser("down", help="end hosts and leave no trace of them")
+    down = commands.add_parser("down", help="end hosts and remove everything of them")
     down.add_argument("hosts", nargs="*", metavar="N")
     down.add_argument("--all", action="store_true", help="every host of this machine")
     down.add_argument(
@@ -98,7 +98,7 @@ def _up(arguments: argparse.Namespace) -> None:
 
 
 def _exec(arguments: argparse.Namespace) -> None:
-    """Becomes the command: descriptors, terminal, signals and exit status need no passing on."""
+    """Executes the command in this process, so that descriptors, terminal, signals and exit status are its own."""
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     argv = Host.attach(arguments.host).command(command, tty=sys.stdin.isatty() and sys.stdout.isatty())
     terminal = {"TERM": os.environ["TERM"]} if "TERM" in os.environ else {}
@@ -123,7 +123,7 @@ def _cp(arguments: argparse.Namespace) -> None:
 
 
 def _split(path: str) -> tuple[str, str]:
-    """`N:PATH` in two. As in scp, what has no colon, or a slash before it, is a path of this machine."""
+    """`N:PATH` in two. As in scp, a text without a colon, or with a slash before it, is a path of this machine."""
     name, colon, rest = path.partition(":")
     return (name, rest) if colon and "/" not in name else ("", path)
 

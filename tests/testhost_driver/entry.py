@@ -1,14 +1,14 @@
-"""The way into a host for a command, prepared by `up` so that `testhost exec` has next to nothing left to do.
+"""How a command enters a host, prepared by `up` so that `testhost exec` does as little as possible.
 
 A host's `entry` file holds the argv to put before the command, and which process must still be alive for it
-to mean anything. Imports nothing but what the interpreter has loaded anyway: starting Python is most of what
-an exec costs.
+to be valid. Imports only modules that the interpreter has loaded already, because the start of Python is most of
+the cost of an exec.
 """
 
 import os
 import sys
 
-# What a command inside finds, whatever the caller's own environment is.
+# The environment of a command inside, which does not depend on the caller's.
 ENVIRONMENT = {
     "HOME": "/root",
     "LANG": "C.UTF-8",
@@ -20,7 +20,7 @@ ENVIRONMENT = {
 
 
 def state_directory() -> str:
-    """On a disk, never on a tmpfs: a host's writable layer is below it."""
+    """The directory of the state, which must be on a disk because the writable layer of each host is below it."""
     return os.environ.get("NBAGENT_TESTHOST_STATE", "/var/lib/nbagent-testhost")
 
 
@@ -58,7 +58,7 @@ def command(name: str, argv: list[str], *, tty: bool = False, tag: str = "") -> 
         return prefix + argv
     import shlex
 
-    # With something after it, the shell cannot become the command, and so says what signal ended it.
+    # A command that is followed by another is not exec'd by the shell, which then reports a death by signal as status.
     mark = f": {tag}; " if tag else ""
     return [*prefix, *(["-tt"] if tty else []), "testhost", "--", f"{mark}{shlex.join(argv)}; exit $?"]
 
@@ -70,7 +70,7 @@ def end_by_tag(tag: str) -> list[str]:
 
 
 def exec_or_return(arguments: list[str]) -> None:
-    """`testhost exec N -- CMD…`: become the command. Returns when it is not as simple as that."""
+    """`testhost exec N -- CMD…`: executes the command. Returns when the arguments need the full parser."""
     if (
         len(arguments) < 3
         or arguments[1] != "--"

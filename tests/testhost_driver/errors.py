@@ -1,6 +1,6 @@
-"""The errors of the test host driver. Each message says what is wrong and what would be right.
+"""The errors of the test host driver. Each message names what is wrong and what would be right.
 
-HostError                what the command line prints as one line, exit status 1
+HostError                the command line prints it as one line, exit status 1
 ├── BadArgument          the caller's input; exit status 2
 ├── NoSuchHost           no host of that name is up
 ├── BuildFailed          a root filesystem could not be made
@@ -13,11 +13,11 @@ from __future__ import annotations
 
 
 class HostError(Exception):
-    """Something that the driver promised did not happen."""
+    """The driver failed to do what it was called for."""
 
 
 class BadArgument(HostError):
-    """The caller asked for something that cannot be."""
+    """An argument of the caller is not valid."""
 
 
 class NoSuchHost(HostError):
@@ -48,4 +48,4 @@ class CommandFailed(HostError):
 
 
 class CommandTimedOut(CommandFailed):
-    """A command inside a host was ended because it took too long. Its status is 124, as timeout(1) has it."""
+    """A command inside a host was ended because it took too long. Its status is 124, as with timeout(1)."""

@@ -1,7 +1,7 @@
 """127.0.0.1:PORT of this machine reaches a host's loopback, through systemd's own socket proxy.
 
-The listening socket is made here, in the machine's network namespace; the proxy that accepts from it runs in
-the host's, so inside the connection comes from 127.0.0.1.
+The listening socket is created in the machine's network namespace, and the proxy that accepts from it runs in the
+host's, so that the host sees each connection come from 127.0.0.1.
 """
 
 from __future__ import annotations

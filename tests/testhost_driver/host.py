@@ -1,13 +1,12 @@
-"""A test host: what tests hold in their hands. The command line is a thin layer over this class.
+"""`Host`, the interface of a test host for tests. The command line is a thin layer over this class.
 
     with Host.up(name="t1") as host:
         host.copy_in("x.deb", "/root/")
         host.run(["apt-get", "install", "-y", "/root/x.deb"])
         host.connect(9000).sendall(b"GET /claim HTTP/1.0\\r\\n\\r\\n")
 
-What a host is made of is the drivers' matter (`nspawn`, `vm`); the order of making and clearing, the locks
-and the state are here. A `Host` object holds no resource: any number of processes may hold one for the same
-host.
+The drivers (`nspawn`, `vm`) make the host; the order of creation and removal, the locks and the state are here.
+A `Host` object holds no resource, so that any number of processes may have one for the same host.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ Say = Callable[[str], None]
 
 
 class Driver(Protocol):
-    """What `nspawn` and `vm` have in common; each is a module of this shape."""
+    """The interface that the modules `nspawn` and `vm` have in common."""
 
     def check(self, suite: str) -> None: ...
     def boot(self, host: HostState, say: Say) -> HostState: ...
@@ -71,7 +70,7 @@ class Host:
         self.suite = found.suite
         self._state = found
 
-    # --- coming and going ---
+    # --- creation and removal ---
 
     @classmethod
     def up(
@@ -167,7 +166,7 @@ class Host:
         ).stdout
         console = DRIVERS[self.driver].console_end(self._state)
         raise BootFailed(
-            f"{self.name}: systemd says {verdict or done.stderr.strip()!r}, not 'running'\n"
+            f"{self.name}: systemd reports {verdict or done.stderr.strip()!r}, not 'running'\n"
             f"--- failed units\n{failed}--- journal\n{journal}--- console\n{console}"
         )
 
@@ -203,7 +202,7 @@ class Host:
         timeout: float | None = 120,
         text: bool = True,
     ) -> subprocess.CompletedProcess[Any]:
-        """Run a command inside and return what it said. A signal's death is status 128 + its number, as in a
+        """Run a command inside and return its output. Death by a signal is status 128 + its number, as in a
         shell.
 
         Raises `CommandFailed`, with stdout and stderr in its text, when `check` and the status is not 0;
@@ -232,13 +231,13 @@ class Host:
         return subprocess.CompletedProcess(words, returncode, done.stdout, done.stderr)
 
     def _end(self, tag: str) -> None:
-        """End what a command that took too long left inside. With nspawn the kernel has done that already."""
+        """End the processes of a command that timed out. With nspawn the kernel has ended them already."""
         killer = entry.command(self.name, entry.end_by_tag(tag)) if self.driver == "vm" else None
         if killer:
             subprocess.run(killer, check=False, capture_output=True, timeout=60, env=entry.ENVIRONMENT)
 
     def popen(self, argv: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-        """A command inside that goes on while the test does; it ends when the returned process is killed."""
+        """Start a command inside that runs beside the test; it ends when the returned process is killed."""
         return subprocess.Popen(self.command(argv), **{"env": entry.ENVIRONMENT, **options})
 
     def copy_in(self, src: str | Path | Sequence[str | Path], dest: str) -> None:
@@ -266,7 +265,7 @@ class Host:
         with state.host_lock(self.name):
             current = state.load(self.name)
             if current is None:
-                raise NoSuchHost(f"host {self.name!r} is gone")
+                raise NoSuchHost(f"host {self.name!r} has ended")
             for known in current.forwards:
                 if (known.host_port, known.machine_port) == (port, wanted) and processes.alive(known.proxy):
                     return known.machine_port
@@ -279,7 +278,7 @@ class Host:
 
 
 def take_down(name: str, *, now: bool = False) -> bool:
-    """Remove a host, or what an unclean end left of one. False where there was nothing."""
+    """Remove a host, or the remains of one. False when there was neither."""
     state.check_name(name)
     with state.host_lock(name):
         if not state.host_directory(name).exists():
@@ -289,7 +288,7 @@ def take_down(name: str, *, now: bool = False) -> bool:
 
 
 def status(name: str) -> tuple[HostState | None, str]:
-    """What is known of a host, and `up`, `booting` or `dead`."""
+    """The state of a host, if any, and `up`, `booting` or `dead`."""
     found = state.load(name)
     if found is None or not _healthy(found, even_booting=True):
         return found, "dead"
@@ -319,7 +318,7 @@ def _healthy(found: HostState, *, even_booting: bool = False) -> bool:
 
 
 def _clear(name: str, *, now: bool = True) -> None:
-    """Remove everything of a host, from whatever state. No step relies on one before it."""
+    """Remove everything of a host in any state. No step relies on an earlier one."""
     found = state.load(name)
     with (
         contextlib.ExitStack() as steps

@@ -1,7 +1,7 @@
 """Whether KVM boots a kernel here. Found by booting one with a deadline, once per boot of the machine.
 
-/dev/kvm may be there and accept KVM_CREATE_VM and still hang every stock kernel, on a nested paravirtual
-hypervisor: the device node proves nothing.
+On a nested paravirtual hypervisor /dev/kvm may accept KVM_CREATE_VM and still hang every stock kernel, so the
+presence of the device node proves nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from testhost_driver import state
 
 PROBE_TIMEOUT_S = 15.0
-REACHED = b"Run /init as init process"  # the kernel's own last words before user space
+REACHED = b"Run /init as init process"  # the last line that the kernel prints before user space
 
 
 def works(tree: Path, say: Callable[[str], None]) -> bool:

@@ -4,8 +4,8 @@
         lan.plug(host, "10.77.0.11")
         lan.connect("10.77.0.11", 80, source="10.77.0.201")
 
-The machine's own network has no part in it. A host that goes takes its end with it; the network goes by `remove`.
-For hosts of the nspawn driver: a virtual machine has its network from QEMU.
+The machine's own network is not part of it. A host that ends removes its interface; `remove` removes the network.
+Only hosts of the nspawn driver can be connected, because a virtual machine has its network from QEMU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Lan:
     def plug(self, host: Host, address: str) -> None:
         """Gives the host an interface in the network, when it has none yet."""
         if host.driver != "nspawn":
-            raise BadArgument("only nspawn hosts can be in a network of ours")
+            raise BadArgument("only nspawn hosts can be connected to a test network")
         inside, outside = netns.name_of(host.name), netns.name_of(self.name)
         if PLUG in netns.ip("-n", inside, "-br", "link"):
             return
@@ -58,12 +58,12 @@ class Lan:
         return netns.connect(self.name, port, timeout, address, source)
 
     def remove(self) -> None:
-        """Takes the network away. May be called twice."""
+        """Removes the network. May be called twice."""
         netns.remove(self.name)
 
     @staticmethod
     def remove_named(name: str) -> None:
-        """Takes the network `name` away, if it is there."""
+        """Removes the network `name`, if it exists."""
         netns.remove(f"lan-{name}")
 
     def __enter__(self) -> Lan:

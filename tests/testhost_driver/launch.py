@@ -1,9 +1,9 @@
-"""Becomes a process of a host: joins its cgroups, enters its network namespace, mounts its root, then
-executes.
+"""Starts a program as a process of a host: joins its cgroups, enters its network namespace, mounts its root,
+then executes.
 
-Run as a script with a plan (see `Plan`) as its only argument; prints the pid of the process that it leaves
-behind and exits, so that what it starts outlives the command that started it and is nobody's zombie. What
-fails before the execution is said in the log, and on stderr.
+Run as a script with a plan (see `Plan`) as its only argument; prints the pid of the started process
+and exits, so that the process outlives the command that started it and is reaped by init. A failure before the
+execution is written to the log and to stderr.
 """
 
 from __future__ import annotations
@@ -43,15 +43,14 @@ class Plan:
     listen_fd: int | None = None  # handed on as the first one of sd_listen_fds(3)
 
 
-# What would cap the number of slots. The kernel's own ceiling for open files is fs.nr_open.
+# Limits that would bound the number of slots. The kernel's maximum of open files is fs.nr_open.
 LIMITS = {"NOFILE": 1 << 20, "NPROC": -1, "SIGPENDING": -1, "MSGQUEUE": -1, "MEMLOCK": -1}
 
 
 def attainable_limits() -> dict[str, int]:
     """The highest hard limits that this process may have (-1: none).
 
-    Raising one needs CAP_SYS_RESOURCE. Where the machine keeps that even from root, what it was started with
-    is the most.
+    Raising one needs CAP_SYS_RESOURCE. On a machine where root lacks it, the present hard limit is the highest.
     """
     with open("/proc/self/status") as status:
         effective = next(int(line.split()[1], 16) for line in status if line.startswith("CapEff:"))
@@ -92,8 +91,8 @@ def _become(plan: Plan) -> None:
         fd = os.open(plan.netns, os.O_RDONLY | os.O_CLOEXEC)
         _check(_libc.setns(fd, CLONE_NEWNET), plan.netns)
     if plan.overlay:
-        # In a mount namespace of our own: the mount is nobody else's, and ends with the host however the host
-        # ends. Slave, not private: what the machine unmounts later must not live on in here.
+        # A mount namespace of the host's own, so that the mount ends with the host in every case. MS_SLAVE and not
+        # MS_PRIVATE, because a file system that the machine unmounts later must be unmounted here too.
         _check(_libc.unshare(CLONE_NEWNS), "unshare")
         _mount(None, "/", None, MS_REC | MS_SLAVE, None)
         layers = f"lowerdir={plan.overlay.lower},upperdir={plan.overlay.upper},workdir={plan.overlay.work}"

@@ -31,7 +31,7 @@ def path_of(host: str) -> Path:
 def create(host: str) -> None:
     with state.locked(state.directory() / "locks" / ".netns"):
         if not DIRECTORY.exists():
-            # iproute2 makes it a mount point when it is first used, and never takes that back; so we have to.
+            # iproute2 makes this directory a mount point at its first use and never unmounts it.
             (state.directory() / "netns-is-ours").touch()
         ip("netns", "add", name_of(host))
         ip("-n", name_of(host), "link", "set", "lo", "up")
@@ -66,9 +66,8 @@ def connect(
 ) -> socket.socket:
     """A TCP connection made inside the namespace, from the address `source` if one is given.
 
-    A socket belongs to the namespace it was made in, whoever uses it.
-
-    The thread that enters ends right after, so no other code can run in the wrong namespace.
+    A socket belongs to the namespace in which it was created, whichever process uses it. A thread enters the
+    namespace, creates the socket and ends, so that no other code runs there.
     """
     result: list[socket.socket | BaseException] = []
 
@@ -90,7 +89,7 @@ def connect(
 
 
 def ip(*arguments: str) -> str:
-    """What iproute2 says."""
+    """The output of `ip ARGUMENTS`. Raises HostError."""
     done = subprocess.run(["ip", *arguments], check=False, capture_output=True, text=True)
     if done.returncode:
         raise HostError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")

@@ -1,8 +1,8 @@
 """The nspawn driver: a real systemd as PID 1 at native speed, in namespaces of this machine's kernel.
 
 It proves speed, density, namespaces and networking. On a machine with cgroup v1 it does not prove v2
-behaviour (PSI, memory.high, OOMPolicy, cgroup.kill), and Debian 13's systemd refuses to run there: that is
-what the vm driver is for.
+behaviour (PSI, memory.high, OOMPolicy, cgroup.kill), and Debian 13's systemd refuses to run there: the
+vm driver proves those.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from testhost_driver.state import HostState
 
 BOOT_TIMEOUT_S = 90
 
-# Runs as the container's PID 1 and becomes systemd. nspawn mounts the v1 controllers read-only, and then
-# every limit is silently not applied; our cgroup namespace is rooted in the host's own cgroup, so making them
-# writable gives nothing away. Doing it before systemd starts spares a daemon-reexec, and no service ever runs
-# without its limits. The second proc is whole: nspawn masks parts of /proc, and the kernel refuses a fresh
+# Runs as the container's PID 1 and executes systemd. nspawn mounts the v1 controllers read-only, so that systemd
+# would apply no limit, without an error; the cgroup namespace is rooted in the host's own cgroup, so that writable
+# mounts expose no other cgroup. Before systemd starts, because it then needs no daemon-reexec and no service runs
+# without its limits. The second proc is unmasked: nspawn masks parts of /proc, and the kernel refuses a fresh
 # /proc in a nested user namespace unless an unmasked one is visible.
 INIT = r"""
 while read -r _ where kind _; do
@@ -64,11 +64,11 @@ def boot(host: HostState, say: Callable[[str], None]) -> HostState:
 
 
 def _write_entry(host: HostState) -> None:
-    """How a command gets in. A shell joins the host's cgroups first: moving itself is free of races."""
+    """Writes the argv that enters the host. A shell moves itself into the host's cgroups, which is free of races."""
     assert host.leader is not None
     join = "".join(f"echo 0 >{shlex.quote(path)};" for path in cgroups.exec_files(host.leader))
     enter = ["nsenter", f"--target={host.leader.pid}", "-m", "-u", "-i", "-n", "-p", "-C", "--wdns=/root"]
-    # Killed outside, ended inside: without it a command would go on after its caller's timeout.
+    # SIGKILL of the process outside ends the one inside too; without it a command would outlive its caller's timeout.
     enter += ["setpriv", "--pdeathsig=KILL", "--"]
     prefix = ["/bin/sh", "-c", f'{join} exec "$@"', "testhost-exec", *enter]
     path = str(host.directory / "entry")
@@ -80,7 +80,7 @@ def healthy(host: HostState) -> bool:
 
 
 def halt(host: HostState, *, now: bool) -> None:
-    """The host is thrown away with its disk: its PID 1 is killed, and with it its whole pid namespace."""
+    """Kills the host's PID 1 and thereby its pid namespace; no clean shutdown, because its disk is deleted."""
     del now
     processes.kill([host.leader, host.monitor])
 
@@ -106,16 +106,16 @@ def _plan(host: HostState, notify_path: str) -> launch.Plan:
         "--link-journal=no",
     ]
     argv += ["--resolv-conf=off", "--timezone=off", "--console=pipe"]
-    # Without these, nspawn gives its payload the limits of a freshly booted machine.
+    # Without these, nspawn sets the limits of a freshly booted machine.
     for name, limit in launch.attainable_limits().items():
         argv.append(f"--rlimit=RLIMIT_{name}={'infinity' if limit < 0 else limit}")
     argv += ["/bin/sh", "-c", INIT]
     environment = {
         "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
         "NOTIFY_SOCKET": notify_path,
-        "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network",  # /proc/sys/net is the host's own
+        "SYSTEMD_NSPAWN_API_VFS_WRITABLE": "network",  # /proc/sys/net belongs to the host's network namespace
         "SYSTEMD_NSPAWN_TMPFS_TMP": "0",  # /tmp on the disk, as on a server, not in memory
-        "SYSTEMD_SECCOMP": "0",  # a server's PID 1 has no filter, and what a slot's filter does must be seen
+        "SYSTEMD_SECCOMP": "0",  # PID 1 of a server has no filter, so that the effect of a slot's filter is tested
     }
     return launch.Plan(
         argv=argv,

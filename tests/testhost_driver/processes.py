@@ -23,12 +23,12 @@ def alive(process: Process | None) -> bool:
 
 
 def open_pidfd(process: Process) -> int | None:
-    """A descriptor of that very process, or None when it is gone."""
+    """A pidfd of that process, or None when it has ended."""
     try:
         fd = os.pidfd_open(process.pid)
     except ProcessLookupError:
         return None
-    if alive(process):  # asked after the descriptor is open: from here on the number cannot change hands
+    if alive(process):  # checked after the pidfd is open, because from then on the pid cannot be reused
         return fd
     os.close(fd)
     return None
@@ -42,7 +42,7 @@ def wait_gone(fd: int, deadline: float) -> bool:
 
 
 def kill(processes: Iterable[Process | None], timeout_s: float = 10) -> None:
-    """End the processes with SIGKILL and wait until they are gone. One that is gone already is no error."""
+    """End the processes with SIGKILL and wait for their end. A process that has ended already is no error."""
     deadline = time.monotonic() + timeout_s
     with contextlib.ExitStack() as stack:
         fds = []

@@ -2,8 +2,8 @@
 
 A recipe is a suite, a role (the driver it is for), a package list and what is done to the tree. `held()`
 gives the path of the finished build and keeps it from being pruned while the caller sets up; a build appears
-under its final name only when it is whole. A host never writes to a build: it has a layer of its own above
-it.
+under its final name only when it is whole. A host never writes to a build, because it has an overlay layer of its own
+above it.
 
 The role `nspawn` is a directory. The role `vm` is a directory with `root.ext4`, `vmlinuz` and `initrd.img`.
 """
@@ -25,7 +25,7 @@ from pathlib import Path
 from testhost_driver import aptsources, state
 from testhost_driver.errors import BuildFailed
 
-# What our .debs depend on is in every host, so that `apt install ./x.deb` needs no network.
+# The dependencies of the .debs are in every host, so that `apt install ./x.deb` needs no network.
 # fmt: off
 COMMON_PACKAGES = [
     "ca-certificates", "curl", "dbus", "dnsmasq-base", "gunicorn", "haproxy", "iproute2", "kmod", "less",
@@ -156,11 +156,11 @@ systemctl --root="$1" mask --quiet podman.socket podman-auto-update.timer podman
 class Recipe:
     suite: str
     role: str
-    extra: tuple[str, ...] = ()  # packages that only some hosts need, those of the benchmarks
+    extra: tuple[str, ...] = ()  # packages of the benchmarks' hosts
 
     @property
     def kind(self) -> str:
-        # Builds of one kind are pruned for each other, so one with more is of another kind.
+        # A new build prunes older builds of its kind, so a recipe with extra packages is a kind of its own.
         return f"{'more-' if self.extra else ''}{self.role}-{self.suite}"
 
     @property
@@ -188,7 +188,7 @@ def cache() -> Path:
 
 @contextlib.contextmanager
 def held(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Path]:
-    """The finished build, made now if need be. Nobody prunes it in the block, or while a state names it."""
+    """The finished build, made now if it is missing. It is not pruned within the block, nor while a state names it."""
     lock = cache() / f".{recipe.kind}.lock"
     if not recipe.path.is_dir():
         with state.locked(lock):
@@ -204,8 +204,7 @@ def held(recipe: Recipe, say: Callable[[str], None]) -> Iterator[Path]:
 def _build(recipe: Recipe, say: Callable[[str], None]) -> None:
     started = time.monotonic()
     say(f"building the {recipe.suite} root filesystem for {recipe.role}, once (about a minute)")
-    # The leading dot keeps a half-made build apart from a whole one; a dead builder's remains go with the
-    # next prune.
+    # The leading dot marks an incomplete build; the next prune removes the remains of a builder that died.
     temporary = Path(tempfile.mkdtemp(prefix=f".{recipe.kind}-", dir=cache()))
     try:
         tree = temporary / "tree"
@@ -252,10 +251,10 @@ def _make_disk(tree: Path, whole: Path) -> None:
 
 
 def _prune(recipe: Recipe) -> None:
-    """Remove older recipes' builds of the same kind, except those that a host still stands on."""
+    """Remove older recipes' builds of the same kind, except those that a host uses."""
     used = {found.tree for name in state.names() if (found := state.load(name))}
     for path in cache().glob(f"{recipe.kind}-*"):
         if path != recipe.path and str(path) not in used:
             shutil.rmtree(path, ignore_errors=True)
-    for path in cache().glob(f".{recipe.kind}-*"):  # we hold the lock, so no builder is at work
+    for path in cache().glob(f".{recipe.kind}-*"):  # the lock is held, so no builder runs
         shutil.rmtree(path, ignore_errors=True)

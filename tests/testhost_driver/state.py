@@ -1,8 +1,8 @@
-"""Where the driver keeps what it knows: one directory a host, with `state.json` and the host's disk in it.
+"""The state of the driver: one directory for each host, with `state.json` and the host's disk.
 
-The state is a note of what was made, never the proof that it still runs: a pid counts only together with its
-start time, and everything counts only in the boot of the machine that wrote it. It is not a place for build
-results, which outlive hosts (see `rootfs`).
+The state records what was created, and does not prove that it still runs: a pid is valid only together with its
+start time, and the whole state only in the boot of the machine that wrote it. Build results are not part of it,
+because they outlive hosts (see `rootfs`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def boot_id() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """A process that a later command can still tell from another one that got its number."""
+    """A process that a later command can distinguish from another one with the same pid."""
 
     pid: int
     start_ticks: int  # /proc/PID/stat field 22, in clock ticks after the machine's boot
@@ -62,7 +62,7 @@ class HostState:
     memory_bytes: int | None
     cpus: int | None
     boot_id: str
-    tree: str  # the cached root filesystem below the host's own layer; it must not be pruned while we run
+    tree: str  # the cached root filesystem below the host's own layer; it must not be pruned while the host runs
     up: bool = False
     monitor: Process | None = None  # systemd-nspawn, or QEMU
     leader: Process | None = None  # nspawn only: the host's PID 1, as seen from here
@@ -82,7 +82,7 @@ class HostState:
 
 
 def load(name: str) -> HostState | None:
-    """The note about a host; None where there is none or it cannot be read, as after an unclean end."""
+    """The state of a host; None when there is none or it cannot be read, as after an unclean end."""
     try:
         raw = json.loads((host_directory(name) / "state.json").read_text())
         for key in ("monitor", "leader", "tunnel"):
@@ -117,7 +117,7 @@ def make_directory(name: str) -> Path:
 
 
 def remove_directory(name: str) -> None:
-    """The last step of `down`. What was the last host's leaves no empty directory behind."""
+    """The last step of `down`. The last host's removal also removes the empty parent directory."""
     shutil.rmtree(host_directory(name), ignore_errors=True)
     with contextlib.suppress(OSError):
         (directory() / "hosts").rmdir()
@@ -125,12 +125,12 @@ def remove_directory(name: str) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold `path` as a lock file. The file goes with the last holder, so a lock is no trace either."""
+    """Hold `path` as a lock file. The last holder removes the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        # Whoever held it may have unlinked it while we waited; then we hold a lock that nobody else can see.
+        # The previous holder may have unlinked the file meanwhile; a lock on it then excludes no other process.
         with contextlib.suppress(FileNotFoundError):
             if os.fstat(fd).st_ino == os.stat(path).st_ino:
                 break

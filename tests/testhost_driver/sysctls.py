@@ -1,7 +1,7 @@
-"""Machine-wide ceilings that would cap how many slots a host can hold: raised while a host is up, restored
+"""Machine-wide kernel limits that would bound the number of slots of a host: raised while a host is up, restored
 after the last.
 
-Only ever raised. They are the machine's and not a namespace's, so a host cannot set them for itself.
+They are raised and never lowered. They belong to no namespace, so that a host cannot set them for itself.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from testhost_driver import state
 from testhost_driver.errors import HostError
 
-# What provides it, and a program that is there when it is installed.
+# Package, and a program that exists when the package is installed.
 COMMON = {"mmdebstrap": "mmdebstrap", "iproute2": "ip", "util-linux": "nsenter", "tar": "tar"}
 PROXY = "/lib/systemd/systemd-socket-proxyd"
 NEEDED = {
@@ -36,8 +36,8 @@ def ensure(driver: str, say: Callable[[str], None]) -> None:
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     install = ["apt-get", "install", "-y", "-q", "--no-install-recommends", *missing]
     with state.locked(state.directory() / "locks" / ".apt"):
-        # The lists of a fresh machine are old or absent; an update costs seconds, and only where it is
-        # needed.
+        # The package lists of a fresh machine are old or absent; an update takes seconds, so it runs only after a
+        # failed installation.
         for argv in (install, ["apt-get", "update", "-q"], install):
             done = subprocess.run(argv, check=False, env=environment, capture_output=True, text=True)
             if done.returncode == 0 and argv is install:

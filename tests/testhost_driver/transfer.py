@@ -18,7 +18,7 @@ from testhost_driver.errors import BadArgument, CommandFailed
 if TYPE_CHECKING:
     from testhost_driver.host import Host
 
-# $1 is DEST, $2 the name in the stream. What is new appears under its name only when it is whole.
+# $1 is DEST, $2 the name in the stream. A new file gets its name only when it is complete.
 UNPACK = r"""
 set -e
 case $1 in */) mkdir -p "$1" ;; esac
@@ -29,9 +29,9 @@ trap 'rm -rf "$temporary"' EXIT
 tar -x --numeric-owner -p -C "$temporary" -f -
 mv -fT "$temporary/$2" "$1"
 """
-# An emulated processor decrypts ssh at a few megabytes a second. What is large goes through a second disk of
-# the guest: we write the stream to its file, and the guest reads it past its page cache, which may hold the
-# one before.
+# An emulated processor decrypts ssh at a few megabytes a second. A large stream therefore goes through a second
+# disk of the guest: the driver writes the disk's file, and the guest reads it with O_DIRECT, because its page cache
+# may hold the previous stream.
 MAILBOX = "mailbox"
 MAILBOX_BYTES = 16 << 30  # sparse
 MAILBOX_FROM_BYTES = 1 << 20
@@ -86,7 +86,7 @@ def _mail(host: Host, packer: list[str], dest: str, name: str) -> None:
         if done.returncode:
             said = done.stderr.decode(errors="replace")
             raise CommandFailed(host.name, ["copy", name], done.returncode, "", said)
-        # The child wrote through the same open file, so its end is where our offset is now.
+        # The child wrote through the same open file description, so the file offset is the end of its stream.
         blocks = -(-os.lseek(mailbox.fileno(), 0, os.SEEK_CUR) >> 20)
         host.run(["sh", "-c", UNPACK_MAILBOX, "mail", str(blocks), UNPACK, dest, name], timeout=600)
 
@@ -105,7 +105,7 @@ def _pipe(host: Host, packer: list[str], unpacker: list[str], what: str) -> None
         ) as sink,
     ):
         assert source.stdout is not None and source.stderr is not None
-        source.stdout.close()  # the unpacker's now: were it to die, the packer must see a broken pipe
+        source.stdout.close()  # only the unpacker holds it now, so that its death is a broken pipe for the packer
         _nothing, sink_error = sink.communicate()
         source_error = source.stderr.read()
     if source.returncode or sink.returncode:

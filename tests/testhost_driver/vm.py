@@ -1,4 +1,4 @@
-"""The vm driver: QEMU with the suite's stock kernel. The truth about cgroup v2, PSI, nftables and Debian 13.
+"""The vm driver: QEMU with the suite's stock kernel. It proves cgroup v2, PSI, nftables and Debian 13.
 
 QEMU runs in the host's network namespace and cgroup. Commands go through one ssh master, whose control socket
 is a file in the host's directory; the guest's ports appear on 127.0.0.1 of the namespace through the same
@@ -28,7 +28,7 @@ DEFAULT_CPUS = 2
 BOOT_TIMEOUT_S = 180
 SHUTDOWN_TIMEOUT_S = 45
 READY = b"testhost-ready"  # what the guest's testhost-ready.service writes to its second serial port
-SSH_ADDRESS = "127.0.0.2"  # not 127.0.0.1: all of its ports are the guest's
+SSH_ADDRESS = "127.0.0.2"  # not 127.0.0.1, because all ports of that address are forwarded to the guest
 
 
 def check(suite: str) -> None:
@@ -73,7 +73,7 @@ def boot(host: HostState, say: Callable[[str], None]) -> HostState:
     host = replace(host, tunnel=_start_tunnel(host))
     host.save()
     assert host.monitor is not None
-    prefix = [*_ssh(host), "-o", "LogLevel=ERROR", "-o", "ProxyCommand=false"]  # the master, or nothing
+    prefix = [*_ssh(host), "-o", "LogLevel=ERROR", "-o", "ProxyCommand=false"]  # fails without the master
     entry.write(
         str(directory / "entry"), host.monitor.pid, host.monitor.start_ticks, prefix, remote_shell=True
     )
@@ -85,7 +85,7 @@ def healthy(host: HostState) -> bool:
 
 
 def halt(host: HostState, *, now: bool) -> None:
-    """Shut the guest down in good order, within a deadline, then take away what is left."""
+    """Shut the guest down in good order, within a deadline, then remove what is left."""
     monitor_fd = processes.open_pidfd(host.monitor) if host.monitor else None
     if monitor_fd is not None:
         if not now and host.up:
@@ -101,7 +101,7 @@ def halt(host: HostState, *, now: bool) -> None:
 
 
 def prepare_port(host: HostState, port: int) -> None:
-    """Make 127.0.0.1:PORT of the network namespace be the guest's. The master knows which it has already."""
+    """Make 127.0.0.1:PORT of the network namespace be the guest's. The ssh master ignores a known port."""
     done = subprocess.run(
         [*_ssh(host), "-O", "forward", "-L", f"127.0.0.1:{port}:127.0.0.1:{port}", "testhost"],
         check=False,
@@ -149,7 +149,7 @@ def _qemu_plan(host: HostState) -> launch.Plan:
     argv += processor(host.accel, host.suite)
     argv += ["-smp", str(host.cpus), "-m", f"{host.memory_bytes >> 20}M"]
     argv += ["-kernel", f"{host.tree}/vmlinuz", "-initrd", f"{host.tree}/initrd.img", "-append", command_line]
-    # The disk is thrown away with the host, so nothing need ever reach it.
+    # The disk is deleted with the host, so writes need not be flushed.
     argv += ["-drive", f"file={directory / 'disk.qcow2'},if=virtio,format=qcow2,cache=unsafe,discard=unmap"]
     argv += ["-drive", f"file={directory / transfer.MAILBOX},if=virtio,format=raw,cache=unsafe"]
     argv += ["-netdev", f"user,id=net,restrict=on,hostfwd=tcp:{SSH_ADDRESS}:22-:22"]
@@ -166,7 +166,7 @@ def _qemu_plan(host: HostState) -> launch.Plan:
 
 
 def _wait_ready(host: HostState, listener: socket.socket) -> None:
-    """QEMU connects its second serial port to us, and the guest says there when ssh answers. No polling."""
+    """Waits for the line that the guest writes to its second serial port, connected here, when ssh accepts."""
     deadline = time.monotonic() + BOOT_TIMEOUT_S
     monitor_fd = processes.open_pidfd(host.monitor) if host.monitor else None
     if monitor_fd is None:
@@ -190,7 +190,7 @@ def _wait_ready(host: HostState, listener: socket.socket) -> None:
 
 
 def _start_tunnel(host: HostState) -> Process:
-    """The ssh master, in the host's network namespace. Without -f, so that its pid is the one we started."""
+    """The ssh master, in the host's network namespace. Without -f, so that its pid is that of the started process."""
     directory = host.directory
     argv = [
         *_ssh(host),
@@ -221,9 +221,9 @@ def _start_tunnel(host: HostState) -> Process:
         "-o",
         "ServerAliveCountMax=20",
     ]
-    # Rather a fast cipher than a strong one: it is emulated, and the other end is us.
+    # A fast cipher rather than a strong one, because the guest is emulated and the connection stays on this machine.
     argv += ["-o", "Ciphers=aes128-ctr", "-o", "PermitLocalCommand=yes"]
-    # The master says itself when it is connected, and so when its control socket is there.
+    # LocalCommand runs when the master is connected, which is when its control socket exists.
     fifo = directory / "connected"
     os.mkfifo(fifo)
     argv += ["-o", f"LocalCommand=echo >{fifo}", "testhost"]

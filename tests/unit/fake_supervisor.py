@@ -1,45 +1,142 @@
-"""A supervisor without slots: the control wire on a real socket, the real options, no process.
+"""A supervisor on a host that is made of fakes: the real control socket, calls, claims and pools, and no process.
 
-The API and the command line are tested against it. It keeps what it was asked, so a test can
-say that bad input cost nothing.
+The API, the landing page and the command line are tested against it. `asked` has each request that reached it, so that
+a test can show that bad input was refused before.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import json
+import dataclasses
+import os
+import shutil
 import socket
+import tempfile
 import threading
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from nbagent.core import model
-from nbagent.core.errors import Draining, Full, IdempotencyMismatch, ImageNotFound, NbagentError, SlotNotFound
-from nbagent.wire import control
+from fakes import LABEL, Host, until
 
-LABEL = "c07"
-BOUNDS = model.Bounds(
-    memory_max_bytes=4 << 30, ttl_max_s=86400, cpus=4, networks=("none",), archives=("https://data.example.org/",)
-)
-LIMITS = model.Limits(memory_bytes=1 << 30, cpu_weight=100, cpu_quota=None, tasks=256)
+from nbagent.core.events import Event
+from nbagent.core.model import Slot, SlotState
+from nbagent.supervisor import content_injector
+from nbagent.supervisor.calls import Calls
+from nbagent.supervisor.content_injector import Injected
+from nbagent.supervisor.host_load import Memory
+from nbagent.supervisor.server import ControlServer
+
+__all__ = ["LABEL", "FakeSupervisor"]
+T = TypeVar("T")
+WARM = 2
+CAPACITY_MAX = 60000
+MEMORY = Memory(1 << 50, 1 << 50)
+
+
+class ClaimedSlots(dict[str, Slot]):
+    """The claimed slots at one time; `clear` ends them."""
+
+    def __init__(self, supervisor: FakeSupervisor, slots: Mapping[str, Slot]) -> None:
+        super().__init__(slots)
+        self._supervisor = supervisor
+
+    def clear(self) -> None:
+        self._supervisor.end(list(self))
+        super().clear()
+
+
+class RecordedCalls:
+    """The calls of a supervisor, each of which is recorded first, or raises what the test has set."""
+
+    def __init__(self, fake: FakeSupervisor, calls: Calls, settled: Callable[[], bool]) -> None:
+        self._fake, self._calls, self._settled = fake, calls, settled
+        # For the server, which does not record them.
+        self.abandon, self.free_percent = calls.abandon, calls.free_percent
+
+    def spawn(self, work: Coroutine[object, object, None]) -> None:
+        """Serves a request when the one before has taken effect, so that no response depends on time."""
+        async def serve() -> None:
+            await until(self._settled)
+            await work
+
+        self._calls.spawn(serve())
+
+    @property
+    def draining(self) -> bool:
+        return self._calls.draining
+
+    async def claim(self, options: Mapping[str, Any], key: str, client: str) -> Any:
+        self._record("claim", options=options, key=key, client=client)
+        return await self._calls.claim(options, key, client)
+
+    def list_slots(self) -> Any:
+        self._record("slots")
+        return self._calls.list_slots()
+
+    def slot(self, id: str) -> Any:  # noqa: A002
+        self._record("slot", id=id)
+        return self._calls.slot(id)
+
+    def update(self, id: str, options: Mapping[str, Any]) -> Any:  # noqa: A002
+        self._record("update", id=id, options=options)
+        return self._calls.update(id, options)
+
+    def release(self, id: str) -> Any:  # noqa: A002
+        self._record("release", id=id)
+        return self._calls.release(id)
+
+    def set_draining(self, draining: bool) -> Any:
+        self._record("drain" if draining else "undrain")
+        return self._calls.set_draining(draining)
+
+    def recycle_pool(self) -> Any:
+        self._record("recycle_pool")
+        return self._calls.recycle_pool()
+
+    def images(self) -> Any:
+        self._record("images")
+        return self._calls.images()
+
+    def stats(self) -> Any:
+        self._record("stats")
+        return self._calls.stats()
+
+    def _record(self, op: str, **args: Any) -> None:
+        self._fake.asked.append({"op": op, "args": args})
+        if self._fake.raises is not None:
+            raise self._fake.raises
 
 
 class FakeSupervisor:
-    """Answers on a SEQPACKET socket at `path` until closed."""
+    """Serves the control socket at `path` in a thread, until it is closed."""
 
     def __init__(self, path: Path, capacity: int = 1000) -> None:
         self.path = path
-        self.capacity = capacity
-        self.slots: dict[str, model.Slot] = {}
-        self.draining = False
-        self.ready = True
         self.asked: list[dict[str, Any]] = []
         self.raises: Exception | None = None
+        self._capacity = capacity
+        # On a tmpfs, as /run/nbagent is, because a disk takes milliseconds for each record.
+        self._state = Path(tempfile.mkdtemp(prefix="nbagent-fake-", dir="/dev/shm"))
+        self._host = Host(
+            self._state,
+            pool={"warm": WARM, "starts": 4},
+            slots={"capacity": max(1, min(CAPACITY_MAX, capacity))},
+            network={"allow": ["internet", "none"]},
+            claims={"archives": ["https://data.example.org/"]},
+        )
+        self._host.memory = MEMORY
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._listener.bind(str(path))
         self._listener.listen(64)
-        self._thread = threading.Thread(target=self._serve)
+        self._loop: asyncio.AbstractEventLoop
+        self._closing: asyncio.Event
+        ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve(ready)), name="fake-supervisor")
         self._thread.start()
+        if not ready.wait(10):
+            raise AssertionError("the fake supervisor did not start within 10 s")
 
     def __enter__(self) -> FakeSupervisor:
         return self
@@ -48,114 +145,106 @@ class FakeSupervisor:
         self.close()
 
     def close(self) -> None:
-        """Stops answering; may be called twice."""
+        """Ends the supervisor; a second call does nothing."""
         if self._thread.is_alive():
-            self._listener.shutdown(socket.SHUT_RDWR)
+            self._loop.call_soon_threadsafe(self._closing.set)
             self._thread.join()
             self._listener.close()
             self.path.unlink()
+            shutil.rmtree(self._state)
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return
-            with connection, contextlib.suppress(OSError, ValueError):
-                raw = control.receive_bytes(connection, control.REQUEST_MAX_BYTES)
-                if raw:
-                    control.send(connection, self._answer(json.loads(raw)))
+    @property
+    def capacity(self) -> int:
+        """The capacity. 0 makes the host full: it starts no slot, and its warm slots end."""
+        return self._capacity
 
-    def _answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        self.asked.append(request)
-        try:
-            if self.raises is not None:
-                raise self.raises
-            return {"ok": getattr(self, "_op_" + request["op"])(**request["args"])}
-        except NbagentError as error:
-            return {"error": error.to_wire()}
+    @capacity.setter
+    def capacity(self, capacity: int) -> None:
+        self._capacity = capacity
+        warm = self._in_loop(self._set_capacity)
+        if capacity == 0:
+            self.end(warm)
 
-    def _op_claim(self, options: dict[str, Any], key: str | None, client: str) -> Any:
-        wanted = model.parse_options(options, model.CLAIM_FIELDS, BOUNDS)
-        fingerprint = json.dumps(options, sort_keys=True)
-        for slot in self.slots.values():
-            if key is not None and slot.key == key:
-                if slot.fingerprint != fingerprint:
-                    raise IdempotencyMismatch(f"key {key} came with other options before")
-                return slot.claim_document()
-        if wanted.image not in (None, "minimal"):
-            raise ImageNotFound(f"no image {wanted.image!r}", field="image", expected="one of minimal")
-        if self.draining:
-            raise Draining(retry_after_s=30)
-        if len(self.slots) >= self.capacity:
-            raise Full(retry_after_s=4.2)
-        slot = model.Slot(
-            id=model.new_id(LABEL), image="minimal", digest="sha256-0", id_base=1 << 20, uid=1,
-            state=model.SlotState.CLAIMED, limits=wanted.limits(LIMITS), token=model.new_token(),
-            created_s=model.now(), claimed_s=model.now(), ttl_s=wanted.ttl_s or 3600.0,
-            path=wanted.path or "lab", key=key, fingerprint=fingerprint,
+    @property
+    def slots(self) -> ClaimedSlots:
+        """The claimed slots."""
+        return ClaimedSlots(self, self._in_loop(lambda: {
+            name: live.slot for name, live in self._host.slots.items() if live.slot.state is SlotState.CLAIMED
+        }))
+
+    @property
+    def draining(self) -> bool:
+        return self._in_loop(lambda: self._host.calls.draining)
+
+    @draining.setter
+    def draining(self, draining: bool) -> None:
+        self._in_loop(lambda: self._host.calls.set_draining(draining))
+
+    @property
+    def ready(self) -> bool:
+        """Whether starts of the default image succeed."""
+        return bool(self._in_loop(lambda: self._host.calls.stats()["ready"]))
+
+    @ready.setter
+    def ready(self, ready: bool) -> None:
+        def set_failures() -> None:
+            self._host.supervisor.pools["minimal"].failures = 0 if ready else 1
+
+        self._in_loop(set_failures)
+
+    def end(self, names: list[str]) -> None:
+        """Ends slots and waits for their ends."""
+        async def end() -> None:
+            for name in names:
+                self._host.supervisor.stopper.end(self._host.slots[name], Event.SLOT_RELEASED)
+            await until(lambda: not set(names) & set(self._host.slots))
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result(10)
+
+    def _in_loop(self, function: Callable[[], T]) -> T:
+        """Calls a function in the thread of the event loop."""
+        async def call() -> T:
+            return function()
+
+        if not self._thread.is_alive():
+            return function()
+        return asyncio.run_coroutine_threadsafe(call(), self._loop).result(10)
+
+    def _set_capacity(self) -> list[str]:
+        config = self._host.config.value
+        self._host.config.value = dataclasses.replace(
+            config,
+            slots=dataclasses.replace(config.slots, capacity=self._capacity),
+            pool=dataclasses.replace(config.pool, warm=WARM if self._capacity else 0),
         )
-        self.slots[slot.id] = slot
-        return slot.claim_document()
+        return [live.slot.id for live in self._host.supervisor.pools.warm_slots()]
 
-    def _op_slots(self) -> Any:
-        return [self._document(slot) for slot in self.slots.values()]
+    async def _serve(self, ready: threading.Event) -> None:
+        self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
+        with contextlib.ExitStack() as stack:
+            inject = content_injector.inject
+            stack.callback(setattr, content_injector, "inject", inject)
+            content_injector.inject = _inject  # type: ignore[assignment]
+            async with self._host as host:
+                load = host.supervisor.load
+                load.cpus = 4
+                load.next_end_s = lambda: 4.2  # type: ignore[method-assign]
+                await host.until_states(*["warm"] * WARM)
+                calls: Any = RecordedCalls(self, host.calls, self._settled)
+                server = asyncio.ensure_future(ControlServer(calls, self._listener, {os.getuid()}).serve())
+                ready.set()
+                await self._closing.wait()
+                server.cancel()
+                await asyncio.gather(server, return_exceptions=True)
 
-    def _op_slot(self, id: str) -> Any:  # noqa: A002
-        return self._document(self._find(id))
+    def _settled(self) -> bool:
+        """Whether no slot is ending, and the next claim finds a warm slot or is refused at once."""
+        load, slots = self._host.supervisor.load, self._host.supervisor.slots
+        if slots.count(SlotState.STOPPING) or slots.count(SlotState.FAILED):
+            return False
+        return load.draining or slots.count(SlotState.WARM) > 0 or not load.room(load.host(), "minimal")
 
-    def _op_update(self, id: str, options: dict[str, Any]) -> Any:  # noqa: A002
-        wanted = model.parse_options(options, model.UPDATE_FIELDS, BOUNDS)
-        slot = self._find(id)
-        changed = model.dataclasses.replace(
-            slot, limits=wanted.limits(slot.limits), ttl_s=wanted.ttl_s or slot.ttl_s
-        )
-        self.slots[id] = changed
-        return self._document(changed)
 
-    def _op_release(self, id: str) -> Any:  # noqa: A002
-        slot = self._find(id).to(model.SlotState.STOPPING)
-        del self.slots[id]
-        return self._document(slot)
-
-    def _op_drain(self) -> Any:
-        self.draining = True
-        return {"draining": True, "claimed": len(self.slots), "warm": 2}
-
-    def _op_undrain(self) -> Any:
-        self.draining = False
-        return {"draining": False, "claimed": len(self.slots), "warm": 2}
-
-    def _op_recycle_pool(self) -> Any:
-        return {"drained": 2}
-
-    def _op_images(self) -> Any:
-        return [{"name": "minimal", "digest": "sha256-0", "launch": "exec",
-                 "warm": 2, "wanted": 2, "default": True}]
-
-    def _op_stats(self) -> Any:
-        durations = {"count": 3, "sum": 0.06, "buckets": {"0.01": 1, "0.05": 3, "0.1": 3}}
-        counters = ("claims", "claims_refused", "starts", "start_failures", "released", "died",
-                    "oom_kills", "culled_idle", "culled_age", "culled_memory", "compressed")
-        return {
-            "version": "0.3.0", "label": LABEL,
-            "available": 0 if self.draining else self.capacity - len(self.slots),
-            "capacity": self.capacity,
-            "warm": 2, "starting": 1, "claimed": len(self.slots), "stopping": 0,
-            "draining": self.draining, "ready": self.ready, "container_image": "minimal",
-            "memory_available_bytes": 8 << 30, "free_percent": 90, "next_end_s": 4.2,
-            "pools": {"minimal": {"wanted": 2, "warm": 2, "starting": 1, "failures": 0}},
-            "counters": {name: index for index, name in enumerate(counters)},
-            "start_seconds": durations, "claim_seconds": durations, "uptime_s": 12.5,
-        }
-
-    def _find(self, slot: str) -> model.Slot:
-        if slot in self.slots:
-            return self.slots[slot]
-        raise SlotNotFound(f"no slot {slot}")
-
-    @staticmethod
-    def _document(slot: model.Slot) -> dict[str, Any]:
-        measured = {"idle_s": 1.5, "memory_bytes": 90 << 20, "swapped_bytes": 5 << 20, "cpu_s": 2.5, "tasks": 11,
-                    "oom_kills": 0, "tasks_refused": 0, "storage_bytes": 1 << 20}
-        return slot.document(model.now()) | measured
+async def _inject(slot: Slot, pidfd: int, content: Any, settings: Any, join_scope: Callable[[int], None]) -> Injected:
+    join_scope(os.getpid())
+    return Injected(len(content.files), 0)

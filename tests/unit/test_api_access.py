@@ -1,4 +1,4 @@
-"""Who may call: trusted peers and bearers of the token; no foreign web page, no rebound name."""
+"""Access control: trusted peers and bearers of the token; cross-site requests and DNS rebinding are refused."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ def test_a_trusted_peer_needs_no_token(api: FlaskClient) -> None:
 
 
 def test_another_peer_needs_the_token(api: FlaskClient) -> None:
-    answer = api.get("/slots", environ_base={"REMOTE_ADDR": OUTSIDE})
-    assert (answer.status_code, answer.json["type"]) == (401, "urn:nbagent:problem:unauthenticated")
-    assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+    response = api.get("/slots", environ_base={"REMOTE_ADDR": OUTSIDE})
+    assert (response.status_code, response.json["type"]) == (401, "urn:nbagent:problem:unauthenticated")
+    assert response.headers["WWW-Authenticate"].startswith("Bearer")
     for peer in (OUTSIDE, "::ffff:192.0.2.9", "", "unix"):
         assert status(api, peer=peer) == 401
         assert status(api, peer=peer, Authorization=f"Bearer {TOKEN}") == 200
@@ -74,7 +74,7 @@ def test_a_wrong_token_is_forbidden_even_to_a_trusted_peer(api: FlaskClient, tok
     assert status(api, Authorization=f"Bearer {token}") == 403
 
 
-def test_another_scheme_of_authorization_counts_as_none(api: FlaskClient) -> None:
+def test_other_schemes_of_authorization_are_ignored(api: FlaskClient) -> None:
     assert status(api, Authorization="Basic dTpw") == 200
     assert status(api, peer=OUTSIDE, Authorization="Basic dTpw") == 401
 
@@ -82,12 +82,12 @@ def test_another_scheme_of_authorization_counts_as_none(api: FlaskClient) -> Non
 @pytest.mark.parametrize(
     "header", ["X-Forwarded-For", "X-Forwarded-Host", "Forwarded", "X-Real-IP", "Via", "x-forwarded-for"]
 )
-def test_an_address_is_not_trusted_behind_a_proxy(api: FlaskClient, header: str) -> None:
+def test_header_of_a_proxy_voids_trust_in_the_address(api: FlaskClient, header: str) -> None:
     assert status(api, **{header: "127.0.0.1"}) == 401
     assert status(api, **{header: "127.0.0.1"}, Authorization=f"Bearer {TOKEN}") == 200
 
 
-def test_an_empty_or_absent_token_file_admits_nobody(supervisor: FakeSupervisor, token_file: Path) -> None:
+def test_empty_or_absent_token_file_admits_no_token(supervisor: FakeSupervisor, token_file: Path) -> None:
     token_file.write_text("\n")
     for _ in range(2):
         api = client(supervisor, token_file)
@@ -105,7 +105,7 @@ def test_a_changed_token_file_is_read_again(token_file: Path) -> None:
     assert not token.matches(TOKEN)
 
 
-def test_what_says_nothing_of_the_slots_is_open(api: FlaskClient) -> None:
+def test_routes_without_facts_about_slots_are_open(api: FlaskClient) -> None:
     for path in ("/healthz", "/readyz", "/openapi.json", "/"):
         assert status(api, path, peer=OUTSIDE) == 200
     for path in ("/claim", "/slots", "/stats", "/images", "/metrics", f"/slots/{LABEL}-x8q2m4k9w1ze"):
@@ -125,62 +125,62 @@ def test_what_says_nothing_of_the_slots_is_open(api: FlaskClient) -> None:
         {"Origin": "https://evil.example", "Authorization": f"Bearer {TOKEN}"},
     ],
 )
-def test_a_foreign_web_page_is_forbidden(
+def test_cross_site_request_is_forbidden(
     api: FlaskClient, supervisor: FakeSupervisor, path: str, headers: dict[str, str]
 ) -> None:
     assert status(api, path, **headers) == 403
     assert supervisor.asked == []
 
 
-def test_the_apis_own_origin_may_call(api: FlaskClient) -> None:
+def test_same_origin_request_is_permitted(api: FlaskClient) -> None:
     assert status(api, Origin="http://localhost", Sec_Fetch_Site="same-origin") == 200
     assert status(api, Sec_Fetch_Site="none", User_Agent=FIREFOX) == 200
 
 
-def test_a_browser_may_not_claim_by_get_without_saying_where_it_comes_from(api: FlaskClient) -> None:
+def test_browser_may_not_claim_by_get_without_sec_fetch_site(api: FlaskClient) -> None:
     assert status(api, "/claim", Host="10.0.0.7:9000", User_Agent=FIREFOX) == 403
     assert status(api, "/claim", User_Agent=FIREFOX, Sec_Fetch_Site="none") == 200
     assert status(api, "/claim", User_Agent=FIREFOX, Authorization=f"Bearer {TOKEN}") == 200
     assert status(api, "/claim", User_Agent="curl/8.14.1") == 200
 
 
-def test_an_allowed_origin_may_call_and_read(supervisor: FakeSupervisor, token_file: Path) -> None:
+def test_allowed_origin_may_call_and_read(supervisor: FakeSupervisor, token_file: Path) -> None:
     origin = "https://example.org"
     api = client(supervisor, token_file, allowed_origins=[origin])
-    answer = api.post("/claim", headers={"Origin": origin, "Sec-Fetch-Site": "cross-site"})
-    assert answer.status_code == 200
-    assert answer.headers["Access-Control-Allow-Origin"] == origin
-    assert answer.headers["Vary"] == "Origin"
+    response = api.post("/claim", headers={"Origin": origin, "Sec-Fetch-Site": "cross-site"})
+    assert response.status_code == 200
+    assert response.headers["Access-Control-Allow-Origin"] == origin
+    assert response.headers["Vary"] == "Origin"
     assert status(api, Sec_Fetch_Site="cross-site", Referer=origin + "/page") == 200
     assert status(api, Origin="https://example.org.evil.example") == 403
 
 
-def test_an_allowed_origin_can_read_a_refusal(supervisor: FakeSupervisor, token_file: Path) -> None:
+def test_allowed_origin_may_read_an_error(supervisor: FakeSupervisor, token_file: Path) -> None:
     api = client(supervisor, token_file, allowed_origins=["https://example.org"])
     supervisor.capacity = 0
-    answer = api.post("/claim", headers={"Origin": "https://example.org"})
-    assert answer.status_code == 503
-    assert answer.headers["Access-Control-Allow-Origin"] == "https://example.org"
-    assert "Retry-After" in answer.headers["Access-Control-Expose-Headers"]
+    response = api.post("/claim", headers={"Origin": "https://example.org"})
+    assert response.status_code == 503
+    assert response.headers["Access-Control-Allow-Origin"] == "https://example.org"
+    assert "Retry-After" in response.headers["Access-Control-Expose-Headers"]
 
 
-def test_a_preflight_is_answered_without_a_token(supervisor: FakeSupervisor, token_file: Path) -> None:
+def test_preflight_needs_no_token(supervisor: FakeSupervisor, token_file: Path) -> None:
     api = client(supervisor, token_file, allowed_origins=["https://example.org"])
-    asked = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
-    answer = api.options("/claim", headers=asked, environ_base={"REMOTE_ADDR": OUTSIDE})
-    assert answer.status_code == 204
-    assert "POST" in answer.headers["Access-Control-Allow-Methods"]
-    assert "Idempotency-Key" in answer.headers["Access-Control-Allow-Headers"]
-    assert api.options("/claim", headers=asked | {"Origin": "https://evil.example"}).status_code == 403
+    preflight = {"Origin": "https://example.org", "Access-Control-Request-Method": "POST"}
+    response = api.options("/claim", headers=preflight, environ_base={"REMOTE_ADDR": OUTSIDE})
+    assert response.status_code == 204
+    assert "POST" in response.headers["Access-Control-Allow-Methods"]
+    assert "Idempotency-Key" in response.headers["Access-Control-Allow-Headers"]
+    assert api.options("/claim", headers=preflight | {"Origin": "https://evil.example"}).status_code == 403
 
 
-def test_any_origin_may_call_when_all_are_allowed(supervisor: FakeSupervisor, token_file: Path) -> None:
+def test_star_allows_every_origin(supervisor: FakeSupervisor, token_file: Path) -> None:
     api = client(supervisor, token_file, allowed_origins=["*"])
-    assert status(api, "/claim", Origin="https://anybody.example") == 200
+    assert status(api, "/claim", Origin="https://any.example") == 200
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:9000", "localhost.evil.example", "a b"])
-def test_a_name_that_is_not_this_hosts_is_forbidden(api: FlaskClient, host: str) -> None:
+def test_host_header_of_another_machine_is_forbidden(api: FlaskClient, host: str) -> None:
     assert status(api, Host=host) == 403
     assert status(api, Host=host, Origin=f"http://{host}") == 403
     assert status(api, Host=host, Authorization=f"Bearer {TOKEN}") == 200
@@ -189,11 +189,11 @@ def test_a_name_that_is_not_this_hosts_is_forbidden(api: FlaskClient, host: str)
 @pytest.mark.parametrize(
     "host", ["127.0.0.1:9000", "[::1]:9000", "localhost", "LOCALHOST:9000", "a.localhost"]
 )
-def test_an_address_and_localhost_are_names_of_this_host(api: FlaskClient, host: str) -> None:
+def test_addresses_and_localhost_are_names_of_this_host(api: FlaskClient, host: str) -> None:
     assert status(api, Host=host) == 200
 
 
-def test_the_machines_and_the_routers_names_are_names_of_this_host(
+def test_hostname_and_public_url_are_names_of_this_host(
     supervisor: FakeSupervisor, token_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "C07")
@@ -205,7 +205,7 @@ def test_the_machines_and_the_routers_names_are_names_of_this_host(
         assert status(api, Host=host) == 200
 
 
-def test_the_machine_is_also_named_by_its_search_domains(
+def test_machine_names_include_search_domains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("socket.gethostname", lambda: "c07")
@@ -215,7 +215,7 @@ def test_the_machine_is_also_named_by_its_search_domains(
     assert hostnames.machine_names(tmp_path / "absent") == {"c07"}
 
 
-def test_trust_is_by_network() -> None:
+def test_is_trusted() -> None:
     networks = ApiSettings().trusted_networks
     assert is_trusted("127.0.0.1", networks)
     assert not is_trusted("10.0.0.1", networks)

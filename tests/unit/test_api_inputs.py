@@ -1,4 +1,4 @@
-"""Bad input: a problem that names the field and what would be right, and it costs no slot."""
+"""Invalid input: a problem document names the field and the expected value, and no slot starts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ INVALID_BODY = "urn:nbagent:problem:invalid-body"
 def supervisor(tmp_path: Path) -> Iterator[FakeSupervisor]:
     with FakeSupervisor(tmp_path / "control.sock") as running:
         yield running
-        assert running.slots == {}, "bad input cost a slot"
+        assert running.slots == {}, "invalid input started a slot"
 
 
 @pytest.fixture
@@ -55,35 +55,35 @@ def claim(api: FlaskClient, body: bytes, kind: str = "application/json", **heade
         ("path", "lab/..%2f..%2fx"),
     ],
 )
-def test_an_option_that_is_wrong_is_named_with_what_would_be_right(
+def test_problem_names_the_invalid_option_and_the_expected_value(
     api: FlaskClient, field: str, value: object
 ) -> None:
-    answer = api.post("/claim", json={field: value})
-    problem = answer.json
-    assert (answer.status_code, problem["type"], problem["field"]) == (400, INVALID_FIELD, field)
+    response = api.post("/claim", json={field: value})
+    problem = response.json
+    assert (response.status_code, problem["type"], problem["field"]) == (400, INVALID_FIELD, field)
     assert problem["expected"]
-    assert len(answer.data) < 2000
-    assert answer.content_type == "application/problem+json"
+    assert len(response.data) < 2000
+    assert response.content_type == "application/problem+json"
 
 
-def test_an_unknown_image_is_not_found(api: FlaskClient) -> None:
-    answer = api.get("/claim?image=no-such-image")
-    assert (answer.status_code, answer.json["type"]) == (404, "urn:nbagent:problem:image-not-found")
+def test_an_unknown_image_is_an_invalid_field(api: FlaskClient) -> None:
+    response = api.get("/claim?image=no-such-image")
+    assert (response.status_code, response.json["field"]) == (400, "image")
 
 
 @pytest.mark.parametrize("query", ["memroy=1G", "x=1", "memory[]=1G", "=1"])
 def test_an_unknown_field_is_refused(api: FlaskClient, supervisor: FakeSupervisor, query: str) -> None:
-    answer = api.get(f"/claim?{query}")
-    assert (answer.status_code, answer.json["field"]) == (400, query.partition("=")[0])
-    assert "memory" in answer.json["expected"]
+    response = api.get(f"/claim?{query}")
+    assert (response.status_code, response.json["field"]) == (400, query.partition("=")[0])
+    assert "memory" in response.json["expected"]
     assert supervisor.asked == []
 
 
-def test_a_misspelt_field_is_answered_with_the_nearest(api: FlaskClient) -> None:
+def test_problem_of_a_misspelt_field_suggests_the_nearest(api: FlaskClient) -> None:
     assert "did you mean 'memory'" in api.post("/claim", json={"memroy": "1G"}).json["detail"]
 
 
-def test_a_field_where_none_is_taken_is_refused(api: FlaskClient) -> None:
+def test_option_is_refused_by_routes_without_options(api: FlaskClient) -> None:
     assert api.get("/slots?limit=5").status_code == 400
     assert api.post("/drain", json={"now": True}).status_code == 400
 
@@ -96,18 +96,18 @@ def test_a_field_where_none_is_taken_is_refused(api: FlaskClient) -> None:
         b'{"ttl": 1, "ttl": 2}', b"[" * 60000, b'{"a":' * 10000, b'{"ttl": ' + b"9" * 5000 + b"}",
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused(
+def test_body_other_than_a_json_object_is_refused(
     api: FlaskClient, supervisor: FakeSupervisor, body: bytes
 ) -> None:
-    answer = claim(api, body)
-    assert (answer.status_code, answer.json["type"]) == (400, INVALID_BODY)
-    assert len(answer.data) < 1000
+    response = claim(api, body)
+    assert (response.status_code, response.json["type"]) == (400, INVALID_BODY)
+    assert len(response.data) < 1000
     assert supervisor.asked == []
 
 
 def test_a_number_that_overflows_is_refused(api: FlaskClient) -> None:
-    answer = claim(api, b'{"ttl": 1e999}')
-    assert (answer.status_code, answer.json["field"]) == (400, "ttl")
+    response = claim(api, b'{"ttl": 1e999}')
+    assert (response.status_code, response.json["field"]) == (400, "ttl")
 
 
 @pytest.mark.parametrize(
@@ -116,91 +116,101 @@ def test_a_number_that_overflows_is_refused(api: FlaskClient) -> None:
      "application/json; charset=utf-16", "application/xml"],
 )
 def test_a_body_of_another_type_is_refused(api: FlaskClient, kind: str) -> None:
-    answer = claim(api, b'{"ttl": 60}', kind)
-    assert (answer.status_code, answer.json["type"]) == (415, INVALID_BODY)
-    assert "application/json" in answer.json["detail"]
+    response = claim(api, b'{"ttl": 60}', kind)
+    assert (response.status_code, response.json["type"]) == (415, INVALID_BODY)
+    assert "application/json" in response.json["detail"]
 
 
 def test_a_compressed_body_is_refused(api: FlaskClient) -> None:
     assert claim(api, b"\x1f\x8b", **{"Content-Encoding": "gzip"}).status_code == 415
 
 
-def test_a_body_above_the_bound_is_refused_unread(api: FlaskClient) -> None:
+def test_body_above_the_limit_is_refused_unread(api: FlaskClient) -> None:
     stream = io.BytesIO(b" " * 10_000_000)
-    answer = api.post(
+    response = api.post(
         "/claim", input_stream=stream, content_length=10_000_000, content_type="application/json"
     )
-    assert (answer.status_code, answer.json["type"]) == (413, INVALID_BODY)
+    assert (response.status_code, response.json["type"]) == (413, INVALID_BODY)
     assert stream.tell() == 0
 
 
-def test_a_body_without_a_length_is_read_only_up_to_the_bound(api: FlaskClient) -> None:
+def test_chunked_body_is_read_up_to_the_limit_only(api: FlaskClient) -> None:
     stream = io.BytesIO(b" " * 10_000_000)
-    answer = api.post(
+    response = api.post(
         "/claim", input_stream=stream, content_type="application/json",
         headers={"Transfer-Encoding": "chunked"},
     )
-    assert answer.status_code == 413
+    assert response.status_code == 413
     assert stream.tell() <= BODY_MAX_BYTES + 1
 
 
-def test_options_that_escaping_makes_too_large_are_refused(api: FlaskClient) -> None:
+def test_options_that_are_too_long_when_escaped_are_refused(api: FlaskClient) -> None:
     assert claim(api, json.dumps({"path": "ä" * 20000}, ensure_ascii=False).encode()).status_code == 413
 
 
 def test_a_get_with_a_body_is_refused(api: FlaskClient) -> None:
-    answer = api.get("/claim", data=b'{"ttl": 60}', content_type="application/json")
-    assert (answer.status_code, answer.json["type"]) == (400, INVALID_BODY)
+    response = api.get("/claim", data=b'{"ttl": 60}', content_type="application/json")
+    assert (response.status_code, response.json["type"]) == (400, INVALID_BODY)
 
 
-def test_query_and_body_may_not_say_the_same_field(api: FlaskClient) -> None:
-    answer = api.post("/claim?ttl=60", json={"ttl": 90})
-    assert (answer.status_code, answer.json["field"]) == (400, "ttl")
+def test_option_in_query_and_body_is_refused(api: FlaskClient) -> None:
+    response = api.post("/claim?ttl=60", json={"ttl": 90})
+    assert (response.status_code, response.json["field"]) == (400, "ttl")
 
 
 @pytest.mark.parametrize(
     ("query", "field"),
     [("ttl=60&ttl=90", "ttl"), ("ttl=%ff", "ttl"), ("%ff=1", "query"), ("ttl=60%00", "ttl"), ("ttl", "ttl")],
 )
-def test_a_query_that_is_malformed_is_refused(api: FlaskClient, query: str, field: str) -> None:
-    answer = api.get(f"/claim?{query}")
-    assert (answer.status_code, answer.json["field"]) == (400, field)
+def test_malformed_query_is_refused(api: FlaskClient, query: str, field: str) -> None:
+    response = api.get(f"/claim?{query}")
+    assert (response.status_code, response.json["field"]) == (400, field)
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "ä", "x" * 256])
-def test_an_idempotency_key_that_is_none_is_refused(api: FlaskClient, key: str) -> None:
-    answer = api.post("/claim", headers={"Idempotency-Key": key})
-    assert (answer.status_code, answer.json["field"]) == (400, "Idempotency-Key")
+def test_malformed_idempotency_key_is_refused(api: FlaskClient, key: str) -> None:
+    response = api.post("/claim", headers={"Idempotency-Key": key})
+    assert (response.status_code, response.json["field"]) == (400, "Idempotency-Key")
 
 
 @pytest.mark.parametrize(
     "slot",
     [
         "../../etc/passwd", "..%2f..%2fetc%2fpasswd", "%2e%2e", f"{LABEL}-", f"{LABEL}-x8q2m4k9w1z",
-        f"{LABEL}-X8Q2M4K9W1ZE", "c08-x8q2m4k9w1ze", f"{LABEL}-x8q2m4k9w1ze/..", "%00", "%ff", "x" * 4000,
+        f"{LABEL}-X8Q2M4K9W1ZE", "a-label-x8q2m4k9w1ze", f"{LABEL}-x8q2m4k9w1ze/..", "%00", "%ff", "x" * 4000,
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "PATCH", "DELETE"])
-def test_what_is_no_id_of_this_host_never_reaches_the_supervisor(
+def test_malformed_slot_id_is_refused_by_the_api(
     api: FlaskClient, supervisor: FakeSupervisor, method: str, slot: str
 ) -> None:
-    answer = api.open(f"/slots/{slot}", method=method)
-    assert (answer.status_code, answer.json["type"]) == (404, "urn:nbagent:problem:slot-not-found")
-    assert "not an id of this host" in answer.json["detail"]
-    assert len(answer.data) < 1000
+    response = api.open(f"/slots/{slot}", method=method)
+    assert (response.status_code, response.json["type"]) == (404, "urn:nbagent:problem:slot-not-found")
+    assert "is not a slot id" in response.json["detail"]
+    assert len(response.data) < 1000
     assert supervisor.asked == []
 
 
-def test_an_id_with_a_line_break_is_none(api: FlaskClient, supervisor: FakeSupervisor) -> None:
+def test_slot_id_with_a_line_break_is_refused(api: FlaskClient, supervisor: FakeSupervisor) -> None:
     assert api.get(f"/slots/{LABEL}-x8q2m4k9w1ze%0a").status_code == 404
     assert supervisor.asked == []
 
 
-def test_an_update_of_nothing_is_refused(api: FlaskClient) -> None:
-    answer = api.patch(f"/slots/{LABEL}-x8q2m4k9w1ze", json={})
-    assert (answer.status_code, answer.json["type"]) == (400, INVALID_BODY)
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("slot", [f"{LABEL}-000000000000", "c08-x8q2m4k9w1ze"])
+def test_unknown_slot_id_of_any_label_is_refused_by_the_supervisor(
+    api: FlaskClient, supervisor: FakeSupervisor, method: str, slot: str
+) -> None:
+    response = api.open(f"/slots/{slot}", method=method)
+    assert (response.status_code, response.json["type"]) == (404, "urn:nbagent:problem:slot-not-found")
+    assert supervisor.asked[-1]["args"] == {"id": slot}
 
 
-def test_an_update_cannot_change_the_image(api: FlaskClient) -> None:
-    answer = api.patch(f"/slots/{LABEL}-x8q2m4k9w1ze", json={"image": "minimal"})
-    assert (answer.status_code, answer.json["field"]) == (400, "image")
+def test_update_without_options_is_refused(api: FlaskClient) -> None:
+    response = api.patch(f"/slots/{LABEL}-x8q2m4k9w1ze", json={})
+    assert (response.status_code, response.json["type"]) == (400, INVALID_BODY)
+
+
+def test_update_of_the_image_is_refused(api: FlaskClient) -> None:
+    response = api.patch(f"/slots/{LABEL}-x8q2m4k9w1ze", json={"image": "minimal"})
+    assert (response.status_code, response.json["field"]) == (400, "image")

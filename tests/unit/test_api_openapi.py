@@ -1,4 +1,4 @@
-"""The description is of what is served, no more and no less, and the answers keep to it."""
+"""The OpenAPI description lists exactly the routes that are served, and real responses match its schemas."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def references(node: Any) -> Iterator[str]:
             yield from references(item)
 
 
-def faults(value: Any, schema: Any, schemas: Any, where: str = "answer") -> Iterator[str]:
-    """What of `value` breaks `schema`, for the keywords that our schemas use."""
+def faults(value: Any, schema: Any, schemas: Any, where: str = "response") -> Iterator[str]:
+    """The violations of `schema` in `value`, for the keywords that our schemas use."""
     if "$ref" in schema:
         schema = schemas[schema["$ref"].rpartition("/")[2]]
     kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float),
@@ -64,12 +64,12 @@ def faults(value: Any, schema: Any, schemas: Any, where: str = "answer") -> Iter
         properties = schema.get("properties", {})
         yield from (f"{where} lacks {name}" for name in schema.get("required", ()) if name not in value)
         for name, item in value.items():
-            other = schema.get("additionalProperties")
+            additional = schema.get("additionalProperties")
             if name in properties:
                 yield from faults(item, properties[name], schemas, f"{where}.{name}")
-            elif isinstance(other, dict):
-                yield from faults(item, other, schemas, f"{where}.{name}")
-            elif "properties" in schema and other is not True:
+            elif isinstance(additional, dict):
+                yield from faults(item, additional, schemas, f"{where}.{name}")
+            elif "properties" in schema and additional is not True:
                 yield f"{where}.{name} is not described"
     if "enum" in schema and value not in schema["enum"]:
         yield f"{where} is {value!r}"
@@ -86,7 +86,7 @@ def test_every_route_is_described_and_every_description_served(api: FlaskClient,
     assert served == {(method, flask_path(path)) for method, path in operations(description)}
 
 
-def test_the_description_is_whole(description: Any) -> None:
+def test_description_is_complete(description: Any) -> None:
     assert description["openapi"] == "3.1.0"
     assert set(description["info"]) >= {"title", "version"}
     names = [operation["operationId"] for operation in operations(description).values()]
@@ -97,39 +97,39 @@ def test_the_description_is_whole(description: Any) -> None:
         given = {(parameter["name"], parameter["in"]) for parameter in parameters}
         assert {(name, "path") for name in re.findall(r"{(\w+)}", path)} <= given
         assert all(re.fullmatch(r"[2-5]\d\d", code) for code in operation["responses"])
-        assert all(answer["description"] for answer in operation["responses"].values())
+        assert all(response["description"] for response in operation["responses"].values())
         assert operation["summary"]
 
 
-def test_every_reference_leads_somewhere(description: Any) -> None:
+def test_every_reference_has_a_schema_and_every_schema_a_reference(description: Any) -> None:
     schemas = description["components"]["schemas"]
     targets = set(references(description))
     assert targets <= {f"#/components/schemas/{name}" for name in schemas}
     assert {f"#/components/schemas/{name}" for name in schemas} == targets
 
 
-def test_the_answers_are_as_described(api: FlaskClient, description: Any) -> None:
+def test_responses_match_the_description(api: FlaskClient, description: Any) -> None:
     slot = api.post("/claim").json["slot"]
     bodies = {("PATCH", "/slots/{slot}"): {"ttl": "1h"}}
     order = sorted(operations(description).items(), key=lambda entry: entry[0][0] == "DELETE")
     for (method, path), operation in order:
-        answer = api.open(path.replace("{slot}", slot), method=method, json=bodies.get((method, path)))
+        response = api.open(path.replace("{slot}", slot), method=method, json=bodies.get((method, path)))
         if (method, path) == ("POST", "/drain"):
             api.delete("/drain")
-        assert answer.status_code == 200, (method, path, answer.text)
+        assert response.status_code == 200, (method, path, response.text)
         content = operation["responses"]["200"]["content"]
-        assert list(content) == [answer.mimetype]
-        value = answer.json if answer.is_json else answer.text
-        schema = content[answer.mimetype]["schema"]
+        assert list(content) == [response.mimetype]
+        value = response.json if response.is_json else response.text
+        schema = content[response.mimetype]["schema"]
         found = list(faults(value, schema, description["components"]["schemas"], f"{method} {path}"))
         assert path == "/openapi.json" or found == []
 
 
-def test_problems_are_as_described(api: FlaskClient, description: Any) -> None:
+def test_problems_match_the_description(api: FlaskClient, description: Any) -> None:
     schemas = description["components"]["schemas"]
     for path in ("/claim?memory=lots", f"/slots/{LABEL}-000000000000", "/slots/x", "/nowhere"):
-        answer = api.get(path)
-        assert list(faults(answer.json, schemas["Problem"], schemas)) == []
+        response = api.get(path)
+        assert list(faults(response.json, schemas["Problem"], schemas)) == []
     claim = description["paths"]["/claim"]["post"]["responses"]
     assert {"400", "401", "403", "404", "413", "415", "422", "503"} <= set(claim)
     assert "Retry-After" in claim["503"]["headers"]

@@ -1,4 +1,4 @@
-"""The journal's catalog and the events of nbagent.core.events are the same list."""
+"""packaging/nbagent.catalog has an entry for each event of nbagent.core.events."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def _entries() -> dict[str, str]:
     return entries
 
 
-def test_every_event_is_explained_and_nothing_else() -> None:
+def test_the_catalog_has_exactly_the_events() -> None:
     ids = [event.value.message_id for event in Event]
     assert len(set(ids)) == len(ids)
     assert set(_entries()) == set(ids)
 
 
 @pytest.mark.parametrize("event", Event, ids=lambda event: event.name)
-def test_an_entry_has_a_head_and_says_what_to_do(event: Event) -> None:
+def test_an_entry_has_a_header_and_a_text(event: Event) -> None:
     head, _, body = _entries()[event.value.message_id].partition("\n\n")
     keys = [line.split(":", 1)[0] for line in head.splitlines()]
     assert keys == ["Subject", "Defined-By", "Support", "Documentation"]
@@ -40,13 +40,13 @@ def test_an_entry_has_a_head_and_says_what_to_do(event: Event) -> None:
 
 
 @pytest.mark.parametrize("event", Event, ids=lambda event: event.name)
-def test_an_entry_uses_only_fields_that_its_event_has(event: Event) -> None:
-    has = {f"NBAGENT_{name.upper()}" for name in FIELDS.findall(event.value.text)}
-    assert set(NAMES.findall(_entries()[event.value.message_id])) <= has
+def test_an_entry_uses_only_fields_of_its_event(event: Event) -> None:
+    fields = {f"NBAGENT_{name.upper()}" for name in FIELDS.findall(event.value.text)}
+    assert set(NAMES.findall(_entries()[event.value.message_id])) <= fields
 
 
 @pytest.mark.skipif(not shutil.which("journalctl"), reason="needs journalctl")
-def test_journald_takes_the_catalog(tmp_path: Path) -> None:
+def test_journalctl_accepts_the_catalog(tmp_path: Path) -> None:
     directory = tmp_path / "usr/lib/systemd/catalog"
     directory.mkdir(parents=True)
     shutil.copy(CATALOG, directory / "nbagent.catalog")

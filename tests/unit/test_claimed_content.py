@@ -1,19 +1,22 @@
-"""What a claim may bring: files and their names, URLs and what allows them, and the wire that carries them."""
+"""The content of a claim: files and their paths, URLs, and the prefixes that allow them."""
 
 from __future__ import annotations
 
 import base64
-import fcntl
-import os
-import socket
 
 import pytest
 
 from nbagent.core import urls
-from nbagent.core.claim_content import BODY_MAX_BYTES, FILES_MAX, FILES_MAX_BYTES, File, parse_archive, parse_files
-from nbagent.core.errors import InvalidField
+from nbagent.core.claim_content import (
+    FILES_MAX,
+    FILES_MAX_BYTES,
+    File,
+    checked_entries,
+    parse_archive,
+    parse_files,
+)
+from nbagent.core.errors import BadRequest, InvalidField
 from nbagent.core.model import CLAIM_FIELDS, Bounds, parse_options
-from nbagent.wire import control
 
 ALLOWED = ("https://data.example.org/courses/", "http://[::1]:8080")
 
@@ -29,7 +32,7 @@ def test_files_are_text_or_base64():
     "", "/etc/passwd", "../x", "a/../b", "a/..", "./a", "a/./b", "a//b", "a/", "a\0b", "\ud800", "x" * 256,
     "/".join(["d" * 200] * 6),
 ])
-def test_a_path_that_is_no_file_below_home_is_refused_by_name(path):
+def test_a_path_outside_the_home_directory_is_refused_by_name(path):
     with pytest.raises(InvalidField) as refused:
         parse_files({"good": "", path: "x"})
     assert refused.value.details["field"] == "files"
@@ -58,13 +61,13 @@ def test_too_many_and_too_large_are_refused_with_the_bound(value):
     assert len(refused.value.details["value"]) <= 80
 
 
-def test_as_much_as_is_allowed_is_taken():
+def test_the_largest_allowed_content_is_accepted():
     data = {"base64": base64.b64encode(bytes(FILES_MAX_BYTES // FILES_MAX)).decode()}
     given = {f"{number}": data for number in range(FILES_MAX)}
     assert len(parse_files(given)) == FILES_MAX
 
 
-def test_one_path_is_not_a_file_and_a_directory():
+def test_one_path_cannot_be_a_file_and_a_directory():
     with pytest.raises(InvalidField, match="not both"):
         parse_files({"a": "", "a/b": ""})
 
@@ -96,12 +99,12 @@ def test_a_url_below_an_allowed_one_is_allowed(url):
     "https://data.example.org/courses/" + "x" * 2000,
     "http://[::1]:8081/x", "http://127.0.0.1:8080/x", None, 7, ["https://data.example.org/courses/x"],
 ])
-def test_no_trick_makes_another_url_allowed(url):
+def test_a_url_that_only_looks_allowed_is_refused(url):
     with pytest.raises(ValueError, match="URL"):
         parse_archive(url, ALLOWED)
 
 
-def test_without_a_word_of_the_operator_no_archive_is_allowed():
+def test_no_archive_is_allowed_unless_the_operator_configures_a_prefix():
     with pytest.raises(InvalidField, match=r"claims\.archives"):
         parse_options({"archive": "https://data.example.org/x.zip"}, CLAIM_FIELDS, Bounds(1 << 30, 60, 1))
 
@@ -113,53 +116,14 @@ def test_loopback_is_known_in_every_spelling_of_an_address():
         assert not urls.parse(f"http://{host}/").is_loopback()
 
 
-@pytest.fixture
-def pair():
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        yield ours, theirs
+@pytest.mark.parametrize(("files", "size"), [
+    (None, 0), ({}, 0), ([["a", 1]], 2), ([["a"]], 0), ([["a", -1], ["b", 1]], 0), ([["a", True]], 1),
+    ([["a", 1.0]], 1), ([["../a", 0]], 0), ([[7, 0]], 0), ([[f"f{number}", 0] for number in range(FILES_MAX + 1)], 0),
+])
+def test_entries_that_do_not_describe_the_bytes_are_refused(files, size):
+    with pytest.raises(BadRequest):
+        checked_entries(files, size)
 
 
-@pytest.mark.parametrize("size", [10, control.PACKET_MAX_BYTES, BODY_MAX_BYTES])
-def test_a_request_of_any_allowed_size_arrives_whole(pair, size):
-    control.send(pair[0], {"op": "x" * size})
-    assert control.receive(pair[1]) == {"op": "x" * size}
-
-
-def test_a_request_that_is_too_large_is_not_read(pair):
-    control.send(pair[0], {"op": "x" * 500_000})
-    with pytest.raises(ValueError, match="more than 400000"):
-        control.receive_bytes(pair[1], 400_000)
-
-
-def unsealed():
-    return os.memfd_create("x", os.MFD_ALLOW_SEALING)
-
-
-def half_sealed():
-    fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-    return fd
-
-
-def directory():
-    return os.open("/", os.O_RDONLY)
-
-
-def pipe():
-    read, write = os.pipe()
-    os.close(write)
-    return read
-
-
-@pytest.mark.parametrize("make", [unsealed, half_sealed, directory, pipe])
-def test_nothing_but_a_sealed_memfd_is_read(pair, make):
-    fd = make()
-    before = len(os.listdir("/proc/self/fd"))
-    try:
-        socket.send_fds(pair[0], [b"{}"], [fd])
-        with pytest.raises((OSError, ValueError)):
-            control.receive_bytes(pair[1], 1 << 20)
-        assert len(os.listdir("/proc/self/fd")) == before
-    finally:
-        os.close(fd)
+def test_entries_are_paths_and_sizes():
+    assert checked_entries([["a", 1], ["b/c", 0]], 1) == (("a", 1), ("b/c", 0))

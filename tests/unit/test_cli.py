@@ -55,7 +55,7 @@ def url(supervisor: FakeSupervisor, tmp_path: Path) -> Iterator[str]:
 
 
 class Run:
-    """What a command printed, and its exit status."""
+    """The output and the exit status of a command."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> None:
         self.status = 0
@@ -94,20 +94,20 @@ def test_claim_sends_the_options_that_are_given(run: Any, supervisor: FakeSuperv
     assert run("claim", "--json", *options).json["slot"] == claim["slot"]
 
 
-def test_claim_brings_files_and_an_archive(run: Any, supervisor: FakeSupervisor, tmp_path: Path) -> None:
+def test_claim_sends_files_and_an_archive(run: Any, supervisor: FakeSupervisor, tmp_path: Path) -> None:
     (tmp_path / "a.ipynb").write_bytes(b"{}")
     (tmp_path / "b=c").write_bytes(b"\0\xff")
     url = "https://data.example.org/courses/one.tar.gz"
     done = run("claim", "--file", f"{tmp_path}/a.ipynb", "--file", f"{tmp_path}/b=c=deep/er", "--archive", url)
     assert done.status == 0
-    assert supervisor.asked[-1]["args"]["options"] == {
-        "files": {"a.ipynb": {"base64": "e30="}, "deep/er": {"base64": "AP8="}}, "archive": url,
-    }
+    args = supervisor.asked[-1]["args"]
+    assert args["options"].keys() == {"archive", "files"} and args["options"]["archive"] == url
+    assert args["options"]["files"].entries == (("a.ipynb", 2), ("deep/er", 2))
     missing = run("claim", "--file", f"{tmp_path}/none")
     assert missing.status == 1 and "none" in missing.err
 
 
-def test_a_refused_option_is_one_line_with_what_would_be_right(run: Any) -> None:
+def test_the_error_of_a_refused_option_is_one_line_with_the_expected_value(run: Any) -> None:
     done = run("claim", "--memory", "lots")
     assert (done.status, done.out) == (2, "")
     assert done.err.startswith("nbagent: memory: expected a size") and done.err.count("\n") == 1
@@ -118,18 +118,19 @@ def test_a_full_host_has_the_exit_status_of_a_temporary_failure(run: Any, superv
     assert run("claim").status == 75
 
 
-def test_slots_are_shown_in_columns_when_no_terminal_is_there(run: Any) -> None:
+def test_slots_are_shown_in_plain_columns_without_a_terminal(run: Any) -> None:
     slot = run("claim", "--json").json["slot"]
-    head, line = run("slots").out.splitlines()
+    head, *lines = run("slots").out.splitlines()
+    line, = (line for line in lines if "claimed" in line)
     assert head.split()[:3] == ["SLOT", "STATE", "IMAGE"]
     assert line.split()[:3] == [slot, "claimed", "minimal"]
     assert "90M of 1G" in line
-    assert run("slots", "--json").json[0]["slot"] == slot
+    assert slot in [document["slot"] for document in run("slots", "--json").json]
     assert run("slots", "--json", slot).json["slot"] == slot
     assert slot in run("slots", slot).out
 
 
-def test_release_tries_every_slot_and_tells_what_failed(run: Any, supervisor: FakeSupervisor) -> None:
+def test_release_continues_after_a_failure_and_reports_it(run: Any, supervisor: FakeSupervisor) -> None:
     slots = [run("claim", "--json").json["slot"] for _ in range(2)]
     done = run("release", slots[0], ABSENT, slots[1])
     assert done.status == 3
@@ -138,14 +139,14 @@ def test_release_tries_every_slot_and_tells_what_failed(run: Any, supervisor: Fa
     assert supervisor.slots == {}
 
 
-@pytest.mark.parametrize("slot", ["../../etc/passwd", "c08-000000000000", "a b", "ä", "?x=1", "#"])
-def test_what_is_no_id_has_the_status_of_a_slot_that_is_not_there(run: Any, slot: str) -> None:
+@pytest.mark.parametrize("slot", ["../../etc/passwd", "a-label-000000000000", "a b", "ä", "?x=1", "#"])
+def test_an_invalid_id_has_the_exit_status_of_an_unknown_slot(run: Any, slot: str) -> None:
     done = run("release", slot)
     assert (done.status, done.err.count("\n")) == (3, 1)
-    assert "not an id of this host" in done.err
+    assert "is not a slot id" in done.err
 
 
-def test_drain_stops_claims_until_it_is_taken_off(run: Any) -> None:
+def test_drain_refuses_claims_until_drain_off(run: Any) -> None:
     assert run("drain", "--json").json["draining"] is True
     assert run("claim").status == 75
     assert run("drain", "--off", "--json").json["draining"] is False
@@ -158,7 +159,7 @@ def test_drain_waits_for_the_last_slot(
 ) -> None:
     run("claim")
     monkeypatch.setattr("time.sleep", lambda _: supervisor.slots.clear())
-    assert run("drain", "--wait", "--json").json == {"draining": True, "claimed": 0, "warm": 2}
+    assert run("drain", "--wait", "--json").json == {"draining": True, "claimed": 0, "warm": 0}
 
 
 def test_stats_and_images_are_shown(run: Any) -> None:
@@ -168,18 +169,18 @@ def test_stats_and_images_are_shown(run: Any) -> None:
     assert run("images", "--json").json[0]["default"] is True
 
 
-def test_an_api_that_is_down_is_one_line(run: Any) -> None:
+def test_the_error_of_an_unreachable_api_is_one_line(run: Any) -> None:
     done = run("stats", "--url", "http://127.0.0.1:1")
     assert (done.status, done.out, done.err.count("\n")) == (69, "", 1)
     assert "Connection refused" in done.err
 
 
 @pytest.mark.parametrize("address", ["", "nonsense", "ftp://host", "http://", "http://h:x", "http://h/?q=1"])
-def test_a_url_that_is_none_is_refused(run: Any, address: str) -> None:
+def test_an_invalid_url_is_refused(run: Any, address: str) -> None:
     assert run("stats", "--url", address).status == 2
 
 
-def test_the_token_of_a_file_is_sent(run: Any, tmp_path: Path) -> None:
+def test_the_token_in_a_file_is_sent(run: Any, tmp_path: Path) -> None:
     (tmp_path / "token").write_text("the-token-of-this-host\n")
     (tmp_path / "other").write_text("another")
     assert run("stats", "--token-file", str(tmp_path / "token")).status == 0
@@ -195,7 +196,7 @@ def test_a_file_without_a_token_is_refused(tmp_path: Path, text: str) -> None:
         read_token(path)
 
 
-def test_config_check_says_what_was_read(run: Any, tmp_path: Path) -> None:
+def test_config_check_shows_the_files_that_were_read(run: Any, tmp_path: Path) -> None:
     settings = tmp_path / "nbagent.toml"
     settings.write_text("[slots]\nmemory = '2G'\n")
     (tmp_path / "conf.d").mkdir()
@@ -209,7 +210,7 @@ def test_config_check_says_what_was_read(run: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["[slots]\nmemroy = '2G'", "[slots]\nmemory = 'lots'", "[slots"])
-def test_config_check_names_file_key_and_what_would_be_right(run: Any, tmp_path: Path, text: str) -> None:
+def test_the_error_of_config_check_is_one_line_with_the_file(run: Any, tmp_path: Path, text: str) -> None:
     settings = tmp_path / "nbagent.toml"
     settings.write_text(text)
     done = run("config", "check", str(settings))
@@ -218,7 +219,7 @@ def test_config_check_names_file_key_and_what_would_be_right(run: Any, tmp_path:
     assert run("config", "check", str(tmp_path / "absent.toml")).status == 78
 
 
-def test_doctor_works_when_nothing_runs(run: Any) -> None:
+def test_doctor_works_without_a_running_service(run: Any) -> None:
     done = run("doctor", "--url", "http://127.0.0.1:1", "--json")
     findings = {finding["name"]: finding for finding in done.json}
     assert findings["API"]["status"] == "fail"
@@ -237,7 +238,7 @@ def test_an_image_store_is_listed_and_a_wrong_name_refused(run: Any, tmp_path: P
     assert (done.status, done.err.count("\n")) == (65, 1)
 
 
-def test_a_problem_becomes_the_exception_that_it_was() -> None:
+def test_a_problem_document_becomes_the_exception_that_it_describes() -> None:
     problem = {"type": "urn:nbagent:problem:full", "title": "t", "status": 503, "detail": "full up",
                "retry_after_s": 5}
     error = error_of_problem(problem, 503)
@@ -246,7 +247,7 @@ def test_a_problem_becomes_the_exception_that_it_was() -> None:
 
 
 @pytest.mark.parametrize("problem", [[], None, {}, {"type": 7}, {"detail": ["x"], "message": 1, "self": 2}])
-def test_a_strange_problem_is_still_an_error(problem: Any) -> None:
+def test_a_malformed_problem_document_becomes_an_error(problem: Any) -> None:
     assert isinstance(error_of_problem(problem, 500), NbagentError)
 
 
@@ -256,7 +257,7 @@ def test_a_url_may_have_a_path() -> None:
         Remote("https://gateway.example/#x")
 
 
-def test_every_command_speaks_json_and_explains_itself(run: Any) -> None:
+def test_every_command_has_help_and_the_option_json(run: Any) -> None:
     commands = ["claim", "release", "slots", "stats", "drain", "images", "config check", "doctor",
                 "image add", "image list", "image remove"]
     for command in commands:
@@ -265,7 +266,7 @@ def test_every_command_speaks_json_and_explains_itself(run: Any) -> None:
     assert run("no-such-command").status == 2
 
 
-def test_the_manual_page_knows_every_command_and_option() -> None:
+def test_the_manual_page_has_every_command_and_option() -> None:
     page = (ROOT / "packaging/man/nbagent.1").read_text()
 
     def walk(command: click.Command, words: str) -> None:
@@ -281,7 +282,18 @@ def test_the_manual_page_knows_every_command_and_option() -> None:
     walk(nbagent_command, "")
 
 
-def test_the_version_is_told_without_loading_what_it_does_not_need() -> None:
+def test_help_texts_are_imperative_sentences() -> None:
+    def walk(command: click.Command) -> None:
+        first = (command.help or "").split()[0]
+        assert not first.endswith("s"), f"{command.name}: {command.help}"
+        assert first[0].isupper()
+        for child in command.commands.values() if isinstance(command, click.Group) else ():
+            walk(child)
+
+    walk(nbagent_command)
+
+
+def test_the_command_imports_no_module_before_it_is_needed() -> None:
     code = (
         "import sys, nbagent.cli\n"
         "print([m for m in ('rich', 'flask', 'http.client', 'ssl', 'asyncio') if m in sys.modules])"
@@ -294,7 +306,7 @@ def test_the_version_is_told_without_loading_what_it_does_not_need() -> None:
 def test_a_terminal_gets_a_table(run: Any, url: str, watch: list[str]) -> None:
     slot = run("claim", "--json").json["slot"]
     leader, follower = pty.openpty()
-    # A shell's background jobs ignore SIGINT, and what they start with them.
+    # Background jobs of a shell ignore SIGINT, and their children inherit that.
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from nbagent.cli import main; main(sys.argv[1:])"
@@ -313,7 +325,7 @@ def test_a_terminal_gets_a_table(run: Any, url: str, watch: list[str]) -> None:
         while True:
             shown += os.read(leader, 4096)
     except OSError:
-        pass  # EIO: the terminal has no other end any more
+        pass  # EIO: the process has closed the follower end
     finally:
         os.close(leader)
         assert process.wait(10) == 0, shown
@@ -321,8 +333,8 @@ def test_a_terminal_gets_a_table(run: Any, url: str, watch: list[str]) -> None:
     assert b"\x1b[" in shown
 
 
-def test_a_machine_with_the_program_alone_can_ask_a_server(url: str) -> None:
-    # What python3-nbagent does not depend on: only compute servers have it.
+def test_the_client_works_with_the_dependencies_of_python3_nbagent_only(url: str) -> None:
+    # python3-nbagent does not depend on these modules, so they are missing on a client.
     script = f"""
 import sys
 for name in "flask gunicorn nftables prometheus_client psutil pyroute2 pystemd seccomp systemd".split():

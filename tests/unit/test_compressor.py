@@ -1,4 +1,4 @@
-"""Compressing slots at rest, with a systemd and cgroups that are plain files: what is allowed, and for how long."""
+"""Compression of slots at rest, over a fake systemd and cgroups of plain files."""
 
 import asyncio
 import dataclasses
@@ -15,6 +15,7 @@ from nbagent.supervisor import compressor as compressor_of
 from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.tasks import Tasks
 from nbagent.wire import activity
 
 LIMIT_BYTES = 1 << 30
@@ -26,14 +27,14 @@ ZRAM = swap.Swap(("/dev/zram0",), ())
 
 
 class Host:
-    """Slots, and what the compressor asked of systemd and the kernel, in order."""
+    """Slots, and the requests of the compressor to systemd and the kernel, in order."""
 
     def __init__(self, directory):
-        self.directory, self.asked, self.told, self.counters, self.lives = directory, [], [], Counters(), {}
+        self.directory, self.requests, self.events, self.counters, self.lives = directory, [], [], Counters(), {}
         self.areas, self.reclaims = ZRAM, True
-        # What happens while the kernel is at work.
+        # Called during each reclaim.
         self.meanwhile = lambda: None
-        self.compressor = Compressor(self, self.counters, asyncio.ensure_future)
+        self.compressor = Compressor(self, self.counters, Tasks())
 
     def slot(self, number, memory_bytes=1 << 20, limit_bytes=0):
         group = self.directory / str(number)
@@ -47,14 +48,14 @@ class Host:
         return live
 
     def set_swap(self, name, size_bytes):
-        self.asked.append((name, size_bytes))
+        self.requests.append((name, size_bytes))
         if (live := self.lives.get(name)) is None:
             raise FileNotFoundError(name)
         with open(f"{live.cgroup.memory}/memory.swap.max", "w") as file:
             file.write(f"{size_bytes}\n")
 
     def reclaim(self, group, size_bytes):
-        self.asked.append((os.path.basename(group.memory), f"reclaim {size_bytes}"))
+        self.requests.append((os.path.basename(group.memory), f"reclaim {size_bytes}"))
         assert group.may_swap()
         self.meanwhile()
         if isinstance(self.reclaims, OSError):
@@ -78,81 +79,81 @@ def host(tmp_path, monkeypatch):
     host = Host(tmp_path)
     monkeypatch.setattr(swap, "read", lambda: host.areas)
     monkeypatch.setattr(Cgroup, "reclaim", lambda group, size_bytes: host.reclaim(group, size_bytes))
-    monkeypatch.setattr(compressor_of, "emit", lambda event, **fields: host.told.append((event, fields["slot"])))
+    monkeypatch.setattr(compressor_of, "emit", lambda event, **fields: host.events.append((event, fields["slot"])))
     yield host
     for live in host.lives.values():
         os.close(live.activity_fd)
 
 
-def test_swap_is_allowed_for_the_time_of_the_reclaim_alone(host):
+def test_swap_is_allowed_only_during_the_reclaim(host):
     live = host.slot(1)
     began_s = now()
     host.compress(live)
-    assert host.asked == [
+    assert host.requests == [
         (live.slot.scope, LIMIT_BYTES), ("1", f"reclaim {STEP_BYTES}"), (live.slot.scope, 0),
     ]
     assert began_s <= live.compressed_s <= now()
-    assert host.told == [(Event.SLOT_COMPRESSED, "h-1")]
+    assert host.events == [(Event.SLOT_COMPRESSED, "h-1")]
     assert host.counters.document()["counters"]["compressed"] == 1
 
 
 def test_slots_are_compressed_one_after_the_other_and_each_once(host):
     lives = [host.slot(number) for number in range(3)]
     host.compress(*lives, *lives)
-    assert [asked for _, asked in host.asked] == [LIMIT_BYTES, f"reclaim {STEP_BYTES}", 0] * 3
-    assert [slot for _, slot in host.told] == ["h-0", "h-1", "h-2"]
+    assert [request for _, request in host.requests] == [LIMIT_BYTES, f"reclaim {STEP_BYTES}", 0] * 3
+    assert [slot for _, slot in host.events] == ["h-0", "h-1", "h-2"]
 
 
 def test_a_large_slot_is_compressed_in_steps_until_the_kernel_finds_no_more(host):
     live = host.slot(1, memory_bytes=3 * STEP_BYTES)
     host.compress(live)
-    assert len(host.asked) == 2 + 3
-    host.asked.clear()
+    assert len(host.requests) == 2 + 3
+    host.requests.clear()
     host.reclaims = False
     host.compress(live)
-    assert len(host.asked) == 2 + 1
+    assert len(host.requests) == 2 + 1
 
 
 @pytest.mark.parametrize("areas", [swap.Swap((), ()), swap.Swap(("/dev/zram0",), ("/dev/sda2",))])
-def test_nothing_is_done_where_swap_is_not_in_memory(host, areas):
+def test_no_slot_is_compressed_where_swap_is_not_in_memory(host, areas):
     host.areas = areas
     live = host.slot(1)
     host.compress(live)
-    assert host.asked == [] and live.compressed_s is None
-    # It waits for nothing: with zram it is compressed when it is offered again.
+    assert host.requests == [] and live.compressed_s is None
+    # The queue is empty, so the slot is compressed only after it is offered again.
     host.areas = ZRAM
     host.compress(host.slot(2))
-    assert [slot for _, slot in host.told] == ["h-2"]
+    assert [slot for _, slot in host.events] == ["h-2"]
 
 
-def test_nothing_is_done_on_cgroup_v1(host):
+def test_no_slot_is_compressed_on_cgroup_v1(host):
     live = host.slot(1)
     live.cgroup = dataclasses.replace(live.cgroup, cpu="/elsewhere")
     host.compress(live)
-    assert host.asked == []
+    assert host.requests == []
 
 
-def test_a_slot_that_is_used_again_is_left_alone(host):
+def test_compression_ends_when_the_slot_becomes_active(host):
     live = host.slot(1, memory_bytes=8 * STEP_BYTES)
     host.meanwhile = lambda: activity.write(live.activity_fd, 0)
     host.compress(live)
-    assert [asked for _, asked in host.asked] == [LIMIT_BYTES, f"reclaim {STEP_BYTES}", 0]
-    # What it did while it was compressed begins a new rest.
+    assert [request for _, request in host.requests] == [LIMIT_BYTES, f"reclaim {STEP_BYTES}", 0]
+    # The activity during the compression begins a new rest.
     assert live.rests_since(now()) > live.compressed_s
 
 
-def test_a_slot_that_was_used_while_it_waited_is_not_touched(host):
+def test_a_slot_that_became_active_in_the_queue_is_not_compressed(host):
     first, second = host.slot(1), host.slot(2)
     host.meanwhile = lambda: activity.write(second.activity_fd, 1)
     host.compress(first, second)
-    assert {name for name, _ in host.asked} == {first.slot.scope, "1"} and second.compressed_s is None
+    assert {name for name, _ in host.requests} == {first.slot.scope, "1"} and second.compressed_s is None
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("5.10 has no memory.reclaim"), OSError("it ended")])
-def test_what_cannot_be_reclaimed_ends_nothing(host, error):
+def test_a_failed_reclaim_ends_no_slot(host, error):
     host.reclaims = error
     host.compress(host.slot(1), host.slot(2))
-    assert host.told == [] and [asked for _, asked in host.asked].count(0) == 2
+    assert host.events == [] and [request for _, request in host.requests].count(0) == 2
 
 
 def test_a_slot_that_ends_while_it_is_compressed_is_no_error(host):
@@ -165,17 +166,17 @@ def test_a_slot_that_ends_while_it_is_compressed_is_no_error(host):
 
     host.meanwhile = end
     host.compress(live)
-    assert host.told == []
+    assert host.events == []
 
 
-def test_what_an_agent_before_has_left_allowed_is_taken_back(host):
+def test_swap_that_a_former_supervisor_allowed_is_refused_again(host):
     strict, open_ = host.slot(1), host.slot(2, limit_bytes=LIMIT_BYTES)
     for live in (strict, open_):
         host.compressor.adopt(live)
-    assert host.asked == [(open_.slot.scope, 0)]
+    assert host.requests == [(open_.slot.scope, 0)]
 
 
-def test_a_kernel_that_gives_up_has_found_no_more(tmp_path, monkeypatch):
+def test_reclaim_is_false_when_the_kernel_frees_no_more(tmp_path, monkeypatch):
     group = Cgroup(str(tmp_path), str(tmp_path), str(tmp_path))
     with pytest.raises(FileNotFoundError):
         group.reclaim(4096)

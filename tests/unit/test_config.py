@@ -1,4 +1,4 @@
-"""Settings: defaults, files in their order, and what a mistake is told."""
+"""Settings of a host: defaults, the order of files, and the messages of errors."""
 
 import dataclasses
 import ipaddress
@@ -9,7 +9,7 @@ from nbagent.config import host_config
 from nbagent.core.errors import ConfigError
 
 
-def test_no_file_is_a_whole_configuration(tmp_path):
+def test_defaults_are_a_whole_configuration(tmp_path):
     assert host_config.load(tmp_path / "nbagent.toml") == host_config.HostConfig()
 
 
@@ -58,7 +58,7 @@ def test_the_former_name_of_the_landing_section_is_read_with_a_warning(tmp_path,
     ('[api]\ntrusted_networks = ["everyone"]', "api.trusted_networks: expected a list of networks"),
     ('[router]\npublic_url = "nb.example.org"', "router.public_url: expected"),
     ('[router]\nurl_mode = "port"', 'router.url_mode: expected "path" or "subdomain"'),
-    ('[router]\nurl_mode = "subdomain"', "router.domain: expected a DNS name, since"),
+    ('[router]\nurl_mode = "subdomain"', "router.domain: expected a DNS name, because"),
     ('[router]\ndomain = "nb.example.org"', 'router.domain: expected "none", unless router.url_mode is "subdomain"'),
     ('[router]\nurl_mode = "subdomain"\ndomain = "10.0.0.7"', 'router.domain: expected "none" or a DNS name'),
     ('[router]\nurl_mode = "subdomain"\ndomain = "nb.-x"', "router.domain: expected"),
@@ -81,7 +81,7 @@ def test_a_domain_goes_with_its_own_public_url(public_url):
     assert host_config.parse({"router": router}).router.domain == "nb.example.org"
 
 
-def test_every_setting_says_what_it_is_for():
+def test_every_setting_has_a_description():
     for section in dataclasses.fields(host_config.HostConfig):
         if section.name == "images":
             continue
@@ -89,7 +89,7 @@ def test_every_setting_says_what_it_is_for():
             assert setting.metadata["doc"].endswith("."), f"{section.name}.{setting.name}"
 
 
-def test_trust_is_for_this_host_only_by_default():
+def test_only_this_host_is_trusted_by_default():
     trusted = host_config.HostConfig().api.trusted_networks
     assert trusted == (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
 

@@ -1,4 +1,4 @@
-"""Each check of the doctor, shown a host that a test made of a few files."""
+"""Each check of `nbagent doctor`, on a host that consists of a few files in a temporary directory."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from fake_supervisor import FakeSupervisor
 
 from nbagent import doctor
 from nbagent.config import host_config
+from nbagent.policy import admission
 
 SETTINGS = host_config.HostConfig()
+MEMINFO = {"proc/meminfo": "MemTotal: 8912896 kB\n"}
 MOUNT = "21 1 0:20 / /proc rw,nosuid - proc proc rw\n"
 
 
@@ -23,7 +25,7 @@ def host(root: Path, files: dict[str, str]) -> Path:
     return root
 
 
-def test_a_host_without_systemd_is_told(tmp_path: Path) -> None:
+def test_a_host_without_systemd_fails(tmp_path: Path) -> None:
     finding = doctor.check_pid1(host(tmp_path, {"proc/1/comm": "sh\n"}))
     assert (finding.status, finding.found) == ("fail", "PID 1 is sh")
     (tmp_path / "run/systemd/system").mkdir(parents=True)
@@ -35,11 +37,11 @@ def test_a_host_without_systemd_is_told(tmp_path: Path) -> None:
     [("systemd 252 (252.39-1~deb12u1)", "ok"), ("systemd 257 (257.8)", "ok"),
      ("systemd 247 (247.3)", "fail"), ("", "fail")],
 )
-def test_an_old_systemd_is_told(text: str, status: str) -> None:
+def test_an_old_systemd_fails(text: str, status: str) -> None:
     assert doctor.check_systemd_version(lambda: text).status == status
 
 
-def test_the_cgroup_hierarchy_is_told(tmp_path: Path) -> None:
+def test_the_cgroup_hierarchy_is_found(tmp_path: Path) -> None:
     assert doctor.check_cgroups(tmp_path).status == "fail"
     (tmp_path / "sys/fs/cgroup/memory").mkdir(parents=True)
     assert doctor.check_cgroups(tmp_path).found.startswith("v1")
@@ -49,7 +51,7 @@ def test_the_cgroup_hierarchy_is_told(tmp_path: Path) -> None:
     assert doctor.check_cgroups(tmp_path) == doctor.Finding("cgroups", "ok", "v2")
 
 
-def test_a_missing_controller_is_told(tmp_path: Path) -> None:
+def test_a_missing_controller_fails(tmp_path: Path) -> None:
     host(tmp_path, {"sys/fs/cgroup/cgroup.controllers": "cpuset cpu io pids\n"})
     finding = doctor.check_controllers(tmp_path)
     assert finding.status == "fail"
@@ -58,12 +60,12 @@ def test_a_missing_controller_is_told(tmp_path: Path) -> None:
     assert doctor.check_controllers(tmp_path).status == "ok"
 
 
-def test_pressure_that_is_not_measured_is_told(tmp_path: Path) -> None:
+def test_a_kernel_without_psi_is_a_warning(tmp_path: Path) -> None:
     assert doctor.check_pressure(tmp_path).status == "warn"
     assert doctor.check_pressure(host(tmp_path, {"proc/pressure/memory": "some"})).status == "ok"
 
 
-def test_forbidden_user_namespaces_are_told(tmp_path: Path) -> None:
+def test_forbidden_user_namespaces_fail(tmp_path: Path) -> None:
     assert doctor.check_user_namespaces(tmp_path).status == "fail"
     host(tmp_path, {"proc/sys/user/max_user_namespaces": "0\n"})
     assert doctor.check_user_namespaces(tmp_path).status == "fail"
@@ -73,7 +75,7 @@ def test_forbidden_user_namespaces_are_told(tmp_path: Path) -> None:
     assert "root only" in doctor.check_user_namespaces(tmp_path).found
 
 
-def test_overlayfs_is_found_as_a_module_too(tmp_path: Path) -> None:
+def test_overlayfs_may_be_a_module(tmp_path: Path) -> None:
     host(tmp_path, {"proc/filesystems": "nodev\tproc\n", "proc/sys/kernel/osrelease": "6.1.0\n"})
     assert doctor.check_overlay(tmp_path).status == "fail"
     host(tmp_path, {"lib/modules/6.1.0/modules.dep": "kernel/fs/overlayfs/overlay.ko:\n"})
@@ -93,19 +95,19 @@ def test_overlayfs_is_found_as_a_module_too(tmp_path: Path) -> None:
         ("30 1 0:30 / /processes rw shared:1 master:2 - tmpfs tmpfs rw\n", "ok"),
     ],
 )
-def test_a_covered_proc_is_told(tmp_path: Path, more: str, status: str) -> None:
+def test_mounts_over_proc_fail(tmp_path: Path, more: str, status: str) -> None:
     host(tmp_path, {"proc/self/mountinfo": MOUNT + more})
     assert doctor.check_proc(tmp_path).status == status
 
 
-def test_a_unit_that_is_not_active_is_told() -> None:
+def test_an_inactive_unit_fails() -> None:
     assert doctor.check_unit("nbagent.service", lambda unit: "active").status == "ok"
     finding = doctor.check_unit("nbagent.service", lambda unit: "failed")
     assert (finding.status, finding.found) == ("fail", "failed")
     assert "journalctl" in finding.mend
 
 
-def test_the_supervisor_is_asked(tmp_path: Path) -> None:
+def test_figures_of_the_supervisor_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
     assert doctor.check_control(path).status == "fail"
     with FakeSupervisor(path) as supervisor:
@@ -114,15 +116,15 @@ def test_the_supervisor_is_asked(tmp_path: Path) -> None:
         assert doctor.check_control(path).mend == "nbagent drain --off"
 
 
-def test_a_port_where_nothing_answers_is_told() -> None:
+def test_a_port_without_a_server_fails() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    finding = doctor.check_answer("router", f"http://127.0.0.1:{port}/", "nbagent-router.service")
+    finding = doctor.check_http("router", f"http://127.0.0.1:{port}/", "nbagent-router.service")
     assert finding.status == "fail"
     assert "nbagent-router.service" in finding.mend
 
 
-def test_a_token_that_others_can_read_is_told(tmp_path: Path) -> None:
+def test_a_token_that_other_users_can_read_fails(tmp_path: Path) -> None:
     assert doctor.check_token(tmp_path, "token", "none may call").status == "warn"
     path = host(tmp_path, {"etc/nbagent/token": "x" * 43}) / "etc/nbagent/token"
     for mode, status in ((0o640, "ok"), (0o600, "ok"), (0o644, "fail"), (0o660, "fail")):
@@ -133,15 +135,15 @@ def test_a_token_that_others_can_read_is_told(tmp_path: Path) -> None:
     assert doctor.check_token(tmp_path, "token", "none may call").status == "fail"
 
 
-def test_an_empty_image_store_is_told(tmp_path: Path) -> None:
+def test_an_empty_image_store_fails(tmp_path: Path) -> None:
     assert doctor.check_images(tmp_path).status == "fail"
     host(tmp_path, {"var/lib/nbagent/images/names/minimal": ""})
     assert doctor.check_images(tmp_path).found == "minimal"
 
 
-def test_memory_is_held_against_what_is_promised(tmp_path: Path) -> None:
+def test_memory_of_all_slots_is_compared_with_the_host(tmp_path: Path) -> None:
     host(tmp_path, {"proc/meminfo": "MemTotal:  8912896 kB\nSwapTotal: 1048576 kB\n"})  # 8.5 GiB
-    assert doctor.capacity_of(tmp_path, SETTINGS) == 32
+    assert doctor.capacity_of(tmp_path, SETTINGS) == 34
     assert doctor.check_memory(tmp_path, SETTINGS).status == "ok"
     greedy = host_config.parse({"slots": {"capacity": 500}})
     assert doctor.check_memory(tmp_path, greedy).status == "warn"
@@ -149,34 +151,46 @@ def test_memory_is_held_against_what_is_promised(tmp_path: Path) -> None:
     assert doctor.check_memory(tmp_path, large).status == "fail"
 
 
+@pytest.mark.parametrize("memory_kb", [2 << 20, 25_165_824, 64 << 20, 1 << 40])
+@pytest.mark.parametrize("slots", [{}, {"capacity": 7}, {"memory": "300M", "overcommit": 1.5}, {"memory": "4G"}])
+def test_capacity_is_the_one_of_admission(tmp_path: Path, memory_kb: int, slots: dict[str, object]) -> None:
+    host(tmp_path, {"proc/meminfo": f"MemTotal: {memory_kb} kB\n"})
+    settings = host_config.parse({"slots": slots, "host": {"memory_reserve": "1G"}})
+    wanted = settings.slots
+    expected = admission.capacity(wanted.capacity, memory_kb << 10, wanted.memory, wanted.overcommit)
+    assert doctor.capacity_of(tmp_path, settings) == expected
+    assert doctor.check_memory(tmp_path, settings).status in ("ok", "fail")
+    assert f"{expected} slots" in doctor.check_memory(tmp_path, settings).found or memory_kb == 2 << 20
+
+
 ZRAM = "/dev/zram0    partition    1048572    0    100\n"
 
 
 @pytest.mark.parametrize(
-    ("areas", "status", "says"),
-    [("", "ok", "systemd-zram-generator"), (ZRAM, "ok", "1G in memory; slots are compressed"),
-     ("/dev/sda2  partition  1048572  0  -2\n" + ZRAM, "warn", "/dev/sda2 may lead to a disk"),
-     ("/swapfile  file  1048572  0  -2\n", "warn", "/swapfile may lead to a disk")],
+    ("areas", "status", "found"),
+    [("", "ok", "systemd-zram-generator"), (ZRAM, "ok", "1G in zram; idle slots are compressed"),
+     ("/dev/sda2  partition  1048572  0  -2\n" + ZRAM, "warn", "/dev/sda2 may be on a disk"),
+     ("/swapfile  file  1048572  0  -2\n", "warn", "/swapfile may be on a disk")],
 )
-def test_what_keeps_slots_from_being_compressed_is_told(tmp_path: Path, areas: str, status: str, says: str) -> None:
+def test_slots_are_compressed_only_if_all_swap_is_in_zram(tmp_path: Path, areas: str, status: str, found: str) -> None:
     total = 1048576 if areas else 0
     host(tmp_path, {
         "proc/meminfo": f"MemTotal: 8912896 kB\nSwapTotal: {total} kB\n", "proc/swaps": "Filename Type\n" + areas,
         "sys/block/zram0/comp_algorithm": "lzo [lz4]\n", "sys/fs/cgroup/cgroup.controllers": "memory\n",
     })
     finding = doctor.check_swap(tmp_path, SETTINGS)
-    assert finding.status == status and says in finding.found
+    assert finding.status == status and found in finding.found
     assert bool(finding.mend) == (status == "warn")
-    # Where slots are never compressed, swap is the host's own business.
+    # If slots are never compressed, any swap is right.
     assert doctor.check_swap(tmp_path, host_config.parse({"cull": {"compress": "never"}})).status == "ok"
     (tmp_path / "sys/fs/cgroup/cgroup.controllers").unlink()
-    assert "for the host" in doctor.check_swap(tmp_path, SETTINGS).found or not areas
+    assert "slots do not use" in doctor.check_swap(tmp_path, SETTINGS).found or not areas
 
 
-def test_a_kernel_limit_below_what_the_slots_need_is_told(tmp_path: Path) -> None:
+def test_a_kernel_limit_that_is_too_low_for_the_capacity_is_a_warning(tmp_path: Path) -> None:
     limit = doctor.LIMITS[0]
     settings = host_config.parse({"slots": {"capacity": 1000}})
-    host(tmp_path, {"proc/sys/kernel/pid_max": "32768\n"})
+    host(tmp_path, {"proc/sys/kernel/pid_max": "32768\n", **MEMINFO})
     finding = doctor.check_limit(tmp_path, limit, settings)
     assert (finding.status, finding.name) == ("warn", "kernel.pid_max")
     assert finding.mend.startswith("sysctl -w kernel.pid_max=68096")
@@ -185,16 +199,16 @@ def test_a_kernel_limit_below_what_the_slots_need_is_told(tmp_path: Path) -> Non
     assert doctor.check_limit(tmp_path, doctor.LIMITS[-1], settings).found == "not in use"
 
 
-def test_open_files_are_enough_when_one_slot_cannot_hold_them_all(tmp_path: Path) -> None:
+def test_file_max_must_be_more_than_one_slot_can_open(tmp_path: Path) -> None:
     (limit,) = (known for known in doctor.LIMITS if known.each_bytes)
     settings = host_config.parse({"slots": {"capacity": 100, "memory_max": "1G"}})
-    host(tmp_path, {"proc/sys/fs/file-max": "2000000\n"})
+    host(tmp_path, {"proc/sys/fs/file-max": "2000000\n", **MEMINFO})
     assert doctor.check_limit(tmp_path, limit, settings).status == "warn"
     host(tmp_path, {"proc/sys/fs/file-max": f"{2**63 - 1}\n"})
     assert doctor.check_limit(tmp_path, limit, settings).status == "ok"
 
 
-def test_a_refused_configuration_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_a_refused_configuration_does_not_stop_the_other_checks(tmp_path: Path) -> None:
     path = tmp_path / "nbagent.toml"
     path.write_text("[api]\nworkres = 1\n")
     findings = doctor.examine(path, "http://127.0.0.1:1")
@@ -202,7 +216,7 @@ def test_a_refused_configuration_does_not_stop_the_others(tmp_path: Path) -> Non
     assert len(findings) > 15
 
 
-def test_what_cannot_be_seen_is_a_warning(tmp_path: Path) -> None:
+def test_a_check_without_permission_is_a_warning(tmp_path: Path) -> None:
     def check_secret() -> doctor.Finding:
         raise PermissionError(13, "Permission denied")
 
@@ -211,36 +225,36 @@ def test_what_cannot_be_seen_is_a_warning(tmp_path: Path) -> None:
     assert "root" in finding.mend
 
 
-def test_names_of_slots_that_do_not_resolve_are_told() -> None:
-    asked = []
+def test_host_names_of_slots_must_resolve() -> None:
+    names = []
 
     def resolve(name: str) -> list[str]:
-        asked.append(name)
-        if len(asked) > 1:
+        names.append(name)
+        if len(names) > 1:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return ["192.0.2.7", "2001:db8::7"]
 
     good = doctor.check_wildcard("nb.example.org", resolve)
-    assert (good.status, good.found) == ("ok", "*.nb.example.org is 192.0.2.7, 2001:db8::7")
+    assert (good.status, good.found) == ("ok", "*.nb.example.org resolves to 192.0.2.7, 2001:db8::7")
     bad = doctor.check_wildcard("nb.example.org", resolve)
     assert bad.status == "fail" and "Name or service not known" in bad.found and "*.nb.example.org" in bad.mend
-    assert len(set(asked)) == 2 and all(name.endswith(".nb.example.org") for name in asked)
+    assert len(set(names)) == 2 and all(name.endswith(".nb.example.org") for name in names)
 
 
-def test_the_resolver_is_the_systems() -> None:
+def test_addresses_come_from_the_systems_resolver() -> None:
     assert doctor.addresses_of("127.0.0.1") == ["127.0.0.1"]
     with pytest.raises(OSError):
         doctor.addresses_of("not a name")
 
 
-def test_a_network_without_a_way_out_is_told(tmp_path: Path) -> None:
-    assert doctor.check_network(tmp_path, SETTINGS).found == "slots have none"
+def test_a_network_without_a_default_route_is_a_warning(tmp_path: Path) -> None:
+    assert doctor.check_network(tmp_path, SETTINGS).found == "slots have no network"
     opened = host_config.parse({"network": {"allow": ["none", "internet"]}})
     assert doctor.check_network(tmp_path, opened).status == "warn"
     head = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
     host(tmp_path, {"proc/net/route": head + "eth0\t00000000\t02050505\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"})
     found = doctor.check_network(tmp_path, opened)
-    assert found.status == "ok" and "IPv6 would take" in found.found
+    assert found.status == "ok" and "IPv6 would require" in found.found
 
 
 OURS = "table inet nbagent {\n\tchain forward {\n\t\ttype filter hook forward priority filter; policy accept;\n\t}\n}\n"
@@ -259,7 +273,7 @@ CHAIN = "\tchain %s {\n\t\ttype filter hook %s priority filter; policy %s;\n\t}\
          "ok", ""),
     ],
 )
-def test_a_firewall_that_would_drop_what_slots_send_is_told(other: str, status: str, mend: str) -> None:
+def test_a_table_that_drops_packets_of_slots_is_a_warning(other: str, status: str, mend: str) -> None:
     finding = doctor.check_firewall(lambda: OURS + other)
     assert finding.status == status
     assert finding.mend.startswith(mend)

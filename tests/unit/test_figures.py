@@ -63,11 +63,11 @@ def test_tables_show_medians_spread_and_numbers_and_leave_out_what_was_not_measu
     assert "dead is not in the table: it cannot run" in figures.notes(lines, columns)
 
 
-def test_what_had_to_be_asked_for_again_is_said() -> None:
+def test_repeated_requests_for_kernels_are_reported() -> None:
     figures, columns, lines = made()
     assert not [note for note in figures.notes(lines, columns) if "again" in note]
     lines[1].again += ["closed with 1006", "404"]
-    said = "peer: 2 kernels did not start and were asked for again: closed with 1006"
+    said = "peer: 2 kernels did not start and were requested again: closed with 1006"
     assert said in figures.notes(lines, columns)
     assert lines[1].document()["again"] == ["closed with 1006", "404"]
 

@@ -158,13 +158,13 @@ def test_old_weights_are_refused_more_often() -> None:
     assert refusals[0] == 0 < refusals[1]
 
 
-def test_what_is_said_of_claims_counts_every_answer_but_200_as_failed() -> None:
+def test_the_summary_counts_every_status_but_200_as_failed() -> None:
     import claimed
 
     made = [claimed.Claimed(200, "a-1", 0, 5), claimed.Claimed(200, "b-1", 0, 7), claimed.Claimed(0, "", 0, 100)]
-    said = claimed.told([*made, claimed.Claimed(503, "", 0, 2)])
-    assert (said["claims"], said["failed"], said["by_host"]) == (4, 2, {"a": 1, "b": 1})
-    assert said["statuses"] == {"0": 1, "200": 2, "503": 1}
+    summary = claimed.summary([*made, claimed.Claimed(503, "", 0, 2)])
+    assert (summary["claims"], summary["failed"], summary["by_host"]) == (4, 2, {"a": 1, "b": 1})
+    assert summary["statuses"] == {"0": 1, "200": 2, "503": 1}
     assert claimed.slot_of("http://x/user/a-1/lab?token=t") == "a-1"
 
 

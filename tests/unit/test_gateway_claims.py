@@ -1,4 +1,4 @@
-"""The real HAProxy with a rendered configuration, in front of stand-ins for hosts: where claims and users go."""
+"""HAProxy with a generated configuration in front of fake hosts: the routing of claims and users."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from nbagent.gateway import haproxy, settings
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
-class StandIn:
-    """A host as the gateway sees one: a router, and the agent-check."""
+class FakeHost:
+    """The two servers of a host that the gateway uses: its router and its agent check."""
 
     def __init__(self, label: str, capacity: int) -> None:
-        self.label, self.capacity, self.used, self.asked = label, capacity, 0, 0
+        self.label, self.capacity, self.used, self.requests = label, capacity, 0, 0
         self.weight = 100
-        # Whether it goes away when it is asked, with what it has made.
+        # Whether it closes the connection of a claim without a response, as if it had died with the new slot.
         self.dies = False
-        # Whether its check says that it is free, whatever it is.
-        self.boasts = False
+        # Whether its agent check always reports that it is free.
+        self.reports_free = False
         self.keys: dict[str, str] = {}
         self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
@@ -48,9 +48,9 @@ class StandIn:
                 "check_port": self.check.server_address[1], "weight": self.weight}
 
     def claim(self, key: str) -> str | None:
-        """The slot, or None when the host is full."""
+        """The slot, or None if the host is full."""
         with self.lock:
-            self.asked += 1
+            self.requests += 1
             if key not in self.keys:
                 if self.used >= self.capacity:
                     return None
@@ -64,7 +64,7 @@ class _Http(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        """HAProxy closes what it wants no more of."""
+        """Ignore errors, because HAProxy closes connections of failed attempts."""
 
 
 class _Unix(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
@@ -93,10 +93,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return ""
 
     def do_POST(self) -> None:
-        # A handler says what it does to both.
         self.do_GET()
 
-    def answer(self, status: int, document: Any) -> None:
+    def respond(self, status: int, document: Any) -> None:
         body = json.dumps(document).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
@@ -104,48 +103,48 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _router(host: StandIn) -> type[_Handler]:
+def _router(host: FakeHost) -> type[_Handler]:
     class Router(_Handler):
         def do_GET(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
             path = urllib.parse.urlsplit(self.path).path
             if path == "/healthz":
-                return self.answer(200, "ok")
+                return self.respond(200, "ok")
             host.headers.append(dict(self.headers))
             if path.startswith(("/spawn", "/api/spawn")):
                 slot = host.claim(self.headers.get("Idempotency-Key") or urllib.parse.parse_qs(body)["key"][0])
                 if host.dies:
                     self.close_connection = True
                     return None
-                return self.answer(200, {"slot": slot}) if slot else self.answer(503, {"full": host.label})
-            return self.answer(200, {"host": host.label, "path": self.path})
+                return self.respond(200, {"slot": slot}) if slot else self.respond(503, {"full": host.label})
+            return self.respond(200, {"host": host.label, "path": self.path})
 
     return Router
 
 
-def _check(host: StandIn) -> type[socketserver.BaseRequestHandler]:
+def _check(host: FakeHost) -> type[socketserver.BaseRequestHandler]:
     class Check(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            free = 100 if host.boasts else -(-100 * (host.capacity - host.used) // max(1, host.capacity))
+            free = 100 if host.reports_free else -(-100 * (host.capacity - host.used) // max(1, host.capacity))
             self.request.sendall(f"ready {max(0, free)}%\n".encode())
 
     return Check
 
 
 class Status(_Handler):
-    """The status service says who it is, with the statuses of the real one."""
+    """A status service that responds with its name and with the statuses of the real one."""
 
     def do_GET(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         kinds = {"/spawn": 503, "/api/spawn": 429, "/user/": 404}
         status = next((status for path, status in kinds.items() if self.path.startswith(path)), 200)
-        self.answer(status, {"status service": self.path})
+        self.respond(status, {"status service": self.path})
 
 
 class Gateway:
-    """HAProxy with the configuration for some hosts; `ready` is what it answers when it runs."""
+    """HAProxy with the configuration for some hosts; `ready` is its status for GET / when it is up."""
 
-    def __init__(self, directory: Path, hosts: list[StandIn], ready: int = 200, **tables: Any) -> None:
+    def __init__(self, directory: Path, hosts: list[FakeHost], ready: int = 200, **tables: Any) -> None:
         directory.mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -180,22 +179,22 @@ class Gateway:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         with contextlib.closing(connection):
             connection.request(method, path, body, headers or {})
-            answer = connection.getresponse()
-            text = answer.read()
-        return answer.status, json.loads(text) if text[:1] in (b"{", b'"') else text.decode()
+            response = connection.getresponse()
+            text = response.read()
+        return response.status, json.loads(text) if text[:1] in (b"{", b'"') else text.decode()
 
     def claim(self, key: str = "") -> str:
-        status, answer = self.call("POST", "/api/spawn", headers={"Idempotency-Key": key} if key else {})
-        assert status == 200, (status, answer)
-        return str(answer["slot"])
+        status, document = self.call("POST", "/api/spawn", headers={"Idempotency-Key": key} if key else {})
+        assert status == 200, (status, document)
+        return str(document["slot"])
 
     def click(self, key: str) -> str:
-        status, answer = self.call("POST", "/spawn/lab", f"key={key}".encode(), FORM)
-        assert status == 200, (status, answer)
-        return str(answer["slot"])
+        status, document = self.call("POST", "/spawn/lab", f"key={key}".encode(), FORM)
+        assert status == 200, (status, document)
+        return str(document["slot"])
 
     def claims(self, count: int) -> list[int]:
-        """The statuses of so many claims, sixteen at a time."""
+        """The statuses of `count` claims, sixteen at a time."""
         with ThreadPoolExecutor(16) as threads:
             return list(threads.map(lambda _: self.call("POST", "/api/spawn")[0], range(count)))
 
@@ -207,8 +206,8 @@ class Gateway:
 
 
 @pytest.fixture
-def hosts() -> Iterator[list[StandIn]]:
-    made = [StandIn("a", 100), StandIn("b", 100), StandIn("c", 300)]
+def hosts() -> Iterator[list[FakeHost]]:
+    made = [FakeHost("a", 100), FakeHost("b", 100), FakeHost("c", 300)]
     for host in made:
         for server in (host.router, host.check):
             threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
@@ -220,26 +219,26 @@ def hosts() -> Iterator[list[StandIn]]:
 
 
 @pytest.fixture
-def gateway(hosts: list[StandIn], tmp_path: Path) -> Iterator[Gateway]:
+def gateway(hosts: list[FakeHost], tmp_path: Path) -> Iterator[Gateway]:
     made = Gateway(tmp_path / "one", hosts)
     yield made
     made.close()
 
 
-def by_host(hosts: list[StandIn]) -> Counter[str]:
+def by_host(hosts: list[FakeHost]) -> Counter[str]:
     return Counter({host.label: len(host.keys) for host in hosts})
 
 
-def test_a_full_host_costs_no_claim(gateway: Gateway, hosts: list[StandIn]) -> None:
-    # Its answers are all that HAProxy has to go by.
-    hosts[0].boasts, hosts[0].used = True, hosts[0].capacity
+def test_a_claim_is_sent_to_another_host_if_one_is_full(gateway: Gateway, hosts: list[FakeHost]) -> None:
+    # HAProxy learns from refusals only.
+    hosts[0].reports_free, hosts[0].used = True, hosts[0].capacity
     assert Counter(gateway.claims(200)) == {200: 200}
-    assert hosts[0].asked > 0 and not hosts[0].keys
+    assert hosts[0].requests > 0 and not hosts[0].keys
 
 
-def test_every_place_is_found_before_the_fleet_is_full(gateway: Gateway, hosts: list[StandIn]) -> None:
-    # Faster than the hosts are asked how full they are. At the brink twenty draws by weights a second old may miss the
-    # last place, about once in a hundred such runs; a second later it is found.
+def test_the_whole_capacity_of_the_fleet_is_used(gateway: Gateway, hosts: list[FakeHost]) -> None:
+    # The claims are faster than the agent checks. With weights that are a second old, the twenty random attempts of a
+    # claim may miss the last free slot, about once in a hundred runs of this test; a second later they find it.
     statuses = Counter(gateway.claims(500))
     assert set(statuses) <= {200, 429} and statuses[429] <= 5
     for _ in range(statuses[429]):
@@ -249,28 +248,28 @@ def test_every_place_is_found_before_the_fleet_is_full(gateway: Gateway, hosts: 
     assert gateway.call("POST", "/api/spawn")[0] == 429
 
 
-def test_a_larger_host_is_asked_for_more(hosts: list[StandIn], tmp_path: Path) -> None:
+def test_a_host_with_a_larger_weight_gets_more_claims(hosts: list[FakeHost], tmp_path: Path) -> None:
     for host, weight in zip(hosts, (20, 20, 160), strict=True):
         host.capacity, host.weight = 10**6, weight
     gateway = Gateway(tmp_path / "one", hosts)
     try:
         assert Counter(gateway.claims(400)) == {200: 400}
-        # A third without the weights. Four of five with them, or less: of two that are drawn the less busy is asked.
+        # A third without weights. At most four of five with them, because of two random hosts the less busy is used.
         assert by_host(hosts)["c"] > 200
     finally:
         gateway.close()
 
 
-def test_a_host_that_dies_under_a_claim_costs_none(gateway: Gateway, hosts: list[StandIn]) -> None:
+def test_a_claim_is_sent_to_another_host_if_one_dies(gateway: Gateway, hosts: list[FakeHost]) -> None:
     hosts[0].dies = True
     assert Counter(gateway.claims(100)) == {200: 100}
-    assert hosts[0].asked > 0
+    assert hosts[0].requests > 0
 
 
-def test_when_every_host_is_full_the_status_service_says_so(gateway: Gateway, hosts: list[StandIn]) -> None:
+def test_the_status_service_responds_if_every_host_is_full(gateway: Gateway, hosts: list[FakeHost]) -> None:
     for host in hosts:
         host.used = host.capacity
-    # First by the hosts' refusals, then with nobody left to ask, and between the two.
+    # At first all hosts refuse; two seconds later their agent checks have reported that they are full.
     statuses = gateway.claims(60)
     time.sleep(2)
     assert Counter(statuses + gateway.claims(20)) == {429: 80}
@@ -279,8 +278,8 @@ def test_when_every_host_is_full_the_status_service_says_so(gateway: Gateway, ho
     assert gateway.call("POST", "/spawn", b"key=anything", FORM)[0] == 503
 
 
-def test_the_same_key_is_the_same_slot_by_every_gateway(
-    gateway: Gateway, hosts: list[StandIn], tmp_path: Path
+def test_the_same_key_returns_the_same_slot_through_every_gateway(
+    gateway: Gateway, hosts: list[FakeHost], tmp_path: Path
 ) -> None:
     other = Gateway(tmp_path / "other", hosts[::-1])
     try:
@@ -293,8 +292,8 @@ def test_the_same_key_is_the_same_slot_by_every_gateway(
     assert len({slot[0] for slot in slots.values()}) > 1, "all keys on one host"
 
 
-def test_a_key_is_remembered_when_the_host_it_should_have_had_gets_room(
-    gateway: Gateway, hosts: list[StandIn]
+def test_a_key_keeps_its_host_when_its_first_choice_becomes_free(
+    gateway: Gateway, hosts: list[FakeHost]
 ) -> None:
     for host in hosts[:2]:
         host.used = host.capacity
@@ -306,21 +305,21 @@ def test_a_key_is_remembered_when_the_host_it_should_have_had_gets_room(
     assert by_host(hosts) == {"a": 0, "b": 0, "c": 10}
 
 
-def test_a_button_that_is_pressed_twice_is_one_claim(gateway: Gateway, hosts: list[StandIn]) -> None:
+def test_two_clicks_on_the_button_are_one_claim(gateway: Gateway, hosts: list[FakeHost]) -> None:
     for key in map(str, range(10)):
         with ThreadPoolExecutor(2) as threads:
             assert len(set(threads.map(gateway.click, [key, key]))) == 1
     assert sum(by_host(hosts).values()) == 10
 
 
-def test_every_claim_has_a_key_so_that_it_can_be_tried_again(gateway: Gateway, hosts: list[StandIn]) -> None:
+def test_the_gateway_adds_a_key_to_every_claim(gateway: Gateway, hosts: list[FakeHost]) -> None:
     gateway.claims(5)
     assert gateway.call("GET", "/spawn")[0] == 200
     keys = [headers["idempotency-key"] for host in hosts for headers in host.headers]
     assert len(set(keys)) == 6 and all(key.startswith(haproxy.OWN_KEY) for key in keys)
 
 
-def test_claims_follow_the_free_capacity(gateway: Gateway, hosts: list[StandIn]) -> None:
+def test_claims_follow_the_free_capacity(gateway: Gateway, hosts: list[FakeHost]) -> None:
     hosts[0].used, hosts[1].used = 90, 50
     time.sleep(1.5)
     assert Counter(gateway.claims(60)) == {200: 60}
@@ -336,35 +335,35 @@ def test_claims_follow_the_free_capacity(gateway: Gateway, hosts: list[StandIn])
     ("GET", "/spawn", {"Sec-Purpose": "prefetch;prerender"}),
     ("GET", "/api/stats", {}),
 ])
-def test_what_takes_no_slot_asks_no_host(
-    gateway: Gateway, hosts: list[StandIn], method: str, path: str, headers: dict[str, str]
+def test_requests_that_claim_no_slot_are_not_sent_to_hosts(
+    gateway: Gateway, hosts: list[FakeHost], method: str, path: str, headers: dict[str, str]
 ) -> None:
     gateway.call(method, path, headers=headers)
-    assert [host.asked for host in hosts] == [0, 0, 0]
+    assert [host.requests for host in hosts] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("access", "asked"), [("token", [0, 0, 1]), ("off", [0, 0, 0])])
-def test_a_door_that_is_not_open_to_all_lets_only_programs_with_a_token_through(
-    hosts: list[StandIn], tmp_path: Path, access: str, asked: list[int]
+@pytest.mark.parametrize(("access", "requests"), [("token", [0, 0, 1]), ("off", [0, 0, 0])])
+def test_landing_access_restricts_claims(
+    hosts: list[FakeHost], tmp_path: Path, access: str, requests: list[int]
 ) -> None:
     gateway = Gateway(tmp_path / "closed", hosts, landing={"access": access})
     try:
         seen = []
         for path, headers in (("/spawn", {}), ("/api/spawn", {}), ("/api/spawn", {"Authorization": "token t"})):
             gateway.call("POST", path, headers=headers)
-            seen.append(sum(host.asked for host in hosts))
+            seen.append(sum(host.requests for host in hosts))
     finally:
         gateway.close()
-    assert seen == asked
+    assert seen == requests
 
 
-def test_a_claim_that_could_not_be_sent_twice_is_refused(gateway: Gateway, hosts: list[StandIn]) -> None:
+def test_a_claim_that_does_not_fit_into_a_buffer_is_refused(gateway: Gateway, hosts: list[FakeHost]) -> None:
     for size in (haproxy.CLAIM_MAX_BYTES + 1, 100_000):
         assert gateway.call("POST", "/api/spawn", b"x" * size)[0] == 413
     assert gateway.call("POST", "/api/spawn", b"x" * haproxy.CLAIM_MAX_BYTES)[0] == 200
 
 
-def test_the_name_of_a_slot_leads_to_its_host_and_to_no_other(gateway: Gateway, hosts: list[StandIn]) -> None:
+def test_requests_for_a_slot_go_to_its_host_only(gateway: Gateway, hosts: list[FakeHost]) -> None:
     for host in hosts:
         for _ in range(4):
             path = f"/user/{host.label}-0123456789ab/lab?token=x"
@@ -373,14 +372,14 @@ def test_the_name_of_a_slot_leads_to_its_host_and_to_no_other(gateway: Gateway, 
         assert gateway.call("GET", path) == (404, {"status service": path})
 
 
-def test_full_hosts_serve_their_users(gateway: Gateway, hosts: list[StandIn]) -> None:
+def test_full_hosts_serve_their_users(gateway: Gateway, hosts: list[FakeHost]) -> None:
     for host in hosts:
         host.used = host.capacity
     time.sleep(1.5)
     assert gateway.call("GET", "/user/a-0123456789ab/lab")[1]["host"] == "a"
 
 
-def test_users_of_a_dead_host_are_told_at_once(gateway: Gateway, hosts: list[StandIn]) -> None:
+def test_requests_for_a_dead_host_get_an_error_at_once(gateway: Gateway, hosts: list[FakeHost]) -> None:
     hosts[0].router.shutdown()
     hosts[0].router.server_close()
     path = "/user/a-0123456789ab/lab"
@@ -390,13 +389,13 @@ def test_users_of_a_dead_host_are_told_at_once(gateway: Gateway, hosts: list[Sta
     assert Counter(gateway.claims(50)) == {200: 50}
 
 
-def test_nobody_speaks_for_another_address_but_trusted_proxies(hosts: list[StandIn], tmp_path: Path) -> None:
-    lie = {"X-Forwarded-For": "203.0.113.9, 198.51.100.7", "X-Forwarded-Proto": "https", "X-Real-IP": "203.0.113.9",
+def test_only_trusted_proxies_may_set_the_client_address(hosts: list[FakeHost], tmp_path: Path) -> None:
+    forged = {"X-Forwarded-For": "203.0.113.9, 198.51.100.7", "X-Forwarded-Proto": "https", "X-Real-IP": "203.0.113.9",
            "X-Nbagent-Gateway": "1", "Forwarded": "for=203.0.113.9"}
     seen = []
     for trusted in ([], ["127.0.0.0/8"]):
         gateway = Gateway(tmp_path / f"trusts-{len(trusted)}", hosts, listen={"trusted_proxies": trusted})
-        gateway.call("GET", "/user/a-0123456789ab/", headers=lie)
+        gateway.call("GET", "/user/a-0123456789ab/", headers=forged)
         gateway.close()
         seen.append({name.lower(): value for name, value in hosts[0].headers[-1].items()})
     for headers in seen:
@@ -405,7 +404,7 @@ def test_nobody_speaks_for_another_address_but_trusted_proxies(hosts: list[Stand
     assert [headers["x-forwarded-proto"] for headers in seen] == ["http", "https"]
 
 
-def test_one_address_takes_so_many_slots_a_minute(hosts: list[StandIn], tmp_path: Path) -> None:
+def test_the_rate_of_claims_of_one_address_is_limited(hosts: list[FakeHost], tmp_path: Path) -> None:
     gateway = Gateway(tmp_path / "limited", hosts, landing={"rate": 5})
     try:
         assert Counter(gateway.claims(9)) == {200: 5, 429: 4}
@@ -417,7 +416,7 @@ def test_one_address_takes_so_many_slots_a_minute(hosts: list[StandIn], tmp_path
         gateway.close()
 
 
-def test_banned_addresses_are_told_so(hosts: list[StandIn], tmp_path: Path) -> None:
+def test_requests_of_banned_addresses_are_refused(hosts: list[FakeHost], tmp_path: Path) -> None:
     many = [f"203.0.113.{number}/32" for number in range(120)]
     gateway = Gateway(tmp_path / "banning", hosts, ready=403, landing={"banned": [*many, "127.0.0.0/8"]})
     try:
@@ -430,10 +429,10 @@ def test_banned_addresses_are_told_so(hosts: list[StandIn], tmp_path: Path) -> N
     assert not any(host.headers for host in hosts)
 
 
-def test_the_log_has_the_client_and_no_token(gateway: Gateway, hosts: list[StandIn]) -> None:
-    gateway.call("GET", "/spawn/lab?token=geheim")
+def test_the_log_has_the_client_and_no_token(gateway: Gateway, hosts: list[FakeHost]) -> None:
+    gateway.call("GET", "/spawn/lab?token=secret")
     hosts[0].router.shutdown()
     hosts[0].router.server_close()
-    gateway.call("GET", "/user/a-0123456789ab/lab?token=geheim", headers={"Authorization": "token geheim"})
+    gateway.call("GET", "/user/a-0123456789ab/lab?token=secret", headers={"Authorization": "token secret"})
     log = gateway.log.read_text()
-    assert "claim client=127.0.0.1 method=GET path=/spawn/lab " in log and "geheim" not in log
+    assert "claim client=127.0.0.1 method=GET path=/spawn/lab " in log and "secret" not in log

@@ -1,4 +1,4 @@
-"""The fleet's figures, what HAProxy says of its servers, and hosts that come and go."""
+"""The figures of a fleet, the state of HAProxy's servers, and adding and removing hosts."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def backend(hosts: dict[str, dict[str, Any] | None], down: tuple[str, ...] = ())
     return FleetBackend(lambda: servers, lambda server: hosts[server.label])
 
 
-def test_servers_of_haproxy_are_hosts_by_their_labels() -> None:
+def test_servers_of_haproxy_are_parsed_into_hosts() -> None:
     assert [(server.label, server.address, server.port, server.is_down) for server in parse_servers(STATE)] == [
         ("a", "10.1.0.1", 8000, False), ("b", "2001:db8::2", 8001, True), ("c07", "10.1.0.3", 8000, False)]
 
 
-def test_the_fleet_is_the_sum_of_its_hosts() -> None:
+def test_figures_of_a_fleet_are_sums_and_minima_of_its_hosts() -> None:
     figures = total({"http://a": A, "http://b": B, "http://c": DOWN})
     sums = {name: figures[name] for name in ("available", "capacity", "in_use", "warm", "starting", "claims")}
     assert sums == {"available": 3, "capacity": 40, "in_use": 37, "warm": 4, "starting": 2, "claims": 200}
@@ -57,26 +57,26 @@ def test_the_fleet_is_the_sum_of_its_hosts() -> None:
     assert figures["claim_ms"] == {"p50": 4.0, "p99": 20.0}
 
 
-def test_a_fleet_without_hosts_has_figures() -> None:
+def test_a_fleet_without_a_host_that_is_up_has_figures() -> None:
     figures = total({"http://a": DOWN})
     assert (figures["available"], figures["capacity"], figures["next_end_s"]) == (0, 0, None)
     assert figures["claim_ms"] == {"p50": None, "p99": None} and figures["draining"] is False
 
 
-def test_hosts_that_are_down_or_silent_are_told_and_not_counted() -> None:
+def test_hosts_that_are_down_or_do_not_respond_are_listed_and_not_counted() -> None:
     figures = backend({"a": A, "b": None, "c": A}, down=("c",)).stats()
     assert figures["capacity"] == 10
     assert figures["hosts"] == {"http://a": A, "http://b": DOWN, "http://c": DOWN}
 
 
-def test_a_claim_is_refused_with_what_is_in_use_and_when_to_come_back() -> None:
+def test_a_refused_claim_has_the_slots_in_use_and_retry_after() -> None:
     with pytest.raises(Full, match="37 of 40 slots of the fleet are in use") as caught:
         backend({"a": A, "b": B}).claim({}, None, "192.0.2.1")
     assert caught.value.details["retry_after_s"] == 30
 
 
 @pytest.mark.parametrize("hosts", [{"a": A, "b": B}, {}, {"a": None}])
-def test_the_door_of_a_fleet_has_every_page(hosts: dict[str, dict[str, Any] | None]) -> None:
+def test_the_landing_page_of_a_fleet_has_every_page(hosts: dict[str, dict[str, Any] | None]) -> None:
     landing = Client(create_app(LandingSettings(), backend(hosts), lambda _: True))
     for path in ("/", "/info", "/lab/tree/x.ipynb?a=b"):
         assert landing.get(path).status_code == 200, path
@@ -93,11 +93,11 @@ def test_the_door_of_a_fleet_has_every_page(hosts: dict[str, dict[str, Any] | No
         assert figures.headers["Access-Control-Allow-Origin"] == "*"
 
 
-def test_a_host_that_does_not_answer_is_not_said_to_have_ended() -> None:
+def test_slots_of_a_host_that_does_not_respond_get_503_and_not_404() -> None:
     fleet = backend({"a": A})
     landing = Client(silent_hosts(create_app(LandingSettings(), fleet, lambda _: True), fleet.knows, PAGES))
     lost = landing.get("/user/a-0123456789ab/lab", headers={"Accept": "text/html"})
-    assert lost.status_code == 503 and "does not answer" in lost.text and lost.headers["Retry-After"] == "5"
+    assert lost.status_code == 503 and "does not respond" in lost.text and lost.headers["Retry-After"] == "5"
     problem = landing.get("/user/a-0123456789ab/api/kernels")
     assert problem.status_code == 503 and problem.content_type == "application/problem+json"
     assert landing.get("/user/b-0123456789ab/lab").status_code == 404
@@ -107,12 +107,12 @@ def test_a_host_that_does_not_answer_is_not_said_to_have_ended() -> None:
 @pytest.fixture
 def fleet(tmp_path: Path) -> Fleet:
     (tmp_path / "gateway.toml").write_text('[hosts.a]\naddress = "10.1.0.1"\n')
-    return Fleet(tmp_path / "gateway.toml", Runtime(tmp_path / "nobody.sock"))
+    return Fleet(tmp_path / "gateway.toml", Runtime(tmp_path / "absent.sock"))
 
 
-def test_hosts_come_and_go_in_files_while_no_gateway_runs(fleet: Fleet) -> None:
+def test_hosts_are_changed_in_files_while_the_gateway_is_not_running(fleet: Fleet) -> None:
     host = FleetHostSettings(address="10.1.0.2", port=8001)
-    assert fleet.add("b", host) == "b is in the fleet when the gateway starts"
+    assert fleet.add("b", host) == "host b added; the gateway is not running and reads this when it starts"
     assert load(fleet.path).hosts["b"] == host
     fleet.drain("b", True)
     fleet.drain("a", True)
@@ -123,13 +123,13 @@ def test_hosts_come_and_go_in_files_while_no_gateway_runs(fleet: Fleet) -> None:
     assert set(hosts) == {"a"} and not hosts["a"].drain
 
 
-def test_a_change_that_makes_no_sense_changes_nothing(fleet: Fleet) -> None:
+def test_a_refused_change_changes_nothing(fleet: Fleet) -> None:
     before = fleet.path.read_text()
     for change, message in (
-        (lambda: fleet.add("a", FleetHostSettings(address="10.1.0.9")), "a is in the fleet already"),
-        (lambda: fleet.drain("z", True), "no host z; there are a"),
-        (lambda: fleet.remove("z", False), "no host z"),
-        (lambda: fleet.remove("a", True), "take it out of the file it is in"),
+        (lambda: fleet.add("a", FleetHostSettings(address="10.1.0.9")), "host a not added: it is in the fleet already"),
+        (lambda: fleet.drain("z", True), "unknown host z; known hosts: a"),
+        (lambda: fleet.remove("z", False), "unknown host z"),
+        (lambda: fleet.remove("a", True), "remove it from the file that does"),
     ):
         with pytest.raises(NotChanged, match=message):
             change()
@@ -139,12 +139,12 @@ def test_a_change_that_makes_no_sense_changes_nothing(fleet: Fleet) -> None:
     assert fleet.path.read_text() == before and set(load(fleet.path).hosts) == {"a", "b"}
 
 
-def test_a_file_that_the_settings_refuse_is_taken_back(fleet: Fleet) -> None:
+def test_a_file_with_a_wrong_setting_is_removed_again(fleet: Fleet) -> None:
     with pytest.raises(ConfigError):
         fleet.add("UPPER", FleetHostSettings(address="10.1.0.2"))
     assert not fleet.file("UPPER").exists() and set(load(fleet.path).hosts) == {"a"}
 
 
-def test_a_gateway_that_is_down_is_told_as_such(tmp_path: Path) -> None:
-    with pytest.raises(GatewayDown, match=r"nobody\.sock: No such file.*is nbagent-gateway\.service active\?"):
-        Runtime(tmp_path / "nobody.sock").servers("users")
+def test_a_gateway_that_is_not_running_raises_gateway_down(tmp_path: Path) -> None:
+    with pytest.raises(GatewayDown, match=r"absent\.sock: No such file.*is nbagent-gateway\.service active\?"):
+        Runtime(tmp_path / "absent.sock").servers("users")

@@ -1,4 +1,4 @@
-"""A gateway's settings, and the HAProxy configuration that they make."""
+"""A gateway's settings, and the HAProxy configuration that is generated from them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def certificate(tmp_path: Path) -> str:
     {"hosts": HOSTS, "tls": {"certificates": ["live"], "acme": "127.0.0.1:8402"}},
     {"hosts": HOSTS, "tls": {"certificates": ["live"], "hsts": "none"}, "listen": {"http": []}},
 ], ids=str)
-def test_haproxy_understands_what_is_rendered_and_warns_of_nothing(
+def test_haproxy_accepts_the_configuration_without_a_warning(
     tables: dict[str, Any], certificate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "tls" in tables:
@@ -60,7 +60,7 @@ def test_haproxy_understands_what_is_rendered_and_warns_of_nothing(
 
 
 def pages(directory: Path) -> Path:
-    """The gateway's pages as its package has them."""
+    """The gateway's pages, in the layout of its package."""
     made = directory / "pages"
     made.mkdir()
     for line in (TOP / "packaging/debian/nbagent-gateway.install").read_text().splitlines():
@@ -71,7 +71,7 @@ def pages(directory: Path) -> Path:
     return made
 
 
-def test_what_haproxy_refuses_is_told_with_its_words(tmp_path: Path) -> None:
+def test_a_refusal_by_haproxy_has_its_message(tmp_path: Path) -> None:
     (tmp_path / "x.cfg").write_text("frontend f\n    bind nowhere\n")
     with pytest.raises(ConfigError, match=r"HAProxy refuses the configuration: (.|\n)*'bind'"):
         apply.check(tmp_path / "x.cfg")
@@ -89,10 +89,10 @@ def test_a_certificate_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     ('[hosts.a]\naddress = "10.1.0.1"\nweight = 257', "hosts.a.weight: expected a whole number from 1 to 256"),
     ("[hosts.a]\ndrain = true", "hosts.a: expected an `address`"),
     ('[hosts.A-1]\naddress = "10.1.0.1"', "hosts.A-1: expected 1 to 16 characters"),
-    ('[hosts.a]\naddress = "10.1.0.1"\n[fleet]\nsrv = "_n._tcp.example.org"', "hosts: expected no hosts beside"),
+    ('[hosts.a]\naddress = "10.1.0.1"\n[fleet]\nsrv = "_n._tcp.example.org"', "hosts: expected no hosts, because"),
     ('[listen]\nhttp = ["80"]', "listen.http: expected a list of addresses with ports"),
     ('[listen]\nhttp = ["10.0.0.300:80"]', "listen.http: expected a list of addresses with ports"),
-    ("[listen]\nhttp = []", "listen.http: expected an address, as there is no https"),
+    ("[listen]\nhttp = []", "listen.http: expected an address, because"),
     ('[tls]\ncertificates = ["live"]', "tls.certificates: expected a list of files or directories"),
     ('[fleet]\nsrv = "example"', "fleet.srv: expected .none. or a name with SRV records"),
 ])
@@ -101,7 +101,7 @@ def test_a_wrong_setting_is_refused_by_name(text: str, message: str) -> None:
         settings.parse(tomllib.loads(text))
 
 
-def test_hosts_may_be_in_a_file_each_and_a_later_one_may_drain_them(tmp_path: Path) -> None:
+def test_a_later_file_adds_hosts_and_changes_settings_of_earlier_ones(tmp_path: Path) -> None:
     (tmp_path / "gateway.toml").write_text('[hosts.a]\naddress = "10.1.0.1"\n')
     (tmp_path / "gateway.d").mkdir()
     (tmp_path / "gateway.d/host-a.toml").write_text("[hosts.a]\ndrain = true\n")
@@ -110,40 +110,40 @@ def test_hosts_may_be_in_a_file_each_and_a_later_one_may_drain_them(tmp_path: Pa
     assert (hosts["a"].address, hosts["a"].drain, hosts["b"].drain) == ("10.1.0.1", True, False)
 
 
-def test_two_labels_with_one_place_on_the_ring_are_refused() -> None:
+def test_labels_with_the_same_crc_are_refused() -> None:
     labels: dict[int, str] = {}
     clash = None
     for number in range(300_000):
-        # Names that differ in a few bits have different CRCs always.
+        # Hashed, because the CRCs of texts that differ in few bits are always different.
         label = hashlib.sha256(str(number).encode()).hexdigest()[:12]
         if other := labels.get(settings.ring_number(label)):
             clash = (other, label)
             break
         labels[settings.ring_number(label)] = label
     assert clash, "no clash among so many labels"
-    with pytest.raises(ConfigError, match="another label, as it and"):
+    with pytest.raises(ConfigError, match=r"another label, because .* have the same CRC-32"):
         settings.parse({"hosts": {label: {"address": "10.1.0.1"} for label in clash}})
 
 
-def test_the_place_on_the_ring_is_the_label_s_alone() -> None:
+def test_the_ring_number_depends_on_the_label_only() -> None:
     one, two = rendered(hosts=HOSTS), rendered(hosts={"b": HOSTS["b"]})
     place = re.search(r"server b .* id (\d+)", block(one, "listen keyed"))
     assert place and f"id {place[1]}" in block(two, "listen keyed")
 
 
-def test_a_drained_host_has_users_and_is_asked_for_no_slot() -> None:
+def test_a_drained_host_serves_users_and_gets_no_claims() -> None:
     text = rendered(hosts=DRAINED)
     assert "server b " in block(text, "backend users")
     for stage in haproxy.STAGES:
         assert "server a " in block(text, f"listen {stage}") and "server b " not in block(text, f"listen {stage}")
 
 
-def test_nobody_is_balanced_to_a_host_of_users() -> None:
+def test_hosts_have_weight_0_in_the_backend_users() -> None:
     servers = re.findall(r"server (\S+) .*?weight (\d+)", block(rendered(hosts=HOSTS), "backend users"))
     assert servers == [("a", "0"), ("b", "0"), (haproxy.STATUS, "1"), (f"{haproxy.STATUS}_again", "1")]
 
 
-def test_no_log_has_a_query_or_a_header() -> None:
+def test_log_formats_have_no_query_and_no_header() -> None:
     formats = re.findall(r'log-format "(.*)"', rendered(hosts=HOSTS))
     assert len(formats) == 4
     for written in formats:
@@ -153,7 +153,7 @@ def test_no_log_has_a_query_or_a_header() -> None:
 def test_the_configuration_file_changes_no_default() -> None:
     text = (TOP / "packaging/gateway.toml").read_text()
     assert settings.parse(tomllib.loads(text)) == settings.GatewaySettings()
-    told = re.sub(r"^#(\[|\w+ = )", r"\1", text, flags=re.MULTILINE)
-    document = tomllib.loads(told)
+    uncommented = re.sub(r"^#(\[|\w+ = )", r"\1", text, flags=re.MULTILINE)
+    document = tomllib.loads(uncommented)
     assert settings.parse(document).hosts == {"c07": settings.FleetHostSettings()}
     assert settings.parse({**document, "hosts": {}}) == settings.GatewaySettings()

@@ -1,15 +1,16 @@
-"""What a slot's processes say over its control socket while it starts, and what the launcher makes of it."""
+"""Messages of a slot's processes while it starts, and the launcher's results for them."""
 
 import asyncio
-import json
 import os
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Limits, Slot, SlotState
-from nbagent.supervisor.launcher import Parts
+from nbagent.supervisor.launcher import SlotStart, sandbox_spec, zygote_spec
 
 SLOT = Slot(
     id="h-0", image="minimal", digest="d", id_base=1 << 20, uid=2000, state=SlotState.STARTING,
@@ -17,16 +18,23 @@ SLOT = Slot(
 )
 
 
-def say(end: socket.socket, *names: str, fds: list[int]) -> None:
-    socket.send_fds(end, [json.dumps({"given": names}).encode()], fds)
-
-
 def same(one: int, other: int) -> bool:
     return os.path.sameopenfile(one, other)
 
 
-def given(parts: Parts, *names: str) -> list[int]:
-    return asyncio.run(asyncio.wait_for(parts.given(*names), 10))
+def receive_fds(start: SlotStart, *names: str) -> list[int]:
+    return asyncio.run(asyncio.wait_for(start.receive_fds(*names), 10))
+
+
+def wait_running(start: SlotStart, pidfd: int):
+    return asyncio.run(asyncio.wait_for(start.wait_running(pidfd, NO_UPLINK, no_interface), 10))
+
+
+NO_UPLINK = type("Spec", (), {"uplink": None})
+
+
+async def no_interface(_fd: int) -> None:
+    raise AssertionError("a slot without a network has no interface")
 
 
 @pytest.fixture
@@ -41,75 +49,113 @@ def files(tmp_path):
 @pytest.mark.parametrize(
     "packets", [[("init", "fork_server")], [("init",), ("fork_server",)], [("fork_server",), ("init",)]]
 )
-def test_descriptors_are_found_by_name_in_whatever_order_they_come(files, packets):
+def test_descriptors_are_found_by_name_in_any_order(files, packets):
     known = {"init": files[0], "fork_server": files[1]}
-    with Parts(SLOT) as parts:
+    with SlotStart(SLOT) as start:
         for names in packets:
-            say(parts.theirs, *names, fds=[known[name] for name in names])
-        found = given(parts, "init", "fork_server")
+            start.peer.send({}, {name: known[name] for name in names})
+        found = receive_fds(start, "init", "fork_server")
         assert [same(found[0], files[0]), same(found[1], files[1])] == [True, True]
         for fd in found:
             os.close(fd)
 
 
-@pytest.mark.parametrize("names", [("fork_server",), ("init", "init"), ("init", "netns"), ()])
-def test_what_was_not_asked_for_is_refused_and_no_descriptor_stays(files, names):
-    with Parts(SLOT) as parts:
+def test_descriptors_that_arrive_early_are_kept_until_they_are_wanted(files):
+    with SlotStart(SLOT) as start:
+        start.peer.send({}, {"netns": files[0]})
+        start.peer.send({}, {"fork_server": files[1]})
+        found = [*receive_fds(start, "fork_server"), *receive_fds(start, "netns")]
+        assert [same(found[0], files[1]), same(found[1], files[0])] == [True, True]
+        for fd in found:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("packets", [[("other",)], [("init", "other")], [()], [("netns",), ("netns",)]])
+def test_unexpected_descriptors_are_refused_and_closed(files, packets):
+    before = set(os.listdir("/proc/self/fd"))
+    with SlotStart(SLOT) as start:
+        for names in packets:
+            start.peer.send({}, dict(zip(names, files, strict=False)))
+        with pytest.raises(StartFailed, match="unexpected message"):
+            receive_fds(start, "init")
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_failure_has_its_step_and_errno_and_earlier_descriptors_are_closed(files):
+    before = set(os.listdir("/proc/self/fd"))
+    with SlotStart(SLOT) as start:
+        start.peer.send({}, {"init": files[0]})
+        start.peer.send({"failure": {"step": "fork", "errno": 11, "text": "no process"}}, {"init": files[0]})
+        with pytest.raises(StartFailed, match="fork: no process") as failed:
+            receive_fds(start, "init", "fork_server")
+        assert failed.value.details == {"step": "fork", "errno": 11}
+    assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("payload", [
+    b"{", b"[]", b"7", b"[" * 30000, b'{"failure": 7}', b'{"failure": {"step": "x"}}', b'{"fds": "init"}',
+    b'{"failure": {"step": "x", "errno": 1e999, "text": ""}}', b'{"fds": [{}]}', b'{"fds": {"init": 1}}', b'{"fds": 7}',
+    b'{"fds": ["init", "init"]}', b"x" * 200_000,
+])
+def test_a_malformed_message_is_a_failed_start(files, payload):
+    """The sender may be an image's code."""
+    with SlotStart(SLOT) as start:
         before = set(os.listdir("/proc/self/fd"))
-        say(parts.theirs, *names, fds=files[: len(names)] or files[:1])
-        with pytest.raises(StartFailed):
-            given(parts, "init")
+        socket.send_fds(start.peer.socket, [payload], files[:1])
+        with pytest.raises(StartFailed, match="malformed message"):
+            receive_fds(start, "init")
         assert set(os.listdir("/proc/self/fd")) == before
 
 
-def test_a_failure_is_told_with_its_step_and_what_came_before_it_is_closed(files):
-    with Parts(SLOT) as parts:
+def test_the_end_of_the_channel_names_the_descriptors_that_are_missing():
+    with SlotStart(SLOT) as start:
+        start.peer.close()
+        with pytest.raises(StartFailed, match="ended before they sent: fork_server, init"):
+            receive_fds(start, "init", "fork_server")
+
+
+def test_descriptors_beside_other_messages_are_closed(files):
+    with SlotStart(SLOT) as start:
+        start.peer.send({"serves": True}, {"a": files[0]})
+        start.peer.send({"runs": True}, {"a": files[0]})
         before = set(os.listdir("/proc/self/fd"))
-        say(parts.theirs, "init", fds=files[:1])
-        parts.theirs.send(json.dumps({"failed": {"step": "fork", "errno": 11, "text": "no process"}}).encode())
-        with pytest.raises(StartFailed, match="fork: no process"):
-            given(parts, "init", "fork_server")
-        assert set(os.listdir("/proc/self/fd")) == before
-
-
-@pytest.mark.parametrize("said", [b"{", b"[]", b"7", b"[" * 30000, b'{"failed": 7}', b'{"failed": {"step": "x"}}',
-                                  b'{"given": "init"}', b'{"given": [{}]}', b'{"given": {"init": 1}}', b'{"given": 7}'])
-def test_nonsense_is_a_failure_like_any_other(files, said):
-    """An image says it, perhaps."""
-    with Parts(SLOT) as parts:
-        before = set(os.listdir("/proc/self/fd"))
-        socket.send_fds(parts.theirs, [said], files[:1])
-        with pytest.raises(StartFailed):
-            given(parts, "init")
-        assert set(os.listdir("/proc/self/fd")) == before
-
-
-async def no_interface(_fd: int) -> None:
-    raise AssertionError("a slot without network has none")
-
-
-def test_nothing_is_kept_of_what_comes_with_another_word(files):
-    with Parts(SLOT) as parts:
-        socket.send_fds(parts.theirs, [b'{"serves": true}'], files[:1])
-        socket.send_fds(parts.theirs, [b'{"runs": true}'], files[:1])
-        before = set(os.listdir("/proc/self/fd"))
-        spec = type("Spec", (), {"uplink": None})
         pidfd = os.pidfd_open(os.getpid())
-        with pytest.raises(StartFailed, match="unexpected answer"):
-            asyncio.run(asyncio.wait_for(parts.running(pidfd, spec, no_interface), 10))
+        with pytest.raises(StartFailed, match=r"unexpected message.*'runs'"):
+            wait_running(start, pidfd)
         os.close(pidfd)
         assert set(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("said", [[], [{"serves": True}]])
-def test_a_program_runs_when_all_have_let_go_of_the_socket_and_serves_if_it_said_so(said):
-    with Parts(SLOT) as parts:
-        for word in said:
-            parts.theirs.send(json.dumps(word).encode())
-        parts.theirs.close()
+@pytest.mark.parametrize("messages", [[], [{"serves": True}]])
+def test_a_program_runs_when_the_channel_is_closed_and_serves_when_it_has_reported_so(messages):
+    with SlotStart(SLOT) as start:
+        for message in messages:
+            start.peer.send(message)
+        start.peer.close()
         pidfd = os.pidfd_open(os.getpid())
-        spec = type("Spec", (), {"uplink": None})
-        launched = asyncio.run(asyncio.wait_for(parts.running(pidfd, spec, no_interface), 10))
-        assert launched.serves is bool(said) and launched.pid == os.getpid()
+        launched = wait_running(start, pidfd)
+        assert launched.serves is bool(messages) and launched.pid == os.getpid()
         for fd in (pidfd, launched.activity_fd):
             os.close(fd)
+
+
+def image(**changes) -> SimpleNamespace:
+    fields = {
+        "name": "minimal", "digest": "sha256-0", "root": Path("/images/minimal"), "id_base": 1 << 20, "user": "jovyan",
+        "home": "/home/jovyan", "directory": "/home/jovyan", "python": "/usr/bin/python3", "command": (), "port": None,
+        "environment": {"PREFIX": "{base_path}/{token}"},
+    }
+    return SimpleNamespace(**fields | changes)
+
+
+def test_a_slot_and_its_zygote_share_the_image_and_differ_in_user_program_and_filter():
+    slot, zygote = sandbox_spec(SLOT, image(), 1 << 20, 60.0), zygote_spec(image(), 1 << 20)
+    differing = {name for name in slot._fields if getattr(slot, name) != getattr(zygote, name)}
+    assert differing == {"slot", "uid", "user", "command", "listen_timeout_s", "environment", "syscall_filter"}
+    assert slot.environment["PREFIX"] == "/user/h-0/t" and zygote.environment["PREFIX"] == "/user/zygote/"
+    assert (zygote.uid, zygote.user) == (0, "root")
+
+
+def test_an_image_without_python_has_no_zygote():
+    with pytest.raises(ValueError, match="no Python"):
+        zygote_spec(image(python=None), 1 << 20)

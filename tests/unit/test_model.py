@@ -27,12 +27,12 @@ def make_slot(**changes):
     return Slot(**{**fields, **changes})
 
 
-def test_every_state_has_moves_and_only_gone_has_none():
+def test_every_state_but_gone_has_moves():
     assert set(MOVES) == set(SlotState)
     assert [state for state, moves in MOVES.items() if not moves] == [SlotState.GONE]
 
 
-def test_every_live_state_can_fail_and_every_state_is_left_for_gone():
+def test_every_live_state_can_fail_and_every_end_leads_to_gone():
     for state in (SlotState.STARTING, SlotState.WARM, SlotState.CLAIMED):
         assert SlotState.FAILED in MOVES[state]
     assert MOVES[SlotState.STOPPING] == MOVES[SlotState.FAILED] == {SlotState.GONE}
@@ -45,7 +45,7 @@ def test_an_illegal_move_raises_and_changes_nothing():
     assert slot.state is SlotState.STOPPING
 
 
-def test_a_slot_survives_its_file():
+def test_a_slot_is_restored_from_its_file():
     slot = make_slot(state=SlotState.CLAIMED, claimed_s=20.0, ttl_s=60.0, pid=77, key="k", fingerprint="f")
     assert Slot.restore(slot.save()) == slot
 
@@ -64,17 +64,16 @@ def test_only_the_claim_document_shows_the_token():
     assert slot.document(30.0)["age_s"] == 10.0
 
 
-def test_ids_are_of_the_label_and_never_the_same():
+def test_ids_have_the_label_and_are_unique():
     ids = {new_id("c07") for _ in range(1000)}
     assert len(ids) == 1000
-    assert all(is_slot_id(one, "c07") for one in ids)
-    assert not any(is_slot_id(one, "c08") for one in ids)
+    assert all(is_slot_id(one) and one.startswith("c07-") for one in ids)
 
 
 @pytest.mark.parametrize("text", ["", "c07", "c07-", "c07-../../etc/pas", "C07-x8q2m4k9w1ze", "c07-x8q2m4k9w1ze\n",
-                                  "c07-x8q2m4k9w1zee", "other-x8q2m4k9w1ze"])
-def test_what_is_not_an_id_of_this_host(text):
-    assert not is_slot_id(text, "c07")
+                                  "c07-x8q2m4k9w1zee", "a-label-x8q2m4k9w1ze"])
+def test_malformed_ids(text):
+    assert not is_slot_id(text)
 
 
 def test_tokens_are_long_and_url_safe():
@@ -90,7 +89,7 @@ def test_options_are_typed_from_a_query_string_and_from_json_alike():
     assert from_json.limits(Limits(1, 1, None, 9)) == Limits(1 << 29, 50, 0.5, 9)
 
 
-def test_what_is_not_asked_for_stays():
+def test_limits_without_an_option_are_the_default():
     assert parse_options({}, CLAIM_FIELDS, BOUNDS).limits(Limits(5, 6, 0.7, 8)) == Limits(5, 6, 0.7, 8)
 
 
@@ -102,7 +101,7 @@ def test_what_is_not_asked_for_stays():
     ("cpu_weight", "heavy"), ("image", "../minimal"), ("image", ["minimal"]), ("path", "../../etc"),
     ("path", "lab/%2e%2e/x"), ("path", "//evil.example"), ("path", "lab\r\nX: y"), ("path", ""), ("path", 7),
 ])
-def test_a_bad_option_names_its_field_and_what_would_be_right(field, value):
+def test_a_bad_option_names_its_field_and_the_expected_value(field, value):
     with pytest.raises(InvalidField) as caught:
         parse_options({field: value}, CLAIM_FIELDS, BOUNDS)
     assert caught.value.details["field"] == field

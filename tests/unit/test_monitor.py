@@ -1,4 +1,4 @@
-"""When slots are looked at: each once an interval, never many at once, and what a look finds is told."""
+"""Samples of slots: each slot once an interval, few at a time, and the findings are reported."""
 
 import dataclasses
 import os
@@ -13,6 +13,7 @@ from nbagent.supervisor import monitor as monitor_module
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.monitor import BATCHES, Monitor
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.tasks import Tasks
 from nbagent.wire import activity
 
 SETTINGS = CullSettings(idle=600.0, cpu=0.05, interval=30.0, compress=300.0)
@@ -23,15 +24,18 @@ SLOT = Slot(
 
 
 class World:
-    """Claimed slots with a page each and a cgroup of plain files, and what is told and ended."""
+    """Claimed slots with a page each and a cgroup of plain files, the events, and the slots that were ended."""
 
     def __init__(self, directory):
-        self.directory, self.ended, self.told, self.counters = directory, [], [], Counters()
+        self.directory, self.ended, self.events, self.counters = directory, [], [], Counters()
         self.at_rest = []
-        self.monitor = Monitor(self.counters, self.end, self.at_rest.append)
+        self.monitor = Monitor(self.counters, self, self, Tasks())
 
-    def end(self, live, event, **fields):
-        self.ended.append((live.slot.id, event, fields["text"]))
+    def offer(self, live):
+        self.at_rest.append(live)
+
+    def end(self, live, event, text):
+        self.ended.append((live.slot.id, event, text))
         live.slot = live.slot.to(SlotState.STOPPING)
 
     def claim(self, number, at_s=0.0):
@@ -51,7 +55,7 @@ class World:
                 file.write(text)
 
     def run(self, lives, until_s):
-        """Monitor whenever it is due, as the agent's loop does; the most at one instant, and how often."""
+        """Samples when it is due, as the agent's loop does; returns the most slots at a time and the count."""
         most = times = 0
         while (at_s := self.monitor.next_s(SETTINGS.interval)) < until_s:
             self.monitor.sample(SETTINGS, at_s)
@@ -64,13 +68,13 @@ def world(tmp_path, monkeypatch):
     world, made = World(tmp_path), []
     create = activity.create
     monkeypatch.setattr(activity, "create", lambda: made.append(create()) or made[-1])
-    monkeypatch.setattr(monitor_module, "emit", lambda event, **fields: world.told.append((event, fields)))
+    monkeypatch.setattr(monitor_module, "emit", lambda event, **fields: world.events.append((event, fields)))
     yield world
     for fd in made:
         os.close(fd)
 
 
-def test_many_slots_claimed_at_once_are_looked_at_in_small_batches(world):
+def test_many_slots_claimed_at_once_are_sampled_in_small_batches(world):
     lives = [world.claim(number) for number in range(90)]
     most, times = world.run(lives, 2.5 * SETTINGS.interval)
     assert most <= 90 / BATCHES and times <= 2.5 * BATCHES
@@ -78,13 +82,13 @@ def test_many_slots_claimed_at_once_are_looked_at_in_small_batches(world):
     assert all(live.sampled_s >= SETTINGS.interval for live in lives)
 
 
-def test_nothing_is_due_where_nothing_is_claimed(world):
+def test_no_sample_is_due_without_slots(world):
     assert world.monitor.next_s(SETTINGS.interval) == float("inf")
     world.claim(1, at_s=5.0)
     assert world.monitor.next_s(SETTINGS.interval) == 5.0 + SETTINGS.interval
 
 
-def test_a_slot_that_ended_is_looked_at_no_more(world):
+def test_a_slot_that_ended_is_not_sampled(world):
     live = world.claim(1)
     live.slot = live.slot.to(SlotState.STOPPING)
     world.monitor.sample(SETTINGS, SETTINGS.interval)
@@ -101,34 +105,34 @@ def test_an_idle_slot_is_culled_and_a_computing_one_is_not(world):
     assert world.counters.document()["counters"]["culled_idle"] == 1
 
 
-def test_what_a_slot_ran_into_is_told_once(world):
+def test_a_limit_is_reported_once(world):
     live = world.claim(1)
     world.write(live, oom_kills=2, refused=7)
     for number in range(1, 4):
         world.monitor.sample(SETTINGS, number * SETTINGS.interval)
-    assert [event for event, _ in world.told] == [Event.SLOT_OOM, Event.SLOT_TASKS_REFUSED]
+    assert [event for event, _ in world.events] == [Event.SLOT_OOM, Event.SLOT_TASKS_REFUSED]
     assert world.counters.document()["counters"]["oom_kills"] == 2
 
 
-def test_kills_that_no_look_has_seen_are_told_at_the_end(world):
+def test_oom_kills_since_the_last_sample_are_reported_at_the_end(world):
     live = world.claim(1)
     world.write(live, oom_kills=1)
     world.monitor.sample(SETTINGS, SETTINGS.interval)
     world.write(live, oom_kills=3)
-    # Somebody lists the slots; that is no look.
+    # A document of the slot reads its usage, but is no sample.
     live.document(40.0, 40.0)
-    world.monitor.last(live)
+    world.monitor._report_last_kills(live)
     assert world.counters.document()["counters"]["oom_kills"] == 3
 
 
-def test_a_slot_at_rest_is_to_be_compressed_and_a_computing_one_is_not(world):
+def test_a_slot_at_rest_is_compressed_and_a_computing_one_is_not(world):
     rests, computes = world.claim(1), world.claim(2)
     for number in range(1, 16):
         world.write(computes, cpu_s=10.0 * number)
         at_s = number * SETTINGS.interval
         for _ in range(2):
             world.monitor.sample(SETTINGS, at_s)
-        # The first look cannot tell yet how busy its processors were, so it rests from then on.
+        # At the first sample the use of processors is unknown, so the rest begins then.
         assert world.at_rest == [rests] * (at_s >= SETTINGS.interval + SETTINGS.compress)
         if world.at_rest:
             break
@@ -141,12 +145,12 @@ def test_a_slot_at_rest_is_to_be_compressed_and_a_computing_one_is_not(world):
     assert world.at_rest == [rests]
 
 
-def test_a_warm_slot_rests_from_its_start_and_is_nothing_else(world):
+def test_a_warm_slot_rests_from_its_start_and_has_no_reports(world):
     live = world.claim(1)
     live.slot = dataclasses.replace(live.slot, state=SlotState.WARM, claimed_s=None, ttl_s=None)
     world.write(live, oom_kills=1)
     for number in range(1, 11):
-        assert world.at_rest == [] == world.told
+        assert world.at_rest == [] == world.events
         world.monitor.sample(SETTINGS, number * SETTINGS.interval)
     assert world.at_rest == [live] and world.ended == []
     # Its claim begins a new rest.
@@ -156,7 +160,7 @@ def test_a_warm_slot_rests_from_its_start_and_is_nothing_else(world):
     assert world.at_rest == [live] and live.sampled_s == 330.0
 
 
-def test_a_list_reads_what_is_older_than_it_may_be_and_nothing_else(world):
+def test_a_document_reads_usage_that_is_too_old(world):
     live = world.claim(1)
     assert live.document(10.0, 10.0)["oom_kills"] == 0
     world.write(live, oom_kills=5)

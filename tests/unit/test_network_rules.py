@@ -1,4 +1,4 @@
-"""The slots' network as decided: who gets which address, which are refused, what the rules and the resolver say."""
+"""The slots' network: address allocation, refused ranges, firewall rules, the resolver's configuration, settings."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def rendered(**changes: object) -> str:
     return rules.render(network.rules(dataclasses.replace(SETTINGS, **changes)))
 
 
-def test_addresses_go_round_and_rest_as_long_as_possible() -> None:
-    given = []
+def test_addresses_are_allocated_in_circular_order() -> None:
+    numbers = []
     for _ in range(5):
-        given.append(addresses.next_number(given[-1] if given else addresses.GATEWAY, (), RANGE4))
-    # Neither the network, nor the host, nor the last.
-    assert given == [2, 3, 4, 5, 6]
+        numbers.append(addresses.next_number(numbers[-1] if numbers else addresses.GATEWAY, (), RANGE4))
+    # Not 0 (the network), 1 (the host) and 7 (broadcast).
+    assert numbers == [2, 3, 4, 5, 6]
     assert addresses.next_number(6, (), RANGE4) == 2
     assert addresses.next_number(6, {"198.18.0.2", "198.18.0.3", "198.18.0.5"}, RANGE4) == 4
     assert addresses.next_number(999_999, {"198.18.0.2"}, RANGE4) in (3, 4, 5, 6)
@@ -38,7 +38,7 @@ def test_addresses_go_round_and_rest_as_long_as_possible() -> None:
         addresses.next_number(2, {f"198.18.0.{number}" for number in range(2, 7)}, RANGE4)
 
 
-def test_an_interface_has_as_long_a_name_as_the_kernel_allows() -> None:
+def test_interface_names_fit_the_kernels_limit() -> None:
     assert addresses.interface("c07-x8q2m4k9w1ze") == "nb-x8q2m4k9w1ze"
     assert len(addresses.interface("a" * 16 + "-" + "0" * 12)) == 15
 
@@ -50,7 +50,7 @@ def test_an_interface_has_as_long_a_name_as_the_kernel_allows() -> None:
     "::", "::1", "::ffff:10.0.0.1", "::10.0.0.1", "64:ff9b::a00:1", "100::1", "2001::1", "2001:db8::1", "2002:a00:1::",
     "3fff::1", "5f00::1", "fc00::1", "fd00:ec2::254", "fd20:ce::254", "fe80::1", "fec0::1", "ff02::1",
 ])
-def test_what_is_not_public_is_refused(address: str) -> None:
+def test_addresses_that_are_not_public_are_refused(address: str) -> None:
     assert any(refuses(address))
 
 
@@ -59,18 +59,18 @@ def test_what_is_not_public_is_refused(address: str) -> None:
     "172.32.0.1", "192.167.255.255", "198.17.255.255", "198.20.0.1", "223.255.255.255",
     "2001:4860:4860::8888", "2606:4700::1111", "2a04:4e42::223", "2003::1", "2400:cb00::1",
 ])
-def test_what_is_public_is_not(address: str) -> None:
+def test_public_addresses_are_not_refused(address: str) -> None:
     assert not any(refuses(address))
 
 
 def refuses(address: str) -> list[bool]:
-    """By the rules as they are written, not by the list they were made of."""
-    known = ipaddress.ip_address(address)
-    (elements,) = re.findall(rf"add element inet nbagent refused{known.version} \{{ (.*) \}}", rendered())
-    return [known in ipaddress.ip_network(element) for element in elements.split(", ")]
+    """For each element of the rendered set, whether it contains the address."""
+    parsed = ipaddress.ip_address(address)
+    (elements,) = re.findall(rf"add element inet nbagent refused{parsed.version} \{{ (.*) \}}", rendered())
+    return [parsed in ipaddress.ip_network(element) for element in elements.split(", ")]
 
 
-def test_ranges_that_are_named_come_before_those_refused() -> None:
+def test_named_ranges_take_precedence_over_refused_ones() -> None:
     text = rendered(also=(ipaddress.ip_network("10.1.2.0/24"), ipaddress.ip_network("fd00:1::/64")))
     assert "add element inet nbagent named4 { 10.1.2.0/24 }" in text
     assert "add element inet nbagent named6 { fd00:1::/64 }" in text
@@ -79,7 +79,7 @@ def test_ranges_that_are_named_come_before_those_refused() -> None:
     assert "answers4 goto" not in text
 
 
-def test_with_an_allow_list_all_else_is_refused() -> None:
+def test_an_allow_list_refuses_all_other_addresses() -> None:
     text = rendered(
         only=("pip.example", ipaddress.ip_network("203.0.113.0/24"), ipaddress.ip_network("203.0.113.7/32"))
     )
@@ -89,21 +89,21 @@ def test_with_an_allow_list_all_else_is_refused() -> None:
     assert outward.rstrip(" }\n").endswith("goto refused")
 
 
-def test_rules_survive_their_journey() -> None:
-    made = network.rules(dataclasses.replace(SETTINGS, only=("pip.example", ipaddress.ip_network("10.0.0.0/8"))))
-    assert made.closed and rules.Rules.restore(made.save()) == made
+def test_rules_survive_serialization() -> None:
+    expected = network.rules(dataclasses.replace(SETTINGS, only=("pip.example", ipaddress.ip_network("10.0.0.0/8"))))
+    assert expected.closed and rules.Rules.restore(expected.save()) == expected
 
 
-def test_the_resolver_knows_only_allowed_names_and_tells_no_private_address() -> None:
+def test_the_resolver_serves_only_allowed_names_and_no_private_address() -> None:
     everything = resolver.render("198.18.0.1", [], ["10.0.0.1"], private=False)
-    # Then it follows the host's resolv.conf by itself.
+    # Without an allow-list dnsmasq reads the host's resolv.conf itself.
     assert "stop-dns-rebind" in everything and "10.0.0.1" not in everything and "/#/" not in everything
     text = "# DHCP\nsearch lan\nnameserver 10.0.0.1\nnameserver 2001:db8::53\nnameserver\noptions edns0\n"
     some = resolver.render("198.18.0.1", ["pip.example"], resolver.upstreams(text), private=True).splitlines()
     assert {"address=/#/", "no-resolv", "server=/pip.example/10.0.0.1", "server=/pip.example/2001:db8::53"} <= set(some)
     assert "stop-dns-rebind" not in some
     assert "nftset=/pip.example/4#inet#nbagent#answers4,6#inet#nbagent#answers6" in some
-    # As long as an answer opens a way, it is asked for anew.
+    # A cached response would not add its addresses to the sets.
     assert "cache-size=0" in some
 
 
@@ -140,29 +140,29 @@ def test_ipv6_is_used_where_the_host_forwards_it_and_has_a_route(tmp_path: Path)
     ({"network": {"range6": "2001:db8::1/64"}}, "network.range6"),
     ({"images": {"lab": {"network": "internet"}}}, "images.lab.network"),
 ])
-def test_wrong_settings_are_named(table: dict[str, object], key: str) -> None:
+def test_an_invalid_setting_is_named_in_the_error(table: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
         host_config.parse(table)
     assert caught.value.details["key"] == key
 
 
-def test_settings_are_understood() -> None:
-    given = host_config.parse({
+def test_settings_are_parsed() -> None:
+    parsed = host_config.parse({
         "network": {"allow": ["none", "internet"], "only": ["pip.example", "203.0.113.0/24", "2001:db8::/32"],
                     "up": "500kbit", "down": "1.5Gbit", "range4": "10.9.0.0/16"},
         "images": {"lab": {"network": "internet"}},
     })
     ranges = (ipaddress.ip_network("203.0.113.0/24"), ipaddress.ip_network("2001:db8::/32"))
-    assert given.network.only == ("pip.example", *ranges)
-    assert (given.network.up, given.network.down) == (62_500, 187_500_000)
-    assert (given.network_mode("lab"), given.network_mode("minimal")) == ("internet", "none")
+    assert parsed.network.only == ("pip.example", *ranges)
+    assert (parsed.network.up, parsed.network.down) == (62_500, 187_500_000)
+    assert (parsed.network_mode("lab"), parsed.network_mode("minimal")) == ("internet", "none")
 
 
-def test_a_claim_asks_within_what_is_allowed() -> None:
+def test_a_claim_for_a_network_that_is_not_allowed_is_refused() -> None:
     closed = Bounds(memory_max_bytes=1 << 30, ttl_max_s=60, cpus=1, networks=("none",))
     with pytest.raises(InvalidField) as caught:
         parse_options({"network": "internet"}, CLAIM_FIELDS, closed)
-    assert caught.value.details["field"] == "network" and caught.value.details["expected"].startswith('"none", as')
+    assert caught.value.details["field"] == "network" and caught.value.details["expected"].startswith('"none", from')
     opened = dataclasses.replace(closed, networks=("none", "internet"))
     assert parse_options({"network": "internet"}, CLAIM_FIELDS, opened).network == "internet"
     for wrong in ("host", "", 1, None):
@@ -170,7 +170,7 @@ def test_a_claim_asks_within_what_is_allowed() -> None:
             parse_options({"network": wrong}, CLAIM_FIELDS, opened)
 
 
-def test_a_slot_of_an_older_agent_has_no_addresses() -> None:
+def test_a_slot_saved_by_an_older_version_has_no_addresses() -> None:
     saved = {
         "id": "c07-x8q2m4k9w1ze", "image": "minimal", "digest": "d", "id_base": 1, "uid": 2, "state": "claimed",
         "limits": {"memory_bytes": 1, "cpu_weight": 1, "cpu_quota": None, "tasks": 1}, "token": "t", "created_s": 0.0,
@@ -181,7 +181,7 @@ def test_a_slot_of_an_older_agent_has_no_addresses() -> None:
     assert Slot.restore(with_some.save()) == with_some
 
 
-def test_only_a_slot_with_an_uplink_has_the_steps_for_it() -> None:
+def test_only_a_slot_with_an_uplink_has_the_steps_for_one() -> None:
     spec = SandboxSpec(
         slot="c07-x8q2m4k9w1ze", root="/r", id_base=1 << 30, uid=2001, user="jovyan", home="/home/jovyan",
         storage_bytes=64 << 20, command=["/usr/bin/python3"], environment={}, code="/c", mountpoint="/m",
@@ -191,5 +191,5 @@ def test_only_a_slot_with_an_uplink_has_the_steps_for_it() -> None:
     connected = spec._replace(uplink=Uplink(["198.18.0.2", "fd00::2"], ["198.18.0.1", "fd00::1"], 1000))
     assert SandboxSpec.restore(connected.save()) == connected
     assert [type(step).__name__ for step in plan(connected).connected] == ["Interface", "Resolver"]
-    said = [line.step for line in plan(connected).lines() if line.part == "connected"]
-    assert "198.18.0.2, fd00::2 by way of 198.18.0.1, fd00::1" in said[0] and "by 198.18.0.1" in said[1]
+    described = [line.step for line in plan(connected).lines() if line.part == "connected"]
+    assert "198.18.0.2, fd00::2 via 198.18.0.1, fd00::1" in described[0] and "by 198.18.0.1" in described[1]

@@ -1,4 +1,4 @@
-"""The decisions: pools, admission, culling. Microseconds, no world."""
+"""The decisions on pools, admission, culling and compression, which are pure."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ def host(**changes):
 
 
 def busy(**starting):
-    """What starts under way take, so many by each way of starting."""
+    """The cost of starts under way; `starting` is their number by launch."""
     return admission.under_way(starting)
 
 
@@ -52,7 +52,7 @@ def test_an_empty_pool_is_filled():
     assert decide([make_pool()], HOST, 100).start == ("minimal", "minimal")
 
 
-def test_what_is_starting_is_not_started_again():
+def test_slots_that_are_starting_are_not_started_again():
     assert decide([make_pool(starting=1)], HOST, 100).start == ("minimal",)
 
 
@@ -61,12 +61,12 @@ def test_starts_at_a_time_are_bounded():
     assert decision.start == ("minimal", "minimal")
 
 
-def test_never_above_capacity():
+def test_starts_stay_within_capacity():
     assert decide([make_pool(wanted=9)], host(capacity=5, live=4), 100).start == ("minimal",)
     assert decide([make_pool(wanted=9)], host(capacity=5, live=5), 100).start == ()
 
 
-def test_never_above_memory_and_what_starts_counts():
+def test_starts_stay_within_memory_less_that_of_starts_under_way():
     enough_for_two = GIB + 2 * COSTS["exec"].memory_bytes
     quiet = host(memory_available_bytes=enough_for_two)
     one_starting = dataclasses.replace(quiet, starts=busy(exec=1))
@@ -75,7 +75,7 @@ def test_never_above_memory_and_what_starts_counts():
     assert decide([make_pool()], host(memory_available_bytes=GIB // 2), 100).start == ()
 
 
-def test_of_starts_by_fork_more_are_under_way_and_each_sets_aside_less():
+def test_starts_by_fork_are_more_at_a_time_and_set_aside_less_memory():
     forked = make_pool(launch="fork", wanted=99)
     assert len(decide([forked], host(capacity=99, starts_max=2), 100).start) == 8
     assert len(decide([forked], host(capacity=99, starts_max=2, starts=busy(fork=3, exec=1)), 100).start) == 1
@@ -84,7 +84,7 @@ def test_of_starts_by_fork_more_are_under_way_and_each_sets_aside_less():
     assert decide([make_pool()], host(memory_available_bytes=enough_for_five - 1), 100).start == ()
 
 
-def test_a_small_start_does_not_overtake_a_large_one_that_is_wanted_more():
+def test_a_small_start_does_not_overtake_a_large_one_that_is_more_urgent():
     waited_for = make_pool(image="slow", wanted=0, waiting=1)
     low = make_pool(image="fast", launch="fork", wanted=9)
     assert decide([low, waited_for], host(starts_max=1, starts=busy(fork=1)), 100).start == ()
@@ -109,7 +109,7 @@ def test_a_claim_that_waits_comes_before_a_pool_that_is_low():
     assert decide([low, waited_for], host(starts_max=1), 100).start == ("wanted",)
 
 
-def test_a_pool_that_failed_pauses_and_the_others_go_on():
+def test_a_pool_with_failed_starts_pauses_and_others_go_on():
     failed, other = make_pool(image="failed", paused_s=3.0), make_pool(image="other", wanted=1)
     assert decide([failed, other], HOST, 100).start == ("other",)
 
@@ -118,21 +118,21 @@ def test_the_pause_doubles_and_is_bounded():
     assert [pool.backoff(n, 1.0, 60.0) for n in (0, 1, 2, 3, 7, 500)] == [0.0, 1.0, 2.0, 4.0, 60.0, 60.0]
 
 
-def test_a_stale_slot_serves_until_fresh_ones_are_there():
+def test_a_stale_slot_is_retired_after_it_is_replaced():
     old = former("old")
     assert decide([make_pool([old])], HOST, 100).retire == ()
     decision = decide([make_pool([old, fresh("a"), fresh("b")])], HOST, 100)
     assert decision.retire == (Retire("old", "its image was replaced"),)
 
 
-def test_a_slot_that_waited_too_long_is_replaced_then_retired():
+def test_a_slot_older_than_max_age_is_replaced_then_retired():
     aged = fresh("aged", age_s=101)
     assert decide([make_pool([aged, fresh("a")])], HOST, 100) == pool.Decision(("minimal",), ())
     decision = decide([make_pool([aged, fresh("a"), fresh("b")])], HOST, 100)
     assert decision.retire == (Retire("aged", "it is too old to be claimed"),)
 
 
-def test_a_slot_that_cannot_live_as_long_as_a_claim_may_ask_is_replaced_then_retired():
+def test_a_slot_that_ends_before_ttl_max_is_replaced_then_retired():
     short = fresh("short", left_s=499)
     assert decide([make_pool([short, fresh("a")])], HOST, 100) == pool.Decision(("minimal",), ())
     decision = decide([make_pool([short, fresh("a"), fresh("b")])], HOST, 100)
@@ -150,12 +150,12 @@ def test_a_smaller_pool_lets_the_oldest_go_but_not_while_a_claim_waits():
     assert decide([make_pool(three, waiting=1)], HOST, 100).retire == ()
 
 
-def test_a_removed_image_wants_nothing_and_its_warm_slots_go():
+def test_warm_slots_of_a_removed_image_are_retired():
     decision = decide([make_pool([fresh("a")], digest=None)], HOST, 100)
     assert decision == pool.Decision((), (Retire("a", "its image was removed"),))
 
 
-def test_a_draining_host_starts_nothing_and_keeps_nothing_warm():
+def test_a_draining_host_starts_no_slot_and_retires_warm_ones():
     decision = decide([make_pool([fresh("a")], waiting=2)], host(draining=True), 100)
     assert decision == pool.Decision((), (Retire("a", "the host drains"),))
 
@@ -167,48 +167,48 @@ def test_capacity_follows_memory_unless_it_is_set():
     assert admission.capacity(None, GIB // 2, GIB, 1.0) == 1
 
 
-def test_why_there_is_no_room_is_said():
+def test_the_obstacle_names_the_reason():
     assert "10 slots" in admission.obstacle(host(live=10))
     assert "512 MiB" in admission.obstacle(host(memory_available_bytes=GIB // 2))
     assert "draining" in admission.obstacle(host(draining=True))
 
 
-LOOK = ActivitySample(claimed_s=100.0, expires_s=10000.0, active_s=100.0, acted_s=0.0, busy=0, cpu=0.0, oom_kills=0)
+SAMPLE = ActivitySample(claimed_s=100.0, expires_s=10000.0, active_s=100.0, acted_s=0.0, busy=0, cpu=0.0, oom_kills=0)
 
 
 def reason_at(now_s, **changes):
-    return cull.reason(dataclasses.replace(LOOK, **changes), 600.0, 0.05, now_s)
+    return cull.reason(dataclasses.replace(SAMPLE, **changes), 600.0, 0.05, now_s)
 
 
-def test_a_claimed_slot_that_nobody_uses_is_idle_from_its_claim():
+def test_an_unused_slot_is_idle_from_its_claim():
     assert reason_at(699.0) is None
     assert reason_at(700.0) == "idle"
 
 
-def test_an_act_counts_from_when_it_was():
+def test_idle_time_counts_from_the_last_activity():
     assert reason_at(1199.0, acted_s=600.0) is None
     assert reason_at(1200.0, acted_s=600.0) == "idle"
 
 
-def test_a_slot_that_is_killed_for_memory_on_and_on_is_ended_however_busy():
+def test_a_slot_with_endless_oom_kills_is_ended_even_when_busy():
     assert reason_at(200.0, oom_kills=cull.OOM_KILLS_MAX - 1, busy=1) is None
     assert reason_at(200.0, oom_kills=cull.OOM_KILLS_MAX, busy=1) == "memory"
 
 
-def test_a_busy_kernel_is_never_idle_however_silent():
+def test_a_slot_with_a_busy_kernel_is_not_idle():
     assert reason_at(9000.0, busy=1) is None
 
 
-def test_processors_in_use_are_activity_and_a_little_is_not():
+def test_use_of_processors_above_the_threshold_is_activity():
     assert reason_at(9000.0, cpu=0.06) is None
     assert reason_at(9000.0, cpu=0.04) == "idle"
 
 
-def test_what_is_not_known_yet_is_not_idle():
+def test_a_slot_whose_use_of_processors_is_unknown_is_not_idle():
     assert reason_at(9000.0, cpu=None) is None
 
 
-def test_too_old_ends_even_a_busy_slot():
+def test_a_busy_slot_is_ended_when_its_time_is_up():
     assert reason_at(10000.0, busy=3, cpu=2.0) == "age"
 
 
@@ -233,7 +233,7 @@ def test_storage_is_full_until_there_is_room_again(full):
     assert not limit_alerts.find(found, 0, storage(0.5)).storage_full
 
 
-def test_storage_that_cannot_be_looked_at_is_not_full():
+def test_storage_that_cannot_be_read_is_not_full():
     assert not limit_alerts.find(limit_alerts.Trouble(), 0, Storage()).storage_full
 
 
@@ -245,10 +245,10 @@ def test_a_slot_is_compressed_once_for_each_rest():
     assert compress.due(200.0, 160.0, 60.0, 260.0)
 
 
-def test_a_slot_is_never_compressed_where_that_is_set():
+def test_no_slot_is_compressed_where_compression_is_off():
     assert not compress.due(100.0, None, None, 9000.0)
 
 
-def test_compressing_takes_steps_and_leaves_the_processor_to_users_in_between():
+def test_compression_is_in_steps_with_pauses():
     assert [compress.steps(size << 20) for size in (0, 1, 32, 33, 4096)] == [0, 1, 1, 2, 128]
     assert compress.pause_s(0.2) == pytest.approx(0.2)

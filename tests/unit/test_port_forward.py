@@ -104,7 +104,7 @@ def test_megabytes_pass_both_ways_at_once_unchanged(slot: Slot) -> None:
     assert heard == {"up": hashlib.sha256(up).digest(), "down": hashlib.sha256(down).digest()}
 
 
-def test_the_end_of_one_direction_is_passed_on_and_the_other_goes_on(slot: Slot) -> None:
+def test_the_end_of_one_direction_is_forwarded_and_the_other_goes_on(slot: Slot) -> None:
     with slot.listen() as program, slot.connect() as client, program.accept()[0] as served:
         client.sendall(b"all I have to say")
         client.shutdown(socket.SHUT_WR)
@@ -114,7 +114,7 @@ def test_the_end_of_one_direction_is_passed_on_and_the_other_goes_on(slot: Slot)
         assert read_all(client) == b"and still an answer"
 
 
-def test_who_does_not_read_is_waited_for_with_little_memory(slot: Slot) -> None:
+def test_a_client_that_does_not_read_blocks_the_program_and_costs_little_memory(slot: Slot) -> None:
     with slot.listen() as program, slot.connect() as client, program.accept()[0] as served:
         served.settimeout(1)
         sent = 0
@@ -122,7 +122,7 @@ def test_who_does_not_read_is_waited_for_with_little_memory(slot: Slot) -> None:
             while sent < 1 << 28:
                 sent += served.send(bytes(1 << 20))
         resident = next(line for line in Path(f"/proc/{slot.pid}/status").read_text().splitlines() if "VmRSS" in line)
-        assert int(resident.split()[1]) < 200_000, "kilobytes; it keeps what nobody reads"
+        assert int(resident.split()[1]) < 200_000, "kilobytes; unread bytes are buffered without a bound"
         served.shutdown(socket.SHUT_WR)
         received = 0
         while chunk := client.recv(1 << 16):
@@ -130,7 +130,7 @@ def test_who_does_not_read_is_waited_for_with_little_memory(slot: Slot) -> None:
         assert received >= sent > 0
 
 
-def test_connections_that_are_over_leave_nothing(slot: Slot) -> None:
+def test_closed_connections_leave_no_descriptor_and_no_memory(slot: Slot) -> None:
     with slot.listen() as program:
         with slot.connect(), program.accept()[0]:
             pass
@@ -175,7 +175,7 @@ def test_a_program_that_stops_listening_is_noticed_by_the_next_client(slot: Slot
         assert client.recv(10) == b""
 
 
-def test_a_program_that_never_listens_is_given_up(tmp_path: Path) -> None:
+def test_the_forwarder_ends_when_the_program_never_listens(tmp_path: Path) -> None:
     slot = Slot(tmp_path, 0.3)
     try:
         with slot.connect() as client:
@@ -185,7 +185,7 @@ def test_a_program_that_never_listens_is_given_up(tmp_path: Path) -> None:
         slot.close()
 
 
-def test_bytes_of_a_client_are_an_act_and_those_of_the_program_are_not(slot: Slot) -> None:
+def test_bytes_of_a_client_count_as_activity_and_those_of_the_program_do_not(slot: Slot) -> None:
     def acted_s() -> float:
         return activity.read(slot.page_fd, float("inf")).last_s
 

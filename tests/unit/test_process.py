@@ -1,4 +1,4 @@
-"""What a process does to itself."""
+"""Functions by which a process changes itself (nbagent.linux.process)."""
 
 import os
 import resource
@@ -9,14 +9,14 @@ import pytest
 from nbagent.linux.process import make_room_for_descriptors
 
 
-def room() -> int:
-    """How many descriptors the kernel has a table for."""
+def table_size() -> int:
+    """The size of the kernel's descriptor table of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("FDSize:")).split()[1])
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(4096, 2048), (1024, 1024)])
-def test_there_is_room_for_as_many_descriptors_as_there_may_be(limit: int, expected: int) -> None:
+def test_the_descriptor_table_grows_up_to_the_resource_limit(limit: int, expected: int) -> None:
     child = os.fork()
     if child == 0:
         status = 1
@@ -24,7 +24,7 @@ def test_there_is_room_for_as_many_descriptors_as_there_may_be(limit: int, expec
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
             before = os.listdir("/proc/self/fd")
             make_room_for_descriptors(2048)
-            status = 0 if room() == expected and os.listdir("/proc/self/fd") == before else 2
+            status = 0 if table_size() == expected and os.listdir("/proc/self/fd") == before else 2
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

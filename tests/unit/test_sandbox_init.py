@@ -1,4 +1,4 @@
-"""What a slot's init does with what the slot prints: all of it within a budget, then a count."""
+"""A slot's init: it copies the slot's output within a budget, counts the rest, and follows the program's end."""
 
 import os
 import socket
@@ -7,6 +7,7 @@ import pytest
 
 from nbagent.core.events import Event
 from nbagent.runtime import init
+from nbagent.wire.channel import Channel
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_a_line_without_an_end_is_passed_on_in_pieces(slot):
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 8000])
-def test_no_more_than_the_budget_comes_through_whatever_the_lines_are(slot, length):
+def test_the_budget_bounds_lines_of_any_length(slot, length):
     line = b"x" * length + b"\n"
     if not length:
         # Nothing is stored of an empty line, so it costs nothing.
@@ -76,7 +77,7 @@ def test_no_more_than_the_budget_comes_through_whatever_the_lines_are(slot, leng
     assert init.BUDGET_BYTES - 20_000 < cost < init.BUDGET_BYTES + 60 * init.BUDGET_BYTES_PER_S
 
 
-def test_an_entry_says_what_was_dropped_and_the_next_one_counts_anew(slot):
+def test_an_entry_has_the_number_of_dropped_lines_and_the_next_one_starts_at_zero(slot):
     _, _, entries, output = slot
     flood(slot, b"x" * 4000 + b"\n")
     assert received(entries) == b""
@@ -90,7 +91,7 @@ def test_an_entry_says_what_was_dropped_and_the_next_one_counts_anew(slot):
     assert received(entries) == b""
 
 
-def test_the_last_words_need_no_budget(slot):
+def test_the_last_line_needs_no_budget(slot):
     printed, journal, entries, output = slot
     flood(slot, b"x" * 4000 + b"\n")
     printed.write(b"x" * 8000 + b"\n")
@@ -99,14 +100,14 @@ def test_the_last_words_need_no_budget(slot):
     assert b"NBAGENT_LINES=" in received(entries)
 
 
-def test_what_is_left_in_the_pipe_comes_before_the_last_words(slot):
+def test_the_rest_of_the_pipe_is_copied_before_the_last_line(slot):
     printed, journal, _, output = slot
     printed.write(b"one\ntwo\nthr")
     output.finish("the end")
     assert received(journal) == b"one\ntwo\nthr\nthe end\n"
 
 
-def test_a_journal_that_takes_nothing_holds_the_slot_up_once(slot, monkeypatch):
+def test_a_journal_that_accepts_nothing_blocks_the_slot_once(slot, monkeypatch):
     monkeypatch.setattr(init, "STALL_S", 0.2)
     printed, journal, _, output = slot
     output.stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
@@ -124,40 +125,59 @@ def test_a_journal_that_takes_nothing_holds_the_slot_up_once(slot, monkeypatch):
 
 
 @pytest.fixture
-def seeded():
-    """A program that was forked, and its seed's end of the socket."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        yield init.Program(fork_server=ours), theirs
+def forked():
+    """A program that was forked, and its fork server's end of the channel."""
+    own, peer = Channel.pair(init.FORK_SERVER_MAX_BYTES)
+    with own, peer:
+        yield init.Program(fork_server=own), peer
 
 
-def test_a_seed_says_which_process_the_program_is_and_how_it_ended(seeded):
-    program, seed = seeded
-    seed.send(b'{"program": 3}')
-    program.hear()
+def test_the_fork_server_reports_the_programs_pid_and_exit_status(forked):
+    program, fork_server = forked
+    fork_server.send({"program": 3})
+    program.receive()
     assert (program.pid, program.end) == (3, None)
-    seed.send(b'{"exited": -9}')
-    program.hear()
+    fork_server.send({"exited": -9})
+    program.receive()
     assert program.end == ("the slot's program was killed by SIGKILL", -9)
 
 
-def test_the_program_of_a_seed_that_ended_first_is_inits_own_child(seeded):
-    program, seed = seeded
+def test_a_real_time_signal_has_no_name(forked):
+    program, fork_server = forked
+    fork_server.send({"exited": -40})
+    program.receive()
+    assert program.end == ("the slot's program was killed by signal 40", -40)
+
+
+def test_the_program_of_a_fork_server_that_ended_first_is_reaped_by_init(forked):
+    program, fork_server = forked
     child = os.fork()
     if child == 0:
         os._exit(3)
-    seed.send(f'{{"program": {child}}}'.encode())
-    program.hear()
-    seed.close()
-    program.hear()
+    fork_server.send({"program": child})
+    program.receive()
+    fork_server.close()
+    program.receive()
     assert (program.fork_server, program.end) == (None, None)
     os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
     program.reap()
     assert program.end == ("the slot's program exited with status 3", 3)
 
 
-def test_without_a_seed_before_there_is_a_program_the_slot_ends(seeded):
-    program, seed = seeded
-    seed.close()
-    program.hear()
-    assert program.end is not None and "before" in program.end[0] and program.end[1] != 0
+def test_a_slot_ends_when_its_fork_server_ends_before_the_program_starts(forked):
+    program, fork_server = forked
+    fork_server.close()
+    program.receive()
+    assert program.end is not None and "before it started" in program.end[0] and program.end[1] != 0
+
+
+@pytest.mark.parametrize("payload", [
+    b"{", b"[]", b'{"exited": 1e999}', b'{"exited": 7000}', b'{"program": -1}', b'{"program": true}', b"x" * 1000,
+])
+def test_a_malformed_message_counts_as_the_fork_servers_end(forked, payload):
+    program, fork_server = forked
+    fork_server.send({"program": 3})
+    program.receive()
+    fork_server.socket.send(payload)
+    program.receive()
+    assert (program.pid, program.fork_server, program.end) == (3, None, None)

@@ -1,4 +1,4 @@
-"""The order of the sandbox's steps is one list, pinned here: a change of it is a decision."""
+"""The order of the sandbox's steps, pinned so that a change of it is deliberate."""
 
 from nbagent.sandbox.plan import plan
 from nbagent.sandbox.spec import SandboxSpec
@@ -15,11 +15,11 @@ def names(steps):
     return [type(step).__name__ for step in steps]
 
 
-def test_the_host_is_left_before_anything_is_built():
+def test_the_user_namespace_comes_first():
     assert names(plan(SPEC).outside) == ["UserNamespace", "Namespaces"]
 
 
-def test_the_order_inside():
+def test_the_order_of_the_steps_inside():
     assert names(plan(SPEC).inside) == [
         "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Directory", "Pivot", "Bind", "Tmpfs",
         "Devices", "DevPts", "Bind", "Link", "Link", "Link", "Link", "Link",
@@ -27,12 +27,12 @@ def test_the_order_inside():
     ]
 
 
-def test_privileges_go_last_and_nothing_follows():
+def test_privileges_are_dropped_last():
     assert names(plan(SPEC).last) == ["ResourceLimits", "Unprivileged", "SystemCalls"]
 
 
-def test_no_process_of_a_slot_can_have_a_capability():
-    """One that is exec'd gives up all that the kernel knows; one that is forked is born of who has none to give."""
+def test_no_process_of_a_slot_can_gain_a_capability():
+    """An exec'd slot empties the whole bounding set; the PID 1 of a forked slot inherits an empty one."""
     assert plan(SPEC).last[1].held is None
     assert plan(SPEC._replace(forked=True)).last[1].held == ()
 
@@ -47,22 +47,22 @@ def test_sources_between_pivot_and_detach_are_relative_to_the_host_and_targets_a
             assert step.target.startswith("/"), step
 
 
-def test_everything_writable_is_bounded_by_the_slots_storage():
+def test_every_tmpfs_is_limited_by_the_slots_storage():
     for step in plan(SPEC).inside:
         if type(step).__name__ == "Tmpfs":
             assert 0 < step.size_bytes <= SPEC.storage_bytes
             assert 0 < step.inodes <= SPEC.storage_bytes // 4096
 
 
-def test_a_plan_says_of_every_step_what_it_does_why_and_how_it_is_undone():
+def test_a_plan_describes_each_step_with_its_reason_and_undo():
     lines = plan(SPEC).lines()
     assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 24 + ["last"] * 3
     assert lines[0].step == f"user namespace of {(1 << 30) + 2001}: ids 0..65535 are {1 << 30}.. on the host"
-    assert lines[-1].step == "system calls filtered by 1 instructions"
+    assert lines[-1].step == "system call filter of 1 instructions"
     assert len({line.step for line in lines}) == len(lines)
     for line in lines:
         assert len(line.reason) > 12 and not line.reason.endswith(":") and line.undo
 
 
-def test_a_specification_survives_its_journey():
+def test_a_specification_survives_serialization():
     assert SandboxSpec.restore(SPEC.save()) == SPEC

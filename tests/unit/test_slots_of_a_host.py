@@ -19,7 +19,7 @@ def a_live(name, **changes):
     return RunningSlot(dataclasses.replace(SLOT, id=name, **changes))
 
 
-def test_counts_follow_a_slots_moves_to_its_end():
+def test_counts_follow_the_moves_of_a_slot():
     slots = Slots()
     first, second = a_live("h-1"), a_live("h-2", image="other", digest="d2")
     slots.add(first)
@@ -36,7 +36,7 @@ def test_counts_follow_a_slots_moves_to_its_end():
     assert not any(slots.count(state, "minimal") for state in SlotState)
 
 
-def test_a_move_that_is_none_changes_no_count():
+def test_an_illegal_move_changes_no_count():
     slots, live = Slots(), a_live("h-1")
     slots.add(live)
     with pytest.raises(IllegalMove):
@@ -44,14 +44,14 @@ def test_a_move_that_is_none_changes_no_count():
     assert slots.count(SlotState.STARTING) == 1 and slots.count(SlotState.CLAIMED) == 0
 
 
-def test_a_slot_that_is_gone_gives_its_id_and_addresses_back(monkeypatch):
+def test_the_user_id_and_addresses_of_a_removed_slot_are_free(monkeypatch):
     numbers = iter([0, 1, 0])
     monkeypatch.setattr("secrets.randbelow", lambda _: next(numbers))
     slots, live = Slots(), a_live("h-1")
     slots.add(live)
-    slots.give(live, ("198.18.0.2",))
+    slots.set_addresses(live, ("198.18.0.2",))
     assert "198.18.0.2" in slots.addresses and live.slot.addresses == ("198.18.0.2",)
-    # The first one that comes up is taken; another image's ids are others.
+    # 2000 is taken in the range of this image, and free in that of another.
     assert slots.free_uid(SLOT.id_base) == 2001
     assert slots.free_uid(SLOT.id_base * 2) == 2000
     slots.remove(live)

@@ -1,4 +1,4 @@
-"""What of a host's swap is memory: zram without a backing device, and nothing else."""
+"""Swap stays in memory only when every area is zram without a backing device."""
 
 import pytest
 
@@ -9,7 +9,7 @@ HEAD = "Filename\t\t\t\tType\t\tSize\t\tUsed\t\tPriority\n"
 
 @pytest.fixture
 def host(tmp_path):
-    """Makes a host of areas as /proc/swaps lists them, and of what sysfs says of their devices."""
+    """Makes a root directory with the areas in /proc/swaps and their devices' files in sysfs."""
 
     def make(*areas, **devices):
         (tmp_path / "proc").mkdir()
@@ -32,17 +32,17 @@ def test_zram_is_memory(host):
     assert found == swap.Swap(("/dev/zram0", "/dev/zram1"), ()) and found.stays_in_memory
 
 
-def test_one_area_on_a_disk_is_enough_for_pages_to_get_there(host):
+def test_one_area_on_a_disk_suffices_for_pages_to_reach_it(host):
     found = swap.read(host("/dev/zram0", "/dev/sda2", zram0=ZRAM, sda2={"size": "7\n"}))
     assert found == swap.Swap(("/dev/zram0",), ("/dev/sda2",)) and not found.stays_in_memory
 
 
-def test_zram_that_writes_to_a_device_behind_it_is_a_disk(host):
+def test_zram_with_a_backing_device_is_a_disk(host):
     found = swap.read(host("/dev/zram0", zram0=ZRAM | {"backing_dev": "/dev/sda3\n"}))
     assert found.on_disk == ("/dev/zram0",) and not found.stays_in_memory
 
 
-def test_what_is_only_named_like_zram_is_a_disk(host):
+def test_a_device_without_comp_algorithm_is_a_disk(host):
     assert swap.read(host("/dev/zram0", zram0={"size": "7\n"})).on_disk == ("/dev/zram0",)
 
 
@@ -52,6 +52,6 @@ def test_a_file_is_a_disk_whatever_its_name(host):
     assert swap.read(root).on_disk == ("/srv/zram0",)
 
 
-def test_no_swap_is_none_and_so_is_a_kernel_without(host, tmp_path):
+def test_no_swap_and_a_kernel_without_swap(host, tmp_path):
     assert not swap.read(tmp_path).stays_in_memory
     assert swap.read(host()) == swap.Swap((), ())

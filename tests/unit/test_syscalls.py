@@ -1,4 +1,4 @@
-"""The system call filter: no wider than a container's default, and what it does to a real process."""
+"""The system call filter: compared with the default of containers, and loaded into a real process."""
 
 import errno
 import json
@@ -12,11 +12,11 @@ from nbagent.linux import seccomp
 from nbagent.sandbox import syscalls
 from nbagent.supervisor import launcher
 
-# Of Debian's golang-github-containers-common: the default of podman, made from Docker's.
+# Podman's default, derived from Docker's, in Debian's golang-github-containers-common.
 CONTAINERS_DEFAULT = Path("/usr/share/containers/seccomp.json")
 
 
-# The filters that a slot's processes have, in base64: one by exec; by fork the zygote's, and one more on top.
+# The filters of a slot's processes, in base64: an exec'd slot has one, a forked slot the zygote's and one more.
 FILTERS = {
     "exec": lambda: [launcher.syscall_filter()],
     "fork": lambda: [launcher.forking_filter(), launcher.forked_filter()],
@@ -24,7 +24,7 @@ FILTERS = {
 
 
 def allowed_in_containers():
-    """What a container without capabilities may call, with or without a look at the arguments."""
+    """The calls permitted to a container without capabilities, some of them for certain arguments only."""
     rules = json.loads(CONTAINERS_DEFAULT.read_text())["syscalls"]
     return {
         name
@@ -34,16 +34,16 @@ def allowed_in_containers():
     }
 
 
-def test_nothing_is_allowed_that_a_container_may_not_call():
-    ours = {*syscalls.ALLOWED, *(name for name, _ in syscalls.EQUAL), *syscalls.WITHOUT}
-    assert len(ours) > 250
-    assert ours - allowed_in_containers() == set()
+def test_the_filter_permits_no_more_than_a_containers():
+    permitted = {*syscalls.ALLOWED, *(name for name, _ in syscalls.EQUAL), *syscalls.WITHOUT}
+    assert len(permitted) > 250
+    assert permitted - allowed_in_containers() == set()
 
 
-def test_what_reaches_further_is_refused():
-    further = {"io_uring_setup", "unshare", "setns", "mount", "keyctl", "add_key", "bpf", "perf_event_open",
+def test_dangerous_calls_are_refused():
+    dangerous = {"io_uring_setup", "unshare", "setns", "mount", "keyctl", "add_key", "bpf", "perf_event_open",
                "userfaultfd", "clone3", "open_by_handle_at", "kexec_load", "init_module", "io_setup"}
-    assert not further & {*syscalls.ALLOWED, *(name for name, _ in syscalls.EQUAL), *syscalls.WITHOUT}
+    assert not dangerous & {*syscalls.ALLOWED, *(name for name, _ in syscalls.EQUAL), *syscalls.WITHOUT}
 
 
 def test_no_call_is_both_allowed_and_refused():
@@ -70,7 +70,7 @@ def errno_of(call):
 
 
 def after_filters(expression, filters):
-    """The errno of a call in a process that has the filters; 0 when it went through."""
+    """The errno of a call in a process that has the filters; 0 for success."""
     top = str(Path(seccomp.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", f"{PROGRAM}print(errno_of(lambda: {expression}))", top],
@@ -102,10 +102,10 @@ def after_filters(expression, filters):
     ("resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)) or 0", 0),
     ("libc.syscall(206, 1, (ctypes.c_ulong * 1)())", errno.ENOSYS),  # io_setup
 ])
-def test_a_filtered_process(expression, expected, launch):
+def test_the_errno_of_a_filtered_call(expression, expected, launch):
     assert after_filters(expression, FILTERS[launch]()) == expected
 
 
-def test_a_zygote_may_join_namespaces_until_it_is_a_slot():
+def test_a_zygotes_filter_permits_setns_but_not_mount():
     assert after_filters("libc.setns(-1, 0)", [launcher.forking_filter()]) == errno.EBADF
     assert after_filters("libc.mount(b'x', b'/mnt', b'tmpfs', 0, None)", [launcher.forking_filter()]) == errno.EPERM

@@ -1,4 +1,4 @@
-"""What systemd, nginx and the configuration's readers say about the files of the package."""
+"""Checks of the packaged units, configuration files and pages with systemd, nginx and our own parsers."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from nbagent.config import host_config, nginx_settings
+from nbagent.config import host_config, nginx_settings, reference
+from nbagent.gateway.reference import GATEWAY
 
 TOP = Path(__file__).resolve().parents[2]
 UNITS = sorted((TOP / "units").iterdir())
 PAGES = sorted((TOP / "packaging").glob("*/pages/*"))
 SERVICES = [unit for unit in UNITS if unit.suffix == ".service"]
-# Those of which slots are made, and all others.
+# Scores of `systemd-analyze security`: of the services that create slots, and of all others.
 EXPOSURE_MAX = {"nbagent.service": 5.0, "nbagent-zygote@.service": 3.5}
 EXPOSURE_MAX_UNPRIVILEGED = 2.0
 
@@ -28,7 +29,7 @@ SETTING = re.compile(r"^(\w+)=")
 
 @pytest.fixture
 def staged(tmp_path: Path) -> Path:
-    """The units with every program they start at a path that exists on this machine."""
+    """The units, with the programs that they start replaced by ones that exist on this machine."""
     for unit in UNITS:
         text = unit.read_text().replace("/usr/lib/nbagent/router", str(TOP / "packaging/router/start"))
         text = re.sub("/usr/sbin/(dnsmasq|haproxy)|/usr/bin/nbagent", "/bin/true", text)
@@ -37,20 +38,20 @@ def staged(tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
-def test_systemd_understands_every_line(staged: Path) -> None:
+def test_systemd_accepts_the_units(staged: Path) -> None:
     units = [str(staged / unit.name) for unit in UNITS]
     environment = {**os.environ, "SYSTEMD_UNIT_PATH": f"{staged}:"}
-    # Without manual pages: they are in the package and need not be on this machine.
+    # Without manual pages, which are installed by the package and may not be on this machine.
     verify = ["systemd-analyze", "verify", "--man=no", *units]
     done = subprocess.run(verify, capture_output=True, text=True, env=environment, check=False)
-    about_ours = [line for line in done.stderr.splitlines() if "nbagent" in line]
-    assert about_ours == []
+    messages = [line for line in done.stderr.splitlines() if "nbagent" in line]
+    assert messages == []
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
 @pytest.mark.parametrize("unit", SERVICES, ids=lambda unit: unit.name)
-def test_no_service_is_more_exposed_than_it_needs_to_be(unit: Path) -> None:
+def test_services_are_hardened(unit: Path) -> None:
     security = ["systemd-analyze", "security", "--offline=yes", "--no-pager", str(unit)]
     done = subprocess.run(security, capture_output=True, text=True, check=False)
     verdict = re.search(r"Overall exposure level for \S+: (\d+\.\d+)", done.stdout)
@@ -68,12 +69,12 @@ def test_directives_are_in_alphabetical_order(unit: Path) -> None:
             sections[list(sections)[-1]].append(match[1])
     assert next(iter(sections)) == "Unit"
     for name, keys in sections.items():
-        # What it is and where to read on come first, as everywhere.
+        # By convention these two come first.
         ordered = [key for key in keys if key not in ("Description", "Documentation")]
         assert ordered == sorted(ordered), name
 
 
-def test_the_supervisor_may_not_mount_on_the_host() -> None:
+def test_the_supervisor_has_no_cap_sys_admin() -> None:
     text = (TOP / "units/nbagent.service").read_text()
     granted = re.findall(r"^CapabilityBoundingSet=(.*)$", text, re.MULTILINE)
     assert "CAP_SYS_ADMIN" not in " ".join(granted).split()
@@ -83,18 +84,25 @@ def test_the_supervisor_may_not_mount_on_the_host() -> None:
     ("toml", "nbagent.toml"), ("man", "man/nbagent.toml.5"),
     ("gateway-toml", "gateway.toml"), ("gateway-man", "man/nbagent-gateway.toml.5"),
 ])
-def test_what_is_written_about_the_settings_is_what_they_say(kind: str, file: str) -> None:
-    written = (TOP / "packaging" / file).read_text()
-    assert written == _settings(kind), f"run packaging/settings {kind} > packaging/{file}"
+def test_the_reference_of_the_settings_is_up_to_date(kind: str, file: str) -> None:
+    document = GATEWAY if kind.startswith("gateway-") else reference.HOST
+    text = reference.man(document) if kind.endswith("man") else reference.toml(document)
+    assert (TOP / "packaging" / file).read_text() == text, f"run packaging/settings {kind} > packaging/{file}"
+
+
+def test_the_command_prints_the_reference() -> None:
+    command = [str(TOP / "packaging/settings"), "gateway-toml"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed == reference.toml(GATEWAY)
 
 
 def test_the_configuration_file_changes_no_default() -> None:
     text = (TOP / "packaging/nbagent.toml").read_text()
     assert host_config.parse(tomllib.loads(text)) == host_config.HostConfig()
-    told = re.sub(r"^#(\[|\w+ = )", r"\1", text, flags=re.MULTILINE)
-    with_all_told = host_config.parse(tomllib.loads(told))
-    assert with_all_told.images == {"minimal": host_config.ImageSettings()}
-    without_images = {k: v for k, v in tomllib.loads(told).items() if k != "images"}
+    uncommented = re.sub(r"^#(\[|\w+ = )", r"\1", text, flags=re.MULTILINE)
+    config = host_config.parse(tomllib.loads(uncommented))
+    assert config.images == {"minimal": host_config.ImageSettings()}
+    without_images = {k: v for k, v in tomllib.loads(uncommented).items() if k != "images"}
     assert host_config.parse(without_images) == host_config.HostConfig()
 
 
@@ -105,9 +113,9 @@ def test_the_configuration_file_changes_no_default() -> None:
     {"router": {"cookies": [], "trusted_proxies": ["10.0.0.0/8", "fd00::/8"]}},
     {"landing": {"access": "off", "banned": ["192.0.2.0/24", "2001:db8::/32"]}},
 ])
-def test_nginx_understands_the_router(tmp_path: Path, settings: dict[str, object]) -> None:
+def test_nginx_accepts_the_configuration_of_the_router(tmp_path: Path, settings: dict[str, object]) -> None:
     (tmp_path / "settings.conf").write_text(nginx_settings.nginx(host_config.parse(settings)))
-    # -t binds for a moment; the name of a socket is free for sure, a port is not.
+    # nginx -t binds its addresses, and a socket in tmp_path is always free, unlike a port.
     (tmp_path / "listen.conf").write_text(f"listen unix:{tmp_path}/http;\n")
     text = (TOP / "packaging/router/nginx.conf").read_text()
     text = text.replace("/run/nbagent-router", str(tmp_path)).replace("/etc/nbagent/router.d", str(tmp_path))
@@ -121,19 +129,14 @@ def test_nginx_understands_the_router(tmp_path: Path, settings: dict[str, object
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".json"], ids=lambda page: page.name)
-def test_problems_of_the_router_look_like_those_of_the_api(page: Path) -> None:
+def test_problem_documents_of_the_router_have_the_fields_of_those_of_the_api(page: Path) -> None:
     problem = json.loads(page.read_text())
     assert set(problem) == {"type", "title", "status", "detail"}
     assert problem["type"].startswith("urn:nbagent:problem:")
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if p.suffix == ".html"], ids=lambda page: page.name)
-def test_pages_of_the_router_load_nothing(page: Path) -> None:
+def test_pages_of_the_router_load_no_other_file(page: Path) -> None:
     text = page.read_text()
     assert 'name="viewport"' in text
     assert not re.search(r"<script|\bsrc=|\bhref=|url\(|@import", text)
-
-
-def _settings(kind: str) -> str:
-    command = [str(TOP / "packaging/settings"), kind]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

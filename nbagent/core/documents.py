@@ -1,0 +1,154 @@
+"""The JSON documents that the supervisor sends and that several HTTP services read, as types.
+
+`api.openapi` describes the same documents to callers, and a test holds both against real responses.
+"""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+
+class Durations(TypedDict):
+    """A cumulative histogram: `buckets` counts the durations of at most so many seconds, by bound."""
+
+    count: int
+    sum: float
+    buckets: dict[str, int]
+
+
+class PoolStats(TypedDict):
+    """The warm slots of one image. `failures` are starts that failed in a row."""
+
+    wanted: int
+    warm: int
+    starting: int
+    failures: int
+
+
+class Stats(TypedDict):
+    """The response to `stats`: how full the host is, and what it has done since the supervisor started.
+
+    `next_end_s` is the time until the first slot in use reaches its maximum age, None when no slot is in use.
+    """
+
+    version: str
+    label: str
+    container_image: str
+    available: int
+    capacity: int
+    warm: int
+    starting: int
+    claimed: int
+    stopping: int
+    draining: bool
+    ready: bool
+    memory_available_bytes: int
+    free_percent: int
+    next_end_s: float | None
+    uptime_s: float
+    pools: dict[str, PoolStats]
+    counters: dict[str, int]
+    start_seconds: Durations
+    claim_seconds: Durations
+
+
+class LimitsDocument(TypedDict):
+    """Limits of a slot. `cpu_quota` counts processors, None: no quota."""
+
+    memory_bytes: int
+    cpu_weight: int
+    cpu_quota: float | None
+    tasks: int
+
+
+class Claim(TypedDict):
+    """The response to `claim`. The link to the slot consists of `path` and `query`, which has the token in it."""
+
+    slot: str
+    path: str
+    query: str
+    token: str
+    image: str
+    claimed_at: str | None
+    expires_at: str | None
+    network: str
+    limits: LimitsDocument
+
+
+class SlotStatus(TypedDict):
+    """One slot, without its token. The resources it uses are further fields (api.openapi)."""
+
+    slot: str
+    state: str
+    image: str
+    created_at: str | None
+    claimed_at: str | None
+    expires_at: str | None
+    age_s: float
+    network: str
+    limits: LimitsDocument
+
+
+class Drain(TypedDict):
+    """Whether the host drains."""
+
+    draining: bool
+    claimed: int
+    warm: int
+
+
+class Recycled(TypedDict):
+    """How many warm slots were ended."""
+
+    drained: int
+
+
+class ImageStatus(TypedDict):
+    """An image of the host, and its pool."""
+
+    name: str
+    digest: str
+    launch: str
+    warm: int
+    wanted: int
+    default: bool
+
+
+class ClaimMilliseconds(TypedDict):
+    """How long claims took: the median and the 99th percentile, None without any claim."""
+
+    p50: float | None
+    p99: float | None
+
+
+class PublicFigures(TypedDict):
+    """The figures of a host that every visitor may see: tmpnb's four, and those that the status page draws."""
+
+    available: int
+    capacity: int
+    version: str
+    container_image: str
+    label: str
+    warm: int
+    starting: int
+    draining: bool
+    free_percent: int
+    ready: bool
+    next_end_s: float | None
+    uptime_s: float
+    in_use: int
+    claims: int
+    claim_ms: ClaimMilliseconds
+
+
+class SlotDefaults(TypedDict):
+    """A slot that is claimed without options: when it ends, its memory, and whether it reaches the internet."""
+
+    idle_s: float
+    life_s: float
+    memory_bytes: int
+    internet: bool
+
+
+class HostFigures(PublicFigures, SlotDefaults):
+    """The response to `GET /api/stats` of a host."""

@@ -1,0 +1,35 @@
+"""Paths of nbagent's files on a host.
+
+The units, packaging/nbagent.tmpfiles and packaging/router/nginx.conf name the same paths, because systemd and nginx
+read them without Python. Paths inside a slot are in nbagent.sandbox.plan.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ETC = Path("/etc/nbagent")
+HOST_SETTINGS = ETC / "nbagent.toml"
+GATEWAY_SETTINGS = ETC / "gateway.toml"
+TOKEN = ETC / "token"
+LANDING_TOKEN = ETC / "landing-token"
+
+IMAGES = Path("/var/lib/nbagent/images")
+BUILD_CACHE = Path("/var/cache/nbagent")
+IMAGE_BUILDER = Path("/usr/lib/nbagent/build-image")
+
+RUN = Path("/run/nbagent")
+SLOTS = RUN / "slots"
+# Empty on the host. Each slot mounts its root over it, in a mount namespace of its own.
+SANDBOX = RUN / "sandbox"
+# Exists while the host drains.
+DRAIN = RUN / "drain"
+CONTROL_SOCKET = RUN / "control.sock"
+LANDING_SOCKET = RUN / "landing.sock"
+NETWORK_SOCKET = RUN / "network.sock"
+NETWORK_RULES = RUN / "network.json"
+DNS_CONFIG = RUN / "dns.conf"
+
+GATEWAY_RUN = Path("/run/nbagent-gateway")
+GATEWAY_STATUS_SOCKET = Path("/run/nbagent-gateway-status.sock")
+GATEWAY_PAGES = Path("/usr/share/nbagent/gateway")

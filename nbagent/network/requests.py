@@ -1,0 +1,90 @@
+"""The requests of the network service, one a connection of nbagent.wire.channel. Every request may be repeated.
+
+    {"op": "rules"}                     applies the rules in /run/nbagent/network.json
+    {"op": "attach", "name": str, "inner": str, "addresses": [str], "rate": int, "fds": ["netns"]}
+                                        makes the interface, closed, with its inner end in that network namespace
+    {"op": "open", "name": str}
+    {"op": "remove", "name": str, "addresses": [str]}
+    {"op": "sweep", "keep": [str]}      removes all interfaces but these
+
+The response is {"ok": true} or a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import re
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from nbagent.wire import fields
+from nbagent.wire.channel import Channel, Message
+from nbagent.wire.failure import Failure
+
+# The names of all slots' interfaces.
+REQUEST_MAX_BYTES = 1 << 20
+_NAME = re.compile(r"nb-[0-9a-z]{12}")
+_RATE_MAX = 1 << 50
+# One connection is served at a time, so a caller that sends nothing may not block the others.
+_TIMEOUT_S = 5.0
+
+
+class HostNetwork(Protocol):
+    """The operations of nbagent.network.netlink.HostNetwork, which needs nftables and root."""
+
+    def attach(self, name: str, inner: str, netns_fd: int, addresses: list[str], rate: int) -> None: ...
+
+    def open(self, name: str) -> None: ...
+
+    def remove(self, name: str, addresses: list[str]) -> None: ...
+
+    def sweep(self, keep: list[str]) -> None: ...
+
+
+def serve(network: HostNetwork, connection: socket.socket, apply_rules: Callable[[], None]) -> None:
+    """Serves one connection, and closes it. `apply_rules` does the request "rules"."""
+    with Channel(connection, REQUEST_MAX_BYTES) as channel, contextlib.suppress(OSError):
+        channel.socket.settimeout(_TIMEOUT_S)
+        try:
+            if (request := channel.receive()) is None:
+                return
+            with request:
+                if (uid := channel.peer_uid()) != 0:
+                    raise PermissionError(errno.EPERM, f"user id {uid} may not use the network service")
+                _do(network, request, apply_rules)
+            response: dict[str, object] = {"ok": True}
+        except Exception as error:  # the service has to serve the other slots' requests
+            response = Failure.of(error, "network").save()
+        channel.send(response)
+
+
+def _do(network: HostNetwork, request: Message, apply_rules: Callable[[], None]) -> None:
+    body = request.body
+    match body.get("op"):
+        case "rules":
+            apply_rules()
+        case "attach":
+            inner, rate = fields.text(body, "inner"), fields.integer(body, "rate", 0, _RATE_MAX)
+            network.attach(_name(body), inner, request.fds["netns"], _addresses(body), rate)
+        case "open":
+            network.open(_name(body))
+        case "remove":
+            network.remove(_name(body), _addresses(body))
+        case "sweep":
+            network.sweep(fields.texts(body, "keep"))
+        case unknown:
+            raise ValueError(f"unknown operation {str(unknown)[:40]!r}")
+
+
+def _name(body: dict[str, object]) -> str:
+    name = fields.text(body, "name")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{name[:20]!r} is not the name of a slot's interface")
+    return name
+
+
+def _addresses(body: dict[str, object]) -> list[str]:
+    return [str(ipaddress.ip_address(address)) for address in fields.texts(body, "addresses")]

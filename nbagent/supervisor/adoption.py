@@ -1,0 +1,74 @@
+"""The start of the supervisor: it adopts the slots that outlived the former one, and removes incomplete ones."""
+
+from __future__ import annotations
+
+from nbagent.core.events import Event, emit
+from nbagent.core.model import Slot, SlotState, now
+from nbagent.supervisor.compressor import Compressor
+from nbagent.supervisor.interfaces import Interfaces
+from nbagent.supervisor.monitor import Monitor
+from nbagent.supervisor.pools import Pools
+from nbagent.supervisor.records import Records
+from nbagent.supervisor.running_slot import RunningSlot, reattach
+from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.tasks import Tasks
+from nbagent.systemd.bus import Systemd
+
+COMPLETE = (SlotState.WARM, SlotState.CLAIMED)
+
+
+class Adoption:
+    """Adopts slots, once, before the first claim."""
+
+    def __init__(
+        self, slots: Slots, pools: Pools, records: Records, systemd: Systemd, monitor: Monitor, compressor: Compressor,
+        interfaces: Interfaces, tasks: Tasks,
+    ) -> None:
+        self._slots = slots
+        self._pools = pools
+        self._records = records
+        self._systemd = systemd
+        self._monitor = monitor
+        self._compressor = compressor
+        self._interfaces = interfaces
+        self._tasks = tasks
+
+    async def run(self) -> int:
+        """Adopts every complete slot that runs, and removes all other files and scopes. Returns the number of slots."""
+        scopes, has_interfaces = set(self._systemd.scopes()), self._interfaces.allowed
+        for name, slot in list(self._records.load()):
+            scope = f"nbagent-{name}.scope"
+            has_interfaces |= slot is not None and bool(slot.addresses)
+            runs = scope in scopes
+            scopes.discard(scope)
+            live = reattach(slot) if slot is not None and slot.state in COMPLETE and runs else None
+            if live is not None:
+                self._adopt(live)
+                continue
+            await self._systemd.stop(scope, at_once=True)
+            self._records.remove(name)
+            emit(Event.SLOT_REMOVED, slot=name, text=_refusal(slot))
+        for scope in scopes:
+            await self._systemd.stop(scope, at_once=True)
+            name = scope.removeprefix("nbagent-").removesuffix(".scope")
+            emit(Event.SLOT_REMOVED, slot=name, text=f"{scope} has no slot.json")
+        if has_interfaces:
+            self._tasks.spawn(self._interfaces.set_up(sweep=True))
+        return len(self._slots)
+
+    def _adopt(self, live: RunningSlot) -> None:
+        self._slots.add(live)
+        self._monitor.watch(live)
+        self._pools.adopt(live)
+        self._monitor.add(live, now())
+        self._compressor.adopt(live)
+        emit(Event.SLOT_ADOPTED, slot=live.slot.id, state=live.slot.state.value)
+
+
+def _refusal(slot: Slot | None) -> str:
+    """The reason why a slot that was found is not adopted."""
+    if slot is None:
+        return "slot.json is missing or broken"
+    if slot.state in COMPLETE:
+        return "its processes ended while no supervisor ran"
+    return f"incomplete: its state is {slot.state.value}"

@@ -1,0 +1,97 @@
+"""The objects of a supervisor, made of each other in one place: each gets the ones it calls."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nbagent.config.host_config import CurrentConfig
+from nbagent.image.store import ImageStore
+from nbagent.linux import cgroup
+from nbagent.linux.cgroup import Cgroup
+from nbagent.supervisor.adoption import Adoption
+from nbagent.supervisor.agent import Agent
+from nbagent.supervisor.allocator import Allocator
+from nbagent.supervisor.calls import Calls
+from nbagent.supervisor.claims import Claims
+from nbagent.supervisor.compressor import Compressor
+from nbagent.supervisor.counters import Counters
+from nbagent.supervisor.host_load import HostLoad, Memory, read_memory
+from nbagent.supervisor.images import Images
+from nbagent.supervisor.interfaces import Interfaces
+from nbagent.supervisor.launcher import Launcher
+from nbagent.supervisor.monitor import Monitor
+from nbagent.supervisor.network import Network
+from nbagent.supervisor.pools import Pools
+from nbagent.supervisor.preparation import Preparation
+from nbagent.supervisor.records import Records
+from nbagent.supervisor.slot_starter import SlotStarter
+from nbagent.supervisor.slot_stopper import SlotStopper
+from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.tasks import Tasks
+from nbagent.supervisor.zygotes import Zygotes
+from nbagent.systemd.bus import Systemd
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """All that a supervisor stands on. `changed` is also set by the zygotes."""
+
+    config: CurrentConfig
+    systemd: Systemd
+    store: ImageStore
+    launcher: Launcher
+    zygotes: Zygotes
+    records: Records
+    network: Network
+    drain_file: Path
+    changed: asyncio.Event
+    memory: Callable[[], Memory] = read_memory
+    cgroup_of: Callable[[int], Cgroup] = cgroup.of_process
+
+
+@dataclass(frozen=True)
+class Supervisor:
+    """A supervisor: `adoption` runs first, then `agent`, which serves `calls`."""
+
+    slots: Slots
+    pools: Pools
+    load: HostLoad
+    stopper: SlotStopper
+    images: Images
+    adoption: Adoption
+    calls: Calls
+    agent: Agent
+
+
+def compose(on: Surroundings) -> Supervisor:
+    """A supervisor of the current event loop."""
+    config, systemd, records, changed = on.config, on.systemd, on.records, on.changed
+    slots, tasks, counters = Slots(), Tasks(), Counters()
+    pools = Pools(config, slots, records, changed)
+    load = HostLoad(config, slots, on.zygotes, on.drain_file, on.memory)
+    interfaces = Interfaces(on.network, slots)
+    images = Images(on.store, slots, pools, on.zygotes, tasks, changed)
+    stopper = SlotStopper(config, slots, pools, records, systemd, interfaces, images, changed)
+    compressor = Compressor(systemd, counters, tasks)
+    monitor = Monitor(counters, stopper, compressor, tasks)
+    starter = SlotStarter(
+        config, slots, pools, records, systemd, on.launcher, on.network, monitor, counters, stopper, tasks, on.cgroup_of
+    )
+    allocator = Allocator(config, slots, pools, load, on.launcher, stopper)
+    preparation = Preparation(config, slots, records, systemd, on.network, interfaces, stopper, tasks)
+    claims = Claims(config, slots, pools, records, load, allocator, preparation, counters, changed)
+    return Supervisor(
+        slots=slots,
+        pools=pools,
+        load=load,
+        stopper=stopper,
+        images=images,
+        adoption=Adoption(slots, pools, records, systemd, monitor, compressor, interfaces, tasks),
+        calls=Calls(config, slots, pools, records, systemd, load, claims, stopper, counters, tasks, changed),
+        agent=Agent(
+            config, pools, load, on.zygotes, images, monitor, starter, stopper, interfaces, tasks, changed
+        ),
+    )

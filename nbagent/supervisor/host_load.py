@@ -1,0 +1,105 @@
+"""The load of the host: its memory and capacity, what its slots take, and whether it drains."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from nbagent.config.host_config import CurrentConfig
+from nbagent.core.model import SlotState, now
+from nbagent.policy import admission
+from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.zygotes import Zygotes
+
+# Reading /proc/meminfo takes longer than the rest of an event. Starts of the last 0.1 s have touched a few MiB that are
+# then counted neither as set aside nor as used.
+MEMORY_AGE_S = 0.1
+# A full host refuses many claims a second, and each needs the first end among a thousand slots.
+NEXT_END_AGE_S = 1.0
+RETRY_MAX_S = 60
+
+
+class Memory(NamedTuple):
+    """The host's memory, and the part of it that processes can still get."""
+
+    total_bytes: int
+    available_bytes: int
+
+
+def read_memory() -> Memory:
+    """The host's memory now."""
+    memory = psutil.virtual_memory()
+    return Memory(memory.total, memory.available)
+
+
+class HostLoad:
+    """The load of the host. The host drains while `drain_file` exists, so that it does over a restart as well."""
+
+    def __init__(
+        self, config: CurrentConfig, slots: Slots, zygotes: Zygotes, drain_file: Path,
+        memory: Callable[[], Memory] = read_memory,
+    ) -> None:
+        self._config = config
+        self._slots = slots
+        self._zygotes = zygotes
+        self._drain_file = drain_file
+        self._read_memory = memory
+        self._memory, self._memory_read_s = Memory(0, 0), -math.inf
+        self._next_end_s: float | None = None
+        self._next_end_read_s = -math.inf
+        # os.cpu_count() reads a file at each call.
+        self.cpus = os.cpu_count() or 1
+
+    @property
+    def draining(self) -> bool:
+        """Whether the host refuses claims."""
+        return self._drain_file.exists()
+
+    def set_draining(self, draining: bool) -> None:
+        """Starts or ends draining. A reboot ends it as well, because the file is on a tmpfs."""
+        if draining:
+            self._drain_file.touch()
+        else:
+            self._drain_file.unlink(missing_ok=True)
+
+    def host(self) -> admission.Host:
+        """The host as the policy takes it."""
+        config, starting = self._config.value, Counter[str]()
+        for image, count in self._slots.count_by_image(SlotState.STARTING).items():
+            starting[self._zygotes.launch(image)] += count
+        at_s = now()
+        if at_s >= self._memory_read_s + MEMORY_AGE_S:
+            self._memory, self._memory_read_s = self._read_memory(), at_s
+        slots = config.slots
+        return admission.Host(
+            capacity=admission.capacity(slots.capacity, self._memory.total_bytes, slots.memory, slots.overcommit),
+            live=len(self._slots),
+            starts=admission.under_way(starting),
+            starts_max=config.pool.starts or self.cpus,
+            memory_available_bytes=self._memory.available_bytes,
+            memory_reserve_bytes=config.host.memory_reserve,
+            draining=self.draining,
+        )
+
+    def room(self, host: admission.Host, image: str) -> int:
+        """How many more slots of an image may be started."""
+        return admission.room(host, self._zygotes.launch(image))
+
+    def next_end_s(self) -> float | None:
+        """Seconds until the time of the first claimed slot is up, None without one; at most a second old."""
+        at_s = now()
+        if at_s >= self._next_end_read_s + NEXT_END_AGE_S:
+            ends = [live.slot.expires_s for live in self._slots.values() if live.slot.expires_s is not None]
+            self._next_end_s, self._next_end_read_s = min(ends, default=None), at_s
+        return None if self._next_end_s is None else max(0.0, round(self._next_end_s - at_s, 1))
+
+    def retry_after_s(self) -> int:
+        """When a refused claim has a chance again."""
+        next_end_s = self.next_end_s()
+        return 1 if next_end_s is None else max(1, min(RETRY_MAX_S, math.ceil(next_end_s)))

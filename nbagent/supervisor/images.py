@@ -1,0 +1,48 @@
+"""The images of the store as the pools and zygotes use them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nbagent.core.events import Event, emit
+from nbagent.image.store import ImageStore
+from nbagent.supervisor.pools import Pools
+from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.tasks import Tasks
+from nbagent.supervisor.zygotes import Zygotes
+
+
+class Images:
+    """Brings pools and zygotes up to date with the store, and removes image trees that are no longer in use."""
+
+    def __init__(
+        self, store: ImageStore, slots: Slots, pools: Pools, zygotes: Zygotes, tasks: Tasks, changed: asyncio.Event
+    ) -> None:
+        self._store = store
+        self._slots = slots
+        self._pools = pools
+        self._zygotes = zygotes
+        self._tasks = tasks
+        self._changed = changed
+
+    def refresh(self) -> None:
+        """Reads the store: each image has a pool, and a zygote where its slots are forked."""
+        images = {image.name: image for image in self._store.list()}
+        self._pools.set_images(images)
+        self._zygotes.want(images)
+        # A slot that starts uses the image of its pool, even when the name means another image by then.
+        slots = {live.slot.digest for live in self._slots.values()}
+        retired = self._store.retire(self._pools.digests() | slots | self._zygotes.digests())
+        self._tasks.spawn(self._sweep(retired))
+        self._changed.set()
+
+    def slot_removed(self, digest: str) -> None:
+        """Refreshes when the slot that was removed was the last on an image that has been replaced."""
+        if digest not in self._pools.digests() and not self._slots.uses(digest):
+            self.refresh()
+
+    async def _sweep(self, retired: list[str]) -> None:
+        # An image has tens of thousands of files to delete, so a thread does it.
+        await asyncio.to_thread(self._store.sweep)
+        for digest in retired:
+            emit(Event.IMAGE_REMOVED, digest=digest)

@@ -1,0 +1,161 @@
+"""The pool of each image: its warm slots, the claims that wait for one, and the failures of its starts.
+
+A warm slot has exactly one place: in a pool, or with the claim that took it. Only this module adds slots to a pool and
+takes them out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from nbagent.config.host_config import CurrentConfig
+from nbagent.core.errors import StartFailed
+from nbagent.core.model import SlotState, now
+from nbagent.image.store import Image
+from nbagent.policy import pool as policy
+from nbagent.supervisor.records import Records
+from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.zygotes import Zygotes
+
+
+@dataclass
+class ImagePool:
+    """The pool of one image. `image` is None when the store no longer has the name."""
+
+    image: Image | None = None
+    warm: deque[RunningSlot] = field(default_factory=deque)
+    waiting: deque[asyncio.Future[RunningSlot]] = field(default_factory=deque)
+    failures: int = 0
+    not_before_s: float = 0.0
+    last_failure: StartFailed | None = None
+
+    def count_waiting(self) -> int:
+        """The claims that wait for a slot."""
+        return sum(not claim.done() for claim in self.waiting)
+
+    def resume(self) -> None:
+        """Ends the pause after failed starts."""
+        self.failures, self.not_before_s = 0, 0.0
+
+
+class Pools(Mapping[str, ImagePool]):
+    """The pools of the host by image name. `changed` is set when a pool may need a start or has a slot to retire."""
+
+    def __init__(self, config: CurrentConfig, slots: Slots, records: Records, changed: asyncio.Event) -> None:
+        self._config = config
+        self._slots = slots
+        self._records = records
+        self._changed = changed
+        self._pools: dict[str, ImagePool] = {}
+
+    def __getitem__(self, image: str) -> ImagePool:
+        return self._pools[image]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pools)
+
+    def __len__(self) -> int:
+        return len(self._pools)
+
+    # Images
+
+    def set_images(self, images: Mapping[str, Image]) -> None:
+        """Gives each pool the image that its name means now. A replaced image may start at once."""
+        for name in images.keys() | self._pools.keys():
+            pool = self._pools.setdefault(name, ImagePool())
+            if pool.image != images.get(name):
+                pool.resume()
+            pool.image = images.get(name)
+
+    def digests(self) -> set[str]:
+        """The digests of the images that slots are started from."""
+        return {pool.image.digest for pool in self._pools.values() if pool.image is not None}
+
+    # Slots
+
+    def adopt(self, live: RunningSlot) -> None:
+        """Adds a slot of a former supervisor to the pool of its image; a claimed one only makes sure of the pool."""
+        pool = self._pools.setdefault(live.slot.image, ImagePool())
+        if live.slot.state is SlotState.WARM:
+            pool.warm.append(live)
+
+    def offer(self, live: RunningSlot) -> None:
+        """Gives a warm slot to the claim that has waited longest, or adds it to the pool."""
+        if live.slot.state is not SlotState.WARM:
+            return
+        pool = self._pools[live.slot.image]
+        while pool.waiting:
+            claim = pool.waiting.popleft()
+            if not claim.done():
+                claim.set_result(live)
+                return
+        # Persist only now: until then a restart must discard the slot.
+        self._records.save(live.slot)
+        pool.warm.append(live)
+        self._changed.set()
+
+    def take(self, image: str) -> RunningSlot | None:
+        """Takes the oldest warm slot out of a pool."""
+        warm = self._pools[image].warm
+        return warm.popleft() if warm else None
+
+    async def wait(self, image: str, timeout_s: float) -> RunningSlot:
+        """The next slot that is offered to a pool, in the order of the calls. Raises TimeoutError."""
+        waiter: asyncio.Future[RunningSlot] = asyncio.get_running_loop().create_future()
+        self._pools[image].waiting.append(waiter)
+        self._changed.set()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await waiter
+        finally:
+            # A caller that is cancelled after it was given a slot offers it again, because no other object has it.
+            if waiter.done() and not waiter.cancelled() and (task := asyncio.current_task()) and task.cancelling():
+                self.offer(waiter.result())
+            waiter.cancel()
+
+    def remove(self, live: RunningSlot) -> None:
+        """Removes a slot that ends from its pool, if it is there."""
+        warm = self._pools[live.slot.image].warm
+        if live in warm:
+            warm.remove(live)
+
+    def warm_slots(self) -> list[RunningSlot]:
+        """The warm slots of all pools that no claim has taken."""
+        return [live for pool in self._pools.values() for live in pool.warm]
+
+    # Starts
+
+    def start_failed(self, image: str, error: StartFailed) -> float:
+        """Counts a failed start; returns the seconds for which the pool pauses."""
+        pool, settings = self._pools[image], self._config.value.pool
+        pool.failures += 1
+        pool.last_failure = error
+        wait_s = policy.backoff(pool.failures, settings.backoff, settings.backoff_max)
+        pool.not_before_s = now() + wait_s
+        return wait_s
+
+    def next_start_s(self, latest_s: float) -> float:
+        """The end of the first pause, at most `latest_s`."""
+        at_s = now()
+        return min([latest_s, *(pool.not_before_s for pool in self._pools.values() if pool.not_before_s > at_s)])
+
+    def snapshot(self, zygotes: Zygotes) -> list[policy.Pool]:
+        """The pools as the policy takes them."""
+        at_s = now()
+        return [
+            policy.Pool(
+                image=name,
+                digest=pool.image.digest if pool.image else None,
+                launch=zygotes.launch(name),
+                wanted=self._config.value.warm(name),
+                warm=[live.slot for live in pool.warm],
+                starting=self._slots.count(SlotState.STARTING, name),
+                waiting=pool.count_waiting(),
+                paused_s=pool.not_before_s - at_s,
+            )
+            for name, pool in self._pools.items()
+        ]

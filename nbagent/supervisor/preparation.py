@@ -1,0 +1,83 @@
+"""The preparation of a slot for its claim: limits, network and content."""
+
+from __future__ import annotations
+
+import asyncio
+
+from nbagent.config.host_config import CurrentConfig
+from nbagent.core.claim_content import Content
+from nbagent.core.errors import ContentFailed, StartFailed
+from nbagent.core.events import Event, emit
+from nbagent.core.model import Limits, SlotState, now
+from nbagent.supervisor import content_injector
+from nbagent.supervisor.interfaces import Interfaces
+from nbagent.supervisor.network import INTERNET, Network
+from nbagent.supervisor.records import Records
+from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.slot_stopper import SlotStopper
+from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.tasks import Tasks
+from nbagent.systemd.bus import Systemd
+
+
+class Preparation:
+    """Prepares slots; a slot whose preparation fails is ended, because it can be neither claimed nor warm again."""
+
+    def __init__(
+        self, config: CurrentConfig, slots: Slots, records: Records, systemd: Systemd, network: Network,
+        interfaces: Interfaces, stopper: SlotStopper, tasks: Tasks,
+    ) -> None:
+        self._config = config
+        self._slots = slots
+        self._records = records
+        self._systemd = systemd
+        self._network = network
+        self._interfaces = interfaces
+        self._stopper = stopper
+        self._tasks = tasks
+
+    def set_limits(self, live: RunningSlot, limits: Limits) -> None:
+        """Sets the limits of a claim on the scope of a warm slot. Raises StartFailed."""
+        if limits == live.slot.limits:
+            return
+        try:
+            self._systemd.set_limits(live.slot.scope, limits)
+        except OSError as error:
+            text = f"systemd did not change the limits of {live.slot.scope}: {error}"
+            self._stopper.end(live, Event.SLOT_DIED, text)
+            raise StartFailed(text, step="limits") from error
+
+    async def prepare(self, live: RunningSlot, network: str, content: Content) -> None:
+        """Gives a slot the network and the content of its claim. Raises StartFailed or ContentFailed."""
+        if network != INTERNET and not content:
+            return
+        self._slots.move(live, SlotState.PREPARING, network=network)
+        # The state in the record is incomplete, so that a supervisor that starts now removes the slot.
+        self._records.save(live.slot)
+        try:
+            if network == INTERNET:
+                await self._network.open(live.slot)
+            if content:
+                await self._deliver(live, content)
+            if live.slot.state is not SlotState.PREPARING:
+                raise ContentFailed("the slot ended before its content was delivered")
+        except BaseException as error:
+            cancelled = isinstance(error, asyncio.CancelledError)
+            text = "the caller closed its connection" if cancelled else str(error) or repr(error)
+            self._stopper.end(live, Event.SLOT_NOT_PREPARED, text)
+            raise
+
+    def close_interface(self, live: RunningSlot) -> None:
+        """Removes the interface, which is closed, of a slot that was claimed without a network."""
+        if live.slot.addresses and live.slot.network != INTERNET:
+            self._tasks.spawn(self._interfaces.remove(live.slot))
+
+    async def _deliver(self, live: RunningSlot, content: Content) -> None:
+        began_s, scope = now(), live.slot.scope
+        injected = await content_injector.inject(
+            live.slot, live.pidfd, content, self._config.value.claims, lambda pid: self._systemd.attach(scope, [pid])
+        )
+        text = f"{injected.files} files"
+        if content.archive is not None:
+            text += f", {injected.entries} entries of {content.archive}"
+        emit(Event.CONTENT_DELIVERED, slot=live.slot.id, took_ms=round((now() - began_s) * 1000), text=text)

@@ -1,0 +1,176 @@
+"""The start of a slot: from the policy's decision until it is warm, or has failed."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+from collections.abc import Callable, Sequence
+
+from nbagent.config.host_config import CurrentConfig, SlotSettings
+from nbagent.core.errors import NbagentError, StartFailed
+from nbagent.core.events import Event, emit
+from nbagent.core.model import Limits, Slot, SlotState, new_id, new_token, now
+from nbagent.core.quantities import parse_quota
+from nbagent.image.store import Image
+from nbagent.linux import cgroup
+from nbagent.linux.cgroup import Cgroup
+from nbagent.supervisor import readiness
+from nbagent.supervisor.counters import Counters
+from nbagent.supervisor.launcher import Launcher, ended, sandbox_spec
+from nbagent.supervisor.monitor import Monitor
+from nbagent.supervisor.network import Network
+from nbagent.supervisor.pools import Pools
+from nbagent.supervisor.records import Records
+from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.slot_stopper import SlotStopper
+from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.tasks import Tasks
+from nbagent.systemd.bus import JobFailed, Systemd
+from nbagent.wire.aio import readable
+
+# From a slot's last closed socket to the end of its first process.
+END_SEEN_S = 2.0
+
+
+class SlotStarter:
+    """Starts slots, each in a task."""
+
+    def __init__(
+        self, config: CurrentConfig, slots: Slots, pools: Pools, records: Records, systemd: Systemd, launcher: Launcher,
+        network: Network, monitor: Monitor, counters: Counters, stopper: SlotStopper, tasks: Tasks,
+        cgroup_of: Callable[[int], Cgroup] = cgroup.of_process,
+    ) -> None:
+        self._config = config
+        self._slots = slots
+        self._pools = pools
+        self._records = records
+        self._systemd = systemd
+        self._launcher = launcher
+        self._network = network
+        self._monitor = monitor
+        self._counters = counters
+        self._stopper = stopper
+        self._tasks = tasks
+        self._cgroup_of = cgroup_of
+
+    def start(self, image: Image) -> None:
+        """Begins the start of a slot."""
+        config, created_s = self._config.value, now()
+        path, _, query = image.url.partition("?")
+        slot = Slot(
+            id=new_id(config.label),
+            image=image.name,
+            digest=image.digest,
+            id_base=image.id_base,
+            uid=self._slots.free_uid(image.id_base),
+            state=SlotState.STARTING,
+            limits=default_limits(config.slots),
+            token=new_token(),
+            created_s=created_s,
+            ends_s=created_s + config.pool.max_age + config.slots.ttl_max,
+            path=path,
+            query=query,
+        )
+        live = RunningSlot(slot)
+        self._slots.add(live)
+        live.task = self._tasks.spawn(self._bring_up(live, image))
+
+    async def _bring_up(self, live: RunningSlot, image: Image) -> None:
+        began_s = now()
+        self._counters.add("starts")
+        try:
+            self._slots.set_addresses(live, self._network.choose(self._slots.addresses))
+            async with asyncio.timeout(self._config.value.slots.start_timeout):
+                await self._launch(live, image)
+        except asyncio.CancelledError:
+            self._stopper.end(live, Event.SLOT_RETIRED, "the supervisor stopped before the slot had started")
+            raise
+        except (NbagentError, OSError, JobFailed, TimeoutError) as error:
+            # The start of a slot that was ended meanwhile has not failed.
+            if live.slot.state is SlotState.STARTING:
+                self._fail(live, error)
+            return
+        if live.slot.state is not SlotState.STARTING:
+            return
+        took_s = now() - began_s
+        self._pools[image.name].resume()
+        self._counters.start_seconds.observe(took_s)
+        self._slots.move(live, SlotState.WARM)
+        self._monitor.add(live, now())
+        emit(Event.SLOT_WARM, slot=live.slot.id, took_ms=round(took_s * 1000))
+        self._pools.offer(live)
+
+    async def _launch(self, live: RunningSlot, image: Image) -> None:
+        slot, settings = live.slot, self._config.value.slots
+        with self._records.create(slot, image.static) as listener:
+            async def attach(netns_fd: int) -> None:
+                await self._network.attach(slot, netns_fd)
+
+            scope = _SlotScope(self._systemd, slot, settings.stop_timeout)
+            uplink = self._network.uplink(slot)
+            spec = sandbox_spec(slot, image, settings.storage_bytes, settings.start_timeout, uplink)
+            launched = await self._launcher.launch(slot, spec, listener, scope, attach)
+            live.attach(launched)
+            try:
+                live.cgroup = self._cgroup_of(launched.pid)
+            except (FileNotFoundError, ProcessLookupError):
+                raise ended(slot) from None
+            live.slot = slot = dataclasses.replace(live.slot, pid=launched.pid)
+        # From here on only the slot's own processes hold the listener, so a request fails when they end.
+        if not launched.serves:
+            await self._wait_until_ready(live, f"{slot.base_path}{image.ready}")
+        self._monitor.watch(live)
+
+    async def _wait_until_ready(self, live: RunningSlot, url: str) -> None:
+        """Waits until the slot's program responds. Raises StartFailed if it ends before, or responds with an error."""
+        response = asyncio.ensure_future(readiness.ready(self._records.http_path(live.slot), url))
+        end = asyncio.ensure_future(readable(live.pidfd))
+        try:
+            await asyncio.wait({response, end}, return_when=asyncio.FIRST_COMPLETED)
+            if response.done() and response.exception() is not None:
+                # The socket of a program that ends is closed first, but the end is the reason to report.
+                await asyncio.wait({end}, timeout=END_SEEN_S)
+            if end.done():
+                raise ended(live.slot)
+            await response
+        finally:
+            for waiter in (response, end):
+                waiter.cancel()
+            await asyncio.gather(response, end, return_exceptions=True)
+
+    def _fail(self, live: RunningSlot, error: Exception) -> None:
+        image = live.slot.image
+        text = str(error) or f"not ready after {self._config.value.slots.start_timeout:g} s"
+        details = error.details if isinstance(error, NbagentError) else {}
+        wait_s = self._pools.start_failed(image, StartFailed(text, **details))
+        self._counters.add("start_failures")
+        self._stopper.end(live, Event.SLOT_FAILED, text, SlotState.FAILED)
+        emit(Event.POOL_BACKOFF, image=image, failures=self._pools[image].failures, wait_s=wait_s)
+
+
+class _SlotScope:
+    """The scope of a slot, as a launcher uses it."""
+
+    def __init__(self, systemd: Systemd, slot: Slot, stop_timeout_s: float) -> None:
+        self._systemd, self._slot, self._stop_timeout_s = systemd, slot, stop_timeout_s
+
+    async def start(self, pids: Sequence[int]) -> None:
+        slot = self._slot
+        await self._systemd.start_scope(
+            slot.scope, pids, f"Notebook slot {slot.id}", slot.limits,
+            runtime_max_s=slot.ends_s - slot.created_s, stop_timeout_s=self._stop_timeout_s,
+        )
+        emit(Event.SLOT_STARTING, slot=slot.id, image=slot.image)
+
+    def add(self, pids: Sequence[int]) -> None:
+        self._systemd.attach(self._slot.scope, pids)
+
+    async def stop(self) -> None:
+        await self._systemd.stop(self._slot.scope, at_once=True)
+
+
+def default_limits(slots: SlotSettings) -> Limits:
+    """The limits of a slot whose claim sets none."""
+    quota = None if slots.cpu_quota == "none" else parse_quota(slots.cpu_quota, os.cpu_count() or 1)
+    return Limits(slots.memory, slots.cpu_weight, quota, slots.tasks)

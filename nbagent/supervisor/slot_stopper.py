@@ -1,0 +1,85 @@
+"""The end of a slot: its route at once, then its processes, its interface and its place among the slots."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from nbagent.config.host_config import CurrentConfig
+from nbagent.core.events import Event, emit
+from nbagent.core.model import SlotState, now
+from nbagent.supervisor.images import Images
+from nbagent.supervisor.interfaces import Interfaces
+from nbagent.supervisor.pools import Pools
+from nbagent.supervisor.records import Records
+from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.tasks import Tasks
+from nbagent.systemd.bus import Systemd
+from nbagent.wire.aio import readable
+
+# From the SIGKILL of a slot's processes to the end of the last.
+END_MAX_S = 60.0
+
+
+class SlotStopper:
+    """Ends slots. `finish` waits for the ends that are under way."""
+
+    def __init__(
+        self, config: CurrentConfig, slots: Slots, pools: Pools, records: Records, systemd: Systemd,
+        interfaces: Interfaces, images: Images, changed: asyncio.Event,
+    ) -> None:
+        self._config = config
+        self._slots = slots
+        self._pools = pools
+        self._records = records
+        self._systemd = systemd
+        self._interfaces = interfaces
+        self._images = images
+        self._changed = changed
+        self._cleanups = Tasks()
+
+    def end(
+        self, live: RunningSlot, event: Event, text: str | None = None, state: SlotState = SlotState.STOPPING
+    ) -> None:
+        """Ends a slot; a second call does nothing. The router stops serving it at once, its processes end later."""
+        if live.slot.state in (SlotState.STOPPING, SlotState.FAILED, SlotState.GONE):
+            return
+        self._slots.move(live, state, reason=event.name.lower())
+        self._pools.remove(live)
+        # If the supervisor ends before the scope does, the next supervisor stops the scope because it has no file.
+        self._records.remove(live.slot.id)
+        emit(event, slot=live.slot.id, **({} if text is None else {"text": text}))
+        self._cleanups.spawn(self._clean(live))
+
+    async def finish(self) -> None:
+        """Waits until every slot that is ending has ended."""
+        await self._cleanups.finish()
+
+    async def _clean(self, live: RunningSlot) -> None:
+        slot, cpu_s, began_s = live.slot, live.cpu_s(), now()
+        try:
+            await self._systemd.stop(slot.scope, at_once=slot.claimed_s is None)
+        except OSError as error:
+            # The slot counts as stopping until the next start of the supervisor, which stops the scope.
+            emit(Event.SLOT_REMOVED, slot=slot.id, text=f"{slot.scope} was not stopped: {error}")
+            return
+        timeout_s = self._config.value.slots.stop_timeout
+        if slot.claimed_s is not None and now() - began_s >= timeout_s:
+            emit(Event.SLOT_KILLED, slot=slot.id, wait_s=f"{timeout_s:g}")
+        if live.task is not None:
+            live.task.cancel()
+            await asyncio.gather(live.task, return_exceptions=True)
+        if live.pidfd >= 0:
+            # systemd does not wait for the end of a killed process, and the kernel takes seconds to free memory and
+            # hundreds of thousands of files. The init of a pid namespace ends after all other processes in it.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(END_MAX_S):
+                    await readable(live.pidfd)
+        live.close()
+        await self._interfaces.remove(slot)
+        self._slots.move(live, SlotState.GONE)
+        self._slots.remove(live)
+        emit(Event.SLOT_GONE, slot=slot.id, age_s=round(now() - slot.created_s), cpu_s=round(cpu_s))
+        self._images.slot_removed(slot.digest)
+        self._changed.set()

@@ -1,0 +1,168 @@
+"""The operations of the control socket: one table of name → arguments → result, for the API and the supervisor.
+
+A request is {"op": name, "args": {...}}, and its response {"ok": result} or {"error": NbagentError.to_wire()}. The
+arguments get their types here, when the supervisor receives them; the results are the supervisor's and so are trusted.
+A claim's arguments have the paths and sizes of its files; their bytes are in a sealed memfd, the descriptor "content"
+beside the request, so that the supervisor neither decodes nor copies them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from nbagent.core.claim_content import FILES_MAX_BYTES, File, FileBundle, checked_entries
+from nbagent.core.documents import Claim, Drain, ImageStatus, Recycled, SlotStatus, Stats
+from nbagent.wire import fields, memfd
+from nbagent.wire.channel import Message
+
+Options = Mapping[str, object]
+JsonObject = dict[str, object]
+
+
+class Arguments(Protocol):
+    """Arguments of an operation."""
+
+    def save(self) -> JsonObject:
+        """The arguments as JSON."""
+
+    def descriptors(self) -> dict[str, int]:
+        """Fresh descriptors beside the request; they are the caller's."""
+
+
+class NoArguments(NamedTuple):
+    """Arguments of an operation that takes none."""
+
+    def save(self) -> JsonObject:
+        return {}
+
+    def descriptors(self) -> dict[str, int]:
+        return {}
+
+    @classmethod
+    def restore(cls, args: JsonObject, request: Message) -> NoArguments:
+        return cls()
+
+
+class SlotArguments(NamedTuple):
+    """The slot that an operation is for."""
+
+    id: str
+
+    def save(self) -> JsonObject:
+        return {"id": self.id}
+
+    def descriptors(self) -> dict[str, int]:
+        return {}
+
+    @classmethod
+    def restore(cls, args: JsonObject, request: Message) -> SlotArguments:
+        return cls(fields.text(args, "id"))
+
+
+class UpdateArguments(NamedTuple):
+    """The slot, and the options to change (core.model.UPDATE_FIELDS)."""
+
+    id: str
+    options: Options
+
+    def save(self) -> JsonObject:
+        return {"id": self.id, "options": dict(self.options)}
+
+    def descriptors(self) -> dict[str, int]:
+        return {}
+
+    @classmethod
+    def restore(cls, args: JsonObject, request: Message) -> UpdateArguments:
+        return cls(fields.text(args, "id"), fields.mapping(args, "options"))
+
+
+@dataclass(frozen=True)
+class ClaimArguments:
+    """The options of a claim (core.model.CLAIM_FIELDS), its Idempotency-Key, and the address of the client.
+
+    In the API the option "files" is a tuple of File; in the supervisor it is a FileBundle, whose descriptor belongs to
+    the request.
+    """
+
+    options: Options
+    key: str
+    client: str
+
+    def save(self) -> JsonObject:
+        options = {name: value for name, value in self.options.items() if name != "files"}
+        args: JsonObject = {"options": options, "key": self.key, "client": self.client}
+        if files := self._files():
+            entries = [[file.path, len(file.data)] for file in files]
+            digest = hashlib.sha256(json.dumps(entries).encode())
+            for file in files:
+                digest.update(file.data)
+            args["files"] = {"entries": entries, "digest": digest.hexdigest()}
+        return args
+
+    def descriptors(self) -> dict[str, int]:
+        files = self._files()
+        return {"content": memfd.create("nbagent-content", (file.data for file in files))} if files else {}
+
+    @classmethod
+    def restore(cls, args: JsonObject, request: Message) -> ClaimArguments:
+        options = {**fields.mapping(args, "options")}
+        if "files" in options or ("files" in args) != ("content" in request.fds):
+            raise fields.MalformedMessage("files are not beside the descriptor 'content'")
+        if "files" in args:
+            sent = fields.mapping(args, "files")
+            fd = request.fds["content"]
+            entries = checked_entries(sent.get("entries"), memfd.size(fd, FILES_MAX_BYTES))
+            options["files"] = FileBundle(entries, fields.text(sent, "digest"), fd)
+        return cls(options, fields.text(args, "key"), fields.text(args, "client"))
+
+    def _files(self) -> tuple[File, ...]:
+        files = self.options.get("files", ())
+        if not isinstance(files, tuple):
+            raise TypeError("files must be parsed before a claim is sent (claim_content.parse_files)")
+        return files
+
+
+# With a space in it, so that it is never an Idempotency-Key of a caller.
+OWN_KEY_PREFIX = "own "
+
+
+def own_key() -> str:
+    """A key for a claim without an Idempotency-Key, so that a repeated request never takes two slots."""
+    return OWN_KEY_PREFIX + secrets.token_hex(16)
+
+
+A = TypeVar("A", bound=Arguments)
+R_co = TypeVar("R_co", covariant=True)
+
+
+@dataclass(frozen=True)
+class Operation(Generic[A, R_co]):
+    """One line of the table. `restore` makes typed arguments from untrusted JSON; it raises MalformedMessage.
+
+    `is_repeatable`: the client sends the request again when the supervisor ended before it responded. The socket is
+    systemd's, so the second connection waits until the new supervisor has adopted every slot.
+    """
+
+    name: str
+    restore: Callable[[JsonObject, Message], A]
+    result: type[R_co]
+    is_repeatable: bool = field(default=True, kw_only=True)
+
+
+CLAIM = Operation("claim", ClaimArguments.restore, Claim)
+SLOTS = Operation("slots", NoArguments.restore, list[SlotStatus])
+SLOT = Operation("slot", SlotArguments.restore, SlotStatus)
+UPDATE = Operation("update", UpdateArguments.restore, SlotStatus, is_repeatable=False)
+RELEASE = Operation("release", SlotArguments.restore, SlotStatus, is_repeatable=False)
+DRAIN = Operation("drain", NoArguments.restore, Drain)
+UNDRAIN = Operation("undrain", NoArguments.restore, Drain)
+RECYCLE_POOL = Operation("recycle_pool", NoArguments.restore, Recycled, is_repeatable=False)
+STATS = Operation("stats", NoArguments.restore, Stats)
+IMAGES = Operation("images", NoArguments.restore, list[ImageStatus])
+
+OPERATIONS = (CLAIM, SLOTS, SLOT, UPDATE, RELEASE, DRAIN, UNDRAIN, RECYCLE_POOL, STATS, IMAGES)

@@ -1,0 +1,127 @@
+"""For every unit test: coroutine tests run in an event loop, the journal is a list, and a test must clean up."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import inspect
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TEST_TIMEOUT_S = 30
+# A thread that has been asked to end, or a socketpair that is collected, takes a moment.
+SETTLE_S = 2.0
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Runs a test that is a coroutine function in an event loop of its own."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+    asyncio.run(_run(pyfuncitem.obj, arguments))
+    return True
+
+
+async def _run(test: Any, arguments: dict[str, Any]) -> None:
+    async with asyncio.timeout(TEST_TIMEOUT_S):
+        await test(**arguments)
+    # A cancelled task needs one more turn of the loop to end.
+    await asyncio.sleep(0)
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not left, f"the test left tasks behind: {left}"
+
+
+class Remains:
+    """The processes, threads, descriptors and temporary files of this process at one time."""
+
+    def __init__(self) -> None:
+        self.children = _children()
+        self.threads = {thread for thread in threading.enumerate() if thread.is_alive()}
+        self.descriptors = _descriptors()
+        self.files = _temporary_files()
+
+    def since(self, before: Remains) -> list[str]:
+        """Descriptions of all that `before` did not have."""
+        left = [f"process {pid}" for pid in self.children - before.children]
+        left += [f"thread {thread.name}" for thread in self.threads - before.threads]
+        # A fake supervisor of a wider fixture opens descriptors of its own during a test.
+        if "fake-supervisor" not in {thread.name for thread in before.threads}:
+            left += [f"descriptor {fd}: {path}" for fd, path in self.descriptors.items() - before.descriptors.items()]
+        return left + [f"file {path}" for path in self.files - before.files]
+
+
+def _children() -> set[str]:
+    children: set[str] = set()
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            children.update((task / "children").read_text().split())
+        except OSError:
+            continue  # the thread has ended
+    return children
+
+
+def _descriptors() -> dict[int, str]:
+    found: dict[int, str] = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue  # the descriptor of the directory itself
+    return found
+
+
+def _temporary_files() -> set[Path]:
+    """Files of this user directly below the directories for temporary files, save those of pytest."""
+    found: set[Path] = set()
+    for directory in {tempfile.gettempdir(), "/dev/shm"}:
+        found.update(path for path in Path(directory).glob("nbagent-*"))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def settled() -> Iterator[None]:
+    """Fails a test that leaves a process, thread, descriptor or temporary file behind. Tasks are checked in `_run`."""
+    before = Remains()
+    yield
+    deadline_s = time.monotonic() + SETTLE_S
+    while left := Remains().since(before):
+        gc.collect()
+        if time.monotonic() > deadline_s:
+            pytest.fail(f"the test left behind: {', '.join(left)}")
+        time.sleep(0.01)
+
+
+class Clock:
+    """CLOCK_BOOTTIME as the code under test reads it: it goes on as it does, and jumps by `advance`."""
+
+    def __init__(self) -> None:
+        self.offset_s = 0.0
+
+    def advance(self, seconds: float) -> None:
+        self.offset_s += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that the test can advance."""
+    clock, read = Clock(), time.clock_gettime
+    monkeypatch.setattr(time, "clock_gettime", lambda which: read(which) + clock.offset_s)
+    return clock
+
+
+@pytest.fixture(autouse=True)
+def journal(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The entries that a test would write to the journal, which gets none."""
+    from systemd import journal as library
+
+    entries: list[dict[str, str]] = []
+    monkeypatch.setattr(library, "sendv", lambda *fields: entries.append(dict(f.split("=", 1) for f in fields)))
+    return entries

@@ -1,0 +1,16 @@
+"""The generated part of the router's nginx configuration."""
+
+from __future__ import annotations
+
+from nbagent.config import host_config, nginx_settings
+
+
+def test_settings_do_not_depend_on_the_label() -> None:
+    """Slots keep their ids when host.label changes, so the router must serve ids of every label."""
+    one, two = (nginx_settings.nginx(host_config.parse({"host": {"label": label}})) for label in ("c07", "c08"))
+    assert one == two
+
+
+def test_a_quarter_of_the_threads_is_reserved_for_the_control_api() -> None:
+    settings = nginx_settings.nginx(host_config.parse({"api": {"workers": 2, "threads": 8}}))
+    assert "max_conns=12;" in settings

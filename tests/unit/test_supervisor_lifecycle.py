@@ -1,0 +1,349 @@
+"""The life of slots over fakes: starts and their failures, retirement, ends, a reload and the end of the supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import pytest
+from fakes import Host, kinds, make_image, turns, until
+
+from nbagent.core.errors import IllegalMove, InvalidField, SlotNotFound, StartFailed
+from nbagent.core.events import Event
+from nbagent.core.model import SlotState
+from nbagent.systemd.bus import JobFailed
+
+POOL = {"warm": 2, "starts": 4}
+
+
+async def test_a_pool_is_filled_and_each_slot_has_its_scope_and_its_files(tmp_path, journal):
+    async with Host(tmp_path, pool=POOL) as host:
+        first, second = await host.until_states("warm", "warm")
+        assert set(host.systemd.units) == {f"nbagent-{first}.scope", f"nbagent-{second}.scope"}
+        for name in (first, second):
+            assert {path.name for path in (host.records.path / name).iterdir()} == {"slot.json", "http.sock", "static"}
+        assert host.slots[first].slot.uid != host.slots[second].slot.uid
+        assert kinds(journal).count(Event.SLOT_WARM) == 2
+
+
+async def test_no_more_slots_start_at_a_time_than_is_set(tmp_path):
+    async with Host(tmp_path, pool={"warm": 4, "starts": 2}) as host:
+        gate = host.launcher.hold()
+        await host.until_states("starting", "starting")
+        await turns()
+        assert len(host.slots) == 2
+        gate.set()
+        await host.until_states("warm", "warm", "warm", "warm")
+
+
+@pytest.mark.parametrize("error", [
+    StartFailed("exec: ENOENT", step="exec", errno=2), OSError("no descriptor left"), JobFailed("job 7 failed"),
+])
+async def test_a_start_that_fails_leaves_nothing_and_pauses_the_pool(tmp_path, journal, clock, error):
+    async with Host(tmp_path, pool={"warm": 1, "starts": 4, "backoff": "10s"}) as host:
+        host.launcher.error = error
+        await until(lambda: Event.POOL_BACKOFF in kinds(journal) and not host.slots)
+        assert not host.systemd.units and not list(host.records.path.iterdir())
+        assert host.calls.stats()["pools"]["minimal"]["failures"] == 1 and not host.calls.stats()["ready"]
+        host.wake()
+        await turns()
+        assert len(host.launcher.launched) == 1
+        # The second failure pauses twice as long.
+        clock.advance(10.5)
+        host.wake()
+        await until(lambda: kinds(journal).count(Event.POOL_BACKOFF) == 2 and not host.slots)
+        clock.advance(10.5)
+        host.wake()
+        await turns()
+        assert len(host.launcher.launched) == 2
+        host.launcher.error = None
+        clock.advance(10.5)
+        host.wake()
+        await host.until_states("warm")
+        assert host.calls.stats()["pools"]["minimal"]["failures"] == 0 and host.calls.stats()["ready"]
+
+
+async def test_a_scope_that_systemd_refuses_fails_the_start(tmp_path, journal):
+    host = Host(tmp_path, pool={"warm": 1, "starts": 4, "backoff": "1h", "backoff_max": "1h"})
+    host.systemd.scope_error = JobFailed("job ended as canceled")
+    async with host:
+        await until(lambda: Event.SLOT_FAILED in kinds(journal) and not host.slots)
+
+
+async def test_a_start_that_takes_too_long_fails(tmp_path, journal):
+    pool = {"warm": 1, "starts": 4, "backoff": "1h", "backoff_max": "1h"}
+    async with Host(tmp_path, pool=pool, slots={"start_timeout": "10ms", "capacity": 4}) as host:
+        host.launcher.hold()
+        await until(lambda: Event.SLOT_FAILED in kinds(journal) and not host.slots)
+        failed, = [entry for entry in journal if kinds([entry]) == [Event.SLOT_FAILED]]
+        assert "not ready after 0.01 s" in failed["MESSAGE"]
+
+
+async def test_an_image_that_is_replaced_ends_the_pause_of_its_pool(tmp_path, journal):
+    async with Host(tmp_path, pool={"warm": 1, "starts": 4, "backoff": "1h", "backoff_max": "1h"}) as host:
+        host.launcher.error = StartFailed("broken image", step="exec")
+        await until(lambda: Event.POOL_BACKOFF in kinds(journal) and not host.slots)
+        host.launcher.error = None
+        host.store.images["minimal"] = make_image(tmp_path, digest="sha256-1")
+        host.refresh_images()
+        slot_id, = await host.until_states("warm")
+        assert host.slots[slot_id].slot.digest == "sha256-1"
+
+
+async def test_warm_slots_of_a_replaced_image_are_retired_when_new_ones_are_warm(tmp_path):
+    async with Host(tmp_path) as host:
+        old, = await host.until_states("warm")
+        gate = host.launcher.hold()
+        host.store.images["minimal"] = make_image(tmp_path, digest="sha256-1")
+        host.refresh_images()
+        await host.until_states("warm", "starting")
+        gate.set()
+        new, = await _only(host, lambda: old not in host.slots)
+        assert host.slots[new].slot.digest == "sha256-1" and host.store.used == {"sha256-1"}
+
+
+async def test_an_image_is_in_use_while_a_slot_runs_on_it(tmp_path, journal):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        claim = await host.claim()
+        await host.until_states("claimed", "warm")
+        host.store.images["minimal"] = make_image(tmp_path, digest="sha256-1")
+        host.refresh_images()
+        await until(lambda: "sha256-1" in {live.slot.digest for live in host.slots.values()} and len(host.slots) == 2)
+        assert host.store.used == {"sha256-0", "sha256-1"}
+        host.store.removed = ["sha256-0"]
+        host.calls.release(claim["slot"])
+        await until(lambda: host.store.used == {"sha256-1"})
+        await until(lambda: Event.IMAGE_REMOVED in kinds(journal))
+
+
+async def test_warm_slots_of_a_removed_image_end(tmp_path):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        host.store.images.clear()
+        host.refresh_images()
+        await host.until_states()
+        assert host.calls.images() == [] and not host.calls.stats()["ready"]
+
+
+async def test_a_warm_slot_that_is_too_old_is_replaced(tmp_path, clock):
+    async with Host(tmp_path) as host:
+        old, = await host.until_states("warm")
+        clock.advance(7 * 3600)
+        host.wake()
+        new, = await _only(host, lambda: old not in host.slots)
+        assert host.states()[new] == "warm"
+
+
+async def test_a_recycled_pool_has_other_slots(tmp_path):
+    async with Host(tmp_path, pool=POOL) as host:
+        former = await host.until_states("warm", "warm")
+        assert host.calls.recycle_pool() == {"drained": 2}
+        await until(lambda: not set(former) & set(host.slots))
+        await host.until_states("warm", "warm")
+
+
+async def test_an_ended_slot_is_removed_at_once_from_the_router_and_then_from_systemd(tmp_path, journal):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+        assert host.calls.release(name)["state"] == "stopping"
+        assert not (host.records.path / name).exists()
+        assert f"nbagent-{name}.scope" in host.systemd.units
+        # A second release is no error as long as the slot is known.
+        assert host.calls.release(name)["state"] == "stopping"
+        await host.gone(name)
+        assert host.systemd.stopped().count(f"nbagent-{name}.scope") == 1
+        assert ("stop", f"nbagent-{name}.scope", False) in host.systemd.calls
+        with pytest.raises(SlotNotFound):
+            host.calls.release(name)
+        assert host.calls.stats()["counters"]["released"] == 1
+        assert kinds(journal).count(Event.SLOT_RELEASED) == 1 == kinds(journal).count(Event.SLOT_GONE)
+
+
+async def test_no_descriptor_of_an_ended_slot_is_left_open(tmp_path):
+    async with Host(tmp_path, pool={"warm": 0, "starts": 4}) as host:
+        for _ in range(3):
+            name = (await host.claim())["slot"]
+            before = set(os.listdir("/proc/self/fd"))
+            host.calls.release(name)
+            await host.gone(name)
+            assert len(set(os.listdir("/proc/self/fd"))) == len(before) - 2
+
+
+@pytest.mark.parametrize("claimed", [False, True])
+async def test_a_slot_whose_processes_end_is_removed(tmp_path, journal, claimed):
+    async with Host(tmp_path) as host:
+        name, = await host.until_states("warm")
+        if claimed:
+            await host.claim()
+        host.systemd.end(f"nbagent-{name}.scope")
+        await host.gone(name)
+        assert Event.SLOT_DIED in kinds(journal) and host.calls.stats()["counters"]["died"] == 1
+        await host.until_states("warm")
+
+
+async def test_a_slot_that_systemd_cannot_stop_counts_until_the_next_start(tmp_path, journal):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+        host.systemd.stop_error = OSError("bus closed")
+        host.calls.release(name)
+        await until(lambda: Event.SLOT_REMOVED in kinds(journal))
+        assert host.states()[name] == "stopping"
+        host.systemd.stop_error = None
+
+
+async def test_the_supervisors_end_leaves_warm_and_claimed_slots_and_ends_incomplete_ones(tmp_path, journal):
+    host = Host(tmp_path, pool=POOL)
+    await host.start()
+    await host.until_states("warm", "warm")
+    claim = await host.claim()
+    gate = host.launcher.hold()
+    await host.until_states("claimed", "warm", "starting")
+    await until(lambda: len(host.launcher.launched) == 3)
+    started, = [name for name, state in host.states().items() if state == "starting"]
+    await host.stop()
+    assert set(host.states()) >= {claim["slot"]} and len(host.systemd.units) == 2
+    assert f"nbagent-{started}.scope" in host.systemd.stopped()
+    assert sorted(path.name for path in host.records.path.iterdir()) == sorted(
+        name for name in host.states() if name != started)
+    assert not gate.is_set()
+    host.systemd.close()
+
+
+async def test_a_claim_that_waits_when_the_supervisor_ends_does_not_hang(tmp_path):
+    host = Host(tmp_path, pool={"warm": 0, "starts": 4})
+    await host.start()
+    host.launcher.hold()
+    claiming = asyncio.ensure_future(host.claim())
+    await host.until_states("starting")
+    claiming.cancel()
+    await host.stop()
+    await asyncio.gather(claiming, return_exceptions=True)
+    assert claiming.cancelled() and not host.systemd.units
+    host.systemd.close()
+
+
+# Reloads
+
+
+async def test_after_a_reload_with_another_label_slots_keep_their_ids_and_new_ones_get_the_label(tmp_path):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        claim = await host.claim("k1")
+        old = claim["slot"]
+        assert old.startswith("c07-")
+        host.reload(host={"label": "d08", "memory_reserve": "1M"}, pool={"warm": 3, "starts": 4})
+        await host.until_states("claimed", "warm", "warm", "warm")
+        labels = {name.partition("-")[0] for name in host.slots}
+        assert labels == {"c07", "d08"} and host.calls.stats()["label"] == "d08"
+        assert host.calls.slot(old)["slot"] == old
+        assert host.calls.update(old, {"ttl": 60})["slot"] == old
+        assert (await host.claim("k1"))["slot"] == old
+        assert host.calls.release(old)["slot"] == old
+
+
+async def test_a_changed_hostname_is_the_label_of_new_slots_where_it_is_automatic(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: "one.example.org")
+    async with Host(tmp_path, host={"memory_reserve": "1M"}) as host:
+        first, = await host.until_states("warm")
+        monkeypatch.setattr("socket.gethostname", lambda: "two.example.org")
+        assert (await host.claim())["slot"] == first
+        await host.until_states("claimed", "warm")
+        assert {name.partition("-")[0] for name in host.slots} == {"one", "two"}
+        assert host.calls.stats()["label"] == "two" and host.calls.slot(first)
+
+
+async def test_a_reload_changes_the_pools_size(tmp_path):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        host.reload(pool={"warm": 3, "starts": 4})
+        await host.until_states("warm", "warm", "warm")
+        host.reload(pool={"warm": 0, "starts": 4})
+        await host.until_states()
+
+
+async def test_a_reload_that_allows_a_network_replaces_warm_slots_without_an_interface(tmp_path):
+    async with Host(tmp_path) as host:
+        old, = await host.until_states("warm")
+        host.reload(network={"allow": ["none", "internet"]})
+        new, = await _only(host, lambda: old not in host.slots)
+        await host.until_states("warm")
+        assert host.slots[new].slot.addresses and "set_up" in host.network.calls
+
+
+async def test_a_network_that_cannot_be_set_up_is_an_event_and_no_end(tmp_path, journal):
+    async with Host(tmp_path) as host:
+        host.network.errors["set_up"] = StartFailed("nft: EPERM", step="network")
+        host.reload(network={"allow": ["none", "internet"]})
+        await until(lambda: Event.NETWORK_FAILED in kinds(journal))
+
+
+# Updates and documents
+
+
+async def test_an_update_changes_limits_and_life_of_a_claimed_slot_alone(tmp_path, journal):
+    async with Host(tmp_path) as host:
+        warm, = await host.until_states("warm")
+        with pytest.raises(IllegalMove, match="only a claimed slot"):
+            host.calls.update(warm, {"ttl": 60})
+        name = (await host.claim())["slot"]
+        document = host.calls.update(name, {"memory": "512M", "ttl": 60})
+        assert document["limits"]["memory_bytes"] == 512 << 20
+        assert host.systemd.limits[f"nbagent-{name}.scope"].memory_bytes == 512 << 20
+        assert 59 <= host.slots[name].slot.ttl_s <= 61
+        with pytest.raises(InvalidField, match="ttl"):
+            host.calls.update(name, {"ttl": "25h"})
+        with pytest.raises(InvalidField):
+            host.calls.update(name, {"image": "minimal"})
+        host.systemd.limits_error = OSError("no such unit")
+        with pytest.raises(IllegalMove, match="no such unit"):
+            host.calls.update(name, {"memory": "256M"})
+        assert host.slots[name].slot.limits.memory_bytes == 512 << 20
+        assert Event.SLOT_UPDATED in kinds(journal)
+
+
+async def test_documents_list_all_slots_and_show_no_token(tmp_path):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        claim = await host.claim()
+        await host.until_states("claimed", "warm")
+        documents = host.calls.list_slots()
+        assert sorted(document["state"] for document in documents) == ["claimed", "warm"]
+        assert claim["token"] not in str(documents)
+        assert host.calls.slot(claim["slot"])["slot"] == claim["slot"]
+        with pytest.raises(SlotNotFound):
+            host.calls.slot("c07-absent")
+
+
+async def test_stats_add_up(tmp_path):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        await host.claim(ttl=60)
+        await host.until_states("claimed", "warm")
+        stats = host.calls.stats()
+        assert (stats["capacity"], stats["claimed"], stats["warm"], stats["available"]) == (4, 1, 1, 3)
+        assert host.calls.free_percent() == stats["free_percent"] == 75
+        assert 50 <= stats["next_end_s"] <= 60
+        assert stats["pools"] == {"minimal": {"wanted": 1, "warm": 1, "starting": 0, "failures": 0}}
+        assert host.calls.images() == [
+            {"name": "minimal", "digest": "sha256-0", "launch": "exec", "warm": 1, "wanted": 1, "default": True}]
+
+
+async def test_a_claimed_slot_is_culled_when_its_time_is_up(tmp_path, clock, journal):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim(ttl=60))["slot"]
+        clock.advance(90)
+        host.wake()
+        await host.gone(name)
+        assert Event.SLOT_CULLED in kinds(journal)
+        assert host.calls.stats()["counters"]["culled_age"] == 1
+
+
+async def _only(host, condition):
+    """The ids of the slots once a condition holds and no slot is ending or starting."""
+    await until(lambda: condition() and set(host.states().values()) == {"warm"}, host.states)
+    assert all(live.slot.state is SlotState.WARM for live in host.slots.values())
+    return list(host.slots)

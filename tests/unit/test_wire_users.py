@@ -1,0 +1,366 @@
+"""The users of the wire against peers that send what they must not: one typed error, and no descriptor is leaked."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from nbagent.content.deliver import ENTER, UNPACK, WRITE, Order
+from nbagent.core.claim_content import Content, File, FileBundle
+from nbagent.core.errors import ArchiveFailed, BadRequest, ContentFailed, NbagentError, StartFailed
+from nbagent.network import requests
+from nbagent.runtime.zygote_service import ZygoteFailed, ZygoteService
+from nbagent.supervisor import content_injector
+from nbagent.supervisor import network as supervisor_network
+from nbagent.supervisor.server import ControlServer, handlers
+from nbagent.wire import operations
+from nbagent.wire.channel import Channel
+from nbagent.wire.control import ControlClient
+from nbagent.wire.failure import Failure, StepFailed
+from nbagent.wire.fields import MalformedMessage
+from nbagent.wire.operations import ClaimArguments, SlotArguments, UpdateArguments
+from nbagent.zygote.forkserver import ForkFailed, ForkServerClient
+
+MALFORMED = [
+    b"{", b"[]", b'{"failure": {"step": "x", "errno": 1e999, "text": ""}}', b'{"fds": ["a", "b"]}', b"x" * 200_000,
+]
+
+
+def open_fds():
+    return set(os.listdir("/proc/self/fd"))
+
+
+def settles_at(count):
+    """Whether as many descriptors are open soon; a server closes its connection after the client has its response."""
+    deadline_s = time.monotonic() + 5
+    while len(open_fds()) != count and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return len(open_fds()) == count
+
+
+@pytest.fixture
+def file(tmp_path):
+    """The descriptor of a file."""
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def pair():
+    one, other = Channel.pair()
+    with one, other:
+        yield one, other
+
+
+class FakeCalls:
+    """The supervisor's calls, which record their arguments."""
+
+    def __init__(self):
+        self.received, self.abandoned, self.tasks = [], [], set()
+        self.agent = SimpleNamespace(spawn=self.spawn)
+        self.blocked = None
+
+    def spawn(self, work):
+        task = asyncio.ensure_future(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def claim(self, options, key, client):
+        files = options.get("files")
+        content = os.pread(files.fd, 1 << 20, 0) if files else None
+        self.received.append((options, key, client, content))
+        if self.blocked is not None:
+            await self.blocked.wait()
+        return {"slot": "h-0"}
+
+    def abandon(self, slot):
+        self.abandoned.append(slot)
+
+    def slot(self, slot):
+        raise StartFailed.at("mount", 13, "refused")
+
+    def update(self, slot, options):
+        return {"slot": slot, **options}
+
+    def stats(self):
+        raise RuntimeError("a fault")
+
+    def list_slots(self):
+        return [{"slot": "x" * 1000}] * 1000
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A ControlServer in a thread of its own, its calls, and its socket's path."""
+    calls, path, ready, loops = FakeCalls(), tmp_path / "control.sock", threading.Event(), []
+
+    async def serve():
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(str(path))
+            listener.listen()
+            loop = asyncio.get_running_loop()
+            loop.set_exception_handler(lambda *_: None)
+            serving = asyncio.ensure_future(ControlServer(calls, listener, {os.getuid()}).serve())
+            loops.append((loop, serving))
+            ready.set()
+            await asyncio.gather(serving, return_exceptions=True)
+            await asyncio.gather(*calls.tasks, return_exceptions=True)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    ready.wait()
+    yield calls, path
+    loop, serving = loops[0]
+    loop.call_soon_threadsafe(serving.cancel)
+    thread.join()
+
+
+def test_every_operation_has_a_handler_and_no_other():
+    assert set(handlers(FakeCalls())) == {operation.name for operation in operations.OPERATIONS}
+
+
+def test_the_files_of_a_claim_arrive_as_bytes_beside_the_request(server):
+    calls, path = server
+    files = (File("a", b"one"), File("b/c", b"\0\xff"))
+    client, before = ControlClient(path, 5), open_fds()
+    assert client.call(operations.CLAIM, ClaimArguments({"ttl": 60, "files": files}, "k", "::1")) == {"slot": "h-0"}
+    (options, key, address, content), = calls.received
+    assert (key, address, content, options["ttl"]) == ("k", "::1", b"one\0\xff", 60)
+    assert options["files"].entries == (("a", 3), ("b/c", 2))
+    assert settles_at(len(before))
+
+
+def test_contents_are_told_apart_by_their_digest(server):
+    calls, path = server
+    for files in ((File("a", b"one"),), (File("a", b"two"),), (File("b", b"one"),), (File("a", b"one"),)):
+        ControlClient(path, 5).call(operations.CLAIM, ClaimArguments({"files": files}, "k", "::1"))
+    first, *others, again = (str(options["files"]) for options, *_ in calls.received)
+    assert first == again and len({first, *others}) == 3
+
+
+def test_an_error_of_the_supervisor_arrives_with_step_and_errno(server):
+    with pytest.raises(StartFailed, match="mount: refused") as failed:
+        ControlClient(server[1], 5).call(operations.SLOT, SlotArguments("h-0"))
+    assert failed.value.details == {"step": "mount", "errno": 13}
+
+
+def test_a_fault_of_the_supervisor_is_reported_without_its_text(server):
+    with pytest.raises(NbagentError, match="journalctl -u nbagent"):
+        ControlClient(server[1], 5).call(operations.STATS)
+
+
+def test_a_result_of_a_megabyte_arrives_whole(server):
+    assert len(ControlClient(server[1], 5).call(operations.SLOTS)) == 1000
+
+
+@pytest.mark.parametrize("payload", [
+    *MALFORMED, b"{}", b'{"op": 7, "args": {}}', b'{"op": "none", "args": {}}', b'{"op": "slot"}',
+    b'{"op": "slot", "args": []}', b'{"op": "slot", "args": {"id": 7}}',
+    b'{"op": "update", "args": {"id": "x"}}',
+    b'{"op": "claim", "args": {"options": {}, "client": ""}}',
+    b'{"op": "claim", "args": {"options": {"files": {}}, "key": "k", "client": ""}}',
+    b'{"op": "claim", "args": {"options": {}, "key": "k", "client": "", "files": {"entries": [["a", 1]]}}}',
+    b'{"fds": ["content"], "op": "claim", "args": {"options": {}, "key": "k", "client": "", "files": {"entries": []}}}',
+])
+def test_a_malformed_request_is_a_bad_request_and_leaks_nothing(server, file, payload):
+    calls, path = server
+    before = open_fds()
+    with Channel.unconnected() as channel:
+        channel.socket.connect(str(path))
+        socket.send_fds(channel.socket, [payload], [file])
+        response = channel.receive()
+        assert response.body["error"]["code"] == BadRequest.code
+    assert calls.received == []
+    with Channel.unconnected() as channel:
+        channel.socket.connect(str(path))
+        channel.send({"op": "update", "args": UpdateArguments("h-0", {"ttl": 1}).save()})
+        assert channel.receive().body == {"ok": {"slot": "h-0", "ttl": 1}}
+    assert settles_at(len(before))
+
+
+def test_an_order_for_content_is_restored_as_it_was_saved():
+    order = Order(1, 2, "", [("a", 1)], None, [], 3, 4, 5.0)
+    assert Order.restore(order.save()) == order
+
+
+async def deliver(send):
+    """The injector's result for a peer that does `send` with its channel and closes it."""
+    control, peer = Channel.pair()
+    with control:
+        with peer:
+            send(peer)
+        return await content_injector._result(control, Content())
+
+
+def test_the_result_of_a_delivery_is_two_counts():
+    assert asyncio.run(deliver(lambda peer: peer.send({"files": 1, "entries": 2}))) == (1, 2)
+
+
+@pytest.mark.parametrize(("step", "kind"), [(ENTER, StartFailed), (WRITE, ContentFailed), (UNPACK, ArchiveFailed)])
+def test_a_failed_delivery_is_the_error_of_its_step(step, kind):
+    with pytest.raises(NbagentError, match="no space") as failed:
+        asyncio.run(deliver(lambda peer: peer.send(Failure(step, 28, "no space").save())))
+    assert type(failed.value) is kind
+
+
+@pytest.mark.parametrize("payload", [
+    *MALFORMED, b"{}", b'{"files": "1", "entries": 0}', b'{"files": 1e999, "entries": 0}',
+    b'{"files": -1, "entries": 0}',
+])
+def test_a_malformed_response_to_a_delivery_is_a_content_failure(file, payload):
+    before = open_fds()
+    with pytest.raises(ContentFailed, match="malformed"):
+        asyncio.run(deliver(lambda peer: socket.send_fds(peer.socket, [payload], [file])))
+    assert open_fds() == before
+
+
+def test_a_second_response_to_a_delivery_is_refused():
+    def twice(peer):
+        for _ in range(2):
+            peer.send({"files": 0, "entries": 0})
+
+    with pytest.raises(ContentFailed, match="more than one response"):
+        asyncio.run(deliver(twice))
+
+
+def test_a_delivery_that_was_killed_is_a_content_failure():
+    with pytest.raises(ContentFailed, match="memory ran out"):
+        asyncio.run(deliver(lambda peer: None))
+
+
+def test_files_without_a_bundle_are_never_dropped_silently(file):
+    with pytest.raises(TypeError):
+        content_injector._descriptors(file, Content((File("a", b""),)))
+    assert content_injector._descriptors(file, Content(FileBundle((("a", 0),), "", file))) == {
+        "init": file, "content": file,
+    }
+
+
+@pytest.fixture
+def zygote(pair):
+    """A zygote service whose zygote is `peer`."""
+    service = ZygoteService(pair[0], None, pair[0], 0)
+    return service, pair[1]
+
+
+@pytest.mark.parametrize("payload", [*MALFORMED, b"{}", b'{"fds": ["init"]}'])
+def test_a_malformed_message_of_a_zygote_is_an_error_and_leaks_nothing(zygote, file, payload):
+    service, peer = zygote
+    socket.send_fds(peer.socket, [payload], [file])
+    before = open_fds()
+    with pytest.raises(MalformedMessage):
+        service._forked()
+    assert open_fds() == before
+
+
+def test_a_zygote_that_cannot_fork_and_one_whose_child_has_ended_are_told_apart(zygote):
+    service, peer = zygote
+    peer.send(Failure("fork", 11, "no process").save())
+    with pytest.raises(StepFailed, match="fork: no process"):
+        service._forked()
+    peer.send({"ended": True})
+    with pytest.raises(ProcessLookupError, match="exited before it was in its scope"):
+        service._forked()
+
+
+def test_a_zygote_that_does_not_respond_has_failed(zygote, monkeypatch):
+    with pytest.raises(ZygoteFailed, match=r"did not respond within 0\.01 s"):
+        zygote[0].receive(0.01)
+
+
+@pytest.mark.parametrize("payload", [*MALFORMED, b'{"pid": -1}', b'{"pid": 5}', b'{"pid": 1e999}', b""])
+def test_a_malformed_message_of_a_fork_server_is_a_failed_fork(pair, file, payload):
+    async def fork():
+        client = ForkServerClient(0, pair[0])
+        forking = asyncio.ensure_future(client.fork({"connection_file": "x"}))
+        await asyncio.sleep(0)
+        with pair[1].receive() as order, Channel.from_fd(order.take("channel")) as channel:
+            assert order.body == {"connection_file": "x"}
+            if payload:
+                socket.send_fds(channel.socket, [payload], [file] if b"fds" in payload else [])
+        await forking
+
+    before = open_fds()
+    with pytest.raises(ForkFailed):
+        asyncio.run(fork())
+    assert open_fds() == before
+
+
+class FakeKernel:
+    """Records the calls of the network service."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+
+@pytest.fixture
+def network(tmp_path, monkeypatch):
+    """The supervisor's Network, whose service is `_serve` with a FakeKernel."""
+    kernel, path = FakeKernel(), tmp_path / "network.sock"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen()
+    monkeypatch.setattr(supervisor_network.paths, "NETWORK_SOCKET", path)
+
+    def serve():
+        while True:
+            try:
+                connection = listener.accept()[0]
+            except OSError:
+                return
+            requests.serve(kernel, connection, lambda: None)
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    yield supervisor_network.Network._call, kernel, path
+    listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    listener.close()
+
+
+NAME = "nb-0123456789ab"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="the network service serves root only")
+def test_the_network_service_gets_typed_arguments_and_the_namespace(network, file):
+    call, kernel, _ = network
+    before = open_fds()
+    asyncio.run(call(None, "attach", {"netns": file}, name=NAME, inner="net0", addresses=["10.0.0.2"], rate=5))
+    (op, name, inner, netns, addresses, rate), = kernel.calls
+    assert (op, name, inner, addresses, rate) == ("attach", NAME, "net0", ["10.0.0.2"], 5) and netns > 2
+    assert settles_at(len(before))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="the network service serves root only")
+@pytest.mark.parametrize("arguments", [
+    {"name": "eth0"}, {"name": 7}, {}, {"name": NAME + "\n"},
+])
+def test_the_network_service_refuses_other_interfaces(network, arguments):
+    call, kernel, _ = network
+    with pytest.raises(StartFailed, match="nbagent-network: open: ") as failed:
+        asyncio.run(call(None, "open", **arguments))
+    assert failed.value.details["step"] == "network" and kernel.calls == []
+
+
+@pytest.mark.parametrize(
+    "payload", [*MALFORMED, b"{}", b'{"op": "none"}', b'{"op": "attach", "inner": "x", "rate": 1e999}']
+)
+def test_the_network_service_responds_to_a_malformed_request_with_a_failure(network, file, payload):
+    _, kernel, path = network
+    before = open_fds()
+    with Channel.unconnected() as channel:
+        channel.socket.connect(str(path))
+        socket.send_fds(channel.socket, [payload], [file])
+        with channel.receive() as response, pytest.raises(StepFailed):
+            response.raise_failure()
+    assert kernel.calls == [] and settles_at(len(before))
