@@ -19,13 +19,13 @@ def pack(root: Path, archive: Path, newest_s: int) -> None:
         # -19 makes the archive a tenth smaller and takes eight times as long. The bytes do not depend on the number of
         # threads.
         zstd = subprocess.Popen(["zstd", "-q", "-12", "-T0", "-c"], stdin=subprocess.PIPE, stdout=output)
-        assert zstd.stdin is not None
-        with tarfile.open(fileobj=zstd.stdin, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 20) as tar:
-            for name, path in entries(root):
-                _add_entry(tar, name, path, newest_s, first_names)
-        zstd.stdin.close()
-        if zstd.wait():
-            fail(f"zstd ended with status {zstd.returncode}")
+        with zstd:
+            assert zstd.stdin is not None
+            with tarfile.open(fileobj=zstd.stdin, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 20) as tar:
+                for name, path in entries(root):
+                    _add_entry(tar, name, path, newest_s, first_names)
+    if zstd.returncode:
+        fail(f"zstd ended with status {zstd.returncode}")
 
 
 def entries(root: Path) -> Iterator[tuple[str, Path]]:
