@@ -109,7 +109,7 @@ def source(text: str, *, insecure: bool = False) -> Source:
 
 
 def _owner(id_base: int) -> tuple[int, int]:
-    # The last id of the image's range. No user of an image has it, because 65534 (nobody) is the highest id in use.
+    # The last id of the image's range. No user of an image has it, because 65534 is the highest id in use.
     return id_base + ids.COUNT - 1, id_base + ids.COUNT - 1
 
 
