@@ -1,4 +1,4 @@
-# What a developer types. Everything installs what it needs; caches are in $(NBAGENT_CACHE).
+# Commands of a developer. Each target installs the Debian packages that it needs; caches are in $(NBAGENT_CACHE).
 SHELL := /bin/bash
 PYTHON := /usr/bin/python3
 export NBAGENT_CACHE ?= /var/cache/nbagent-build
@@ -13,22 +13,22 @@ up: tools            ## a systemd host on this machine with nbagent in it, on 12
 up-fleet: tools      ## three hosts and a gateway, on 127.0.0.1:8080
 	@tests/up --fleet
 
-down:                ## removes what these two made
+down:                ## removes the hosts of up and up-fleet
 	@tests/up --down
 
-test: tools check    ## everything passes
+test: tools check    ## lint, unit tests and integration tests
 	$(PYTEST) tests/unit tests/integration
 
-unit: tools          ## no root, a second
+unit: tools          ## unit tests; no systemd host is needed
 	$(PYTEST) tests/unit
 
-host: tools          ## on real systemd hosts
+host: tools          ## integration tests on real systemd hosts
 	$(PYTEST) tests/integration
 
-check: tools         ## ruff, mypy, the floors, lintian
+check: tools         ## ruff, mypy, import-linter, shell syntax, lintian
 	@tests/check
 
-bench: bench-tools debs          ## figures, side by side with peers; BENCH="--rounds 1" is the quick one
+bench: bench-tools debs          ## figures beside systemd-run, JupyterHub and podman; BENCH="--rounds 1" is the quick one
 	$(PYTHON) tests/bench/bench.py $(BENCH)
 
 bench-density: bench-tools debs  ## a thousand live users on a host of its own; BENCH="--users 30"
@@ -37,13 +37,13 @@ bench-density: bench-tools debs  ## a thousand live users on a host of its own; 
 bench-compressed: tools debs     ## slots at rest in compressed memory, on a virtual machine; BENCH="--slots 2"
 	$(PYTHON) tests/bench/compressed.py $(BENCH)
 
-bench-fleet: bench-tools debs    ## what a gateway costs and how it spreads claims; BENCH="--quick"
+bench-fleet: bench-tools debs    ## what a gateway costs and how it distributes claims; BENCH="--quick"
 	$(PYTHON) tests/bench/fleet.py $(BENCH)
 
 bench-tools: tools
 	@tests/bench/install-tools
 
-image:               ## images/minimal as a .deb
+image:               ## the package of images/minimal
 	@packaging/build-image-deb minimal $(DIST)
 
 debs: image          ## all packages

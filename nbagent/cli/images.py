@@ -162,6 +162,7 @@ def _document(images: ImageStore, found: Image) -> dict[str, str | int | None]:
         "digest": found.digest,
         "former": images.former(found.name),
         "launch": found.launch,
+        "share_memory": found.share_memory,
         "root": str(found.root),
         "static": str(found.static),
         "id_base": found.id_base,

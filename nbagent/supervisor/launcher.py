@@ -34,6 +34,7 @@ from nbagent.wire.aio import readable, receive
 from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import StepFailed, printable
 from nbagent.wire.fields import MalformedMessage
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
 
 # Takes the place of a slot's id in the sandbox of a zygote.
 ZYGOTE_NAME = "zygote"
@@ -135,7 +136,9 @@ def zygote_spec(image: Image, storage_bytes: int) -> SandboxSpec:
     values = {"base_path": f"/user/{ZYGOTE_NAME}", "port": "", "token": ""}
     environment = _environment(image, values)
     return _image_spec(image, storage_bytes)._replace(
-        user="root", command=[image.python, "-I", f"{CODE_PATH}/zygote/zygote.py"],
+        user="root",
+        command=[image.python, "-I", f"{CODE_PATH}/zygote/zygote.py",
+                 *([] if image.share_memory else [PRIVATE_MEMORY_OPTION])],
         environment=environment | {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": ZYGOTE_NAME},
         syscall_filter=forking_filter(),
     )

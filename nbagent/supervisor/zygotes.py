@@ -47,7 +47,7 @@ from nbagent.wire.fields import MalformedMessage
 FORK_TIMEOUT_S = 10.0
 HELLO_TIMEOUT_S = 20.0
 # A zygote takes 5 to 11 s of processor time to start, and 60 slots a second take both processors
-# (packaging/docs/density.md). While the former one forks, the next starts at the lowest weight; after PATIENCE_S it
+# (packaging/docs/benchmarks.md). While the former one forks, the next starts at the lowest weight; after PATIENCE_S it
 # gets its full weight.
 PATIENCE_S = 300.0
 CPU_WEIGHT, CPU_WEIGHT_GIVING_WAY = 100, 1

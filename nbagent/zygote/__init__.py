@@ -1,1 +1,1 @@
-"""What runs inside an image, under the image's own Python: standard library and Jupyter only."""
+"""The programs that run inside an image, under its own Python; standard library and Jupyter only."""

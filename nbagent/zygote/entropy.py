@@ -1,13 +1,13 @@
-"""What a fork would share and must not: every state that random numbers or secrets come out of.
+"""Reseeds every generator of random numbers and secrets whose state a fork would share.
 
-The kernel's own generator behind os.urandom, secrets and uuid4 differs in every process, and the module random
-seeds itself after a fork. The rest is renewed here: OpenSSL's generator, numpy's, every `random.Random` and numpy
-generator that a library made on import, the names that tempfile and uuid1 count on from, and
-the key by which processes of multiprocessing know each other.
+The kernel's generator behind os.urandom, secrets and uuid4 needs no reseeding, and the module random reseeds its
+global generator after a fork. `reseed` covers the rest: OpenSSL's generator, numpy's, every `random.Random` and numpy
+generator that a library created on import, the counters behind the names of tempfile and uuid1, and
+the authentication key of multiprocessing.
 
-Not for: the hash seed and the address layout, which a fork cannot change.
+The seed of str hashes and the address layout are not covered, because they cannot change after exec(2).
 
-Standard library only, and whatever of numpy is loaded; Python 3.9 and up.
+Standard library only, and numpy where it is loaded; Python 3.9 and up.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ import random
 import sys
 from typing import Any, List
 
-_found: List[Any] = []
+_generators: List[Any] = []
 
 
-def find() -> None:
-    """Finds the generators that there are, so that `reseed` has them at hand.
+def find_generators() -> None:
+    """Collects the existing generators for `reseed`.
 
-    In the zygote, before gc.freeze(): what is frozen the collector does not list any more.
+    Called in the zygote before gc.freeze(), because gc.get_objects() does not list frozen objects.
     """
     numpy_random = sys.modules.get("numpy.random")
-    kinds: Any = (random.Random,)
+    classes: Any = (random.Random,)
     if numpy_random is not None:
-        kinds += (numpy_random.RandomState, numpy_random.Generator)
-    _found[:] = [thing for thing in gc.get_objects() if isinstance(thing, kinds)]
+        classes += (numpy_random.RandomState, numpy_random.Generator)
+    _generators[:] = [obj for obj in gc.get_objects() if isinstance(obj, classes)]
 
 
 def reseed() -> None:
-    """Gives this process random states of its own. In the child, after a fork that leads to another user or kernel."""
+    """Gives this process random states of its own. For a child that becomes another slot's server or a kernel."""
     numpy_random = sys.modules.get("numpy.random")
-    for generator in _found:
+    for generator in _generators:
         if isinstance(generator, random.Random):
             generator.seed()
         elif numpy_random is not None:
@@ -45,13 +45,13 @@ def reseed() -> None:
     if numpy_random is not None:
         numpy_random.seed()
     if "ssl" in sys.modules:
-        # OpenSSL seeds anew after a fork since 1.1.1; this holds for whatever library the image has.
+        # OpenSSL reseeds itself after a fork since 1.1.1; this call also covers other libraries behind the module ssl.
         sys.modules["ssl"].RAND_add(os.urandom(32), 32.0)
     modules: Any = sys.modules
     if "uuid" in modules:
         modules["uuid"]._last_timestamp = None
     if "tempfile" in modules:
         modules["tempfile"]._name_sequence = None
-        modules["tempfile"].tempdir = None  # TMPDIR may be another one here
+        modules["tempfile"].tempdir = None  # TMPDIR may differ in this process
     if "multiprocessing.process" in sys.modules:
         sys.modules["multiprocessing.process"].current_process().authkey = os.urandom(32)

@@ -1,8 +1,8 @@
 """A slot's notebook server, started by exec.
 
-    python3 -I cold.py
+    python3 -I exec_main.py
 
-It finds its descriptors by number, as nbagent.sandbox.spec has them. Python 3.9 and up.
+It inherits the descriptors LISTEN_FD, ACTIVITY_FD and CONFIG_FD of nbagent.sandbox.spec. Python 3.9 and up.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
-# A start makes objects and no garbage to speak of: looking for it is a tenth of its processor time.
+# Garbage collection is a tenth of a start's processor time, and finds almost nothing because a start creates objects
+# that stay.
 gc.disable()
 
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD

@@ -1,13 +1,13 @@
-"""A kernel by fork: what the zygote makes ready, and what a forked kernel has still to do.
+"""Kernels by fork: `prepare` loads a kernel into the zygote, `run` starts one in a forked process.
 
-`prepare` runs in the zygote, once, after the server is initialised. It imports what a kernel imports sooner or later,
-rehearses a kernel's whole life (so that everything that is made on first use is made, and the interpreter has
-specialised the code, which it does by writing into it), and builds an IPython shell.
-Of all this the server in the same process notices nothing.
+`prepare` runs in the zygote, once, after the server is initialised. It imports all modules that a kernel imports sooner
+or later, runs kernels from start to shutdown as a warm-up (because much is created on first use, and because the
+interpreter specialises code by writing into it), and builds an IPython shell. It restores the process
+state that the server in the same process depends on.
 
-`run` runs in a fork of a fork. It puts back what the server had made of the process, and starts ipykernel's own
-application, which finds the shell ready. The application reads its configuration files as ever; when they say
-something else than they did in the zygote, the shell is built anew, and it is an ordinary start.
+`run` runs in a process forked from the slot's fork server. It resets the process state that the server has set, and
+starts ipykernel's own application with the prepared shell. The application reads its configuration files as in any
+kernel; if they differ from those that the zygote read, it builds a new shell, so that the user's settings apply.
 
 Runs under the image's own Python, 3.9 and up, with whatever ipykernel (6.20 and up) the image has.
 """
@@ -38,70 +38,73 @@ from traitlets.config import Config, SingletonConfigurable
 
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.zygote import entropy, warmup
-from nbagent.zygote.memory import code_layout, snapshot
+from nbagent.zygote.memory.sharing import MemorySharing
 
-# What a kernel imports only when it is needed, and what the server does: tests/lazy-modules writes it.
-LIST = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modules.json")
-# ipykernel looks every second whether this process is still its parent; 1 means never. The kernel
-# tells a forked kernel when its parent has ended, at no cost.
-NOBODY = 1
-# A kernel that has run a cell has 68.
+# Modules that a kernel or the server imports only when needed; written by tests/lazy-modules.
+MODULES_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modules.json")
+# ipykernel polls every second whether its parent process is still `parent_handle`; 1 disables that. A forked kernel
+# gets SIGKILL when its parent ends, by PR_SET_PDEATHSIG, which needs no polling.
+NO_PARENT_POLL = 1
+# A kernel that has run a cell has 68 descriptors.
 DESCRIPTORS = 256
-# A kernel that is not shut down, as its rehearsal fails, leaves it running.
-CONTROL_ENDS_S = 5.0
-# The server's applications, whose loggers have tornado's among their children.
+# The control thread of a warm-up kernel that was not shut down, because the warm-up failed, never ends.
+CONTROL_THREAD_TIMEOUT_S = 5.0
+# The server's applications; they make their loggers the parents of tornado's.
 APPLICATIONS = frozenset({"ServerApp", "LabApp"})
 
 _shell: Any = None
-# What may be dropped but not destroyed: the server's event loop would close descriptors that it shares with the server.
-_kept: List[Any] = []
+# References that keep the server's event loops alive, because a loop closes its descriptors when it is destroyed.
+_retained_loops: List[Any] = []
 
 
 class KernelApp(kernelapp.IPKernelApp):
-    """ipykernel's application with the command line already read, and perhaps a shell already made."""
+    """ipykernel's application without a command line, optionally with a prepared shell.
+
+    `on_bound` is called when the kernel's sockets are bound.
+    """
 
     ready_shell: Any = None
-    bound: Any = None
+    on_bound: Any = None
 
     def parse_command_line(self, argv: Any = None) -> None:
-        """What `ipykernel_launcher -f FILE` comes to."""
+        """Sets the configuration that results from `ipykernel_launcher -f FILE`."""
         self.update_config(Config({"IPKernelApp": {"connection_file": self.connection_file}}))
 
     def log_connection_info(self) -> None:
-        """Says that the kernel listens: to the log, and to who waits for it."""
+        """Calls `on_bound`: ipykernel calls this method as soon as all sockets are bound."""
         super().log_connection_info()
-        if self.bound is not None:
-            self.bound()
+        if self.on_bound is not None:
+            self.on_bound()
 
     def init_kernel(self) -> None:
-        """Makes the kernel, around the ready shell if that is what the configuration would make."""
+        """Creates the kernel, with the prepared shell if its configuration equals the current one."""
         shell = self.ready_shell
-        if shell is None or _what_makes_a_shell(self.config) != _what_makes_a_shell(shell.config):
+        if shell is None or _shell_config(self.config) != _shell_config(shell.config):
             super().init_kernel()
             return
-        # It is shared by all that were made with it.
+        # The shell's components refer to the same configuration object, so it is changed in place.
         shell.config.IPKernelApp = self.config.IPKernelApp
         self.user_ns = shell.user_ns
         _make_current(ZMQInteractiveShell, shell)
         super().init_kernel()
         shell.parent = shell.kernel = self.kernel
         shell.profile_dir, shell.ipython_dir = self.profile_dir, self.ipython_dir
-        _settle(shell)
+        _attach_to_process(shell)
 
 
-def _what_makes_a_shell(config: Mapping[str, Any]) -> Dict[str, Any]:
+def _shell_config(config: Mapping[str, Any]) -> Dict[str, Any]:
     return {section: values for section, values in config.items() if section != "IPKernelApp"}
 
 
-def _make_current(kind: Any, instance: Any) -> None:
-    """Makes `instance`, or None, what `kind.instance()` gives."""
-    for base in kind.mro():
+def _make_current(cls: Any, instance: Any) -> None:
+    """Makes `cls.instance()` return `instance`."""
+    for base in cls.mro():
         if issubclass(base, SingletonConfigurable) and base is not SingletonConfigurable:
             base._instance = instance
 
 
-def _settle(shell: Any) -> None:
-    """Does again what a shell's making does to the process, and finds in it."""
+def _attach_to_process(shell: Any) -> None:
+    """Repeats the steps of the shell's constructor that read or change state of the process."""
     shell.init_environment()
     shell.save_sys_module_state()
     shell.sys_excepthook = sys.excepthook
@@ -110,7 +113,7 @@ def _settle(shell: Any) -> None:
     shell.init_pushd_popd_magic()
     shell.starting_dir = os.getcwd()
     if shell.config.HistoryManager.get("enabled", True) and not shell.history_manager.enabled:
-        # With its database, and a thread that writes to it.
+        # The history manager in the zygote has neither its database nor the thread that writes to it.
         shell.configurables.remove(shell.history_manager)
         shell.init_history()
         shell.init_user_ns()
@@ -121,68 +124,70 @@ def _settle(shell: Any) -> None:
 # In the zygote.
 
 
-def prepare(server: Any, preload: Iterable[str] = ()) -> None:
-    """Makes ready what kernels are to inherit, the modules `preload` among it, and rehearses them with the server.
+def prepare(server: Any, memory: MemorySharing, preload: Iterable[str] = ()) -> None:
+    """Loads what kernels inherit, the modules `preload` included, and warms up server and kernels.
 
-    Afterwards there are one thread, the descriptors that there were, and no zmq context. Raises RuntimeError when
-    that is not so, and ImportError for a module of `preload` that is not there.
+    Afterwards the process has one thread, no additional descriptor and no zmq context. Raises RuntimeError if
+    threads or descriptors are left, and ImportError for a module of `preload` that does not exist.
     """
     global _shell
-    with open(LIST) as file:
-        listed = json.load(file)
+    with open(MODULES_PATH) as file:
+        modules = json.load(file)
     descriptors = set(os.listdir("/proc/self/fd"))
     with restore_process_state():
-        # What debugpy finds as stderr when it is imported, it keeps: that is not to be a rehearsed kernel's.
-        os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # of which it would warn there
-        _import(["ipykernel.debugger", *listed["kernel"], *listed["server"]])
-        _preload(preload)
-        # The first time much runs that never does again.
-        warmup.warm_up(server, _perform)
-        with code_layout.watch() as runs:
-            warmup.warm_up(server, _perform)
-        code_layout.gather(runs)
+        # debugpy is imported before the warm-up, because it keeps the sys.stderr that it finds on import, and that of a
+        # warm-up kernel ends with it. The variable suppresses a warning on standard error about frozen modules.
+        os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
+        _import(["ipykernel.debugger", *modules["kernel"], *modules["server"]])
+        _preload(preload, memory)
+        # The first warm-up is not recorded, since much of its code runs only once in a process.
+        warmup.warm_up(server, _run_warmup_kernel)
+        with memory.arrange_code():
+            warmup.warm_up(server, _run_warmup_kernel)
         for _ in range(warmup.ROUNDS):
-            warmup.warm_up(server, _perform)
+            warmup.warm_up(server, _run_warmup_kernel)
         _shell = _ready_shell()
-    entropy.find()
+    entropy.find_generators()
     gc.collect()
     threads = os.listdir("/proc/self/task")
-    more = set(os.listdir("/proc/self/fd")) - descriptors
-    more = {os.readlink(f"/proc/self/fd/{fd}") for fd in more if os.path.lexists(f"/proc/self/fd/{fd}")}
-    if len(threads) != 1 or more:
-        raise RuntimeError(f"a prepared zygote has {len(threads)} threads and the descriptors {sorted(more)} more")
+    added = set(os.listdir("/proc/self/fd")) - descriptors
+    files = sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in added if os.path.lexists(f"/proc/self/fd/{fd}"))
+    if len(threads) != 1 or files:
+        raise RuntimeError(f"the warm-up left {len(threads)} threads, 1 is allowed, and these open files: {files}")
 
 
 def _import(names: Iterable[str]) -> None:
     for name in names:
-        # An image need not have every module of the list, nor one that imports without trouble.
+        # An image may lack modules of the list, or have versions whose import fails.
         with contextlib.suppress(Exception):
             importlib.import_module(name)
 
 
-def _preload(names: Iterable[str]) -> None:
-    """Imports what the image wants to be there; what starts threads as it is imported, as OpenBLAS does, ends them."""
-    # Matplotlib takes its backend from here when it is imported. A kernel says so too late, when it starts.
+def _preload(names: Iterable[str], memory: MemorySharing) -> None:
+    """Imports the modules that the image's manifest names, and ends the threads that their libraries started."""
+    # Matplotlib reads its backend from the environment on import. A kernel sets the variable only when it starts.
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     for name in names:
         importlib.import_module(name)
-    # Who can be forked ends its threads by pthread_atfork(3) before a fork and starts them again on first use. This is
-    # that fork: afterwards there is one thread, and the zygote copies no other.
-    snapshot.fork_noop()
+    # Libraries that support fork, such as OpenBLAS, end their threads by a pthread_atfork(3) handler before a fork and
+    # start them again on first use. So a fork at this point leaves the zygote with one thread.
+    memory.fork_noop()
 
 
 @contextlib.contextmanager
 def restore_process_state() -> Iterator[None]:
-    """Puts back afterwards what a kernel changes of the process."""
+    """Restores on exit the process state that a kernel changes."""
     streams = sys.stdout, sys.stderr, sys.displayhook, sys.excepthook
     main, environment = sys.modules["__main__"], dict(os.environ)
     names = {name: builtins.__dict__.get(name) for name in ("__IPYTHON__", "display", "get_ipython")}
-    current = [(kind, vars(kind)["_instance"]) for kind in _kinds(SingletonConfigurable) if vars(kind).get("_instance")]
+    instances = [
+        (cls, vars(cls)["_instance"]) for cls in _subclasses(SingletonConfigurable) if vars(cls).get("_instance")
+    ]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     loggers = [(logger, vars(logger).copy(), logger.handlers[:]) for logger in _loggers()]
     loop = _current_loop()
-    _kept.append(loop)
-    _forget_instances()
+    _retained_loops.append(loop)
+    _clear_instances()
     try:
         with warnings.catch_warnings():
             yield
@@ -199,14 +204,14 @@ def restore_process_state() -> Iterator[None]:
                 builtins.__dict__.pop(name, None)
             else:
                 builtins.__dict__[name] = value
-        _forget_instances()
-        for kind, instance in current:
-            kind._instance = instance
+        _clear_instances()
+        for cls, instance in instances:
+            cls._instance = instance
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for logger, state, its_handlers in loggers:
+        for logger, state, log_handlers in loggers:
             vars(logger).update(state)
-            logger.handlers[:] = its_handlers
+            logger.handlers[:] = log_handlers
         asyncio.set_event_loop(loop)
 
 
@@ -215,18 +220,18 @@ def _loggers() -> List[logging.Logger]:
     return [logging.root, *(logger for logger in known if isinstance(logger, logging.Logger))]
 
 
-def _kinds(base: Any) -> Iterator[Any]:
-    for kind in base.__subclasses__():
-        yield kind
-        yield from _kinds(kind)
+def _subclasses(base: Any) -> Iterator[Any]:
+    for cls in base.__subclasses__():
+        yield cls
+        yield from _subclasses(cls)
 
 
-def _forget_instances() -> None:
-    """Makes the singletons of traitlets' applications be made anew."""
-    for kind in _kinds(SingletonConfigurable):
-        # Each that is written to is memory of this process.
-        if vars(kind).get("_instance") is not None:
-            kind._instance = None
+def _clear_instances() -> None:
+    """Makes the next `instance()` of every singleton of traitlets create a new object."""
+    for cls in _subclasses(SingletonConfigurable):
+        # Only where needed, because each write costs a forked process a private page.
+        if vars(cls).get("_instance") is not None:
+            cls._instance = None
 
 
 def _current_loop() -> Optional[asyncio.AbstractEventLoop]:
@@ -239,7 +244,7 @@ def _current_loop() -> Optional[asyncio.AbstractEventLoop]:
 
 
 def _ready_shell() -> Any:
-    """A shell as ipykernel makes it, but for its database of history."""
+    """A shell as ipykernel creates it, but without the history database."""
     app = KernelApp()
     app.parse_command_line()
     app.init_profile_dir()
@@ -257,28 +262,28 @@ def _ready_shell() -> Any:
     return shell
 
 
-def _perform(
-    connection_file: str, listens: Callable[[], None], can_be_ended_by: Callable[[Callable[[], None]], None]
+def _run_warmup_kernel(
+    connection_file: str, on_bound: Callable[[], None], set_stop: Callable[[Callable[[], None]], None]
 ) -> None:
-    """Is a kernel for the rehearsal, until it is shut down or ended."""
+    """Runs a kernel in this process until it is shut down or stopped (`warmup.RunKernel`)."""
     with restore_process_state():
         loop = ioloop.IOLoop()
         asyncio.set_event_loop(loop.asyncio_loop)
-        can_be_ended_by(lambda: loop.add_callback(loop.stop))
-        app = KernelApp.instance(connection_file=connection_file, parent_handle=NOBODY, capture_fd_output=False,
+        set_stop(lambda: loop.add_callback(loop.stop))
+        app = KernelApp.instance(connection_file=connection_file, parent_handle=NO_PARENT_POLL, capture_fd_output=False,
                                  log_level=logging.CRITICAL)
-        app.bound = listens
+        app.on_bound = on_bound
         app.config.HistoryManager.enabled = False
         app.initialize([])
         app.start()
-        # It still says that the shutdown is done, which in a process that ends would harm nobody.
+        # The control thread still sends the reply to the shutdown request, so its sockets must not be closed yet.
         if (control := getattr(app, "control_thread", None)) is not None:
-            control.join(CONTROL_ENDS_S)
+            control.join(CONTROL_THREAD_TIMEOUT_S)
         app.close()
         atexit.unregister(app.close)
         atexit.unregister(app.iopub_thread.stop)
         atexit.unregister(app.shell.atexit_operations)
-        can_be_ended_by(lambda: None)
+        set_stop(lambda: None)
         loop.close(all_fds=True)
 
 
@@ -286,19 +291,19 @@ def _perform(
 
 
 def run(order: Mapping[str, Any], bound: Callable[[], None]) -> NoReturn:
-    """Is a kernel. `order` gives its "connection_file", "cwd" and "environment"; it calls `bound` when it listens."""
+    """Runs a kernel with the "connection_file", "cwd" and "environment" of `order`; calls `bound` once it listens."""
     gc.disable()
-    _become_a_process_of_its_own(order)
-    app = KernelApp.instance(connection_file=order["connection_file"], parent_handle=NOBODY)
-    app.ready_shell, app.bound = _shell, bound
+    _reset_process(order)
+    app = KernelApp.instance(connection_file=order["connection_file"], parent_handle=NO_PARENT_POLL)
+    app.ready_shell, app.on_bound = _shell, bound
     status = 0
     try:
         app.initialize([])
         gc.enable()
         app.start()
-    except SystemExit as wish:
-        status = wish.code if isinstance(wish.code, int) else int(wish.code is not None)
-    # As at the end of every program, but for frames of the zygote's below this one.
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    # The steps of the interpreter's own exit, which cannot run because the zygote's frames are below this one.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     with contextlib.suppress(Exception):
@@ -307,8 +312,8 @@ def run(order: Mapping[str, Any], bound: Callable[[], None]) -> NoReturn:
     os._exit(status)
 
 
-def _become_a_process_of_its_own(order: Mapping[str, Any]) -> None:
-    """Undoes what this process is by having been the server: what a new Python would not have."""
+def _reset_process(order: Mapping[str, Any]) -> None:
+    """Gives this process the state of a newly started Python, in place of the state that the server has set."""
     for number in range(1, signal.NSIG):
         if number not in (signal.SIGKILL, signal.SIGSTOP):
             with contextlib.suppress(OSError, ValueError):
@@ -326,18 +331,18 @@ def _become_a_process_of_its_own(order: Mapping[str, Any]) -> None:
     os.close(null)
     make_room_for_descriptors(DESCRIPTORS)
     entropy.reseed()
-    _forget_instances()
-    _leave_logging()
+    _clear_instances()
+    _reset_logging()
     asyncio.set_event_loop(asyncio.new_event_loop())
-    # Packages that the server does without: notebook.py.
+    # The server blocks the import of packages that it does not need: notebook_server.py.
     for name in [name for name, module in sys.modules.items() if module is None]:
         del sys.modules[name]
     sys.argv[:] = ["ipykernel_launcher", "-f", order["connection_file"]]
     _extend_path()
 
 
-def _leave_logging() -> None:
-    """Takes away what the server's loggers do with what is logged."""
+def _reset_logging() -> None:
+    """Removes the handlers, levels and parents that the server has set in loggers."""
     for name, logger in logging.root.manager.loggerDict.items():
         if isinstance(logger, logging.Logger):
             logger.name = name
@@ -351,16 +356,16 @@ def _leave_logging() -> None:
 
 
 def _extend_path() -> None:
-    """The user's own packages, and the kernel's directory, where a new Python would look for them.
+    """Adds the user's site-packages and the working directory to sys.path, as in a newly started Python.
 
-    The server is started so that it looks at neither; ipykernel would then not add the latter.
+    The server runs with `python3 -I`, which excludes both; ipykernel does not add the working directory then.
     """
     import site
 
-    mine = site.getusersitepackages()
+    user_site = site.getusersitepackages()
     packages = ("site-packages", "dist-packages")
-    first = next((place for place, path in enumerate(sys.path) if path.endswith(packages)), len(sys.path))
-    if mine not in sys.path and os.path.isdir(mine):
-        sys.path.insert(first, mine)
+    first = next((index for index, path in enumerate(sys.path) if path.endswith(packages)), len(sys.path))
+    if user_site not in sys.path and os.path.isdir(user_site):
+        sys.path.insert(first, user_site)
     if "" not in sys.path and not os.environ.get("PYTHONSAFEPATH"):
         sys.path.insert(first, "")

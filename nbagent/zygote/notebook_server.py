@@ -1,13 +1,13 @@
-"""The notebook server of a slot: JupyterLab on a socket it is handed, with a token nobody sees.
+"""The notebook server of a slot: JupyterLab on an inherited socket.
 
-Runs inside an image, as the slot's user, under the image's own Python; started by exec (`cold`) or
-forked when all is initialised (`zygote`). It finds, by number: LISTEN_FD, a bound and listening unix
-socket; ACTIVITY_FD, the activity page; CONFIG_FD, a file of JSON {"base_url": str, "token": str}.
-Neither the command line nor the environment holds the token, and the configuration is closed before
-any code of the user runs.
+Runs inside an image, as the slot's user, under the image's own Python; started by exec (`exec_main`) or
+forked from an initialised server (`zygote`). It inherits three descriptors: LISTEN_FD, a listening unix socket;
+ACTIVITY_FD, the activity page; CONFIG_FD, a file of JSON {"base_url": str, "token": str}. The token is neither in the
+command line nor in the environment, and CONFIG_FD is closed before any code of the user runs, so that no code of the
+user can read it there.
 
-What it adds to a stock JupyterLab: the activity page is written when a person or a kernel acts
-(a browser tab that only polls is not acting), and kernels die before the server when memory ends.
+Two things differ from a stock JupyterLab. The activity page is written when a user or a kernel is active (the polling
+of an idle browser tab does not count). And the kernel's OOM killer takes notebook kernels before the server.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import socket
 import sys
 from typing import Any, Callable, Dict, Optional, Set
 
-# jsonschema imports it if it is there, to check the formats iri and iri-reference, which no schema of
-# the server uses; it compiles a grammar on import, two thirds of a start's processor time and 15 MiB.
-# jsonschema then does not check these formats. Kernels are processes of their own and not concerned.
+# jsonschema imports this package where it is installed, to check the formats iri and iri-reference, which no schema of
+# the server uses. On import it compiles a grammar, which takes two thirds of a start's processor time and 15 MiB.
+# Without it jsonschema skips these formats. Kernels can import it, because a forked kernel removes the entry.
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 from jupyter_client import manager
@@ -46,23 +46,23 @@ from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
 from nbagent.zygote import provisioner
 
-# Of 0 to 1000: the kernel's OOM killer takes a notebook's kernel long before its server.
+# From 0 to 1000; makes the Linux OOM killer select a notebook's kernel before its server.
 KERNEL_OOM_SCORE_ADJ = 500
-# A server with a kernel has 30, and 15 more for each other one.
+# A server with one kernel has 30 descriptors, and 15 more for each further kernel.
 DESCRIPTORS = 256
-# What a page does by itself is read; what a person does writes.
+# Requests by these methods count as activity. JupyterLab polls by GET only.
 ACTING_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
 
-class _Prompt:
-    """The module asyncio for those who wait for kernels by sleeping: nobody sleeps through what he waits for.
+class _WakeableAsyncio:
+    """A stand-in for the module asyncio in Jupyter's modules that poll kernels; a state change ends their sleep early.
 
     jupyter_client sleeps 10 ms after each start and each end of a kernel, "to ensure tests can capture the state before
-    done" (in_pending_state); jupyter_server looks every 50 ms whether a kernel has left its first state (nudge).
+    done" (in_pending_state); jupyter_server polls every 50 ms whether a kernel has left its first state (nudge).
     """
 
     def __init__(self) -> None:
-        self._asleep: Set[asyncio.Future[None]] = set()
+        self._sleepers: Set[asyncio.Future[None]] = set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(asyncio, name)
@@ -70,30 +70,30 @@ class _Prompt:
     async def sleep(self, delay: float, result: Any = None) -> Any:
         if delay <= 0.01:
             return await asyncio.sleep(0, result)
-        change = asyncio.get_running_loop().create_future()
-        self._asleep.add(change)
+        woken = asyncio.get_running_loop().create_future()
+        self._sleepers.add(woken)
         try:
-            await asyncio.wait([change], timeout=delay)
+            await asyncio.wait([woken], timeout=delay)
         finally:
-            self._asleep.discard(change)
+            self._sleepers.discard(woken)
         return result
 
     def wake(self) -> None:
-        """Something about a kernel has changed."""
-        for change in self._asleep:
-            if not change.done():
-                change.set_result(None)
+        """Ends all sleeps; called when the state of a kernel has changed."""
+        for woken in self._sleepers:
+            if not woken.done():
+                woken.set_result(None)
 
 
-_prompt = _Prompt()
-manager.asyncio = channels.asyncio = _prompt
+_wakeable = _WakeableAsyncio()
+manager.asyncio = channels.asyncio = _wakeable
 
 
 class SlotIdentityProvider(PasswordIdentityProvider):
-    """Knows a browser again by a cookie that is this slot's alone.
+    """Uses a login cookie whose name contains the slot's id, because the router passes only such a cookie on.
 
-    The router passes no other login on. Where the slot has an origin of its own, by TLS, the
-    cookie's name begins with __Host-, and browsers then let nobody but this origin set it.
+    Where the slot has an origin of its own, with TLS, the name begins with __Host-, so that browsers accept the cookie
+    from this origin only.
     """
 
     def get_cookie_name(self, handler: Any) -> str:
@@ -115,26 +115,26 @@ def _has_own_origin(handler: Any) -> bool:
 
 
 class SlotKernelManager(ServerKernelManager):
-    """A kernel whose acts are noted on the activity page."""
+    """A kernel manager that writes the kernel's activity to the activity page."""
 
-    # jupyter_server 2.21 lists a kernel before it has set this, a trait without a default, and
-    # answers 500 to a page that asks for the list just then.
+    # jupyter_server 2.21 lists a kernel before it has set this trait, which has no default; a request for the list of
+    # kernels fails with status 500 then.
     @default("last_activity")
-    def _starts_now(self) -> datetime.datetime:
+    def _default_last_activity(self) -> datetime.datetime:
         return datetime.datetime.now(datetime.timezone.utc)
 
     @observe("execution_state", "last_activity")
-    def _acted(self, _change: Any) -> None:
-        _prompt.wake()
+    def _write_activity(self, _change: Any) -> None:
+        _wakeable.wake()
         activity.write(ACTIVITY_FD, _busy(self.parent))
 
-    # What jupyter_client calls after a start and after a restart, its own after an OOM kill included.
+    # jupyter_client calls this after each start and restart, its automatic restart after an OOM kill included.
     async def _async_post_start_kernel(self, **kwargs: Any) -> None:
         await super()._async_post_start_kernel(**kwargs)
         if pid := getattr(self.provisioner, "pid", None):
-            # It may have ended by now.
-            gone = (ProcessLookupError, FileNotFoundError)
-            with contextlib.suppress(*gone), open(f"/proc/{pid}/oom_score_adj", "w") as file:
+            # Raised if the kernel has ended meanwhile.
+            ended = (ProcessLookupError, FileNotFoundError)
+            with contextlib.suppress(*ended), open(f"/proc/{pid}/oom_score_adj", "w") as file:
                 file.write(str(KERNEL_OOM_SCORE_ADJ))
 
     async def shutdown_kernel(self, *args: Any, **kwargs: Any) -> Any:
@@ -144,13 +144,13 @@ class SlotKernelManager(ServerKernelManager):
 
 
 def _busy(kernels: Any) -> int:
-    """How many kernels of a MappingKernelManager are busy."""
+    """The number of busy kernels of a MappingKernelManager."""
     managers = (kernels.get_kernel(kernel_id) for kernel_id in kernels.list_kernel_ids())
     return sum(getattr(manager, "execution_state", None) == "busy" for manager in managers)
 
 
 def _note_requests(server: Any) -> None:
-    """Makes a request that changes something, or input to a terminal, count as an act."""
+    """Writes the activity page on each request by one of ACTING_METHODS and on each message to a terminal."""
     log_request = server.web_app.settings["log_function"]
 
     def note_and_log(handler: Any) -> None:
@@ -173,7 +173,7 @@ def _note_requests(server: Any) -> None:
 
 
 def _keep_out_of_log(log: logging.Logger, settings: Dict[str, Any]) -> None:
-    """Hides the token in what the server logs: tornado writes the whole address of a request that failed."""
+    """Replaces the token in the server's log entries, because tornado logs the URL of a failed request."""
     def hide(record: logging.LogRecord) -> bool:
         record.msg, record.args = record.getMessage().replace(settings["token"], "..."), None
         return True
@@ -183,11 +183,11 @@ def _keep_out_of_log(log: logging.Logger, settings: Dict[str, Any]) -> None:
 
 
 def configuration(base_url: str, token: str) -> Config:
-    """The traits of a slot's server."""
+    """The server's configuration as traits."""
     config = Config()
     server = config.ServerApp
     server.base_url = base_url
-    server.allow_remote_access = True  # a unix socket is no loopback address to it, so any Host is
+    server.allow_remote_access = True  # otherwise a request with a public Host header gets status 403
     server.trust_xheaders = True
     server.open_browser = False
     server.quit_button = False
@@ -204,17 +204,17 @@ def configuration(base_url: str, token: str) -> Config:
 
 
 def read_settings(fd: int) -> Dict[str, str]:
-    """The configuration of the slot, after which its descriptor is closed."""
+    """Reads the slot's configuration and closes the descriptor."""
     with open(fd) as file:
         return dict(json.load(file))
 
 
 def initialise(base_url: str, token: str) -> Any:
-    """A ServerApp that is ready to serve, with an event loop that does not run."""
+    """An initialised ServerApp, whose event loop does not run yet."""
     server = LabApp.make_serverapp(
         jpserver_extensions={"jupyterlab": True}, config=configuration(base_url, token)
     )
-    # Both would write the token to a file, for nobody to read.
+    # Both write the token to a file that nothing in a slot needs.
     server.write_server_info_file = lambda: None
     server.write_browser_open_files = lambda: None
     server.initialize([], starter_extension=LabApp.name, new_httpserver=False)
@@ -223,28 +223,28 @@ def initialise(base_url: str, token: str) -> Any:
     return server
 
 
-def put_loop_away(server: Any) -> None:
-    """Closes the event loop that a server was initialised with, before a fork: loops have descriptors."""
+def close_loop(server: Any) -> None:
+    """Closes the server's event loop before a fork, because forked processes would share its descriptors."""
     server.io_loop.close()
     asyncio.set_event_loop(None)
 
 
-def serve(server: Any, application: Any, serving: Callable[[], None] = lambda: None) -> None:
-    """Serves `application`, all requests of the slot's socket, until SIGTERM; calls `serving` when its loop turns."""
+def serve(server: Any, application: Any, on_serving: Callable[[], None] = lambda: None) -> None:
+    """Serves `application` on LISTEN_FD until SIGTERM; calls `on_serving` when the event loop runs."""
     listener = socket.socket(fileno=LISTEN_FD)
     make_room_for_descriptors(DESCRIPTORS)
-    listener.setblocking(False)  # tornado accepts until there is nobody left to accept
+    listener.setblocking(False)  # tornado accepts connections until EAGAIN
     server._http_server = _http_server(server, application)
     server._http_server.add_socket(listener)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # What is there now stays, and need not be looked at by every full collection to come.
+    # Full collections need not traverse the objects that exist now, because these stay.
     gc.freeze()
     gc.enable()
-    # What it says when it starts, addresses that are none of a slot's, says nothing to anybody.
+    # The URLs that the server logs when it starts do not exist in a slot, so its log level is raised meanwhile.
     level = server.log.level
     server.log.setLevel(logging.WARNING)
     server.io_loop.add_callback(server.log.setLevel, level)
-    server.io_loop.add_callback(serving)
+    server.io_loop.add_callback(on_serving)
     server.start()
 
 
@@ -254,32 +254,32 @@ def _http_server(server: Any, application: Any) -> HTTPServer:
     )
 
 
-class Renamed(Router):
-    """An application that was made for one address and is served at another.
+class RebasedRouter(Router):
+    """Serves an application initialised with `initial_base_url` below `base_url`.
 
-    Only the choice of the handler is made by the former; the handler has the request as it came.
+    The path is replaced only while the application selects a handler; the handler gets the original request.
     """
 
-    def __init__(self, application: Any, made_for: str, base_url: str) -> None:
-        self.application, self.made_for, self.base_url = application, made_for, base_url
+    def __init__(self, application: Any, initial_base_url: str, base_url: str) -> None:
+        self.application, self.initial_base_url, self.base_url = application, initial_base_url, base_url
 
     def find_handler(self, request: HTTPServerRequest, **kwargs: Any) -> Optional[HTTPMessageDelegate]:
-        asked = request.path
-        if not (asked + "/").startswith(self.base_url):
+        path = request.path
+        if not (path + "/").startswith(self.base_url):
             return None
-        request.path = self.made_for + asked[len(self.base_url):]
+        request.path = self.initial_base_url + path[len(self.base_url):]
         try:
-            found: Optional[HTTPMessageDelegate] = self.application.find_handler(request, **kwargs)
-            return found
+            handler: Optional[HTTPMessageDelegate] = self.application.find_handler(request, **kwargs)
+            return handler
         finally:
-            request.path = asked
+            request.path = path
 
 
-def adopt(server: Any, made_for: str, base_url: str) -> Renamed:
-    """What a forked server serves: nothing in it is another's, and it has a loop of its own."""
+def reinitialise(server: Any, initial_base_url: str, base_url: str) -> RebasedRouter:
+    """Gives a forked server its own event loop, cookie secret and times; returns the application to serve."""
     asyncio.set_event_loop(asyncio.new_event_loop())
     server.io_loop = IOLoop.current()
     settings = server.web_app.settings
     server.cookie_secret = settings["cookie_secret"] = os.urandom(32)
     settings["started"] = settings["last_activity"] = datetime.datetime.now(datetime.timezone.utc)
-    return Renamed(server.web_app, made_for, base_url)
+    return RebasedRouter(server.web_app, initial_base_url, base_url)

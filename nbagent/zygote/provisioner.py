@@ -1,12 +1,14 @@
-"""Starts kernels by fork: jupyter_client's KernelProvisioner for a slot that has a seed.
+"""Starts kernels by fork: jupyter_client's KernelProvisioner for a slot that has a fork server.
 
-It is found as any provisioner is, by an entry point. A slot sees the package nbagent without the .dist-info of an
-installation, so `register` tells importlib.metadata of this one distribution; `use` says which seed to ask.
+jupyter_client finds it by an entry point, like any provisioner. A slot sees the package nbagent without the .dist-info
+directory of an installation, so `register` adds this one distribution to importlib.metadata. `use` sets the fork
+server.
 
-It forks what is the ordinary kernel of the server's own Python, by whatever name in its directory, in an environment
-like the server's. Every other kernel starts the ordinary way: another kernelspec or Python; a start with arguments,
-streams or variables that Python reads only when it starts; a package that the user has installed over one that is
-loaded already, which a fork would not see; a seed that has died, or a fork that failed. The latter two are logged.
+It forks a kernel whose command is that of the ordinary Python kernel, run by the server's own Python under any name in
+its directory, and whose environment is like the server's. It starts every other kernel by exec: one of another
+kernelspec or Python; one with arguments, streams or variables that Python reads only when it starts; one that would
+import a package that the user has installed over a loaded one, because a fork would keep the loaded one. It also
+starts a kernel by exec, and logs a warning, when the fork server has ended or the fork failed.
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ from nbagent.zygote.forkserver import ForkFailed
 
 NAME = "nbagent-forkserver"
 GROUP = "jupyter_client.kernel_provisioners"
-# How a program's start is arranged by its environment: the dynamic loader, the C library, Python, thread pools.
+# Variables that are read only when a program starts: by the dynamic loader, the C library, Python and thread pools.
 START_VARIABLES = ("PYTHON", "LD_", "LC_", "LANG", "GLIBC_", "MALLOC_", "OMP_", "OPENBLAS_", "MKL_", "VIRTUAL_ENV")
-# What launch_kernel is given that makes no difference to a fork, or that an order carries.
+# Options of launch_kernel that do not affect a fork, or that the order to the fork server contains.
 LAUNCH_OPTIONS = frozenset({"env", "cwd", "kernel_id", "extra_arguments"})
 
 
-class Source(Protocol):
-    """Where forked kernels come from: a `ForkServerClient`, and in the zygote's rehearsal its understudy."""
+class Forker(Protocol):
+    """Forks kernels: a `ForkServerClient`, or during the zygote's warm-up a `warmup.FakeForkServer`."""
 
-    exclusive: bool  # whether a kernel that it cannot fork does not start at all
+    exclusive: bool  # whether a kernel that cannot be forked fails instead of being started by exec
 
     @property
     def alive(self) -> bool: ...
@@ -40,34 +42,34 @@ class Source(Protocol):
     async def fork(self, order: Mapping[str, Any]) -> Any: ...
 
 
-_seed: Optional[Source] = None
+_forkserver: Optional[Forker] = None
 
 
-def use(seed: Optional[Source]) -> None:
-    """Says which seed kernels of this server are forked from; None for none."""
-    global _seed
-    _seed = seed
+def use(forkserver: Optional[Forker]) -> None:
+    """Sets the fork server of this process's kernels; with None all kernels are started by exec."""
+    global _forkserver
+    _forkserver = forkserver
 
 
-class SeedProvisioner(LocalProvisioner):
-    """As LocalProvisioner, but the process may be a fork of the seed's."""
+class ForkServerProvisioner(LocalProvisioner):
+    """A LocalProvisioner whose process may be forked from the fork server."""
 
     async def launch_kernel(self, cmd: List[str], **options: Any) -> Any:
-        """Launches a kernel: by fork when that is the same, else with the command."""
-        global _seed
-        order = _order(cmd, options) if _seed is not None else None
-        if _seed is not None and order is None and _seed.exclusive:
-            raise RuntimeError(f"{cmd} is a kernel that cannot be forked")
-        if _seed is not None and order is not None:
+        """Launches a kernel: by fork where the result is the same, else by exec of `cmd`."""
+        global _forkserver
+        order = _order(cmd, options) if _forkserver is not None else None
+        if _forkserver is not None and order is None and _forkserver.exclusive:
+            raise RuntimeError(f"the kernel {cmd} cannot be forked")
+        if _forkserver is not None and order is not None:
             try:
-                if not _seed.alive:
-                    _seed = None
-                    raise ForkFailed("the seed has died")
-                self.process = process = await _seed.fork(order)
-            except ForkFailed as failed:
-                self.log.warning("Kernel is started the ordinary way: %s", failed)
+                if not _forkserver.alive:
+                    _forkserver = None
+                    raise ForkFailed("the fork server has ended")
+                self.process = process = await _forkserver.fork(order)
+            except ForkFailed as error:
+                self.log.warning("Kernel started by exec instead of fork: %s", error)
             else:
-                # The leader of a session and a group of its own, as launch_kernel makes it.
+                # The kernel leads its own session and process group, as one started by launch_kernel does.
                 self.pid = self.pgid = process.pid
                 self.cwd = options.get("cwd", os.getcwd())
                 await process.bound()
@@ -76,7 +78,7 @@ class SeedProvisioner(LocalProvisioner):
 
 
 def _order(cmd: List[str], options: Dict[str, Any]) -> Optional[Dict[str, Any]]:
-    """What to tell the seed; None when the kernel has to start the ordinary way."""
+    """The order to the fork server for this kernel; None if the kernel has to be started by exec."""
     environment = options.get("env", os.environ)
     ordinary = [word for word in cmd if word != "-Xfrozen_modules=off"]
     if (
@@ -100,7 +102,7 @@ def _order(cmd: List[str], options: Dict[str, Any]) -> Optional[Dict[str, Any]]:
 
 
 def _is_this_python(program: str) -> bool:
-    """Whether it is the server's own Python: the same file in the same directory, by which Python knows a venv."""
+    """Whether `program` is the server's own Python: the same file in the same directory, which determines the venv."""
     try:
         return os.path.dirname(program) == os.path.dirname(sys.executable) and os.path.samefile(program, sys.executable)
     except OSError:
@@ -108,7 +110,7 @@ def _is_this_python(program: str) -> bool:
 
 
 def _shadowed() -> bool:
-    """Whether the user has installed what a new Python would load instead of, or before, what is loaded."""
+    """Whether a new Python would load modules from the user's site-packages at its start or in place of loaded ones."""
     try:
         names = os.listdir(site.getusersitepackages())
     except OSError:
@@ -120,12 +122,12 @@ def _shadowed() -> bool:
 
 
 class _Distribution(Distribution):
-    """The entry point, as an installation of this package would have it in its metadata."""
+    """The metadata of this package with its entry point, as an installation would write it."""
 
     def read_text(self, filename: str) -> Optional[str]:
         return {
             "METADATA": "Metadata-Version: 2.1\nName: nbagent\nVersion: 0\n",
-            "entry_points.txt": f"[{GROUP}]\n{NAME} = {__name__}:{SeedProvisioner.__name__}\n",
+            "entry_points.txt": f"[{GROUP}]\n{NAME} = {__name__}:{ForkServerProvisioner.__name__}\n",
         }.get(filename)
 
     def locate_file(self, path: Any) -> Any:
@@ -133,7 +135,7 @@ class _Distribution(Distribution):
 
 
 class _Finder(DistributionFinder):
-    """Finds no module, and the one distribution."""
+    """Finds the one distribution, and no modules."""
 
     def find_spec(self, *_args: Any) -> None:
         return None
@@ -143,7 +145,7 @@ class _Finder(DistributionFinder):
 
 
 def register() -> None:
-    """Makes the entry point known in this process; again is nothing."""
+    """Makes the entry point known in this process; a second call does nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 

@@ -1,13 +1,13 @@
-"""A notebook's first minutes, played in the zygote before it forks anything.
+"""The zygote's warm-up: a browser session with a notebook, run within the zygote before it forks anything.
 
-What is made when it is first used, and code that CPython specialises as it runs (by writing into it, from the second
-run on), is then there for all who are forked, and not each one's own to make. So everything happens that a browser
-which opens JupyterLab brings about: the server answers its requests, starts a kernel, and carries its messages, in the
-two forms that there are. The kernel runs in the main thread, as kernels do, and the server in another; both are
-the ones that will be forked. In the place of the seed is an understudy, which forks nothing.
+Objects that are created on first use, and code that CPython specialises while running it (by writing into it, from the
+second run on), then exist before the fork and are shared by all forked processes. So the warm-up repeats the requests
+of a browser that opens JupyterLab: pages, the start of a kernel, and messages to it, by both websocket protocols. The
+kernel runs in the main thread, as kernels do, and the server in another one. Both are the objects that will be
+forked. A `FakeForkServer` takes the place of the fork server and hands the kernel to the main thread.
 
-Afterwards there is one thread again, and no event loop, zmq context, connection or file of this. How long it may take
-is the supervisor's affair, which knows whether anybody waits for it.
+Afterwards the process has one thread, and no event loop, zmq context, connection or file of the warm-up. The supervisor
+bounds the duration, because only it has the start's deadline.
 
 Runs under the image's own Python, 3.9 and up.
 """
@@ -37,18 +37,19 @@ from tornado.websocket import websocket_connect
 
 from nbagent.zygote import provisioner
 
-# Of two runs each, one by either protocol. The first run of a piece of code counts, the second specialises it, and
-# what that calls is specialised only in the third.
+# Warm-ups after the code was moved (memory/code_layout.py), each with one session by either protocol. CPython counts
+# the first run of a code object and specialises it in the second; the code that it calls is specialised in the third.
 ROUNDS = 2
+# Subprotocols of the kernel websocket: "" is the older one, with JSON messages.
 PROTOCOLS = ("", "v1.kernel.websocket.jupyter.org")
 
-# What JupyterLab asks for when it opens.
+# The requests of JupyterLab when it opens.
 PAGES = (
     "api", "lab", "api/contents?content=1", "api/kernelspecs", "api/me", "api/status", "api/kernels", "api/sessions",
     "api/terminals", "lab/api/settings", "lab/api/workspaces/default", "lab/api/translations",
     "api/contents/none.ipynb",
 )
-# What it says to a kernel.
+# The messages of JupyterLab to a kernel.
 MESSAGES: Tuple[Tuple[str, Dict[str, Any]], ...] = (
     ("kernel_info_request", {}),
     *(
@@ -67,81 +68,82 @@ MESSAGES: Tuple[Tuple[str, Dict[str, Any]], ...] = (
     ("history_request", {"hist_access_type": "tail", "n": 1, "raw": True, "output": False}),
 )
 
-# Is a kernel with this connection file until it is shut down, or the function that it gives away is called from any
-# thread; calls the second when it listens.
-Perform = Callable[[str, Callable[[], None], Callable[[Callable[[], None]], None]], None]
+# Runs a kernel in the calling thread until it is shut down or stopped. Arguments: the connection file; a function to
+# call when the kernel listens; a function to call with another one, which stops the kernel from any thread.
+RunKernel = Callable[[str, Callable[[], None], Callable[[Callable[[], None]], None]], None]
 
 
-def warm_up(server: Any, perform: Perform) -> None:
-    """One round, from the first request to the end of the kernels. Raises RuntimeError when something went wrong."""
-    logging.disable()  # errors are a part of the warm_up
+def warm_up(server: Any, run_kernel: RunKernel) -> None:
+    """Runs one session by each protocol, from the first request to the end of the kernel. Raises RuntimeError."""
+    logging.disable()  # some requests and cells fail on purpose
     try:
         for protocol in PROTOCOLS:
-            _round(server, perform, protocol)
-        gc.collect()  # tasks that nobody waited for say so in the end
+            _run_session(server, run_kernel, protocol)
+        # While logging is disabled, because asyncio logs unretrieved exceptions when it destroys their tasks.
+        gc.collect()
     finally:
         logging.disable(logging.NOTSET)
 
 
-def _round(server: Any, perform: Perform, protocol: str) -> None:
-    understudy, failures = FakeForkServer(), []  # type: FakeForkServer, List[BaseException]
+def _run_session(server: Any, run_kernel: RunKernel, protocol: str) -> None:
+    forkserver, failures = FakeForkServer(), []  # type: FakeForkServer, List[BaseException]
 
-    def client() -> None:
+    def run_server() -> None:
         try:
-            asyncio.run(_watch(server, protocol))
+            asyncio.run(_serve_session(server, protocol))
         except BaseException as error:
             failures.append(error)
         finally:
-            understudy.dismiss()
+            forkserver.close()
 
-    provisioner.use(understudy)
-    thread = threading.Thread(target=client)
+    provisioner.use(forkserver)
+    thread = threading.Thread(target=run_server)
     thread.start()
     try:
-        if (ordered := understudy.ordered.get()) is not None:
-            # In a context of its own, or what the kernel sets in this one would outlive it.
-            contextvars.copy_context().run(perform, ordered, understudy.listens, understudy.can_be_ended_by)
+        if (connection_file := forkserver.orders.get()) is not None:
+            # In a copied context, because variables that the kernel sets in this one would outlive the kernel.
+            contextvars.copy_context().run(run_kernel, connection_file, forkserver.set_bound, forkserver.set_stop)
     finally:
-        understudy.ended.set()
+        forkserver.ended.set()
         thread.join()
         provisioner.use(None)
     if failures:
-        raise RuntimeError("the notebook could not be rehearsed") from failures[0]
+        raise RuntimeError(f"the zygote's warm-up failed: {failures[0]!r}") from failures[0]
 
 
 class FakeForkServer:
-    """What a `ForkServerClient` is to the provisioner, and its one kernel: none that is a process."""
+    """Stands for a `ForkServerClient` and for the kernel that it forks, which runs in this process."""
 
     alive = exclusive = True
-    pid = 0  # nobody's, so nobody is sent a signal or looked up in /proc
+    pid = 0  # so that the server sends no signal and opens no file in /proc
     returncode: Optional[int] = None
     stdin = stdout = stderr = None
 
     def __init__(self) -> None:
-        # A connection file; None when nobody will order a kernel any more.
-        self.ordered: queue.Queue[Optional[str]] = queue.Queue()
+        # Connection files of kernels; None ends the queue.
+        self.orders: queue.Queue[Optional[str]] = queue.Queue()
         self.ended = threading.Event()
-        self._listens = threading.Event()
-        self._end: Callable[[], None] = lambda: None
+        self._bound = threading.Event()
+        self._stop: Callable[[], None] = lambda: None
 
     async def fork(self, order: Mapping[str, Any]) -> FakeForkServer:
-        self.ordered.put(order["connection_file"])
+        self.orders.put(order["connection_file"])
         return self
 
     async def bound(self) -> None:
-        while not self._listens.is_set() and not self.ended.is_set():
+        while not self._bound.is_set() and not self.ended.is_set():
             await asyncio.sleep(0.001)
 
-    def listens(self) -> None:
-        self._listens.set()
+    def set_bound(self) -> None:
+        self._bound.set()
 
-    def can_be_ended_by(self, end: Callable[[], None]) -> None:
-        self._end = end
+    def set_stop(self, stop: Callable[[], None]) -> None:
+        self._stop = stop
 
-    def dismiss(self) -> None:
-        """Ends the kernel, if there is one and it has not ended."""
-        self.ordered.put(None)
-        self._end()
+    def close(self) -> None:
+        """Stops the kernel, unless it has ended, and accepts no further order."""
+        self.orders.put(None)
+        self._stop()
 
     def poll(self) -> Optional[int]:
         self.returncode = 0 if self.ended.is_set() else None
@@ -152,17 +154,17 @@ class FakeForkServer:
         return 0
 
     def send_signal(self, _number: int) -> None:
-        self._end()
+        self._stop()
 
     def terminate(self) -> None:
-        self._end()
+        self._stop()
 
     def kill(self) -> None:
-        self._end()
+        self._stop()
 
 
 class _UnixResolver(Resolver):
-    """Any name leads to one unix socket."""
+    """Resolves any name to one unix socket."""
 
     def initialize(self, path: str) -> None:
         self.path = path
@@ -171,8 +173,8 @@ class _UnixResolver(Resolver):
         return [(int(socket.AF_UNIX), self.path)]
 
 
-async def _watch(server: Any, protocol: str) -> None:
-    """Serves, and asks for all of it."""
+async def _serve_session(server: Any, protocol: str) -> None:
+    """Serves the server's application on a temporary socket for the duration of one session."""
     with tempfile.TemporaryDirectory() as directory, socket.socket(socket.AF_UNIX) as listener:
         path = f"{directory}/http.sock"
         listener.bind(path)
@@ -181,20 +183,20 @@ async def _watch(server: Any, protocol: str) -> None:
         http = HTTPServer(server.web_app, xheaders=True)
         http.add_socket(listener)
         try:
-            await _visit(server, path, protocol)
+            await _use_notebook(server, path, protocol)
         finally:
             http.stop()
             await http.close_all_connections()
-            await _tidy(server)
+            await _release(server)
 
 
-async def _visit(server: Any, path: str, protocol: str) -> None:
+async def _use_notebook(server: Any, path: str, protocol: str) -> None:
     for page in PAGES:
         await _request(server, path, "GET", page)
-    wanted = {"path": "rehearsal.ipynb", "name": "rehearsal.ipynb", "type": "notebook", "kernel": {"name": "python3"}}
-    session = json.loads(await _request(server, path, "POST", "api/sessions", json.dumps(wanted).encode()))
+    notebook = {"path": "warmup.ipynb", "name": "warmup.ipynb", "type": "notebook", "kernel": {"name": "python3"}}
+    session = json.loads(await _request(server, path, "POST", "api/sessions", json.dumps(notebook).encode()))
     if "kernel" not in session:
-        return  # an image may have no such kernel, or one of another Python; its server is rehearsed all the same
+        return  # the image has no such kernel, or one of another Python, which cannot be forked
     kernel_id = session["kernel"]["id"]
     url = f"ws://localhost{server.base_url}api/kernels/{kernel_id}/channels?session_id={uuid.uuid4()}"
     connection = await websocket_connect(
@@ -202,7 +204,7 @@ async def _visit(server: Any, path: str, protocol: str) -> None:
         subprotocols=[protocol] if protocol else None,
     )
     for kind, content in MESSAGES:
-        await _ask(connection, kind, content, protocol)
+        await _send_message(connection, kind, content, protocol)
     connection.close()
     for page in ("api/kernels", "api/sessions", f"api/kernels/{kernel_id}"):
         await _request(server, path, "GET", page)
@@ -214,21 +216,21 @@ def _headers(server: Any) -> Dict[str, str]:
 
 
 async def _request(server: Any, path: str, method: str, page: str, body: bytes = b"") -> bytes:
-    """The body of what is answered, whatever the status."""
+    """The body of the response, for any status."""
     reader, writer = await asyncio.open_unix_connection(path)
-    said = {"Host": "localhost", "Connection": "close", "Content-Length": str(len(body)), **_headers(server)}
-    head = "".join(f"{name}: {value}\r\n" for name, value in said.items())
+    headers = {"Host": "localhost", "Connection": "close", "Content-Length": str(len(body)), **_headers(server)}
+    head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     writer.write(f"{method} {server.base_url}{page} HTTP/1.1\r\n{head}\r\n".encode() + body)
-    answer = await reader.read()
+    response = await reader.read()
     writer.close()
     await writer.wait_closed()
-    return answer.partition(b"\r\n\r\n")[2]
+    return response.partition(b"\r\n\r\n")[2]
 
 
-async def _ask(connection: Any, kind: str, content: Dict[str, Any], protocol: str) -> None:
-    """Sends a message to the kernel, and reads what comes until the kernel has replied and is idle again."""
-    sent = uuid.uuid4().hex
-    header = {"msg_id": sent, "msg_type": kind, "username": "", "session": "", "version": "5.4", "date": ""}
+async def _send_message(connection: Any, kind: str, content: Dict[str, Any], protocol: str) -> None:
+    """Sends a message to the kernel, and reads messages until the kernel has replied and is idle again."""
+    message_id = uuid.uuid4().hex
+    header = {"msg_id": message_id, "msg_type": kind, "username": "", "session": "", "version": "5.4", "date": ""}
     message: Dict[str, Any] = {"header": header, "parent_header": {}, "metadata": {}, "content": content}
     if protocol:
         packed = serialize_msg_to_ws_v1(message, "shell", lambda part: json.dumps(part).encode())
@@ -237,25 +239,27 @@ async def _ask(connection: Any, kind: str, content: Dict[str, Any], protocol: st
     await connection.write_message(packed, binary=bool(protocol))
     awaited = {kind.replace("_request", "_reply"), "idle"}
     while awaited:
-        said = await connection.read_message()
-        if said is None:
+        received = await connection.read_message()
+        if received is None:
             raise ConnectionError(f"the websocket was closed after {kind} {content}")
-        if isinstance(said, bytes):
-            _channel, (header, parent, _metadata, body) = deserialize_msg_from_ws_v1(said)
+        if isinstance(received, bytes):
+            _channel, (header, parent, _metadata, body) = deserialize_msg_from_ws_v1(received)
             header, parent, body = json.loads(header), json.loads(parent), json.loads(body)
         else:
-            whole = json.loads(said)
-            header, parent, body = whole["header"], whole["parent_header"], whole["content"]
-        if parent.get("msg_id") == sent:
+            document = json.loads(received)
+            header, parent, body = document["header"], document["parent_header"], document["content"]
+        if parent.get("msg_id") == message_id:
             awaited -= {header["msg_type"], body.get("execution_state", "")}
 
 
-async def _tidy(server: Any) -> None:
-    """Takes back what the server holds of this: the zmq context, the sessions' database, threads."""
+async def _release(server: Any) -> None:
+    """Releases what the server has acquired in the session: kernels, zmq context, sessions' database, threads."""
     kernels, sessions = server.kernel_manager, server.session_manager
     with contextlib.suppress(Exception):
-        await _maybe(kernels.shutdown_all(now=True))
-    # Both are made again when somebody needs them.
+        # A coroutine or not, by the kind of kernel manager that the image configures.
+        if isinstance(shutdown := kernels.shutdown_all(now=True), Awaitable):
+            await shutdown
+    # The server recreates the context and the database connection on their next use.
     if "context" in kernels._trait_values:
         kernels.context.destroy(linger=0)
         del kernels._trait_values["context"]
@@ -263,12 +267,7 @@ async def _tidy(server: Any) -> None:
         sessions.close()
         sessions._connection.close()
         sessions._connection = None
-    # A cache that keeps every handler that ever answered with a page, and with it its request and connection.
+    # This cache refers to every handler that has served a page, and so to its request and connection.
     with contextlib.suppress(AttributeError):
         LabHandler.get_page_config.cache_clear()
     await asyncio.get_running_loop().shutdown_default_executor()
-
-
-async def _maybe(result: Any) -> None:
-    if isinstance(result, Awaitable):
-        await result

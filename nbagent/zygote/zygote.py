@@ -1,6 +1,6 @@
 """The zygote: a notebook server that is initialised up to its listening socket, and forks slots.
 
-    python3 -I zygote.py
+    python3 -I zygote.py [--private-memory]
 
 Runs inside an image, under the image's own Python, in a root of its own, as root of the image's user namespace
 with the few capabilities that a fork of a slot takes (nbagent.sandbox.plan). Over the channel at CONTROL_FD it
@@ -27,10 +27,10 @@ from typing import Any, Dict, List, Mapping, NoReturn, Tuple, cast
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
 gc.disable()
 
-from nbagent.zygote.memory import snapshot
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, share_memory
 
-# Before the imports whose memory is to be in the snapshot.
-snapshot.begin()
+# Before the imports below, so that the modules they load are in the shared memory.
+memory = share_memory(PRIVATE_MEMORY_OPTION not in sys.argv)
 
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
@@ -41,7 +41,6 @@ from nbagent.wire import fields
 from nbagent.wire.channel import Channel, Message, report_failure
 from nbagent.wire.failure import Failure
 from nbagent.zygote import entropy, forkserver, kernel, notebook_server, provisioner
-from nbagent.zygote.memory import heap_fill, immortal
 
 CONTROL_FD = LISTEN_FD
 # Placeholders of the same form as a slot's own values, so that values derived from them have the right form too.
@@ -90,17 +89,15 @@ class Zygote:
     def __init__(self, control: Channel, nowhere: int, preload: List[str]) -> None:
         self.control, self.nowhere = control, nowhere
         self.server = notebook_server.initialise(BASE_URL, TOKEN)
-        kernel.prepare(self.server, preload)
-        notebook_server.put_loop_away(self.server)
-        entropy.find()
+        kernel.prepare(self.server, memory, preload)
+        notebook_server.close_loop(self.server)
+        entropy.find_generators()
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
         entropy.reseed()
         gc.collect()
         self.places = PlaceholderSubstitution(BASE_URL, TOKEN)
         self.fds = _open_fds()
-        immortal.freeze()
-        heap_fill.fill()
-        snapshot.settle()
+        memory.freeze()
 
     def serve(self) -> None:
         """Forks on request, until the zygote service closes the channel."""
@@ -178,7 +175,7 @@ class Zygote:
         os.environ.update(cast(Dict[str, str], fields.mapping(slot, "environment")))
         settings = notebook_server.read_settings(config_fd)
         self.places.fill(settings["base_url"], settings["token"])
-        application = notebook_server.adopt(self.server, BASE_URL, settings["base_url"])
+        application = notebook_server.reinitialise(self.server, BASE_URL, settings["base_url"])
         _enter(slot, init, print_fd, [listen_fd, activity_fd])
         init.close()
         # The change of user has cleared it. As after an exec, the user may read this process's /proc and debug it.

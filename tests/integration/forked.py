@@ -1,7 +1,7 @@
-"""Slots forked in the image minimal, without an agent: the zygote's kernels alone, near enough to look into.
+"""Slots forked in the image minimal without an agent, for tests of the zygote's kernels alone.
 
-The image is unpacked from its package, once in a run; a program of tests/integration/forked_slot.py runs in it in
-mount, pid and network namespaces of its own, over a layer that is gone with them.
+The image is unpacked from its package, once in a test run. A program of tests/ runs in it, for example
+tests/integration/forked_slot.py, with mount, pid and network namespaces of its own and a temporary overlay.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from typing import Any
 import websocket
 
 HERE = Path(__file__).resolve().parent
-PACKAGE = HERE.parent.parent / "nbagent"
+TESTS = HERE.parent
+PACKAGE = TESTS.parent / "nbagent"
+# The directory that contains the package nbagent, as seen within the image.
+PACKAGES = "/run/nbagent/lib"
+FORKED_SLOT = "integration/forked_slot.py"
 START_TIMEOUT_S = 120
 MESSAGE_TIMEOUT_S = 30
 
-# Runs in the namespaces: $1 the image, $2 a directory shared with the test, $3 nbagent, $4 these files; then a command.
+# Runs in the namespaces: $1 the image, $2 a directory shared with the test, $3 nbagent, $4 tests/; then a program of
+# tests/ and its arguments.
 ENTER = """
 set -e
-image=$1 shared=$2 code=$3 here=$4; shift 4
+image=$1 shared=$2 code=$3 tests=$4; shift 4
 over=$shared/over; mkdir -p "$over"; mount -t tmpfs none "$over"; mkdir "$over/up" "$over/work" "$over/root"
 root=$over/root
 mount -t overlay none -o "lowerdir=$image,upperdir=$over/up,workdir=$over/work" "$root"
@@ -39,17 +44,17 @@ mount -t tmpfs -o mode=1777 none "$root/dev/shm"
 mount -t tmpfs -o mode=1777 none "$root/tmp"; mount -t tmpfs none "$root/run"
 mkdir -p "$root/run/nbagent/lib/nbagent" "$root/run/test" "$root/run/shared"
 mount --bind "$code" "$root/run/nbagent/lib/nbagent"
-mount --bind "$here" "$root/run/test"
+mount --bind "$tests" "$root/run/test"
 mount --bind "$shared" "$root/run/shared"
 ip link set lo up
 exec chroot "$root" /usr/bin/env -i HOME=/home/jovyan LANG=C.UTF-8 SHELL=/bin/bash USER=jovyan LOGNAME=jovyan \
     PATH=/home/jovyan/.local/bin:/usr/local/bin:/usr/bin:/bin /usr/bin/python3 -I -X frozen_modules=off \
-    /run/test/forked_slot.py "$@"
+    /run/test/"$@"
 """
 
 
 def unpack(package: Path, into: Path) -> Path:
-    """The tree of an image, out of its package."""
+    """Unpacks the root filesystem of an image from its package."""
     subprocess.run(["dpkg-deb", "-x", str(package), str(into)], check=True)
     (archive,) = into.glob("usr/share/nbagent/images/*.tar.zst")
     tree = into / "tree"
@@ -59,24 +64,27 @@ def unpack(package: Path, into: Path) -> Path:
     return tree
 
 
-def command(tree: Path | str, shared: Path, *words: str) -> list[str]:
-    """The command that runs forked_slot.py in the image, its layers joined by colons; it ends with its parent."""
+def command(tree: Path | str, shared: Path, program: str, *arguments: str) -> list[str]:
+    """A command that runs a Python program of tests/ in the image `tree`, or in layers joined by colons.
+
+    It is killed when its parent process ends.
+    """
     return ["unshare", "--mount", "--pid", "--net", "--fork", "--kill-child", "--propagation", "private",
-            "sh", "-c", ENTER, "sh", str(tree), str(shared), str(PACKAGE), str(HERE), *words]
+            "sh", "-c", ENTER, "sh", str(tree), str(shared), str(PACKAGE), str(TESTS), program, *arguments]
 
 
 @contextlib.contextmanager
-def slots(tree: Path | str, shared: Path, count: int) -> Iterator[list[Slot]]:
-    """That many forked slots; what they printed is in `shared`/log."""
+def slots(tree: Path | str, shared: Path, count: int, *options: str) -> Iterator[list[Slot]]:
+    """`count` forked slots of a zygote with these `options`; their output is in `shared`/log."""
     with (shared / "log").open("wb") as log:
         process = subprocess.Popen(
-            command(tree, shared, "serve", "/run/shared/http.sock", str(count)),
+            command(tree, shared, FORKED_SLOT, "serve", "/run/shared/http.sock", str(count), *options),
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )
     try:
         made = [Slot(shared / f"http.sock.{number}") for number in range(count)]
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not all(slot.answers() for slot in made):
+        while not all(slot.is_ready() for slot in made):
             assert process.poll() is None and time.monotonic() < deadline, (shared / "log").read_text()[-3000:]
             time.sleep(0.1)
         yield made
@@ -106,31 +114,31 @@ def connect(path: Path) -> socket.socket:
 
 
 class Slot:
-    """One slot's server."""
+    """A client of one slot's server."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def answers(self) -> bool:
+    def is_ready(self) -> bool:
         try:
             return bool(self.call("GET", "/api/kernels") == [])
         except OSError:
             return False
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """The JSON that a request answers."""
+        """Sends a request; returns the response's JSON, or its bytes if it is none. Asserts success."""
         with contextlib.closing(_Connection(self.path)) as connection:
-            sent = None if body is None else json.dumps(body)
-            connection.request(method, path, sent, {"Authorization": "token token"})
-            answer = connection.getresponse()
-            said = answer.read()
-        assert answer.status < 300, (answer.status, said)
-        return json.loads(said) if said.startswith((b"{", b"[")) else said
+            document = None if body is None else json.dumps(body)
+            connection.request(method, path, document, {"Authorization": "token token"})
+            response = connection.getresponse()
+            content = response.read()
+        assert response.status < 300, (response.status, content)
+        return json.loads(content) if content.startswith((b"{", b"[")) else content
 
     @contextlib.contextmanager
-    def kernel(self, **wanted: Any) -> Iterator[Kernel]:
+    def kernel(self, **model: Any) -> Iterator[Kernel]:
         """A kernel with an open websocket; shut down afterwards."""
-        kernel = Kernel(self, self.call("POST", "/api/kernels", wanted)["id"])
+        kernel = Kernel(self, self.call("POST", "/api/kernels", model)["id"])
         try:
             yield kernel
         finally:
@@ -139,11 +147,11 @@ class Slot:
 
 
 class Kernel:
-    """One kernel, as a notebook talks to it."""
+    """A websocket client of one kernel."""
 
     def __init__(self, slot: Slot, kernel_id: str) -> None:
-        self.slot, self.id, self.patience_s = slot, kernel_id, MESSAGE_TIMEOUT_S
-        self.passed_over: list[dict[str, Any]] = []
+        self.slot, self.id, self.timeout_s = slot, kernel_id, MESSAGE_TIMEOUT_S
+        self.pending: list[dict[str, Any]] = []
         self.socket = self._open()
 
     def _open(self) -> websocket.WebSocket:
@@ -153,20 +161,20 @@ class Kernel:
         )
 
     def wait_restarted(self) -> None:
-        """Waits until a kernel that restarts takes cells; what is sent to it before that may be lost."""
+        """Waits until a restarting kernel executes cells. Messages sent to it earlier may be lost."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             self.socket.close()
             self.socket = self._open()
-            self.patience_s, self.passed_over = 5, []
+            self.timeout_s, self.pending = 5, []
             with contextlib.suppress(TimeoutError):
                 if self.value("1") == "1":
-                    self.patience_s = MESSAGE_TIMEOUT_S
+                    self.timeout_s = MESSAGE_TIMEOUT_S
                     return
-        raise AssertionError("the kernel did not come back")
+        raise AssertionError(f"the kernel did not restart within {START_TIMEOUT_S} s")
 
     def send(self, kind: str, content: dict[str, Any], channel: str = "shell", parent: Any = None) -> str:
-        """Sends a message; its id."""
+        """Sends a message and returns its id."""
         header = {"msg_id": uuid.uuid4().hex, "msg_type": kind, "username": "", "session": "test", "version": "5.3",
                   "date": ""}
         message = {"header": header, "parent_header": parent or {}, "metadata": {}, "content": content,
@@ -174,36 +182,39 @@ class Kernel:
         self.socket.send(json.dumps(message))
         return header["msg_id"]
 
-    def arriving(self) -> Iterator[dict[str, Any]]:
-        """Messages, first those that an earlier call skipped; raises TimeoutError at the deadline."""
-        deadline = time.monotonic() + self.patience_s
-        while self.passed_over:
-            yield self.passed_over.pop(0)
+    def messages(self) -> Iterator[dict[str, Any]]:
+        """Yields pending and then received messages; raises TimeoutError after `timeout_s`."""
+        deadline = time.monotonic() + self.timeout_s
+        while self.pending:
+            yield self.pending.pop(0)
         while time.monotonic() < deadline:
-            # Shorter than between two pings, each of which begins the time anew.
+            # Shorter than the interval of pings, because each ping restarts the socket's timeout.
             self.socket.settimeout(2)
             with contextlib.suppress(websocket.WebSocketTimeoutException):
                 yield json.loads(self.socket.recv())
-        raise TimeoutError(f"what was waited for did not come in {self.patience_s} s")
+        raise TimeoutError(f"the expected message was not received within {self.timeout_s} s")
 
     def ask(self, kind: str, content: dict[str, Any], channel: str = "shell") -> dict[str, Any]:
-        """Sends a request and gives the content of the reply."""
-        sent = self.send(kind, content, channel)
-        reply = self.first(lambda message: message["parent_header"].get("msg_id") == sent
+        """Sends a request and returns the content of the reply."""
+        request_id = self.send(kind, content, channel)
+        reply = self.first(lambda message: message["parent_header"].get("msg_id") == request_id
                            and message["header"]["msg_type"].endswith("_reply"))
         return dict(reply["content"])
 
     def start(self, code: str, stdin: bool = False) -> str:
-        """Sends a cell."""
+        """Sends a cell for execution and returns the message's id."""
         return self.send("execute_request", {"code": code, "silent": False, "store_history": True,
                                              "user_expressions": {}, "allow_stdin": stdin})
 
-    def finish(self, sent: str, typed: str = "") -> dict[str, Any]:
-        """The result of a cell: "status", "text", "stream", "error", "data"; a request for input gets `typed`."""
+    def finish(self, request_id: str, typed: str = "") -> dict[str, Any]:
+        """Waits for the end of a cell; returns its "status", "text", "stream", "error" and "data".
+
+        An input request is replied to with `typed`.
+        """
         got: dict[str, Any] = {"status": "", "text": "", "stream": "", "error": "", "data": {}, "kinds": []}
         idle = False
-        for message in self.arriving():
-            if message["parent_header"].get("msg_id") != sent:
+        for message in self.messages():
+            if message["parent_header"].get("msg_id") != request_id:
                 continue
             kind, content = message["header"]["msg_type"], message["content"]
             got["kinds"].append(kind)
@@ -239,18 +250,18 @@ class Kernel:
         return self.first(lambda message: message["header"]["msg_type"] == kind
                           and content.items() <= message["content"].items())
 
-    def first(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first message that is `wanted`; those before it stay to be looked at."""
+    def first(self, matches: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The first message that `matches`; the messages before it stay pending."""
         others: list[dict[str, Any]] = []
-        for message in self.arriving():
-            if wanted(message):
-                self.passed_over = others + self.passed_over
+        for message in self.messages():
+            if matches(message):
+                self.pending = others + self.pending
                 return message
             others.append(message)
         raise AssertionError("unreachable")
 
     def everything(self) -> None:
-        """Does one of everything that a notebook does."""
+        """Executes cells and sends requests of every kind, for their lazy imports."""
         for code in (
             "1 + 1", "1 / 0", "a b", "undefined", "zip?", "%pwd", "%who", "%lsmagic", "%%time\nsum(range(10))", "!true",
             "%timeit -n1 -r1 1", "%%bash\ntrue", "x = !echo x", "%config InteractiveShell", "%matplotlib --list",
@@ -274,6 +285,6 @@ class Kernel:
         self.debug("debugInfo")
 
     def debug(self, request: str, **arguments: Any) -> dict[str, Any]:
-        """A request to the debugger, and its answer."""
+        """Sends a request to the debugger and returns its response."""
         return self.ask("debug_request", {"type": "request", "seq": 1, "command": request, "arguments": arguments},
                         "control")

@@ -1,21 +1,28 @@
-"""Runs inside an image, as root of a chroot: a zygote, and one slot's server forked from it, as a zygote makes them.
+"""Runs inside an image, as root of a chroot: a zygote that forks the servers of slots.
 
-    python3 -I -X frozen_modules=off forked_slot.py serve SOCKET COUNT
+    python3 -I -X frozen_modules=off forked_slot.py serve SOCKET COUNT [--private-memory]
     python3 -I -X frozen_modules=off forked_slot.py suite DIRECTORY
 
-`serve` forks COUNT slots, the n-th on the socket SOCKET.n with the token "token"; `suite` forks one that runs
-jupyter_kernel_test, which is in DIRECTORY, instead of a server. Driven by forked.py.
+`serve` forks COUNT slots, number n on the socket SOCKET.n with the token "token". `suite` forks one process that runs
+jupyter_kernel_test from DIRECTORY instead of a server. Started by forked.py.
 """
+
+import sys
+
+sys.path.insert(0, "/run/nbagent/lib")
+
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, share_memory
+
+# Before the imports below, as in zygote.py.
+memory = share_memory(PRIVATE_MEMORY_OPTION not in sys.argv)
 
 import asyncio
 import os
 import socket
-import sys
 import unittest
 
-sys.path.insert(0, "/run/nbagent/lib")
 os.chdir(os.environ["HOME"])
-# Before the server is imported, as notebook.py has it.
+# Before the server is imported, as in notebook_server.py.
 sys.modules["rfc3987_syntax"] = None
 
 from jupyterlab.labapp import LabApp
@@ -26,13 +33,12 @@ from traitlets.config import Config
 
 from nbagent.wire.channel import Channel
 from nbagent.zygote import entropy, forkserver, kernel, provisioner
-from nbagent.zygote.memory import immortal
 
 USER = 1000
 
 
 class Modules(RequestHandler):
-    """The modules that the server has imported, and whether its log, hooks and streams are its own."""
+    """Lists the server's imported modules, and whether its singletons, hooks and streams are intact."""
 
     def get(self):
         self.write({
@@ -129,8 +135,8 @@ def main():
     mode, where = sys.argv[1:3]
     provisioner.register()
     server = initialised()
-    kernel.prepare(server)
-    immortal.freeze()
+    kernel.prepare(server, memory)
+    memory.freeze()
     # The files in a slot's home belong to the slot's user.
     for directory, _folders, files in os.walk(os.environ["HOME"]):
         for name in (directory, *(os.path.join(directory, file) for file in files)):

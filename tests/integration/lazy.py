@@ -1,11 +1,11 @@
-"""What a forked slot and a forked kernel still import when a notebook is worked at: nothing, if the list is right."""
+"""Finds the modules that a forked server and kernel import after the fork: none if modules.json is complete."""
 
 from __future__ import annotations
 
 from forked import Slot
 
 COMMAND = "tests/lazy-modules --write"
-# What JupyterLab asks for when it opens, and what a person does first.
+# The requests of JupyterLab when it opens, and a user's first ones.
 PAGES = (
     "/api", "/lab", "/api/contents?content=1", "/api/contents/Welcome.ipynb?content=1", "/api/kernelspecs", "/api/me",
     "/api/status", "/api/sessions", "/api/terminals", "/lab/api/settings", "/lab/api/workspaces",
@@ -15,12 +15,12 @@ PAGES = (
 
 def imported(slot: Slot) -> dict[str, list[str]]:
     """Modules imported after the fork, by "kernel" and by "server"."""
-    at_first = set(slot.call("GET", "/modules")["modules"])
+    before_use = set(slot.call("GET", "/modules")["modules"])
     for page in PAGES:
         try:
             slot.call("GET", page)
         except AssertionError:
-            continue  # an answer that says no imports as much
+            continue  # a response with an error status imports modules too
     slot.call("PUT", "/api/contents/new.txt", {"type": "file", "format": "text", "content": "x"})
     slot.call("POST", "/api/terminals", {})
     session = slot.call("POST", "/api/sessions", {"path": "a.ipynb", "type": "notebook", "name": "a",
@@ -32,10 +32,10 @@ def imported(slot: Slot) -> dict[str, list[str]]:
         kernel.everything()
         kernel.debug("initialize", clientID="test", adapterID="", pathFormat="path", linesStartAt1=True)
         after = set(eval(kernel.value(loaded)))
-    server = set(slot.call("GET", "/modules")["modules"]) - at_first
-    return {"kernel": wanted(after - before), "server": wanted(server)}
+    server = set(slot.call("GET", "/modules")["modules"]) - before_use
+    return {"kernel": importable(after - before), "server": importable(server)}
 
 
-def wanted(names: set[str]) -> list[str]:
-    """Without what is made at run time, or stands for __main__."""
+def importable(names: set[str]) -> list[str]:
+    """Leaves out modules that are created at run time or stand for __main__."""
     return sorted(name for name in names if not name.startswith(("__", "storemagic")))

@@ -173,7 +173,7 @@ def test_make_down_leaves_nothing(made_up):
     for port in (product.API_PORT, product.ROUTER_PORT):
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", port)) != 0
-    assert "nothing is up" in make("down")
+    assert "no host of make up" in make("down")
 
 
 def processes(file):

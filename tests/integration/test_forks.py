@@ -1,10 +1,13 @@
-"""Slots by fork: who makes them, what they share and what not, and what happens when the zygote does not."""
+"""Slots by fork: what starts them, what they share, and what happens when a zygote fails or is replaced."""
 
 import json
+import shutil
+import subprocess
 
+import forked
 import pytest
 
-# What a slot may not have in common with another of the same zygote; each line is a random one.
+# Random values that must differ between two slots of one zygote.
 STATES = """
 import json, os, random, secrets, ssl, tempfile, uuid
 print(json.dumps([random.random(), random.Random().random(), secrets.token_hex(16), os.urandom(16).hex(),
@@ -19,19 +22,19 @@ def journal_of(agent, **fields):
 
 
 def zygote(agent, image="minimal"):
-    """The unit of an image's zygote that is ready, newest last, or None."""
+    """The unit of the image's newest ready zygote, or None."""
     ready = [e["NBAGENT_ZYGOTE"] for e in journal_of(agent, image=image) if "is ready" in e["MESSAGE"]]
     return f"nbagent-zygote@{ready[-1]}.service" if ready else None
 
 
 def zygotes(agent):
-    """The units of all zygotes, ready or not."""
+    """The units of all zygotes of the image minimal, ready or not."""
     listed = agent.run("systemctl", "list-units", "--plain", "--no-legend", "nbagent-zygote@minimal:*").splitlines()
     return {line.split()[0] for line in listed}
 
 
 def cpu_weight(agent, unit):
-    """What the kernel has as a unit's weight; of version 1's shares 1024 are a weight of 100."""
+    """A unit's CPU weight in its cgroup. Under cgroup v1, cpu.shares of 1024 is a weight of 100."""
     shares = agent.run("cat", f"/sys/fs/cgroup/cpu/nbagent.slice/{unit}/cpu.shares", check=False)
     if shares:
         return round(int(shares) / 10.24)
@@ -39,13 +42,13 @@ def cpu_weight(agent, unit):
 
 
 def is_forked(agent, slot):
-    """Whether the slot's init came from a keeper."""
+    """Whether the slot's init was forked by the zygote service."""
     first = agent.processes(slot)[0]
     return "nbagent.runtime.zygote_service" in agent.run("cat", f"/proc/{first}/cmdline")
 
 
 def server_of(agent, slot):
-    """The process of a slot that serves: the one whose parent is the seed, of the three that there are at first."""
+    """The pid of the slot's notebook server: the one process whose parent, the fork server, is in the slot too."""
     pids = agent.processes(slot)
     parents = {pid: int(agent.run("ps", "-o", "ppid=", "-p", str(pid))) for pid in pids}
     server, = (pid for pid, parent in parents.items() if parent in pids)
@@ -53,7 +56,7 @@ def server_of(agent, slot):
 
 
 def next_slot(agent, seen):
-    """The id of a slot that is warm and was not before."""
+    """Waits for a warm slot whose id is not in `seen`; returns its id."""
     def found():
         return next((slot["slot"] for slot in agent.slots("warm") if slot["slot"] not in seen), None)
 
@@ -62,7 +65,7 @@ def next_slot(agent, seen):
 
 @pytest.fixture
 def of_a_zygote(agent):
-    """The agent, with a zygote that forks and warm slots of it."""
+    """The agent, with a ready zygote and with forked warm slots only."""
     agent.wait(lambda: zygote(agent), "a zygote")
     for slot in agent.slots("warm"):
         if not is_forked(agent, slot["slot"]):
@@ -100,21 +103,21 @@ def test_a_token_or_login_of_one_slot_opens_no_other(of_a_zygote):
     cookies = [line.split(": ", 1)[1].split(";")[0] for line in login.splitlines() if line.startswith("Set-Cookie: ")]
     name, value = next(cookie.split("=", 1) for cookie in cookies if cookie.startswith("nbagent-"))
     assert status(one.base, Cookie=f"{name}={value}") == 200
-    # The browser would not send it there; under the name that the other looks for, the signature is what counts.
+    # A browser would not send the cookie to the other slot. Under the other's cookie name, its signature is refused.
     assert name.endswith(one.slot)
     assert status(other.base, Cookie=f"{name.replace(one.slot, other.slot)}={value}") == 403
 
 
-def test_a_zygote_may_be_killed_and_nobody_notices(of_a_zygote):
+def test_a_killed_zygote_is_replaced_and_slots_go_on(of_a_zygote):
     agent = of_a_zygote
     agent.expect(r"zygote minimal:\S+ failed")
     agent.expect(r"^nbagent-zygote@minimal:\S+: (Failed|Main process exited)")
     notebook = agent.open()
     with notebook.kernel() as kernel:
         assert kernel.run("x = 6").status == "ok"
-        for who in ("main", "all"):
+        for processes in ("main", "all"):
             before = zygote(agent)
-            agent.run("systemctl", "kill", "--kill-whom", who, "-s", "KILL", before)
+            agent.run("systemctl", "kill", "--kill-whom", processes, "-s", "KILL", before)
             assert agent.claim()["slot"]
             agent.wait(lambda: zygote(agent) != before, "another zygote")  # noqa: B023
         assert kernel.run("x * 7").text == "42"
@@ -167,11 +170,11 @@ def test_a_zygote_in_the_making_gives_way_while_another_forks(of_a_zygote):
     agent.wait(lambda: cpu_weight(agent, second) == 1, "its weight", 5)
     assert cpu_weight(agent, first) == 100
     assert zygote(agent) == first
-    # Now there is none that forks.
+    # Without a ready zygote the new one gets its full weight.
     agent.run("systemctl", "kill", "-s", "KILL", first)
     agent.wait(lambda: cpu_weight(agent, second) == 100, "its weight", 5)
     agent.wait(lambda: zygote(agent) == second, "the second")
-    # systemd keeps what was set of a unit in a file.
+    # systemd stores properties set at run time in a drop-in directory.
     assert f"{second}.d" in agent.run("ls", CONTROL)
     agent.run("systemctl", "stop", second)
     assert second not in agent.run("ls", CONTROL)
@@ -179,7 +182,7 @@ def test_a_zygote_in_the_making_gives_way_while_another_forks(of_a_zygote):
 
 
 def test_memory_is_charged_to_the_slot_that_touches_it(of_a_zygote):
-    """The private pages of a server that has answered, 2.6 MiB, 1.7 of its init, 1 of its seed: all in its cgroup."""
+    """Its cgroup has all private pages: 2.6 MiB of a server after a request, 1.7 of init, 1 of the fork server."""
     notebook = of_a_zygote.open()
     headers = {"Authorization": f"token {notebook.token}"}
     assert notebook.router.call("GET", f"{notebook.base}api", headers=headers).status == 200
@@ -197,14 +200,14 @@ def test_a_slot_ends_with_its_program_and_says_how(of_a_zygote):
     assert "the slot's program was killed by SIGKILL" in output
 
 
-def test_a_slot_whose_seed_is_killed_goes_on_and_still_ends_with_its_program(of_a_zygote):
+def test_a_slot_whose_fork_server_is_killed_goes_on_and_ends_with_its_program(of_a_zygote):
     agent = of_a_zygote
     agent.expect(r"slot \S+ ended unexpectedly")
     notebook = agent.open()
     server = server_of(agent, notebook.slot)
-    seed = agent.run("ps", "-o", "ppid=", "-p", str(server)).strip()
-    agent.run("kill", "-KILL", seed)
-    # Started the ordinary way: by exec.
+    fork_server = agent.run("ps", "-o", "ppid=", "-p", str(server)).strip()
+    agent.run("kill", "-KILL", fork_server)
+    # The kernel is started by exec.
     assert notebook.run("6 * 7").text == "42"
     assert agent.run("ps", "-o", "ppid=", "-p", str(server)).strip() == str(agent.processes(notebook.slot)[0])
     agent.run("kill", "-TERM", str(server))
@@ -213,14 +216,43 @@ def test_a_slot_whose_seed_is_killed_goes_on_and_still_ends_with_its_program(of_
     assert "the slot's program exited with status 0" in output
 
 
-def test_what_a_slot_prints_is_in_its_own_journal(of_a_zygote):
+def test_output_of_a_slot_is_in_its_own_journal(of_a_zygote):
     agent = of_a_zygote
     with agent.open().kernel() as kernel:
-        assert kernel.run("import os; os.write(2, b'a word in passing\\n')").status == "ok"
+        assert kernel.run("import os; os.write(2, b'kernel output\\n')").status == "ok"
     notebook = agent.open()
     notebook.router.call("GET", f"{notebook.base}api/contents/missing.txt", headers=notebook.headers)
-    said = agent.wait(
+    entries = agent.wait(
         lambda: [e for e in agent.journal(f"_SYSTEMD_UNIT=nbagent-{notebook.slot}.scope") if "missing" in e["MESSAGE"]],
-        "the server's word about a file that is missing",
+        "the server's log entry about the missing file",
     )
-    assert said[0]["SYSLOG_IDENTIFIER"] == notebook.slot and notebook.token not in said[0]["MESSAGE"]
+    assert entries[0]["SYSLOG_IDENTIFIER"] == notebook.slot and notebook.token not in entries[0]["MESSAGE"]
+
+
+@pytest.fixture
+def private_image(agent, packages, tmp_path):
+    """The image minimal with share_memory = false."""
+    (package,) = (path for path in packages if "image-minimal" in path.name)
+    tree = forked.unpack(package, tmp_path / "image")
+    manifest = tree / "etc/nbagent-image.toml"
+    manifest.write_text("share_memory = false\n" + manifest.read_text())
+    archive = tmp_path / "private.tar"
+    subprocess.run(["tar", "--numeric-owner", "-cf", str(archive), "-C", str(tree), "."], check=True)
+    shutil.rmtree(tmp_path / "image")
+    agent.host.copy_in(str(archive), "/root/")
+    archive.unlink()
+    added = json.loads(agent.host.run(["nbagent", "image", "add", "--json", "--name", "private", "/root/private.tar"],
+                                      timeout=300).stdout)
+    assert added["share_memory"] is False
+    agent.run("rm", "/root/private.tar")
+    yield "private"
+    agent.run("nbagent", "image", "remove", "private")
+
+
+def test_an_image_without_share_memory_forks_slots_with_ordinary_memory(agent, private_image):
+    agent.configure("[images.private]\nwarm = 1\n")
+    agent.wait(lambda: zygote(agent, private_image), "the zygote of the image")
+    agent.wait(lambda: [slot for slot in agent.slots("warm") if slot["image"] == private_image], "a warm slot")
+    notebook = agent.open(image=private_image)
+    assert is_forked(agent, notebook.slot)
+    assert notebook.run("'memfd:nbagent-zygote' in open('/proc/self/maps').read()").text == "False"

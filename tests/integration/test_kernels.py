@@ -1,6 +1,7 @@
-"""Kernels by fork: they do all that kernels do, start the ordinary way where they must, and share no secret.
+"""Kernels by fork: they behave as other kernels do, start by exec where necessary, and share no secret.
 
-In slots forked in the image minimal without an agent (forked.py); seed, provisioner and kernels are the real ones.
+The slots are forked in the image minimal without an agent (forked.py), with the real fork server, provisioner and
+kernels.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import forked
 import lazy
 import pytest
 from forked import Slot
+
+import memory_checks
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
 
 KERNEL_TEST = "jupyter_kernel_test==0.7.0"
 
@@ -41,6 +45,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+def make_shared(shared: Path) -> Path:
+    """Creates a directory that the user of a slot can reach."""
+    shared.mkdir()
+    for path in (shared, *list(shared.parents)[:3]):
+        path.chmod(0o755)
+    return shared
+
+
 @pytest.fixture(scope="module")
 def slots(tree: Path, shared: Path) -> Iterator[list[Slot]]:
     with forked.slots(tree, shared, 2) as made:
@@ -52,7 +64,7 @@ def slot(slots: list[Slot]) -> Slot:
     return slots[0]
 
 
-# Who reads it in /proc: a forked kernel never was another program than the zygote.
+# A forked kernel has the zygote's command line in /proc, because it executed no other program.
 FORKED = "'forked_slot' in open('/proc/self/cmdline').read()"
 
 
@@ -63,27 +75,24 @@ def test_the_public_test_suite_of_kernels_passes(tree: Path, tmp_path: Path) -> 
                         KERNEL_TEST], check=True, timeout=300)
         cache.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["cp", "-r", tmp_path / "suite", cache], check=True)
-    shared = tmp_path / "shared"
-    shared.mkdir()
+    shared = make_shared(tmp_path / "shared")
     subprocess.run(["cp", "-r", cache, shared / "suite"], check=True)
-    for path in (shared, tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o755)
-    done = subprocess.run(forked.command(tree, shared, "suite", "/run/shared/suite"), stdin=subprocess.DEVNULL,
-                          capture_output=True, text=True, timeout=300, check=False)
+    command = forked.command(tree, shared, forked.FORKED_SLOT, "suite", "/run/shared/suite")
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0 and "test_it_is_a_fork" in done.stderr, done.stderr[-5000:]
-    # What says nothing about a kernel of this kind is passed over by the suite itself: at least these ran.
+    # The suite skips tests that do not apply to a kernel. At least these have to run.
     for name in ("execute_stdout", "execute_stderr", "completion", "error", "execute_result", "display_data", "pager",
                  "inspect", "clear_output", "is_complete", "kernel_info"):
         assert any(name in line and line.endswith("ok") for line in done.stderr.splitlines()), (name, done.stderr)
 
 
-def test_the_server_is_as_it_was_without_the_kernel_in_it(slot: Slot) -> None:
+def test_the_warm_up_leaves_the_servers_state_intact(slot: Slot) -> None:
     assert slot.call("GET", "/modules")["whole"]
 
 
-def test_nothing_is_left_of_the_kernels_that_were_rehearsed(slot: Slot) -> None:
+def test_warm_up_kernels_leave_no_threads_and_no_tracebacks(slot: Slot) -> None:
     with slot.kernel() as kernel:
-        # Threads that are no more, but somebody holds them: each was a whole kernel.
+        # A thread that has ended but is still referenced keeps a whole warm-up kernel in memory.
         dead = "import threading; [thread.name for thread in threading._dangling if not thread.is_alive()]"
         assert kernel.value(dead) == "[]"
         assert kernel.value("import sys; [name for name in vars(sys) if name.startswith('last_')]") == "[]"
@@ -111,12 +120,12 @@ def test_cells_streams_display_and_shell(slot: Slot) -> None:
         assert kernel.value("import sys, os; ('' in sys.path, os.path.expanduser('~/.local') in str(sys.path), "
                             "os.readlink('/proc/self/fd/0'), 'TERM' in os.environ)") \
             == "(True, True, '/dev/null', True)"
-        # The server may say of it that it goes first when memory ends.
+        # The server can write the kernel's oom_score_adj.
         assert kernel.value("os.stat('/proc/self/oom_score_adj').st_uid == os.getuid()") == "True"
 
 
 def test_a_kernel_has_room_for_its_descriptors(slot: Slot) -> None:
-    """A table that grows has all of the kernel's threads wait: linux/process.py."""
+    """A descriptor table that grows stops all of the kernel's threads: linux/process.py."""
     with slot.kernel() as kernel:
         status = kernel.run("print(open('/proc/self/status').read())")["stream"]
         room = int(status.partition("FDSize:")[2].split()[0])
@@ -193,7 +202,7 @@ import json, os, random, ssl, tempfile, uuid, multiprocessing, secrets
 [random.random(), random.Random().random(), secrets.token_hex(), uuid.uuid4().hex, uuid.uuid1().hex,
  tempfile.mktemp(), ssl.RAND_bytes(8).hex(), bytes(multiprocessing.current_process().authkey).hex(),
  get_ipython().kernel.session.session, get_ipython().kernel.session.key.decode(),
- [r.random() for r in __import__('nbagent.zygote.entropy', fromlist=['x'])._found
+ [r.random() for r in __import__('nbagent.zygote.entropy', fromlist=['x'])._generators
   if not isinstance(r, random.SystemRandom)]]
 """
 
@@ -223,7 +232,7 @@ def test_what_the_user_configures_counts(slot: Slot) -> None:
             kernel.run("os.unlink(d + '/ipython_kernel_config.py'); os.unlink(d + '/startup/s.py')")
 
 
-def test_other_kernels_start_the_ordinary_way(slot: Slot) -> None:
+def test_other_kernels_start_by_exec(slot: Slot) -> None:
     with slot.kernel() as kernel:
         spec = {"argv": ["/usr/bin/python3", "-X", "utf8", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
                 "display_name": "Other", "language": "python"}
@@ -231,7 +240,7 @@ def test_other_kernels_start_the_ordinary_way(slot: Slot) -> None:
                      f"open(d + '/kernel.json', 'w').write({json.dumps(spec)!r})")
         with slot.kernel(name="other") as other:
             assert other.value(FORKED) == "False"
-        # What is installed over a loaded package would not be seen by a fork.
+        # A fork would use the loaded package instead of the one that the user has installed.
         kernel.value("import site; s = site.getusersitepackages(); os.makedirs(s, exist_ok=True); "
                      "open(s + '/decorator.py', 'w').close(); open(s + '/six.py', 'w').write('mine = 1')")
         try:
@@ -254,7 +263,7 @@ def test_the_same_python_by_another_name_is_forked(slot: Slot) -> None:
 
 
 def test_an_image_whose_kernel_is_of_another_python_has_slots(tree: Path, tmp_path: Path) -> None:
-    """Its kernel is not rehearsed, as it could not be forked."""
+    """The kernel is not part of the warm-up, because it cannot be forked."""
     shared, layer = tmp_path / "shared", tmp_path / "layer"
     (layer / "opt/other/bin").mkdir(parents=True)
     program = layer / "opt/other/bin/python3"
@@ -264,14 +273,42 @@ def test_an_image_whose_kernel_is_of_another_python_has_slots(tree: Path, tmp_pa
     kernels.mkdir(parents=True)
     command = ["/opt/other/bin/python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"]
     (kernels / "kernel.json").write_text(json.dumps({"argv": command, "display_name": "Other", "language": "python"}))
-    shared.mkdir()
-    for path in (shared, tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        path.chmod(0o755)
+    make_shared(shared)
     (shared / "started").touch()
     (shared / "started").chmod(0o666)
     with forked.slots(f"{layer}:{tree}", shared, 1) as (slot,), slot.kernel() as kernel:
         assert kernel.value(FORKED) == "False"
         assert (shared / "started").read_text() == "started\n"
+
+
+def test_the_zygotes_memory_is_prepared_under_the_images_python(tree: Path, tmp_path: Path) -> None:
+    """The image's Python has sys.monitoring and immortal objects; that of a Debian 12 host has not."""
+    shared = make_shared(tmp_path / "shared")
+    done = subprocess.run(forked.command(tree, shared, "memory_checks.py", forked.PACKAGES), stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.splitlines() == [f"{name} ok" for name in memory_checks.names((3, 13))]
+
+
+MEMORY = r"""
+import re
+def private_kib():
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(kib) for kib in re.findall(r"^Private_\w+: +(\d+)", file.read(), re.M))
+("memfd:nbagent-zygote" in open("/proc/self/maps").read(), private_kib())
+"""
+
+
+def test_without_share_memory_slots_fork_with_ordinary_memory(slot: Slot, tree: Path, tmp_path: Path) -> None:
+    shared = make_shared(tmp_path / "shared")
+    with slot.kernel() as kernel:
+        sharing, shared_kib = eval(kernel.value(MEMORY))
+    with forked.slots(tree, shared, 1, PRIVATE_MEMORY_OPTION) as (private_slot,), private_slot.kernel() as kernel:
+        assert kernel.value(FORKED) == "True"
+        private, private_kib = eval(kernel.value(MEMORY))
+    print(f"private memory of a kernel: {shared_kib} KiB with share_memory, {private_kib} KiB without")
+    assert sharing and not private
+    assert private_kib > shared_kib
 
 
 def test_two_kernels_at_once(slot: Slot) -> None:
@@ -281,7 +318,7 @@ def test_two_kernels_at_once(slot: Slot) -> None:
         assert one.finish(sent)["text"] == "'one'"
 
 
-def test_a_seed_that_stands_still_holds_up_no_server(slots: list[Slot], shared: Path) -> None:
+def test_a_stopped_fork_server_does_not_block_the_server(slots: list[Slot], shared: Path) -> None:
     slot = slots[1]
     values: list[str] = []
 
@@ -300,12 +337,11 @@ def test_a_seed_that_stands_still_holds_up_no_server(slots: list[Slot], shared: 
         assert time.monotonic() - began_s < 2 and starting.is_alive()
         starting.join()
         assert kernel.run("os.kill(os.getppid(), signal.SIGCONT)")["status"] == "ok"
-    # It has done without.
     assert values == ["False"]
     assert "the fork server: no response within" in (shared / "log").read_text()
 
 
-def test_a_dead_seed_is_no_harm_and_takes_its_kernels_along(slots: list[Slot], shared: Path) -> None:
+def test_kernels_of_a_killed_fork_server_end_and_restart_by_exec(slots: list[Slot], shared: Path) -> None:
     slot = slots[1]
     with slot.kernel() as kernel:
         assert kernel.value(FORKED) == "True"
@@ -313,10 +349,10 @@ def test_a_dead_seed_is_no_harm_and_takes_its_kernels_along(slots: list[Slot], s
         kernel.wait_for("status", execution_state="restarting")
         kernel.wait_restarted()
         assert kernel.value(FORKED) == "False"
-    assert "the seed has died" in (shared / "log").read_text()
+    assert "exec instead of fork: the fork server has ended" in (shared / "log").read_text()
 
 
-def test_many_starts_at_once_each_have_a_kernel(slot: Slot) -> None:
+def test_many_kernels_start_at_once(slot: Slot) -> None:
     values: list[str] = []
 
     def start() -> None:

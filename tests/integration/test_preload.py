@@ -1,4 +1,4 @@
-"""What an image preloads is in every kernel, costs none of them anything, and works as if each had imported it."""
+"""Preloaded modules are in every kernel at no cost, and work as if each kernel had imported them."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 import product
 
 PRELOADED = ["numpy", "pandas", "matplotlib.pyplot", "lots"]
-# A library of the image that makes generators of random numbers as it is imported, as many do.
+# A library that creates generators of random numbers on import, as many do.
 LOTS = """
 import random
 import numpy
@@ -18,7 +18,7 @@ MADE = [random.Random(), numpy.random.RandomState(), numpy.random.default_rng()]
 IMPORT = """
 import json, re, time
 def own_kib():
-    # What is written to; a page of the zygote's file counts as private too where nobody else looks at it just then.
+    # Only written pages are counted: a page of the zygote's file is private too while no other process has it mapped.
     with open("/proc/self/smaps_rollup") as file:
         return int(re.search(r"^Anonymous:\\s+(\\d+)", file.read(), re.M)[1])
 before, began = own_kib(), time.perf_counter()
@@ -29,7 +29,7 @@ PROGRAM = f"""
 import subprocess, sys
 print(subprocess.run([sys.executable, "-c", {IMPORT!r}], stdout=subprocess.PIPE, text=True, check=True).stdout)
 """
-# Large enough for OpenBLAS to share the work out.
+# Large enough for OpenBLAS to use several threads.
 SOLVE = """
 import json, multiprocessing, numpy, os
 def solve():
@@ -89,11 +89,11 @@ def science(agent, added):
     agent.configure("[images.science]\nwarm = 0\n")
 
 
-    def told():
-        said = [entry["MESSAGE"] for entry in agent.journal("-t", "nbagent", "NBAGENT_IMAGE=science")]
-        return [text for text in said if "zygote" in text]
+    def zygote_messages():
+        messages = [entry["MESSAGE"] for entry in agent.journal("-t", "nbagent", "NBAGENT_IMAGE=science")]
+        return [message for message in messages if "zygote" in message]
 
-    assert "of image science is ready" in agent.wait(told, "the zygote")[-1]
+    assert "of image science is ready" in agent.wait(zygote_messages, "the zygote")[-1]
     return lambda: agent.open(image="science")
 
 
@@ -109,7 +109,7 @@ def test_an_import_costs_a_kernel_neither_time_nor_memory(science):
 def test_linear_algebra_and_openmp_have_their_threads(science):
     with science().kernel() as kernel:
         found, processors = json.loads(kernel.run(SOLVE).stream)
-        # A pool that is there is used again, and one that a fork has taken away is made again.
+        # An existing thread pool is reused; one whose threads a fork did not copy is created again.
         assert found == [[True, processors - 1], [True, 0], [True, processors - 1]]
         assert kernel.run(OPENMP).text == "4"
 

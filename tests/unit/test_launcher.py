@@ -143,7 +143,7 @@ def image(**changes) -> SimpleNamespace:
     fields = {
         "name": "minimal", "digest": "sha256-0", "root": Path("/images/minimal"), "id_base": 1 << 20, "user": "jovyan",
         "home": "/home/jovyan", "directory": "/home/jovyan", "python": "/usr/bin/python3", "command": (), "port": None,
-        "environment": {"PREFIX": "{base_path}/{token}"},
+        "share_memory": True, "environment": {"PREFIX": "{base_path}/{token}"},
     }
     return SimpleNamespace(**fields | changes)
 

@@ -1,109 +1,66 @@
-"""What is done to a zygote's memory so that its children share it: no holes, code that runs side by side, no counts."""
+"""The memory that a zygote shares with its forks, checked under the host's Python (tests/memory_checks.py).
+
+CPython before 3.12 has neither sys.monitoring nor immortal objects: there the checks assert that nbagent reports them
+as not supported. tests/integration/test_kernels.py runs all checks under the Python of the image minimal.
+"""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import memory_checks
+from nbagent.core.errors import ImageInvalid
+from nbagent.image import manifest
+from nbagent.image.store import Image
+from nbagent.supervisor.launcher import zygote_spec
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
+
 TOP = Path(__file__).resolve().parents[2]
-BEGIN = f"import sys; sys.path.insert(0, {str(TOP)!r})\n"
+MANIFEST = 'python = "/usr/bin/python3"\nuser = "jovyan"\nhome = "/home/jovyan"\n'
 
 
-def run(code: str) -> None:
-    """In a process of its own: what is done to a process's memory is not undone."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", BEGIN + code], capture_output=True, text=True, timeout=120, check=False
+@pytest.mark.parametrize("name", memory_checks.names())
+def test_memory(name: str) -> None:
+    memory_checks.run(TOP, name)
+
+
+def test_checks_of_immortal_objects_and_recorded_code_run_since_python_3_12() -> None:
+    new = {check.__name__ for check in memory_checks.SINCE_3_12}
+    assert new <= set(memory_checks.names((3, 13)))
+    assert new.isdisjoint(memory_checks.names((3, 11)))
+
+
+def test_share_memory_is_true_by_default_and_not_stored_then() -> None:
+    parsed = manifest.parse(MANIFEST.encode())
+    assert parsed.share_memory
+    # The digest of an import with --manifest is computed from the mapping, so a default must not change it.
+    assert "share_memory" not in manifest.to_mapping(parsed)
+
+
+def test_share_memory_false_is_stored_and_restored() -> None:
+    parsed = manifest.parse(f"share_memory = false\n{MANIFEST}".encode())
+    assert not parsed.share_memory
+    assert manifest.from_mapping(manifest.to_mapping(parsed)) == parsed
+
+
+@pytest.mark.parametrize("text", [
+    'share_memory = "no"\n' + MANIFEST,
+    "share_memory = 0\n" + MANIFEST,
+    'share_memory = false\nlaunch = "exec"\n' + MANIFEST,
+    'share_memory = false\ncommand = ["serve"]\nuser = "jovyan"\nhome = "/home/jovyan"\n',
+])
+def test_share_memory_is_validated(text: str) -> None:
+    with pytest.raises(ImageInvalid, match="share_memory: "):
+        manifest.parse(text.encode())
+
+
+@pytest.mark.parametrize("share_memory", [True, False])
+def test_the_zygote_gets_the_switch_on_its_command_line(share_memory: bool) -> None:
+    image = Image(
+        name="minimal", digest="sha256-0", root=Path("/image"), static=Path("/static"), id_base=1 << 16,
+        python="/usr/bin/python3", command=(), port=None, ready="api", url="lab", home="/home/jovyan",
+        directory="/home/jovyan", user="jovyan", launch="fork", preload=(), environment={}, share_memory=share_memory,
     )
-    assert done.returncode == 0, done.stderr
-
-
-def test_after_holes_are_filled_what_comes_next_lies_together() -> None:
-    # One in eight of very many goes again; 40 bytes are Python's to place, 800 are malloc's.
-    run("""
-from nbagent.zygote.memory import heap_fill
-def scattered():
-    return [[thing for n, thing in enumerate([b"x" * size for _ in range(40000)]) if n % 8] for size in (7, 767)]
-kept = scattered()
-def pages(size, count):
-    return len({id(thing) >> 12 for thing in [b"x" * size for _ in range(count)]})
-def least(size, count):
-    return count * (size + 48) // 4096
-assert pages(7, 1000) > 4 * least(7, 1000) and pages(767, 1000) > 2 * least(767, 1000)
-kept += scattered()
-taken = heap_fill.fill()
-assert 5000 * 800 < taken < 100 << 20, taken
-assert pages(7, 1000) <= least(7, 1000) + 4, pages(7, 1000)
-assert pages(767, 1000) <= least(767, 1000) + 8, pages(767, 1000)
-assert all(thing == b"x" * len(thing) for things in kept for thing in things)
-""")
-
-
-@pytest.mark.parametrize("kind", ["plain", "closure", "generator", "method"])
-def test_code_that_has_a_new_place_does_what_it_did(kind: str) -> None:
-    run(f"""
-from nbagent.zygote.memory import code_layout
-def plain(x, *, y=2):
-    return x + y
-def closure(x):
-    def inner(y):
-        return (lambda z: x + y + z)(0)
-    return inner(2)
-def generator(x):
-    return sum(y for y in (x, 2))
-class Class:
-    def method(self, x):
-        return self.__class__.__name__ and super().__hash__() is not None and x + 2
-def method(x):
-    return Class().method(x)
-def cold():
-    return 0
-function, before = {kind}, {kind}.__code__
-runs = {{id(code): (code, {{1}}) for code in (before, Class.method.__code__)}}
-assert function(1) == 3
-# Theirs, and that of this program, which has them in its own.
-assert code_layout.gather(runs) == 3
-assert function.__code__ is not before and function.__code__ == before
-assert [function(1) for _ in range(100)] == [3] * 100
-assert cold.__code__.co_name == "cold"
-""")
-
-
-def test_watching_notes_what_runs_and_in_which_threads() -> None:
-    run("""
-import threading
-from nbagent.zygote.memory import code_layout
-def here(): pass
-def there(): here()
-def nowhere(): pass
-with code_layout.watch() as runs:
-    here()
-    thread = threading.Thread(target=there)
-    thread.start()
-    other = thread.ident
-    thread.join()
-found = {code.co_name: threads for code, threads in runs.values()}
-if sys.version_info >= (3, 12):
-    assert found["here"] == {threading.get_ident(), other} and found["there"] == {other} and "nowhere" not in found
-else:
-    assert not found
-""")
-
-
-def test_constants_of_code_are_counted_no_more() -> None:
-    run("""
-from nbagent.zygote.memory import immortal
-def outer():
-    def inner():
-        return "a text that no name could be", 12345678901234567890
-    return inner
-inner = next(constant for constant in outer.__code__.co_consts if hasattr(constant, "co_consts"))
-pair = next(constant for constant in inner.co_consts if isinstance(constant, tuple))
-immortal.freeze()
-if immortal.possible():
-    counts = [sys.getrefcount(thing) for thing in (inner, pair, *pair)]
-    more = [inner, pair, *pair] * 10
-    assert [sys.getrefcount(thing) for thing in (inner, pair, *pair)] == counts
-""")
+    assert (PRIVATE_MEMORY_OPTION in zygote_spec(image, 1 << 20).command) is not share_memory

@@ -1,1 +1,1 @@
-"""What makes the forks of a zygote share memory. Standard library only; Python 3.9 and up."""
+"""The memory that a zygote shares with its forks. Only the module `sharing` is used from outside."""

@@ -1,12 +1,14 @@
-"""Puts the code that runs in every slot side by side in memory.
+"""Places the code that runs in every slot side by side in memory.
 
-CPython writes into a function's code as it runs it: it counts, it specialises, and since 3.13 it notes which way each
-branch went. So whoever is forked soon has a copy of its own of each page with code that it runs, and the 3,000
-pieces of code that run in a slot lie somewhere among the 27,000 of a zygote. `watch` notes which run, and `gather`
-gives them a new place, one after the other; those that the same threads run lie together, as a slot's server and its
-kernels are different processes. It is the same code otherwise; what it was specialised for it has to learn again.
+CPython writes into a code object while running it: it counts executions, specialises instructions, and since 3.13
+records the direction of each branch. So a forked process soon has a private copy of each page with code that it runs.
+About 3,000 of a zygote's 27,000 code objects run in a slot, scattered over the heap. `record` collects the code that
+runs, and `relocate` replaces it by copies that lie one after the other, grouped by the threads that ran it, because a
+slot's server and its kernels run in different processes. A copy equals its original but starts unspecialised, so
+the code has to run a few times more before the zygote forks.
 
-What it is worth: packaging/docs/density.md. Does nothing before CPython 3.12, which began sys.monitoring.
+The effect in figures: packaging/docs/benchmarks.md. Before CPython 3.12, which introduced sys.monitoring, `record`
+collects nothing.
 
 Standard library only; Python 3.9 and up.
 """
@@ -22,18 +24,23 @@ from typing import Any, Dict, Iterator, Set, Tuple
 
 from nbagent.zygote.memory import heap_fill
 
-# By the id of a piece of code, as equal ones are not the same: the code, and the identifiers of threads that ran it.
+# The code object and the identifiers of the threads that ran it, by id() because distinct code objects may be equal.
 Runs = Dict[int, Tuple[CodeType, Set[int]]]
 
 
+def supported() -> bool:
+    """Whether this interpreter can report which code runs."""
+    return hasattr(sys, "monitoring")
+
+
 @contextlib.contextmanager
-def watch() -> Iterator[Runs]:
-    """Notes in what it gives all code that runs meanwhile, in all threads."""
+def record() -> Iterator[Runs]:
+    """Yields a mapping that receives all code that runs within the `with` block, in all threads."""
     runs: Runs = {}
-    monitoring: Any = getattr(sys, "monitoring", None)
-    if monitoring is None:
+    if not supported():
         yield runs
         return
+    monitoring: Any = sys.monitoring  # type: ignore[attr-defined,unused-ignore]
 
     def note(code: CodeType, _offset: int) -> None:
         runs.setdefault(id(code), (code, set()))[1].add(threading.get_ident())
@@ -50,10 +57,10 @@ def watch() -> Iterator[Runs]:
         monitoring.free_tool_id(tool)
 
 
-def gather(runs: Runs) -> int:
-    """Moves the code that has run; gives the number of functions whose code, or a part of it, has a new place."""
+def relocate(runs: Runs) -> int:
+    """Moves the recorded code; returns the number of functions whose code, or a part of it, was replaced by a copy."""
     functions = [
-        thing for thing in gc.get_objects() if type(thing) is FunctionType and _concerned(thing.__code__, runs)
+        obj for obj in gc.get_objects() if type(obj) is FunctionType and _contains_run(obj.__code__, runs)
     ]
 
     def sort_key(function: FunctionType) -> Tuple[Any, ...]:
@@ -62,28 +69,28 @@ def gather(runs: Runs) -> int:
         return sorted(threads), code.co_filename, code.co_firstlineno
 
     functions.sort(key=sort_key)
-    # Kept until all is moved: who is freed leaves a hole for the next.
-    former = [function.__code__ for function in functions]
+    # The originals live until all copies exist; otherwise a copy would be placed where an original was freed.
+    originals = [function.__code__ for function in functions]
     heap_fill.fill()
-    moved: Dict[int, CodeType] = {}
+    copies: Dict[int, CodeType] = {}
     for function in functions:
-        function.__code__ = _move(function.__code__, runs, moved)
-    return len(former)
+        function.__code__ = _copy(function.__code__, runs, copies)
+    return len(originals)
 
 
-def _concerned(code: CodeType, runs: Runs) -> bool:
+def _contains_run(code: CodeType, runs: Runs) -> bool:
     return id(code) in runs or any(
-        _concerned(constant, runs) for constant in code.co_consts if type(constant) is CodeType
+        _contains_run(constant, runs) for constant in code.co_consts if type(constant) is CodeType
     )
 
 
-def _move(code: CodeType, runs: Runs, moved: Dict[int, CodeType]) -> CodeType:
-    """A copy of the code with copies of what has run within it. Functions that shared the code share the copy."""
-    if not _concerned(code, runs):
+def _copy(code: CodeType, runs: Runs, copies: Dict[int, CodeType]) -> CodeType:
+    """A copy of `code` and of the recorded code nested in it. Functions that share a code object share its copy."""
+    if not _contains_run(code, runs):
         return code
-    if id(code) not in moved:
+    if id(code) not in copies:
         constants = tuple(
-            _move(constant, runs, moved) if type(constant) is CodeType else constant for constant in code.co_consts
+            _copy(constant, runs, copies) if type(constant) is CodeType else constant for constant in code.co_consts
         )
-        moved[id(code)] = code.replace(co_consts=constants)
-    return moved[id(code)]
+        copies[id(code)] = code.replace(co_consts=constants)
+    return copies[id(code)]

@@ -1,11 +1,12 @@
-"""Fills the free places between what is loaded, so that what comes next lies together.
+"""Takes the free blocks between existing objects, so that new objects get pages of their own.
 
-Loading leaves holes: blocks that were freed among others that stay. Whoever is forked would put its objects into them,
-one here and one there, and have a copy of its own of a page for each. After `fill` both allocators, Python's and
-malloc, have only places in whole pages left to give.
+Loading modules leaves free blocks scattered among objects that stay. A forked process would place its objects into
+these blocks and get a private copy of one page for each. After `fill`, Python's allocator and malloc have only
+whole pages left to allocate from.
 
-Nothing refers to what the holes are filled with, and nobody gives it back: half a MiB to 2 MiB, once for all
-who are forked. Needs CPython 3.10 and up, and glibc; does nothing elsewhere.
+The blocks are never freed: half a MiB to 2 MiB, allocated once in the zygote. Needs CPython 3.11 and up and glibc; does
+nothing elsewhere. CPython 3.10 is excluded because its interpreter allocates so many blocks of 32 bytes during the loop
+of `_fill_pools` that no six of the loop's own are ever consecutive.
 
 Standard library only; Python 3.9 and up.
 """
@@ -16,19 +17,19 @@ import ctypes
 import sys
 from typing import Any
 
-# Objects/obmalloc.c and pycore_obmalloc.h of CPython 3.10 to 3.13: blocks of one size in pools of 16 KiB, which begin
-# with a header; larger objects are malloc's.
+# Objects/obmalloc.c and pycore_obmalloc.h of CPython 3.11 to 3.13: a pool of 16 KiB holds blocks of one size after a
+# header; objects larger than SMALL_MAX_BYTES come from malloc.
 POOL_BYTES, POOL_HEADER_BYTES, SMALL_MAX_BYTES, ALIGNMENT_BYTES = 16 << 10, 48, 512, 16
-# So many blocks in a row from a pool's beginning: nobody else has anything in that pool.
-ROW = 6
-# malloc's places of all sizes, from the largest that is not a mapping of its own (mallopt(3), M_MMAP_THRESHOLD).
+# This many consecutive blocks, beginning at a pool's first one, show that the pool is a new one without other objects.
+CONSECUTIVE = 6
+# Sizes that malloc serves from its heap; larger ones get a mapping of their own (M_MMAP_THRESHOLD in mallopt(3)).
 LARGE_BYTES = (100_000, 65536, 32768, 16384, 8192, 4096, 2048)
 
 
 def fill() -> int:
-    """Takes what is free between what is not; with one thread. Gives the bytes."""
+    """Allocates all free blocks that lie between used ones; with one thread. Returns the bytes allocated."""
     libc = ctypes.CDLL(None)
-    if sys.implementation.name != "cpython" or sys.version_info < (3, 10) or not hasattr(libc, "gnu_get_libc_version"):
+    if sys.implementation.name != "cpython" or sys.version_info < (3, 11) or not hasattr(libc, "gnu_get_libc_version"):
         return 0
     return _fill_pools() + _fill_heap(libc)
 
@@ -36,35 +37,37 @@ def fill() -> int:
 def _fill_pools() -> int:
     api = ctypes.pythonapi
     api.PyObject_Malloc.argtypes, api.PyObject_Malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-    taken = 0
+    filled_bytes = 0
     for size in range(ALIGNMENT_BYTES, SMALL_MAX_BYTES + 1, ALIGNMENT_BYTES):
-        row = 0
-        while row < ROW:
-            place = api.PyObject_Malloc(size)
-            if place is None:
+        consecutive = 0
+        while consecutive < CONSECUTIVE:
+            address = api.PyObject_Malloc(size)
+            if address is None:
                 raise MemoryError
-            taken += size
-            row = row + 1 if place % POOL_BYTES == POOL_HEADER_BYTES + row * size else 0
-    return taken
+            filled_bytes += size
+            is_next = address % POOL_BYTES == POOL_HEADER_BYTES + consecutive * size
+            consecutive = consecutive + 1 if is_next else 0
+    return filled_bytes
 
 
 def _fill_heap(libc: Any) -> int:
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes = [ctypes.c_void_p]
-    taken, row = 0, [libc.malloc(LARGE_BYTES[0])]
-    # Where there is one behind the other there is no hole, but all the room from which the rest will come.
-    while len(row) < ROW:
-        place = libc.malloc(LARGE_BYTES[0])
-        follows = place > row[-1] if len(row) < 2 else place - row[-1] == row[-1] - row[-2]
+    filled_bytes, blocks = 0, [libc.malloc(LARGE_BYTES[0])]
+    # Blocks at equal distances come from the free end of the heap, where all later allocations will come from.
+    while len(blocks) < CONSECUTIVE:
+        address = libc.malloc(LARGE_BYTES[0])
+        last = blocks[-1]
+        follows = address > last if len(blocks) < 2 else address - last == last - blocks[-2]
         if not follows:
-            taken += len(row) * LARGE_BYTES[0]
-            row = []
-        row.append(place)
+            filled_bytes += len(blocks) * LARGE_BYTES[0]
+            blocks = []
+        blocks.append(address)
     for size in (*LARGE_BYTES, *range(1024, ALIGNMENT_BYTES, -ALIGNMENT_BYTES)):
-        # Python too takes some of malloc's places as it loops, so that they are fewer every time.
-        while (place := libc.malloc(size)) < row[0]:
-            taken += size
-        libc.free(place)
-    for place in row:
-        libc.free(place)
-    return taken
+        # The loop ends although the interpreter itself allocates from malloc meanwhile: free blocks only become fewer.
+        while (address := libc.malloc(size)) < blocks[0]:
+            filled_bytes += size
+        libc.free(address)
+    for address in blocks:
+        libc.free(address)
+    return filled_bytes

@@ -1,15 +1,15 @@
-"""Makes what the zygote has loaded stay one copy for all its children.
+"""Makes every existing object immortal, so that reference counting does not write into the zygote's pages.
 
-A forked process shares its parent's pages until it writes, and CPython writes wherever it looks: it counts references
-in the objects themselves. Since PEP 683 (Python 3.12) an object may be immortal: its count is a fixed value
-that nobody changes. `freeze` gives that value to every object there is, as the interpreter does to its own constants.
+CPython keeps an object's reference count in the object itself, so a forked process gets a private copy of each page
+with an object that it merely uses. Since PEP 683 (Python 3.12) an object may be immortal: its count is a
+fixed value that never changes. `freeze` sets that value in every object, as the interpreter does in its own constants.
 
-Measured with the image minimal, a forked kernel after its first cell: 23 MiB private without, 10 MiB with it
-(packaging/docs/density.md).
+A forked kernel of the image minimal after its first cell has 23 MiB private memory without this module and 10 MiB with
+it (packaging/docs/benchmarks.md).
 
-The price: what exists now is never destroyed, neither in the zygote nor in its children. Whoever calls this has loaded
-what is to stay and will end by exec, exit or a signal. CPython has no call for it; the value and its place are
-those of two versions, and with any other `freeze` does no more than gc.freeze().
+The price: existing objects are never destroyed, neither in the zygote nor in the processes forked from it. So `freeze`
+is only for processes that have loaded what they need and end by exec, exit or a signal. CPython has no function for it;
+the value and the field's place are those of two versions, and with any other `freeze` only calls gc.freeze().
 
 Standard library only; Python 3.9 and up.
 """
@@ -23,53 +23,53 @@ import sysconfig
 from types import CodeType
 from typing import Any, List, Set
 
-# Include/object.h of 3.12 and 3.13: _Py_IMMORTAL_REFCNT is UINT_MAX on 64 bits, and Py_INCREF
-# and Py_DECREF look at the lower 32 of the count, the object's first field.
+# Include/object.h of 3.12 and 3.13: _Py_IMMORTAL_REFCNT is UINT_MAX on 64 bits; Py_INCREF and Py_DECREF compare the
+# lower 32 bits of the count, which is the object's first field.
 VERSIONS = ((3, 12), (3, 13))
 IMMORTAL = 0xFFFFFFFF
 
 
-def possible() -> bool:
-    """Whether this interpreter is one whose objects can be made immortal from outside."""
+def supported() -> bool:
+    """Whether objects of this interpreter can be made immortal from outside."""
     return (
         sys.implementation.name == "cpython"
         and sys.version_info[:2] in VERSIONS
         and sys.maxsize > 2**32
         and sys.byteorder == "little"
-        and not hasattr(sys, "gettotalrefcount")  # a debug build counts otherwise
+        and not hasattr(sys, "gettotalrefcount")  # a debug build counts references elsewhere too
         and not sysconfig.get_config_var("Py_GIL_DISABLED")
     )
 
 
 def freeze() -> int:
-    """Keeps what exists out of the garbage collector's sight, and immortal where possible. Gives the number of objects.
+    """Exempts existing objects from garbage collection and makes them immortal; returns the number of immortal objects.
 
-    With one thread, at the end of all loading.
+    The number is 0 where immortal objects are not supported. With one thread, after all loading.
     """
     gc.collect()
-    made = _make_immortal() if possible() else 0
+    count = _make_immortal() if supported() else 0
     gc.freeze()
-    return made
+    return count
 
 
 def _make_immortal() -> int:
-    # Objects of this function, and frames, go as ever.
-    spare: Set[int] = set()
+    # This function's own containers, and frames, stay mortal because they end before the zygote forks.
+    mortal: Set[int] = set()
     pending: List[Any] = gc.get_objects()
     seen: Set[int] = set()
-    spare.update((id(spare), id(pending), id(seen)))
+    mortal.update((id(mortal), id(pending), id(seen)))
     while pending:
-        thing = pending.pop()
-        if id(thing) in seen or id(thing) in spare or type(thing).__name__ in ("frame", "generator", "coroutine"):
+        obj = pending.pop()
+        if id(obj) in seen or id(obj) in mortal or type(obj).__name__ in ("frame", "generator", "coroutine"):
             continue
-        seen.add(id(thing))
-        pending.extend(gc.get_referents(thing))
-        if type(thing) is CodeType:
-            # The collector does not look into code.
-            pending.extend((thing.co_consts, thing.co_names, thing.co_linetable, thing.co_exceptiontable))
-            pending.extend((thing.co_filename, thing.co_name, thing.co_qualname))
-        elif type(thing) in (str, bytes):
-            hash(thing)  # which the object keeps, from the first time that somebody asks
+        seen.add(id(obj))
+        pending.extend(gc.get_referents(obj))
+        if type(obj) is CodeType:
+            # The garbage collector does not traverse code objects.
+            pending.extend((obj.co_consts, obj.co_names, obj.co_linetable, obj.co_exceptiontable))
+            pending.extend((obj.co_filename, obj.co_name, obj.co_qualname))
+        elif type(obj) in (str, bytes):
+            hash(obj)  # is written into the object when it is first computed
     count = ctypes.c_uint32
     for address in seen:
         count.from_address(address).value = IMMORTAL

@@ -1,16 +1,17 @@
-"""Puts what the zygote loads into a file in memory, so that a fork has little to copy.
+"""Loads the zygote into a file in memory instead of anonymous memory, so that a fork has little to copy.
 
-fork(2) copies the page tables of all anonymous memory, and an exit tears them down again; a slot takes three forks
-of 80 MiB. Of a file that is mapped privately the kernel copies nothing: what a child touches it finds in the page
-cache. What is written, by the zygote or by a child, is a copy of its own either way.
+fork(2) copies the page tables of all anonymous memory, and exit(2) frees them again; a slot takes three forks
+of 80 MiB. The page tables of a privately mapped file are not copied: a child that touches such a page finds it in
+the page cache. A page that the zygote or a child writes to becomes anonymous memory of that process in either case.
 
-`begin` comes before anything is loaded: it makes malloc's heap large, of a file that is mapped shared, and has Python
-take its arenas from that heap. So what is loaded is written into the file itself. `settle` maps the same file in the
-same place, but privately: what is in memory does not change by that, so nobody has to stand still for it. The file is
-then sealed, by which nobody can change it any more (F_SEAL_WRITE), and closed. A fork in between would write into its
-parent's memory, so the first one settles; but for `fork_noop`, whose child has no such memory.
+`begin` comes before anything is loaded. It grows malloc's heap, maps a memfd over it (MAP_SHARED), and makes Python
+allocate its arenas from that heap, so that everything loaded is written into the file itself. `seal` maps the same file
+at the same address with MAP_PRIVATE. That changes no byte in memory, so other threads need not be stopped. The file
+is then sealed (F_SEAL_WRITE), so that no process can change it, and closed. A child forked before that would write into
+its parent's memory; so a hook of os.fork seals first. Only `fork_noop` leaves the file open, and its child has no such
+memory.
 
-It needs the heap of glibc, which grows by brk(2). Where there is another, `begin` does nothing.
+Needs glibc's heap, which grows by brk(2). `begin` does nothing with another one.
 
 Standard library only; Python 3.9 and up.
 """
@@ -24,17 +25,18 @@ import os
 import signal
 from typing import Any, List, Optional, Tuple
 
-# More than a zygote loads, pandas and matplotlib among it. What is left of it goes back, and was never touched.
+# More than a zygote loads, pandas and matplotlib included. `seal` returns the rest, which was never touched.
 HEAP_BYTES = 256 << 20
-# What the heap is made of. Below malloc's threshold for mappings of their own (128 KiB, mallopt(3)), and of a size
-# whose release gives the free end of the heap back (64 KiB and up, FASTBIN_CONSOLIDATION_THRESHOLD of glibc's).
-PIECE_BYTES = 100_000
+# The heap is grown by blocks of this size. It is below malloc's threshold for separate mappings (128 KiB, mallopt(3)),
+# and large enough (64 KiB, glibc's FASTBIN_CONSOLIDATION_THRESHOLD) for free() to return the heap's free end to the
+# kernel.
+BLOCK_BYTES = 100_000
 HUGE_BYTES = 2 << 20
-# Lower numbers are a slot's descriptors'.
+# Lower descriptor numbers are for a slot's own descriptors.
 FREE_FD = 64
 _PAGE_BYTES = mmap.PAGESIZE
 _MAP_FIXED = 0x10
-# malloc.h: how many heaps there may be, one for each thread; 0 for as many as malloc likes.
+# malloc.h: the maximum number of malloc's arenas; malloc makes one for each thread up to this, 0 restores its default.
 _M_ARENA_MAX = -8
 _MADV_DONTFORK, _MADV_DOFORK, _MADV_COLLAPSE = 10, 11, 25
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
@@ -47,62 +49,66 @@ class _ArenaAllocator(ctypes.Structure):
 
 
 class _Heap:
-    """The part of the heap that is a file: addresses from `start` to `end`, in a row of `pieces` that malloc gave."""
+    """The part of the heap that is a file: addresses from `start` to `end`, within consecutive `blocks` of malloc."""
 
-    def __init__(self, libc: Any, pieces: List[int]) -> None:
-        self._libc, self._last = libc, pieces[-1]
-        self.start, self.end = _up(pieces[0], HUGE_BYTES), self._last // _PAGE_BYTES * _PAGE_BYTES
+    def __init__(self, libc: Any, blocks: List[int]) -> None:
+        self._libc, self._last = libc, blocks[-1]
+        self.start, self.end = _round_up(blocks[0], HUGE_BYTES), self._last // _PAGE_BYTES * _PAGE_BYTES
         fd = os.memfd_create("nbagent-zygote", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         self._fd = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FREE_FD)
         os.close(fd)
         os.truncate(self._fd, self.end - self.start)
-        # All there is in it are malloc's own words before each piece, which stand still while all pieces are taken.
-        for piece in pieces:
-            page = (piece - 1) // _PAGE_BYTES * _PAGE_BYTES
+        # The heap holds nothing yet but malloc's header before each block, which is constant while the block is in use.
+        for block in blocks:
+            page = (block - 1) // _PAGE_BYTES * _PAGE_BYTES
             if self.start <= page < self.end:
                 os.pwrite(self._fd, ctypes.string_at(page, _PAGE_BYTES), page - self.start)
         self._map(mmap.MAP_SHARED)
-        # Threads that load something take it from here too.
+        # Other threads that load something must use this heap too.
         libc.mallopt(_M_ARENA_MAX, 1)
-        # The last one keeps the others from going back to the kernel at once.
-        for piece in pieces[:-1]:
-            libc.free(piece)
+        # The last block stays allocated; otherwise malloc would return the others to the kernel at once.
+        for block in blocks[:-1]:
+            libc.free(block)
         self._arenas = _ArenaAllocator()
         ctypes.pythonapi.PyObject_GetArenaAllocator(ctypes.byref(self._arenas))
-        # realloc of nothing is malloc; a zygote gives nothing back. A child does by munmap(2), which
-        # refuses what does not begin with a page; to malloc it is in use for ever, so nobody is harmed.
-        ours = _ArenaAllocator(None, _address_of(libc.realloc), _address_of(libc.getpid))
-        ctypes.pythonapi.PyObject_SetArenaAllocator(ctypes.byref(ours))
+        # Called as alloc(ctx, size) and free(ctx, address, size): realloc(NULL, size) is malloc(size), and getpid()
+        # ignores its arguments, because a zygote never frees an arena. A child frees by munmap(2) after `seal` has
+        # restored Python's allocator; that fails with EINVAL at an address within a page, and otherwise unmaps memory
+        # that malloc regards as in use for ever.
+        arenas = _ArenaAllocator(None, _address_of(libc.realloc), _address_of(libc.getpid))
+        ctypes.pythonapi.PyObject_SetArenaAllocator(ctypes.byref(arenas))
 
-    def settle(self) -> None:
+    def seal(self) -> None:
         ctypes.pythonapi.PyObject_SetArenaAllocator(ctypes.byref(self._arenas))
         self._libc.mallopt(_M_ARENA_MAX, 0)
-        # It and what is free before it are the end of the heap, and go back to the kernel.
+        # The last block and the free memory before it are the end of the heap; malloc returns them to the kernel.
         self._libc.free(self._last)
-        self.end = min(self.end, _up(self._libc.sbrk(0), _PAGE_BYTES))
-        # One page fault for 2 MiB until something there is written. Linux 6.1 and up, as far as there is such memory.
+        self.end = min(self.end, _round_up(self._libc.sbrk(0), _PAGE_BYTES))
+        # With huge pages a child has one page fault for 2 MiB, until it writes there. Linux 6.1 and up; failure to find
+        # free huge pages is harmless.
         self._libc.madvise(self.start, self.end - self.start, _MADV_COLLAPSE)
         self._map(mmap.MAP_PRIVATE)
         fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, _SEALS)
         os.close(self._fd)
 
     def fork_noop(self) -> None:
-        everything = self.start, self.end - self.start
-        # Wherever the child looks for the heap it finds nothing, and the kernel has it call _exit(2) instead.
-        self._libc.madvise(*everything, _MADV_DONTFORK)
-        before = self._libc.signal(signal.SIGSEGV, _address_of(self._libc._exit))
-        # Not os.fork: there is nothing to be done in the child, and what is done in the parent would settle.
+        file_range = self.start, self.end - self.start
+        # The child has no heap; its first access raises SIGSEGV, whose handler is _exit().
+        self._libc.madvise(*file_range, _MADV_DONTFORK)
+        former_handler = self._libc.signal(signal.SIGSEGV, _address_of(self._libc._exit))
+        # The C library's fork() runs the handlers of pthread_atfork(3), but not those of os.register_at_fork(), which
+        # would seal.
         pid = ctypes.pythonapi.fork()
         if pid == 0:
             os._exit(0)
-        self._libc.signal(signal.SIGSEGV, before)
-        self._libc.madvise(*everything, _MADV_DOFORK)
+        self._libc.signal(signal.SIGSEGV, former_handler)
+        self._libc.madvise(*file_range, _MADV_DOFORK)
         if pid > 0:
             os.waitpid(pid, 0)
 
-    def _map(self, how: int) -> None:
+    def _map(self, sharing: int) -> None:
         size, access = self.end - self.start, mmap.PROT_READ | mmap.PROT_WRITE
-        if self._libc.mmap(self.start, size, access, how | _MAP_FIXED, self._fd, 0) != self.start:
+        if self._libc.mmap(self.start, size, access, sharing | _MAP_FIXED, self._fd, 0) != self.start:
             error = ctypes.get_errno()
             raise OSError(error, os.strerror(error))
 
@@ -111,35 +117,38 @@ _heap: Optional[_Heap] = None
 
 
 def begin() -> bool:
-    """Has all memory come from a file that is shared. First of all, with one thread; whether it could be done."""
+    """Makes all later allocations come from the file; returns whether it succeeded.
+
+    To be called before anything is loaded, with one thread.
+    """
     global _heap
     libc = _glibc()
     if libc is None:
         return False
-    # A list that grows would take its memory from between the pieces.
-    pieces: List[Any] = [None] * (HEAP_BYTES // PIECE_BYTES)
-    for number in range(len(pieces)):
-        pieces[number] = libc.malloc(PIECE_BYTES)
-    row = _row(pieces)
-    for piece in pieces[: len(pieces) - len(row)]:
-        libc.free(piece)
-    if not row:
+    # A list that grew would be reallocated between the blocks.
+    blocks: List[Any] = [None] * (HEAP_BYTES // BLOCK_BYTES)
+    for number in range(len(blocks)):
+        blocks[number] = libc.malloc(BLOCK_BYTES)
+    run = _consecutive(blocks)
+    for block in blocks[: len(blocks) - len(run)]:
+        libc.free(block)
+    if not run:
         return False
-    _heap = _Heap(libc, row)
-    os.register_at_fork(before=settle)
+    _heap = _Heap(libc, run)
+    os.register_at_fork(before=seal)
     return True
 
 
-def settle() -> None:
-    """Makes what is loaded what all forks have in common. With one thread; again is nothing."""
+def seal() -> None:
+    """Makes the file the common memory of all later forks. With one thread; a second call does nothing."""
     global _heap
     if _heap is not None:
         heap, _heap = _heap, None
-        heap.settle()
+        heap.seal()
 
 
 def fork_noop() -> None:
-    """Forks a child that ends at once, for what C libraries do before and after a fork in the parent."""
+    """Forks a child that exits at once, so that C libraries run their pthread_atfork(3) handlers in the parent."""
     if _heap is not None:
         _heap.fork_noop()
     elif (pid := os.fork()) == 0:
@@ -148,17 +157,20 @@ def fork_noop() -> None:
         os.waitpid(pid, 0)
 
 
-def _row(pieces: List[Any]) -> List[int]:
-    """The last pieces, that follow each other up to the end of the heap; none if they do not, as the first may."""
-    if None in pieces:
+def _consecutive(blocks: List[Any]) -> List[int]:
+    """The last `blocks` at equal distances, up to the end of the heap; the first ones may lie elsewhere.
+
+    Empty unless these are more than half of all and lie in the heap that grows by brk(2).
+    """
+    if None in blocks:
         return []
-    step, last = pieces[-1] - pieces[-2], pieces[-1]
+    step, last = blocks[-1] - blocks[-2], blocks[-1]
     count = 0
-    while count < len(pieces) and pieces[-1 - count] == last - step * count:
+    while count < len(blocks) and blocks[-1 - count] == last - step * count:
         count += 1
     start, end = _heap_range()
-    row = pieces[len(pieces) - count:]
-    return row if count > len(pieces) // 2 and start < row[0] < last + PIECE_BYTES <= end else []
+    run = blocks[len(blocks) - count:]
+    return run if count > len(blocks) // 2 and start < run[0] < last + BLOCK_BYTES <= end else []
 
 
 def _glibc() -> Any:
@@ -189,5 +201,5 @@ def _heap_range() -> Tuple[int, int]:
     return 0, 0
 
 
-def _up(address: int, to: int) -> int:
+def _round_up(address: int, to: int) -> int:
     return -(-address // to) * to
