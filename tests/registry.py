@@ -18,7 +18,7 @@ TAG = "org.opencontainers.image.ref.name"
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if self.path == "/v2/":
-            self.answer(b"{}", "application/json")
+            self.respond(b"{}", "application/json")
         elif found := re.fullmatch(r"/v2/[a-z/]+/(manifests|blobs)/([\w:.-]+)", self.path):
             digest, kind = found[2], "application/octet-stream"
             if found[1] == "manifests":
@@ -27,7 +27,7 @@ class Handler(BaseHTTPRequestHandler):
                         digest, kind = item["digest"], item["mediaType"]
             blob = LAYOUT / "blobs" / digest.replace(":", "/")
             if blob.is_file():
-                self.answer(blob.read_bytes(), kind, digest)
+                self.respond(blob.read_bytes(), kind, digest)
             else:
                 self.send_error(404)
         else:
@@ -35,7 +35,7 @@ class Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815  the name that http.server calls
 
-    def answer(self, content, kind, digest=None):
+    def respond(self, content, kind, digest=None):
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))

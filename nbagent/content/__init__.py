@@ -1,1 +1,1 @@
-"""Writing the files and archives of a claim into a slot. Standard library only; Python 3.9 and up."""
+"""Delivery of a claim's files and archives into a slot. Standard library only; Python 3.9 and up."""

@@ -1,2 +1,1 @@
-"""Images: archives that become read-only root filesystems in the store. Floor 2; an image is hostile data
-here."""
+"""Images: archives that become read-only root filesystems in the store. Their content is untrusted."""

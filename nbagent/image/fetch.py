@@ -1,13 +1,13 @@
-"""Brings a container image from where it is into an OCI layout, by skopeo and without a Docker daemon.
+"""Fetches a container image into an OCI layout, by skopeo and without a Docker daemon.
 
-    oci:DIR[:TAG]              a layout, read where it is
-    docker-archive:FILE        what `docker save` and `podman save` write
+    oci:DIR[:TAG]              a layout, read in place
+    docker-archive:FILE        a file that `docker save` or `podman save` wrote
     docker://NAME[:TAG]        an image in a registry
 
-skopeo reads what a stranger wrote, so it runs as nobody: as an id that is the coming image's own, in a transient
-service without a capability, that can write in one directory, and has a network only where it needs one.
-Layers are not unpacked here, and not by skopeo either: `archive` does, which refuses what is hostile. umoci would
-do it as root, or give everything to one owner, and bounds neither bytes nor entries.
+skopeo reads untrusted data, so it runs with an id of the new image's own range, in a transient service that has no
+capability, can write to one directory, and has a network only for a registry. It does not unpack layers: `archive`
+does, because it refuses hostile entries and limits bytes and entries. umoci does not limit them, and either runs as
+root or changes all files to one owner.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from nbagent.image.oci import Layout, Source
 EXPECTED = "oci:DIR[:TAG], docker-archive:FILE or docker://NAME[:TAG]"
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,499}")
 _TAG = "image"
-_LOOK_INTERVAL_S = 1.0
-# As little as skopeo works with. LimitFSIZE= and the rest of the paths are added below.
+_SIZE_CHECK_INTERVAL_S = 1.0
+# The least with which skopeo works. LimitFSIZE= and the writable paths are added below.
 _SANDBOX = (
     "CapabilityBoundingSet=CAP_SETGID CAP_SETUID", "InaccessiblePaths=-/run/nbagent", "LimitCORE=0",
     "LockPersonality=yes", "MemoryMax=1G",
@@ -45,7 +45,7 @@ _SANDBOX = (
 
 @dataclass(frozen=True)
 class OciDirectory:
-    """A layout that is here."""
+    """A layout on this host."""
 
     path: Path
     tag: str | None
@@ -62,14 +62,14 @@ class OciDirectory:
 
 @dataclass(frozen=True)
 class DockerArchive:
-    """A file as `docker save` writes it, with one image in it."""
+    """A file that `docker save` wrote, with one image."""
 
     path: Path
 
     @contextmanager
     def layout(self, staging: Path, id_base: int, limits: ImageArchiveLimits) -> Iterator[Layout]:
         inbox = _inbox(staging, id_base)
-        # It may be readable by root only, and skopeo is not root.
+        # A copy, because the file may be readable by root only, and skopeo does not run as root.
         copy = inbox / "archive"
         try:
             shutil.copyfile(self.path, copy)
@@ -82,7 +82,7 @@ class DockerArchive:
 
 @dataclass(frozen=True)
 class Registry:
-    """An image in a registry. `insecure`: plain HTTP, or a certificate that nobody vouches for."""
+    """An image in a registry. `insecure` permits plain HTTP and certificates that cannot be verified."""
 
     reference: str
     insecure: bool
@@ -105,16 +105,16 @@ def source(text: str, *, insecure: bool = False) -> Source:
         return DockerArchive(Path(rest))
     if kind == "docker" and rest.startswith("//") and _REFERENCE.fullmatch(rest[2:]):
         return Registry(rest[2:], insecure)
-    raise BadRequest(f"{text!r} is no source of an image: expected {EXPECTED}", field="source", expected=EXPECTED)
+    raise BadRequest(f"{text!r} is not a source of an image: expected {EXPECTED}", field="source", expected=EXPECTED)
 
 
 def _owner(id_base: int) -> tuple[int, int]:
-    # The last id of the image's range: no user of an image has it, as 65534 is the last that is in use.
+    # The last id of the image's range. No user of an image has it, because 65534 is the highest id in use.
     return id_base + ids.COUNT - 1, id_base + ids.COUNT - 1
 
 
 def _inbox(staging: Path, id_base: int) -> Path:
-    """A directory of skopeo's own, and the way to it."""
+    """Create the directory that skopeo writes to, and let skopeo pass through its parent."""
     staging.chmod(0o711)
     inbox = staging / "inbox"
     inbox.mkdir(0o700)
@@ -136,15 +136,15 @@ def _copied(
     try:
         found = Layout(layout, _TAG, inbox)
     except OSError as error:
-        raise FetchFailed(f"skopeo left no layout: {error.strerror}") from None
+        raise FetchFailed(f"skopeo succeeded but wrote no OCI layout: {error.strerror}") from None
     with found:
         yield found
 
 
 def _run(command: list[str], properties: list[str], inbox: Path, id_base: int, limits: ImageArchiveLimits) -> None:
-    """Runs a program as the image's own id in a transient service. Raises FetchFailed with its last words."""
+    """Runs a program as an id of the image in a transient service. Raises FetchFailed with its last line of output."""
     uid, gid = _owner(id_base)
-    # User= takes only an id that has a name.
+    # setpriv, because User= accepts only ids that have a name on this host.
     become = ["setpriv", f"--reuid={uid}", f"--regid={gid}", "--clear-groups", "--"]
     unit = f"nbagent-import-{secrets.token_hex(6)}.service"
     settings = [*properties, f"ReadWritePaths={inbox}", f"WorkingDirectory=-{inbox}"]
@@ -156,7 +156,7 @@ def _run(command: list[str], properties: list[str], inbox: Path, id_base: int, l
     try:
         while True:
             try:
-                output, _ = process.communicate(timeout=_LOOK_INTERVAL_S)
+                output, _ = process.communicate(timeout=_SIZE_CHECK_INTERVAL_S)
                 break
             except subprocess.TimeoutExpired:
                 if _size(inbox) > limits.unpacked_bytes:
@@ -167,12 +167,12 @@ def _run(command: list[str], properties: list[str], inbox: Path, id_base: int, l
         process.communicate()
         raise
     if process.returncode:
-        words = output.decode(errors="replace").strip().splitlines() or [f"ended with status {process.returncode}"]
-        raise FetchFailed(f"skopeo: {words[-1][-500:]}")
+        lines = output.decode(errors="replace").strip().splitlines() or [f"ended with status {process.returncode}"]
+        raise FetchFailed(f"skopeo: {lines[-1][-500:]}")
 
 
 def _size(directory: Path) -> int:
-    """Bytes in a directory that changes while one looks."""
+    """Bytes in a directory whose files may be removed meanwhile."""
     total = 0
     for path, _, files in os.walk(directory):
         for name in files:

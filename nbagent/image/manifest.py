@@ -1,8 +1,9 @@
-"""/etc/nbagent-image.toml: what an image says about itself.
+"""/etc/nbagent-image.toml: the program of an image's slots, and how it is started.
 
-Pure: text in, a `Manifest` out, or an `ImageInvalid` that names the key and what would be right. The text
-comes from an image, so nothing in it is believed: paths are only spelled out here and resolved, inside the
-image, by others.
+Pure: text in, a `Manifest` out, or an `ImageInvalid` that names the key and the expected value. The text comes from an
+image, so it is untrusted: paths are checked for their form only, and resolved inside the image elsewhere.
+
+A new key is a field of `Program` and a line in `from_mapping`.
 """
 
 from __future__ import annotations
@@ -12,24 +13,19 @@ import posixpath
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Any
 
 from nbagent.core.errors import ImageInvalid
 
 PATH = "etc/nbagent-image.toml"
 MAX_BYTES = 64 * 1024
 
-# How slots of the image are started. `fork`: a notebook server is started once, and each slot is a fork of it.
-# `exec`: the program is started for each slot, cold; for a command there is no other way.
+# `fork`: a notebook server is started once, and each slot is a fork of it.
+# `exec`: the program is started anew for each slot. A command has no other way.
 LAUNCHES = ("fork", "exec")
 
-_KEYS = (
-    *("python", "command", "port", "ready", "url", "home", "directory", "user", "launch"),
-    *("preload", "share_memory", "environment", "static"),
-)
-# Command and environment travel to the launcher in one message.
+# The command and the environment are sent to the launcher in one message.
 _PROGRAM_MAX_BYTES = 32 * 1024
 USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 MODULE = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
@@ -40,16 +36,15 @@ _URL = re.compile(rf"(?:{_URL_PATH})?(?:\?(?:\{{token\}}|[A-Za-z0-9/._~%!$&'()*+
 _PREFIX = re.compile(r"(?:[A-Za-z0-9_@][A-Za-z0-9_.@-]*(?:/[A-Za-z0-9_@][A-Za-z0-9_.@-]*)*)?")
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """What runs in a slot is either `python`, an interpreter that has JupyterLab, or `command`.
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """The program of a slot: `python`, an interpreter that has JupyterLab, or `command`.
 
     A command serves HTTP on `port` of the slot's own loopback. In it and in `environment`, `{base_path}`,
-    `{port}` and `{token}` stand for the slot's. Below the slot's address, `ready` is asked whether the program
-    is, and `url` is where a claim's link leads. `static` maps URL prefixes below `{base_url}static/` to
-    directories of the image. `preload` are modules that the notebook server of `launch` "fork" and its kernels
-    have imported before there is a slot. `share_memory`: whether that server's memory is prepared so that its slots
-    share most of it.
+    `{port}` and `{token}` stand for the slot's. Below the slot's address, `ready` is requested until the program
+    responds, and `url` is the target of a claim's link. `preload` are modules that the notebook server of `launch`
+    "fork" and its kernels import before there is a slot, and `share_memory` prepares that server's memory so that its
+    slots share most of it. `python`, `home` and `directory` are paths inside the image.
     """
 
     python: str | None
@@ -62,9 +57,21 @@ class Manifest:
     user: str
     launch: str
     preload: tuple[str, ...]
-    share_memory: bool
     environment: Mapping[str, str]
+    share_memory: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(Program):
+    """A program, and the files that the router serves without it.
+
+    `static` maps URL prefixes below `{base_url}static/` to directories of the image.
+    """
+
     static: Mapping[str, str]
+
+
+_KEYS = tuple(field.name for field in fields(Manifest))
 
 
 def parse(content: bytes) -> Manifest:
@@ -80,7 +87,7 @@ def parse(content: bytes) -> Manifest:
     return from_mapping(data)
 
 
-def from_mapping(data: Mapping[str, Any]) -> Manifest:
+def from_mapping(data: Mapping[str, object]) -> Manifest:
     """The manifest with these keys and values, each checked. Raises ImageInvalid."""
     for key in data:
         if key not in _KEYS:
@@ -95,24 +102,24 @@ def from_mapping(data: Mapping[str, Any]) -> Manifest:
         raise _wrong("python", "expected either python, for JupyterLab, or a command, and not both")
     python = _path("python", data["python"], "/usr/bin/python3") if "python" in data else None
     if python and "port" in data:
-        raise _wrong("port", "only a command has one; JupyterLab is handed its socket")
+        raise _wrong("port", "only a command has a port, because JupyterLab inherits its socket")
     home = _path("home", data.get("home"), "/home/jovyan")
     launches = LAUNCHES if python else LAUNCHES[1:]
     launch = data.get("launch", launches[0])
-    if launch not in launches:
+    if not isinstance(launch, str) or launch not in launches:
         raise _wrong("launch", "expected " + " or ".join(f'"{known}"' for known in launches))
     preload = _preload(data.get("preload", []))
     if preload and launch != "fork":
-        raise _wrong("preload", 'only with launch = "fork" is there a server to import it')
+        raise _wrong("preload", 'expected launch = "fork", because only its notebook server imports modules early')
     share_memory = data.get("share_memory", True)
     if not isinstance(share_memory, bool):
         raise _wrong("share_memory", "expected true or false")
     if not share_memory and launch != "fork":
-        raise _wrong("share_memory", 'only with launch = "fork" do slots share the memory of a server')
+        raise _wrong("share_memory", 'expected launch = "fork", because only forked slots share the memory of a server')
     command = () if python else _command(data["command"])
     environment = _environment(data.get("environment", {}))
     if sum(map(len, (*command, *environment, *environment.values()))) > _PROGRAM_MAX_BYTES:
-        raise _wrong("environment", f"with the command it is longer than {_PROGRAM_MAX_BYTES} characters")
+        raise _wrong("environment", f"longer than {_PROGRAM_MAX_BYTES} characters, the command included")
     return Manifest(
         python=python,
         command=command,
@@ -130,15 +137,15 @@ def from_mapping(data: Mapping[str, Any]) -> Manifest:
     )
 
 
-def to_mapping(manifest: Manifest) -> dict[str, Any]:
-    """What `from_mapping` takes, in JSON's types."""
-    mapping: dict[str, Any] = {}
-    for key in _KEYS:
-        value = getattr(manifest, key)
+def to_mapping(manifest: Manifest) -> dict[str, object]:
+    """The mapping that `from_mapping` reads, in JSON's types and without defaults."""
+    mapping: dict[str, object] = {}
+    for field in fields(Manifest):
+        value = getattr(manifest, field.name)
         if isinstance(value, Mapping):
-            mapping[key] = dict(value)
-        elif value is not None and value != () and value is not True:  # share_memory is true by default
-            mapping[key] = list(value) if isinstance(value, tuple) else value
+            mapping[field.name] = dict(value)
+        elif value is not None and value != () and value != field.default:
+            mapping[field.name] = list(value) if isinstance(value, tuple) else value
     return mapping
 
 

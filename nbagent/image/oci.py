@@ -1,13 +1,13 @@
-"""Container images as the Open Container Initiative lays them out in a directory, read as hostile data.
+"""Reads container images from an OCI image layout, as untrusted data.
 
-    DIR/index.json              which images are in it, by tag and platform
+    DIR/index.json              the images of the layout, by tag and platform
     DIR/blobs/sha256/DIGEST     their manifests, configurations and layers
 
-What a blob is named by is checked before it is used, so a layout may lie about nothing. Layers are unpacked by
-`archive`, whose promises hold for them too; what runs an image that does not say it itself (`manifest_of`)
-is taken from its configuration (https://github.com/opencontainers/image-spec/blob/main/config.md).
+Each blob is checked against the digest in its name before it is used. Layers are unpacked by `archive`, with the same
+checks as for an archive. For an image without /etc/nbagent-image.toml, `manifest_of` derives a manifest from its
+configuration (https://github.com/opencontainers/image-spec/blob/main/config.md).
 
-Not for fetching: `fetch` brings an image into such a layout, whatever it was before.
+`fetch` copies images of other formats into such a layout.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from nbagent.core.errors import ImageInvalid
 from nbagent.image import manifest as manifests
 from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.manifest import Manifest
-from nbagent.image.tree import NotInTree, Tree
+from nbagent.image.tree import open_tree
+from nbagent.untrusted.tree import NotInTree, Tree
 
 _DOCUMENT_MAX_BYTES = 4 << 20
-# Docker's own bound; an overlay of more does not mount there.
+# Docker's limit, because overlayfs mounts no more layers there.
 _LAYERS_MAX = 127
 _INDEX_DEPTH_MAX = 3
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
@@ -48,12 +49,16 @@ _LAYER = re.compile(
 _PORT = re.compile(r"([0-9]{1,5})(?:/tcp)?")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _SHEBANG = re.compile(rb"#! ?(/[\x21-\x7e]*/python[0-9.]*)\n")
-# Whom an image runs as that says nothing, or root: nobody is root in a slot.
+# The user for an image that names none, or root, because no process of a slot is root.
 _USER, _HOME = "jovyan", "/home/jovyan"
 
 
+# A JSON object from the image.
+_Object = Mapping[str, object]
+
+
 class ImageConfig(NamedTuple):
-    """What an image says of the process it is for."""
+    """The part of an image's configuration that describes its process."""
 
     environment: Mapping[str, str]
     user: str
@@ -69,7 +74,7 @@ class Layer(NamedTuple):
 
 
 class OciImage(NamedTuple):
-    """One image of a layout: the digest of its manifest, its configuration, its layers from the lowest."""
+    """One image of a layout: the digest of its manifest, its configuration, and its layers, the lowest first."""
 
     digest: str
     config: ImageConfig
@@ -77,25 +82,26 @@ class OciImage(NamedTuple):
 
 
 class Source(Protocol):
-    """Where an image comes from."""
+    """A place from which an image is imported."""
 
     def layout(self, staging: Path, id_base: int, limits: ImageArchiveLimits) -> AbstractContextManager[Layout]:
-        """A layout that has the image.
+        """A layout that contains the image.
 
-        What must be fetched is fetched into `staging`, which is the image's own as the range of ids from
-        `id_base` is. Raises ImageInvalid, FetchFailed.
+        An image that must be fetched is fetched into `staging`, by a process with an id of the image's own range,
+        which begins at `id_base`. Raises ImageInvalid, FetchFailed.
         """
 
 
 class Layout:
     """A layout, open for reading.
 
-    `tag` is which of its images is meant; None: the only one. `inbox` is what was made for this one reading.
+    `tag` selects one of its images; None requires that there is only one. `inbox` is a temporary directory that
+    `discard` deletes.
     """
 
     def __init__(self, path: Path, tag: str | None = None, inbox: Path | None = None) -> None:
         self.path, self.tag, self.inbox = path, tag, inbox
-        self._tree = Tree(path)
+        self._tree = open_tree(path)
 
     def __enter__(self) -> Layout:
         return self
@@ -106,25 +112,26 @@ class Layout:
         self.close()
 
     def close(self) -> None:
-        """Closes what `image` and `open_layer` read from."""
+        """Closes the directories that `image` and `open_layer` read from."""
         self._tree.close()
 
     def discard(self) -> None:
-        """Deletes what was made for this reading. Open layers can still be read."""
+        """Deletes the temporary directory. Open layers can still be read."""
         if self.inbox is not None:
             shutil.rmtree(self.inbox)
 
     def image(self) -> OciImage:
-        """The image that is meant. Raises ImageInvalid."""
+        """The selected image. Raises ImageInvalid."""
         digest = self._manifest_digest()
         document = self._document(digest)
         layers = tuple(_layer(item) for item in _list(document, "layers"))
         if not 0 < len(layers) <= _LAYERS_MAX:
             raise ImageInvalid(f"the image has {len(layers)} layers; expected 1 to {_LAYERS_MAX}")
         config = self._document(_digest_of(_table(document, "config")))
-        here = _ARCHITECTURES.get(platform.machine(), platform.machine())
-        if (made_for := (config.get("os"), config.get("architecture"))) != ("linux", here):
-            raise ImageInvalid(f"the image is for {'/'.join(map(str, made_for))}, and this host is linux/{here}")
+        image_platform = (config.get("os"), config.get("architecture"))
+        if image_platform != _host_platform():
+            made_for, host = ("/".join(map(str, names)) for names in (image_platform, _host_platform()))
+            raise ImageInvalid(f"the image is for {made_for}, but this host is {host}")
         return OciImage(digest, _config(_table(config, "config") if config.get("config") else {}), layers)
 
     def open_layer(self, layer: Layer) -> io.BufferedReader:
@@ -132,7 +139,7 @@ class Layout:
         file = self._open(("blobs", "sha256", layer.digest))
         if hashlib.file_digest(file, "sha256").hexdigest() != layer.digest:
             file.close()
-            raise ImageInvalid(f"blob {layer.digest} of the image is damaged")
+            raise ImageInvalid(f"blob {layer.digest} of the image does not match its digest")
         return file
 
     def _manifest_digest(self) -> str:
@@ -144,27 +151,27 @@ class Layout:
         for _ in range(_INDEX_DEPTH_MAX):
             chosen = _for_this_host(items)
             if chosen is None:
-                what = f"tagged {self.tag}" if self.tag else "that is the only one"
-                raise ImageInvalid(f"no image for this host {what}; tags here: {tags}")
+                selected = f"with the tag {self.tag}" if self.tag else "that is the only one; give a tag"
+                raise ImageInvalid(f"the layout has no image for this host {selected}; tags here: {tags}")
             if _MANIFEST.fullmatch(str(chosen.get("mediaType"))):
                 return _digest_of(chosen)
             if not _INDEX.fullmatch(str(chosen.get("mediaType"))):
-                raise ImageInvalid(f"the layout has no image, but {chosen.get('mediaType')!r}")
+                raise ImageInvalid(f"the layout has a {chosen.get('mediaType')!r} where an image was expected")
             items = _list(self._document(_digest_of(chosen)), "manifests")
-        raise ImageInvalid(f"the layout has an index of an index, more than {_INDEX_DEPTH_MAX} deep")
+        raise ImageInvalid(f"the layout has indexes that are nested more than {_INDEX_DEPTH_MAX} deep")
 
-    def _document(self, digest: str) -> Mapping[str, Any]:
+    def _document(self, digest: str) -> _Object:
         with self._open(("blobs", "sha256", digest)) as file:
             content = file.read(_DOCUMENT_MAX_BYTES + 1)
         if hashlib.sha256(content).hexdigest() != digest:
-            raise ImageInvalid(f"blob {digest} of the image is damaged, or no manifest")
+            raise ImageInvalid(f"blob {digest} of the image does not match its digest, or is too large for a manifest")
         return _parse(content, f"blob {digest}")
 
     def _open(self, parts: tuple[str, ...]) -> io.BufferedReader:
         try:
-            file = open(self._tree.open_file(parts), "rb")  # noqa: SIM115  the caller's
+            file = open(self._tree.open_file(parts), "rb")  # noqa: SIM115  the caller closes it
         except (FileNotFoundError, NotInTree, IsADirectoryError):
-            raise ImageInvalid(f"{self.path} is no whole OCI layout: {'/'.join(parts)} is missing") from None
+            raise ImageInvalid(f"{self.path} is not a complete OCI layout: {'/'.join(parts)} is missing") from None
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             file.close()
             raise ImageInvalid(f"{'/'.join(parts)} of the layout is not a file")
@@ -172,16 +179,16 @@ class Layout:
 
 
 def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
-    """The manifest of an image that has none, by its configuration and by what is in it.
+    """A manifest for an image that has none, from its configuration and its files.
 
-    An image with JupyterLab on its PATH is a notebook server's, whatever it runs elsewhere; else its
-    entry point is the command. Raises ImageInvalid.
+    An image with JupyterLab on its PATH becomes one of notebook servers, whatever its entry point is. Otherwise its
+    entry point and command become the command. Raises ImageInvalid.
     """
-    with Tree(rootfs) as tree:
+    with open_tree(rootfs) as tree:
         user, home = _user(tree, config.user)
         python = _jupyter(tree, config.environment.get("PATH", _PATH))
     home = _normal(config.environment.get("HOME", ""), home) if user != _USER else home
-    mapping: dict[str, Any] = {
+    mapping: dict[str, object] = {
         "user": user,
         "home": home,
         "directory": _normal(config.directory, home),
@@ -199,7 +206,7 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
     return manifests.from_mapping(mapping)
 
 
-def _config(document: Mapping[str, Any]) -> ImageConfig:
+def _config(document: _Object) -> ImageConfig:
     variables = [item.partition("=") for item in _texts(document, "Env")]
     exposed = document.get("ExposedPorts")
     names = exposed if isinstance(exposed, Mapping) else ()
@@ -214,7 +221,7 @@ def _config(document: Mapping[str, Any]) -> ImageConfig:
 
 
 def _user(tree: Tree, wanted: str) -> tuple[str, str]:
-    """Name and home of the user an image runs as, by its own passwd."""
+    """Name and home of the image's user, from its own passwd."""
     wanted = wanted.partition(":")[0]
     for fields in _passwd(tree):
         if wanted in (fields[0], fields[2]) and fields[2] != "0" and manifests.USER.fullmatch(fields[0]):
@@ -230,7 +237,7 @@ def _passwd(tree: Tree) -> Iterator[list[str]]:
 
 
 def _jupyter(tree: Tree, path: str) -> str | None:
-    """The interpreter of the image's JupyterLab."""
+    """The interpreter in the first line of the image's jupyter-lab."""
     for directory in path.split(":"):
         if directory.startswith("/") and (match := _SHEBANG.match(_content(tree, f"{directory}/jupyter-lab"))):
             return match[1].decode()
@@ -238,7 +245,7 @@ def _jupyter(tree: Tree, path: str) -> str | None:
 
 
 def _content(tree: Tree, path: str) -> bytes:
-    """The beginning of a file of the image, b"" where there is none without a link on the way."""
+    """The beginning of a file of the image, b"" if it does not exist or a link is on the way."""
     parts = tuple(part for part in path.split("/") if part not in ("", "."))
     try:
         with open(tree.open_file(parts), "rb") as file:
@@ -252,36 +259,39 @@ def _normal(path: str, otherwise: str) -> str:
     return path if path.startswith("/") and path.strip("/") and path.isprintable() else otherwise
 
 
-def _for_this_host(items: list[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The one descriptor that is for this host, or does not say for which."""
-    here = ("linux", _ARCHITECTURES.get(platform.machine(), platform.machine()))
+def _host_platform() -> tuple[str, str]:
+    return "linux", _ARCHITECTURES.get(platform.machine(), platform.machine())
+
+
+def _for_this_host(items: list[_Object]) -> _Object | None:
+    """The one descriptor whose platform is that of this host or not given."""
     found = []
     for item in items:
         wanted = item.get("platform")
-        if not isinstance(wanted, Mapping) or (wanted.get("os"), wanted.get("architecture")) == here:
+        if not isinstance(wanted, Mapping) or (wanted.get("os"), wanted.get("architecture")) == _host_platform():
             found.append(item)
     return found[0] if len(found) == 1 else None
 
 
-def _layer(descriptor: Mapping[str, Any]) -> Layer:
+def _layer(descriptor: _Object) -> Layer:
     if not _LAYER.fullmatch(str(descriptor.get("mediaType"))):
-        raise ImageInvalid(f"a layer of the image is {descriptor.get('mediaType')!r}; expected a tar archive")
+        raise ImageInvalid(f"a layer of the image has the type {descriptor.get('mediaType')!r}; expected a tar archive")
     return Layer(_digest_of(descriptor))
 
 
-def _digest_of(descriptor: Mapping[str, Any]) -> str:
+def _digest_of(descriptor: _Object) -> str:
     if match := _DIGEST.fullmatch(str(descriptor.get("digest"))):
         return match[1]
     raise ImageInvalid(f"the image names a blob {descriptor.get('digest')!r}; expected sha256: and 64 digits")
 
 
-def _tag_of(descriptor: Mapping[str, Any]) -> str | None:
+def _tag_of(descriptor: _Object) -> str | None:
     annotations = descriptor.get("annotations")
     tag = annotations.get(_TAG) if isinstance(annotations, Mapping) else None
     return tag if isinstance(tag, str) else None
 
 
-def _parse(content: bytes, what: str) -> Mapping[str, Any]:
+def _parse(content: bytes, what: str) -> _Object:
     try:
         document = json.loads(content) if len(content) <= _DOCUMENT_MAX_BYTES else None
     except (ValueError, RecursionError):
@@ -291,19 +301,19 @@ def _parse(content: bytes, what: str) -> Mapping[str, Any]:
     return document
 
 
-def _table(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+def _table(document: _Object, key: str) -> _Object:
     if isinstance(value := document.get(key), Mapping):
         return value
     raise ImageInvalid(f"the image's {key} is not an object")
 
 
-def _list(document: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+def _list(document: _Object, key: str) -> list[_Object]:
     if isinstance(value := document.get(key), list) and all(isinstance(item, Mapping) for item in value):
         return value
     raise ImageInvalid(f"the image's {key} are not a list of objects")
 
 
-def _texts(document: Mapping[str, Any], key: str) -> list[str]:
+def _texts(document: _Object, key: str) -> list[str]:
     value = document.get(key) or []
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return value

@@ -1,9 +1,8 @@
-"""Copies of an image's web assets that the router serves without asking any slot.
+"""Copies of an image's web assets, which the router serves without a request to a slot.
 
-Copies, since nginx runs on the host and the image is hostile: a link in its tree would lead nginx anywhere.
-Only regular files are taken, links are left out. Beside each file that shrinks is a `.gz` for nginx's
-`gzip_static`; both carry the file's own time, so ETag and Last-Modified are the same on every host of a
-fleet.
+They are copied, because nginx runs on the host and would follow a link of a hostile image out of its tree. Only regular
+files are copied. Beside each file that compression makes smaller is a `.gz` for nginx's `gzip_static`. Both have the
+file's own time, so that ETag and Last-Modified are equal on every host of a fleet.
 """
 
 from __future__ import annotations
@@ -17,14 +16,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from nbagent.core.errors import ImageInvalid
-from nbagent.image.tree import NotInTree, Parts, Tree
+from nbagent.image.tree import open_tree
+from nbagent.untrusted.tar import Parts
+from nbagent.untrusted.tree import NotInTree, Tree
 
 _COMPRESSIBLE = {
     *(".css", ".htm", ".html", ".js", ".json", ".map", ".md", ".mjs", ".svg", ".txt", ".wasm", ".xml"),
     *(".eot", ".ico", ".otf", ".ttf"),
 }
-# Below one packet's worth, compression saves no round trip; nginx's own gzip_min_length is there for the
-# same reason.
+# A response below the size of a packet needs no round trip less when it is compressed; compare nginx's gzip_min_length.
 _COMPRESS_FROM_BYTES = 1024
 _COMPRESS_UP_TO_BYTES = 64 << 20
 _LEVEL = 6
@@ -38,8 +38,8 @@ def publish(rootfs: Path, prefixes: Mapping[str, str], target: Path, limit_bytes
     left_bytes = limit_bytes
     pending: list[Future[None]] = []
     with ExitStack() as stack:
-        tree = stack.enter_context(Tree(rootfs))
-        # zlib lets go of the interpreter, so threads use every processor.
+        tree = stack.enter_context(open_tree(rootfs))
+        # zlib releases the GIL, so threads use every processor.
         workers = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
         for prefix, path in prefixes.items():
             for parts in _files(tree, tuple(path.strip("/").split("/")), prefix):
@@ -73,14 +73,14 @@ def _files(tree: Tree, parts: Parts, prefix: str) -> Iterator[Parts]:
 
 
 def _copy(tree: Tree, parts: Parts, copy: Path, limit_bytes: int, prefix: str) -> int:
-    """Copy one file and return its size; what is no regular file is passed over."""
+    """Copy one file and return its size, 0 for one that is not a regular file and is skipped."""
     with open(tree.open_file(parts), "rb") as source:
         status = os.fstat(source.fileno())
         if not stat.S_ISREG(status.st_mode):
             return 0
-        # One file under many hard links is many copies.
+        # A file with many hard links is copied many times.
         if status.st_size > limit_bytes:
-            raise ImageInvalid(f'static."{prefix}" is larger than an image may be')
+            raise ImageInvalid(f'static."{prefix}": the files are larger than the limit for an image')
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
             with copy.open("xb") as file:
@@ -111,7 +111,7 @@ def _compress(path: Path) -> None:
     try:
         with beside.open("xb") as file:
             file.write(packed)
-    except FileExistsError:  # the image brought one
+    except FileExistsError:  # the image contains one
         return
     beside.chmod(0o644)
     time_ns = path.stat().st_mtime_ns

@@ -1,18 +1,18 @@
-"""The image store: archives in, read-only root filesystems out, found by name or by digest.
+"""The image store: adds archives as read-only root filesystems, and finds them by name or by digest.
 
     PATH/sha256-DIGEST/rootfs/      the image, its owners shifted into the image's own range of host ids
     PATH/sha256-DIGEST/static/      its web assets, for the router
-    PATH/sha256-DIGEST/image.json   what is known about it; made by us, so it is believed
+    PATH/sha256-DIGEST/image.json   its record; trusted, because the store writes it
     PATH/names/NAME                 a link to ../sha256-DIGEST
-    PATH/former/NAME                the same, of what NAME meant before: one step back is always possible
-    PATH/.staging-*                 what is on its way in or out; whoever works on it holds a lock on it
+    PATH/former/NAME                a link to the previous image of NAME, so that one step back is always possible
+    PATH/.staging-*                 a tree that is being added or deleted, locked by the process that does it
 
-Content-addressed: a digest names one archive for ever, so a tree is never changed once it is here, and a
-slot that runs on it is not disturbed when the name moves on to another. A tree is staged, synced and then
-renamed; whoever reads sees all of it or nothing and needs no lock. Writers take turns, and never for longer
-than it takes to write a few links: downloading, unpacking and deleting go on beside each other.
+Content-addressed: a digest identifies one archive for ever, so a tree is never changed after it was added, and slots
+that run on it are not affected when the name is moved to another image. A tree is staged, synced and then renamed, so
+a reader sees the complete tree or none and needs no lock. Writers hold the store's lock only while they write a few
+links, so that downloading, unpacking and deleting run in parallel.
 
-Not for deciding when an image may go: `retire` is told what is in use.
+The store does not decide which images are in use: the caller of `retire` passes their digests.
 """
 
 from __future__ import annotations
@@ -27,11 +27,10 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from nbagent.core import paths
 from nbagent.core.errors import ImageInvalid, ImageNotFound
@@ -40,8 +39,9 @@ from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
 from nbagent.image import archive as archives
 from nbagent.image import ids, oci, static
 from nbagent.image import manifest as manifests
-from nbagent.image.manifest import Manifest
-from nbagent.image.tree import NotInTree, Tree
+from nbagent.image.manifest import Manifest, Program
+from nbagent.image.tree import open_tree
+from nbagent.untrusted.tree import NotInTree
 
 DEFAULT_PATH = paths.IMAGES
 
@@ -49,15 +49,15 @@ _DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
 _PREFIX = re.compile(r"(?:sha256-)?([0-9a-f]{4,64})")
 _STAGING = ".staging-"
 _FORMAT = 1
+_RECORD = "image.json"
 
 
-@dataclass(frozen=True)
-class Image:
-    """An image in the store.
+@dataclass(frozen=True, kw_only=True)
+class Image(Program):
+    """An image in the store, with the program of its manifest.
 
-    `digest` is `sha256-` and 64 hexadecimal digits, `root` its root filesystem and `static` its web
-    assets. Its ids 0 to 65535 are `id_base` and up on the host. The rest is as in its manifest; `python` and
-    `home` are paths inside.
+    `digest` is `sha256-` and 64 hexadecimal digits, `root` its root filesystem and `static` its web assets.
+    The ids 0 to 65535 of the image are `id_base` and up on the host.
     """
 
     name: str
@@ -65,22 +65,29 @@ class Image:
     root: Path
     static: Path
     id_base: int
-    python: str | None
-    command: tuple[str, ...]
-    port: int | None
-    ready: str
-    url: str
-    home: str
-    directory: str
-    user: str
-    launch: str
-    preload: tuple[str, ...]
-    environment: Mapping[str, str]
-    share_memory: bool = True
 
 
-_OF_MANIFEST = ("python", "command", "port", "ready", "url", "home", "directory", "user", "launch",
-                "preload", "share_memory", "environment")
+@dataclass(frozen=True)
+class _Record:
+    """The content of image.json."""
+
+    digest: str
+    id_base: int
+    manifest: Manifest
+
+    def save(self, tree: Path) -> None:
+        document = {"format": _FORMAT, "digest": self.digest, "id_base": self.id_base,
+                    "manifest": manifests.to_mapping(self.manifest)}
+        (tree / _RECORD).write_text(json.dumps(document, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, tree: Path) -> _Record:
+        """Raises FileNotFoundError, ImageInvalid."""
+        document = _document(tree)
+        manifest = document["manifest"]
+        if not isinstance(manifest, dict):
+            raise ImageInvalid(f"{tree}/{_RECORD}: manifest is not an object; remove the image and add it again")
+        return cls(digest=tree.name, id_base=_id_base(document), manifest=manifests.from_mapping(manifest))
 
 
 class ImageStore:
@@ -98,9 +105,9 @@ class ImageStore:
         self._id_bases, self._limits, self._chown = id_bases, limits, chown
 
     def add(self, archive: Path, name: str) -> Image:
-        """Put an archive into the store, unless it is there, and let `name` mean it from now on.
+        """Add an archive to the store, unless it is there, and point `name` to it.
 
-        A name that meant another image moves; that image stays for one step back. Raises ImageInvalid.
+        The previous image of the name is kept for one step back. Raises ImageInvalid.
         """
         _check_name(name)
         with archive.open("rb") as file:
@@ -115,11 +122,11 @@ class ImageStore:
         return self.get(name)
 
     def import_oci(self, source: oci.Source, name: str, manifest: Manifest | None = None) -> Image:
-        """Put a container image into the store, as `add` does.
+        """Add a container image to the store, as `add` does.
 
-        Without a `manifest` the image has its /etc/nbagent-image.toml, or what its own configuration says
-        becomes one. The digest is that of the image's own manifest, as a registry has it, or, with a
-        `manifest`, of both. Raises ImageInvalid, FetchFailed.
+        Without a `manifest` the image's /etc/nbagent-image.toml is used; without that, one is derived from its OCI
+        configuration. The digest is that of the image's OCI manifest, as in a registry; with a `manifest`, that of
+        both. Raises ImageInvalid, FetchFailed.
         """
         _check_name(name)
         with ExitStack() as stack:
@@ -141,9 +148,9 @@ class ImageStore:
         return self.get(name)
 
     def use(self, name: str, reference: str) -> Image:
-        """Let `name` mean an image that is here: that of another name, or of the digest that begins so.
+        """Point `name` to an image of the store, given by another name or by the first digits of its digest.
 
-        What the name meant stays for one step back, so using that again rolls back. Raises ImageNotFound.
+        The previous image of the name is kept for one step back. Raises ImageNotFound.
         """
         _check_name(name)
         with self._locked():
@@ -151,37 +158,35 @@ class ImageStore:
         return self.get(name)
 
     def get(self, name: str) -> Image:
-        """The image that `name` means now. Raises ImageNotFound."""
+        """The image that `name` points to. Raises ImageNotFound."""
         _check_name(name)
         try:
             return self._load(self._link("names", name).readlink().name, name)
         except FileNotFoundError:
-            raise ImageNotFound(f"no image is called {name!r}", image=name) from None
+            raise ImageNotFound(f"no image has the name {name!r}", image=name) from None
 
     def former(self, name: str) -> str | None:
-        """The digest of what `name` meant before, as long as that is here."""
+        """The digest of the previous image of `name`, if there is one."""
         try:
             return self._link("former", name).readlink().name
         except FileNotFoundError:
             return None
 
     def list(self) -> list[Image]:
-        """All images that have a name, by name. One that cannot be read is passed over, and the journal told:
-        the others' users have nothing to do with it.
-        """
+        """All named images, by name. An unreadable one is logged and skipped, so that the others stay usable."""
         found = []
         for name in self._names():
             try:
                 found.append(self.get(name))
-            except ImageNotFound:  # removed since we looked
+            except ImageNotFound:  # removed meanwhile
                 continue
             except ImageInvalid as error:
                 emit(Event.IMAGE_UNREADABLE, image=name, text=str(error))
         return found
 
     def remove(self, name: str) -> None:
-        """Take the name away, and the step back; the trees stay until they are retired, since slots may
-        run on them. Raises ImageNotFound.
+        """Remove a name and its previous image's. The trees stay until they are retired, because slots may run on
+        them. Raises ImageNotFound.
         """
         _check_name(name)
         with self._locked():
@@ -189,25 +194,25 @@ class ImageStore:
             try:
                 self._link("names", name).unlink()
             except FileNotFoundError:
-                raise ImageNotFound(f"no image is called {name!r}", image=name) from None
+                raise ImageNotFound(f"no image has the name {name!r}", image=name) from None
 
     def retire(self, in_use: Collection[str]) -> builtins.list[str]:
-        """Take every tree out of the store that no name means or meant before, and whose digest is not in
-        `in_use`; return their digests.
+        """Retire every tree that is not the image or the previous image of a name and whose digest is not in `in_use`;
+        return their digests. `sweep` deletes retired trees.
 
-        Quick, and nobody is added or named meanwhile: who asks from the place where slots are started can
-        lose none. What was taken out is deleted by `sweep`.
+        Holds the lock and only renames, so no image is added or named meanwhile. Call it from the thread that
+        starts slots, so that no slot can start on a tree while it is retired.
         """
         with self._locked():
             kept = {link.readlink().name for link in self._links()}
             unwanted = [digest for digest in self._digests() if digest not in kept and digest not in in_use]
             for digest in unwanted:
-                # Half deleted it would still look like an image, so it loses its name first.
+                # Renamed before it is deleted, because an incomplete tree would look like an image.
                 (self.path / digest).rename(self.path / f"{_STAGING}{digest}-{secrets.token_hex(4)}")
         return unwanted
 
     def sweep(self) -> None:
-        """Delete what was retired, and what a writer that was killed has left. May take seconds."""
+        """Delete retired trees, and the staging directories of killed writers. May take seconds."""
         with ExitStack() as stack:
             leftovers = []
             with self._locked():
@@ -233,7 +238,7 @@ class ImageStore:
         return _matching(self.path, _DIGEST)
 
     def _resolve(self, reference: str) -> str:
-        """The digest that a name or the beginning of a digest means."""
+        """The digest for a name or for the first digits of a digest."""
         if reference in self._names():
             return self._link("names", reference).readlink().name
         found = []
@@ -241,56 +246,49 @@ class ImageStore:
             found = [digest for digest in self._digests() if digest.startswith(f"sha256-{match[1]}")]
         if len(found) == 1:
             return found[0]
-        here = ", ".join([*self._names(), *self._digests()]) or "nothing"
-        what = "more than one image" if found else "no image"
-        raise ImageNotFound(f"{reference!r} means {what}; in the store are: {here}", image=reference)
+        stored = ", ".join([*self._names(), *self._digests()]) or "none"
+        count = "more than one image" if found else "no image"
+        raise ImageNotFound(f"{reference!r} matches {count} of the store; expected one of: {stored}", image=reference)
 
     def _load(self, digest: str, name: str) -> Image:
         tree = self.path / digest
-        facts = _read_facts(tree)
-        manifest = manifests.from_mapping(facts["manifest"])
+        record = _Record.load(tree)
         return Image(
             name=name,
             digest=digest,
             root=tree / "rootfs",
             static=tree / "static",
-            id_base=facts["id_base"],
-            **{field: getattr(manifest, field) for field in _OF_MANIFEST},
+            id_base=record.id_base,
+            **{field.name: getattr(record.manifest, field.name) for field in fields(Program)},
         )
 
     def _known(self, digest: str, name: str) -> bool:
-        """Lets `name` mean the image of this digest, if it is here; whether it is."""
+        """Points `name` to the image of this digest, if the store has it; whether it has."""
         with self._locked():
             if known := (self.path / digest).exists():
                 self._point(name, digest)
         return known
 
     def _publish(self, staging: Path, digest: str, id_base: int, manifest: Manifest, name: str) -> None:
-        """What is staged becomes an image, and `name` means it."""
+        """Turns the staged tree into an image, and points `name` to it."""
         assets = staging / "static"
         assets.mkdir(0o755)
         static.publish(staging / "rootfs", manifest.static, assets, self._limits.unpacked_bytes)
-        facts = {
-            "format": _FORMAT,
-            "digest": digest,
-            "id_base": id_base,
-            "manifest": manifests.to_mapping(manifest),
-        }
-        (staging / "image.json").write_text(json.dumps(facts, indent=2) + "\n")
-        # Whoever knows the digest may pass, nginx and slots do; nobody may look around.
+        _Record(digest, id_base, manifest).save(staging)
+        # nginx and the slots open files below by paths that they know; a listing would show which images there are.
         staging.chmod(0o711)
         _sync(staging)
         with self._locked():
-            # Somebody else may have brought the same image meanwhile; then this one is not needed.
+            # Another process may have added the same image meanwhile; the staged tree is then deleted.
             if not (self.path / digest).exists():
                 staging.rename(self.path / digest)
             self._point(name, digest)
 
     def _free_id_base(self, reserved: Collection[range]) -> int:
-        used = [_read_facts(self.path / digest)["id_base"] for digest in self._digests()]
-        # Others that are on their way in have theirs in their names.
-        coming = [path.name.removeprefix(_STAGING).partition("-")[0] for path in self.path.glob(f"{_STAGING}*")]
-        used += [int(number) for number in coming if number.isdigit()]
+        used = [_id_base(_document(self.path / digest)) for digest in self._digests()]
+        # The names of staging directories contain the base of the image that is being added.
+        staged = [path.name.removeprefix(_STAGING).partition("-")[0] for path in self.path.glob(f"{_STAGING}*")]
+        used += [int(number) for number in staged if number.isdigit()]
         return ids.free_base(self._id_bases, used, reserved)
 
     def _point(self, name: str, digest: str) -> None:
@@ -303,7 +301,7 @@ class ImageStore:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """One writer at a time, in a store that exists."""
+        """Holds the store's lock, and creates the store if necessary."""
         for directory in (self.path, self.path / "names", self.path / "former"):
             directory.mkdir(0o711, parents=True, exist_ok=True)
             directory.chmod(0o711)
@@ -313,12 +311,12 @@ class ImageStore:
 
     @contextmanager
     def _staged(self) -> Iterator[tuple[Path, int]]:
-        """A private directory (mode 0700) and a free range of ids for what will be in it.
+        """A private directory (mode 0700) and a free range of ids for the tree in it.
 
-        The directory is gone afterwards, unless it got another name. What dead writers left goes before.
+        Deletes what killed writers have left before, and the directory afterwards unless it was renamed.
         """
         self.sweep()
-        # Asked before the lock: where users come from a directory service it takes its time.
+        # Before the lock, because this is slow on a host whose users come from a directory service.
         reserved = list(ids.reserved())
         with ExitStack() as stack:
             with self._locked():
@@ -343,19 +341,26 @@ def _matching(directory: Path, pattern: re.Pattern[str]) -> list[str]:
 
 def _check_name(name: str) -> None:
     if not IMAGE_NAME.fullmatch(name):
-        raise ImageInvalid(f"{name!r} is no name for an image: expected {IMAGE_NAME_EXPECTED}", field="name")
+        raise ImageInvalid(f"{name!r} is not a name for an image: expected {IMAGE_NAME_EXPECTED}", field="name")
 
 
-def _read_facts(tree: Path) -> dict[str, Any]:
-    """What is known about an image. Raises FileNotFoundError, ImageInvalid."""
+def _document(tree: Path) -> dict[str, object]:
+    """The JSON object in image.json. Raises FileNotFoundError, ImageInvalid."""
     try:
-        facts: dict[str, Any] = json.loads((tree / "image.json").read_text())
-        known = facts["format"] == _FORMAT and {"id_base", "manifest"} <= facts.keys()
-    except (ValueError, KeyError, TypeError) as error:
-        raise ImageInvalid(f"{tree}/image.json is damaged; remove the image and add it again: {error!r}") from None
-    if not known:
-        raise ImageInvalid(f"{tree} is of another version of nbagent; remove it and add the image again")
-    return facts
+        document = json.loads((tree / _RECORD).read_text())
+    except ValueError as error:
+        raise ImageInvalid(f"{tree}/{_RECORD} is damaged; remove the image and add it again: {error}") from None
+    if not isinstance(document, dict):
+        raise ImageInvalid(f"{tree}/{_RECORD} is not a JSON object; remove the image and add it again")
+    if document.get("format") != _FORMAT or not {"id_base", "manifest"} <= document.keys():
+        raise ImageInvalid(f"{tree} was added by another version of nbagent; remove the image and add it again")
+    return document
+
+
+def _id_base(document: dict[str, object]) -> int:
+    if isinstance(id_base := document["id_base"], int):
+        return id_base
+    raise ImageInvalid(f"{_RECORD}: id_base is {id_base!r}; remove the image and add it again")
 
 
 def _rootfs(staging: Path) -> Path:
@@ -367,20 +372,20 @@ def _rootfs(staging: Path) -> Path:
 def _unchanged(archive: Path, before: os.stat_result, fd: int) -> None:
     after = os.fstat(fd)
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise ImageInvalid(f"{archive} was changed while it was read")
+        raise ImageInvalid(f"{archive} changed while it was read; add it again")
 
 
 def _read_manifest(rootfs: Path) -> Manifest:
     if (manifest := _find_manifest(rootfs)) is None:
         raise ImageInvalid(
-            f"the image has no file /{manifests.PATH}; images/README.md says what belongs in it"
+            f"the image has no file /{manifests.PATH}; its keys are described in images/README.md"
         )
     return manifest
 
 
 def _find_manifest(rootfs: Path) -> Manifest | None:
     try:
-        with Tree(rootfs) as tree, open(tree.open_file(manifests.PATH.split("/")), "rb") as file:
+        with open_tree(rootfs) as tree, open(tree.open_file(tuple(manifests.PATH.split("/"))), "rb") as file:
             content = file.read(manifests.MAX_BYTES + 1)
     except FileNotFoundError:
         return None
@@ -390,7 +395,7 @@ def _find_manifest(rootfs: Path) -> Manifest | None:
 
 
 def _try_lock(directory: Path) -> int | None:
-    """A descriptor that keeps others from a staged directory, or None where it is kept from us."""
+    """A descriptor that holds the lock of a staging directory, or None if another process holds it."""
     try:
         directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -411,7 +416,7 @@ def _replace_link(link: Path, digest: str) -> None:
 
 
 def _delete(tree: Path) -> None:
-    # As root, modes do not matter; for anybody else a directory must be writable before it can be emptied.
+    # Without root, a directory must be writable before its entries can be deleted.
     if os.geteuid() != 0:
         for directory, _, _ in os.walk(tree):
             os.chmod(directory, 0o700)
@@ -427,7 +432,7 @@ def _sync_directory(directory: Path) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Wait until the directory's file system is on disk: one call, not one for each of 20,000 files."""
+    """Write the directory's file system to disk: one syncfs(2) is faster than an fsync(2) for each of 20,000 files."""
     directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if ctypes.CDLL(None, use_errno=True).syncfs(directory_fd) != 0:

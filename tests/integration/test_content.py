@@ -1,4 +1,4 @@
-"""Claims that bring content: it is there when the claim is answered, and bringing it lets nothing in or out."""
+"""Claims with content: it is delivered before the response, by a process that is confined like the slot."""
 
 import base64
 import contextlib
@@ -15,7 +15,7 @@ from notebook import Notebook
 PORT = 8123
 ALLOW = f'[claims]\narchives = ["http://127.0.0.1:{PORT}/ok/"]\n'
 FAILED = "urn:nbagent:problem:archive-failed"
-# What a slot's own loopback serves: an archive, a way to it, a way out, and an answer that never comes.
+# A web server on a slot's loopback: an archive, redirects to it and to another path, and a response that never comes.
 SITE = """
 import http.server, io, tarfile, threading
 made = io.BytesIO()
@@ -44,7 +44,7 @@ server.serve_forever()
 
 @pytest.fixture
 def workers():
-    """Threads for callers that wait while the test does something else."""
+    """Threads for requests that wait while the test runs on."""
     with ThreadPoolExecutor(2) as pool:
         yield pool
 
@@ -82,14 +82,14 @@ def site(agent):
 
 
 def content(notebook, path):
-    """A file of the slot, as the browser gets it."""
+    """A file of the slot, by Jupyter's contents API."""
     answer = notebook.router.call("GET", f"{notebook.base}api/contents/{path}?type=file&format=base64",
                                   headers=notebook.headers)
     assert answer.status == 200, answer.body
     return base64.b64decode(answer.json()["content"])
 
 
-def test_files_of_a_claim_are_the_users_own_when_it_is_answered(agent):
+def test_files_of_a_claim_belong_to_the_user_before_the_response(agent):
     claim = agent.claim(files={
         "analysis/hello world & #1 ü.ipynb": '{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}',
         "data.bin": {"base64": "AAEC/w=="},
@@ -111,14 +111,14 @@ def test_files_of_a_claim_are_the_users_own_when_it_is_answered(agent):
     assert result.text == "[('0o40755', True, True), ('0o100644', True, True)]"
 
 
-def test_a_megabyte_of_files_arrives_whole(agent):
+def test_a_megabyte_of_files_is_delivered_unchanged(agent):
     data = os.urandom(1 << 20)
     notebook = agent.open(files={"large.bin": {"base64": base64.b64encode(data).decode()}})
     result = notebook.run("import hashlib, pathlib; hashlib.sha256(pathlib.Path('large.bin').read_bytes()).hexdigest()")
     assert result.text == repr(hashlib.sha256(data).hexdigest())
 
 
-def test_content_is_brought_once_for_its_key_and_never_over_the_users_work(agent):
+def test_content_is_delivered_once_for_an_idempotency_key(agent):
     body = {"files": {"a.txt": "theirs"}, "path": "lab/tree/a.txt"}
     headers = {"Idempotency-Key": "with-content"}
     first = agent.api.call("POST", "/claim", body, headers).json()
@@ -159,13 +159,13 @@ def test_no_archive_is_fetched_unless_the_operator_allows_its_url(agent):
     assert warm(agent) == slot
 
 
-def test_a_link_in_home_that_leads_out_ends_the_claim_and_the_slot(agent):
+def test_a_link_out_of_the_home_directory_fails_the_claim_and_removes_the_slot(agent):
     slot = warm(agent)
     inside(agent, slot, "ln", "-s", "/tmp", "/home/jovyan/out")
     answer = agent.api.post("/claim", {"files": {"first": "", "out/x": "1"}})
     assert answer.status == 422 and answer.json()["type"] == "urn:nbagent:problem:content-failed"
     assert answer.json()["detail"] == "out/x: a symbolic link on the way leads out of the home directory"
-    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the slot to be gone")
+    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the slot to be removed")
     assert [e["NBAGENT_TEXT"] for e in agent.journal(f"NBAGENT_SLOT={slot}", "PRIORITY=5")] == [answer.json()["detail"]]
     assert warm(agent) != slot
 
@@ -189,13 +189,13 @@ def test_an_archive_is_fetched_by_the_slot_in_its_own_network(any_agent):
     assert inside(agent, slot, "stat", "-c", "%a %s %U", "/home/jovyan/course/data.csv") == "644 400000 jovyan\n"
 
 
-def test_an_archive_that_cannot_be_had_is_a_bad_gateway_and_ends_the_slot(agent):
+def test_a_failed_download_is_a_bad_gateway_and_removes_the_slot(agent):
     agent.configure(ALLOW)
     with site(agent) as slot:
         answer = agent.api.post("/claim", {"archive": f"http://127.0.0.1:{PORT}/ok/out"})
     assert answer.status == 502 and answer.json()["type"] == FAILED
     assert "/other/a.tar.gz, which this host does not allow" in answer.json()["detail"]
-    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the slot to be gone")
+    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the slot to be removed")
 
 
 def test_an_archive_that_is_too_slow_fails_in_time(agent):
@@ -205,11 +205,11 @@ def test_an_archive_that_is_too_slow_fails_in_time(agent):
     assert answer.status == 502 and answer.json()["detail"] == "content was not delivered in time"
 
 
-def test_what_brings_content_is_as_confined_as_the_slot_and_out_of_its_reach(agent, workers):
+def test_the_delivering_process_is_confined_and_not_accessible_from_the_slot(agent, workers):
     agent.configure(ALLOW)
     with site(agent) as slot:
         claim = workers.submit(agent.api.post, "/claim", {"archive": f"http://127.0.0.1:{PORT}/ok/never"})
-        pid = agent.wait(lambda: bringing(agent, slot), "the process that brings it")
+        pid = agent.wait(lambda: delivering_pid(agent, slot), "the process that delivers the content")
         assert agent.api.get(f"/slots/{slot}").json()["state"] == "preparing"
         of = record(agent, slot)
         lines = agent.run("cat", f"/proc/{pid}/status").splitlines()
@@ -221,24 +221,24 @@ def test_what_brings_content_is_as_confined_as_the_slot_and_out_of_its_reach(age
         assert of_it == of_init and len(of_it) >= 7
         # One socket to the supervisor, one to the web server; the rest is the slot's own.
         assert sorted(links(agent, f"/proc/{pid}/fd")) == ["/dev/null"] * 3 + ["/home/jovyan"] + ["socket"] * 2
-        # From inside it is a process nobody may look into.
+        # No process of the slot may read its memory or its files in /proc.
         own = status["NSpid"].split("\t")[-1]
         for path in ("environ", "maps", "fd/", "exe", "root/", "cwd/", "mem"):
             look = f"ls /proc/{own}/{path} 2>&1 && cat /proc/{own}/{path} 2>&1"
             shown = inside(agent, slot, "sh", "-c", look, check=False)
             assert "Permission denied" in shown, (path, shown)
-        # A supervisor that dies now must not leave a slot behind that is half filled.
+        # When the supervisor is killed now, its successor must remove the slot, because its content is incomplete.
         agent.expect(r"nbagent\.service: (Main process exited|Failed with result|Consumed|Killing process)")
         agent.run("systemctl", "kill", "-s", "KILL", "nbagent.service")
         answer = claim.result()
-    # The API asked the next supervisor, whose slot has no such server.
+    # The API repeated the request to the next supervisor, whose slot has no such server.
     assert answer.status == 502 and "Connection refused" in answer.json()["detail"]
-    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the slot to be gone")
+    agent.wait(lambda: agent.api.get(f"/slots/{slot}").status == 404, "the slot to be removed")
     assert agent.run("sh", "-c", f"ls -d /proc/{pid} 2>/dev/null; true") == ""
 
 
-def bringing(agent, slot):
-    """The pid of the process in the slot that brings its content, once it waits for the web server."""
+def delivering_pid(agent, slot):
+    """The pid of the process in the slot that delivers its content, once it waits for the web server."""
     for pid in agent.processes(slot):
         command = agent.run("sh", "-c", f"tr '\\0' ' ' < /proc/{pid}/cmdline; true")
         if "nbagent.content.deliver" in command and links(agent, f"/proc/{pid}/fd").count("socket") == 2:
@@ -247,6 +247,6 @@ def bringing(agent, slot):
 
 
 def links(agent, directory):
-    """Where the links in a directory of /proc lead; of sockets only that they are some."""
+    """The targets of the links in a directory of /proc, without the numbers of sockets."""
     shown = agent.run("sh", "-c", f"for link in {directory}/*; do readlink $link; done; true").splitlines()
     return [link.split(":")[0] if link.startswith("socket:") else link for link in shown]

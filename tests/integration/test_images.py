@@ -20,7 +20,7 @@ REGISTRY_PORT = 5000
 FETCH_FAILED = r"^nbagent-import-\w+\.service: Failed with result 'exit-code'"
 FEW = "[pool]\nwarm = 0\n"
 
-# nginx as a slot's program: it knows the slot's path, asks for the token, and says what it was asked.
+# nginx as a slot's program: it serves below the slot's path, requires the token, and responds with the request's path.
 SERVE = r"""
 printf '%s\n' "pid /tmp/pid; daemon off; error_log stderr; events {}
 http { access_log off; client_body_temp_path /tmp/b; proxy_temp_path /tmp/p; fastcgi_temp_path /tmp/f;
@@ -53,14 +53,14 @@ def base(host):
 
 
 def served(layer, me, **config):
-    """A container image whose program says that it is `me`."""
+    """A container image whose program responds with the name `me`."""
     environment = ["PATH=/bin:/usr/sbin", "TOKEN={token}", f"ME={me}"]
     return Layers(**{"Entrypoint": COMMAND, "Env": environment, "ExposedPorts": {"3000/tcp": {}}} | config).layer(layer)
 
 
 @pytest.fixture(scope="module")
 def layout(shared, tmp_path_factory):
-    """A layout on the test host with the images `one` and `two`, that differ in what they say and in a layer."""
+    """A layout on the test host with the images `one` and `two`, which differ in their response and in a layer."""
     directory = tmp_path_factory.mktemp("oci") / "layout"
     layer = base(shared.host)
     for tag in ("one", "two"):
@@ -72,7 +72,7 @@ def layout(shared, tmp_path_factory):
 
 @pytest.fixture
 def images(agent):
-    """Import, and take everything away that a test brought."""
+    """A function that changes the store; everything but minimal is removed after the test."""
     agent.configure(FEW)
     yield lambda *arguments: change(agent, *arguments)
     known = [image["name"] for image in json.loads(agent.run("nbagent", "image", "list", "--json"))]
@@ -83,11 +83,11 @@ def images(agent):
         agent.release(slot["slot"])
     (kept,) = {image["digest"] for image in json.loads(agent.run("nbagent", "image", "list", "--json"))}
     left = {".lock", "former", "names", kept}
-    agent.wait(lambda: set(agent.run("ls", "-A", STORE).split()) == left, "everything but minimal to be gone")
+    agent.wait(lambda: set(agent.run("ls", "-A", STORE).split()) == left, "every image but minimal to be deleted")
 
 
 def change(agent, *arguments):
-    """A command that changes the store, and tells the agent by itself."""
+    """A command that changes the store, and reloads the agent by itself."""
     return json.loads(agent.host.run(["nbagent", "image", *arguments, "--json"], timeout=300).stdout)
 
 
@@ -96,12 +96,12 @@ def trees(agent):
 
 
 def known(agent):
-    """Digests by name, as the agent has them now."""
+    """Digests by name, from the agent."""
     return {image["name"]: image["digest"] for image in agent.api.get("/images").json()}
 
 
-def says(agent, claim, key=None):
-    """What the program of `served` answers at the claim's own address; status and text."""
+def response_of(agent, claim, key=None):
+    """Status and text of the response of `served`'s program at the claim's own address."""
     path = f"{claim['path']}?key={claim['token'] if key is None else key}"
     answer = agent.router.get(path)
     return answer.status, answer.body.decode()
@@ -127,36 +127,36 @@ def subprocess_fails(agent, *argv):
     return done.returncode != 0 or not done.stdout.strip()
 
 
-def test_a_container_image_is_imported_from_everywhere_and_serves(agent, images, layout, registry):
+def test_a_container_image_is_imported_from_every_source_and_serves(agent, images, layout, registry):
     agent.run("skopeo", "copy", "--quiet", f"oci:{layout}:one", "docker-archive:/root/one.tar:team/one:1")
     agent.run("chmod", "600", "/root/one.tar")
     try:
-        brought = {
+        imported = {
             "from_layout": images("import", "--name", "from_layout", f"oci:{layout}:one"),
             "from.archive": images("import", "--name", "from.archive", "docker-archive:/root/one.tar"),
             "from-registry": images("import", "--name", "from-registry", "--insecure", f"{registry}:one"),
         }
     finally:
         agent.run("rm", "/root/one.tar")
-    # The same image has the same digest wherever it comes from; docker save packs its layers anew.
-    assert brought["from_layout"]["digest"] == brought["from-registry"]["digest"]
-    assert brought["from_layout"]["digest"] != brought["from.archive"]["digest"]
-    for name, image in brought.items():
+    # The digest does not depend on the source, except that docker save compresses the layers again.
+    assert imported["from_layout"]["digest"] == imported["from-registry"]["digest"]
+    assert imported["from_layout"]["digest"] != imported["from.archive"]["digest"]
+    for name, image in imported.items():
         agent.wait(lambda name=name, image=image: known(agent).get(name) == image["digest"], f"{name} to be known")
         claim = agent.claim(image=name)
-        assert says(agent, claim) == (200, f"I am one at {claim['path']}?key={claim['token']}")
+        assert response_of(agent, claim) == (200, f"I am one at {claim['path']}?key={claim['token']}")
         agent.release(claim["slot"])
-    tree = brought["from.archive"]["root"]
+    tree = imported["from.archive"]["root"]
     assert agent.run("cat", f"{tree}/etc/one") == "one"
     owners = agent.run("find", tree, "-printf", "%U\n").split()
-    assert set(owners) == {str(brought["from.archive"]["id_base"])}
+    assert set(owners) == {str(imported["from.archive"]["id_base"])}
 
 
-def test_what_cannot_be_fetched_is_said_and_leaves_nothing(agent, images, layout, registry):
+def test_a_failed_fetch_is_reported_and_leaves_no_file(agent, images, layout, registry):
     agent.expect(FETCH_FAILED)
     before = agent.run("find", STORE, "-maxdepth", "2")
-    for source, status, said in (
-        (f"{registry}:one", 69, "tls"),  # TLS is what one gets without --insecure
+    for source, status, message in (
+        (f"{registry}:one", 69, "tls"),  # TLS is the default without --insecure
         ("docker://127.0.0.1:1/x:y", 69, "skopeo: .*refused"),
         ("docker-archive:/etc/hostname", 69, "skopeo: "),
         ("docker-archive:/no/such", 69, "No such file"),
@@ -165,13 +165,13 @@ def test_what_cannot_be_fetched_is_said_and_leaves_nothing(agent, images, layout
         ("ftp://x", 2, "docker-archive:FILE"),
     ):
         done = agent.host.run(["nbagent", "image", "import", "--name", "x", source], check=False, timeout=120)
-        assert (done.returncode, bool(re.search(said, done.stderr))) == (status, True), (source, done)
+        assert (done.returncode, bool(re.search(message, done.stderr))) == (status, True), (source, done)
         assert done.stderr.count("\n") == 1
     assert agent.run("find", STORE, "-maxdepth", "2") == before
 
 
-def test_a_hostile_image_is_refused_whoever_fetched_it(agent, images, tmp_path):
-    """What skopeo takes for a good image, since it does not look into layers."""
+def test_a_hostile_image_is_refused_from_every_source(agent, images, tmp_path):
+    """skopeo accepts these images, because it does not read the content of layers."""
     hostile = {
         "out": Archive().add("../../../../etc/cron.d/owned", b"x"),
         "absolute": Archive().add("/etc/cron.d/owned", b"x"),
@@ -197,15 +197,15 @@ def test_a_hostile_image_is_refused_whoever_fetched_it(agent, images, tmp_path):
     assert not agent.run("find", "/etc", "/root", "/var/lib/nbagent", "-name", "owned")
 
 
-def test_skopeo_runs_as_nobody_and_sees_little(agent, images, layout):
-    """A skopeo that tells who it is and what it can do, in the place of the real one."""
+def test_skopeo_runs_unprivileged_and_confined(agent, images, layout):
+    """A script in place of skopeo prints its ids, its capabilities and the files that it can read and write."""
     agent.expect(FETCH_FAILED)
     spy = """#!/bin/sh
 { id -u; grep -E 'CapEff|NoNewPrivs|Seccomp:' /proc/self/status
 for path in /etc/x /var/lib/nbagent/x /tmp/nbagent-seen; do touch $path 2>/dev/null && echo wrote $path; done
 cat /etc/shadow /etc/nbagent/token 2>/dev/null; ls /run/nbagent /root 2>/dev/null
 cut -d: -f1 /proc/net/dev | tail -n +3; } > "$HOME/seen" 2>&1
-cp "$HOME/seen" "$HOME/told"; echo; tr '\\n' ';' < "$HOME/seen"; exit 1
+cp "$HOME/seen" "$HOME/copy"; echo; tr '\\n' ';' < "$HOME/seen"; exit 1
 """
     agent.host.run(["tee", "/usr/local/bin/skopeo"], input=spy)
     agent.run("chmod", "755", "/usr/local/bin/skopeo")
@@ -224,8 +224,8 @@ cp "$HOME/seen" "$HOME/told"; echo; tr '\\n' ';' < "$HOME/seen"; exit 1
     assert not agent.run("sh", "-c", "ls /tmp/nbagent-seen 2>/dev/null; true")
 
 
-def test_a_killed_import_leaves_nothing_that_counts(agent, images, layout):
-    # Big enough to be in the middle of it: the pipe that is read has no end.
+def test_a_killed_import_leaves_no_image(agent, images, layout):
+    # A FIFO without end of file, so that the import is still running when it is killed.
     agent.run("sh", "-c", "mkfifo /root/endless")
     script = "nbagent image add --name killed /root/endless & pid=$!; sleep 1; kill -KILL $pid; wait $pid"
     agent.host.run(["sh", "-c", f"(tail -f /dev/null > /root/endless & echo $! > /root/feeder); {script}"], check=False)
@@ -236,13 +236,13 @@ def test_a_killed_import_leaves_nothing_that_counts(agent, images, layout):
         kill -KILL $pid 2>/dev/null; wait $pid"""], check=False)
     left = [name for name in agent.run("ls", "-A", STORE).split() if name.startswith(".staging")]
     if "killed" not in agent.run("ls", f"{STORE}/names").split():
-        assert left, "it was killed, and cleaned up after all?"
+        assert left, "the killed import has left no staging directory"
     images("import", "--name", "whole", f"oci:{layout}:one")
     assert ".staging" not in agent.run("ls", "-A", STORE)
 
 
-def test_layers_as_umoci_writes_them_are_laid_over_each_other(agent, images, layout):
-    """Whiteouts, replaced files and configuration of a tool that is not ours."""
+def test_layers_written_by_umoci_are_unpacked_over_each_other(agent, images, layout):
+    """Whiteouts, replaced files and configuration, written by another tool."""
     agent.host.run(["sh", "-ec", """
         cp -r /root/layout /root/umoci; cd /root
         umoci unpack --image umoci:one bundle
@@ -258,7 +258,7 @@ def test_layers_as_umoci_writes_them_are_laid_over_each_other(agent, images, lay
         agent.run("rm", "-rf", "/root/umoci", "/root/bundle")
     assert agent.run("sh", "-c", f"ls {root}/etc; cat {root}/etc/link {root}/hard") == "link\nnew\nchanged\nchanged\n"
     claim = agent.claim(image="three")
-    assert says(agent, claim)[1].startswith("I am three at")
+    assert response_of(agent, claim)[1].startswith("I am three at")
 
 
 def test_several_images_have_a_pool_each_and_serve_side_by_side(agent, images, layout):
@@ -272,14 +272,14 @@ def test_several_images_have_a_pool_each_and_serve_side_by_side(agent, images, l
     )
     assert {name: pools[name]["wanted"] for name in ("minimal", "one", "two")} == {"minimal": 1, "one": 1, "two": 2}
     claims = {name: agent.claim(image=name) for name in ("one", "two", "minimal")}
-    assert [says(agent, claims[name])[1].split(" at ")[0] for name in ("one", "two")] == ["I am one", "I am two"]
+    assert [response_of(agent, claims[name])[1].split(" at ")[0] for name in ("one", "two")] == ["I am one", "I am two"]
     assert Notebook(agent.host, claims["minimal"]).run("6 * 7").text == "42"
     uids = [agent.run("stat", "-c", "%u", f"/proc/{agent.processes(claim['slot'])[0]}").strip()
             for claim in claims.values()]
     assert len({int(uid) >> 16 for uid in uids}) == 3, "each image has its own range of ids"
 
 
-def test_a_name_is_rolled_forward_and_back_and_users_finish_on_what_they_have(agent, images, layout):
+def test_a_name_is_rolled_forward_and_back_while_claimed_slots_keep_their_image(agent, images, layout):
     old = images("import", "--name", "app", f"oci:{layout}:one")
     agent.configure(FEW + "[images.app]\nwarm = 1\n")
     agent.wait(lambda: agent.slots("warm"), "a warm slot")
@@ -294,41 +294,41 @@ def test_a_name_is_rolled_forward_and_back_and_users_finish_on_what_they_have(ag
         return False
 
     agent.wait(lambda: rolled(new), "warm slots of the new image only")
-    assert says(agent, agent.claim(image="app"))[1].startswith("I am two")
-    assert says(agent, user)[1].startswith("I am one")
+    assert response_of(agent, agent.claim(image="app"))[1].startswith("I am two")
+    assert response_of(agent, user)[1].startswith("I am one")
     back = images("use", "app", old["digest"].removeprefix("sha256-")[:12])
     assert (back["digest"], back["former"]) == (old["digest"], new["digest"])
     agent.wait(lambda: rolled(old), "warm slots of the old image again")
-    # One that no name means or meant goes with its last slot, and not before.
+    # A tree that is neither the image nor the previous image of a name is deleted with its last slot, and not before.
     two = next(slot["slot"] for slot in agent.slots("claimed") if digest_of(agent, slot["slot"]) == new["digest"])
     images("use", "app", "minimal")
     images("use", "app", old["digest"])
-    agent.wait(lambda: known(agent)["app"] == old["digest"], "the agent to know")
+    agent.wait(lambda: known(agent)["app"] == old["digest"], "the agent to reload its store")
     assert new["digest"] in trees(agent)
     agent.release(two)
-    agent.wait(lambda: new["digest"] not in trees(agent), "the tree of the new image to go")
-    assert says(agent, user)[1].startswith("I am one")
+    agent.wait(lambda: new["digest"] not in trees(agent), "the tree of the new image to be deleted")
+    assert response_of(agent, user)[1].startswith("I am one")
 
 
-def test_no_start_loses_its_tree_to_a_change_of_the_store(agent, images, layout):
+def test_a_change_of_the_store_deletes_no_tree_of_a_starting_slot(agent, images, layout):
     images("import", "--name", "app", f"oci:{layout}:one")
     agent.configure(FEW + "[images.app]\nwarm = 2\n")
     for turn in range(6):
         tag = ("two", "one")[turn % 2]
-        # The name goes for a moment, and with it what keeps the tree: claims are on their way all the while.
+        # The name is removed for a moment, so that only the starting slots keep the tree, while claims are made.
         agent.host.run(["sh", "-ec", f"""
             for n in 1 2 3; do curl -s -o /dev/null -X POST '127.0.0.1:9000/claim?image=app&ttl=2s' & done
             nbagent image remove app; nbagent image import --name app oci:{layout}:{tag}; wait"""], timeout=120)
     agent.wait(lambda: "app" in known(agent), "the agent to know app")
-    assert says(agent, agent.claim(image="app"))[0] == 200
-    # A start that failed would be a warning, which nobody expects here.
+    assert response_of(agent, agent.claim(image="app"))[0] == 200
+    # A failed start logs a warning, which check_journal() does not accept.
     agent.check_journal()
 
 
-def test_a_programs_slot_is_as_closed_as_a_notebooks(agent, images, layout):
+def test_a_slot_of_a_program_is_confined_like_one_of_a_notebook(agent, images, layout):
     images("import", "--name", "app", f"oci:{layout}:one")
     claim = agent.claim(image="app")
-    assert says(agent, claim, "wrong")[0] == 403
+    assert response_of(agent, claim, "wrong")[0] == 403
     pids = agent.processes(claim["slot"])
     assert len(pids) >= 4  # init, the forwarder, nginx and its worker
     owners = set()
@@ -347,7 +347,7 @@ def test_a_programs_slot_is_as_closed_as_a_notebooks(agent, images, layout):
     assert int(owners.pop()) > 0x70000000 + 2000
 
 
-def test_bytes_of_a_client_keep_a_program_from_being_idle(agent, images, layout):
+def test_a_request_of_a_client_is_activity_of_a_program(agent, images, layout):
     images("import", "--name", "app", f"oci:{layout}:one")
     claim = agent.claim(image="app")
 
@@ -355,27 +355,27 @@ def test_bytes_of_a_client_keep_a_program_from_being_idle(agent, images, layout)
         return agent.api.get(f"/slots/{claim['slot']}").json()["idle_s"]
 
     agent.wait(lambda: idle_s() > 1, "it to be idle")
-    asked_s = time.monotonic()
-    says(agent, claim)
-    assert idle_s() <= time.monotonic() - asked_s + 0.1
+    requested_s = time.monotonic()
+    response_of(agent, claim)
+    assert idle_s() <= time.monotonic() - requested_s + 0.1
     agent.configure(FEW + '[cull]\nidle = "2s"\ncpu = 1.0\n')
     agent.wait(lambda: agent.api.get(f"/slots/{claim['slot']}").status == 404, "it to be culled")
 
 
-def test_a_program_that_does_not_listen_or_ends_is_said_to(agent, images, layout, tmp_path):
+def test_a_program_that_ends_or_does_not_listen_is_reported(agent, images, layout, tmp_path):
     agent.expect(r"slot \S+ did not start: (the slot's program ended|not ready after 2 s|exec: )")
     agent.expect(r"pool (deaf|gone) pauses ")
     agent.expect(r"^nbagent-\S+\.scope: Failed with result")
     layer = base(agent.host)
-    # Who notices first that time is up, the forwarder or the supervisor, is open on a machine that has much to do.
-    words = {"deaf": (["dash", "-c", "kill -STOP $$"], "did not listen on 127.0.0.1:3000 in time|not ready after 2 s"),
+    # On a loaded machine either the forwarder or the supervisor is the first to notice that the time is up.
+    cases = {"deaf": (["dash", "-c", "kill -STOP $$"], "did not listen on 127.0.0.1:3000 in time|not ready after 2 s"),
              "gone": (["no-such-program"], "No such file or directory")}
-    for tag, (command, _) in words.items():
+    for tag, (command, _) in cases.items():
         served(layer, tag, Entrypoint=command).save(tmp_path / "bad", tag).close()
     agent.host.copy_in(str(tmp_path / "bad"), "/root/")
     agent.configure('[slots]\nstart_timeout = "2s"\n[pool]\nwarm = 0\nclaim_timeout = "8s"\nbackoff = "30s"\n')
     try:
-        for tag, (_, said) in words.items():
+        for tag, (_, message) in cases.items():
             images("import", "--name", tag, f"oci:/root/bad:{tag}")
             agent.wait(lambda tag=tag: tag in known(agent), f"{tag} to be known")
             refused = agent.api.post("/claim", {"image": tag})
@@ -384,13 +384,13 @@ def test_a_program_that_does_not_listen_or_ends_is_said_to(agent, images, layout
             slot = re.findall(r"slot (\S+) did not start", "\n".join(failed))[-1]
             output = agent.run("journalctl", "--no-pager", "-o", "cat", f"NBAGENT_SLOT={slot}")
             output += agent.run("journalctl", "--no-pager", "-o", "cat", "-u", f"nbagent-{slot}.scope")
-            assert re.search(said, output), output
+            assert re.search(message, output), output
     finally:
         agent.run("rm", "-rf", "/root/bad")
 
 
-def test_a_container_image_with_jupyterlab_needs_nothing_else(agent, images, tmp_path):
-    """The minimal image as a Docker image would be: in layers, and without a word about nbagent."""
+def test_a_container_image_with_jupyterlab_needs_no_manifest(agent, images, tmp_path):
+    """The minimal image in the form of a Docker image: in layers, and without a manifest for nbagent."""
     image = Layers(User="1000", WorkingDir="/home/jovyan", Cmd=["start-notebook.sh"],
                    Env=["PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8"])
     image.layer(agent.host.run(["cat", "/usr/share/nbagent/images/minimal.tar.zst"], text=False).stdout, bytes)
@@ -407,7 +407,7 @@ def test_a_container_image_with_jupyterlab_needs_nothing_else(agent, images, tmp
     assert [item["name"] for item in notebook.get("api/contents")["content"]] == ["More.ipynb"]
 
 
-def test_a_manifest_can_be_given_to_an_image_that_is_as_it_is(agent, images, layout):
+def test_a_manifest_can_be_given_at_the_import(agent, images, layout):
     words = ", ".join(json.dumps(word.replace("{port}", "4000")) for word in COMMAND)
     text = (f'command = [{words}]\nport = 4000\nready = "x"\nurl = "start?key={{token}}"\nuser = "maria"\n'
             'home = "/home/maria"\n[environment]\nPATH = "/bin:/usr/sbin"\nTOKEN = "{token}"\nME = "given"\n')
@@ -423,20 +423,17 @@ def test_a_manifest_can_be_given_to_an_image_that_is_as_it_is(agent, images, lay
 
 
 KEY_OF = """
-import importlib.machinery, importlib.util, pathlib, sys
-loader = importlib.machinery.SourceFileLoader("build", "/usr/lib/nbagent/build-image")
-sys.modules["build"] = build = importlib.util.module_from_spec(importlib.util.spec_from_loader("build", loader))
-loader.exec_module(build)
-print(build.read_recipe(pathlib.Path(sys.argv[1])).key())
+import pathlib, sys
+from nbagent.imagebuild.recipe import read_recipe
+print(read_recipe(pathlib.Path(sys.argv[1])).key())
 """
 
 
 def test_a_recipe_is_built_and_stored_by_one_command(agent, images):
-    """Offline, so the builder finds in its cache what it made on this machine."""
+    """The test host is offline, so the archive is copied into its build cache first."""
     built = subprocess.run([product.TOP / "images/build", product.TOP / "images/minimal"],
                            stdout=subprocess.PIPE, text=True, check=True).stdout.split()[1]
     agent.host.copy_in(str(product.TOP / "images/minimal"), "/root/")
-    # The package's builder has another first line, so another key.
     key = agent.run("/usr/bin/python3", "-BIc", KEY_OF, "/root/minimal").strip()
     agent.run("mkdir", "-p", f"/var/cache/nbagent/images/{key}")
     agent.host.copy_in(built, f"/var/cache/nbagent/images/{key}/")
@@ -449,13 +446,13 @@ def test_a_recipe_is_built_and_stored_by_one_command(agent, images):
 
 @pytest.fixture
 def marimo(agent, images):
-    """The image of images/marimo, built once on this machine."""
+    """The image of images/marimo, built once on the machine of the tests."""
     done = subprocess.run([product.TOP / "images/build", product.TOP / "images/marimo"],
                           stdout=subprocess.PIPE, text=True, check=True)
     agent.host.copy_in(done.stdout.split()[1], "/root/marimo.tar.zst")
     images("add", "--name", "marimo", "/root/marimo.tar.zst")
     agent.run("rm", "/root/marimo.tar.zst")
-    # The router passes on no cookie that it does not know, and marimo keeps its login in one of its own.
+    # The router forwards only cookies from its settings, and marimo stores its login in one of its own.
     agent.configure(FEW + '[router]\ncookies = ["session_2718_user_*"]\n')
     agent.run("systemctl", "reload", "nbagent-router.service")
     yield

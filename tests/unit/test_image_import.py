@@ -1,4 +1,4 @@
-"""Container images: layers that are laid over each other, hostile ones too, and what an image says of itself."""
+"""Import of container images: layers over each other, hostile ones too, and the manifest from the configuration."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ DIRECTORY = {"type": tarfile.DIRTYPE, "mode": 0o755}
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[ImageStore]:
     yield ImageStore(tmp_path / "images", chown=Owners())
-    assert not list((tmp_path / "images").glob(".staging-*")), "something half made was left"
+    assert not list((tmp_path / "images").glob(".staging-*")), "a staging directory was left"
 
 
-def bring(store: ImageStore, image: Layers, given: manifest.Manifest | None = None) -> Image:
+def import_image(store: ImageStore, image: Layers, given: manifest.Manifest | None = None) -> Image:
     layout = store.path.parent / f"layout{len(list(store.path.parent.iterdir()))}"
     image.save(layout).close()
     return store.import_oci(OciDirectory(layout, None), "mine", given)
@@ -38,13 +38,13 @@ def bring(store: ImageStore, image: Layers, given: manifest.Manifest | None = No
 
 def refused(store: ImageStore, image: Layers) -> str:
     with pytest.raises(ImageInvalid) as raised:
-        bring(store, image)
+        import_image(store, image)
     assert store.list() == []
     return str(raised.value)
 
 
 def over(*layers: Archive) -> Layers:
-    """An image with a manifest in its first layer and these on it."""
+    """An image with a manifest in its first layer, below these layers."""
     image = Layers().layer(Archive.with_image())
     for layer in layers:
         image.layer(layer)
@@ -55,26 +55,26 @@ def names(root: Path) -> set[str]:
     return {str(path.relative_to(root)) for path in root.rglob("*")}
 
 
-def test_later_layers_lie_over_earlier_ones(store: ImageStore) -> None:
+def test_later_layers_replace_entries_of_earlier_ones(store: ImageStore) -> None:
     lower = Archive().add("a", b"old").add("b", b"kept").add("d", **DIRECTORY).add("d/x", b"1").add("e/y", b"2")
     upper = Archive().add("a", b"new", mode=0o640).add("d", b"a file now").add("e", type=tarfile.DIRTYPE, mode=0o750)
-    root = bring(store, over(lower, upper)).root
+    root = import_image(store, over(lower, upper)).root
     assert [(root / name).read_text() for name in ("a", "b", "d", "e/y")] == ["new", "kept", "a file now", "2"]
     assert stat.S_IMODE((root / "a").stat().st_mode) == 0o640
     assert stat.S_IMODE((root / "e").stat().st_mode) == 0o750
 
 
-def test_the_order_of_layers_is_the_images(store: ImageStore) -> None:
+def test_layers_are_applied_in_the_order_of_the_image(store: ImageStore) -> None:
     one, other = Archive().add("a", b"1"), Archive().add("a", b"2")
-    assert (bring(store, over(one, other)).root / "a").read_text() == "2"
-    assert (bring(store, over(Archive().add("a", b"2"), Archive().add("a", b"1"))).root / "a").read_text() == "1"
+    assert (import_image(store, over(one, other)).root / "a").read_text() == "2"
+    assert (import_image(store, over(Archive().add("a", b"2"), Archive().add("a", b"1"))).root / "a").read_text() == "1"
 
 
-def test_a_whiteout_takes_away_what_is_below_and_only_that(store: ImageStore) -> None:
+def test_a_whiteout_removes_entries_of_lower_layers_only(store: ImageStore) -> None:
     lower = Archive().add("d/x", b"x").add("d/deep/y", b"y").add("d/z", b"z").add("f", b"f")
-    # The new d/x comes before its whiteout: what a layer has itself it does not take away.
+    # The new d/x precedes its whiteout, which concerns the lower layers only.
     upper = Archive().add("d/x", b"new").add("d/.wh.x").add("d/.wh.deep").add(".wh.f").add("not/.wh.there")
-    root = bring(store, over(lower, upper)).root
+    root = import_image(store, over(lower, upper)).root
     assert (root / "d/x").read_text() == "new"
     assert {name for name in names(root) if name[0] in "dfn"} == {"d", "d/x", "d/z"}
 
@@ -82,20 +82,20 @@ def test_a_whiteout_takes_away_what_is_below_and_only_that(store: ImageStore) ->
 def test_an_opaque_directory_hides_all_below_and_nothing_beside(store: ImageStore) -> None:
     lower = Archive().add("d/x", b"x").add("d/deep/y", b"y").add("e/z", b"z")
     upper = Archive().add("d/new", b"n").add("d/deep/.wh..wh..opq").add("d/.wh..wh..opq")
-    root = bring(store, over(lower, upper)).root
+    root = import_image(store, over(lower, upper)).root
     assert {name for name in names(root) if name.split("/")[0] in ("d", "e")} == {"d", "d/new", "e", "e/z"}
 
 
-def test_what_was_taken_away_can_come_again(store: ImageStore) -> None:
+def test_a_removed_directory_can_be_created_again(store: ImageStore) -> None:
     lower = Archive().add("d", type=tarfile.DIRTYPE, mode=0o700).add("d/x", b"1").add("d/sub/y", b"2")
-    root = bring(store, over(lower, Archive().add(".wh.d"), Archive().add("d/sub/z", b"3"))).root
+    root = import_image(store, over(lower, Archive().add(".wh.d"), Archive().add("d/sub/z", b"3"))).root
     assert {name for name in names(root) if name.startswith("d")} == {"d", "d/sub", "d/sub/z"}
     assert stat.S_IMODE((root / "d").stat().st_mode) == 0o755
 
 
 @pytest.mark.parametrize("name", [".wh.", "d/.wh.", "d/.wh..", "d/.wh...", "d/.wh..wh.plnk", ".wh..wh.x",
                                   ".wh.d/x", "d/.wh.y/x"])
-def test_whiteouts_of_what_cannot_be_a_name_are_refused(store: ImageStore, name: str) -> None:
+def test_whiteouts_of_invalid_names_are_refused(store: ImageStore, name: str) -> None:
     assert repr(name) in refused(store, over(Archive().add("d/x", b"x"), Archive().add(name)))
 
 
@@ -116,7 +116,7 @@ def test_a_link_is_replaced_and_never_followed(store: ImageStore, tmp_path: Path
     for name in ("file", "directory", "gone"):
         lower.add(name, type=tarfile.SYMTYPE, linkname=outside + ("/secret" if name == "file" else ""))
     upper = Archive().add("file", b"mine").add("directory", **DIRECTORY).add("directory/x", b"x").add(".wh.gone")
-    root = bring(store, over(lower, upper)).root
+    root = import_image(store, over(lower, upper)).root
     assert (root / "file").read_text() == "mine"
     assert (root / "directory/x").read_text() == "x"
     assert not (root / "gone").is_symlink()
@@ -126,22 +126,22 @@ def test_a_link_is_replaced_and_never_followed(store: ImageStore, tmp_path: Path
 def test_hard_links_reach_into_lower_layers_and_never_write_through(store: ImageStore) -> None:
     lower = Archive().add("a", b"one").add("b", type=tarfile.LNKTYPE, linkname="a")
     upper = Archive().add("c", type=tarfile.LNKTYPE, linkname="a").add("b", b"two").add("d/e", b"x")
-    root = bring(store, over(lower, upper)).root
+    root = import_image(store, over(lower, upper)).root
     assert (root / "a").samefile(root / "c")
     assert ((root / "a").read_text(), (root / "b").read_text()) == ("one", "two")
 
 
 @pytest.mark.parametrize("linkname", ["gone", "../victim", "/etc/passwd", "d", "c", "link"])
-def test_hard_links_to_what_is_not_a_file_of_the_image_are_refused(store: ImageStore, linkname: str) -> None:
+def test_hard_links_to_anything_but_a_file_of_the_image_are_refused(store: ImageStore, linkname: str) -> None:
     lower = Archive().add("gone", b"x").add("d/x").add("link", type=tarfile.SYMTYPE, linkname="/etc/passwd")
     upper = Archive().add(".wh.gone").add("c", type=tarfile.LNKTYPE, linkname=linkname)
     refused(store, over(lower, upper))
 
 
-def test_devices_and_set_id_bits_of_a_layer_get_nowhere(store: ImageStore) -> None:
+def test_a_device_in_a_layer_is_refused_and_set_id_bits_are_dropped(store: ImageStore) -> None:
     for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
         assert "device" in refused(store, over(Archive().add("dev/sda", type=kind, devmajor=8)))
-    root = bring(store, over(Archive().add("su", b"x", mode=0o6755))).root
+    root = import_image(store, over(Archive().add("su", b"x", mode=0o6755))).root
     assert stat.S_IMODE((root / "su").stat().st_mode) == 0o755
 
 
@@ -163,9 +163,9 @@ def test_the_limits_are_for_all_layers_together(tmp_path: Path) -> None:
     assert "deep" in refused(store, over(Archive().add("d/" * 2000 + "f")))
 
 
-def test_large_files_pass_and_what_claims_to_be_larger_does_not(tmp_path: Path) -> None:
+def test_a_large_file_is_unpacked_and_an_excessive_size_in_a_header_is_refused(tmp_path: Path) -> None:
     store = ImageStore(tmp_path / "images", chown=Owners(), limits=ImageArchiveLimits(unpacked_bytes=8 << 20))
-    assert (bring(store, over(Archive().add("big", bytes(3 << 20)))).root / "big").stat().st_size == 3 << 20
+    assert (import_image(store, over(Archive().add("big", bytes(3 << 20)))).root / "big").stat().st_size == 3 << 20
     for kind in (tarfile.REGTYPE, tarfile.CONTTYPE, b"Z"):
         header = tarfile.TarInfo(".wh.x")
         header.type, header.size = kind, 1 << 60
@@ -176,16 +176,16 @@ def test_large_files_pass_and_what_claims_to_be_larger_does_not(tmp_path: Path) 
 
 def test_layers_of_every_packing_and_empty_ones(store: ImageStore) -> None:
     image = over().layer(Archive().add("plain", b"x").bytes(), bytes).layer(bytes(1024)).layer(bytes(1024), bytes)
-    assert (bring(store, image).root / "plain").read_text() == "x"
+    assert (import_image(store, image).root / "plain").read_text() == "x"
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar", gzip.compress(b"no tar"), gzip.compress(bytes(4096))[:20]])
-def test_what_is_no_layer_is_refused(store: ImageStore, content: bytes) -> None:
+def test_a_blob_that_is_not_a_tar_archive_is_refused(store: ImageStore, content: bytes) -> None:
     refused(store, over().layer(content, bytes))
 
 
-def test_the_digest_is_the_images_own_and_another_with_another_manifest(store: ImageStore, tmp_path: Path) -> None:
-    image = bring(store, over())
+def test_the_digest_covers_a_given_manifest(store: ImageStore, tmp_path: Path) -> None:
+    image = import_image(store, over())
     layout = next(path for path in tmp_path.iterdir() if path.name.startswith("layout"))
     (named,) = json.loads((layout / "index.json").read_text())["manifests"]
     assert image.digest == named["digest"].replace(":", "-")
@@ -195,7 +195,7 @@ def test_the_digest_is_the_images_own_and_another_with_another_manifest(store: I
     assert store.import_oci(OciDirectory(layout, "latest"), "again").root == image.root
 
 
-def test_one_of_several_is_chosen_by_its_tag(store: ImageStore, tmp_path: Path) -> None:
+def test_a_tag_selects_one_of_several_images(store: ImageStore, tmp_path: Path) -> None:
     for tag in ("one", "two"):
         over(Archive().add("which", tag.encode())).save(tmp_path / "layout", tag).close()
     assert (store.import_oci(OciDirectory(tmp_path / "layout", "two"), "x").root / "which").read_text() == "two"
@@ -204,7 +204,7 @@ def test_one_of_several_is_chosen_by_its_tag(store: ImageStore, tmp_path: Path) 
             store.import_oci(OciDirectory(tmp_path / "layout", tag), "x")
 
 
-def test_one_for_another_machine_is_refused(store: ImageStore) -> None:
+def test_an_image_for_another_architecture_is_refused(store: ImageStore) -> None:
     image = over()
     image.architecture = "s390x"
     assert "linux/s390x" in refused(store, image)
@@ -242,7 +242,7 @@ def damaged(layout: Path, how: str) -> None:
     "a blob that is a link", "a blob that is a pipe", "another content", "a blob that is not there",
     "another manifest", "a digest that leads out", "no JSON", "no objects", "another kind",
 ])
-def test_a_layout_that_lies_is_refused(store: ImageStore, tmp_path: Path, how: str) -> None:
+def test_an_inconsistent_layout_is_refused(store: ImageStore, tmp_path: Path, how: str) -> None:
     over().save(tmp_path / "layout").close()
     damaged(tmp_path / "layout", how)
     with pytest.raises(ImageInvalid):
@@ -251,7 +251,7 @@ def test_a_layout_that_lies_is_refused(store: ImageStore, tmp_path: Path, how: s
 
 
 def bare(*extra: tuple[str, bytes], **config: Any) -> Layers:
-    """An image that knows nothing of nbagent."""
+    """An image without a manifest for nbagent."""
     archive = Archive().add("etc/passwd", b"root:x:0:0::/root:/bin/sh\nnb:x:1000:100::/home/nb:/bin/bash\nbroken\n")
     for name, content in extra:
         archive.add(name, content)
@@ -259,7 +259,7 @@ def bare(*extra: tuple[str, bytes], **config: Any) -> Layers:
 
 
 def test_an_image_with_jupyterlab_is_a_notebook_server(store: ImageStore) -> None:
-    image = bring(store, bare(
+    image = import_image(store, bare(
         ("opt/conda/bin/jupyter-lab", b"#!/opt/conda/bin/python3.12\nimport sys\n"),
         Env=["PATH=/opt/conda/bin:/bin", "LANG=C.UTF-8", "BAD.NAME=x", "HOME=/home/nb"],
         User="1000", WorkingDir="/srv/work/", Entrypoint=["tini", "--"], Cmd=["start-notebook.sh"],
@@ -271,23 +271,23 @@ def test_an_image_with_jupyterlab_is_a_notebook_server(store: ImageStore) -> Non
 
 
 def test_another_images_entry_point_is_its_command(store: ImageStore) -> None:
-    image = bring(store, bare(
+    image = import_image(store, bare(
         Entrypoint=["serve"], Cmd=["--base", "{base_path}", "--port", "{port}"], ExposedPorts={"3000/tcp": {}},
         Env=["SECRET={token}"],
     ))
     assert image.python is None
     assert image.command == ("serve", "--base", "{base_path}", "--port", "{port}")
     assert (image.port, image.ready, image.url) == (3000, "", "")
-    # Root in the image is nobody in particular in a slot.
+    # The user root of an image is replaced by jovyan.
     assert (image.user, image.home, image.directory) == ("jovyan", "/home/jovyan", "/home/jovyan")
     assert image.environment["SECRET"] == "{token}"
 
 
-def test_an_image_that_says_nothing_at_all_is_refused(store: ImageStore) -> None:
+def test_an_image_without_manifest_jupyterlab_and_command_is_refused(store: ImageStore) -> None:
     assert "--manifest" in refused(store, bare())
 
 
-def test_sources_are_told_apart(tmp_path: Path) -> None:
+def test_sources_are_parsed(tmp_path: Path) -> None:
     (tmp_path / "a:b").mkdir()
     assert fetch.source(f"oci:{tmp_path}") == OciDirectory(tmp_path, None)
     assert fetch.source(f"oci:{tmp_path}:v1") == OciDirectory(tmp_path, "v1")
@@ -298,12 +298,12 @@ def test_sources_are_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "oci:", "docker-archive:", "x.tar", "docker:x", "docker://", "docker://$HOME",
                                   "docker://-x", "docker://a b", "containers-storage:x", "dir:/etc"])
-def test_other_sources_are_refused_and_the_right_ones_named(text: str) -> None:
+def test_an_invalid_source_is_refused_with_the_valid_ones(text: str) -> None:
     with pytest.raises(BadRequest, match="docker-archive:FILE"):
         fetch.source(text)
 
 
-def test_a_source_that_is_not_there_is_named(store: ImageStore, tmp_path: Path) -> None:
+def test_a_missing_source_is_named(store: ImageStore, tmp_path: Path) -> None:
     for source in (OciDirectory(tmp_path / "no", None), DockerArchive(tmp_path / "no.tar")):
         if isinstance(source, DockerArchive) and os.geteuid() != 0:
             continue

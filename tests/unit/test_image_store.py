@@ -1,4 +1,4 @@
-"""The image store, with small archives made here. Runs as root or not: only root can give files away."""
+"""The image store, with small archives. Runs with and without root, because `Owners` replaces os.chown."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from nbagent.image.store import Image, ImageStore
 
 
 class Owners:
-    """Stands in for os.chown where this is not root, and remembers what was asked for."""
+    """Replaces os.chown, which only root may call, and records its arguments."""
 
     def __init__(self) -> None:
-        self.asked: dict[tuple[str, int], int] = {}
+        self.recorded: dict[tuple[str, int], int] = {}
 
     def __call__(
         self, path: str, uid: int, gid: int, *, dir_fd: int | None = None, follow_symlinks: bool = True
     ) -> None:
         status = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
-        self.asked[path, status.st_ino] = uid
+        self.recorded[path, status.st_ino] = uid
         assert not follow_symlinks
         if os.geteuid() == 0:
             os.chown(path, uid, gid, dir_fd=dir_fd, follow_symlinks=follow_symlinks)
@@ -49,7 +49,7 @@ def owners() -> Owners:
 @pytest.fixture
 def store(tmp_path: Path, owners: Owners) -> Iterator[ImageStore]:
     yield ImageStore(tmp_path / "images", chown=owners)
-    assert not list((tmp_path / "images").glob(".staging-*")), "something half made was left"
+    assert not list((tmp_path / "images").glob(".staging-*")), "a staging directory was left"
 
 
 def add(store: ImageStore, archive: Archive, name: str = "minimal") -> Image:
@@ -79,8 +79,8 @@ def test_an_added_image_is_found_by_name(store: ImageStore) -> None:
 
 def test_the_digest_is_the_archives(store: ImageStore, tmp_path: Path) -> None:
     path = Archive.with_image().save(tmp_path / "a.tar")
-    said = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
-    assert store.add(path, "minimal").digest == f"sha256-{said}"
+    expected = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+    assert store.add(path, "minimal").digest == f"sha256-{expected}"
 
 
 @pytest.mark.parametrize("packer", [gzip.compress, lzma.compress, bytes], ids=["gz", "xz", "tar"])
@@ -90,7 +90,7 @@ def test_python_unpacks(store: ImageStore, tmp_path: Path, packer: Any) -> None:
     assert store.add(path, "minimal").root.is_dir()
 
 
-@pytest.mark.skipif(shutil.which("zstd") is None, reason="the program zstd is not here")
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="the program zstd is not installed")
 def test_zstd_unpacks_and_a_cut_archive_is_refused(store: ImageStore, tmp_path: Path) -> None:
     packed = subprocess.run(
         ["zstd", "-qc"], input=Archive.with_image().bytes(), capture_output=True, check=True
@@ -108,14 +108,14 @@ def test_owners_are_shifted(store: ImageStore, owners: Owners) -> None:
     archive.add("home/jovyan", type=tarfile.DIRTYPE, uid=1000, gid=1000, mode=0o700)
     archive.add("home/jovyan/link", type=tarfile.SYMTYPE, linkname="/etc/passwd", uid=65535)
     image = add(store, archive)
-    asked = {name: uid - image.id_base for (name, _), uid in owners.asked.items()}
-    assert asked["link"] == 65535
-    assert asked["main.js"] == 0
+    shifted = {name: uid - image.id_base for (name, _), uid in owners.recorded.items()}
+    assert shifted["link"] == 65535
+    assert shifted["main.js"] == 0
     inode = (image.root / "home/jovyan").stat().st_ino
-    assert owners.asked[".", inode] == image.id_base + 1000
+    assert owners.recorded[".", inode] == image.id_base + 1000
 
 
-def test_what_leads_to_an_image_can_be_passed_but_not_listed(store: ImageStore) -> None:
+def test_directories_above_an_image_can_be_searched_and_not_listed(store: ImageStore) -> None:
     image = add(store, Archive.with_image())
     for directory in (store.path, store.path / "names", image.root.parent):
         assert stat.S_IMODE(directory.stat().st_mode) == 0o711, directory
@@ -156,7 +156,7 @@ def test_the_same_archive_keeps_its_ids_under_every_name(store: ImageStore) -> N
     assert (again.digest, again.id_base) == (first.digest, first.id_base)
 
 
-def test_ids_that_the_host_gave_away_are_passed_over(tmp_path: Path) -> None:
+def test_ids_that_the_host_uses_are_skipped(tmp_path: Path) -> None:
     bases = range(0, 5 * ids.COUNT, ids.COUNT)
     taken = [range(5, 6), range(2 * ids.COUNT - 1, 2 * ids.COUNT + 1)]
     assert ids.free_base(bases, {3 * ids.COUNT}, taken) == 4 * ids.COUNT
@@ -174,7 +174,7 @@ def retire(store: ImageStore, in_use: set[str] | None = None) -> list[str]:
     return retired
 
 
-def test_a_name_moves_and_the_tree_before_last_goes_when_nobody_uses_it(store: ImageStore) -> None:
+def test_a_tree_is_deleted_when_it_is_neither_used_nor_one_step_back(store: ImageStore) -> None:
     oldest = add(store, Archive.with_image())
     old = add(store, Archive.with_image().add("x"))
     assert retire(store) == []
@@ -195,7 +195,7 @@ def test_use_goes_back_and_forth(store: ImageStore) -> None:
     assert retire(store) == []
     assert store.use("minimal", new.digest.removeprefix("sha256-")) == new
     assert store.use("minimal", new.digest).digest == new.digest
-    assert store.former("minimal") == old.digest, "using what is used already forgets nothing"
+    assert store.former("minimal") == old.digest, "a second use of the same image keeps the previous one"
 
 
 def test_use_names_an_image_after_another_name(store: ImageStore) -> None:
@@ -206,13 +206,13 @@ def test_use_names_an_image_after_another_name(store: ImageStore) -> None:
     assert store.get("stable").root.is_dir()
 
 
-def test_use_of_what_is_not_there_or_not_one_is_refused_and_changes_nothing(store: ImageStore) -> None:
+def test_use_of_an_unknown_or_ambiguous_reference_is_refused_and_changes_nothing(store: ImageStore) -> None:
     image = add(store, Archive.with_image())
     for digest in ("sha256-" + "ab" * 32, "sha256-" + "ac" * 32):
         shutil.copytree(image.root.parent, store.path / digest)
-    for reference, said in (("no-such", "no image"), ("a", "no image"), ("abc", "no image"), ("../x", "no image"),
+    for reference, message in (("no-such", "no image"), ("a", "no image"), ("abc", "no image"), ("../x", "no image"),
                             ("f" * 64, "no image"), ("", "no image")):
-        with pytest.raises(ImageNotFound, match=said):
+        with pytest.raises(ImageNotFound, match=message):
             store.use("minimal", reference)
     shutil.copytree(image.root.parent, store.path / ("sha256-" + "abab" + "f" * 60))
     with pytest.raises(ImageNotFound, match="more than one image"):
@@ -220,20 +220,20 @@ def test_use_of_what_is_not_there_or_not_one_is_refused_and_changes_nothing(stor
     assert store.get("minimal") == image
 
 
-def test_whoever_adds_keeps_no_other_writer_waiting_and_loses_nothing_to_them(
+def test_other_writers_run_while_an_image_is_added_and_do_not_affect_it(
     store: ImageStore, tmp_path: Path
 ) -> None:
     add(store, Archive.with_image(), "other")
     old = add(store, Archive.with_image().add("x"), "other")
 
     class Slow:
-        """A container image whose layout comes when the other writers have been."""
+        """A source whose layout is available after other writers have run."""
 
         @contextmanager
         def layout(self, staging: Path, id_base: int, limits: ImageArchiveLimits) -> Iterator[oci.Layout]:
             assert store.retire(set()) == []
             store.sweep()
-            assert staging.is_dir(), "swept away while in use"
+            assert staging.is_dir(), "the staging directory was deleted while in use"
             assert abs(add(store, Archive.with_image().add("y"), "third").id_base - id_base) >= ids.COUNT
             with Layers().layer(Archive.with_image()).save(tmp_path / "layout") as layout:
                 yield layout
@@ -244,7 +244,7 @@ def test_whoever_adds_keeps_no_other_writer_waiting_and_loses_nothing_to_them(
     assert store.get("other") == old
 
 
-def test_a_removed_name_is_gone_and_its_tree_collected(store: ImageStore) -> None:
+def test_a_removed_name_is_unknown_and_its_tree_is_deleted(store: ImageStore) -> None:
     image = add(store, Archive.with_image())
     store.remove("minimal")
     with pytest.raises(ImageNotFound):
@@ -257,12 +257,13 @@ def test_a_removed_name_is_gone_and_its_tree_collected(store: ImageStore) -> Non
 
 
 @pytest.mark.parametrize(
-    "facts",
-    ["", "{", "[]", "{}", '{"format": 1}', '{"format": 99}', '{"format": 1, "id_base": 1, "manifest": {"new": 1}}'],
+    "record",
+    ["", "{", "[]", "{}", '{"format": 1}', '{"format": 99}', '{"format": 1, "id_base": "x", "manifest": {}}',
+     '{"format": 1, "id_base": 1, "manifest": []}', '{"format": 1, "id_base": 1, "manifest": {"new": 1}}'],
 )
-def test_an_image_that_cannot_be_read_is_in_nobodys_way(store: ImageStore, facts: str) -> None:
+def test_an_unreadable_image_does_not_affect_the_others(store: ImageStore, record: str) -> None:
     broken, whole = add(store, Archive.with_image(), "broken"), add(store, Archive.with_image().add("x"), "whole")
-    (store.path / broken.digest / "image.json").write_text(facts)
+    (store.path / broken.digest / "image.json").write_text(record)
     assert [image.name for image in store.list()] == ["whole"]
     with pytest.raises(ImageInvalid):
         store.get("broken")
@@ -281,7 +282,7 @@ def test_an_empty_store_has_no_image(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "A", "x" * 64, "a\nb"])
-def test_names_are_small_words(store: ImageStore, tmp_path: Path, name: str) -> None:
+def test_invalid_names_are_refused(store: ImageStore, tmp_path: Path, name: str) -> None:
     path = Archive.with_image().save(tmp_path / "a.tar")
     with pytest.raises(ImageInvalid):
         store.add(path, name)
@@ -295,7 +296,7 @@ def test_leftovers_of_a_killed_add_are_removed_by_the_next(store: ImageStore) ->
     assert not leftover.exists()
 
 
-def test_adds_at_once_take_turns(store: ImageStore, tmp_path: Path) -> None:
+def test_concurrent_adds_get_distinct_ids(store: ImageStore, tmp_path: Path) -> None:
     paths = [Archive.with_image().add(f"file{n % 2}").save(tmp_path / f"{n}.tar") for n in range(6)]
     threads = [threading.Thread(target=store.add, args=(path, f"n{n}")) for n, path in enumerate(paths)]
     for thread in threads:
@@ -382,7 +383,7 @@ def test_extended_headers_upon_extended_headers_are_refused(store: ImageStore) -
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar", bytes(512), b"\x1f\x8bbroken", b"\xfd7zXZ\0broken"])
-def test_what_is_no_archive_is_refused(store: ImageStore, tmp_path: Path, content: bytes) -> None:
+def test_a_file_that_is_not_an_archive_is_refused(store: ImageStore, tmp_path: Path, content: bytes) -> None:
     (tmp_path / "junk").write_bytes(content)
     with pytest.raises(ImageInvalid):
         store.add(tmp_path / "junk", "minimal")
@@ -393,7 +394,7 @@ def test_a_damaged_or_cut_archive_is_refused(store: ImageStore, tmp_path: Path, 
     whole = Archive.with_image().add("big", b"x" * 700_000).add("last", b"y").bytes()
     damaged = bytearray(whole)
     start = damaged.index(b"last\0")
-    damaged[start : start + 4] = b"lost"  # the checksum does not fit any more
+    damaged[start : start + 4] = b"lost"  # without a new checksum
     for number, content in enumerate((bytes(damaged), whole[:at])):
         (tmp_path / f"{number}.tar").write_bytes(content)
         with pytest.raises(ImageInvalid):
@@ -447,7 +448,7 @@ def test_a_manifest_that_is_a_link_or_missing_or_huge_is_refused(store: ImageSto
 
 
 @pytest.mark.parametrize(
-    ("change", "key", "said"),
+    ("change", "key", "message"),
     [
         ({"pyhton": "x"}, "pyhton", "did you mean python?"),
         ({"python": "bin/python"}, "python", "absolute path"),
@@ -462,19 +463,19 @@ def test_a_manifest_that_is_a_link_or_missing_or_huge_is_refused(store: ImageSto
         ({"static": {"lab": "share"}}, "static.'lab'", "absolute"),
     ],
 )
-def test_a_wrong_manifest_names_the_key_and_what_would_be_right(
-    change: dict[str, object], key: str, said: str
+def test_an_invalid_manifest_names_the_key_and_the_expected_value(
+    change: dict[str, object], key: str, message: str
 ) -> None:
     good = manifest.to_mapping(manifest.parse(MANIFEST.encode()))
     with pytest.raises(ImageInvalid) as raised:
         manifest.from_mapping(good | change)
     assert key in str(raised.value)
-    assert said in str(raised.value)
+    assert message in str(raised.value)
 
 
-def test_what_is_known_about_an_image_is_readable_json(store: ImageStore) -> None:
+def test_the_record_of_an_image_is_json(store: ImageStore) -> None:
     image = add(store, Archive.with_image())
-    facts = json.loads((image.root.parent / "image.json").read_text())
-    assert facts["digest"] == image.digest
-    assert facts["id_base"] == image.id_base
-    assert manifest.from_mapping(facts["manifest"]) == manifest.parse(MANIFEST.encode())
+    record = json.loads((image.root.parent / "image.json").read_text())
+    assert record["digest"] == image.digest
+    assert record["id_base"] == image.id_base
+    assert manifest.from_mapping(record["manifest"]) == manifest.parse(MANIFEST.encode())

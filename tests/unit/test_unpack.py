@@ -1,4 +1,4 @@
-"""What the process in a slot does: writes below one directory, fetches from real web servers, unpacks anything."""
+"""The delivery of content inside a slot: files below one directory, downloads from real web servers, archives."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ GOOD = tar(
 
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress],
                          ids=["tar", "gz", "bz2", "xz"])
-def test_a_tar_archive_is_unpacked_however_it_is_packed(home, top, pack):
+def test_a_tar_archive_is_unpacked_with_every_compression(home, top, pack):
     assert unpack(io.BytesIO(pack(GOOD)), home, LIMITS) == 5
     course = top / "home/course"
     assert (course / "one.ipynb").read_bytes() == (course / "hard").read_bytes() == NOISE
@@ -131,13 +131,13 @@ def test_a_zip_archive_is_unpacked(home, top):
     (b"<!DOCTYPE html><p>Log in" + b" " * 2000, "not a readable archive"),
     (b"", "not a readable archive"),
 ], ids=lambda value: value if isinstance(value, str) else "archive")
-def test_an_archive_nobody_should_unpack_is_refused_with_the_reason(home, top, archive, reason):
+def test_a_hostile_or_damaged_archive_is_refused_with_the_reason(home, top, archive, reason):
     (top / "home/out").symlink_to("../beside")
     with pytest.raises(Refused, match=reason):
         unpack(io.BytesIO(archive), home, LIMITS)
 
 
-def test_a_sparse_file_counts_as_what_is_written(home):
+def test_a_sparse_file_counts_with_its_written_bytes(home):
     sparse = tar(("s", b"1", {"pax_headers": {
         "GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 40), "GNU.sparse.name": "s"}}))
     with pytest.raises(Refused, match="larger than 1048576 bytes when unpacked"):
@@ -162,7 +162,7 @@ def test_a_link_that_stays_inside_is_followed_on_the_way_and_replaced_at_the_end
     ("out/x", "leads out"), ("root/x", "leads out"), ("loop/x", "too many"), ("none/x", "something else"),
     ("file/x", "is a file"), ("full", "a directory"), ("proc/x", "leads out"),
 ])
-def test_what_is_in_the_way_of_a_file_is_said(home, top, path, reason):
+def test_a_path_that_cannot_be_written_is_refused_with_the_reason(home, top, path, reason):
     inside = top / "home"
     for name, target in (("out", "../beside"), ("root", "/"), ("loop", "loop"), ("none", "nowhere"),
                          ("proc", "/proc/self/cwd")):
@@ -174,7 +174,7 @@ def test_what_is_in_the_way_of_a_file_is_said(home, top, path, reason):
 
 
 class Site(BaseHTTPRequestHandler):
-    """A web server with a few ways to answer."""
+    """A web server with redirects, errors, a short response and one that never comes."""
 
     made = b""
 
@@ -185,19 +185,19 @@ class Site(BaseHTTPRequestHandler):
             "/ok/nowhere": "",
         }.get(self.path, self.path)
         if self.path == "/ok/short":
-            self.answer(200, GOOD[:100_000], length=len(GOOD))
+            self.respond(200, GOOD[:100_000], length=len(GOOD))
         elif self.path == "/ok/silent":
             self.server.released.wait(30)
         elif self.path == "/ok/made":
-            self.answer(200, self.made)
+            self.respond(200, self.made)
         elif where is None:
-            self.answer(200, GOOD)
+            self.respond(200, GOOD)
         elif where == self.path:
-            self.answer(302 if "round" in where else 404, b"", where)
+            self.respond(302 if "round" in where else 404, b"", where)
         else:
-            self.answer(307, b"", where)
+            self.respond(307, b"", where)
 
-    def answer(self, status, body, location=None, length=None):
+    def respond(self, status, body, location=None, length=None):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body) if length is None else length))
         if location is not None:
@@ -233,12 +233,12 @@ def test_an_archive_is_fetched_and_redirects_are_followed(site, home, path):
 
 
 @pytest.mark.parametrize(("path", "reason"), [
-    ("/ok/nothing", "was answered 404 Not Found"), ("/ok/out", "/private, which this host does not allow"),
-    ("/ok/user", "no URL that could be allowed"), ("/ok/dots", "no URL that could be allowed"),
+    ("/ok/nothing", "the server responded 404 Not Found"), ("/ok/out", "/private, which this host does not allow"),
+    ("/ok/user", "not a valid URL"), ("/ok/dots", "not a valid URL"),
     ("/ok/round", "more than 5 times"), ("/ok/short", "bytes too early"), ("/ok/nowhere", "more than 5 times"),
     ("/ok/silent", "timed out"),
 ])
-def test_a_server_that_does_not_give_it_is_named_with_the_reason(site, home, path, reason, monkeypatch):
+def test_a_failed_download_names_the_server_and_the_reason(site, home, path, reason, monkeypatch):
     monkeypatch.setattr(download, "SILENCE_S", 0.5 if "silent" in path else 30)
     with pytest.raises(Refused, match=reason):
         fetched(site + path, site, home)
@@ -284,7 +284,7 @@ def secure_site(tmp_path):
     ("gz", gzip.compress(GOOD)), ("bz2", bz2.compress(GOOD)), ("xz", lzma.compress(GOOD)),
     ("zip", zipped(*((f"{i}", b"", 0) for i in range(4)), ("x", b"1", 0)).replace(b"x", b"\x81")),
 ], ids=lambda value: value if isinstance(value, str) else "")
-def test_nothing_is_imported_any_more_where_the_image_could_have_it(secure_site, home, top, monkeypatch, name, archive):
+def test_download_and_unpacking_import_no_module_inside_the_slot(secure_site, home, top, monkeypatch, name, archive):
     url, certificate = secure_site
     monkeypatch.setattr(Site, "made", archive)
     argv = [sys.executable, "-c", ALONE, f"{url}/ok/made", certificate, str(top / "home")]
@@ -292,6 +292,6 @@ def test_nothing_is_imported_any_more_where_the_image_could_have_it(secure_site,
     assert (done.stdout, done.stderr) == ("5\n", "")
 
 
-def test_a_server_that_is_not_there_is_named(site, home):
+def test_an_unreachable_server_is_named(site, home):
     with pytest.raises(Refused, match=r"127\.0\.0\.1: "):
         fetched("http://127.0.0.1:1/ok/x", "http://127.0.0.1:1", home)
