@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 # Commands of a developer. Each target installs the Debian packages that it needs; caches are in $(NBAGENT_CACHE).
 SHELL := /bin/bash
 PYTHON := /usr/bin/python3

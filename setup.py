@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The Python package nbagent, from which packaging/build-deb makes the .debs."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """nbagent: notebook slots on one host, as transient systemd scopes.
 
 The package holds no code of its own; README.md, section Hacking, lists its packages.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Checks of this host for `nbagent doctor`: each finding has a status and, if it is not "ok", a way to fix it.
 
 A check examines one thing. It changes nothing, needs neither root nor another check to have passed, and also works on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Image archives and container images, made for tests: valid ones, and malicious or malformed ones."""
 
 from __future__ import annotations

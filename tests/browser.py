@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A real browser for tests: Chromium by chromedriver, with the actions of a person in its window."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Makes the modules beside this file importable for every test."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A fleet on test hosts: compute servers and gateways in a network of their own, installed by the packages.
 
 Shared by `make up-fleet`, the integration tests and the benchmarks.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Checks of nbagent.zygote.memory, each run in a process of its own because its effect on memory cannot be undone.
 
     python3 -I memory_checks.py PACKAGES [CHECK…]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A notebook's user, for tests: opens the claim's URL through the router, runs cells, reads results.
 
 Uses Jupyter's REST API and the kernels' websockets, as JupyterLab in a browser does; python3-websocket is the client.

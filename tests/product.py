@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The product on a test host: its packages built and installed, and a client of its API.
 
 Shared by `make up`, the integration tests and the benchmarks, so that all three use the same packages.

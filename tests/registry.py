@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A registry of container images, read-only, on loopback: the blobs of one OCI layout.
 
     python3 registry.py LAYOUT PORT

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """`python3 -m nbagent.api`: the program of nbagent-api.service."""
 
 from __future__ import annotations

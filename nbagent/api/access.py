@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Access control: peers on a trusted network and bearers of the token may call, web pages of other origins may not.
 
 The checks, in this order:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The Flask application: the routes of the table, access control, CORS, and headers that every response has."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """This host as the SlotBackend of its landing page, by calls of the supervisor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Host names: in a Host header, in an Origin, of this machine, and in the URL of a claimed slot.
 
 Host and Origin are text that a caller chose. Text that is neither a name nor an address becomes None,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Validation of untrusted input: the ids, queries, bodies and headers of requests.
 
 Lengths are checked before anything is read. Options are checked for known names, and their values for

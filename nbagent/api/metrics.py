@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The supervisor's stats in Prometheus' text format.
 
 Each scrape makes a registry of its own, because the API has no state. Names of metrics are an

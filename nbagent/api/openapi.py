@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The OpenAPI 3.1 description of the API, generated from the route table.
 
 Only the schemas below are written by hand. A test validates real responses of the API against them.

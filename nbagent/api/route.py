@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The types of the route table: a route, a request to it, and the functions that respond."""
 
 from __future__ import annotations

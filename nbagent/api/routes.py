@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The route table of the API, and the functions of the routes that do more than forward an operation.
 
 `app` registers the table with Flask and `openapi` describes it, so that the API serves exactly what is described.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The commands of `nbagent`.
 
 Standard output has only the result, so that scripts can use a command. An error is one line on standard error, and its

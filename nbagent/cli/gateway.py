@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """`nbagent gateway`: the gateway of a fleet, on the machine that runs it."""
 
 from __future__ import annotations

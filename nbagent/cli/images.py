@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """`nbagent image`: changes the image store of this host directly, as root.
 
 After a change of the default store, the agent is reloaded if it runs.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A client of the control API. Problem documents are raised as the exceptions that they describe.
 
 It uses no proxy from the environment and follows no redirect, so that the token is sent to the named host only.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """`nbagent slot`: the steps of a slot's start."""
 
 from __future__ import annotations

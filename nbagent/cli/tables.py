@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Prints documents of the API: as tables on a terminal, as columns of plain text otherwise.
 
 rich is imported only for a terminal, because it is slow to load.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The settings of a host: names, defaults, descriptions, and checks that involve more than one setting.
 
 They are read from `/etc/nbagent/nbagent.toml`, then from every `/etc/nbagent/conf.d/*.toml` in the order of their

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The part of the router's nginx configuration that depends on nbagent.toml.
 
 It belongs inside http{}: maps, the rate limit of claims, the landing page's upstream, and the proxies whose

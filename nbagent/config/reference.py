@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The reference of the settings: configuration files and manual pages, generated from the dataclasses.
 
 packaging/settings writes them. This module has the texts for nbagent.toml and nbagent.toml(5), and

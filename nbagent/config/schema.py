@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Settings as dataclasses: their declaration, and a strict reader of TOML files.
 
 A field carries its parser, its default and its description, so that nbagent.config.reference generates the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Writes the files of a claim below the slot's home directory, as the slot's user, with reasons for the claimant.
 
 A symbolic link on the way is followed if it stays below the directory (untrusted/tree.py). The file itself is always

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Delivers the content of a claim into a running slot: one process that enters the slot and becomes its user.
 
     python3 -I -m nbagent.content.deliver CONTROL_FD

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Downloads an archive from a web server, with redirects to URLs that the operator allows.
 
 No proxy, no cookie, no password, because the slot's user could download no more. All modules and codecs are loaded with

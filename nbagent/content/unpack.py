@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Unpacks an untrusted .tar, .tar.gz, .tar.bz2, .tar.xz or .zip into a slot's home directory.
 
 By the rules of tarfile's "data" filter, which the Python of Debian 12 lacks: regular files, directories, and links that

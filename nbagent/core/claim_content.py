@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The content of a claim: small files in the claim itself, and the URL of an archive.
 
     {"files": {"analysis/hello.ipynb": "text", "data.bin": {"base64": "AAEC"}}, "archive": "https://…"}

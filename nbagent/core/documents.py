@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The JSON documents that the supervisor sends and that several HTTP services read, as types.
 
 `api.openapi` describes the same documents to callers, and a test holds both against real responses.

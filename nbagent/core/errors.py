@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The error tree. The HTTP status and the exit status of every error come from here.
 
     NbagentError

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The events that nbagent writes to the journal: each has a MESSAGE_ID, a priority and fields.
 
 Every kind of event is one member of `Event`. packaging/nbagent.catalog holds the explanation that

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The slot: its id, its states and the moves between them, its limits, and the options of a claim.
 
 Pure data. Times are seconds of CLOCK_BOOTTIME, because it goes on over a restart of the supervisor and does not jump

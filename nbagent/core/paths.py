@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Paths of nbagent's files on a host.
 
 The units, packaging/nbagent.tmpfiles and packaging/router/nginx.conf name the same paths, because systemd and nginx

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Parsers and formatters of quantities: memory, time, shares of the processors, network rates.
 
 The settings and the API parse quantities by these functions only, so that both accept the same syntax.

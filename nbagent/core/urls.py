@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Allow-lists of URL prefixes: URLs are parsed once and compared by their parts, never as text.
 
 `https://data.example.org/courses` allows the URLs below it. It allows neither `/courses-of-others`, nor

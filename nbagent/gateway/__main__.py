@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """`python3 -m nbagent.gateway`: nbagent-gateway-status.service, which serves requests from HAProxy only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Writes the files that HAProxy reads, its configuration and certificates, to a directory in /run.
 
 They are generated from gateway.toml at every start and reload of nbagent-gateway.service. The configuration is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The fleet as the landing page's SlotBackend: figures that are fetched from the hosts, and their sums.
 
 Figures are cached for a second. The list of hosts comes from HAProxy, so the page and the routing of claims and users

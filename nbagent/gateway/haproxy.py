@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Generates HAProxy's configuration from the settings, for HAProxy 2.6 (Debian 12) and 3.0 (Debian 13).
 
 Routing of a claim: the frontend `web` sends it to a chain, one of the backends `by_load`, `by_click` and `by_key`. The
@@ -37,7 +38,7 @@ PAGES = str(paths.GATEWAY_PAGES)
 # Labels of hosts contain neither "_" nor "-", so these names are never those of a host.
 STATUS = "_status"
 ANY = "_any"
-NO_HOST = "_nobody"
+NO_HOST = "_no_host"
 STAGES = ("claims", "clicked", "keyed")
 USERS = "users"
 # Prefix of the keys that the gateway adds. No client repeats a request with such a key.
@@ -327,7 +328,7 @@ listen {name}
     yield from _servers(name, settings)
     # HAProxy 2.6 may close the connection without a response if the last server goes down between two attempts, so this
     # server is always up. Its 501 makes the chain, but not the stage, try again.
-    yield f"    server {NO_HOST} unix@{RUN}/nobody.sock backup"
+    yield f"    server {NO_HOST} unix@{RUN}/no-host.sock backup"
 
 
 def _users(settings: GatewaySettings) -> Iterator[str]:
@@ -377,8 +378,8 @@ backend status
     timeout server 30s
     server {STATUS} unix@{STATUS_SOCKET}
 
-frontend nobody
-    bind unix@{RUN}/nobody.sock mode 600
+frontend no_host
+    bind unix@{RUN}/no-host.sock mode 600
     no log
     http-request return status 501
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Adds, drains and removes hosts of a running gateway, in gateway.d and in the running HAProxy.
 
 HAProxy is changed through its Runtime API, so no reload is needed and no connection is closed. The file of a host is

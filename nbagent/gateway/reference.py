@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The reference of a gateway's settings: the texts for gateway.toml and nbagent-gateway.toml(5)."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A client of HAProxy's Runtime API: each connection to a unix socket carries one command line and its response."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The settings of a gateway: `/etc/nbagent/gateway.toml`, then `/etc/nbagent/gateway.d/*.toml` by name.
 
 nbagent.config.schema reads and checks them as it does nbagent.toml. Each host of the fleet is a table `[hosts.LABEL]`,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Unpacks an image archive that may be hostile.
 
 Nothing is written outside the given directory, no symbolic link is followed, no device is created, no set-user-id bit,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Fetches a container image into an OCI layout, by skopeo and without a Docker daemon.
 
     oci:DIR[:TAG]              a layout, read in place

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The range of 65,536 host ids of an image's files and processes. Pure, except for `reserved`.
 
 The default area is 0x70000000 to 0x7FFDFFFF, for 4,094 images. systemd's allocation of ids

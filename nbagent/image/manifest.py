@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """/etc/nbagent-image.toml: the program of an image's slots, and how it is started.
 
 Pure: text in, a `Manifest` out, or an `ImageInvalid` that names the key and the expected value. The text comes from an

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Reads container images from an OCI image layout, as untrusted data.
 
     DIR/index.json              the images of the layout, by tag and platform

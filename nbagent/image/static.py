@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Copies of an image's web assets, which the router serves without a request to a slot.
 
 They are copied, because nginx runs on the host and would follow a link of a hostile image out of its tree. Only regular

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The image store: adds archives as read-only root filesystems, and finds them by name or by digest.
 
     PATH/sha256-DIGEST/rootfs/      the image, its owners shifted into the image's own range of host ids

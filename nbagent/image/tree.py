@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The root filesystem of an image as a Tree: no symbolic link is followed, because an image may be hostile."""
 
 from __future__ import annotations

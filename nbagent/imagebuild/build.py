@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Builds an image recipe to NAME.tar.zst, with the same bytes every time, and keeps it in a cache.
 
     images/build images/minimal                builds it, or finds it in the cache

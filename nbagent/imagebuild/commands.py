@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Programs that a build runs, its progress on standard error, and its failure."""
 
 from __future__ import annotations

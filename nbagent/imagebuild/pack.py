@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Packs a root filesystem to a .tar.zst with the same bytes for the same files."""
 
 from __future__ import annotations

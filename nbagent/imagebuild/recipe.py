@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A recipe directory: recipe.toml, requirements.txt, and files/ that are copied over the root."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Creates the root filesystem of an image from its recipe: Debian, Python packages, the recipe's files."""
 
 from __future__ import annotations

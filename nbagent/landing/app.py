@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The landing page as a Flask application: pages for people, and tmpnb's public API for its clients.
 
     GET  /, /lab/…, /tree/…, /notebooks/…, /files/…    the front page: one button, or a redirect to /spawn

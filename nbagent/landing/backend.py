@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The interface between the landing page and the slots behind it, and the figures that every visitor may see."""
 
 from __future__ import annotations

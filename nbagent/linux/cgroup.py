@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Accounting of a cgroup (memory, processor time, tasks, OOM kills), for cgroup v1 and v2.
 
 Reading a cgroup's files wakes none of its processes, so a thousand slots can be sampled without cost to them.

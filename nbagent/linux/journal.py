@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Writing to the journal without libsystemd: stream sockets as by sd_journal_stream_fd(3), and native entries.
 
 journald looks up the unit of the sending process when it reads a line. When the process has exited by then,

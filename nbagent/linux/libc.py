@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The C library by ctypes, for system calls that Python 3.9 to 3.13 lack.
 
 Standard library only, because this also runs under an image's own Python.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """mount(2), umount2(2) and pivot_root(2)."""
 
 from __future__ import annotations

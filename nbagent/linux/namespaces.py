@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """unshare(2), setns(2) and the id maps of a user namespace."""
 
 from __future__ import annotations

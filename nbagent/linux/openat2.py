@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """openat2(2) with RESOLVE_BENEATH: opens a path below a directory and fails when a symbolic link leads out of it."""
 
 from __future__ import annotations

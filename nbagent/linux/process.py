@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Attributes of the calling process: prctl(2), capabilities, ids, resource limits, descriptor table."""
 
 from __future__ import annotations

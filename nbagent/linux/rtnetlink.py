@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """rtnetlink(7) for the slot's end of its interface: state, address, route, and the token bucket of both ends.
 
 Written by hand because it runs in a slot's network namespace under an image's own Python, where pyroute2 is not

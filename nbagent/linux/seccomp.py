@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """System call filters: compiled on the host by libseccomp, loaded in the slot by prctl(2).
 
 `compile_filter` needs Debian's python3-seccomp and runs in the supervisor. `load` needs only the C library, because

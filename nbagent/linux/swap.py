@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The host's swap areas: those in compressed memory (zram) and those on a disk."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The network service: the slots' interfaces and firewall rules. Only this process has CAP_NET_ADMIN.
 
     python3 -I -m nbagent.network            as nbagent-network.service, with a listening socket from systemd

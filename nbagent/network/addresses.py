@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The slots' addresses, and the ranges that no slot may reach. Pure, except `forwards_ipv6`.
 
 Each slot has a veth pair of its own with one IPv4 address and, on a host that forwards IPv6, one IPv6 address. Both

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The host's side of the slots' network: interfaces, addresses, routes, and the nftables table `inet nbagent`.
 
 The kernel holds all state, so the network service can be restarted between any two calls, and every method can be

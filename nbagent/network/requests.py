@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The requests of the network service, one a connection of nbagent.wire.channel. Every request may be repeated.
 
     {"op": "rules"}                     applies the rules in /run/nbagent/network.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The slots' resolver: settings of dnsmasq(8). Pure.
 
 It forwards queries to the host's resolvers and does not serve the host's /etc/hosts. When an allow-list of names is

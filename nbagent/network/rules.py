@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The slots' firewall as an nft(8) script. Pure: settings in, text out.
 
 All rules are in one table, `inet nbagent`; tables of others are not changed. The rules are the same for all slots;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The capacity of the host, and whether it can start one more slot. Pure.
 
 This module alone owns the number of slots that fit, for the supervisor and for `nbagent doctor`.

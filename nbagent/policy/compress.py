@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The slots whose memory is compressed, and the time of it. Pure.
 
 An unused notebook has tens of MB of memory that no process reads. They are compressed when the slot has been at rest

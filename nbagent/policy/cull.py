@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The rules that end a claimed slot. Pure.
 
 A slot is active while a kernel is busy, when a person or a kernel does something, and while its use of processors is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The limits that a slot runs into, from one sample to the next. Pure.
 
 Each is reported once in an episode. The episode of refused tasks ends with a sample since which no task was refused,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The next moves of the pools: slots to start, and warm slots to retire. Pure.
 
 A pool should have its number of warm slots, and one more for every claim that waits. A slot that is stale (of a former

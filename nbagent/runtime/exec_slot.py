@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The launcher of a slot by exec: one process that turns itself into the slot's init and program.
 
     python3 -I -m nbagent.runtime.exec_slot CONTROL_FD

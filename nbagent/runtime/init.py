@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Init of a slot: the first process of its pid namespace, host code among the slot's own processes.
 
 It reaps orphans, forwards SIGTERM to the program, and copies the slot's output to the journal: the slot's processes

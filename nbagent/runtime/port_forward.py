@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Forwards from a slot's listening socket to a program that listens on a TCP port of the slot's own loopback.
 
 For programs that cannot take a listening socket. Runs beside the program inside the slot's namespaces, as its user

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The common parts of processes that make a sandbox: running steps, placing descriptors, and the life of a slot's first
 process from its namespaces to the loop of `init`.
 

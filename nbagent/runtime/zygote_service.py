@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The zygote service: makes an image's user namespace, starts its zygote there, and makes a slot for each request.
 
     python3 -I -m nbagent.runtime.zygote_service IMAGE:GENERATION       (nbagent-zygote@.service)

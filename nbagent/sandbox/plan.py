@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The order of the sandbox's steps, from a process in its scope to a slot in its own root.
 
 A test pins the order. The steps are in four parts, because they run in different processes:

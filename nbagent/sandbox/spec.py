@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The specification of a slot's sandbox: plain values, sent as JSON from the supervisor to the launcher."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The steps of a sandbox. Each describes itself, and its class's docstring is its reason (`nbagent slot plan`).
 
 Everything that a step makes belongs to the namespaces of the process that runs it, so a failed start leaves nothing

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The system calls that a slot's processes may make.
 
 An allow-list of the calls that an unprivileged program needs: a shell, a compiler, a notebook. A test checks that it

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The supervisor's program: configuration, sockets from systemd, one event loop, signals.
 
     /usr/bin/python3 -m nbagent.supervisor

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The start of the supervisor: it adopts the slots that outlived the former one, and removes incomplete ones."""
 
 from __future__ import annotations

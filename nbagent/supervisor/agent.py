@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The loop of the supervisor: what the policy decides is done, whenever something has changed.
 
 Events (a claim, the end of a process, a failed start, a signal) change the state and set `changed`. Slow work is in

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Warm slots for claims: out of the pool, or the next that becomes warm."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The operations of the control API: one method each, with documents as results. Slots are listed without tokens."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Claims: a warm slot gets an owner, once for each Idempotency-Key.
 
 A key is in the record of its slot, so a repeated claim gets the same slot after a restart of the supervisor too. A key

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The objects of a supervisor, made of each other in one place: each gets the ones it calls."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Compression of the memory of slots at rest: the kernel swaps it out to zram.
 
 A slot has MemorySwapMax=0 except while the supervisor writes to its memory.reclaim. So pages of a slot are swapped out

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Delivers the content of a claim into a slot that has no owner yet, by a process inside the slot
 (nbagent.content.deliver).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Counts and durations since the start of the supervisor, for /stats and /metrics."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The load of the host: its memory and capacity, what its slots take, and whether it drains."""
 
 from __future__ import annotations

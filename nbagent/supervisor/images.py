@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The images of the store as the pools and zygotes use them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The network interfaces of slots, for callers that go on when the network service fails."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Starting a slot's processes: by exec of the image's program here, by a fork of its zygote in `zygotes`.
 
 A launcher gets a slot, its sandbox and its listening socket, the scope to start, and a callback that makes an interface

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Samples of the slots: the limits that they run into, those that end by rule, and those whose memory is compressed.
 
 Each slot is sampled once in cull.interval, a few at a time, because samples of a thousand slots at once would delay

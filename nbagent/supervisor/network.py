@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The slots' network: the supervisor decides, and the network service (nbagent.network) makes the changes.
 
 So the supervisor needs no CAP_NET_ADMIN. A slot's interface is made when the slot starts, so that it costs no claim

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The pool of each image: its warm slots, the claims that wait for one, and the failures of its starts.
 
 A warm slot has exactly one place: in a pool, or with the claim that took it. Only this module adds slots to a pool and

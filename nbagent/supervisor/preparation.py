@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The preparation of a slot for its claim: limits, network and content."""
 
 from __future__ import annotations

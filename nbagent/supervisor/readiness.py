@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The readiness of a slot: one request to its socket, which waits in the backlog until the program accepts it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The directory of each slot. These files and systemd's scopes are the whole persistent state of slots.
 
     /run/nbagent/slots/SLOT/slot.json    the Slot, mode 0600: it holds the token

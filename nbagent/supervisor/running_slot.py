@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A slot that runs: the Slot with its descriptors, its cgroup and its last sample."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Starting a helper of a slot so that its first instruction runs in the slot's scope.
 
 A shell blocks until a line arrives on its standard input, and then execs Python, which touches all its memory in the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The supervisor's side of the control socket, and the agent-check: who may connect, and the dispatch of operations.
 
 A caller is the API's user or root, by SO_PEERCRED. When it closes its connection while its claim waits, the claim is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The start of a slot: from the policy's decision until it is warm, or has failed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The end of a slot: its route at once, then its processes, its interface and its place among the slots."""
 
 from __future__ import annotations

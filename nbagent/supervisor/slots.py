@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """All slots of the host by id, and indexes of them: counts by state and image, ids and addresses in use, claims by key.
 
 The indexes are updated at each change of a slot, so that an event costs the same with ten slots and with thousands.

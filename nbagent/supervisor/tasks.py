@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A group of asyncio tasks that ends as one."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The zygotes: one for each image whose slots are forked, and the launcher that starts slots by fork.
 
 A zygote and its zygote service are one systemd unit, `nbagent-zygote@IMAGE:GENERATION.service`. The service connects to

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """systemd's manager on the system bus, by pystemd; the only module that knows pystemd and its lack of types.
 
 A method call blocks the event loop until PID 1 replies: about 3 ms for a scope, 1.2 ms for a change of limits. Jobs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A reader of tar streams from untrusted sources, bounded in bytes, headers and entries.
 
 Used by image/archive.py, which writes a root filesystem as root, and by content/unpack.py, which writes into a home

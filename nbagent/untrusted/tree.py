@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A directory tree with untrusted content, in which no path leads out of the tree.
 
 There are two policies for symbolic links on the way. With `follow_links=False` each of them is an error: every

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Parts that every HTTP service of nbagent shares: problem documents, CORS, keys, tokens, the gunicorn application."""

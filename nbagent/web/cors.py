@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """CORS: the headers that let pages of allowed origins call a service and read its responses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """gunicorn as our services need it: embedded, threaded, on systemd's socket or an address.
 
 Differences from gunicorn's defaults, and their reasons:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The Idempotency-Key of a request: a claim that is sent again with the same key gets the same slot."""
 
 from __future__ import annotations

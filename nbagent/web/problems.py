@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Errors as RFC 9457 problem documents, with the status and the headers that belong to them.
 
 `type` is `urn:nbagent:problem:CODE`. CODE is stable: it is the code of the NbagentError, or for an error

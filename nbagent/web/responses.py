@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """JSON responses, and the headers that every response has."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Tokens in requests, and the files with the valid ones."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The activity page: shared memory in which a slot's server records the time of the last activity.
 
 The server writes it and the supervisor reads it, so that no slot has to be polled: reading a thousand pages wakes no

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Channels in an event loop. Standard library only; Python 3.9 and up."""
 
 from __future__ import annotations

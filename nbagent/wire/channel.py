@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A channel: JSON objects and named descriptors over a SOCK_SEQPACKET unix socket.
 
 One packet is one message. Its field "fds" names the descriptors beside it (SCM_RIGHTS), in their order:

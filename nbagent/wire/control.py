@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The control socket: its address, its limits, and the API's side of it.
 
 One connection is one request and one response (nbagent.wire.operations), so a caller that closes its connection is

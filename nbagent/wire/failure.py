@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A failure as it travels from the process where a step failed to the process that reports it.
 
 There is one document for it, {"failure": {"step": str, "errno": int, "text": str}}, and one exception, StepFailed,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Typed reads from JSON that another process sent.
 
 The sender may be an image's code, so every value is checked here once, where it comes in: a field that is missing, of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Bytes that are too large for a packet travel in a sealed memfd. Standard library only; Python 3.9 and up."""
 
 from __future__ import annotations

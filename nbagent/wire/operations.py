@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The operations of the control socket: one table of name → arguments → result, for the API and the supervisor.
 
 A request is {"op": name, "args": {...}}, and its response {"ok": result} or {"error": NbagentError.to_wire()}. The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Reseeds every generator of random numbers and secrets whose state a fork would share.
 
 The kernel's generator behind os.urandom, secrets and uuid4 needs no reseeding, and the module random reseeds its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A slot's notebook server, started by exec.
 
     python3 -I exec_main.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A slot's fork server: the process that the slot's server and its kernels are forked from.
 
 It is the zygote's child, in the slot's namespaces and as its user. It forks the server, before either has the slot's

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Kernels by fork: `prepare` loads a kernel into the zygote, `run` starts one in a forked process.
 
 `prepare` runs in the zygote, once, after the server is initialised. It imports all modules that a kernel imports sooner

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The notebook server of a slot: JupyterLab on an inherited socket.
 
 Runs inside an image, as the slot's user, under the image's own Python; started by exec (`exec_main`) or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Starts kernels by fork: jupyter_client's KernelProvisioner for a slot that has a fork server.
 
 jupyter_client finds it by an entry point, like any provisioner. A slot sees the package nbagent without the .dist-info

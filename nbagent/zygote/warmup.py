@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The zygote's warm-up: a browser session with a notebook, run within the zygote before it forks anything.
 
 Objects that are created on first use, and code that CPython specialises while running it (by writing into it, from the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The zygote: a notebook server that is initialised up to its listening socket, and forks slots.
 
     python3 -I zygote.py [--private-memory]

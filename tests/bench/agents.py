@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
 """Stand-ins for the hosts of a fleet: the interfaces that a gateway uses of an agent, without slots.
 
     tests/bench/agents.py --capacity N[,N…] [--answer-ms N] [--status SOCKET]

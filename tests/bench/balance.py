@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """How evenly slots are spread over hosts, measured and simulated. Pure: no HAProxy, no clock."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
 """`make bench`: figures of nbagent beside its peers, on one host in one run.
 
     tests/bench/bench.py [--out DIRECTORY] [--rounds N] [--burst N] [--users N] [--peers N] [--only KEY,KEY…]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The comparison as a picture: one panel for each figure, one bar for each side, nbagent in colour."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """One claim, statistics of many, and parsers of HAProxy's figures. Pure."""
 
 from __future__ import annotations

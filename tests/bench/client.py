@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The benchmarks' client: claims, notebook servers, kernels and cells, any number at a time, by asyncio in one thread.
 
 The thread is in the test host's network namespace, so that its requests come from the host's loopback, as those of a

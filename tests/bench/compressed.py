@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
 """`make bench-compressed`: the memory of a slot at rest when it is compressed, and the cost of its next cell.
 
     tests/bench/compressed.py [--slots N] [--algorithm NAME]

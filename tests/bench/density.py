@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
 """`make bench-density`: how many live users one host holds, and the cost of each.
 
     tests/bench/density.py [--users N] [--image NAME] [--concurrency N] [--minutes N] [--out DIRECTORY]

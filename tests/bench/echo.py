@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
 """A stand-in for a host whose slots have websockets that echo each message. Serves /healthz too.
 
     tests/bench/echo.py ADDRESS

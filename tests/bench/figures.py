@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Figures: samples of several sides, their statistics, and tables of them. Pure."""
 
 from __future__ import annotations

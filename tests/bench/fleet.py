@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
 """`make bench-fleet`: the cost of a gateway and its distribution of claims, with the real HAProxy and configuration.
 
     tests/bench/fleet.py [--quick] [--only PART,PART…] [--out DIRECTORY]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The figures of a fleet as a picture: a panel for each part that was measured. Matplotlib, from Debian."""
 
 from __future__ import annotations

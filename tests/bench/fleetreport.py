@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The figures of a fleet for a reader: a table a part, and its method below it. Pure."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
 """The lower bound of a slot: a bare fork. Runs inside an image's root, under its own Python; prints JSON.
 
 Imports the modules of a notebook server with a kernel, as a zygote does, and forks children that do nothing.

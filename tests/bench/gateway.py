@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The real HAProxy with the product's own configuration, in front of stand-in agents, in a network namespace.
 
 It differs from the product's in paths, because no package is installed, in a stand-in for the status service, and in a

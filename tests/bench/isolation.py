@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
 """The cost of isolation by step: runs as root on the measured host, prints JSON.
 
     isolation.py IMAGE COUNT STORAGE

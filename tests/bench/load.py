@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Claims by tmpnb's API, at a rate or with a fixed number of clients. By asyncio, in the calling thread."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
 #!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
 """The memory of a side, as JSON: runs as root on the measured host, in as many processes as processors.
 
     memory.py SLOTS SERVICES [UNIT]

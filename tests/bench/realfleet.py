@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Measurements on a fleet of real hosts: nbagent and the gateway, installed by their packages."""
 
 from __future__ import annotations

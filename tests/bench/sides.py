@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The sides of the comparison: this project by fork and by exec, and other ways to start a notebook server.
 
 A side is opened, starts servers, ends them and is closed; while one is open, only this project's idle

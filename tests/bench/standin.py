@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Measurements with stand-in agents behind the real HAProxy. Run in a thread in a network namespace of its own."""
 
 from __future__ import annotations

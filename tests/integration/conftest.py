@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Hosts for tests: one with the product, shared by all tests that restore its state.
 
 A test passes only on evidence from the host. At the end of a shared host its journal must hold no unexpected

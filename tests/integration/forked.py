@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Slots forked in the image minimal without an agent, for tests of the zygote's kernels alone.
 
 The image is unpacked from its package, once in a test run. A program of tests/ runs in it, for example

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Runs inside an image, as root of a chroot: a zygote that forks the servers of slots.
 
     python3 -I -X frozen_modules=off forked_slot.py serve SOCKET COUNT [--private-memory]

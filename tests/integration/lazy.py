@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Finds the modules that a forked server and kernel import after the fork: none if modules.json is complete."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Attacks on the resources of a host: limits contain each in its own slot, and other slots stay fast."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """`make up` as a new user runs it: two commands, and a notebook in a real browser on this machine.
 
 The host of `make up` is left in the state in which it was found: up, or absent.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A claim returns a working notebook, by HTTP through the router."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Claims with content: it is delivered before the response, by a process that is confined like the slot."""
 
 import base64

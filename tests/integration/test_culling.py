@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Slots that are culled because they are idle, too old or dead; and the kinds of activity."""
 
 import time

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Slots by fork: what starts them, what they share, and what happens when a zygote fails or is replaced."""
 
 import json

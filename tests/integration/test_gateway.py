@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A fleet of three small hosts behind two gateways: claims, users, changes of hosts, and failures."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Images on a host: imported, several side by side, rolled forward and back; and programs that are not Jupyter."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Isolation of a slot: attempts of a hostile program in it (walls.py), with each step of the sandbox and without it."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Kernels by fork: they behave as other kernels do, start by exec where necessary, and share no secret.
 
 The slots are forked in the image minimal without an agent (forked.py), with the real fork server, provisioner and

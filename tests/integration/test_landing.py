@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The landing page on port 8000: notebooks for people and tmpnb's clients, without access to the control API."""
 
 import concurrent.futures

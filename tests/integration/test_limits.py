@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Limits of memory, tasks, processor time and age, which the kernel and systemd enforce, on every kind of host."""
 
 import time

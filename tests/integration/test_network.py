@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A slot with the network `internet` reaches public addresses only; a slot with `none` has loopback only.
 
 The internet is a network namespace inside the test host with a server at public addresses, private addresses and

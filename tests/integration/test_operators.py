@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The interfaces for operators: the journal, the command line, the metrics, and access control."""
 
 import json

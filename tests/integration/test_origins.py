@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Isolation between the slots that one browser has open: headers, cookies and URLs of one slot against another.
 
 The attacker here is a slot whose server sends any status, headers and body that the query of a request contains.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The packages on a new host: installation with apt, an upgrade while a notebook is in use, and a purge.
 
 The fixture of the virtual machines installs and purges them on Debian 13 and on cgroup v2.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The pool: slots are warm before a claim, and an image that cannot start does not affect others."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Preloaded modules are in every kernel at no cost, and work as if each kernel had imported them."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Restarts, crashes and upgrades of the agent, none of which ends a claimed slot."""
 
 import contextlib

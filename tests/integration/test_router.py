@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The router: the path of a URL selects the slot, tokens stay out of the journal, sockets are protected."""
 
 import base64

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A slot on its host: limits, user, namespaces, files, descriptors, and complete removal."""
 
 import base64

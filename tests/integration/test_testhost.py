@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The test hosts themselves, on which every other integration test relies.
 
 Two nspawn hosts run side by side for the whole file. Nothing here is about nbagent.
@@ -376,7 +377,7 @@ def test_a_package_installs_without_a_network(host: Host, tmp_path: Path) -> Non
     control = tmp_path / "probe/DEBIAN/control"
     control.parent.mkdir(parents=True)
     control.write_text(
-        "Package: testhost-probe\nVersion: 1\nArchitecture: all\nMaintainer: nobody <nobody@localhost>\n"
+        "Package: testhost-probe\nVersion: 1\nArchitecture: all\nMaintainer: test <test@localhost>\n"
         "Description: proves that apt resolves from what is installed\n"
         "Depends: python3-flask, nginx, gunicorn\n"
     )

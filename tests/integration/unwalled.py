@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Starts sandboxes with one step of the plan left out or made to fail, or of an image with a link in a step's way.
 
     python3 unwalled.py IMAGE DECOYS <tests/integration/walls.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Attempts of a hostile program to leave a slot, each against one barrier. Runs inside slots, under an image's Python.
 
 An attempt is a generator: it yields a description of what succeeded, and nothing when the barrier held.

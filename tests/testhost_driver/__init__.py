@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Real systemd hosts for tests. `from testhost_driver import Host`; the command line is `tests/testhost`."""
 
 TYPE_CHECKING = False  # type checkers treat it as true; importing `typing` would cost more than the rest of this module

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The Debian mirror that this machine uses, read from its apt configuration, so that no mirror is named in the
 code.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """One cgroup per host in every hierarchy, below the one the driver is in and never above it.
 
 `testhost-NAME/host` holds the host, `testhost-NAME/helpers` the forwarders and tunnels that serve it, so that

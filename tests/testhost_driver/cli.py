@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The command line of the test hosts. Parses arguments, calls `testhost_driver.host` and prints."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """How a command enters a host, prepared by `up` so that `testhost exec` does as little as possible.
 
 A host's `entry` file holds the argv to put before the command, and which process must still be alive for it

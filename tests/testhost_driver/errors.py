@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The errors of the test host driver. Each message names what is wrong and what would be right.
 
 HostError                the command line prints it as one line, exit status 1

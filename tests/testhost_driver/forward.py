@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """127.0.0.1:PORT of this machine reaches a host's loopback, through systemd's own socket proxy.
 
 The listening socket is created in the machine's network namespace, and the proxy that accepts from it runs in the

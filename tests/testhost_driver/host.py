@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """`Host`, the interface of a test host for tests. The command line is a thin layer over this class.
 
     with Host.up(name="t1") as host:

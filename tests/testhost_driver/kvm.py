@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Whether KVM boots a kernel here. Found by booting one with a deadline, once per boot of the machine.
 
 On a nested paravirtual hypervisor /dev/kvm may accept KVM_CREATE_VM and still hang every stock kernel, so the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A network between hosts: a bridge in a namespace of its own, with an address for each host that is plugged in.
 
     with Lan("f1") as lan:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Starts a program as a process of a host: joins its cgroups, enters its network namespace, mounts its root,
 then executes.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A network namespace per host, named so that `ip netns exec testhost-NAME` works by hand.
 
 Only loopback is inside. The driver reaches a host's ports by connecting from within this namespace.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The nspawn driver: a real systemd as PID 1 at native speed, in namespaces of this machine's kernel.
 
 It proves speed, density, namespaces and networking. On a machine with cgroup v1 it does not prove v2

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Processes by identity: known by pid and start time, ended and awaited by pidfd, never found by name."""
 
 from __future__ import annotations

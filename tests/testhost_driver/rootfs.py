@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Root filesystems of test hosts: built once by mmdebstrap, cached by a hash of their recipe.
 
 A recipe is a suite, a role (the driver it is for), a package list and what is done to the tree. `held()`

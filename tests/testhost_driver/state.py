@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The state of the driver: one directory for each host, with `state.json` and the host's disk.
 
 The state records what was created, and does not prove that it still runs: a pid is valid only together with its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Machine-wide kernel limits that would bound the number of slots of a host: raised while a host is up, restored
 after the last.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The programs that the driver itself needs on this machine, installed by apt-get when they are missing."""
 
 from __future__ import annotations

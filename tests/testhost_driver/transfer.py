@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Copying between this machine and a host, by tar on both sides: one stream for any driver.
 
 The rules are cp's: into DEST when it is an existing directory or ends in `/`, else to the name DEST, which

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The vm driver: QEMU with the suite's stock kernel. It proves cgroup v2, PSI, nftables and Debian 13.
 
 QEMU runs in the host's network namespace and cgroup. Commands go through one ssh master, whose control socket

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """For every unit test: coroutine tests run in an event loop, the journal is a list, and a test must clean up."""
 
 from __future__ import annotations

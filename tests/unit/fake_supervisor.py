@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A supervisor on a host that is made of fakes: the real control socket, calls, claims and pools, and no process.
 
 The API, the landing page and the command line are tested against it. `asked` has each request that reached it, so that

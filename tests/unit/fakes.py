@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A host without systemd and processes: fakes of what the supervisor stands on, and the real supervisor over them.
 
 Each fake has the interface of the real object, keeps its state in plain attributes, and can be made to fail or to wait.

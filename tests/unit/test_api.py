@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The responses of the control API's routes, by Flask's test client and a fake supervisor on a real socket."""
 
 from __future__ import annotations

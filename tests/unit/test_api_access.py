@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Access control: trusted peers and bearers of the token; cross-site requests and DNS rebinding are refused."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Invalid input: a problem document names the field and the expected value, and no slot starts."""
 
 from __future__ import annotations

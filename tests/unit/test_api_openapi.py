@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The OpenAPI description lists exactly the routes that are served, and real responses match its schemas."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The API under gunicorn, in a process of its own on a real port, with malformed and malicious requests."""
 
 from __future__ import annotations

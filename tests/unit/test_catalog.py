@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """packaging/nbagent.catalog has an entry for each event of nbagent.core.events."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """MigrationPrimer: a process is moved into its own cgroup, with cgroup v1 and v2."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The content of a claim: files and their paths, URLs, and the prefixes that allow them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The command line against the real API, served on a real port in front of a fake supervisor."""
 
 from __future__ import annotations

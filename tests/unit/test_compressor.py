@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Compression of slots at rest, over a fake systemd and cgroups of plain files."""
 
 import asyncio

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Settings of a host: defaults, the order of files, and the messages of errors."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The functions, modules and paths that the pages in packaging/docs name exist."""
 
 from __future__ import annotations

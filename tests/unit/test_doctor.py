@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Each check of `nbagent doctor`, on a host that consists of a few files in a temporary directory."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The benchmarks' figures: what is said of samples, and what memory.py finds of a process that is really there."""
+# SPDX-License-Identifier: BSD-3-Clause
+"""The benchmarks' figures: statistics of samples, and the result of memory.py for a running process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The benchmark of a fleet: its stand-in agents keep books as a host does, and its figures say what they say."""
+# SPDX-License-Identifier: BSD-3-Clause
+"""Figures of a fleet: a stand-in agent keeps books as a host does, and statistics and tables of samples are right."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def books_of(*capacities: int) -> Any:
 
 
 class Wire:
-    """What a protocol writes to, at an agent's address."""
+    """The transport of a protocol, at an agent's address."""
 
     def __init__(self, address: str) -> None:
         self.address, self.sent, self.closed = address, b"", False

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """HAProxy with a generated configuration in front of fake hosts: the routing of claims and users."""
 
 from __future__ import annotations

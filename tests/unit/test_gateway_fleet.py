@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The figures of a fleet, the state of HAProxy's servers, and adding and removing hosts."""
 
 from __future__ import annotations

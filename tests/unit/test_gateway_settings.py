@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A gateway's settings, and the HAProxy configuration that is generated from them."""
 
 from __future__ import annotations

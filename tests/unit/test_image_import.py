@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Import of container images: layers over each other, hostile ones too, and the manifest from the configuration."""
 
 from __future__ import annotations

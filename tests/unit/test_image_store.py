@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The image store, with small archives. Runs with and without root, because `Owners` replaces os.chown."""
 
 from __future__ import annotations

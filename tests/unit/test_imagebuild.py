@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The image builder without a build: recipes, cache keys, the copied files, the sources, and the archive's bytes."""
 
 from __future__ import annotations

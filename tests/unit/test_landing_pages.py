@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The landing page without a router: pages for people, responses to tmpnb's clients, refused requests."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Messages of a slot's processes while it starts, and the launcher's results for them."""
 
 import asyncio

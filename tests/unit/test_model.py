@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The slot, its moves, its limits, and what a claim may ask for."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Samples of slots: each slot once an interval, few at a time, and the findings are reported."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The slots' network: address allocation, refused ranges, firewall rules, the resolver's configuration, settings."""
 
 from __future__ import annotations

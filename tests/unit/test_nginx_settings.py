@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The generated part of the router's nginx configuration."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Paths on a host are defined once, in nbagent.core.paths, and packaging/nbagent.tmpfiles creates their directories."""
 
 from __future__ import annotations

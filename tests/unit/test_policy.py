@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The decisions on pools, admission, culling and compression, which are pure."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The forwarder, between real sockets: bytes, half-closed connections, programs that come late or never."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Functions by which a process changes itself (nbagent.linux.process)."""
 
 import os

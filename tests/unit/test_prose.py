@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The prose of the project: no word of the short list below in comments, docstrings, messages and documents.
 
 The list holds words that hide the subject or the cause of a sentence (packaging/docs/contributing.md has the rule).

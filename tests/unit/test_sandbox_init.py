@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A slot's init: it copies the slot's output within a budget, counts the rest, and follows the program's end."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The order of the sandbox's steps, pinned so that a change of it is deliberate."""
 
 from nbagent.sandbox.plan import plan

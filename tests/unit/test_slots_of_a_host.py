@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The slots of a host: counts, ids and addresses in use follow every move of a slot."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A supervisor that starts: it adopts the warm and claimed slots that run, and removes all that is incomplete."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Claims over fakes: a slot has one owner, a key gives one slot, and a cancelled caller's slot is not lost."""
 
 from __future__ import annotations

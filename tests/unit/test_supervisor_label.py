@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """A slot of a former host label, through the API: its id stays valid after the label has changed."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The life of slots over fakes: starts and their failures, retirement, ends, a reload and the end of the supervisor."""
 
 from __future__ import annotations

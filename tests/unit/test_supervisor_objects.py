@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The objects of the supervisor one by one: pools, host load, slots by key, tasks, records and readiness."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Swap stays in memory only when every area is zram without a backing device."""
 
 import pytest

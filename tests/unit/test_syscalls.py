@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The system call filter: compared with the default of containers, and loaded into a real process."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Checks of the packaged units, configuration files and pages with systemd, nginx and our own parsers."""
 
 from __future__ import annotations

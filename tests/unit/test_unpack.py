@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The delivery of content inside a slot: files below one directory, downloads from real web servers, archives."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The parts that every HTTP service shares: problem documents, CORS, idempotency keys."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Channels: messages arrive whole with their descriptors, and malformed ones are refused without a leak."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The users of the wire against peers that send what they must not: one typed error, and no descriptor is leaked."""
 
 from __future__ import annotations

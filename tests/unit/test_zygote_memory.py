@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The memory that a zygote shares with its forks, checked under the host's Python (tests/memory_checks.py).
 
 CPython before 3.12 has neither sys.monitoring nor immortal objects: there the checks assert that nbagent reports them

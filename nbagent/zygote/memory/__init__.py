@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """The memory that a zygote shares with its forks. Only the module `sharing` is used from outside."""

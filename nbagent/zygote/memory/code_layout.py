@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Places the code that runs in every slot side by side in memory.
 
 CPython writes into a code object while running it: it counts executions, specialises instructions, and since 3.13

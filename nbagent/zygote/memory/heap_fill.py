@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Takes the free blocks between existing objects, so that new objects get pages of their own.
 
 Loading modules leaves free blocks scattered among objects that stay. A forked process would place its objects into

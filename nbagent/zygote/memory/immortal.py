@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Makes every existing object immortal, so that reference counting does not write into the zygote's pages.
 
 CPython keeps an object's reference count in the object itself, so a forked process gets a private copy of each page

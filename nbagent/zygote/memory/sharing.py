@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """share_memory(): makes the pages of a zygote stay shared with the processes forked from it.
 
 A forked process shares a page with its parent until one of the two writes into it. CPython writes reference counts

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """Loads the zygote into a file in memory instead of anonymous memory, so that a fork has little to copy.
 
 fork(2) copies the page tables of all anonymous memory, and exit(2) frees them again; a slot takes three forks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: BSD-3-Clause
 """JupyterHub with users that its API makes, and no page to log in: what `make bench` compares with.
 
 Hub, proxy and users on one host, by its defaults where it has some; limits of time and of starts at once are lifted,
