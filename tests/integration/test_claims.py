@@ -139,7 +139,7 @@ def test_a_body_of_ten_megabytes_is_refused(agent):
 @pytest.mark.parametrize("slot", ["..%2f..%2fetc", "elsewhere-0123456789ab", "x", "%00"])
 def test_a_foreign_or_malformed_id_is_not_found(agent, slot):
     for method in ("GET", "PATCH", "DELETE"):
-        answer = agent.api.call(method, f"/slots/{slot}", {} if method == "PATCH" else None)
+        answer = agent.api.call(method, f"/slots/{slot}", {"ttl": "1h"} if method == "PATCH" else None)
         assert answer.status == 404
         assert answer.headers["content-type"] == "application/problem+json"
 
