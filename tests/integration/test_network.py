@@ -242,7 +242,7 @@ def remains(agent):
 def test_a_claim_for_a_network_that_is_not_allowed_names_the_allowed_ones(agent):
     response = agent.api.post("/claim", {"network": "internet"})
     assert response.status == 400 and response.json()["field"] == "network"
-    assert '"none", as network.allow' in response.json()["expected"]
+    assert '"none", from network.allow' in response.json()["expected"]
     assert agent.api.get("/claim?network=internet").status == 400
     # No slot has a network, so the network service was never started.
     assert agent.run("systemctl", "show", "-P", "ExecMainStartTimestampMonotonic", "nbagent-network").strip() == "0"
