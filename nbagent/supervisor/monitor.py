@@ -81,7 +81,7 @@ class Monitor:
         if reason is not None:
             self._counters.add(f"culled_{reason}")
             texts = {
-                "age": "its time is up",
+                "age": "maximum age reached",
                 "idle": f"idle for {now_s - live.active_s:.0f} s",
                 "memory": f"{activity.oom_kills} of its processes were killed for memory",
             }

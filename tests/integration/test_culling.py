@@ -135,7 +135,7 @@ def test_age_counts_from_the_claim_and_not_from_the_start(agent):
     slot = agent.claim(ttl=4)["slot"]
     assert slot in warm
     at_s, text = culled(agent, slot)
-    assert text == "its time is up"
+    assert text == "maximum age reached"
     assert at_s - logged(agent, slot, Event.SLOT_CLAIMED)[0] >= 4
     assert count(agent, "culled_age") == before + 1
 
@@ -144,11 +144,11 @@ def test_a_longer_and_a_shorter_life(agent):
     longer = agent.claim(ttl=10)["slot"]
     assert agent.api.patch(f"/slots/{longer}", {"ttl": "1h"}).status == 200
     shorter = agent.claim(ttl=10)["slot"]
-    assert culled(agent, shorter)[1] == "its time is up"
+    assert culled(agent, shorter)[1] == "maximum age reached"
     assert state(agent, longer) == "claimed"
     # A shorter life ends earlier.
     assert agent.api.patch(f"/slots/{longer}", {"ttl": 1}).status == 200
-    assert culled(agent, longer)[1] == "its time is up"
+    assert culled(agent, longer)[1] == "maximum age reached"
 
 
 def test_a_slot_that_dies_is_noticed_at_once_and_replaced(agent):
