@@ -203,7 +203,7 @@ class Zygotes:
 
     def _say_ended(self, pool: ZygotePool, instance: str, text: str) -> None:
         name, former = pool.image.name, pool.zygote
-        meanwhile = f"slots of image {name} start by exec" if former is None else f"{former.instance} forks on"
+        meanwhile = f"slots of image {name} start by exec" if former is None else f"zygote {former.instance} keeps forking slots"
         emit(Event.ZYGOTE_ENDED, zygote=instance, image=name, meanwhile=meanwhile, text=text)
 
     def _end(self, name: str) -> None:
