@@ -195,15 +195,17 @@ class Zygotes:
         pool.zygote = None
         pool.no_zygote.set()
         pool.failures += 1
-        self._say_ended(pool, zygote.instance, text)
+        self._log_failure(pool, zygote.instance, text)
         self._spawn(self._stop(zygote))
         if pool.task is None:
             pool.task = self._spawn(self._bring_up(pool))
         self.changed()
 
-    def _say_ended(self, pool: ZygotePool, instance: str, text: str) -> None:
+    def _log_failure(self, pool: ZygotePool, instance: str, text: str) -> None:
         name, former = pool.image.name, pool.zygote
-        meanwhile = f"slots of image {name} start by exec" if former is None else f"zygote {former.instance} keeps forking slots"
+        meanwhile = f"slots of image {name} start by exec"
+        if former is not None:
+            meanwhile = f"zygote {former.instance} keeps forking slots"
         emit(Event.ZYGOTE_ENDED, zygote=instance, image=name, meanwhile=meanwhile, text=text)
 
     def _end(self, name: str) -> None:
@@ -230,7 +232,7 @@ class Zygotes:
             except (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage) as error:
                 text = str(error) or f"not ready after {now() - began_s:.0f} s"
                 pool.failures += 1
-                self._say_ended(pool, instance, text)
+                self._log_failure(pool, instance, text)
                 with contextlib.suppress(OSError):
                     await self._systemd.stop(unit_of(instance))
                 pool.first_try_done.set()
