@@ -159,23 +159,28 @@ def _merge(
 def rename_section(
     tables: Mapping[str, object], origin: Origin, old: str, new: str
 ) -> tuple[Mapping[str, object], Origin]:
-    """`tables` and `origin` with the deprecated section `old` renamed to `new`.
+    """`tables` and `origin` with the settings of the deprecated section `old` in the section `new`.
 
-    Logs a warning when `old` is used. Raises ConfigError when both sections are present.
+    Both sections may be present, because the package's own file has the header of `new` with every setting commented
+    out. Logs a warning when `old` is used. Raises ConfigError when a setting is in both.
     """
     if old not in tables:
         return tables, origin
     file = origin.get((old,))
     where = f"{file}: " if file else ""
-    if new in tables:
+    former, present = tables[old], tables.get(new, {})
+    if not isinstance(former, Mapping) or not isinstance(present, Mapping):
+        raise ConfigError(f"{where}{old}: expected a table", file=str(file or ""), key=old, expected="a table")
+    for name in former.keys() & present.keys():
         raise ConfigError(
-            f"{where}sections [{old}] and [{new}] are the same; expected only [{new}]",
-            file=str(file or ""), key=old, expected=f"only [{new}]",
+            f"{where}{old}.{name} and {new}.{name} are the same setting; expected only {new}.{name}",
+            file=str(file or ""), key=f"{old}.{name}", expected=f"only {new}.{name}",
         )
     _LOG.warning("%ssection [%s] is deprecated; rename it to [%s]", where, old, new)
+    renamed = {(new, *key[1:]): path for key, path in origin.items() if key[0] == old and len(key) > 1}
     return (
-        {new if name == old else name: table for name, table in tables.items()},
-        {(new, *key[1:]) if key[0] == old else key: path for key, path in origin.items()},
+        {name: table for name, table in tables.items() if name != old} | {new: {**present, **former}},
+        {key: path for key, path in origin.items() if key[0] != old} | renamed,
     )
 
 

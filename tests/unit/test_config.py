@@ -41,8 +41,16 @@ def test_the_former_name_of_the_landing_section_is_read_with_a_warning(tmp_path,
     with pytest.raises(ConfigError, match=r"nbagent\.toml: landing\.rate: expected"):
         host_config.load(file)
     file.write_text('[door]\nrate = 7\n[landing]\nrate = 8\n')
-    with pytest.raises(ConfigError, match=r"expected only \[landing\]"):
+    with pytest.raises(ConfigError, match=r"door\.rate and landing\.rate are the same setting; expected only landing"):
         host_config.load(file)
+
+
+def test_both_sections_may_be_present_as_after_an_upgrade(tmp_path):
+    (tmp_path / "nbagent.toml").write_text('[landing]\n#rate = 60\ntitle = "A course"\n')
+    (tmp_path / "conf.d").mkdir()
+    (tmp_path / "conf.d" / "a.toml").write_text("[door]\nrate = 7\n")
+    landing = host_config.load(tmp_path / "nbagent.toml").landing
+    assert (landing.rate, landing.title) == (7, "A course")
 
 
 @pytest.mark.parametrize(("text", "message"), [
