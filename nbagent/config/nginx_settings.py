@@ -51,9 +51,10 @@ def _landing(landing: LandingSettings, domain: str | None, api: ApiSettings) -> 
     else:
         # Not at the host name of a slot, because the origin belongs to the slot's program.
         yield f'map $host $serves_landing {{ default 1; "~\\.{re.escape(domain)}$" 0; }}\n'
+    # nginx refuses to reload a zone whose key has changed, so that a new key needs a new name of the zone.
     # The burst is the rate of a minute, because a class starts its notebooks at the same moment from one address.
-    yield f"limit_req_zone $claim_key zone=claims:8m rate={landing.rate}r/m;\n"
-    yield f"limit_req zone=claims burst={landing.rate} nodelay;\nlimit_req_status 429;\n"
+    yield f"limit_req_zone $claim_key zone=claim_rate:8m rate={landing.rate}r/m;\n"
+    yield f"limit_req zone=claim_rate burst={landing.rate} nodelay;\nlimit_req_status 429;\n"
     # A quarter of the API's threads is reserved for the control API.
     connections = max(1, api.workers * api.threads * 3 // 4)
     yield f"upstream landing {{ zone landing 64k; server unix:{paths.LANDING_SOCKET} max_conns={connections}; }}\n"
