@@ -5,6 +5,9 @@ A zygote and its zygote service are one systemd unit, `nbagent-zygote@IMAGE:GENE
 the supervisor. When either side closes the connection, the service and the zygote end, and no slot ends with them; so a
 supervisor that starts begins with new zygotes. A zygote that has forked many slots or is old is replaced when the next
 one is ready. After one that ended or did not respond, another is started, and slots start by exec until it is ready.
+
+A zygote runs the code of an image. Its unit has the limits of a slot, and pool.zygote_memory; what it sends is checked,
+and whatever goes wrong with it is a failure of the zygote and of nothing else.
 """
 
 from __future__ import annotations
@@ -14,14 +17,14 @@ import contextlib
 import os
 import secrets
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event, emit
-from nbagent.core.model import Slot, now
+from nbagent.core.model import Limits, Slot, now
 from nbagent.image.store import Image
 from nbagent.linux import cgroup, journal
 from nbagent.policy.pool import backoff
@@ -37,11 +40,12 @@ from nbagent.supervisor.launcher import (
     pid_of,
     zygote_spec,
 )
+from nbagent.supervisor.tasks import Tasks
 from nbagent.systemd.bus import JobFailed, Systemd
 from nbagent.wire import fields
-from nbagent.wire.aio import readable, receive
+from nbagent.wire.aio import accept, readable, receive
 from nbagent.wire.channel import Channel
-from nbagent.wire.failure import StepFailed
+from nbagent.wire.failure import INHERITED_STEP, StepFailed
 from nbagent.wire.fields import MalformedMessage
 
 # From a request to the processes of the slot; the zygote service's own timeout for its zygote is shorter.
@@ -52,6 +56,8 @@ HELLO_TIMEOUT_S = 20.0
 # gets its full weight.
 PATIENCE_S = 300.0
 CPU_WEIGHT, CPU_WEIGHT_GIVING_WAY = 100, 1
+# The errors that the start of a zygote has by design; any other is a fault of the supervisor.
+EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
 # To the pipe and to the slot's control socket. One write without a message, because its reader may touch no memory
 # before it is in the slot's scope.
 GO = b"go"
@@ -110,7 +116,7 @@ class Zygotes:
         self._systemd = systemd
         self._pools: dict[str, ZygotePool] = {}
         self._expected: dict[str, asyncio.Future[Channel]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._listener: socket.socket | None = None
 
     async def open(self, path: Path = Path(ZYGOTE_PATH)) -> None:
@@ -128,14 +134,12 @@ class Zygotes:
             os.umask(before)
         self._listener.listen()
         self._listener.setblocking(False)
-        self._spawn(self._accept(self._listener))
+        self._tasks.spawn(self._accept(self._listener))
 
     async def close(self) -> None:
         """Ends all zygotes; slots go on."""
         self.want({})
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.cancel()
         if self._listener is not None:
             self._listener.close()
 
@@ -148,7 +152,7 @@ class Zygotes:
         for name, image in wanted.items():
             if name not in self._pools:
                 pool = self._pools[name] = ZygotePool(image)
-                pool.task = self._spawn(self._bring_up(pool))
+                pool.task = self._tasks.spawn(self._bring_up(pool))
 
     def digests(self) -> set[str]:
         """The images that zygotes run on."""
@@ -185,7 +189,7 @@ class Zygotes:
         settings, age_s = self.config.value.pool, now() - zygote.born_s
         if zygote.forks >= settings.zygote_slots or age_s >= settings.zygote_age:
             emit(Event.ZYGOTE_REPLACED, zygote=zygote.instance, text=f"{zygote.forks} slots in {age_s:.0f} s")
-            pool.task = self._spawn(self._bring_up(pool))
+            pool.task = self._tasks.spawn(self._bring_up(pool))
 
     def give_up(self, zygote: Zygote, text: str) -> None:
         """Ends a zygote that failed, and starts another."""
@@ -196,9 +200,9 @@ class Zygotes:
         pool.no_zygote.set()
         pool.failures += 1
         self._log_failure(pool, zygote.instance, text)
-        self._spawn(self._stop(zygote))
+        self._tasks.spawn(self._stop(zygote))
         if pool.task is None:
-            pool.task = self._spawn(self._bring_up(pool))
+            pool.task = self._tasks.spawn(self._bring_up(pool))
         self.changed()
 
     def _log_failure(self, pool: ZygotePool, instance: str, text: str) -> None:
@@ -229,19 +233,30 @@ class Zygotes:
             began_s, instance = now(), f"{pool.image.name}:{secrets.token_hex(3)}"
             try:
                 channel = await self._start(pool, instance)
-            except (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage) as error:
+            except Exception as error:
                 text = str(error) or f"not ready after {now() - began_s:.0f} s"
+                if not isinstance(error, EXPECTED):
+                    asyncio.get_running_loop().call_exception_handler(
+                        {"message": f"unexpected error in the start of zygote {instance}", "exception": error}
+                    )
+                    text = f"unexpected error: {error!r}"
+                fails_always = isinstance(error, StartFailed) and error.details.get("step") == INHERITED_STEP
+                if fails_always:
+                    text += "; no zygote is started again before the image changes"
                 pool.failures += 1
                 self._log_failure(pool, instance, text)
                 with contextlib.suppress(OSError):
                     await self._systemd.stop(unit_of(instance))
                 pool.first_try_done.set()
+                if fails_always:
+                    pool.task = None
+                    return
                 continue
             former, pool.zygote = pool.zygote, Zygote(instance, pool.image, channel, now())
             pool.no_zygote.clear()
             pool.task = None
             emit(Event.ZYGOTE_READY, zygote=instance, image=pool.image.name, took_ms=round((now() - began_s) * 1000))
-            self._spawn(self._watch(pool, pool.zygote))
+            self._tasks.spawn(self._watch(pool, pool.zygote))
             if former is not None:
                 former.dismiss()
             pool.first_try_done.set()
@@ -253,15 +268,16 @@ class Zygotes:
         StartFailed or MalformedMessage.
         """
         unit, gives_way = unit_of(instance), pool.zygote is not None
-        if gives_way:
-            self._systemd.set_cpu_weight(unit, CPU_WEIGHT_GIVING_WAY)
+        settings = self.config.value
+        weight = CPU_WEIGHT_GIVING_WAY if gives_way else CPU_WEIGHT
+        self._systemd.set_limits(unit, Limits(settings.pool.zygote_memory, weight, None, settings.slots.tasks))
         made = asyncio.ensure_future(self._made(pool.image, instance))
         no_zygote = asyncio.ensure_future(pool.no_zygote.wait())
         try:
             if gives_way:
                 await asyncio.wait({made, no_zygote}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
                 self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
-            async with asyncio.timeout(self.config.value.slots.start_timeout):
+            async with asyncio.timeout(settings.slots.start_timeout):
                 return await made
         finally:
             made.cancel()
@@ -271,7 +287,7 @@ class Zygotes:
         connected = self._expected[instance] = asyncio.get_running_loop().create_future()
         try:
             await self._systemd.start(unit_of(instance))
-            channel: Channel = await connected
+            channel = await self._connected(unit_of(instance), connected)
         finally:
             del self._expected[instance]
         try:
@@ -292,22 +308,51 @@ class Zygotes:
             raise
         return channel
 
+    async def _connected(self, unit: str, connected: asyncio.Future[Channel]) -> Channel:
+        """The channel of a zygote service, when it connects. Raises StartFailed when the service ends before that."""
+        ended = StartFailed("the zygote service ended before it connected", step="zygote")
+        if connected.done():
+            return connected.result()
+        try:
+            pidfd = os.pidfd_open(self._systemd.main_pid(unit))
+        except (FileNotFoundError, ProcessLookupError):
+            raise ended from None
+        end = asyncio.ensure_future(readable(pidfd))
+        waiting: set[asyncio.Future[Channel] | asyncio.Future[None]] = {connected, end}
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not connected.done():
+                raise ended
+            return connected.result()
+        finally:
+            end.cancel()
+            await asyncio.gather(end, return_exceptions=True)
+            os.close(pidfd)
+
     async def _watch(self, pool: ZygotePool, zygote: Zygote) -> None:
         """Replaces a zygote when it ends."""
+        text = "it ended"
         with zygote.channel:
-            await readable(zygote.channel.fileno())
+            try:
+                # A zygote service sends nothing but the failure that ends it.
+                if (message := await receive(zygote.channel)) is not None:
+                    with message:
+                        message.raise_failure()
+            except StepFailed as error:
+                text = error.failure.text
+            except (OSError, MalformedMessage) as error:
+                text = str(error)
         if pool.zygote is zygote:
             # A zygote that has run for backoff_max ends the series of failures.
             if now() - zygote.born_s > self.config.value.pool.backoff_max:
                 pool.failures = 0
-            self.give_up(zygote, "it ended")
+            self.give_up(zygote, text)
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(listener)
+            connection = await accept(listener)
             connection.setblocking(False)
-            self._spawn(self._greet(Channel(connection)))
+            self._tasks.spawn(self._greet(Channel(connection)))
 
     async def _greet(self, channel: Channel) -> None:
         expected = None
@@ -322,12 +367,6 @@ class Zygotes:
             channel.close()
         else:
             expected.set_result(channel)
-
-    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
 
 class ForkLauncher:
