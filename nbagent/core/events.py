@@ -60,6 +60,7 @@ class Event(enum.Enum):
     SLOT_STOP_FAILED = Kind("c0a1e7f4d82b49c5b6135f9e70d48a2c", Priority.WARNING, "slot %(slot)s was not stopped, next attempt in %(wait_s)s s: %(text)s")
     SLOT_GONE = Kind("5d228306df004b76b0638734c77a88c0", Priority.INFO, "slot %(slot)s removed after %(age_s)s s; processor time used: %(cpu_s)s s")
     SLOT_ADOPTED = Kind("bcd85f62197b418f81d82c0888bae142", Priority.INFO, "slot %(slot)s adopted in state %(state)s")
+    SLOT_LIMITS_MENDED = Kind("7f3e0c5ab1d84a6c9b72d81e4f6a05c3", Priority.WARNING, "limits of slot %(slot)s set to those of its record: %(text)s")
     SLOT_REMOVED = Kind("cf8fcf24e7a74f40bbaf5dec8f193e38", Priority.NOTICE, "remains of slot %(slot)s removed: %(text)s")
     POOL_BACKOFF = Kind("d21e37092c564cc08c0ee12c91d1c333", Priority.WARNING, "pool %(image)s pauses for %(wait_s)s s after %(failures)s failed starts")
     HOST_FULL = Kind("57891dcfb3fc4e91ac0219ef96c2537c", Priority.NOTICE, "claim refused: %(text)s")

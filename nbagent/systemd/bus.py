@@ -186,6 +186,20 @@ class Systemd:
         """Changes the limits of a running scope. Raises OSError."""
         self._call("SetUnitProperties", name.encode(), True, _limits(limits))
 
+    def scope_limits(self, name: str) -> Limits:
+        """The limits of a running scope. Raises OSError."""
+        path = self._call("GetUnit", name.encode())
+
+        def get(prop: bytes) -> int:
+            scope = b"org.freedesktop.systemd1.Scope"
+            return int(self._guarded(lambda: self._bus.get_property(_MANAGER[0], path, scope, prop, b"t")))
+
+        quota = get(b"CPUQuotaPerSecUSec")
+        return Limits(
+            memory_bytes=get(b"MemoryMax"), cpu_weight=get(b"CPUWeight"), tasks=get(b"TasksMax"),
+            cpu_quota=None if quota == INFINITY else quota / 1_000_000,
+        )
+
     def set_swap(self, name: str, size_bytes: int) -> None:
         """Changes MemorySwapMax of a running scope, which starts with 0. Raises OSError."""
         self._call("SetUnitProperties", name.encode(), True, {b"MemorySwapMax": size_bytes})
@@ -305,7 +319,7 @@ def _usec(seconds: float) -> int:
 
 
 def _limits(limits: Limits) -> Mapping[bytes, Value]:
-    quota = INFINITY if limits.cpu_quota is None else int(limits.cpu_quota * 1_000_000)
+    quota = INFINITY if limits.cpu_quota is None else round(limits.cpu_quota * 1_000_000)
     return {
         b"CPUQuotaPerSecUSec": quota,
         b"CPUWeight": limits.cpu_weight,

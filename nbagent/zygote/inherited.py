@@ -36,7 +36,7 @@ def descriptors() -> FrozenSet[int]:
 
 
 class Openers:
-    """Which extension or module opened a file that is still open."""
+    """The extension or module that opened each file that is still open."""
 
     def __init__(self) -> None:
         self._names: Dict[str, str] = {}

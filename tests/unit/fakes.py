@@ -82,6 +82,9 @@ class FakeSystemd:
             raise self.limits_error
         self.limits[name] = limits
 
+    def scope_limits(self, name: str) -> Limits:
+        return self.limits.get(name, Limits(1 << 30, 100, None, 256))
+
     def set_swap(self, name: str, size_bytes: int) -> None:
         self.calls.append(("set_swap", name, size_bytes))
 

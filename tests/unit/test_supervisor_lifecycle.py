@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 
 import pytest
 from fakes import Host, kinds, make_image, turns, until
 
-from nbagent.core.errors import IllegalMove, InvalidField, SlotNotFound, StartFailed
+from nbagent.core.errors import IllegalMove, InvalidField, RecordFailed, SlotNotFound, StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import SlotState
 from nbagent.supervisor import slot_stopper
@@ -352,7 +353,24 @@ async def test_an_update_changes_limits_and_life_of_a_claimed_slot_alone(tmp_pat
         with pytest.raises(IllegalMove, match="no such unit"):
             host.calls.update(name, {"memory": "256M"})
         assert host.slots[name].slot.limits.memory_bytes == 512 << 20
+        assert dict(host.records.load())[name].limits.memory_bytes == 512 << 20
         assert Event.SLOT_UPDATED in kinds(journal)
+
+
+async def test_an_update_that_cannot_be_recorded_changes_nothing(tmp_path, monkeypatch):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+        before = host.slots[name].slot
+
+        def full(slot):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(host.records, "save", full)
+        with pytest.raises(RecordFailed, match="No space left on device"):
+            host.calls.update(name, {"memory": "512M", "ttl": 60})
+        assert host.slots[name].slot == before
+        assert host.systemd.limits[before.scope].memory_bytes == before.limits.memory_bytes
 
 
 async def test_documents_list_all_slots_and_show_no_token(tmp_path):
