@@ -158,6 +158,7 @@ class Pools(Mapping[str, ImagePool]):
                 image=name,
                 digest=pool.image.digest if pool.image else None,
                 launch=zygotes.launch(name),
+                warming=zygotes.is_warming(name),
                 wanted=self._config.value.warm(name),
                 warm=[live.slot for live in pool.warm],
                 starting=self._slots.count(SlotState.STARTING, name),

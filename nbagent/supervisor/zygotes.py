@@ -44,7 +44,7 @@ from nbagent.supervisor.tasks import Tasks
 from nbagent.systemd.bus import JobFailed, Systemd
 from nbagent.wire import fields
 from nbagent.wire.aio import accept, readable, receive
-from nbagent.wire.channel import Channel
+from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import INHERITED_STEP, StepFailed
 from nbagent.wire.fields import MalformedMessage
 
@@ -58,6 +58,9 @@ PATIENCE_S = 300.0
 CPU_WEIGHT, CPU_WEIGHT_GIVING_WAY = 100, 1
 # The errors that the start of a zygote has by design; any other is a fault of the supervisor.
 EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
+# A start in all. Its budget is slots.start_timeout of processor time, because on a busy host it takes minutes.
+START_MAX_S = 600.0
+BUDGET_CHECK_S = 1.0
 # To the pipe and to the slot's control socket. One write without a message, because its reader may touch no memory
 # before it is in the slot's scope.
 GO = b"go"
@@ -93,14 +96,14 @@ class Zygote:
 class ZygotePool:
     """The zygotes of one image. `zygote` is the one that forks; `task` starts the next.
 
-    `first_try_done` is set when the first has started or failed to start; `no_zygote` while there is none that forks.
+    `first_try_done`: the first has started or failed to start. `no_zygote` is set while there is none that forks.
     """
 
     image: Image
     zygote: Zygote | None = None
     task: asyncio.Task[None] | None = None
     failures: int = 0
-    first_try_done: asyncio.Event = field(default_factory=asyncio.Event)
+    first_try_done: bool = False
     no_zygote: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -159,17 +162,19 @@ class Zygotes:
         return {pool.image.digest for pool in self._pools.values()}
 
     def launch(self, image: str) -> str:
-        """How slots of an image start now: "fork", also while they wait for its first zygote, or "exec"."""
+        """How slots of an image start now: "fork" or "exec"."""
         pool = self._pools.get(image)
-        return "fork" if pool is not None and (pool.zygote or not pool.first_try_done.is_set()) else "exec"
+        return "fork" if pool is not None and pool.zygote else "exec"
 
-    async def zygote_for(self, slot: Slot) -> Zygote | None:
-        """The zygote that forks this slot; None where it starts by exec. Waits for the first zygote of an image."""
+    def is_warming(self, image: str) -> bool:
+        """Whether the image's first zygote is being started, and has not failed yet."""
+        pool = self._pools.get(image)
+        return pool is not None and not pool.first_try_done
+
+    def zygote_for(self, slot: Slot) -> Zygote | None:
+        """The zygote that forks this slot; None where it starts by exec."""
         pool = self._pools.get(slot.image)
-        if pool is None or pool.image.digest != slot.digest:
-            return None
-        await pool.first_try_done.wait()
-        return pool.zygote
+        return pool.zygote if pool is not None and pool.image.digest == slot.digest else None
 
     def forked(self, zygote: Zygote) -> None:
         """Counts a fork."""
@@ -214,7 +219,7 @@ class Zygotes:
 
     def _end(self, name: str) -> None:
         pool = self._pools.pop(name)
-        pool.first_try_done.set()
+        pool.first_try_done = True
         if pool.task is not None:
             pool.task.cancel()
         if pool.zygote is not None:
@@ -247,7 +252,8 @@ class Zygotes:
                 self._log_failure(pool, instance, text)
                 with contextlib.suppress(OSError):
                     await self._systemd.stop(unit_of(instance))
-                pool.first_try_done.set()
+                pool.first_try_done = True
+                self.changed()
                 if fails_always:
                     pool.task = None
                     return
@@ -259,7 +265,7 @@ class Zygotes:
             self._tasks.spawn(self._watch(pool, pool.zygote))
             if former is not None:
                 former.dismiss()
-            pool.first_try_done.set()
+            pool.first_try_done = True
             self.changed()
             return
 
@@ -277,7 +283,7 @@ class Zygotes:
             if gives_way:
                 await asyncio.wait({made, no_zygote}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
                 self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
-            async with asyncio.timeout(settings.slots.start_timeout):
+            async with asyncio.timeout(START_MAX_S):
                 return await made
         finally:
             made.cancel()
@@ -293,7 +299,7 @@ class Zygotes:
         try:
             spec = zygote_spec(image, self.config.value.slots.storage_bytes)
             channel.send({"spec": spec.save(), "preload": list(image.preload)})
-            response = await receive(channel)
+            response = await self._response(channel)
             if response is None:
                 raise StartFailed("the zygote service ended", step="zygote")
             with response:
@@ -307,6 +313,21 @@ class Zygotes:
             channel.close()
             raise
         return channel
+
+    async def _response(self, channel: Channel) -> Message | None:
+        """The message of the zygote service when its zygote is ready or has failed.
+
+        Raises StartFailed when the budget of processor time is used up.
+        """
+        budget_s, group = self.config.value.slots.start_timeout, cgroup.of_process(channel.peer_pid())
+        receiving = asyncio.ensure_future(receive(channel))
+        try:
+            while not (await asyncio.wait({receiving}, timeout=BUDGET_CHECK_S))[0]:
+                if (used_s := group.cpu_s()) > budget_s:
+                    raise StartFailed(f"not ready after {used_s:.0f} s of processor time", step="zygote")
+            return receiving.result()
+        finally:
+            receiving.cancel()
 
     async def _connected(self, unit: str, connected: asyncio.Future[Channel]) -> Channel:
         """The channel of a zygote service, when it connects. Raises StartFailed when the service ends before that."""
@@ -380,11 +401,12 @@ class ForkLauncher:
         with contextlib.suppress(OSError):
             self._primer = cgroup.MigrationPrimer()
         self._under_way = 0
+        self._execs = asyncio.Semaphore(os.cpu_count() or 1)
 
     async def launch(
         self, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
     ) -> Launched:
-        while (zygote := await self.zygotes.zygote_for(slot)) is not None:
+        while (zygote := self.zygotes.zygote_for(slot)) is not None:
             self._under_way += 1
             try:
                 forked = spec._replace(forked=True, forked_filter=forked_filter())
@@ -394,7 +416,10 @@ class ForkLauncher:
                 await scope.stop()
             finally:
                 self._under_way -= 1
-        return await self._exec.launch(slot, spec, listener, scope, attach)
+        # Many starts that were admitted as forks come here at once when their zygote fails, and an exec takes a
+        # processor for a second.
+        async with self._execs:
+            return await self._exec.launch(slot, spec, listener, scope, attach)
 
     async def _fork(
         self, zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach

@@ -140,10 +140,11 @@ class FakeLauncher:
 
 
 class FakeZygotes:
-    """Images start by exec, save those in `forks`."""
+    """Images start by exec, save those in `forks`; the first zygote of those in `warming` is not ready yet."""
 
     def __init__(self) -> None:
         self.forks: set[str] = set()
+        self.warming: set[str] = set()
         self.images: dict[str, Image] = {}
         self.reviews = 0
 
@@ -155,6 +156,9 @@ class FakeZygotes:
 
     def launch(self, image: str) -> str:
         return "fork" if image in self.forks else "exec"
+
+    def is_warming(self, image: str) -> bool:
+        return image in self.warming
 
     def review(self) -> None:
         self.reviews += 1

@@ -51,6 +51,20 @@ async def test_a_claim_of_an_empty_pool_waits_for_a_start(tmp_path):
         assert (await claiming)["slot"] == slot_id
 
 
+async def test_while_an_image_has_no_zygote_yet_slots_start_for_claims_alone(tmp_path):
+    host = Host(tmp_path)
+    host.zygotes.warming = {"minimal"}
+    async with host:
+        await turns()
+        assert not host.slots
+        await host.claim()
+        await turns()
+        assert sorted(host.states().values()) == ["claimed"]
+        host.zygotes.warming = set()
+        host.wake()
+        await host.until_states("claimed", "warm")
+
+
 async def test_a_slot_that_does_not_say_that_it_serves_is_requested_first(tmp_path):
     async with Host(tmp_path) as host:
         host.launcher.serves = False
