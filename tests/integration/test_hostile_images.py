@@ -89,7 +89,8 @@ def entries(agent):
 
 def ready(agent, seen):
     """Waits for a zygote that is ready after `seen` entries; returns its unit."""
-    found = agent.wait(lambda: [e for e in entries(agent)[seen:] if "is ready after" in e["MESSAGE"]], "a ready zygote")
+    found = agent.wait(lambda: [e for e in entries(agent)[seen:] if "is ready after" in e["MESSAGE"]],
+                       "a ready zygote", timeout=300)
     return f"nbagent-zygote@{found[-1]['NBAGENT_ZYGOTE']}.service"
 
 
