@@ -14,6 +14,7 @@ import errno
 import os
 from typing import Iterable, Iterator
 
+from nbagent.untrusted.refusal import Refused
 from nbagent.untrusted.tar import Parts
 from nbagent.untrusted.tree import Tree
 
@@ -23,14 +24,11 @@ _REASONS = {
     errno.ENOTDIR: "a part of the path is a file",
     errno.EISDIR: "a directory has this name",
     errno.EEXIST: "something else has this name",
+    errno.ENAMETOOLONG: "the path is too long",
     errno.ENOSPC: "the slot's storage is full",
     errno.EACCES: "the slot's user may not write there",
     errno.EPERM: "the slot's user may not write there",
 }
-
-
-class Refused(Exception):
-    """Content that cannot be delivered. The text is part of the response to the claim."""
 
 
 class BeneathWriter:

@@ -16,11 +16,12 @@ import ssl
 from typing import Dict, Iterator, List, Optional
 from urllib.parse import urljoin
 
-from nbagent.content.beneath_writer import Refused
 from nbagent.core import urls
+from nbagent.untrusted.refusal import Refused, shown
 
 REDIRECTS_MAX = 5
 SILENCE_S = 10.0
+CHUNK_BYTES = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS: Dict[str, str] = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "nbagent"}
 
@@ -30,7 +31,7 @@ for _codec in ("ascii", "cp437", "idna", "latin-1"):
 
 
 class Body:
-    """The body of a response. `read` raises Refused if it ends before its Content-Length."""
+    """The body of a response. `read` raises Refused if it is malformed or ends before its Content-Length."""
 
     def __init__(self, host: str, response: http.client.HTTPResponse) -> None:
         self._host, self._response = host, response
@@ -38,7 +39,7 @@ class Body:
 
     def read(self, size: int = -1, /) -> bytes:
         with _refused(self._host):
-            chunk = self._response.read(size if size >= 0 else None)
+            chunk = self._response.read(CHUNK_BYTES if size < 0 else size)
         if self._missing_bytes is not None:
             self._missing_bytes -= len(chunk)
             if not chunk and size and self._missing_bytes > 0:
@@ -55,7 +56,7 @@ def get(url: str, allowed: List[str], context: ssl.SSLContext) -> Iterator[Body]
             try:
                 target = urls.parse(url)
             except ValueError:
-                raise Refused(f"redirected to {url!r}, which is not a valid URL for an archive") from None
+                raise Refused(f"redirected to {shown(url)}, which is not a valid URL for an archive") from None
             if not any(target.is_below(prefix) for prefix in prefixes):
                 raise Refused(f"redirected to {url}, which this host does not allow")
             with _refused(target.host):
@@ -66,8 +67,9 @@ def get(url: str, allowed: List[str], context: ssl.SSLContext) -> Iterator[Body]
                 yield Body(target.host, response)
                 return
             if response.status not in _REDIRECTS:
-                raise Refused(f"{url}: the server responded {response.status} {response.reason}")
-            url = urljoin(url, response.headers.get("Location", ""))
+                raise Refused(f"{url}: the server responded {response.status} {response.reason[:80]}")
+            with _refused(target.host):
+                url = urljoin(url, response.headers.get("Location", ""))
         raise Refused(f"redirected more than {REDIRECTS_MAX} times")
 
 
@@ -79,8 +81,11 @@ def _connection(url: urls.Url, context: ssl.SSLContext) -> http.client.HTTPConne
 
 @contextlib.contextmanager
 def _refused(host: str) -> Iterator[None]:
+    """Turns what http.client and urllib raise for a hostile response into Refused: more than their own errors."""
     try:
         yield
-    except (OSError, http.client.HTTPException) as error:
+    except Refused:
+        raise
+    except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Refused(f"{host}: {reason}") from error

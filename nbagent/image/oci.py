@@ -16,12 +16,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import platform
 import posixpath
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,12 +31,15 @@ from nbagent.image import manifest as manifests
 from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.manifest import Manifest
 from nbagent.image.tree import open_tree
+from nbagent.untrusted.refusal import Refused, plain, shown
+from nbagent.untrusted.tar import name_parts
 from nbagent.untrusted.tree import NotInTree, Tree
 
 _DOCUMENT_MAX_BYTES = 4 << 20
 # Docker's limit, because overlayfs mounts no more layers there.
 _LAYERS_MAX = 127
 _INDEX_DEPTH_MAX = 3
+_TAGS_MAX_CHARACTERS = 300
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _TAG = "org.opencontainers.image.ref.name"
@@ -132,7 +133,7 @@ class Layout:
         image_platform = (config.get("os"), config.get("architecture"))
         if image_platform != _host_platform():
             made_for, host = ("/".join(map(str, names)) for names in (image_platform, _host_platform()))
-            raise ImageInvalid(f"the image is for {made_for}, but this host is {host}")
+            raise ImageInvalid(f"the image is for {plain(made_for)}, but this host is {host}")
         return OciImage(digest, _config(_table(config, "config") if config.get("config") else {}), layers)
 
     def open_layer(self, layer: Layer) -> io.BufferedReader:
@@ -147,6 +148,7 @@ class Layout:
         with self._open(("index.json",)) as file:
             items = _list(_parse(file.read(_DOCUMENT_MAX_BYTES + 1), "index.json"), "manifests")
         tags = ", ".join(sorted({tag for item in items if (tag := _tag_of(item))})) or "none"
+        tags = plain(tags, _TAGS_MAX_CHARACTERS)
         if self.tag is not None:
             items = [item for item in items if _tag_of(item) == self.tag]
         for _ in range(_INDEX_DEPTH_MAX):
@@ -157,7 +159,8 @@ class Layout:
             if _MANIFEST.fullmatch(str(chosen.get("mediaType"))):
                 return _digest_of(chosen)
             if not _INDEX.fullmatch(str(chosen.get("mediaType"))):
-                raise ImageInvalid(f"the layout has a {chosen.get('mediaType')!r} where an image was expected")
+                kind = shown(str(chosen.get("mediaType")))
+                raise ImageInvalid(f"the layout has a {kind} where an image was expected")
             items = _list(self._document(_digest_of(chosen)), "manifests")
         raise ImageInvalid(f"the layout has indexes that are nested more than {_INDEX_DEPTH_MAX} deep")
 
@@ -170,11 +173,10 @@ class Layout:
 
     def _open(self, parts: tuple[str, ...]) -> io.BufferedReader:
         try:
-            file = open(self._tree.open_file(parts), "rb")  # noqa: SIM115  the caller closes it
-        except (FileNotFoundError, NotInTree, IsADirectoryError):
+            file = self._tree.open_regular(parts)
+        except (FileNotFoundError, NotInTree):
             raise ImageInvalid(f"{self.path} is not a complete OCI layout: {'/'.join(parts)} is missing") from None
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
+        if file is None:
             raise ImageInvalid(f"{'/'.join(parts)} of the layout is not a file")
         return file
 
@@ -246,13 +248,15 @@ def _jupyter(tree: Tree, path: str) -> str | None:
 
 
 def _content(tree: Tree, path: str) -> bytes:
-    """The beginning of a file of the image, b"" if it does not exist or a link is on the way."""
-    parts = tuple(part for part in path.split("/") if part not in ("", "."))
+    """The beginning of a file of the image, b"" if there is none of this path or a link is on the way."""
     try:
-        with open(tree.open_file(parts), "rb") as file:
-            return file.read(manifests.MAX_BYTES) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
-    except OSError:
-        return b""
+        # Refused: a name with "..", NUL or more than the kernel's limits.
+        if (parts := name_parts(path)) and (file := tree.open_regular(parts)) is not None:
+            with file:
+                return file.read(manifests.MAX_BYTES)
+    except (OSError, Refused):
+        pass
+    return b""
 
 
 def _normal(path: str, otherwise: str) -> str:
@@ -276,14 +280,16 @@ def _for_this_host(items: list[_Object]) -> _Object | None:
 
 def _layer(descriptor: _Object) -> Layer:
     if not _LAYER.fullmatch(str(descriptor.get("mediaType"))):
-        raise ImageInvalid(f"a layer of the image has the type {descriptor.get('mediaType')!r}; expected a tar archive")
+        kind = shown(str(descriptor.get("mediaType")))
+        raise ImageInvalid(f"a layer of the image has the type {kind}; expected a tar archive")
     return Layer(_digest_of(descriptor))
 
 
 def _digest_of(descriptor: _Object) -> str:
     if match := _DIGEST.fullmatch(str(descriptor.get("digest"))):
         return match[1]
-    raise ImageInvalid(f"the image names a blob {descriptor.get('digest')!r}; expected sha256: and 64 digits")
+    digest = shown(str(descriptor.get("digest")))
+    raise ImageInvalid(f"the image names a blob {digest}; expected sha256: and 64 digits")
 
 
 def _tag_of(descriptor: _Object) -> str | None:

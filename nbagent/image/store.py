@@ -274,7 +274,8 @@ class ImageStore:
         """Turns the staged tree into an image, and points `name` to it."""
         assets = staging / "static"
         assets.mkdir(0o755)
-        static.publish(staging / "rootfs", manifest.static, assets, self._limits.unpacked_bytes)
+        limits = self._limits
+        static.publish(staging / "rootfs", manifest.static, assets, limits.unpacked_bytes, limits.entries)
         _Record(digest, id_base, manifest).save(staging)
         # nginx and the slots open files below by paths that they know; a listing would show which images there are.
         staging.chmod(0o711)
@@ -386,13 +387,16 @@ def _read_manifest(rootfs: Path) -> Manifest:
 
 def _find_manifest(rootfs: Path) -> Manifest | None:
     try:
-        with open_tree(rootfs) as tree, open(tree.open_file(tuple(manifests.PATH.split("/"))), "rb") as file:
-            content = file.read(manifests.MAX_BYTES + 1)
+        with open_tree(rootfs) as tree:
+            file = tree.open_regular(tuple(manifests.PATH.split("/")))
     except FileNotFoundError:
         return None
-    except (IsADirectoryError, NotInTree):
-        raise ImageInvalid(f"/{manifests.PATH} is not a file, or a link is on the way") from None
-    return manifests.parse(content)
+    except NotInTree:
+        file = None
+    if file is None:
+        raise ImageInvalid(f"/{manifests.PATH} is not a file, or a link is on the way")
+    with file:
+        return manifests.parse(file.read(manifests.MAX_BYTES + 1))
 
 
 def _try_lock(directory: Path) -> int | None:
