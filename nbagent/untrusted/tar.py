@@ -154,17 +154,14 @@ class Entry:
 
     def chunks(self) -> Iterator[bytes]:
         """The content of a file, which the caller writes. Each chunk is counted before. Raises Refused."""
+        # An exception of the caller between two chunks is not raised here.
         with refuse_damaged():
             content = self._tar.extractfile(self._info)
-        if content is None:
-            raise Refused(f"{shown(self.name)} has no content")
-        while True:
-            with refuse_damaged():
-                chunk = content.read(CHUNK_BYTES)
-            if not chunk:
-                return
-            self._budget.spend_bytes(len(chunk))
-            yield chunk
+            if content is None:
+                raise Refused(f"{shown(self.name)} has no content")
+            while chunk := content.read(CHUNK_BYTES):
+                self._budget.spend_bytes(len(chunk))
+                yield chunk
 
 
 def entries(stream: MeteredReader, budget: Budget) -> Iterator[Entry]:
@@ -177,10 +174,8 @@ def entries(stream: MeteredReader, budget: Budget) -> Iterator[Entry]:
     with contextlib.ExitStack() as stack:
         with refuse_damaged():
             tar = stack.enter_context(tarfile.open(fileobj=stream, mode="r|", bufsize=_TAR_BUFFER_BYTES))
-        while (info := _next(tar, stream)) is not None:
+        while (entry := _next(tar, stream, budget)) is not None:
             budget.spend_entry()
-            with refuse_damaged():
-                entry = Entry(tar, info, budget)
             stream.allowance_bytes = None
             yield entry
             stream.allowance_bytes = _HEADERS_MAX_BYTES + max(0, tar.offset - stream.read_bytes)
@@ -193,17 +188,17 @@ def entries(stream: MeteredReader, budget: Budget) -> Iterator[Entry]:
         raise Refused("not a readable archive: it is damaged or ends too early")
 
 
-def _next(tar: tarfile.TarFile, stream: MeteredReader) -> Optional[tarfile.TarInfo]:
+def _next(tar: tarfile.TarFile, stream: MeteredReader, budget: Budget) -> Optional[Entry]:
     with refuse_damaged():
         info = tar.next()
-    # tarfile keeps every entry: a gigabyte for a million of them.
-    tar.members.clear()  # type: ignore[attr-defined]
-    # tarfile reads in a loop up to the offset of the next header, also after the end of the stream.
-    stream.check(tar.offset)
-    keys = tar.pax_headers
-    if keys and (len(keys) > _GLOBAL_KEYS_MAX or sum(map(len, keys.values())) > _GLOBAL_MAX_CHARACTERS):
-        raise Refused(f"the global headers of the archive are larger than {_GLOBAL_MAX_CHARACTERS} characters")
-    return info
+        # tarfile keeps every entry: a gigabyte for a million of them.
+        tar.members.clear()  # type: ignore[attr-defined]
+        # tarfile reads in a loop up to the offset of the next header, also after the end of the stream.
+        stream.check(tar.offset)
+        keys = tar.pax_headers
+        if keys and (len(keys) > _GLOBAL_KEYS_MAX or sum(map(len, keys.values())) > _GLOBAL_MAX_CHARACTERS):
+            raise Refused(f"the global headers of the archive are larger than {_GLOBAL_MAX_CHARACTERS} characters")
+        return None if info is None else Entry(tar, info, budget)
 
 
 def _kind(info: tarfile.TarInfo) -> Kind:
