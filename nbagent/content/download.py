@@ -12,8 +12,9 @@ from __future__ import annotations
 import codecs
 import contextlib
 import http.client
+import io
 import ssl
-from typing import Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 from urllib.parse import urljoin
 
 from nbagent.core import urls
@@ -28,6 +29,21 @@ _HEADERS: Dict[str, str] = {"Accept": "*/*", "Accept-Encoding": "identity", "Use
 # Codecs of host names and of file names in old .zip archives. Python would load them at their first use, in the slot.
 for _codec in ("ascii", "cp437", "idna", "latin-1"):
     codecs.lookup(_codec)
+
+
+class _BoundedReader(io.BufferedReader):
+    """The bytes of a response. http.client reads a chunk of the negative size -1 until the server closes."""
+
+    def read(self, size: Optional[int] = -1, /) -> bytes:
+        if size is None or size < 0:
+            raise http.client.HTTPException("the response has a chunk of a negative size")
+        return super().read(size)
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.fp = _BoundedReader(self.fp.detach())
 
 
 class Body:
@@ -74,9 +90,13 @@ def get(url: str, allowed: List[str], context: ssl.SSLContext) -> Iterator[Body]
 
 
 def _connection(url: urls.Url, context: ssl.SSLContext) -> http.client.HTTPConnection:
+    connection: http.client.HTTPConnection
     if url.scheme == "https":
-        return http.client.HTTPSConnection(url.host, url.port, timeout=SILENCE_S, context=context)
-    return http.client.HTTPConnection(url.host, url.port, timeout=SILENCE_S)
+        connection = http.client.HTTPSConnection(url.host, url.port, timeout=SILENCE_S, context=context)
+    else:
+        connection = http.client.HTTPConnection(url.host, url.port, timeout=SILENCE_S)
+    connection.response_class = _Response
+    return connection
 
 
 @contextlib.contextmanager

@@ -117,7 +117,7 @@ class _Extraction:
     def _zip_entry(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
         self.budget.spend_entry()
         parts, mode = tars.name_parts(info.filename), info.external_attr >> 16
-        if info.is_dir():
+        if info.filename.endswith("/"):
             self._home.make_directory(parts)
             return
         if not parts:

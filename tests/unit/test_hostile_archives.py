@@ -32,9 +32,9 @@ import hostile
 from archives import Archive, Layers
 from nbagent.content.beneath_writer import BeneathWriter
 from nbagent.content.unpack import UnpackLimits, unpack
-from nbagent.core.errors import ImageInvalid
+from nbagent.core.errors import FetchFailed, ImageInvalid
 from nbagent.image import archive as archives
-from nbagent.image import manifest, oci
+from nbagent.image import fetch, manifest, oci
 from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.static import publish
 from nbagent.untrusted.refusal import Refused
@@ -373,3 +373,13 @@ def test_no_file_is_written_outside_while_its_directory_is_replaced_by_links(tmp
     assert "a symbolic link on the way leads out of the home directory" in reasons, "no replacement in time"
     assert [path.name for path in beside.iterdir()] == ["own"]
     assert not (home / "stolen").exists()
+
+
+def test_a_fetched_image_is_bounded_in_bytes_and_files(tmp_path: Path) -> None:
+    (tmp_path / "layout").mkdir()
+    for number in range(9):
+        (tmp_path / f"layout/{number}").write_bytes(bytes(100))
+    fetch._check_size(tmp_path, ImageArchiveLimits(900, 10))
+    for limits in (ImageArchiveLimits(899, 10), ImageArchiveLimits(900, 9)):
+        with pytest.raises(FetchFailed, match="larger than"):
+            fetch._check_size(tmp_path, limits)

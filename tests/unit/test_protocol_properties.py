@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import Host, kinds, until
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import DESCRIPTORS, ENDS, Packet, documents, ended, packets, payloads, values
 
-from fakes import Host, kinds, until
 from nbagent.content import deliver
 from nbagent.core.claim_content import Content
 from nbagent.core.errors import BadRequest, NbagentError
@@ -41,7 +42,6 @@ from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import StepFailed
 from nbagent.wire.fields import MalformedMessage
 from nbagent.zygote.forkserver import ForkFailed, ForkServerClient
-from strategies import DESCRIPTORS, ENDS, Packet, documents, ended, packets, payloads, values
 
 FAILURE = {"failure": {"step": "x", "errno": 5, "text": "x"}}
 ends = st.sampled_from(ENDS)
@@ -55,7 +55,9 @@ def nothing_left() -> Iterator[None]:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-@given(st.lists(packets(payloads({}, FAILURE, {"fds": ["x"]})), max_size=4), ends, st.sampled_from([64, 65536, 1 << 20]))
+@given(
+    st.lists(packets(payloads({}, FAILURE, {"fds": ["x"]})), max_size=4), ends, st.sampled_from([64, 65536, 1 << 20]),
+)
 def test_a_channel_returns_messages_or_one_error(sent: list[Packet], end: str, limit_bytes: int) -> None:
     with nothing_left():
         one, other = Channel.pair(limit_bytes)
@@ -228,15 +230,16 @@ class Kernel:
 
 NAME = "nb-0123456789ab"
 NETWORK_REQUESTS = [
-    {"op": "rules"}, {"op": "open", "name": NAME}, {"op": "remove", "name": NAME, "addresses": ["198.18.0.2", "fd00::2"]},
-    {"op": "attach", "name": NAME, "inner": "net0", "addresses": ["198.18.0.2"], "rate": 5}, {"op": "sweep", "keep": [NAME]},
+    {"op": "rules"}, {"op": "open", "name": NAME}, {"op": "sweep", "keep": [NAME]},
+    {"op": "remove", "name": NAME, "addresses": ["198.18.0.2", "fd00::2"]},
+    {"op": "attach", "name": NAME, "inner": "net0", "addresses": ["198.18.0.2"], "rate": 5},
 ]
 
 
-@given(
-    packets(payloads(*NETWORK_REQUESTS), "netns"), ends,
-    st.sampled_from([None, OSError(19, "No such device"), ValueError("x" * 70_000), KeyError("\ud800"), RecursionError()]),
-)
+FAULTS = [None, OSError(19, "No such device"), ValueError("x" * 70_000), KeyError("\ud800"), RecursionError()]
+
+
+@given(packets(payloads(*NETWORK_REQUESTS), "netns"), ends, st.sampled_from(FAULTS))
 def test_the_network_service_responds_to_every_request(sent: Packet, end: str, error: Exception | None) -> None:
     with nothing_left():
         one, other = Channel.pair()
@@ -326,13 +329,15 @@ def holds_soon(condition: Callable[[], bool]) -> bool:
 
 @given(st.lists(steps, min_size=1, max_size=3))
 def test_the_forwarder_ends_every_connection_whatever_both_sides_do(scripts: list[Any]) -> None:
-    with nothing_left(), tempfile.TemporaryDirectory(prefix="forward-", dir="/dev/shm") as directory:
-        with socket.create_server(("127.0.0.1", 0)) as program, \
-                forwarding(directory, program.getsockname()[1]) as forwarder:
-            for script in scripts:
-                play(forwarder, f"{directory}/http.sock", program, script)
-            assert holds_soon(lambda: forwarder._count == 0), "connections are left although both sides have closed"
-            assert not forwarder._pending
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(nothing_left())
+        directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="forward-", dir="/dev/shm"))
+        program = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        forwarder = stack.enter_context(forwarding(directory, program.getsockname()[1]))
+        for script in scripts:
+            play(forwarder, f"{directory}/http.sock", program, script)
+        assert holds_soon(lambda: forwarder._count == 0), "connections are left although both sides have closed"
+        assert not forwarder._pending
 
 
 def play(forwarder: port_forward.Forwarder, path: str, program: socket.socket, script: list[Any]) -> None:
