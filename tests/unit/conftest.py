@@ -25,7 +25,7 @@ _COMMON = {
     "phases": [hypothesis.Phase.explicit, hypothesis.Phase.generate],
 }
 hypothesis.settings.register_profile("unit", max_examples=60, derandomize=True, **_COMMON)
-hypothesis.settings.register_profile("deep", max_examples=5000, **_COMMON)
+hypothesis.settings.register_profile("deep", max_examples=1000, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("NBAGENT_HYPOTHESIS", "unit"))
 # A thread that has been asked to end, or a socketpair that is collected, takes a moment.
 SETTLE_S = 2.0

@@ -37,6 +37,7 @@ from nbagent.image import archive as archives
 from nbagent.image import fetch, manifest, oci
 from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.static import publish
+from nbagent.untrusted import tar
 from nbagent.untrusted.refusal import Refused
 from nbagent.untrusted.tree import NotInTree, Tree
 
@@ -188,6 +189,18 @@ def test_directories_with_large_headers_do_not_accumulate_in_memory(root: Path) 
         for number in range(90)
     ) + hostile.END)
     assert memory_kib(document, root, 100) < 20_000, "90 directories with headers of 500 KB"
+
+
+def test_the_headers_of_all_entries_together_are_limited(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = b"".join(hostile.pax({"comment": "c" * 5000, "path": f"x{number}"}) + hostile.file("x", b"1" * 9000)
+                        for number in range(20)) + hostile.END
+    monkeypatch.setattr(tar, "_ALL_HEADERS_MAX_BYTES", 130_000)
+    extract(document, root)
+    for path in root.iterdir():
+        path.unlink()
+    monkeypatch.setattr(tar, "_ALL_HEADERS_MAX_BYTES", 100_000)
+    with pytest.raises(ImageInvalid, match="headers of the archive"):
+        extract(document, root)
 
 
 # Layouts whose documents are hostile. Each is the index, or the manifest, or the configuration of an image.
