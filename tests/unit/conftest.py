@@ -24,7 +24,7 @@ _COMMON = {
     # An example that fails because it waits for something takes seconds, and is small enough as it is.
     "phases": [hypothesis.Phase.explicit, hypothesis.Phase.generate],
 }
-hypothesis.settings.register_profile("unit", max_examples=60, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("unit", max_examples=40, derandomize=True, **_COMMON)
 hypothesis.settings.register_profile("deep", max_examples=1000, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("NBAGENT_HYPOTHESIS", "unit"))
 # A thread that has been asked to end, or a socketpair that is collected, takes a moment.
