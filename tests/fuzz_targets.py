@@ -118,7 +118,7 @@ class _Blobs(oci.Layout):
     """A layout whose documents are the parts of the data, in the order in which they are read."""
 
     def __init__(self, documents: list[bytes]) -> None:
-        self.path, self.tag, self._left = Path("layout"), None, documents
+        self.path, self.tag, self._opened, self._left = Path("layout"), None, [], documents
 
     def _open(self, parts: tuple[str, ...]) -> Any:
         return io.BytesIO(self._left.pop(0) if self._left else b"")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import platform
 import posixpath
 import re
@@ -104,6 +105,7 @@ class Layout:
     def __init__(self, path: Path, tag: str | None = None, inbox: Path | None = None) -> None:
         self.path, self.tag, self.inbox = path, tag, inbox
         self._tree = open_tree(path)
+        self._opened: list[tuple[io.BufferedReader, os.stat_result]] = []
 
     def __enter__(self) -> Layout:
         return self
@@ -139,10 +141,17 @@ class Layout:
     def open_layer(self, layer: Layer) -> io.BufferedReader:
         """A layer's blob, checked against its name. Raises ImageInvalid."""
         file = self._open(("blobs", "sha256", layer.digest))
+        self._opened.append((file, os.fstat(file.fileno())))
         if hashlib.file_digest(file, "sha256").hexdigest() != layer.digest:
             file.close()
             raise ImageInvalid(f"blob {layer.digest} of the image does not match its digest")
         return file
+
+    def check_unchanged(self) -> None:
+        """Raises ImageInvalid when a layer was written to since it was checked, because its content may be another."""
+        for file, before in self._opened:
+            if not is_unchanged(before, os.fstat(file.fileno())):
+                raise ImageInvalid(f"{self.path} changed while it was read; import it again")
 
     def _manifest_digest(self) -> str:
         with self._open(("index.json",)) as file:
@@ -179,6 +188,13 @@ class Layout:
         if file is None:
             raise ImageInvalid(f"{'/'.join(parts)} of the layout is not a file")
         return file
+
+
+def is_unchanged(before: os.stat_result, after: os.stat_result) -> bool:
+    """Whether a file has the same content: a write changes its ctime, which its owner cannot set."""
+    return (before.st_size, before.st_mtime_ns, before.st_ctime_ns) == (
+        after.st_size, after.st_mtime_ns, after.st_ctime_ns
+    )
 
 
 def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:

@@ -142,6 +142,7 @@ class ImageStore:
                 rootfs = _rootfs(staging)
                 layers = [stack.enter_context(layout.open_layer(layer)).fileno() for layer in image.layers]
                 archives.extract_layers(layers, rootfs, id_base, self._limits, self._chown)
+                layout.check_unchanged()
                 if manifest is None:
                     manifest = _find_manifest(rootfs) or oci.manifest_of(image.config, rootfs)
                 layout.discard()
@@ -372,8 +373,7 @@ def _rootfs(staging: Path) -> Path:
 
 
 def _unchanged(archive: Path, before: os.stat_result, fd: int) -> None:
-    after = os.fstat(fd)
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    if not oci.is_unchanged(before, os.fstat(fd)):
         raise ImageInvalid(f"{archive} changed while it was read; add it again")
 
 

@@ -275,6 +275,21 @@ def test_a_hostile_configuration_of_a_container_image_is_an_invalid_image(
         oci.manifest_of(layout.image().config, tmp_path / "root")
 
 
+def test_a_layer_that_changes_after_its_check_is_an_invalid_image(tmp_path: Path) -> None:
+    with Layers().layer(Archive.with_image()).save(tmp_path) as layout:
+        (layer,) = layout.image().layers
+        with layout.open_layer(layer):
+            layout.check_unchanged()
+            blob = tmp_path / "blobs/sha256" / layer.digest
+            before = blob.stat()
+            # Times of files may be those of the kernel's last tick.
+            while blob.stat().st_ctime_ns == before.st_ctime_ns:
+                blob.write_bytes(bytes(before.st_size))
+                os.utime(blob, ns=(before.st_atime_ns, before.st_mtime_ns))
+            with pytest.raises(ImageInvalid, match="changed while it was read"):
+                layout.check_unchanged()
+
+
 def test_a_search_path_does_not_lead_out_of_the_image(tmp_path: Path) -> None:
     (tmp_path / "jupyter-lab").write_text("#!/usr/bin/python3\n")
     (tmp_path / "root").mkdir()
