@@ -313,22 +313,22 @@ def name_parts(name: str) -> Parts:
         raise Refused(f'{shown(name)} has ".." or NUL in it')
     if len(parts) > DEPTH_MAX:
         raise Refused(f"{shown(name)} is more than {DEPTH_MAX} directories deep")
-    lengths = [_length(part) for part in parts]
-    if any(length > NAME_MAX_BYTES for length in lengths) or sum(lengths) + len(parts) > PATH_MAX_BYTES:
+    path = _encoded("/".join(parts))
+    if len(path) > PATH_MAX_BYTES or max(map(len, path.split(b"/"))) > NAME_MAX_BYTES:
         raise Refused(f"{shown(name)} is longer than {PATH_MAX_BYTES} bytes, or a part of it than {NAME_MAX_BYTES}")
     return tuple(parts)
 
 
 def check_target(name: str, target: str) -> None:
     """Raises Refused unless `target` can be that of a symbolic link, whose name is `name`."""
-    if not target or "\0" in target or _length(target) > PATH_MAX_BYTES:
+    if not target or "\0" in target or len(_encoded(target)) > PATH_MAX_BYTES:
         raise Refused(
             f"{shown(name)} is a symbolic link to {shown(target)}; expected 1 to {PATH_MAX_BYTES} bytes without NUL"
         )
 
 
-def _length(text: str) -> int:
+def _encoded(text: str) -> bytes:
     try:
-        return len(os.fsencode(text))
+        return os.fsencode(text)
     except UnicodeEncodeError:
         raise Refused(f"{shown(text)} cannot be a file name: it has a character without an encoding") from None
