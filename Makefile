@@ -6,7 +6,7 @@ export NBAGENT_CACHE ?= /var/cache/nbagent-build
 DIST := $(NBAGENT_CACHE)/dist
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host check bench bench-density bench-compressed bench-fleet bench-tools image debs tools clean
+.PHONY: up up-fleet down test unit host fuzz check bench bench-density bench-compressed bench-fleet bench-tools image debs tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -25,6 +25,10 @@ unit: tools          ## unit tests; no systemd host is needed
 
 host: tools          ## integration tests on real systemd hosts
 	$(PYTEST) tests/integration
+
+fuzz: tools          ## fuzzes the decoders of untrusted bytes, 60 s each; FUZZ="--seconds 600 tar"
+	@tests/fuzz $(FUZZ)
+	NBAGENT_HYPOTHESIS=deep $(PYTEST) -q tests/unit/test_protocol_properties.py
 
 check: tools         ## ruff, mypy, import-linter, shell syntax, lintian
 	@tests/check

@@ -14,6 +14,7 @@ import errno
 import os
 from typing import Iterable, Iterator
 
+from nbagent.untrusted.refusal import Refused, plain
 from nbagent.untrusted.tar import Parts
 from nbagent.untrusted.tree import Tree
 
@@ -23,14 +24,11 @@ _REASONS = {
     errno.ENOTDIR: "a part of the path is a file",
     errno.EISDIR: "a directory has this name",
     errno.EEXIST: "something else has this name",
+    errno.ENAMETOOLONG: "the path is too long",
     errno.ENOSPC: "the slot's storage is full",
     errno.EACCES: "the slot's user may not write there",
     errno.EPERM: "the slot's user may not write there",
 }
-
-
-class Refused(Exception):
-    """Content that cannot be delivered. The text is part of the response to the claim."""
 
 
 class BeneathWriter:
@@ -68,7 +66,7 @@ class BeneathWriter:
         for part in target.split("/"):
             depth += -1 if part == ".." else part not in ("", ".")
             if depth < 0 or target.startswith("/"):
-                raise Refused(f"{'/'.join(parts)}: a link to {target}, which is outside of the home directory")
+                raise Refused(f"{_shown(parts)}: a link to {plain(target)}, which is outside of the home directory")
         with _refused(parts):
             self._tree.remove_file(parts)
             self._tree.symlink(parts, target)
@@ -92,4 +90,8 @@ def _refused(parts: Parts) -> Iterator[None]:
         yield
     except OSError as error:
         reason = _REASONS.get(error.errno or 0, os.strerror(error.errno or 0))
-        raise Refused(f"{'/'.join(parts)}: {reason}") from error
+        raise Refused(f"{_shown(parts)}: {reason}") from error
+
+
+def _shown(parts: Parts) -> str:
+    return plain("/".join(parts), 300)

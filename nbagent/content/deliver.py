@@ -27,10 +27,11 @@ import signal
 import sys
 from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Tuple
 
-from nbagent.content.beneath_writer import BeneathWriter, Refused
+from nbagent.content.beneath_writer import BeneathWriter
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.sandbox import plan
+from nbagent.untrusted.refusal import Refused
 from nbagent.wire import fields
 from nbagent.wire.channel import Channel, Message, report_failure
 from nbagent.wire.failure import Failure, StepFailed

@@ -12,15 +12,17 @@ from __future__ import annotations
 import codecs
 import contextlib
 import http.client
+import io
 import ssl
-from typing import Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional
 from urllib.parse import urljoin
 
-from nbagent.content.beneath_writer import Refused
 from nbagent.core import urls
+from nbagent.untrusted.refusal import Refused, shown
 
 REDIRECTS_MAX = 5
 SILENCE_S = 10.0
+CHUNK_BYTES = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
 _HEADERS: Dict[str, str] = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": "nbagent"}
 
@@ -29,8 +31,23 @@ for _codec in ("ascii", "cp437", "idna", "latin-1"):
     codecs.lookup(_codec)
 
 
+class _BoundedReader(io.BufferedReader):
+    """The bytes of a response. http.client reads a chunk of the negative size -1 until the server closes."""
+
+    def read(self, size: Optional[int] = -1, /) -> bytes:
+        if size is None or size < 0:
+            raise http.client.HTTPException("the response has a chunk of a negative size")
+        return super().read(size)
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self.fp = _BoundedReader(self.fp.detach())
+
+
 class Body:
-    """The body of a response. `read` raises Refused if it ends before its Content-Length."""
+    """The body of a response. `read` raises Refused if it is malformed or ends before its Content-Length."""
 
     def __init__(self, host: str, response: http.client.HTTPResponse) -> None:
         self._host, self._response = host, response
@@ -38,7 +55,7 @@ class Body:
 
     def read(self, size: int = -1, /) -> bytes:
         with _refused(self._host):
-            chunk = self._response.read(size if size >= 0 else None)
+            chunk = self._response.read(CHUNK_BYTES if size < 0 else size)
         if self._missing_bytes is not None:
             self._missing_bytes -= len(chunk)
             if not chunk and size and self._missing_bytes > 0:
@@ -55,7 +72,7 @@ def get(url: str, allowed: List[str], context: ssl.SSLContext) -> Iterator[Body]
             try:
                 target = urls.parse(url)
             except ValueError:
-                raise Refused(f"redirected to {url!r}, which is not a valid URL for an archive") from None
+                raise Refused(f"redirected to {shown(url)}, which is not a valid URL for an archive") from None
             if not any(target.is_below(prefix) for prefix in prefixes):
                 raise Refused(f"redirected to {url}, which this host does not allow")
             with _refused(target.host):
@@ -66,21 +83,29 @@ def get(url: str, allowed: List[str], context: ssl.SSLContext) -> Iterator[Body]
                 yield Body(target.host, response)
                 return
             if response.status not in _REDIRECTS:
-                raise Refused(f"{url}: the server responded {response.status} {response.reason}")
-            url = urljoin(url, response.headers.get("Location", ""))
+                raise Refused(f"{url}: the server responded {response.status} {response.reason[:80]}")
+            with _refused(target.host):
+                url = urljoin(url, response.headers.get("Location", ""))
         raise Refused(f"redirected more than {REDIRECTS_MAX} times")
 
 
 def _connection(url: urls.Url, context: ssl.SSLContext) -> http.client.HTTPConnection:
+    connection: http.client.HTTPConnection
     if url.scheme == "https":
-        return http.client.HTTPSConnection(url.host, url.port, timeout=SILENCE_S, context=context)
-    return http.client.HTTPConnection(url.host, url.port, timeout=SILENCE_S)
+        connection = http.client.HTTPSConnection(url.host, url.port, timeout=SILENCE_S, context=context)
+    else:
+        connection = http.client.HTTPConnection(url.host, url.port, timeout=SILENCE_S)
+    connection.response_class = _Response
+    return connection
 
 
 @contextlib.contextmanager
 def _refused(host: str) -> Iterator[None]:
+    """Turns what http.client and urllib raise for a hostile response into Refused: more than their own errors."""
     try:
         yield
-    except (OSError, http.client.HTTPException) as error:
+    except Refused:
+        raise
+    except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise Refused(f"{host}: {reason}") from error

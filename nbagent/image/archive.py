@@ -18,10 +18,10 @@ layers and the zstd program, which runs on the host only.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import subprocess
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,13 +32,15 @@ from nbagent.core.errors import ImageInvalid
 from nbagent.image import ids
 from nbagent.image.tree import open_tree
 from nbagent.untrusted import tar as tars
-from nbagent.untrusted.tar import ArchiveRefused, Budget, MeteredReader, Parts
+from nbagent.untrusted.refusal import Refused, shown
+from nbagent.untrusted.tar import Budget, Entry, Kind, MeteredReader, Parts
 from nbagent.untrusted.tree import NotInTree, Tree
 
 _CHUNK_BYTES = 1 << 20
-# Directories are removed by recursion (shutil.rmtree), which Python limits to 1,000 frames.
-_DEPTH_MAX = 200
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
+# Errors of system calls that are caused by an entry and not by the host.
+_OF_ENTRIES = {errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ELOOP, errno.EMLINK, errno.ENAMETOOLONG,
+               errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EOVERFLOW}
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def extract(archive_fd: int, root: Path, id_base: int, limits: ImageArchiveLimit
     """
     with _refused(), open_tree(root) as tree:
         extraction = _Extraction(tree, id_base, limits, chown)
-        _read(archive_fd, limits.unpacked_bytes, extraction.add)
+        _read(archive_fd, limits.unpacked_bytes, extraction.written, extraction.add)
         extraction.finish()
 
 
@@ -77,10 +79,12 @@ def extract_layers(
     """
     with _refused(), open_tree(root) as tree:
         extraction = _Extraction(tree, id_base, limits, chown, layered=True)
+        # The first pass over a layer reads the same entries without writing them.
+        skipped = Budget(limits.unpacked_bytes, limits.entries)
         left_bytes = limits.unpacked_bytes
         for layer_fd in layer_fds:
-            _read(layer_fd, left_bytes, extraction.apply_whiteout)
-            left_bytes -= _read(layer_fd, left_bytes, extraction.add)
+            _read(layer_fd, left_bytes, skipped, extraction.apply_whiteout)
+            left_bytes -= _read(layer_fd, left_bytes, extraction.written, extraction.add)
         extraction.finish()
 
 
@@ -88,17 +92,33 @@ def extract_layers(
 def _refused() -> Iterator[None]:
     try:
         yield
-    except ArchiveRefused as error:
+    except Refused as error:
         raise ImageInvalid(str(error)) from error
 
 
-def _read(archive_fd: int, limit_bytes: int, use: Callable[[tarfile.TarFile, tarfile.TarInfo], None]) -> int:
+def _read(archive_fd: int, limit_bytes: int, budget: Budget, use: Callable[[Entry], None]) -> int:
     """Call `use` with every entry of an archive; the number of bytes that were unpacked."""
-    with tars.refuse_damaged(), _decompressed(archive_fd) as content:
+    with _decompressed(archive_fd) as content:
         stream = MeteredReader(content, limit_bytes, " when unpacked")
-        for tar, info in tars.entries(stream):
-            use(tar, info)
+        for entry in tars.entries(stream, budget):
+            with _refused_entry(entry):
+                use(entry)
     return stream.read_bytes
+
+
+@contextmanager
+def _refused_entry(entry: Entry) -> Iterator[None]:
+    """Turns the errors of system calls that an entry has caused into ImageInvalid, which names the entry."""
+    try:
+        yield
+    except NotInTree as error:
+        raise ImageInvalid(f"{shown(entry.name)}: {error.filename} is a link or not a directory") from None
+    except FileExistsError:
+        raise ImageInvalid(f"{shown(entry.name)} is in the archive twice") from None
+    except OSError as error:
+        if error.errno not in _OF_ENTRIES:
+            raise
+        raise ImageInvalid(f"{shown(entry.name)}: {error.strerror}") from None
 
 
 @contextmanager
@@ -109,8 +129,11 @@ def _decompressed(archive_fd: int) -> Iterator[IO[bytes]]:
         with _zstd(archive_fd) as stream:
             yield stream
         return
-    with open(archive_fd, "rb", closefd=False) as plain, tars.decompressed(plain, magic) as stream:
-        yield stream
+    with open(archive_fd, "rb", closefd=False) as plain:
+        with tars.refuse_damaged():
+            stream = tars.decompressed(plain, magic)
+        with stream:
+            yield stream
 
 
 @contextmanager
@@ -146,184 +169,167 @@ def _zstd(archive_fd: int) -> Iterator[IO[bytes]]:
             process.wait()
 
 
+class _Directory:
+    """A directory of the image, with those below it: their attributes are set at the end.
+
+    Writing into a directory changes its time, and its mode may forbid it. `attributes` are uid, gid, mode and time; a
+    directory without an entry of its own has None. A tree, because paths as keys would take gigabytes.
+    """
+
+    __slots__ = ("attributes", "below")
+
+    def __init__(self) -> None:
+        self.attributes: tuple[int, int, int, int] | None = None
+        self.below: dict[str, _Directory] = {}
+
+
 class _Extraction:
     def __init__(
         self, tree: Tree, id_base: int, limits: ImageArchiveLimits, chown: Chown, *, layered: bool = False
     ) -> None:
-        self._tree, self._id_base, self._limits, self._chown = tree, id_base, limits, chown
+        self._tree, self._id_base, self._chown = tree, id_base, chown
         self._layered = layered
-        self._written = Budget(limits.unpacked_bytes, limits.entries)
-        # The first pass over a layer reads the same files without writing them.
-        self._skipped = Budget(limits.unpacked_bytes, limits.entries)
-        # Attributes of directories are set at the end, because writing into one changes its time, and its mode may
-        # forbid it.
-        self._directories: dict[Parts, tarfile.TarInfo | None] = {}
+        self.written = Budget(limits.unpacked_bytes, limits.entries)
+        self._root = _Directory()
 
-    def apply_whiteout(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
+    def apply_whiteout(self, entry: Entry) -> None:
         """Remove what an entry of a layer hides of the lower layers."""
-        parts = _check_kind(info)
-        if info.isreg():
-            self._skipped.spend_bytes(info.size)
-            content = tar.extractfile(info)
-            assert content is not None
-            while content.read(_CHUNK_BYTES):
-                pass
+        parts = _check_kind(entry)
         if not parts or not parts[-1].startswith(_WHITEOUT):
             return
-        self._written.spend_entry()
         name = parts[-1].removeprefix(_WHITEOUT)
         if parts[-1] != _OPAQUE and (name in ("", ".", "..") or name.startswith(_WHITEOUT)):
-            raise ImageInvalid(f"{info.name!r} is a whiteout of an invalid name")
+            raise ImageInvalid(f"{shown(entry.name)} is a whiteout of an invalid name")
         try:
             if parts[-1] != _OPAQUE:
                 self._remove((*parts[:-1], name))
                 return
             with os.scandir(self._tree.directory_fd(parts[:-1])) as found:
-                below = [entry.name for entry in found]
+                below = [item.name for item in found]
             for name in below:
                 self._remove((*parts[:-1], name))
         except FileNotFoundError:
             pass  # no lower layer has the directory
-        except NotInTree as error:
-            raise _not_in_tree(info, error) from None
 
-    def add(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
+    def add(self, entry: Entry) -> None:
         """Unpack an entry."""
-        parts = _check_kind(info)
+        parts = _check_kind(entry)
         if self._layered:
             if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
-                raise ImageInvalid(f"{info.name!r} has a whiteout as a directory")
+                raise ImageInvalid(f"{shown(entry.name)} has a whiteout as a directory")
             if parts and parts[-1].startswith(_WHITEOUT):
                 return
-        self._written.spend_entry()
-        if not (0 <= info.uid < ids.COUNT and 0 <= info.gid < ids.COUNT):
+        if not (0 <= entry.uid < ids.COUNT and 0 <= entry.gid < ids.COUNT):
             raise ImageInvalid(
-                f"{info.name!r} has the owner {info.uid}:{info.gid}; expected ids 0 to {ids.COUNT - 1}"
+                f"{shown(entry.name)} has the owner {entry.uid}:{entry.gid}; expected ids 0 to {ids.COUNT - 1}"
             )
-        try:
-            if info.isdir():
-                self._add_directory(parts, info)
-                return
-            if not parts:
-                raise ImageInvalid("the root of the archive is not a directory")
-            self._create_parent(parts)
-            if self._layered:
-                self._remove(parts)
-            if info.isreg():
-                self._add_file(tar, info, parts)
-            elif info.issym():
-                self._tree.symlink(parts, info.linkname)
-                self._own(parts[-1], self._tree.directory_fd(parts[:-1]), info)
-            else:
-                self._add_hard_link(info, parts)
-        except NotInTree as error:
-            raise _not_in_tree(info, error) from None
-        except FileExistsError:
-            raise ImageInvalid(f"{info.name!r} is in the archive twice") from None
-        except (ValueError, UnicodeEncodeError) as error:
-            raise ImageInvalid(f"{info.name!r}: {error}") from None
+        if entry.kind is Kind.DIRECTORY:
+            self._add_directory(parts, entry)
+            return
+        if not parts:
+            raise ImageInvalid("the root of the archive is not a directory")
+        self._create_parent(parts)
+        if self._layered:
+            self._remove(parts)
+        if entry.kind is Kind.FILE:
+            self._add_file(entry, parts)
+        elif entry.kind is Kind.SYMLINK:
+            self._tree.symlink(parts, entry.target)
+            self._own(parts[-1], self._tree.directory_fd(parts[:-1]), entry.uid, entry.gid)
+        else:
+            self._add_hard_link(entry, parts)
 
     def finish(self) -> None:
         """Set the attributes of the directories, after the last write into them."""
-        self._directories.setdefault((), None)
-        for parts in sorted(self._directories, key=len, reverse=True):
-            info = self._directories[parts]
-            try:
-                directory_fd = self._tree.directory_fd(parts)
-            except (FileNotFoundError, NotInTree):
-                if not self._layered:
-                    raise
-                continue  # a later layer removed a directory above it
-            self._own(".", directory_fd, info)
-            os.fchmod(directory_fd, _mode(info) if info else 0o755)
-            os.utime(directory_fd, _times(info))
+        self._finish((), self._root)
+
+    def _finish(self, parts: Parts, directory: _Directory) -> None:
+        for name, below in directory.below.items():
+            self._finish((*parts, name), below)
+        uid, gid, mode, mtime_s = directory.attributes or (0, 0, 0o755, 0)
+        directory_fd = self._tree.directory_fd(parts)
+        self._own(".", directory_fd, uid, gid)
+        os.fchmod(directory_fd, mode)
+        os.utime(directory_fd, (mtime_s, mtime_s))
 
     def _remove(self, parts: Parts) -> None:
         self._tree.remove(parts)
-        self._directories.pop(parts, None)
+        directory = self._root
+        for part in parts[:-1]:
+            if (below := directory.below.get(part)) is None:
+                return
+            directory = below
+        directory.below.pop(parts[-1], None)
 
-    def _create_parent(self, parts: Parts) -> None:
-        """Create the directory of an entry, if the archive has no entry for it."""
-        for depth in range(len(parts) - 1, 0, -1):
-            # With layers a directory may be known and its parent not, because a whiteout removed the parent.
-            if parts[:depth] in self._directories:
-                if self._layered:
-                    continue
-                break
-            self._written.spend_entry()
-            self._directories[parts[:depth]] = None
+    def _create_parent(self, parts: Parts) -> _Directory:
+        """Create the directories above an entry for which the archive has no entries; the innermost one."""
+        directory = self._root
+        for part in parts[:-1]:
+            if (below := directory.below.get(part)) is None:
+                self.written.spend_entry()
+                below = directory.below[part] = _Directory()
+            directory = below
         self._tree.directory_fd(parts[:-1], create=True)
+        return directory
 
-    def _add_directory(self, parts: Parts, info: tarfile.TarInfo) -> None:
+    def _add_directory(self, parts: Parts, entry: Entry) -> None:
+        directory = self._root
         if parts:
-            self._create_parent(parts)
-        try:
-            self._tree.directory_fd(parts, create=True)
-        except NotInTree:
-            if not self._layered or not parts:
-                raise
-            self._remove(parts)
-            self._tree.directory_fd(parts, create=True)
-        self._directories[parts] = info
+            parent = self._create_parent(parts)
+            try:
+                self._tree.directory_fd(parts, create=True)
+            except NotInTree:
+                if not self._layered:
+                    raise
+                self._remove(parts)
+                self._tree.directory_fd(parts, create=True)
+            directory = parent.below.setdefault(parts[-1], _Directory())
+        directory.attributes = (entry.uid, entry.gid, _mode(entry), entry.mtime_s)
 
-    def _add_file(self, tar: tarfile.TarFile, info: tarfile.TarInfo, parts: Parts) -> None:
-        content = tar.extractfile(info)
-        assert content is not None
-        # info.size and not the bytes that are read, because the stream has only a part of a sparse file.
-        self._written.spend_bytes(info.size)
+    def _add_file(self, entry: Entry, parts: Parts) -> None:
         file_fd = self._tree.create_file(parts, 0o600)
         with open(file_fd, "wb", buffering=0) as file:
-            while chunk := content.read(_CHUNK_BYTES):
-                file.write(chunk)
-            self._own(parts[-1], self._tree.directory_fd(parts[:-1]), info)
-            os.fchmod(file_fd, _mode(info))
-            os.utime(file_fd, _times(info))
+            for chunk in entry.chunks():
+                left = memoryview(chunk)
+                while left:
+                    left = left[file.write(left):]
+            self._own(parts[-1], self._tree.directory_fd(parts[:-1]), entry.uid, entry.gid)
+            os.fchmod(file_fd, _mode(entry))
+            os.utime(file_fd, (entry.mtime_s, entry.mtime_s))
 
-    def _add_hard_link(self, info: tarfile.TarInfo, parts: Parts) -> None:
-        source = _parts(info.linkname)
+    def _add_hard_link(self, entry: Entry, parts: Parts) -> None:
+        source = _parts(entry.target)
         if not source:
-            raise ImageInvalid(f"{info.name!r} is a hard link to the root")
+            raise ImageInvalid(f"{shown(entry.name)} is a hard link to the root")
+        what = f"{shown(entry.name)} is a hard link to {shown(entry.target)}"
         try:
             status = os.stat(source[-1], dir_fd=self._tree.directory_fd(source[:-1]), follow_symlinks=False)
             if not stat.S_ISREG(status.st_mode):
-                raise ImageInvalid(f"{info.name!r} is a hard link to {info.linkname!r}, which is not a file")
+                raise ImageInvalid(f"{what}, which is not a file")
             self._tree.hard_link(parts, source)
         except FileNotFoundError:
-            raise ImageInvalid(f"{info.name!r} is a hard link to {info.linkname!r}, which does not exist") from None
+            raise ImageInvalid(f"{what}, which does not exist") from None
 
-    def _own(self, name: str, parent_fd: int, info: tarfile.TarInfo | None) -> None:
-        uid, gid = (info.uid, info.gid) if info else (0, 0)
+    def _own(self, name: str, parent_fd: int, uid: int, gid: int) -> None:
         self._chown(name, self._id_base + uid, self._id_base + gid, dir_fd=parent_fd, follow_symlinks=False)
 
 
-def _check_kind(info: tarfile.TarInfo) -> Parts:
+def _check_kind(entry: Entry) -> Parts:
     """The components of an entry's name. Raises ImageInvalid for a kind of entry that no image may have."""
-    parts = _parts(info.name)
-    if not (info.isdir() or info.isreg() or info.issym() or info.islnk()):
-        raise ImageInvalid(f"{info.name!r} is a device, a FIFO or of an unknown type")
-    return parts
-
-
-def _not_in_tree(info: tarfile.TarInfo, error: NotInTree) -> ImageInvalid:
-    return ImageInvalid(f"{info.name!r}: {error.filename} is a link or not a directory")
+    if entry.name.startswith("/"):
+        raise ImageInvalid(f"{shown(entry.name)} is an absolute name")
+    if entry.kind is Kind.OTHER:
+        raise ImageInvalid(f"{shown(entry.name)} is a device, a FIFO or of an unknown type")
+    return entry.parts
 
 
 def _parts(name: str) -> Parts:
-    """The components of a name in the archive. Raises ImageInvalid, ArchiveRefused for a name that leads out of it."""
+    """The components of a name in the archive. Raises ImageInvalid, Refused for a name that leads out of it."""
     if name.startswith("/"):
-        raise ImageInvalid(f"{name!r} is an absolute name")
-    parts = tars.name_parts(name)
-    if len(parts) > _DEPTH_MAX:
-        raise ImageInvalid(f"{name[:80]!r}... is more than {_DEPTH_MAX} directories deep")
-    return parts
+        raise ImageInvalid(f"{shown(name)} is an absolute name")
+    return tars.name_parts(name)
 
 
-def _times(info: tarfile.TarInfo | None) -> tuple[int, int]:
-    """For os.utime: whole seconds in 32 bits, which every file system can store."""
-    mtime_s = max(0, min(int(info.mtime), 0xFFFFFFFF)) if info else 0
-    return mtime_s, mtime_s
-
-
-def _mode(info: tarfile.TarInfo) -> int:
+def _mode(entry: Entry) -> int:
     """Permissions without the set-id bits; the sticky bit is needed on /tmp."""
-    return info.mode & 0o1777
+    return entry.mode & 0o1777

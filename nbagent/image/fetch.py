@@ -16,8 +16,10 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import selectors
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ EXPECTED = "oci:DIR[:TAG], docker-archive:FILE or docker://NAME[:TAG]"
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,499}")
 _TAG = "image"
 _SIZE_CHECK_INTERVAL_S = 1.0
+# Its end has the reason of a failure.
+_OUTPUT_MAX_BYTES = 1 << 16
 # The least with which skopeo works. LimitFSIZE= and the writable paths are added below.
 _SANDBOX = (
     "CapabilityBoundingSet=CAP_SETGID CAP_SETUID", "InaccessiblePaths=-/run/nbagent", "LimitCORE=0",
@@ -154,14 +158,20 @@ def _run(command: list[str], properties: list[str], inbox: Path, id_base: int, l
         [*starter, *(f"--property={setting}" for setting in settings), "--", *become, *command],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
+    assert process.stdout is not None
+    output, checked_s = b"", time.monotonic()
     try:
-        while True:
-            try:
-                output, _ = process.communicate(timeout=_SIZE_CHECK_INTERVAL_S)
-                break
-            except subprocess.TimeoutExpired:
-                if _size(inbox) > limits.unpacked_bytes:
-                    raise FetchFailed(f"the image is larger than {limits.unpacked_bytes} bytes") from None
+        with selectors.DefaultSelector() as selector:
+            selector.register(process.stdout, selectors.EVENT_READ)
+            while True:
+                if selector.select(_SIZE_CHECK_INTERVAL_S):
+                    if not (chunk := os.read(process.stdout.fileno(), _OUTPUT_MAX_BYTES)):
+                        break
+                    output = (output + chunk)[-_OUTPUT_MAX_BYTES:]
+                if time.monotonic() >= checked_s + _SIZE_CHECK_INTERVAL_S:
+                    _check_size(inbox, limits)
+                    checked_s = time.monotonic()
+        process.communicate()
     except BaseException:
         subprocess.run(["systemctl", "stop", unit], check=False, capture_output=True)
         process.kill()
@@ -172,13 +182,15 @@ def _run(command: list[str], properties: list[str], inbox: Path, id_base: int, l
         raise FetchFailed(f"skopeo: {lines[-1][-500:]}")
 
 
-def _size(directory: Path) -> int:
-    """Bytes in a directory whose files may be removed meanwhile."""
-    total = 0
-    for path, _, files in os.walk(directory):
+def _check_size(directory: Path, limits: ImageArchiveLimits) -> None:
+    """Raises FetchFailed when a directory, whose files may be removed meanwhile, is larger than an image may be."""
+    size_bytes = entries = 0
+    for path, directories, files in os.walk(directory):
+        entries += len(directories) + len(files)
         for name in files:
             try:
-                total += os.lstat(f"{path}/{name}").st_size
+                size_bytes += os.lstat(f"{path}/{name}").st_size
             except FileNotFoundError:
                 continue
-    return total
+        if size_bytes > limits.unpacked_bytes or entries > limits.entries:
+            raise FetchFailed(f"the image is larger than {limits.unpacked_bytes} bytes or {limits.entries} files")

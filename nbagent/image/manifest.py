@@ -18,9 +18,12 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 from nbagent.core.errors import ImageInvalid
+from nbagent.untrusted.refusal import plain
 
 PATH = "etc/nbagent-image.toml"
 MAX_BYTES = 64 * 1024
+# tomllib takes a time that grows with the square of the parts of a key: 15 s for a key of 60 KB.
+_DOTS_MAX = 500
 
 # `fork`: a notebook server is started once, and each slot is a fork of it.
 # `exec`: the program is started anew for each slot. A command has no other way.
@@ -79,11 +82,14 @@ def parse(content: bytes) -> Manifest:
     """The manifest in a file's `content`. Raises ImageInvalid."""
     if len(content) > MAX_BYTES:
         raise ImageInvalid(f"/{PATH} is larger than {MAX_BYTES} bytes")
+    if any(line.count(b".") > _DOTS_MAX for line in content.splitlines()):
+        raise ImageInvalid(f"/{PATH} has a line with more than {_DOTS_MAX} dots")
     try:
         data = tomllib.loads(content.decode())
     except UnicodeDecodeError as error:
         raise ImageInvalid(f"/{PATH} is not UTF-8: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
+        # tomllib raises a plain ValueError for a number of more than 4,300 digits.
         raise ImageInvalid(f"/{PATH} is not TOML: {error}") from None
     return from_mapping(data)
 
@@ -151,6 +157,7 @@ def to_mapping(manifest: Manifest) -> dict[str, object]:
 
 
 def _wrong(key: str, what: str) -> ImageInvalid:
+    key = plain(key)
     return ImageInvalid(f"/{PATH}: {key}: {what}", key=key, expected=what)
 
 
@@ -169,9 +176,20 @@ def _path(key: str, value: object, example: str) -> str:
 
 def _command(value: object) -> tuple[str, ...]:
     words = value if isinstance(value, list) else []
-    if words and words[0] and all(isinstance(word, str) and "\0" not in word for word in words):
+    if words and words[0] and all(_is_argument(word) for word in words):
         return tuple(words)
     raise _wrong("command", 'expected a program and its arguments, such as ["serve", "--port", "{port}"]')
+
+
+def _is_argument(value: object) -> bool:
+    """Whether the kernel accepts `value` as an argument or a variable of a program. JSON has lone surrogates."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _preload(value: object) -> tuple[str, ...]:
@@ -200,7 +218,7 @@ def _environment(value: object) -> Mapping[str, str]:
     for name, text in value.items():
         if not VARIABLE.fullmatch(name):
             raise _wrong(f"environment.{name}", "expected a name of letters, digits and _")
-        if not isinstance(text, str) or "\0" in text:
+        if not _is_argument(text):
             raise _wrong(f"environment.{name}", "expected a text without NUL")
     return MappingProxyType(dict(value))
 

@@ -21,7 +21,6 @@ import platform
 import posixpath
 import re
 import shutil
-import stat
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -33,12 +32,15 @@ from nbagent.image import manifest as manifests
 from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.manifest import Manifest
 from nbagent.image.tree import open_tree
+from nbagent.untrusted.refusal import Refused, plain, shown
+from nbagent.untrusted.tar import name_parts
 from nbagent.untrusted.tree import NotInTree, Tree
 
 _DOCUMENT_MAX_BYTES = 4 << 20
 # Docker's limit, because overlayfs mounts no more layers there.
 _LAYERS_MAX = 127
 _INDEX_DEPTH_MAX = 3
+_TAGS_MAX_CHARACTERS = 300
 _ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
 _DIGEST = re.compile(r"sha256:([0-9a-f]{64})")
 _TAG = "org.opencontainers.image.ref.name"
@@ -103,6 +105,7 @@ class Layout:
     def __init__(self, path: Path, tag: str | None = None, inbox: Path | None = None) -> None:
         self.path, self.tag, self.inbox = path, tag, inbox
         self._tree = open_tree(path)
+        self._opened: list[tuple[io.BufferedReader, os.stat_result]] = []
 
     def __enter__(self) -> Layout:
         return self
@@ -132,21 +135,29 @@ class Layout:
         image_platform = (config.get("os"), config.get("architecture"))
         if image_platform != _host_platform():
             made_for, host = ("/".join(map(str, names)) for names in (image_platform, _host_platform()))
-            raise ImageInvalid(f"the image is for {made_for}, but this host is {host}")
+            raise ImageInvalid(f"the image is for {plain(made_for)}, but this host is {host}")
         return OciImage(digest, _config(_table(config, "config") if config.get("config") else {}), layers)
 
     def open_layer(self, layer: Layer) -> io.BufferedReader:
         """A layer's blob, checked against its name. Raises ImageInvalid."""
         file = self._open(("blobs", "sha256", layer.digest))
+        self._opened.append((file, os.fstat(file.fileno())))
         if hashlib.file_digest(file, "sha256").hexdigest() != layer.digest:
             file.close()
             raise ImageInvalid(f"blob {layer.digest} of the image does not match its digest")
         return file
 
+    def check_unchanged(self) -> None:
+        """Raises ImageInvalid when a layer was written to since it was checked, because its content may be another."""
+        for file, before in self._opened:
+            if not is_unchanged(before, os.fstat(file.fileno())):
+                raise ImageInvalid(f"{self.path} changed while it was read; import it again")
+
     def _manifest_digest(self) -> str:
         with self._open(("index.json",)) as file:
             items = _list(_parse(file.read(_DOCUMENT_MAX_BYTES + 1), "index.json"), "manifests")
         tags = ", ".join(sorted({tag for item in items if (tag := _tag_of(item))})) or "none"
+        tags = plain(tags, _TAGS_MAX_CHARACTERS)
         if self.tag is not None:
             items = [item for item in items if _tag_of(item) == self.tag]
         for _ in range(_INDEX_DEPTH_MAX):
@@ -157,7 +168,8 @@ class Layout:
             if _MANIFEST.fullmatch(str(chosen.get("mediaType"))):
                 return _digest_of(chosen)
             if not _INDEX.fullmatch(str(chosen.get("mediaType"))):
-                raise ImageInvalid(f"the layout has a {chosen.get('mediaType')!r} where an image was expected")
+                kind = shown(str(chosen.get("mediaType")))
+                raise ImageInvalid(f"the layout has a {kind} where an image was expected")
             items = _list(self._document(_digest_of(chosen)), "manifests")
         raise ImageInvalid(f"the layout has indexes that are nested more than {_INDEX_DEPTH_MAX} deep")
 
@@ -170,13 +182,19 @@ class Layout:
 
     def _open(self, parts: tuple[str, ...]) -> io.BufferedReader:
         try:
-            file = open(self._tree.open_file(parts), "rb")  # noqa: SIM115  the caller closes it
-        except (FileNotFoundError, NotInTree, IsADirectoryError):
+            file = self._tree.open_regular(parts)
+        except (FileNotFoundError, NotInTree):
             raise ImageInvalid(f"{self.path} is not a complete OCI layout: {'/'.join(parts)} is missing") from None
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            file.close()
+        if file is None:
             raise ImageInvalid(f"{'/'.join(parts)} of the layout is not a file")
         return file
+
+
+def is_unchanged(before: os.stat_result, after: os.stat_result) -> bool:
+    """Whether a file has the same content: a write changes its ctime, which its owner cannot set."""
+    return (before.st_size, before.st_mtime_ns, before.st_ctime_ns) == (
+        after.st_size, after.st_mtime_ns, after.st_ctime_ns
+    )
 
 
 def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
@@ -246,13 +264,15 @@ def _jupyter(tree: Tree, path: str) -> str | None:
 
 
 def _content(tree: Tree, path: str) -> bytes:
-    """The beginning of a file of the image, b"" if it does not exist or a link is on the way."""
-    parts = tuple(part for part in path.split("/") if part not in ("", "."))
+    """The beginning of a file of the image, b"" if there is none of this path or a link is on the way."""
     try:
-        with open(tree.open_file(parts), "rb") as file:
-            return file.read(manifests.MAX_BYTES) if stat.S_ISREG(os.fstat(file.fileno()).st_mode) else b""
-    except OSError:
-        return b""
+        # Refused: a name with "..", NUL or more than the kernel's limits.
+        if (parts := name_parts(path)) and (file := tree.open_regular(parts)) is not None:
+            with file:
+                return file.read(manifests.MAX_BYTES)
+    except (OSError, Refused):
+        pass
+    return b""
 
 
 def _normal(path: str, otherwise: str) -> str:
@@ -276,14 +296,16 @@ def _for_this_host(items: list[_Object]) -> _Object | None:
 
 def _layer(descriptor: _Object) -> Layer:
     if not _LAYER.fullmatch(str(descriptor.get("mediaType"))):
-        raise ImageInvalid(f"a layer of the image has the type {descriptor.get('mediaType')!r}; expected a tar archive")
+        kind = shown(str(descriptor.get("mediaType")))
+        raise ImageInvalid(f"a layer of the image has the type {kind}; expected a tar archive")
     return Layer(_digest_of(descriptor))
 
 
 def _digest_of(descriptor: _Object) -> str:
     if match := _DIGEST.fullmatch(str(descriptor.get("digest"))):
         return match[1]
-    raise ImageInvalid(f"the image names a blob {descriptor.get('digest')!r}; expected sha256: and 64 digits")
+    digest = shown(str(descriptor.get("digest")))
+    raise ImageInvalid(f"the image names a blob {digest}; expected sha256: and 64 digits")
 
 
 def _tag_of(descriptor: _Object) -> str | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -31,12 +30,13 @@ _COMPRESS_UP_TO_BYTES = 64 << 20
 _LEVEL = 6
 
 
-def publish(rootfs: Path, prefixes: Mapping[str, str], target: Path, limit_bytes: int) -> None:
+def publish(rootfs: Path, prefixes: Mapping[str, str], target: Path, limit_bytes: int, limit_files: int) -> None:
     """Copy the directories of the image that `prefixes` names to `target`/PREFIX. Raises ImageInvalid.
 
-    `target` exists and is empty. Everything in it becomes world-readable and the caller's own.
+    `target` exists and is empty. Everything in it becomes world-readable and the caller's own. The limits are for the
+    copies, because several prefixes may name one directory, and a file may have many names.
     """
-    left_bytes = limit_bytes
+    left_bytes, left_files = limit_bytes, limit_files
     pending: list[Future[None]] = []
     with ExitStack() as stack:
         tree = stack.enter_context(open_tree(rootfs))
@@ -44,6 +44,8 @@ def publish(rootfs: Path, prefixes: Mapping[str, str], target: Path, limit_bytes
         workers = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
         for prefix, path in prefixes.items():
             for parts in _files(tree, tuple(path.strip("/").split("/")), prefix):
+                if (left_files := left_files - 1) < 0:
+                    raise ImageInvalid(f'static."{prefix}": more than {limit_files} files')
                 relative = parts[path.count("/") :]
                 copy = target.joinpath(*filter(None, prefix.split("/")), *relative)
                 left_bytes -= _copy(tree, parts, copy, left_bytes, prefix)
@@ -75,10 +77,10 @@ def _files(tree: Tree, parts: Parts, prefix: str) -> Iterator[Parts]:
 
 def _copy(tree: Tree, parts: Parts, copy: Path, limit_bytes: int, prefix: str) -> int:
     """Copy one file and return its size, 0 for one that is not a regular file and is skipped."""
-    with open(tree.open_file(parts), "rb") as source:
+    if (source := tree.open_regular(parts)) is None:
+        return 0
+    with source:
         status = os.fstat(source.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            return 0
         # A file with many hard links is copied many times.
         if status.st_size > limit_bytes:
             raise ImageInvalid(f'static."{prefix}": the files are larger than the limit for an image')

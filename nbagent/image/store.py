@@ -142,6 +142,7 @@ class ImageStore:
                 rootfs = _rootfs(staging)
                 layers = [stack.enter_context(layout.open_layer(layer)).fileno() for layer in image.layers]
                 archives.extract_layers(layers, rootfs, id_base, self._limits, self._chown)
+                layout.check_unchanged()
                 if manifest is None:
                     manifest = _find_manifest(rootfs) or oci.manifest_of(image.config, rootfs)
                 layout.discard()
@@ -274,7 +275,8 @@ class ImageStore:
         """Turns the staged tree into an image, and points `name` to it."""
         assets = staging / "static"
         assets.mkdir(0o755)
-        static.publish(staging / "rootfs", manifest.static, assets, self._limits.unpacked_bytes)
+        limits = self._limits
+        static.publish(staging / "rootfs", manifest.static, assets, limits.unpacked_bytes, limits.entries)
         _Record(digest, id_base, manifest).save(staging)
         # nginx and the slots open files below by paths that they know; a listing would show which images there are.
         staging.chmod(0o711)
@@ -371,8 +373,7 @@ def _rootfs(staging: Path) -> Path:
 
 
 def _unchanged(archive: Path, before: os.stat_result, fd: int) -> None:
-    after = os.fstat(fd)
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+    if not oci.is_unchanged(before, os.fstat(fd)):
         raise ImageInvalid(f"{archive} changed while it was read; add it again")
 
 
@@ -386,13 +387,16 @@ def _read_manifest(rootfs: Path) -> Manifest:
 
 def _find_manifest(rootfs: Path) -> Manifest | None:
     try:
-        with open_tree(rootfs) as tree, open(tree.open_file(tuple(manifests.PATH.split("/"))), "rb") as file:
-            content = file.read(manifests.MAX_BYTES + 1)
+        with open_tree(rootfs) as tree:
+            file = tree.open_regular(tuple(manifests.PATH.split("/")))
     except FileNotFoundError:
         return None
-    except (IsADirectoryError, NotInTree):
-        raise ImageInvalid(f"/{manifests.PATH} is not a file, or a link is on the way") from None
-    return manifests.parse(content)
+    except NotInTree:
+        file = None
+    if file is None:
+        raise ImageInvalid(f"/{manifests.PATH} is not a file, or a link is on the way")
+    with file:
+        return manifests.parse(file.read(manifests.MAX_BYTES + 1))
 
 
 def _try_lock(directory: Path) -> int | None:

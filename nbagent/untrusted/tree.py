@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import shutil
 import stat
@@ -28,6 +29,12 @@ _Self = TypeVar("_Self", bound="Tree")
 
 class NotInTree(OSError):
     """A component of the path is a link or not a directory, and the tree follows no links."""
+
+
+def _check(parts: Parts) -> None:
+    """Raises NotInTree unless the last component is one name; those before it were checked, or are by openat2(2)."""
+    if parts[-1:] in ((), ("",), (".",), ("..",)) or "/" in parts[-1] or "\0" in parts[-1]:
+        raise NotInTree(errno.EINVAL, "is not a name", ascii("/".join(parts)))
 
 
 class Tree:
@@ -67,6 +74,7 @@ class Tree:
             self._forget(())  # a link on the way may have been replaced
         if (cached := self._open.get(parts)) is not None:
             return cached
+        _check(parts)
         try:
             opened_fd = self._open_directory(parts, create)
         except FileNotFoundError:
@@ -92,36 +100,50 @@ class Tree:
     def create_file(self, parts: Parts, mode: int) -> int:
         """Descriptor, owned by the caller, of a new file that is open for writing. Raises OSError."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(parts[-1], flags, mode, dir_fd=self.directory_fd(parts[:-1], create=True))
+        return os.open(parts[-1], flags, mode, dir_fd=self._parent_fd(parts, create=True))
 
     def open_file(self, parts: Parts) -> int:
         """Descriptor, owned by the caller, for reading a file that is not a link. A FIFO does not block."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            return os.open(parts[-1], flags, dir_fd=self.directory_fd(parts[:-1]))
+            return os.open(parts[-1], flags, dir_fd=self._parent_fd(parts))
         except OSError as error:
             if isinstance(error, NotInTree) or error.errno != errno.ELOOP:
                 raise
             raise NotInTree(error.errno, "is a link", "/".join(parts)) from None
 
+    def open_regular(self, parts: Parts) -> Optional[io.BufferedReader]:
+        """A file, open for reading; None when it is a directory, a FIFO, a socket or a device. Raises OSError."""
+        try:
+            fd = self.open_file(parts)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # a socket
+                return None
+            raise
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            return None
+        return open(fd, "rb")
+
     def symlink(self, parts: Parts, target: str) -> None:
-        os.symlink(target, parts[-1], dir_fd=self.directory_fd(parts[:-1], create=True))
+        os.symlink(target, parts[-1], dir_fd=self._parent_fd(parts, create=True))
 
     def hard_link(self, parts: Parts, source: Parts) -> None:
         """Gives a file of the tree a second name."""
+        _check(source)
         with self.directory(source[:-1]) as source_fd:
-            parent_fd = self.directory_fd(parts[:-1], create=True)
+            parent_fd = self._parent_fd(parts, create=True)
             os.link(source[-1], parts[-1], src_dir_fd=source_fd, dst_dir_fd=parent_fd, follow_symlinks=False)
 
     def remove_file(self, parts: Parts) -> None:
         """Removes a file or link, if there is one. Raises OSError, IsADirectoryError for a directory."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(parts[-1], dir_fd=self.directory_fd(parts[:-1]))
+            os.unlink(parts[-1], dir_fd=self._parent_fd(parts))
 
     def remove(self, parts: Parts) -> None:
         """Removes a file, a link, or a directory with its content, if there is one."""
         try:
-            parent_fd = self.directory_fd(parts[:-1])
+            parent_fd = self._parent_fd(parts)
             if not stat.S_ISDIR(os.stat(parts[-1], dir_fd=parent_fd, follow_symlinks=False).st_mode):
                 os.unlink(parts[-1], dir_fd=parent_fd)
                 return
@@ -131,9 +153,13 @@ class Tree:
         # With dir_fd=, rmtree() works by descriptors and does not follow links.
         shutil.rmtree(parts[-1], dir_fd=self.directory_fd(parts[:-1]))
 
+    def _parent_fd(self, parts: Parts, *, create: bool = False) -> int:
+        _check(parts)
+        return self.directory_fd(parts[:-1], create=create)
+
     def _open_directory(self, parts: Parts, create: bool) -> int:
         if self._follow_links:
-            return open_beneath(self._open[()], "/".join(parts) or ".", self._flags)
+            return open_beneath(self._open[()], "/".join(parts), self._flags)
         try:
             return os.open(parts[-1], self._flags, dir_fd=self.directory_fd(parts[:-1], create=create))
         except OSError as error:

@@ -28,16 +28,17 @@ def create(name: str, chunks: Iterable[bytes]) -> int:
 
 
 def size(fd: int, limit_bytes: int) -> int:
-    """The size of a sealed memfd of at most `limit_bytes`.
+    """The size of a sealed memfd of at most `limit_bytes`, which is open for reading.
 
-    Raises MalformedMessage for any other descriptor, because a read of it could block, or its content could change.
+    Raises MalformedMessage for any other descriptor, because a read of it could block or fail, or its content could
+    change.
     """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
         seals = 0
-    if seals & _SEALS != _SEALS:
-        raise MalformedMessage("a descriptor is not a sealed memfd")
+    if seals & _SEALS != _SEALS or fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+        raise MalformedMessage("a descriptor is not a sealed memfd that can be read")
     size_bytes = os.fstat(fd).st_size
     if size_bytes > limit_bytes:
         raise MalformedMessage(f"{size_bytes} bytes, more than {limit_bytes}")

@@ -13,6 +13,7 @@ import websocket
 
 import product
 from archives import Archive, Layers
+from hostile import NEGATIVE_SPARSE, TARS
 from notebook import Notebook
 from testhost_driver.errors import CommandFailed
 
@@ -180,6 +181,7 @@ def test_a_hostile_image_is_refused_from_every_source(agent, images, tmp_path):
         "hard": Archive().add("x", type=tarfile.LNKTYPE, linkname="/etc/shadow"),
         "trap": Archive().add("d", type=tarfile.SYMTYPE, linkname="/etc/cron.d").add("d/owned", b"x"),
         "whiteout": Archive().add("d/.wh...", b""),
+        "sparse": NEGATIVE_SPARSE, "time": TARS["time-inf"][0], "endless": TARS["sparse-stored-2^60"][0],
     }
     for tag, archive in hostile.items():
         Layers(Cmd=["x"]).layer(archive).save(tmp_path / "hostile", tag).close()

@@ -14,9 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 TEST_TIMEOUT_S = 30
+# A run of the unit tests has the same examples each time. The profile "deep" is that of `make fuzz`.
+_COMMON = {
+    "deadline": None, "database": None, "print_blob": True, "suppress_health_check": list(hypothesis.HealthCheck),
+    # An example that fails because it waits for something takes seconds, and is small enough as it is.
+    "phases": [hypothesis.Phase.explicit, hypothesis.Phase.generate],
+}
+hypothesis.settings.register_profile("unit", max_examples=40, derandomize=True, **_COMMON)
+hypothesis.settings.register_profile("deep", max_examples=1000, **_COMMON)
+hypothesis.settings.load_profile(os.environ.get("NBAGENT_HYPOTHESIS", "unit"))
 # A thread that has been asked to end, or a socketpair that is collected, takes a moment.
 SETTLE_S = 2.0
 

@@ -21,8 +21,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from nbagent.content import download
-from nbagent.content.beneath_writer import BeneathWriter, Refused
+from nbagent.content.beneath_writer import BeneathWriter
 from nbagent.content.unpack import UnpackLimits, unpack
+from nbagent.untrusted.refusal import Refused
 
 LIMITS = UnpackLimits(1 << 20, 20)
 
