@@ -112,7 +112,7 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.DevPts("/dev/pts", TERMINALS),
             steps.Bind(f"{base}/shm".lstrip("/"), "/dev/shm", no_exec=True),
             *(steps.Link(f"/dev/{name}", to) for name, to in links),
-            steps.Bind(spec.code.lstrip("/"), CODE_PATH, read_only=True),
+            steps.SharedProgram(spec.code.lstrip("/"), CODE_PATH, f"{base}/empty".lstrip("/")),
             steps.Proc("/proc"),
             steps.Masked(MASKED_FILES, MASKED_DIRECTORIES, "dev/null"),
             steps.ReadOnly(READ_ONLY),

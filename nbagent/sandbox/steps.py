@@ -191,6 +191,25 @@ class Bind(NamedTuple):
             mount(None, self.target, None, MS_BIND | MS_REMOUNT | flags)
 
 
+class SharedProgram(NamedTuple):
+    """A program of the host, read-only, as the only layer of an overlay of the slot. A bind mount would have the host's
+    inodes, whose watches, locks and leases all slots share: a slot could count the starts of others, and flush the
+    host's file system. overlayfs without an upper layer needs a second lower one, which is an empty directory."""
+
+    source: str
+    target: str
+    empty: str
+
+    def describe(self) -> str:
+        return f"overlay {self.target}: {self.source}, read-only"
+
+    def do(self) -> None:
+        _make_directory(self.target)
+        _make_directory(self.empty)
+        options = f"lowerdir={self.source}:{self.empty},userxattr"
+        mount("overlay", self.target, "overlay", MS_RDONLY | MS_NOSUID | MS_NODEV, options)
+
+
 class DevPts(NamedTuple):
     """A new devpts instance contains only the slot's terminals. Their number is limited, because kernel.pty.max
     is one number for the whole host."""

@@ -278,7 +278,8 @@ def to_find_shared_memory_of_the_host(decoys):
 
 @attempt
 def to_use_a_network_of_the_host(decoys):
-    names = {name for _, name in socket.if_nameindex()}
+    # if_nameindex(3) needs netlink, which the filter refuses.
+    names = {line.partition(":")[0].strip() for line in text("/proc/net/dev").splitlines()[2:]}
     if names - {"lo"} - set(decoys.get("interfaces", ())):
         yield f"interfaces {sorted(names)}"
     for line in text("/proc/net/tcp").splitlines()[1:] + text("/proc/net/tcp6").splitlines()[1:]:
