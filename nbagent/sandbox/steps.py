@@ -53,6 +53,9 @@ IDS = 65536
 # The kernel's defaults for one user. units/nbagent-zygote@.service raises them for the sum of a zygote's slots.
 LOCKED_BYTES, QUEUED_BYTES = 8 << 20, 819200
 
+DEFAULT4, DEFAULT6, MULTICAST4, MULTICAST6, LINK_LOCAL6 = "0.0.0.0/0", "::/0", "224.0.0.0/4", "ff00::/8", "fe80::/10"
+NEIGHBOUR6 = "fe80::1"
+
 
 class Step(Protocol):
     """One step: `describe` is a line for an operator, `do` raises OSError when the kernel refuses a call."""
@@ -360,7 +363,10 @@ class Loopback(NamedTuple):
 class Interface(NamedTuple):
     """The slot's end of the veth pair that the host made: addresses, routes, and the limit on sending. The limit is
     at this end, because a sender whose queue is full waits, while the host could only drop packets. The slot's user
-    cannot change it without CAP_NET_ADMIN. The host's rules decide which addresses are reachable."""
+    cannot change it without CAP_NET_ADMIN. The host's rules decide which addresses are reachable.
+
+    Link-local and multicast addresses have a gateway too, although no packet passes the host's rules. Without one the
+    kernel makes an entry for each such address in its neighbour table, which is one for all network namespaces."""
 
     name: str
     addresses: List[str]
@@ -377,7 +383,13 @@ class Interface(NamedTuple):
         rtnetlink.bring_up(index)
         for address, gateway in zip(self.addresses, self.gateways):  # noqa: B905  strict= is of 3.10
             rtnetlink.add_address(index, address)
-            rtnetlink.add_default_route(index, gateway)
+            rtnetlink.add_route(index, DEFAULT6 if ":" in gateway else DEFAULT4, gateway)
+            if ":" not in gateway:
+                rtnetlink.add_route(index, MULTICAST4, gateway)
+        # A kernel without IPv6 has no neighbours either.
+        with contextlib.suppress(OSError):
+            for destination in (LINK_LOCAL6, MULTICAST6):
+                rtnetlink.add_route(index, destination, NEIGHBOUR6, rtnetlink.RT_TABLE_LOCAL)
 
 
 class Resolver(NamedTuple):
