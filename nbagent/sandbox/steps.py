@@ -255,6 +255,22 @@ class Proc(NamedTuple):
         mount("proc", self.target, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
+class NetworkSettings(NamedTuple):
+    """Settings of the slot's own network namespace. With net.core.tstamp_allow_data the kernel would queue a copy of
+    each datagram that is sent with a request for time stamps, charged to no cgroup. A kernel on which a setting is one
+    for the whole host does not have it here; the package sets those (packaging/nbagent.sysctl)."""
+
+    settings: Tuple[Tuple[str, str], ...]
+
+    def describe(self) -> str:
+        return f"in its network namespace: {', '.join('='.join(setting) for setting in self.settings)}"
+
+    def do(self) -> None:
+        for name, value in self.settings:
+            with contextlib.suppress(FileNotFoundError), open(f"/proc/sys/{name.replace('.', '/')}", "w") as file:
+                file.write(value)
+
+
 class HostProc(NamedTuple):
     """A zygote stays in the host's pid namespace, so that its slots do not end with it. The /proc of its service
     has ProtectProc=invisible, so it shows only processes that the zygote may ptrace(2)."""

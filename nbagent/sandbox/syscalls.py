@@ -87,9 +87,33 @@ OTHERWISE = errno.ENOSYS
 _SOCK_STREAM, _SOCK_DGRAM, _SOCK_SEQPACKET = 1, 2, 5
 _SOCK_FLAGS = 0o2004000  # SOCK_CLOEXEC and SOCK_NONBLOCK
 _IPPROTO_TCP, _IPPROTO_UDP = 6, 17
-_SOL_SOCKET, _SOL_IPV6 = 1, 41
-_SO_ATTACH_FILTER, _SO_ATTACH_BPF, _SO_ATTACH_REUSEPORT_CBPF, _SO_ATTACH_REUSEPORT_EBPF = 26, 50, 51, 52
-_IPV6_FLOWLABEL_MGR = 32
+_IP_RECVERR, _IPV6_RECVERR = (0, 11), (41, 25)
+# The options of sockets that programs may set, by level. Among the missing ones are those that make the kernel hold
+# memory that no cgroup is charged for: socket filters (also bounded for the whole host by net.core.bpf_jit_limit, beyond
+# which no slot can load its system call filter), copies of sent data for time stamps, notes of zero-copy sends, keys of
+# TCP-MD5 and TLS, memberships of IPv6 groups, and IPv6 flow labels, whose table is one for all network namespaces.
+OPTIONS = {
+    # SOL_SOCKET: REUSEADDR, DONTROUTE, BROADCAST, SNDBUF, RCVBUF, KEEPALIVE, OOBINLINE, PRIORITY, LINGER, REUSEPORT,
+    # PASSCRED, RCVLOWAT, SNDLOWAT, RCVTIMEO, SNDTIMEO, BINDTODEVICE, TIMESTAMP, PASSSEC, TIMESTAMPNS, RXQ_OVFL, PEEK_OFF,
+    # BUSY_POLL, MAX_PACING_RATE, INCOMING_CPU, BINDTOIFINDEX, TIMESTAMP_NEW, TIMESTAMPNS_NEW, RCVTIMEO_NEW, SNDTIMEO_NEW,
+    # PASSPIDFD
+    1: (2, 5, 6, 7, 8, 9, 10, 12, 13, 15, 16, 18, 19, 20, 21, 25, 29, 34, 35, 40, 42, 46, 47, 49, 62, 63, 64, 66, 67,
+        76),
+    # IPPROTO_IP: TOS, TTL, RECVOPTS, PKTINFO, MTU_DISCOVER, RECVTTL, RECVTOS, MTU, FREEBIND, BIND_ADDRESS_NO_PORT,
+    # MULTICAST_IF, MULTICAST_TTL, MULTICAST_LOOP, ADD_MEMBERSHIP and MCAST_JOIN_GROUP (igmp_max_memberships bounds
+    # these), DROP_MEMBERSHIP, MCAST_LEAVE_GROUP, MULTICAST_ALL, UNICAST_IF, LOCAL_PORT_RANGE
+    0: (1, 2, 6, 8, 10, 12, 13, 14, 15, 24, 32, 33, 34, 35, 36, 42, 45, 49, 50, 51),
+    # IPPROTO_TCP: NODELAY, MAXSEG, CORK, KEEPIDLE, KEEPINTVL, KEEPCNT, SYNCNT, LINGER2, DEFER_ACCEPT, WINDOW_CLAMP,
+    # QUICKACK, CONGESTION, THIN_LINEAR_TIMEOUTS, THIN_DUPACK, USER_TIMEOUT, FASTOPEN, NOTSENT_LOWAT, FASTOPEN_CONNECT,
+    # INQ, TX_DELAY
+    6: (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 18, 23, 25, 30, 36, 37),
+    # IPPROTO_UDP: CORK, SEGMENT, GRO
+    17: (1, 103, 104),
+    # IPPROTO_IPV6: UNICAST_HOPS, MULTICAST_IF, MULTICAST_HOPS, MULTICAST_LOOP, LEAVE_GROUP, MTU_DISCOVER, MTU, V6ONLY,
+    # MULTICAST_ALL, MCAST_LEAVE_GROUP, RECVPKTINFO, PKTINFO, RECVHOPLIMIT, HOPLIMIT, RECVPATHMTU, DONTFRAG, RECVTCLASS,
+    # TCLASS, AUTOFLOWLABEL, ADDR_PREFERENCES, UNICAST_IF, FREEBIND
+    41: (16, 17, 18, 19, 21, 23, 24, 26, 29, 45, 49, 50, 51, 52, 60, 62, 66, 67, 70, 72, 76, 78),
+}
 _POSIX_FADV_DONTNEED = 4
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _SECCOMP_SET_MODE_FILTER = 22, 2, 1
 
@@ -118,14 +142,13 @@ RULES: Tuple[Group, ...] = (
     # Every netlink socket, also of NETLINK_ROUTE, queues the kernel's responses up to its receive buffer, charged to no
     # cgroup: 1 KiB that is charged holds 400 KiB that is not. libzmq aborts when getifaddrs(3) fails with another errno.
     (errno.EOPNOTSUPP, (("socket", ((0, INT, _AF_NETLINK),)),)),
-    # The machine code of socket filters is charged to no cgroup, and one limit for the whole host
-    # (net.core.bpf_jit_limit) bounds it, beyond which no slot can load its system call filter. The table of IPv6 flow
-    # labels is one for all network namespaces.
-    (errno.EPERM, (
-        *(("setsockopt", ((1, INT, _SOL_SOCKET), (2, INT, option))) for option in (
-            _SO_ATTACH_FILTER, _SO_ATTACH_BPF, _SO_ATTACH_REUSEPORT_CBPF, _SO_ATTACH_REUSEPORT_EBPF)),
-        ("setsockopt", ((1, INT, _SOL_IPV6), (2, INT, _IPV6_FLOWLABEL_MGR))),
+    # The C library's resolver sets IP_RECVERR and requires success. It would queue an error for each packet, up to the
+    # receive buffer, charged to no cgroup. A connected socket reports errors without it.
+    (0, (*(("setsockopt", ((1, INT, level), (2, INT, option))) for level, option in (_IP_RECVERR, _IPV6_RECVERR)),)),
+    (None, (
+        *(("setsockopt", ((1, INT, level), (2, INT, option))) for level, options in OPTIONS.items() for option in options),
     )),
+    (errno.ENOPROTOOPT, (("setsockopt", ()),)),
     # These affect files of the host: the page cache of an image's files, which all its slots share, and the writing of
     # the host's disks. A slot's own files are in memory. Programs do not expect them to fail.
     (0, (("fadvise64", ((3, INT, _POSIX_FADV_DONTNEED),)), ("sync", ()), ("syncfs", ()))),

@@ -20,14 +20,16 @@ import socket
 import struct
 import tempfile
 import threading
+import warnings
 
 AMOUNT = 32 << 20
 LIBC = ctypes.CDLL(None, use_errno=True)
 KINDS = {}
 HELD = contextlib.ExitStack()
+warnings.simplefilter("ignore")  # of fork() in a process with threads
 CHUNK = bytes(60000)
 SOCK_OPTIONS = {"SO_ATTACH_FILTER": 26, "SO_ATTACH_REUSEPORT_CBPF": 51}
-SO_TIMESTAMPING, TX_SCHED, OPT_TSONLY, TX_ACK_SOFTWARE = 37, 1 << 8, 1 << 11, 1 << 4
+SO_TIMESTAMPING, TX_SOFTWARE, SOFTWARE, ID, TX_SCHED, OPT_TSONLY = 37, 1 << 1, 1 << 4, 1 << 7, 1 << 8, 1 << 11
 
 
 def kind(name, *arguments):
@@ -135,16 +137,36 @@ def datagrams_of_udp():
     return until_refused(fill, 8 * len(CHUNK))
 
 
-@kind("error queues of UDP")
-def error_queues_of_udp():
+def error_queues_of_udp(by_option, only_stamps):
+    flags = TX_SOFTWARE | TX_SCHED
+    options = flags | SOFTWARE | (ID | OPT_TSONLY if only_stamps else 0)
+
     def fill():
         end = open_socket(socket.AF_INET, socket.SOCK_DGRAM)
-        flags = struct.pack("I", TX_SCHED | TX_ACK_SOFTWARE)
-        end.connect(("127.0.0.1", 9))
+        end.connect(peer.getsockname())
+        if by_option:
+            end.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPING, options)
+        control = [] if by_option else [(socket.SOL_SOCKET, SO_TIMESTAMPING, struct.pack("I", flags))]
         for _ in range(8):
-            with contextlib.suppress(ConnectionRefusedError):
-                end.sendmsg([CHUNK], [(socket.SOL_SOCKET, SO_TIMESTAMPING, flags)])
-    return until_refused(fill, 8 * len(CHUNK))
+            end.sendmsg([CHUNK], control)
+        ends.append(end)
+    peer, ends = open_socket(socket.AF_INET, socket.SOCK_DGRAM), []
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that the peer's queue does not hold the data
+    peer.bind(("127.0.0.1", 0))
+    until_refused(fill, 8 * len(CHUNK))
+    # The pages of these queues are in no counter of the kernel's memory, so their sizes are read from the sockets.
+    inodes = {str(os.fstat(end.fileno()).st_ino) for end in ends}
+    with open("/proc/net/udp") as table:
+        queued = [line.split()[4].split(":")[1] for line in table if line.split()[9] in inodes]
+    held = sum(int(text, 16) for text in queued)
+    if not held:
+        raise BlockingIOError(errno.EAGAIN, "nothing was queued")
+    return held
+
+
+kind("error queues of UDP by an option", True, False)(error_queues_of_udp)
+kind("error queues of UDP by an option, time stamps only", True, True)(error_queues_of_udp)
+kind("error queues of UDP by a control message", False, False)(error_queues_of_udp)
 
 
 def streams(accepted):
@@ -196,15 +218,16 @@ def datagrams_of_unix():
 
 @kind("descriptors in flight")
 def descriptors_in_flight():
-    def fill():
-        one, _ = (HELD.enter_context(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
-        one.setblocking(False)
-        for _ in range(8):
-            with open("/dev/null") as file:
-                socket.send_fds(one, [b"x"], [file.fileno()] * 200)
-    with contextlib.suppress(OSError):
-        return until_refused(fill, 8 * 200 * 8)
-    return 0
+    taken = 0
+    with contextlib.suppress(OSError), open("/dev/null") as file:  # ETOOMANYREFS: RLIMIT_NOFILE of them for each user
+        while taken < AMOUNT:
+            one, _ = (HELD.enter_context(end) for end in socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
+            one.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    socket.send_fds(one, [b"x"], [file.fileno()] * 250)
+                    taken += 250 * 8
+    return taken
 
 
 def socket_filters(option):
@@ -238,6 +261,40 @@ def memberships_of_multicast_groups():
             group = struct.pack("=4s4si", bytes([239, 1, index >> 8 & 255, number]), bytes(4), 1)
             end.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
     return until_refused(fill, 20 << 8, 4 << 20)
+
+
+@kind("memberships of IPv6 groups")
+def memberships_of_ipv6_groups():
+    def fill():
+        end = open_socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        for number in range(300):
+            group = bytes([0xFF, 1]) + os.urandom(14) + struct.pack("=I", 1)
+            end.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group)
+    return until_refused(fill, 300 * 256, 8 << 20)
+
+
+def keys_of_tcp():
+    def fill():
+        end = HELD.enter_context(socket.socket())
+        for number in range(50):
+            address = struct.pack("=HH4s", socket.AF_INET, 0, struct.pack(">I", 0x0A000000 + number)) + bytes(120)
+            end.setsockopt(socket.IPPROTO_TCP, 14, address + struct.pack("=HHI", 0, 8, 0) + bytes(80))
+    return until_refused(fill, 50 * 200, 8 << 20)
+
+
+kind("keys of TCP-MD5")(keys_of_tcp)
+
+
+@kind("queues of errors")
+def queues_of_errors():
+    def fill():
+        end = open_socket(socket.AF_INET, socket.SOCK_DGRAM)
+        end.setsockopt(socket.IPPROTO_IP, socket.IP_RECVERR if hasattr(socket, "IP_RECVERR") else 11, 1)
+        end.connect(("127.0.0.1", 9))
+        for _ in range(500):
+            with contextlib.suppress(ConnectionRefusedError):
+                end.send(bytes(500))
+    return until_refused(fill, 500 << 10, 8 << 20)
 
 
 # --- files and descriptors ---

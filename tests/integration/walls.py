@@ -45,7 +45,9 @@ def call(number, *arguments):
 
 def refused(code):
     """Whether an errno means that the call is not permitted or not implemented, not that its arguments are invalid."""
-    return code in (errno.EPERM, errno.ENOSYS, errno.EACCES, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP)
+    return code in (
+        errno.EPERM, errno.ENOSYS, errno.EACCES, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.ENOPROTOOPT
+    )
 
 
 def text(path):
@@ -197,6 +199,21 @@ def to_make_the_kernel_compile_a_system_call_filter(decoys):
     # EFAULT is the kernel's errno for this pointer.
     if call(157, 22, 2, 8) == errno.EFAULT or call(317, 1, 0, 8) == errno.EFAULT:
         yield "seccomp"
+
+
+@attempt
+def to_queue_copies_of_sent_datagrams(decoys):
+    # On a kernel on which the setting is one for the host, a test host in a network namespace of its own lacks it.
+    if not os.path.exists("/proc/sys/net/core/tstamp_allow_data"):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end, socket.socket(end.family, end.type) as peer:
+        peer.bind(("127.0.0.1", 0))
+        end.connect(peer.getsockname())
+        # SO_TIMESTAMPING with SOF_TIMESTAMPING_TX_SCHED and _TX_SOFTWARE
+        end.sendmsg([b"x"], [(socket.SOL_SOCKET, 37, (1 << 8 | 1 << 1).to_bytes(4, "little"))])
+        with contextlib.suppress(BlockingIOError):
+            if end.recvmsg(100, 100, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT):
+                yield "by a control message"
 
 
 @attempt

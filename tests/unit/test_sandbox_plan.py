@@ -24,7 +24,7 @@ def test_the_order_of_the_steps_inside():
     assert names(plan(SPEC).inside) == [
         "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Directory", "Pivot", "Bind", "Tmpfs",
         "Devices", "DevPts", "Bind", "Link", "Link", "Link", "Link", "Link",
-        "SharedProgram", "Proc", "Masked", "ReadOnly", "Detach", "Identity", "OwnHome", "Loopback",
+        "SharedProgram", "Proc", "NetworkSettings", "Masked", "ReadOnly", "Detach", "Identity", "OwnHome", "Loopback",
     ]
 
 

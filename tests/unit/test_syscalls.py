@@ -103,10 +103,16 @@ def after_filters(expression, filters):
       for kind, protocol in ((1, 262), (2, 136), (1, 132), (6, 33), (2, 1), (2, 58), (3, 1), (3, 255), (5, 132))),
     ("libc.syscall(41, 2, 2, ctypes.c_ulong(136 | 1 << 32))", errno.EPROTONOSUPPORT),
     *((f"socket.socket(16, 3, {protocol})", errno.EOPNOTSUPP) for protocol in range(23)),
-    *((f"socket.socket(2, 2).setsockopt(1, {option}, bytes(16))", errno.EPERM) for option in (26, 50, 51, 52)),
-    ("libc.syscall(54, 0, 1, ctypes.c_ulong(26 | 1 << 32), bytes(16), 16)", errno.EPERM),
-    ("socket.socket(10, 2).setsockopt(41, 32, bytes(32))", errno.EPERM),
+    # SO_ATTACH_FILTER and its like, SO_TIMESTAMPING, SO_ZEROCOPY, TCP_MD5SIG, TCP_ULP; of IPv6 a flow label, groups.
+    *((f"socket.socket(10, {kind}).setsockopt({level}, {option}, bytes(32))", errno.ENOPROTOOPT)
+      for kind, level, option in (
+          (2, 1, 26), (2, 1, 50), (2, 1, 51), (2, 1, 52), (2, 1, 37), (2, 1, 65), (1, 1, 60), (1, 6, 14), (1, 6, 31),
+          (2, 41, 32), (2, 41, 20), (2, 41, 42), (2, 41, 46), (2, 41, 48), (2, 41, 27))),
+    ("libc.syscall(54, 0, 1, ctypes.c_ulong(26 | 1 << 32), bytes(16), 16)", errno.ENOPROTOOPT),
     ("socket.socket(2, 1).setsockopt(1, socket.SO_REUSEADDR, 1) or 0", 0),
+    ("socket.socket(2, 1).setsockopt(6, socket.TCP_NODELAY, 1) or 0", 0),
+    ("socket.socket(10, 1).setsockopt(41, socket.IPV6_V6ONLY, 1) or 0", 0),
+    ("(end := socket.socket(2, 2)).setsockopt(0, 11, 1) or end.getsockopt(0, 11)", 0),  # IP_RECVERR: no effect
     ("os.posix_fadvise(-1, 0, 0, os.POSIX_FADV_DONTNEED) or 0", 0),  # no effect
     ("os.posix_fadvise(-1, 0, 0, os.POSIX_FADV_WILLNEED) or 0", errno.EBADF),
     ("os.sync() or 0", 0),
