@@ -47,7 +47,7 @@ CODE_PATH = "/run/nbagent/lib/nbagent"
 # A tmpfs does not count inodes against its size, so their number is limited, to one for every 4 KiB of storage.
 BYTES_PER_INODE = 4096
 OPEN_FILES = 65536
-NETWORK_SETTINGS = (("net.core.tstamp_allow_data", "0"),)
+NETWORK_SETTINGS = (("net.core.tstamp_allow_data", "0"), ("net.ipv4.tcp_max_tw_buckets", "4096"))
 # The name of the slot's end of its interface.
 INTERFACE = "net0"
 PENDING_SIGNALS = 4096

@@ -207,6 +207,20 @@ def connections_that_are_not_accepted():
     return until_refused(fill, 400 << 10, AMOUNT // 2)
 
 
+@kind("connections of TCP in TIME_WAIT")
+def connections_in_time_wait():
+    server = HELD.enter_context(socket.socket())
+    server.bind(("0.0.0.0", 0))
+    server.listen(100)
+    port = server.getsockname()[1]
+    for number in range(40_000):
+        with socket.create_connection((f"127.0.0.{1 + number // 20_000}", port)) as client:
+            accepted = server.accept()[0]
+        with accepted:
+            accepted.recv(1)
+    return 40_000 * 256
+
+
 @kind("datagrams of unix")
 def datagrams_of_unix():
     def fill():

@@ -217,6 +217,13 @@ def to_queue_copies_of_sent_datagrams(decoys):
 
 
 @attempt
+def to_keep_many_connections_in_time_wait(decoys):
+    limit = text("/proc/sys/net/ipv4/tcp_max_tw_buckets")
+    if not limit or int(limit) > 4096:
+        yield f"tcp_max_tw_buckets is {limit.strip()}"
+
+
+@attempt
 def to_set_a_memory_policy(decoys):
     if not refused(call(237, 0, 4096, 0, 0, 0, 0)) or not refused(call(238, 0, 0, 0)):
         yield "mbind or set_mempolicy"
