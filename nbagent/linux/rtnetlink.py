@@ -19,8 +19,8 @@ RTM_NEWLINK, RTM_NEWADDR, RTM_NEWROUTE, RTM_NEWQDISC = 16, 20, 24, 36
 IFF_UP, IFF_NOARP = 0x1, 0x80
 LOOPBACK_INDEX = 1
 IFA_ADDRESS, IFA_LOCAL = 1, 2
-RTA_OIF, RTA_GATEWAY = 4, 5
-RT_TABLE_MAIN, RTPROT_STATIC, RTN_UNICAST, RTNH_F_ONLINK = 254, 4, 1, 4
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY = 1, 4, 5, 6
+RT_TABLE_MAIN, RT_TABLE_LOCAL, RTPROT_STATIC, RTN_UNICAST, RTNH_F_ONLINK = 254, 255, 4, 1, 4
 TCA_KIND, TCA_OPTIONS = 1, 2
 TCA_TBF_PARMS, TCA_TBF_BURST = 1, 6
 TC_H_ROOT = 0xFFFFFFFF
@@ -47,13 +47,18 @@ def add_address(index: int, address: str) -> None:
     _request(RTM_NEWADDR, NLM_F_CREATE | NLM_F_REPLACE, body, {IFA_LOCAL: packed, IFA_ADDRESS: packed})
 
 
-def add_default_route(index: int, gateway: str) -> None:
-    """Adds a default route; RTNH_F_ONLINK, because `gateway` is in no network of the interface."""
+def add_route(index: int, destination: str, gateway: str, table: int = RT_TABLE_MAIN) -> None:
+    """Adds a route to `destination`, ADDRESS/BITS; RTNH_F_ONLINK, because `gateway` is in no network of the interface.
+
+    With metric 1 it precedes the routes that the kernel makes for IPv6, whose metric is 256.
+    """
+    network, _, bits = destination.partition("/")
     family, packed = _packed(gateway)
     body = struct.pack(
-        "=BBBBBBBBI", family, 0, 0, 0, RT_TABLE_MAIN, RTPROT_STATIC, 0, RTN_UNICAST, RTNH_F_ONLINK
+        "=BBBBBBBBI", family, int(bits), 0, 0, table, RTPROT_STATIC, 0, RTN_UNICAST, RTNH_F_ONLINK
     )
-    attributes = {RTA_GATEWAY: packed, RTA_OIF: struct.pack("=I", index)}
+    attributes = {RTA_DST: _packed(network)[1], RTA_GATEWAY: packed, RTA_OIF: struct.pack("=I", index),
+                  RTA_PRIORITY: struct.pack("=I", 1)}
     _request(RTM_NEWROUTE, NLM_F_CREATE | NLM_F_REPLACE, body, attributes)
 
 

@@ -36,7 +36,8 @@ def render(address: str, names: Collection[str], servers: Collection[str], *, pr
         "no-hosts",
         "domain-needed",
         "bogus-priv",
-        "dns-forward-max=1000",
+        # A query without an answer is pending for 10 s, so that a slot can have 1,000 (rules.QUESTION_RATE).
+        "dns-forward-max=10000",
     ]
     if not private:
         # The firewall refuses packets to private addresses anyway; this also keeps those addresses from the slots.

@@ -6,7 +6,7 @@ what differs between slots is in sets, whose elements are deleted with the slot:
 
     slots4, slots6          interface and address of every open slot; packets with any other source are dropped
     connections, rates,     counters and limits of each interface, added by the rules themselves
-    questions
+    questions, asking, streams
     answers4, answers6      addresses that allowed names resolved to, added by the resolver
     guarded                 interfaces of the host on which this service enabled forwarding, for slots only
 
@@ -29,12 +29,17 @@ TABLE = "inet nbagent"
 # Written by the supervisor from its settings; read by the network service on request and at its start.
 RULES_PATH = paths.NETWORK_RULES
 # Sets whose elements begin with the name of a slot's interface. The rules themselves fill the counted ones.
-COUNTED = ("connections", "rates", "questions")
+COUNTED = ("connections", "rates", "questions", "asking", "streams")
 PER_SLOT = ("slots4", "slots6", *COUNTED)
 # An address that an allowed name resolved to stays reachable for this long after the last query.
 ANSWER_LIFE = "1d"
 # Queries to the resolver, a second and slot. A connection needs two (A and AAAA).
-QUESTION_RATE = 200
+QUESTION_RATE = 100
+# Source ports of a slot's queries that are in the host's connection tracking, where UDP stays for 30 s. The rate alone
+# would permit 3,000, so that twenty slots could fill the table of a host with 65,536 entries.
+ASKING = 1000
+# TCP connections of a slot to the resolver, because dnsmasq serves 20 at a time (MAX_PROCS).
+STREAMS = 2
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,8 @@ def render(rules: Rules) -> str:
             "resolver": gateway(rules.range4),
             "connections": rules.connections,
             "rate": f"{rules.connection_rate}/second burst {2 * rules.connection_rate}",
+            "asking": ASKING,
+            "streams": STREAMS,
             "questions": f"{QUESTION_RATE}/second burst {2 * QUESTION_RATE}",
             "rest": _CLOSED if rules.closed else "goto counted",
         }
@@ -110,6 +117,8 @@ table {TABLE} {{
     set connections {{ type ifname; size 65536; flags dynamic; }}
     set rates {{ type ifname; size 65536; flags dynamic; }}
     set questions {{ type ifname; size 65536; flags dynamic; }}
+    set asking {{ type ifname; size 65536; flags dynamic; }}
+    set streams {{ type ifname; size 65536; flags dynamic; }}
     set guarded {{ type ifname; }}
 }}
 """
@@ -120,6 +129,14 @@ _CLOSED = """ip daddr @answers4 goto counted
 
 _CHAINS = """\
 table inet nbagent {
+    # Connection tracking (priority -200) reassembles fragments first, at priority -400, in one memory for all senders
+    # (net.ipv4.ipfrag_high_thresh, 4 MiB). So fragments of slots are dropped before that.
+    chain fragments {
+        type filter hook prerouting priority -450; policy accept;
+        iifname %(slots)s ip frag-off & 0x3fff != 0 drop
+        iifname %(slots)s exthdr frag exists drop
+    }
+
     # Priority raw comes before connection tracking, so that a packet with a forged source address, or from an
     # interface that is not open, creates no conntrack entry.
     chain arrival {
@@ -177,12 +194,19 @@ table inet nbagent {
     }
     chain host {
         ip daddr %(resolver)s udp dport 53 goto question
-        ip daddr %(resolver)s tcp dport 53 goto question
+        ip daddr %(resolver)s tcp dport 53 goto stream
         goto refused
     }
     chain question {
-        ct state established accept
+        # Every packet counts, because one source port can carry any number of queries.
         update @questions { iifname limit rate over %(questions)s packets } goto refused
+        ct state established accept
+        add @asking { iifname ct count over %(asking)d } goto refused
+        accept
+    }
+    chain stream {
+        ct state established accept
+        add @streams { iifname ct count over %(streams)d } goto refused
         accept
     }
     # The host opens no connection to a slot, and sends no multicast or discovery packets to it.

@@ -47,6 +47,7 @@ CODE_PATH = "/run/nbagent/lib/nbagent"
 # A tmpfs does not count inodes against its size, so their number is limited, to one for every 4 KiB of storage.
 BYTES_PER_INODE = 4096
 OPEN_FILES = 65536
+NETWORK_SETTINGS = (("net.core.tstamp_allow_data", "0"), ("net.ipv4.tcp_max_tw_buckets", "4096"))
 # The name of the slot's end of its interface.
 INTERFACE = "net0"
 PENDING_SIGNALS = 4096
@@ -112,8 +113,9 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.DevPts("/dev/pts", TERMINALS),
             steps.Bind(f"{base}/shm".lstrip("/"), "/dev/shm", no_exec=True),
             *(steps.Link(f"/dev/{name}", to) for name, to in links),
-            steps.Bind(spec.code.lstrip("/"), CODE_PATH, read_only=True),
+            steps.SharedProgram(spec.code.lstrip("/"), CODE_PATH, f"{base}/empty".lstrip("/")),
             steps.Proc("/proc"),
+            steps.NetworkSettings(NETWORK_SETTINGS),
             steps.Masked(MASKED_FILES, MASKED_DIRECTORIES, "dev/null"),
             steps.ReadOnly(READ_ONLY),
             steps.Detach(),

@@ -53,6 +53,9 @@ IDS = 65536
 # The kernel's defaults for one user. units/nbagent-zygote@.service raises them for the sum of a zygote's slots.
 LOCKED_BYTES, QUEUED_BYTES = 8 << 20, 819200
 
+DEFAULT4, DEFAULT6, MULTICAST4, MULTICAST6, LINK_LOCAL6 = "0.0.0.0/0", "::/0", "224.0.0.0/4", "ff00::/8", "fe80::/10"
+NEIGHBOUR6 = "fe80::1"
+
 
 class Step(Protocol):
     """One step: `describe` is a line for an operator, `do` raises OSError when the kernel refuses a call."""
@@ -191,6 +194,25 @@ class Bind(NamedTuple):
             mount(None, self.target, None, MS_BIND | MS_REMOUNT | flags)
 
 
+class SharedProgram(NamedTuple):
+    """A program of the host, read-only, as the only layer of an overlay of the slot. A bind mount would have the host's
+    inodes, whose watches, locks and leases all slots share: a slot could count the starts of others, and flush the
+    host's file system. overlayfs without an upper layer needs a second lower one, which is an empty directory."""
+
+    source: str
+    target: str
+    empty: str
+
+    def describe(self) -> str:
+        return f"overlay {self.target}: {self.source}, read-only"
+
+    def do(self) -> None:
+        _make_directory(self.target)
+        _make_directory(self.empty)
+        options = f"lowerdir={self.source}:{self.empty},userxattr"
+        mount("overlay", self.target, "overlay", MS_RDONLY | MS_NOSUID | MS_NODEV, options)
+
+
 class DevPts(NamedTuple):
     """A new devpts instance contains only the slot's terminals. Their number is limited, because kernel.pty.max
     is one number for the whole host."""
@@ -231,6 +253,23 @@ class Proc(NamedTuple):
     def do(self) -> None:
         _make_directory(self.target)
         mount("proc", self.target, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+
+
+class NetworkSettings(NamedTuple):
+    """Settings of the slot's own network namespace. With net.core.tstamp_allow_data the kernel would queue a copy of
+    each datagram that is sent with a request for time stamps, charged to no cgroup, as connections in TIME_WAIT are,
+    whose number net.ipv4.tcp_max_tw_buckets limits. A kernel on which a setting is one for the whole host does not have
+    it here; the package sets those (packaging/nbagent.sysctl)."""
+
+    settings: Tuple[Tuple[str, str], ...]
+
+    def describe(self) -> str:
+        return f"in its network namespace: {', '.join('='.join(setting) for setting in self.settings)}"
+
+    def do(self) -> None:
+        for name, value in self.settings:
+            with contextlib.suppress(FileNotFoundError), open(f"/proc/sys/{name.replace('.', '/')}", "w") as file:
+                file.write(value)
 
 
 class HostProc(NamedTuple):
@@ -341,7 +380,10 @@ class Loopback(NamedTuple):
 class Interface(NamedTuple):
     """The slot's end of the veth pair that the host made: addresses, routes, and the limit on sending. The limit is
     at this end, because a sender whose queue is full waits, while the host could only drop packets. The slot's user
-    cannot change it without CAP_NET_ADMIN. The host's rules decide which addresses are reachable."""
+    cannot change it without CAP_NET_ADMIN. The host's rules decide which addresses are reachable.
+
+    Link-local and multicast addresses have a gateway too, although no packet passes the host's rules. Without one the
+    kernel makes an entry for each such address in its neighbour table, which is one for all network namespaces."""
 
     name: str
     addresses: List[str]
@@ -358,7 +400,13 @@ class Interface(NamedTuple):
         rtnetlink.bring_up(index)
         for address, gateway in zip(self.addresses, self.gateways):  # noqa: B905  strict= is of 3.10
             rtnetlink.add_address(index, address)
-            rtnetlink.add_default_route(index, gateway)
+            rtnetlink.add_route(index, DEFAULT6 if ":" in gateway else DEFAULT4, gateway)
+            if ":" not in gateway:
+                rtnetlink.add_route(index, MULTICAST4, gateway)
+        # A kernel without IPv6 has no neighbours either.
+        with contextlib.suppress(OSError):
+            for destination in (LINK_LOCAL6, MULTICAST6):
+                rtnetlink.add_route(index, destination, NEIGHBOUR6, rtnetlink.RT_TABLE_LOCAL)
 
 
 class Resolver(NamedTuple):

@@ -13,6 +13,11 @@ Standard library only; the supervisor compiles the filter.
 from __future__ import annotations
 
 import errno
+from typing import Tuple
+
+from nbagent.linux.seccomp import Conditions, Group
+
+INT = 0xFFFFFFFF
 
 ALLOWED = """
     accept accept4 access adjtimex alarm arch_prctl bind brk capget capset chdir chmod chown
@@ -26,7 +31,7 @@ ALLOWED = """
     getsid getsockname getsockopt gettid gettimeofday getuid getxattr inotify_add_watch inotify_init
     inotify_init1 inotify_rm_watch ioctl ioprio_get
     ioprio_set kill landlock_add_rule landlock_create_ruleset landlock_restrict_self lchown lgetxattr link
-    linkat listen listxattr llistxattr lremovexattr lseek lsetxattr lstat madvise mbind membarrier memfd_create
+    linkat listen listxattr llistxattr lremovexattr lseek lsetxattr lstat madvise membarrier memfd_create
     memfd_secret mincore mkdir mkdirat mknod mknodat mlock mlock2 mlockall mmap mprotect mq_getsetattr mq_notify
     mq_open mq_timedreceive mq_timedsend mq_unlink mremap msgctl msgget msgrcv msgsnd msync munlock
     munlockall munmap nanosleep newfstatat open openat openat2 pause pidfd_getfd pidfd_open pidfd_send_signal
@@ -37,10 +42,10 @@ ALLOWED = """
     rt_sigsuspend rt_sigtimedwait rt_tgsigqueueinfo sched_get_priority_max sched_get_priority_min
     sched_getaffinity sched_getattr sched_getparam sched_getscheduler sched_rr_get_interval sched_setaffinity
     sched_setattr sched_setparam sched_setscheduler sched_yield seccomp select semctl semget semop semtimedop
-    sendfile sendmmsg sendmsg sendto set_mempolicy set_robust_list set_thread_area set_tid_address setfsgid
+    sendfile sendmmsg sendmsg sendto set_robust_list set_thread_area set_tid_address setfsgid
     setfsuid setgid setgroups setitimer setpgid setpriority setregid setresgid setresuid setreuid
     setsid setsockopt setuid setxattr shmat shmctl shmdt shmget shutdown sigaltstack signalfd signalfd4
-    socketpair splice stat statfs statx symlink symlinkat sync sync_file_range syncfs sysinfo tee tgkill time
+    splice stat statfs statx symlink symlinkat sync sync_file_range syncfs sysinfo tee tgkill time
     timer_create timer_delete timer_getoverrun timer_gettime timer_settime timerfd_create timerfd_gettime
     timerfd_settime times tkill truncate umask uname unlink unlinkat utime utimensat utimes vfork wait4 waitid
     write writev
@@ -52,10 +57,10 @@ ALLOWED = """
 REFUSED = dict.fromkeys(
     """
     acct add_key bpf chroot delete_module fanotify_init finit_module fsconfig fsmount fsopen fspick init_module
-    ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie mount mount_setattr move_mount
-    move_pages migrate_pages name_to_handle_at open_by_handle_at open_tree perf_event_open pivot_root quotactl
-    reboot request_key sethostname setdomainname setns settimeofday clock_settime swapoff swapon syslog umount2
-    unshare userfaultfd vhangup vmsplice
+    ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie mbind mount mount_setattr
+    move_mount move_pages migrate_pages name_to_handle_at open_by_handle_at open_tree perf_event_open pivot_root quotactl
+    reboot request_key set_mempolicy sethostname setdomainname setns settimeofday clock_settime swapoff swapon syslog
+    umount2 unshare userfaultfd vhangup vmsplice
     """.split(),
     errno.EPERM,
 )
@@ -68,7 +73,8 @@ _NOT_CORE = tuple(sorted({*range(_RLIMITS)} - {_RLIMIT_CORE}))
 # personality(2) may query, and set PER_LINUX, PER_LINUX32 and UNAME26 (setarch(8)). RLIMIT_CORE cannot be changed:
 # prlimit(2) may query it, with a null pointer in place of the new limit.
 EQUAL = {
-    ("socket", 0): (_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK),
+    ("socket", 0): (_AF_UNIX, _AF_INET, _AF_INET6),
+    ("socketpair", 0): (_AF_UNIX,),
     ("personality", 0): (0, 8, _UNAME26, _UNAME26 | 8, 0xFFFFFFFF),
     ("setrlimit", 0): _NOT_CORE,
     ("prlimit64", 1): _NOT_CORE,
@@ -77,6 +83,84 @@ EQUAL = {
 # Permitted only when the first argument has none of these bits: the CLONE_NEW* flags of clone(2).
 WITHOUT = {"clone": 0x7E020000}
 OTHERWISE = errno.ENOSYS
+
+_SOCK_STREAM, _SOCK_DGRAM, _SOCK_SEQPACKET = 1, 2, 5
+_SOCK_FLAGS = 0o2004000  # SOCK_CLOEXEC and SOCK_NONBLOCK
+_IPPROTO_TCP, _IPPROTO_UDP = 6, 17
+_IP_RECVERR, _IPV6_RECVERR = (0, 11), (41, 25)
+# The options of sockets that programs may set, by level. Among the missing ones are those that make the kernel hold
+# memory that no cgroup is charged for: socket filters (also bounded for the whole host by net.core.bpf_jit_limit, beyond
+# which no slot can load its system call filter), copies of sent data for time stamps, notes of zero-copy sends, keys of
+# TCP-MD5 and TLS, memberships of IPv6 groups, and IPv6 flow labels, whose table is one for all network namespaces.
+OPTIONS = {
+    # SOL_SOCKET: REUSEADDR, DONTROUTE, BROADCAST, SNDBUF, RCVBUF, KEEPALIVE, OOBINLINE, PRIORITY, LINGER, REUSEPORT,
+    # PASSCRED, RCVLOWAT, SNDLOWAT, RCVTIMEO, SNDTIMEO, BINDTODEVICE, TIMESTAMP, PASSSEC, TIMESTAMPNS, RXQ_OVFL, PEEK_OFF,
+    # BUSY_POLL, MAX_PACING_RATE, INCOMING_CPU, BINDTOIFINDEX, TIMESTAMP_NEW, TIMESTAMPNS_NEW, RCVTIMEO_NEW, SNDTIMEO_NEW,
+    # PASSPIDFD
+    1: (2, 5, 6, 7, 8, 9, 10, 12, 13, 15, 16, 18, 19, 20, 21, 25, 29, 34, 35, 40, 42, 46, 47, 49, 62, 63, 64, 66, 67,
+        76),
+    # IPPROTO_IP: TOS, TTL, RECVOPTS, PKTINFO, MTU_DISCOVER, RECVTTL, RECVTOS, MTU, FREEBIND, BIND_ADDRESS_NO_PORT,
+    # MULTICAST_IF, MULTICAST_TTL, MULTICAST_LOOP, ADD_MEMBERSHIP and MCAST_JOIN_GROUP (igmp_max_memberships bounds
+    # these), DROP_MEMBERSHIP, MCAST_LEAVE_GROUP, MULTICAST_ALL, UNICAST_IF, LOCAL_PORT_RANGE
+    0: (1, 2, 6, 8, 10, 12, 13, 14, 15, 24, 32, 33, 34, 35, 36, 42, 45, 49, 50, 51),
+    # IPPROTO_TCP: NODELAY, MAXSEG, CORK, KEEPIDLE, KEEPINTVL, KEEPCNT, SYNCNT, LINGER2, DEFER_ACCEPT, WINDOW_CLAMP,
+    # QUICKACK, CONGESTION, THIN_LINEAR_TIMEOUTS, THIN_DUPACK, USER_TIMEOUT, FASTOPEN, NOTSENT_LOWAT, FASTOPEN_CONNECT,
+    # INQ, TX_DELAY
+    6: (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 18, 23, 25, 30, 36, 37),
+    # IPPROTO_UDP: CORK, SEGMENT, GRO
+    17: (1, 103, 104),
+    # IPPROTO_IPV6: UNICAST_HOPS, MULTICAST_IF, MULTICAST_HOPS, MULTICAST_LOOP, LEAVE_GROUP, MTU_DISCOVER, MTU, V6ONLY,
+    # MULTICAST_ALL, MCAST_LEAVE_GROUP, RECVPKTINFO, PKTINFO, RECVHOPLIMIT, HOPLIMIT, RECVPATHMTU, DONTFRAG, RECVTCLASS,
+    # TCLASS, AUTOFLOWLABEL, ADDR_PREFERENCES, UNICAST_IF, FREEBIND
+    41: (16, 17, 18, 19, 21, 23, 24, 26, 29, 45, 49, 50, 51, 52, 60, 62, 66, 67, 70, 72, 76, 78),
+}
+_POSIX_FADV_DONTNEED = 4
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _SECCOMP_SET_MODE_FILTER = 22, 2, 1
+
+
+def _socket(family: int, kind: int, protocol: int) -> Conditions:
+    return ((0, INT, family), (1, INT & ~_SOCK_FLAGS, kind), (2, INT, protocol))
+
+
+# Groups of rules that precede the lists above; the first group that has a rule for a call decides: it fails with this
+# errno, or "returns 0" without an effect, or with None the lists above decide. The kernel uses the lower 32 bits of
+# each of these arguments.
+RULES: Tuple[Group, ...] = (
+    # Sockets of other protocols hold memory that no cgroup is charged for, and are more code of the kernel.
+    (None, (
+        *(("socket", _socket(_AF_UNIX, kind, 0)) for kind in (_SOCK_STREAM, _SOCK_DGRAM, _SOCK_SEQPACKET)),
+        *(("socketpair", _socket(_AF_UNIX, kind, 0)) for kind in (_SOCK_STREAM, _SOCK_DGRAM, _SOCK_SEQPACKET)),
+        *(("socket", _socket(family, _SOCK_STREAM, protocol))
+          for family in (_AF_INET, _AF_INET6) for protocol in (0, _IPPROTO_TCP)),
+        *(("socket", _socket(family, _SOCK_DGRAM, protocol))
+          for family in (_AF_INET, _AF_INET6) for protocol in (0, _IPPROTO_UDP)),
+    )),
+    (errno.EPROTONOSUPPORT, (
+        *(("socket", ((0, INT, family),)) for family in (_AF_UNIX, _AF_INET, _AF_INET6)),
+        ("socketpair", ((0, INT, _AF_UNIX),)),
+    )),
+    # Every netlink socket, also of NETLINK_ROUTE, queues the kernel's responses up to its receive buffer, charged to no
+    # cgroup: 1 KiB that is charged holds 400 KiB that is not. libzmq aborts when getifaddrs(3) fails with another errno.
+    (errno.EOPNOTSUPP, (("socket", ((0, INT, _AF_NETLINK),)),)),
+    # The C library's resolver sets IP_RECVERR and requires success. It would queue an error for each packet, up to the
+    # receive buffer, charged to no cgroup. A connected socket reports errors without it.
+    (0, (*(("setsockopt", ((1, INT, level), (2, INT, option))) for level, option in (_IP_RECVERR, _IPV6_RECVERR)),)),
+    (None, (
+        *(("setsockopt", ((1, INT, level), (2, INT, option))) for level, options in OPTIONS.items() for option in options),
+    )),
+    (errno.ENOPROTOOPT, (("setsockopt", ()),)),
+    # These affect files of the host: the page cache of an image's files, which all its slots share, and the writing of
+    # the host's disks. A slot's own files are in memory. Programs do not expect them to fail.
+    (0, (("fadvise64", ((3, INT, _POSIX_FADV_DONTNEED),)), ("sync", ()), ("syncfs", ()))),
+)
+# For the processes of a slot, but not for a zygote, whose children load a second filter: no further filter, because its
+# machine code is bounded by net.core.bpf_jit_limit too. EINVAL is the errno of a kernel without CONFIG_SECCOMP_FILTER.
+LAST_FILTER: Tuple[Group, ...] = (
+    (errno.EINVAL, (
+        ("prctl", ((0, INT, _PR_SET_SECCOMP), (1, INT, _SECCOMP_MODE_FILTER))),
+        ("seccomp", ((0, INT, _SECCOMP_SET_MODE_FILTER),)),
+    )),
+)
 
 # Permitted in addition by a zygote's own filter; the processes that it forks load a second filter, which refuses it.
 FORKING = ("setns",)

@@ -86,7 +86,8 @@ class Launcher(Protocol):
 def syscall_filter() -> str:
     """The slots' seccomp program, in base64; compiled once."""
     program = seccomp.compile_filter(
-        syscalls.ALLOWED, syscalls.REFUSED, syscalls.OTHERWISE, syscalls.EQUAL, syscalls.WITHOUT
+        syscalls.ALLOWED, syscalls.REFUSED, syscalls.OTHERWISE, syscalls.EQUAL, syscalls.WITHOUT,
+        [*syscalls.LAST_FILTER, *syscalls.RULES],
     )
     return base64.b64encode(program).decode()
 
@@ -96,7 +97,8 @@ def forking_filter() -> str:
     """The seccomp program of zygotes, in base64; compiled once."""
     refused = {name: errno for name, errno in syscalls.REFUSED.items() if name not in syscalls.FORKING}
     program = seccomp.compile_filter(
-        [*syscalls.ALLOWED, *syscalls.FORKING], refused, syscalls.OTHERWISE, syscalls.EQUAL, syscalls.WITHOUT
+        [*syscalls.ALLOWED, *syscalls.FORKING], refused, syscalls.OTHERWISE, syscalls.EQUAL, syscalls.WITHOUT,
+        syscalls.RULES,
     )
     return base64.b64encode(program).decode()
 
@@ -105,7 +107,7 @@ def forking_filter() -> str:
 def forked_filter() -> str:
     """The filter of a zygote's children beside the zygote's, in base64; compiled once. Both together are the slots'."""
     refused = {name: syscalls.REFUSED[name] for name in syscalls.FORKING}
-    return base64.b64encode(seccomp.compile_filter([], refused, 0, {}, {})).decode()
+    return base64.b64encode(seccomp.compile_filter([], refused, 0, {}, {}, syscalls.LAST_FILTER)).decode()
 
 
 def sandbox_spec(

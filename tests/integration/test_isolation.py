@@ -153,6 +153,126 @@ def test_a_slot_reaches_nothing_of_another_slot(agent, decoys):
         assert tried(neighbour, sought | {"file": "/dev/shm/decoy"}) == {}
 
 
+# Defined in the kernels of two slots.
+INODES = r"""
+import ctypes, fcntl, json, os, struct
+libc = ctypes.CDLL(None)
+PATHS = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "ptmx", "shm", "pts")] + [
+    "/", "/dev", "/etc", "/etc/os-release", "/etc/passwd", "/tmp", "/proc", "/proc/sys", "/proc/fs", "/proc/version",
+    os.path.realpath("/usr/bin/python3"), os.path.dirname(os.__file__), os.__file__, "/run/nbagent/lib/nbagent",
+    "/run/nbagent/lib/nbagent/core", "/run/nbagent/lib/nbagent/core/model.py",
+]
+def watch():
+    global watches, names
+    watches = libc.inotify_init1(os.O_NONBLOCK)
+    names = {libc.inotify_add_watch(watches, path.encode(), 0xfff): path for path in PATHS}
+def seen():
+    found = set()
+    try:
+        while True:
+            data = os.read(watches, 1 << 16)
+            while data:
+                watch, _, _, length = struct.unpack_from("iIII", data)
+                found.add(names[watch])
+                data = data[16 + length:]
+    except BlockingIOError:
+        return sorted(found)
+def opened():
+    for path in PATHS:
+        os.close(os.open(path, os.O_RDONLY))
+held = []
+def locked():
+    refused = []
+    for path in PATHS:
+        held.append(os.open(path, os.O_RDONLY))
+        try:
+            fcntl.flock(held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            refused.append(path)
+    return sorted(refused)
+def leased():
+    taken = []
+    for path in ("/etc/os-release", os.__file__, "/run/nbagent/lib/nbagent/core/model.py"):
+        held.append(os.open(path, os.O_RDONLY))
+        try:
+            fcntl.fcntl(held[-1], fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            taken.append(path)
+        except OSError:
+            pass
+    return taken
+"""
+# Bound from the /dev of the zygote's unit, because only root of the host makes device files: packaging/docs/security.md.
+SHARED_DEVICES = ["/dev/full", "/dev/null", "/dev/random", "/dev/urandom", "/dev/zero"]
+
+
+def test_slots_share_no_inodes_but_those_of_devices(agent):
+    def evaluate(kernel, code):
+        result = kernel.run(code)
+        assert result.status == "ok", result
+        return json.loads(result.stream) if result.stream else None
+
+    agent.wait_warm()
+    with agent.open().kernel() as one, agent.open().kernel() as other:
+        for kernel in (one, other):
+            evaluate(kernel, INODES)
+        evaluate(one, "watch(); opened()")
+        own = evaluate(one, "print(json.dumps(seen()))")
+        evaluate(other, "opened()")
+        # The host's own devices are others than those of the zygote's unit.
+        agent.run("sh", "-c", "head -qc1 /dev/null /dev/zero /usr/lib/python3/dist-packages/nbagent/core/model.py")
+        assert evaluate(one, "print(json.dumps(seen()))") == SHARED_DEVICES
+        assert len(own) >= len(SHARED_DEVICES) + 10  # so the watches work
+        assert evaluate(one, "print(json.dumps(locked()))") == []
+        assert evaluate(other, "print(json.dumps(locked()))") == SHARED_DEVICES
+        assert evaluate(one, "print(json.dumps(leased()))") == []
+
+
+# Each process of a slot, by its role, and what another process of the same user can do to it.
+INSPECT = r"""
+import ctypes, json, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+class Vector(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+def memory(pid, address):
+    buffer = ctypes.create_string_buffer(8)
+    local, remote = (Vector(at, 8) for at in (ctypes.addressof(buffer), address))
+    return libc.process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0) == 8
+def descriptor(pid):
+    fd = libc.syscall(434, pid, 0)
+    taken = libc.syscall(438, fd, 0, 0)
+    if taken >= 0:
+        os.close(taken)
+    os.close(fd)
+    return taken >= 0
+def traced(pid):
+    # PTRACE_SEIZE; the end of this process detaches it.
+    return libc.ptrace(0x4206, pid, None, None) == 0
+def able(pid, address):
+    child = os.fork()
+    if child == 0:
+        found = [memory(pid, address), descriptor(pid), traced(pid)]
+        os._exit(sum(bit << number for number, bit in enumerate(found)))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return [name for number, name in enumerate(("memory", "descriptors", "ptrace")) if status & 1 << number]
+address = id(sys)
+init, fork_server, server, *_ = sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+print(json.dumps({
+    "init": able(1, address), "fork server": able(fork_server, address), "server": able(server, address),
+    "kernel": able(os.getpid(), address),
+}))
+"""
+
+
+def test_processes_of_a_slot_trace_each_other_but_not_init_and_the_fork_server(agent):
+    """Server and kernels run the code of one user with one id; init and the fork server are not dumpable."""
+    with agent.open().kernel() as kernel:
+        result = kernel.run(f"import warnings\nwarnings.simplefilter('ignore')\n{INSPECT}")
+        assert result.status == "ok", result
+        found = json.loads(result.stream)
+    both = ["memory", "descriptors", "ptrace"]
+    assert found == {"init": [], "fork server": [], "server": both, "kernel": both}
+
+
 EVIL = r"""
 set -eu
 mkdir -p /root/evil/etc /root/evil/home/jovyan /root/evil/tmp /root/evil/proc /root/evil/dev /root/evil/run
@@ -200,7 +320,7 @@ def test_a_malicious_image_is_isolated(agent, decoys):
     # A zygote has the privileges that forking a slot needs, and no others: packaging/docs/security.md.
     assert through[True] == {
         "to_be_root_of_the_slot": "uid 0, gid 0, groups []", "to_hold_a_capability": "CapPrm:\t00000000002401c0",
-        "to_make_a_system_call_that_nobody_needs": "setns",
+        "to_make_a_system_call_that_nobody_needs": "setns", "to_make_the_kernel_compile_a_system_call_filter": "seccomp",
     }
 
 

@@ -91,7 +91,8 @@ sysctl -qw net.ipv6.conf.all.forwarding=1
 echo nameserver 5.5.5.2 > /etc/resolv.conf
 systemd-run -q --unit=internet-dns ip netns exec internet dnsmasq -k --no-resolv --no-hosts --listen-address=5.5.5.2 \\
     --bind-interfaces --pid-file= --address=/public.example/{PUBLIC4} --address=/public.example/{PUBLIC6} \\
-    --address=/other.example/{OTHER4} --address=/inside.example/10.1.2.3
+    --address=/other.example/{OTHER4} --address=/inside.example/10.1.2.3 --address=/meta.example/169.254.169.254 \\
+    --address=/meta.example/fd00:ec2::254 --address=/mapped.example/::ffff:10.1.2.3
 systemd-run -q --unit=internet-server ip netns exec internet python3 -c "$1"
 systemd-run -q --unit=host-server python3 -m http.server 7777 --bind ::
 """
@@ -298,7 +299,8 @@ def test_a_claim_without_a_network_removes_the_warm_slots_interface(internet):
     internet.wait_warm()
     plain = Slot(internet)
     assert plain.addresses()  # a warm slot has an interface until it is claimed
-    internet.wait(lambda: plain.eval("[name for _, name in socket.if_nameindex()]") == ["lo"], "its removal")
+    names = "[line.partition(':')[0].strip() for line in open('/proc/net/dev').readlines()[2:]]"
+    internet.wait(lambda: plain.eval(names) == ["lo"], "its removal")
     assert alias(internet, plain.id) == ""
     results = plain.reach(PUBLIC4, "198.18.0.1", "10.1.2.3")
     assert {what for what, _ in results.values()} == {"OSError [Errno 101] Network is unreachable"}
@@ -456,6 +458,151 @@ def test_only_and_also_settings_define_the_reachable_addresses(slot):
     assert refused_at_once(slot.reach("203.0.113.5", "172.16.5.4"))
     reconfigure(slot, "", "inside.example", [])
     assert refused_at_once(slot.reach("10.1.2.3"))
+
+
+def test_a_name_of_the_allow_list_opens_no_private_address(slot):
+    """DNS rebinding: an allowed name resolves to a private address or a metadata service."""
+    names = ("inside.example", "meta.example", "mapped.example")
+    only = f"only = {json.dumps(['other.example', *names])}\n"
+    reconfigure(slot, only, "other.example", [OTHER4])
+    try:
+        assert slot.eval(f"names(*{names!r})") == {name: [] for name in names}
+        # An answer that the resolver did not drop would open no private address either.
+        slot.agent.run("nft", "add", "element", "inet", "nbagent", "answers4", "{ 10.1.2.3, 169.254.169.254 }")
+        slot.agent.run("nft", "add", "element", "inet", "nbagent", "answers6", "{ fd00:ec2::254 }")
+        results = slot.reach("10.1.2.3", "169.254.169.254", "fd00:ec2::254")
+        assert refused_at_once(results), results
+        assert connected(slot.reach(OTHER4))
+    finally:
+        reconfigure(slot, "", "public.example", [PUBLIC6, PUBLIC4])
+
+
+# Sends a datagram to each of 200 addresses in ranges that are on-link or multicast, by destination and by interface.
+SCATTER = """
+import struct
+def scatter():
+    ranges = ((10, "fe80::{:x}"), (10, "ff02::1:{:x}"), (10, "2606::{:x}"), (2, "224.1.2.{}"), (2, "239.0.0.{}"),
+              (2, "169.254.3.{}"), (2, "198.18.7.{}"), (2, "8.8.4.{}"))
+    index = {name: number for number, name in enumerate(("lo", "net0"), 1)}["net0"]
+    for line in open("/proc/net/if_inet6"):
+        if line.split()[-1] == "net0":
+            index = int(line.split()[1], 16)
+    for family, form in ranges:
+        with socket.socket(family, socket.SOCK_DGRAM) as udp:
+            for number in range(1, 201):
+                to = form.format(number)
+                for send in ((lambda: udp.sendto(b"x", (to, 9))),
+                             (lambda: udp.sendto(b"x", (to, 9, 0, index)) if family == 10 else udp.sendmsg(
+                                 [b"x"], [(0, 8, struct.pack("=i8x", index))], 0, (to, 9)))):
+                    try:
+                        send()
+                    except OSError:
+                        pass
+    return index
+"""
+
+
+def neighbours(agent, slot):
+    """The number of entries that a slot has in the kernel's neighbour tables."""
+    inside = ["nsenter", f"--target={agent.processes(slot)[0]}", "--net", "ip"]
+    return sum(len(agent.run(*inside, family, "neigh", "show", "nud", "all").splitlines()) for family in ("-4", "-6"))
+
+
+def test_a_slot_does_not_fill_the_hosts_neighbour_tables(internet, slot):
+    internet.wait_warm()
+    plain = Slot(internet, network="none")
+    for one in (slot, plain):
+        assert one.kernel.run(SCATTER).status == "ok"
+        before = neighbours(internet, one.id)
+        one.eval("scatter()")
+        # The gateways, the loopback addresses, and one for all link-local and multicast addresses.
+        assert neighbours(internet, one.id) <= before + 6
+    plain.release()
+    # Without the routes to link-local and multicast addresses there is an entry for each address.
+    inside = ["nsenter", f"--target={internet.processes(slot.id)[0]}", "--net", "ip"]
+    for route in ("-4 route del 224.0.0.0/4", "-6 route del fe80::/10 table local",
+                  "-6 route del ff00::/8 table local metric 1"):
+        internet.run(*inside, *route.split())
+    slot.eval("scatter()")
+    assert neighbours(internet, slot.id) > 500
+
+
+def reassembled(agent):
+    """Fragments that the host began to reassemble, IPv4 and IPv6."""
+    lines = agent.run("cat", "/proc/net/snmp", "/proc/net/snmp6").splitlines()
+    names, values = (line.split() for line in lines if line.startswith("Ip:"))
+    six = next(int(line.split()[1]) for line in lines if line.startswith("Ip6ReasmReqds"))
+    return int(values[names.index("ReasmReqds")]) + six
+
+
+def test_fragments_of_a_slot_are_dropped_before_they_are_reassembled(slot):
+    send = f"[udp_echo(a, data=bytes(4000), timeout=1) for a in ({PUBLIC4!r}, {PUBLIC6!r})]"
+    before = reassembled(slot.agent)
+    assert slot.eval(send) == ["TimeoutError", "TimeoutError"]
+    assert reassembled(slot.agent) == before
+    try:
+        slot.agent.run("nft", "flush", "chain", "inet", "nbagent", "fragments")
+        slot.eval(send)
+        assert reassembled(slot.agent) > before
+    finally:
+        restart(slot.agent)
+
+
+def test_queries_of_a_slot_are_bounded(slot):
+    """By rate, also from one source port; by entries in the host's connection tracking; by TCP connections."""
+    query = bytes.fromhex("000101000001000000000000067075626c6963076578616d706c650000010001")
+    flood = f"""
+import select
+one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+one.connect(("198.18.0.1", 53))
+one.setblocking(False)
+began, answered = time.monotonic(), 0
+while time.monotonic() < began + 3:
+    for _ in range(20):
+        try:
+            one.send({query!r})
+        except OSError:
+            pass
+    time.sleep(0.01)
+    try:
+        while one.recv(512):
+            answered += 1
+    except OSError:
+        pass
+streams = 0
+held = []
+for _ in range(6):
+    try:
+        held.append(socket.create_connection(("198.18.0.1", 53), 5))
+        streams += 1
+    except OSError:
+        pass
+for end in held:
+    end.close()
+print(json.dumps([answered, time.monotonic() - began, streams]))
+"""
+    time.sleep(2)  # the bucket fills
+    answered, took_s, streams = json.loads(slot.kernel.run(flood, timeout=60).stream)
+    assert 20 <= answered <= 200 + 100 * took_s + 50
+    assert streams == 2
+    ports = f"""
+began = time.monotonic()
+held = []
+while time.monotonic() < began + 20:
+    held.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    try:
+        held[-1].sendto({query!r}, ("198.18.0.1", 53))
+    except OSError:
+        pass
+    time.sleep(0.005)
+for end in held:
+    end.close()
+"""
+    assert slot.kernel.run(ports, timeout=60).status == "ok"
+    # An entry for each of 1,000 queries and for its copy to the upstream server, and what is left of those above. By
+    # the rate alone there would be 2,200 of each.
+    assert 1000 <= int(slot.agent.run("cat", "/proc/sys/net/netfilter/nf_conntrack_count")) <= 2800
+    slot.agent.wait(lambda: slot.eval("names('public.example')")["public.example"], "names again")
 
 
 def test_an_image_may_have_a_network_of_its_own(internet):

@@ -74,8 +74,10 @@ def variants(spec):
         if isinstance(step, steps.Namespaces):
             for kind, bit in KINDS.items():
                 found[f"{name} {kind}"] = instead(name_of(step), step._replace(flags=step.flags & ~bit))
-        elif getattr(step, "read_only", False):
-            found[f"{name}, read-only"] = instead(name_of(step), step._replace(read_only=False))
+        elif isinstance(step, steps.SharedProgram):
+            found[f"{name}, by a bind mount"] = instead(
+                name_of(step), steps.Bind(step.source, step.target, read_only=True)
+            )
         else:
             found[name] = instead(name_of(step))
     for number in range(len(listed)):

@@ -45,7 +45,9 @@ def call(number, *arguments):
 
 def refused(code):
     """Whether an errno means that the call is not permitted or not implemented, not that its arguments are invalid."""
-    return code in (errno.EPERM, errno.ENOSYS, errno.EACCES)
+    return code in (
+        errno.EPERM, errno.ENOSYS, errno.EACCES, errno.EPROTONOSUPPORT, errno.EOPNOTSUPP, errno.ENOPROTOOPT
+    )
 
 
 def text(path):
@@ -166,6 +168,75 @@ def to_open_a_socket_of_a_rare_family(decoys):
 
 
 @attempt
+def to_open_a_socket_of_a_rare_protocol(decoys):
+    # The kernel's answer to a protocol that it does not have is also that of the filter.
+    for family in (socket.AF_INET, socket.AF_INET6):
+        for name, kind, protocol in (("MPTCP", 1, 262), ("SCTP", 1, 132), ("DCCP", 6, 33), ("UDP-Lite", 2, 136),
+                                     ("ICMP", 2, 1), ("ICMPv6", 2, 58), ("SMC", 1, 256)):
+            if not refused(call(41, family, kind, protocol)):
+                yield name
+    for protocol in range(32):
+        if not refused(call(41, socket.AF_NETLINK, socket.SOCK_RAW, protocol)):
+            yield f"netlink {protocol}"
+    if not refused(call(53, 30, 5, 0, ctypes.addressof(ctypes.create_string_buffer(8)))):
+        yield "a pair of TIPC"
+
+
+@attempt
+def to_make_the_kernel_compile_a_socket_filter(decoys):
+    instruction = ctypes.create_string_buffer(b"\x06\0\0\0\0\0\0\0")
+    program = ctypes.create_string_buffer(ctypes.c_ulong(1).value.to_bytes(8, "little")
+                                          + ctypes.addressof(instruction).to_bytes(8, "little"))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
+        for name, option in (("SO_ATTACH_FILTER", 26), ("SO_ATTACH_REUSEPORT_CBPF", 51)):
+            for high in (0, 1 << 32):
+                if not refused(call(54, end.fileno(), 1, option | high, ctypes.addressof(program), 16)):
+                    yield f"{name} {high:#x}"
+
+
+@attempt
+def to_make_the_kernel_compile_a_system_call_filter(decoys):
+    # EFAULT is the kernel's errno for this pointer.
+    if call(157, 22, 2, 8) == errno.EFAULT or call(317, 1, 0, 8) == errno.EFAULT:
+        yield "seccomp"
+
+
+@attempt
+def to_queue_copies_of_sent_datagrams(decoys):
+    # On a kernel on which the setting is one for the host, a test host in a network namespace of its own lacks it.
+    if not os.path.exists("/proc/sys/net/core/tstamp_allow_data"):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end, socket.socket(end.family, end.type) as peer:
+        peer.bind(("127.0.0.1", 0))
+        end.connect(peer.getsockname())
+        # SO_TIMESTAMPING with SOF_TIMESTAMPING_TX_SCHED and _TX_SOFTWARE
+        end.sendmsg([b"x"], [(socket.SOL_SOCKET, 37, (1 << 8 | 1 << 1).to_bytes(4, "little"))])
+        with contextlib.suppress(BlockingIOError):
+            if end.recvmsg(100, 100, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT):
+                yield "by a control message"
+
+
+@attempt
+def to_keep_many_connections_in_time_wait(decoys):
+    limit = text("/proc/sys/net/ipv4/tcp_max_tw_buckets")
+    if not limit or int(limit) > 4096:
+        yield f"tcp_max_tw_buckets is {limit.strip()}"
+
+
+@attempt
+def to_set_a_memory_policy(decoys):
+    if not refused(call(237, 0, 4096, 0, 0, 0, 0)) or not refused(call(238, 0, 0, 0)):
+        yield "mbind or set_mempolicy"
+
+
+@attempt
+def to_fill_the_hosts_table_of_flow_labels(decoys):
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as end:
+        if not refused(call(54, end.fileno(), 41, 32, 0, 32)):
+            yield "IPV6_FLOWLABEL_MGR"
+
+
+@attempt
 def to_make_a_device(decoys):
     path = f"/tmp/device-{os.getpid()}"
     for kind, number in ((stat.S_IFBLK, os.makedev(8, 0)), (stat.S_IFCHR, os.makedev(1, 1))):
@@ -278,7 +349,8 @@ def to_find_shared_memory_of_the_host(decoys):
 
 @attempt
 def to_use_a_network_of_the_host(decoys):
-    names = {name for _, name in socket.if_nameindex()}
+    # if_nameindex(3) needs netlink, which the filter refuses.
+    names = {line.partition(":")[0].strip() for line in text("/proc/net/dev").splitlines()[2:]}
     if names - {"lo"} - set(decoys.get("interfaces", ())):
         yield f"interfaces {sorted(names)}"
     for line in text("/proc/net/tcp").splitlines()[1:] + text("/proc/net/tcp6").splitlines()[1:]:
@@ -333,6 +405,39 @@ def to_write_to_the_image_or_the_code(decoys):
             yield f"{point} is writable"
         if point == "/" and kind != "overlay":
             yield "the root is no overlay"
+
+
+@attempt
+def to_share_inodes_with_other_slots(decoys):
+    # The root of a file system of the slot's own is "/", that of a bind mount a path in the file system of the host.
+    for line in text("/proc/self/mountinfo").splitlines():
+        root, point = line.split()[3:5]
+        kind = line.partition(" - ")[2].split()[0]
+        own = kind in ("proc", "devpts") or (kind, root) in (("tmpfs", "/tmp"), ("tmpfs", "/shm"))
+        if root != "/" and not own and not stat.S_ISCHR(os.stat(point).st_mode):
+            yield f"{point} is {root}"
+
+
+@attempt
+def to_evict_a_file_of_the_image_from_the_page_cache(decoys):
+    def from_disk():
+        return int(dict(line.split(": ") for line in text("/proc/self/io").splitlines())["read_bytes"])
+
+    with open(os.__file__, "rb", buffering=0) as file:
+        file.read()
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        before = from_disk()
+        file.seek(0)
+        file.read()
+        if from_disk() > before:
+            yield os.__file__
+
+
+@attempt
+def to_write_the_hosts_disks(decoys):
+    # With an invalid descriptor the kernel would fail with EBADF.
+    if call(306, -1) != 0:
+        yield "syncfs"
 
 
 @attempt

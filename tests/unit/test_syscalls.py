@@ -92,7 +92,34 @@ def after_filters(expression, filters):
     ("socket.socket(40, 1)", errno.ENOSYS),  # AF_VSOCK
     ("socket.socket(38, 5)", errno.ENOSYS),  # AF_ALG
     ("socket.socket(17, 3)", errno.ENOSYS),  # AF_PACKET
-    ("socket.socket(2, 1) and 0", 0),
+    *((f"socket.socket({family}, socket.{kind}, {protocol}).close() or 0", 0) for family in (2, 10)
+      for kind, protocol in (("SOCK_STREAM", 0), ("SOCK_STREAM", 6), ("SOCK_DGRAM", 0), ("SOCK_DGRAM", 17))),
+    ("socket.socket(2, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC).close() or 0", 0),
+    ("[end.close() for end in socket.socketpair(1, 5)] and 0", 0),
+    ("socket.socketpair(16, 3)", errno.ENOSYS),
+    ("socket.socketpair(1, 1, 17)", errno.EPROTONOSUPPORT),
+    # MPTCP, UDP-Lite, SCTP, DCCP, ICMP, a raw socket, and a type and a protocol with high bits that the kernel ignores.
+    *((f"socket.socket({family}, {kind}, {protocol})", errno.EPROTONOSUPPORT) for family in (2, 10)
+      for kind, protocol in ((1, 262), (2, 136), (1, 132), (6, 33), (2, 1), (2, 58), (3, 1), (3, 255), (5, 132))),
+    ("libc.syscall(41, 2, 2, ctypes.c_ulong(136 | 1 << 32))", errno.EPROTONOSUPPORT),
+    *((f"socket.socket(16, 3, {protocol})", errno.EOPNOTSUPP) for protocol in range(23)),
+    # SO_ATTACH_FILTER and its like, SO_TIMESTAMPING, SO_ZEROCOPY, TCP_MD5SIG, TCP_ULP; of IPv6 a flow label, groups.
+    *((f"socket.socket(10, {kind}).setsockopt({level}, {option}, bytes(32))", errno.ENOPROTOOPT)
+      for kind, level, option in (
+          (2, 1, 26), (2, 1, 50), (2, 1, 51), (2, 1, 52), (2, 1, 37), (2, 1, 65), (1, 1, 60), (1, 6, 14), (1, 6, 31),
+          (2, 41, 32), (2, 41, 20), (2, 41, 42), (2, 41, 46), (2, 41, 48), (2, 41, 27))),
+    ("libc.syscall(54, 0, 1, ctypes.c_ulong(26 | 1 << 32), bytes(16), 16)", errno.ENOPROTOOPT),
+    ("socket.socket(2, 1).setsockopt(1, socket.SO_REUSEADDR, 1) or 0", 0),
+    ("socket.socket(2, 1).setsockopt(6, socket.TCP_NODELAY, 1) or 0", 0),
+    ("socket.socket(10, 1).setsockopt(41, socket.IPV6_V6ONLY, 1) or 0", 0),
+    ("(end := socket.socket(2, 2)).setsockopt(0, 11, 1) or end.getsockopt(0, 11)", 0),  # IP_RECVERR: no effect
+    ("os.posix_fadvise(-1, 0, 0, os.POSIX_FADV_DONTNEED) or 0", 0),  # no effect
+    ("os.posix_fadvise(-1, 0, 0, os.POSIX_FADV_WILLNEED) or 0", errno.EBADF),
+    ("os.sync() or 0", 0),
+    ("libc.syncfs(-1)", 0),
+    ("libc.syscall(237, 0, 4096, 0, None, 0, 0)", errno.EPERM),  # mbind
+    ("libc.prctl(22, 2, 0, 0, 0)", errno.EINVAL),
+    ("libc.syscall(317, 1, 0, None)", errno.EINVAL),  # seccomp
     ("os.system('true')", 0),
     ("threading.Thread(target=print, args=('',), kwargs={'end': ''}).start() or 0", 0),
     ("os.memfd_create('x')", 0),
