@@ -55,7 +55,7 @@ def from_http_exception(error: HTTPException) -> Response:
 
 def for_status(status: int, detail: str, *, is_body: bool) -> Response:
     """The problem document of a request that the server refuses, because of its body or of its head."""
-    code = "invalid-body" if is_body else HTTP_CODES.get(status, "bad-request")
+    code = "invalid-body" if is_body and status == 400 else HTTP_CODES.get(status, "bad-request")
     return problem(code, HTTPStatus(status).phrase, status, detail)
 
 

@@ -65,6 +65,7 @@ ADDRESS_CONNECTIONS = 256
 LANE_MAX_BYTES = 64 << 20
 _READ_BYTES = 64 << 10
 _SWEEP_S = 0.25
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
 _FOLDED = re.compile(rb"\n[ \t]")
 _ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 
@@ -494,7 +495,10 @@ def _check(request: h11.Request, head: bytes, body_max_bytes: int) -> None:
         raise Refused(505, "the version of HTTP is neither 1.0 nor 1.1")
     if len(request.target) > TARGET_MAX_BYTES:
         raise Refused(414, f"the target of the request is longer than {TARGET_MAX_BYTES} bytes")
-    if _FOLDED.search(re.split(rb"\n\r?\n", head, maxsplit=1)[0]):
+    head = _END_OF_HEAD.split(head, maxsplit=1)[0]
+    if len(head) > HEAD_MAX_BYTES:
+        raise Refused(431, f"the headers are longer than {HEAD_MAX_BYTES} bytes")
+    if _FOLDED.search(head):
         raise Refused(400, "a header continues on a second line")
     headers = dict(request.headers)
     if b"transfer-encoding" in headers and (b"content-length" in headers or request.http_version == b"1.0"):
