@@ -509,7 +509,7 @@ def _check(request: h11.Request, head: bytes, body_max_bytes: int) -> None:
 
 
 def _receive(connection: _Connection) -> bytes | None:
-    """What the socket has; b"" at its end or after an error, None when it has nothing."""
+    """Data from the socket; b"" at its end or after an error, None when there is no data yet."""
     try:
         return connection.sock.recv(_READ_BYTES)
     except BlockingIOError:

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import html
 import re
+import time
 from urllib.parse import urlsplit
 
 import pytest
@@ -172,6 +173,55 @@ def test_forwarded_address_is_accepted_from_trusted_proxies_only(agent, configur
     # The address before that of the last trusted proxy is the client's; those before it may be forged.
     forwarded = {"X-Forwarded-For": "192.0.2.66, 203.0.113.9, 10.1.2.3"}
     assert claimed_by(agent, slot_of(landing.post("/api/spawn", **forwarded))) == "203.0.113.9"
+
+
+def test_a_header_of_the_gateway_is_accepted_from_trusted_proxies_only(agent, configure, landing):
+    forged = {"X-Nbagent-Gateway": "1", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil.example",
+              "Forwarded": "host=evil.example", "Host": "evil.example"}
+    for response in (landing.post("/spawn", **forged), landing.get("/spawn", **forged)):
+        assert response.headers["location"].startswith("/user/")
+    assert landing.post("/api/spawn", **forged).json()["url"].startswith("/user/")
+    configure('[router]\ntrusted_proxies = ["127.0.0.1"]\n')
+    response = landing.get("/spawn", **forged | {"X-Forwarded-For": "203.0.113.9", "Host": "nb.example"})
+    assert response.headers["location"].startswith("https://nb.example/user/")
+
+
+def test_connections_of_an_address_are_limited(agent, configure, landing):
+    configure('[router]\nclient_connections = 10\n')
+    slot = agent.claim()["slot"]
+    begin = f"POST /user/{slot}/api/contents HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n".encode()
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(agent.host.connect(product.ROUTER_PORT)) for _ in range(10)]
+        for connection in held:
+            connection.sendall(begin)
+        agent.wait(lambda: landing.get("/healthz").status == 429, "the limit")
+        problem = landing.get("/api/stats", Accept="application/json")
+        assert (problem.status, problem.json()["type"]) == (429, "urn:nbagent:problem:too-many-connections")
+        assert b"Too many connections from your address" in landing.get("/lab", Accept=HTML).body
+    agent.wait(lambda: landing.get("/healthz").status == 200, "a response after the end of the connections")
+    configure('[router]\nclient_connections = 10\ntrusted_proxies = ["127.0.0.1"]\n')
+    with contextlib.ExitStack() as stack:
+        # The gateway's own connections are not counted; those of a client that it names are.
+        for number in range(30):
+            connection = stack.enter_context(agent.host.connect(product.ROUTER_PORT))
+            name = b"X-Forwarded-For: 203.0.113.9\r\n" if number < 10 else b""
+            connection.sendall(begin.replace(b"Host", name + b"Host"))
+        agent.wait(lambda: landing.get("/healthz", **{"X-Forwarded-For": "203.0.113.9"}).status == 429, "the limit")
+        assert landing.get("/healthz").status == 200
+        assert landing.get("/healthz", **{"X-Forwarded-For": "203.0.113.10"}).status == 200
+
+
+def test_the_router_closes_a_connection_whose_headers_do_not_arrive_in_time(agent):
+    begun = time.monotonic()
+    with agent.host.connect(product.ROUTER_PORT, timeout=1) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
+        while True:
+            with contextlib.suppress(TimeoutError):
+                if not connection.recv(1):
+                    break
+            assert time.monotonic() < begun + 60, "the connection is still open"
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"a")
 
 
 def test_claims_are_limited_by_address(agent, configure, landing):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The HTTP server of the API and the gateway, on real sockets: what a peer can make it hold, and whom it delays."""
+"""The HTTP server of the API and the gateway, on real sockets: the resources and the delay that a peer can cause."""
 
 from __future__ import annotations
 
