@@ -156,7 +156,9 @@ class ApiSettings:
     )
     allowed_origins: tuple[str, ...] = setting([], _origins, 'Web origins whose pages may call the API; "*": any.')
     workers: int = setting(2, number(1, 64, int), "Number of gunicorn worker processes.")
-    threads: int = setting(64, number(1, 256, int), "Threads of each worker for calls, and as many for the landing page.")
+    threads: int = setting(
+        64, number(1, 256, int), "Threads of each worker for calls, and as many again for the landing page."
+    )
 
 
 @dataclass(frozen=True)

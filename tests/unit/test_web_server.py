@@ -13,8 +13,8 @@ from typing import Any
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from malformed import REQUESTS, status_of
 
+from malformed import REQUESTS, status_of
 from nbagent.web import server as module
 from nbagent.web.server import Lane, Server, Service, network_of
 
@@ -271,7 +271,8 @@ def test_requests_of_one_connection_are_served_in_order(serve: Callable[..., Run
     with running.connect() as connection:
         connection.sendall(
             GET + b"POST /two HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
-            b"POST /three HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nde\r\n1\r\nf\r\n0\r\n\r\nGET /fo"
+            b"POST /three HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"2\r\nde\r\n1\r\nf\r\n0\r\n\r\nGET /fo"
         )
         assert response_of(connection).endswith(b"GET /a?b ")
         assert response_of(connection).endswith(b"POST /two abc")
@@ -318,7 +319,8 @@ def test_headers_with_underscores_and_absolute_targets(serve: Callable[..., Runn
     with running.connect() as connection:
         ask(connection, b"GET http://evil.example/%41/..?q HTTP/1.1\r\nHost: x\r\nX_Real_IP: 1\r\nSCRIPT_NAME: /x\r\n"
                         b"X-Two: 1\r\nX-Two: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n0\r\n\r\n")
-    assert (seen["PATH_INFO"], seen["QUERY_STRING"], seen["HTTP_HOST"], seen["HTTP_X_TWO"]) == ("/A/..", "q", "x", "1,2")
+    assert (seen["PATH_INFO"], seen["QUERY_STRING"], seen["HTTP_HOST"]) == ("/A/..", "q", "x")
+    assert seen["HTTP_X_TWO"] == "1,2"
     assert seen["CONTENT_LENGTH"] == "2" and seen["SCRIPT_NAME"] == ""
     assert not {"HTTP_X_REAL_IP", "HTTP_SCRIPT_NAME", "HTTP_TRANSFER_ENCODING"} & set(seen)
 
