@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import re
 import statistics
 import subprocess
 import time
@@ -13,6 +14,7 @@ import product
 from malformed import REQUESTS, status_of
 from nbagent.core.events import Event
 from product import Api
+from testhost_driver import netns
 
 # The slot that attacks; its storage is half of the shared settings' memory.
 MEMORY = "384M"
@@ -363,6 +365,18 @@ def test_slow_peers_do_not_delay_trusted_callers(agent, source, kind, count):
             assert router.get("/", Accept="text/html").status == 200
             lasted()
         assert api.post("/claim", {}).status == 200
+
+
+@pytest.mark.parametrize("mode", ["-H", "-B -s 60000", "-X -n 1 -y 32 -w 16 -z 8"])
+@pytest.mark.parametrize("target", [f"{product.API_PORT}/healthz", f"{product.ROUTER_PORT}/api/stats"])
+def test_slowhttptest_finds_the_service_available(agent, target, mode):
+    # Slow headers, slow bodies and slow reads: 400 connections for four seconds, with a probe each second.
+    command = f"slowhttptest -c 400 {mode} -i 1 -r 400 -l 4 -p 3 -u http://127.0.0.1:{target}"
+    done = subprocess.run(["ip", "netns", "exec", netns.name_of(agent.host.name), *command.split()],
+                          capture_output=True, text=True, timeout=60, check=True)
+    output = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    assert re.findall(r"connected: +(\d+)", output)[-1] == "400", output
+    assert set(re.findall(r"service available: +(\w+)", output)) == {"YES"}, output
 
 
 def test_connections_of_an_address_to_the_api_are_bounded(agent):
