@@ -187,14 +187,21 @@ def test_a_header_of_the_gateway_is_accepted_from_trusted_proxies_only(agent, co
 
 
 def test_connections_of_an_address_are_limited(agent, configure, landing):
+    person = {"X-Forwarded-For": "203.0.113.9"}
+
+    def hold(stack, slot, **headers):
+        """Sends one more incomplete request, and gives whether the next request is refused."""
+        connection = stack.enter_context(agent.host.connect(product.ROUTER_PORT))
+        lines = [f"POST /user/{slot}/api/contents HTTP/1.1", "Host: x", "Content-Length: 100",
+                 *map(": ".join, headers.items()), "", ""]
+        connection.sendall("\r\n".join(lines).encode())
+        return landing.get("/api/stats", **headers).status == 429
+
     configure('[router]\nclient_connections = 10\n')
     slot = agent.claim()["slot"]
-    begin = f"POST /user/{slot}/api/contents HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n".encode()
     with contextlib.ExitStack() as stack:
-        held = [stack.enter_context(agent.host.connect(product.ROUTER_PORT)) for _ in range(10)]
-        for connection in held:
-            connection.sendall(begin)
-        agent.wait(lambda: landing.get("/api/stats").status == 429, "the limit")
+        # Some of the connections may be refused, because nginx still counts connections that this test has closed.
+        agent.wait(lambda: hold(stack, slot), "the limit")
         problem = landing.get("/api/stats", Accept="application/json")
         assert (problem.status, problem.json()["type"]) == (429, "urn:nbagent:problem:too-many-connections")
         assert b"Too many connections from your address" in landing.get("/lab", Accept=HTML).body
@@ -202,11 +209,8 @@ def test_connections_of_an_address_are_limited(agent, configure, landing):
     configure('[router]\nclient_connections = 10\ntrusted_proxies = ["127.0.0.1"]\n')
     with contextlib.ExitStack() as stack:
         # The gateway's own connections are not counted; those of a client that it names are.
-        for number in range(30):
-            connection = stack.enter_context(agent.host.connect(product.ROUTER_PORT))
-            name = b"X-Forwarded-For: 203.0.113.9\r\n" if number < 10 else b""
-            connection.sendall(begin.replace(b"Host", name + b"Host"))
-        agent.wait(lambda: landing.get("/api/stats", **{"X-Forwarded-For": "203.0.113.9"}).status == 429, "the limit")
+        assert not any([hold(stack, slot) for _ in range(20)])
+        agent.wait(lambda: hold(stack, slot, **person), "the limit of a client")
         assert landing.get("/api/stats").status == 200
         assert landing.get("/api/stats", **{"X-Forwarded-For": "203.0.113.10"}).status == 200
 
