@@ -209,7 +209,7 @@ def test_connections_of_an_address_are_limited(agent, configure, landing):
     configure('[router]\nclient_connections = 10\ntrusted_proxies = ["127.0.0.1"]\n')
     with contextlib.ExitStack() as stack:
         # The gateway's own connections are not counted; those of a client that it names are.
-        assert not any([hold(stack, slot) for _ in range(20)])
+        assert not any(hold(stack, slot) for _ in range(20))
         agent.wait(lambda: hold(stack, slot, **person), "the limit of a client")
         assert landing.get("/api/stats").status == 200
         assert landing.get("/api/stats", **{"X-Forwarded-For": "203.0.113.10"}).status == 200
