@@ -22,8 +22,8 @@ setup(
     # in packaging/debian/control, at the package that runs what needs them.
     install_requires=["click", "rich"],
     extras_require={
-        "agent": ["flask", "gunicorn", "prometheus-client", "psutil", "pyroute2", "pystemd", "systemd-python"],
-        "gateway": ["flask", "gunicorn"],
+        "agent": ["flask", "gunicorn", "h11", "prometheus-client", "psutil", "pyroute2", "pystemd", "systemd-python"],
+        "gateway": ["flask", "gunicorn", "h11"],
     },
     packages=find_packages(include=["nbagent", "nbagent.*"]),
     package_data={"nbagent": ["py.typed", "**/*.json", "**/*.html"]},

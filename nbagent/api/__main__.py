@@ -17,7 +17,7 @@ from nbagent.core.errors import ConfigError
 from nbagent.wire import control
 
 if TYPE_CHECKING:
-    from _typeshed.wsgi import WSGIApplication
+    from nbagent.web.server import Service
 
 _ADDRESS = "127.0.0.1:9000"
 # The path of units/nbagent-landing.socket.
@@ -69,26 +69,27 @@ def claim_deadline_s(settings: host_config.HostConfig) -> float:
 
 def _serve(arguments: Arguments) -> None:
     # Imported here, so that invalid settings are reported without loading Flask and gunicorn.
-    from nbagent.api import app
+    from nbagent.api import app, lanes
     from nbagent.api.backend import HostBackend
     from nbagent.landing.app import create_app as create_landing
     from nbagent.web import gunicorn_app
     from nbagent.web.tokens import TokenFile
 
-    def shape(settings: host_config.HostConfig) -> gunicorn_app.Shape:
-        return gunicorn_app.Shape(settings.api.workers, settings.api.threads, claim_deadline_s(settings) + 5)
-
-    def make_app(settings: host_config.HostConfig) -> WSGIApplication:
+    def make_service(settings: host_config.HostConfig) -> Service:
         client = control.ControlClient(arguments.control_socket, claim_deadline_s(settings))
         probe = control.ControlClient(arguments.control_socket, app.PROBE_TIMEOUT_S)
-        token = TokenFile(arguments.landing_token)
-        landing = create_landing(settings.landing, HostBackend(settings, client, probe), token.matches)
+        landing_token = TokenFile(arguments.landing_token)
         api = app.create_app(settings, client, arguments.token)
-        return gunicorn_app.by_listener(api, {str(arguments.landing_socket): landing})
+        return lanes.make_service(
+            settings.api, api, TokenFile(arguments.token), str(arguments.landing_socket),
+            create_landing(settings.landing, HostBackend(settings, client, probe), landing_token.matches),
+        )
 
     gunicorn_app.configure_logging()
     gunicorn_app.GunicornApp(
-        "nbagent-api", lambda: host_config.load(arguments.config), shape, make_app, arguments.bind
+        "nbagent-api", lambda: host_config.load(arguments.config),
+        lambda settings: gunicorn_app.Shape(settings.api.workers, claim_deadline_s(settings) + 5),
+        make_service, arguments.bind,
     ).run()
 
 

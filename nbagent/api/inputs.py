@@ -117,21 +117,11 @@ def _read_body(request: Request, limit_bytes: int) -> dict[str, object]:
 
 
 def _raw_body(request: Request, limit_bytes: int) -> bytes:
-    # wsgi.input itself, because Flask 2.2 does not bound the length of a chunked body.
-    stream = request.environ["wsgi.input"]
-    length = request.content_length
-    if "chunked" in request.headers.get("Transfer-Encoding", "").lower():
-        length = limit_bytes + 1
-    elif length is None:
-        return b""
-    elif length > limit_bytes:
+    # The server has joined the chunks of the body and set its length.
+    length = request.content_length or 0
+    if length > limit_bytes:
         _refuse_length(limit_bytes)
-    try:
-        raw: bytes = stream.read(length)
-    except OSError:  # gunicorn raises it for a malformed chunk and when the caller closes the connection
-        raise InvalidBody("the body ended early or its chunks are malformed") from None
-    if len(raw) > limit_bytes:
-        _refuse_length(limit_bytes)
+    raw: bytes = request.environ["wsgi.input"].read(length)
     return raw
 
 

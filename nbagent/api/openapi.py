@@ -15,7 +15,7 @@ from nbagent.api.route import Route
 from nbagent.config.host_config import NETWORK_MODES
 from nbagent.core import claim_content
 from nbagent.core.errors import Forbidden, InvalidField, NbagentError, Unauthenticated
-from nbagent.core.model import ID_EXPECTED, MEMORY_MIN_BYTES, PATH_EXPECTED, SlotState
+from nbagent.core.model import ID_EXPECTED, IMAGE_NAME, MEMORY_MIN_BYTES, PATH_EXPECTED, SlotState
 from nbagent.core.quantities import DURATION_EXPECTED, QUOTA_EXPECTED, SIZE_EXPECTED
 from nbagent.web.keys import HEADER, KEY_EXPECTED
 from nbagent.web.problems import HTTP_CODES, MEDIA_TYPE, TYPE_PREFIX
@@ -141,15 +141,20 @@ _USED: Schema = _MAYBE_AMOUNT | {
 _MEASURED = ("memory_bytes", "swapped_bytes", "cpu_s", "tasks", "oom_kills", "tasks_refused", "storage_bytes")
 
 OPTIONS: dict[str, Schema] = {
-    "image": {"type": "string", "description": "A name that GET /images lists."},
+    "image": {
+        "type": "string", "pattern": f"^{IMAGE_NAME.pattern}$", "description": "A name that GET /images lists.",
+    },
     "memory": {
-        "type": ["string", "integer"],
+        "type": ["string", "integer"], "minLength": 1, "minimum": MEMORY_MIN_BYTES,
         "description": f"{SIZE_EXPECTED}; at least {MEMORY_MIN_BYTES} bytes, at most slots.memory_max.",
     },
-    "cpu_weight": {"type": ["integer", "string"], "description": "A whole number from 1 to 10000."},
-    "cpu_quota": {"type": "string", "description": QUOTA_EXPECTED},
+    "cpu_weight": {
+        "type": ["integer", "string"], "minLength": 1, "minimum": 1, "maximum": 10000,
+        "description": "A whole number from 1 to 10000.",
+    },
+    "cpu_quota": {"type": "string", "minLength": 1, "description": QUOTA_EXPECTED},
     "ttl": {
-        "type": ["string", "number"],
+        "type": ["string", "number"], "minLength": 1, "exclusiveMinimum": 0,
         "description": f"{DURATION_EXPECTED}, counted from the claim; at most slots.ttl_max.",
     },
     "path": {"type": "string", "description": PATH_EXPECTED},

@@ -156,7 +156,9 @@ class ApiSettings:
     )
     allowed_origins: tuple[str, ...] = setting([], _origins, 'Web origins whose pages may call the API; "*": any.')
     workers: int = setting(2, number(1, 64, int), "Number of gunicorn worker processes.")
-    threads: int = setting(64, number(1, 256, int), "Threads of each worker, which limit the calls at a time.")
+    threads: int = setting(
+        64, number(1, 256, int), "Threads of each worker for calls, and as many again for the landing page."
+    )
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,11 @@ class RouterSettings:
     port: int = setting(8000, number(1, 65535, int), "Port of the router in the url of a claim.")
     trusted_proxies: tuple[Network, ...] = setting(
         [], networks, "Gateways and proxies whose X-Forwarded-For header has the address of the client."
+    )
+    client_connections: int = setting(
+        2000, number(10, 1000000, int),
+        "Requests and websockets of one client address at a time, about three for each open notebook; for IPv6, one "
+        "/64 network.",
     )
 
 

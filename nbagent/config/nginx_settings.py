@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The part of the router's nginx configuration that depends on nbagent.toml.
 
-It belongs inside http{}: maps, the rate limit of claims, the landing page's upstream, and the proxies whose
+It belongs inside http{}: maps, the limits of an address, the landing page's upstream, and the proxies whose
 X-Forwarded-For is trusted. packaging/router/start writes it when the router starts or reloads; the rest of
 the configuration is packaging/router/nginx.conf. It depends neither on slots nor on host.label.
 """
@@ -32,6 +32,9 @@ def nginx(config: HostConfig) -> str:
 
 def _trusted_peers(router: RouterSettings) -> Iterator[str]:
     yield _geo("$peer $trusted_peer", router.trusted_proxies)
+    # A connection of a proxy that names no client, such as a health check, is not counted.
+    yield _geo("$client $is_proxy", router.trusted_proxies)
+    yield f"limit_conn_zone $counted_client zone=clients:8m;\nlimit_conn clients {router.client_connections};\n"
     if router.trusted_proxies:
         yield from (f"set_real_ip_from {network};\n" for network in router.trusted_proxies)
         # The client is the last address that is not a trusted proxy, because a client can forge those before it.
@@ -55,8 +58,8 @@ def _landing(landing: LandingSettings, domain: str | None, api: ApiSettings) -> 
     # The burst is the rate of a minute, because a class starts its notebooks at the same moment from one address.
     yield f"limit_req_zone $claim_key zone=claim_rate:8m rate={landing.rate}r/m;\n"
     yield f"limit_req zone=claim_rate burst={landing.rate} nodelay;\nlimit_req_status 429;\n"
-    # A quarter of the API's threads is reserved for the control API.
-    connections = max(1, api.workers * api.threads * 3 // 4)
+    # The landing page has as many threads of its own.
+    connections = api.workers * api.threads
     yield f"upstream landing {{ zone landing 64k; server unix:{paths.LANDING_SOCKET} max_conns={connections}; }}\n"
 
 

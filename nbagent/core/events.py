@@ -11,8 +11,12 @@ Callers emit an event after it happened, never before.
 from __future__ import annotations
 
 import enum
+import re
 import sys
 from typing import NamedTuple
+
+# Control characters, line and paragraph separators, changes of the writing direction, and surrogates, which UTF-8 lacks.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class Priority(enum.IntEnum):
@@ -78,15 +82,24 @@ class Event(enum.Enum):
 
 
 def entry(event: Event, **fields: object) -> dict[str, str]:
-    """The fields of `event`'s journal entry; each of `fields` becomes `NBAGENT_NAME=`."""
+    """The fields of `event`'s journal entry; each of `fields` becomes `NBAGENT_NAME=`.
+
+    The text of a field may be that of a caller or of an image, so control characters in it are escaped: a line feed
+    would begin a line that looks like an entry of its own.
+    """
     kind = event.value
+    shown = {name: value if isinstance(value, (int, float)) else _escaped(str(value)) for name, value in fields.items()}
     return {
-        "MESSAGE": kind.text % fields,
+        "MESSAGE": kind.text % shown,
         "MESSAGE_ID": kind.message_id,
         "PRIORITY": str(int(kind.priority)),
         "SYSLOG_IDENTIFIER": "nbagent",
-        **{f"NBAGENT_{name.upper()}": str(value) for name, value in fields.items()},
+        **{f"NBAGENT_{name.upper()}": str(value) for name, value in shown.items()},
     }
+
+
+def _escaped(text: str) -> str:
+    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def emit(event: Event, **fields: object) -> None:
@@ -97,4 +110,4 @@ def emit(event: Event, **fields: object) -> None:
     # journal.send() would read source files for CODE_LINE=, and would record the line of this call only.
     journal.sendv(*(f"{name}={value}" for name, value in entry(event, **fields).items()))
     if sys.stderr.isatty():
-        print(event.value.text % fields, file=sys.stderr)
+        print(entry(event, **fields)["MESSAGE"], file=sys.stderr)

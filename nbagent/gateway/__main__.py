@@ -20,6 +20,9 @@ from nbagent.gateway.settings import GatewaySettings
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+    from nbagent.web.server import Service
+
+THREADS = 32
 _SLOT = re.compile(rf"/user/({settings.LABEL})-[a-z0-9]+(?:/|$)")
 
 
@@ -46,10 +49,18 @@ def _serve(config: Path, bind: str) -> None:
 
     gunicorn_app.configure_logging()
     # The longest request is one that fetches the figures of the hosts (fleet.DEADLINE_S).
-    shape = gunicorn_app.Shape(workers=1, threads=32, graceful_s=5)
+    shape = gunicorn_app.Shape(workers=1, graceful_s=5)
     gunicorn_app.GunicornApp(
-        "nbagent-gateway-status", lambda: settings.load(config), lambda _: shape, make_app, bind
+        "nbagent-gateway-status", lambda: settings.load(config), lambda _: shape, make_service, bind
     ).run()
+
+
+def make_service(found: GatewaySettings) -> Service:
+    """One lane, because HAProxy is the only peer."""
+    from nbagent.web.server import Lane, Service
+
+    lane = Lane(make_app(found), THREADS, address_connections=None)
+    return Service(lambda listener, peer: lane, haproxy.CLAIM_MAX_BYTES)
 
 
 def make_app(found: GatewaySettings) -> WSGIApplication:

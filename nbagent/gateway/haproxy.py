@@ -162,6 +162,7 @@ def _web(settings: GatewaySettings) -> Iterator[str]:
     if settings.log.requests == "trouble":
         yield "    option dontlog-normal"
     yield ""
+    yield from _connections(settings)
     yield from _client_headers(settings, tls)
     yield ""
     yield from _refusals(settings)
@@ -169,9 +170,18 @@ def _web(settings: GatewaySettings) -> Iterator[str]:
     yield from _routes(settings)
 
 
-def _client_headers(settings: GatewaySettings, tls: bool) -> Iterator[str]:
+def _connections(settings: GatewaySettings) -> Iterator[str]:
+    """The bound of a client's connections, applied before anything is read."""
+    not_trusted = ""
     if settings.listen.trusted_proxies:
         yield from _list("trusted", "src", settings.listen.trusted_proxies)
+        not_trusted = " unless trusted"
+    yield f"    tcp-request connection track-sc1 src,ipmask(32,64) table clients{not_trusted}"
+    yield f"    tcp-request connection reject if {{ sc1_conn_cur(clients) gt {settings.listen.client_connections} }}"
+
+
+def _client_headers(settings: GatewaySettings, tls: bool) -> Iterator[str]:
+    if settings.listen.trusted_proxies:
         yield "    http-request set-var(txn.proxied) bool(true) if trusted"
         yield "    http-request set-src req.hdr_ip(X-Forwarded-For,-1) if trusted { req.hdr(X-Forwarded-For) -m found }"
     yield """\
@@ -185,6 +195,7 @@ def _client_headers(settings: GatewaySettings, tls: bool) -> Iterator[str]:
     http-request set-header X-Forwarded-For %[src]
     http-request del-header Forwarded
     http-request del-header X-Real-IP
+    http-request del-header X-Scheme
     http-request del-header X-Nbagent-Gateway"""
     if tls and settings.tls.hsts:
         yield (
@@ -384,7 +395,10 @@ frontend no_host
     http-request return status 501
 
 backend rates
-    stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store gpc0_rate({RATE_WINDOW_S}s)"""
+    stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store gpc0_rate({RATE_WINDOW_S}s)
+
+backend clients
+    stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store conn_cur"""
     if settings.tls.acme:
         yield f"\nbackend acme\n    timeout server 30s\n    server {ANY} {settings.tls.acme}"
     if settings.listen.metrics:

@@ -115,6 +115,11 @@ class ListenSettings:
     trusted_proxies: tuple[Network, ...] = setting(
         [], networks, "Proxies in front whose X-Forwarded-For header has the address of the client."
     )
+    client_connections: int = setting(
+        4000, number(10, 1000000, int),
+        "Connections of one client address at a time, about ten for each person who opens a notebook; for IPv6, one "
+        "/64 network. trusted_proxies are not counted.",
+    )
     connections: int | None = setting(
         "auto", auto_or(number(100, 1000000, int)),
         "Most connections of browsers at a time; auto: derived from LimitNOFILE= of the service."

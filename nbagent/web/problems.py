@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
+from http import HTTPStatus
 
 from flask import Flask, Response
 from werkzeug.exceptions import HTTPException
@@ -50,6 +51,12 @@ def from_http_exception(error: HTTPException) -> Response:
         if name.lower() not in ("content-type", "content-length"):
             response.headers[name] = value
     return response
+
+
+def for_status(status: int, detail: str, *, is_body: bool) -> Response:
+    """The problem document of a request that the server refuses, because of its body or of its head."""
+    code = "invalid-body" if is_body and status == 400 else HTTP_CODES.get(status, "bad-request")
+    return problem(code, HTTPStatus(status).phrase, status, detail)
 
 
 def from_unexpected(error: Exception) -> Response:

@@ -34,6 +34,14 @@ def text(fields: Mapping[str, object], name: str) -> str:
     return _checked(repr(name), fields.get(name), str, "a string")
 
 
+def line(fields: Mapping[str, object], name: str, limit: int) -> str:
+    """A string of at most `limit` characters, all of them printable, for journal entries. Raises MalformedMessage."""
+    value = text(fields, name)
+    if len(value) > limit or not value.isprintable():
+        raise MalformedMessage(f"{name!r} is not text of at most {limit} printable characters")
+    return value
+
+
 def texts(fields: Mapping[str, object], name: str) -> List[str]:
     """A list of strings. Raises MalformedMessage."""
     values = _checked(repr(name), fields.get(name), list, "a list of strings")

@@ -22,6 +22,8 @@ from nbagent.wire import fields, memfd
 from nbagent.wire.channel import Message
 
 Options = Mapping[str, object]
+# An Idempotency-Key of 255 characters with a prefix and an address; an IPv6 address with its zone.
+KEY_MAX_CHARACTERS, CLIENT_MAX_CHARACTERS = 400, 64
 JsonObject = dict[str, object]
 
 
@@ -119,7 +121,9 @@ class ClaimArguments:
             fd = request.fds["content"]
             entries = checked_entries(sent.get("entries"), memfd.size(fd, FILES_MAX_BYTES))
             options["files"] = FileBundle(entries, fields.text(sent, "digest"), fd)
-        return cls(options, fields.text(args, "key"), fields.text(args, "client"))
+        return cls(
+            options, fields.line(args, "key", KEY_MAX_CHARACTERS), fields.line(args, "client", CLIENT_MAX_CHARACTERS)
+        )
 
     def _files(self) -> tuple[File, ...]:
         files = self.options.get("files", ())

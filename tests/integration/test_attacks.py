@@ -3,12 +3,18 @@
 
 import contextlib
 import json
+import re
 import statistics
+import subprocess
 import time
 
 import pytest
 
+import product
+from malformed import REQUESTS, status_of
 from nbagent.core.events import Event
+from product import Api
+from testhost_driver import netns
 
 # The slot that attacks; its storage is half of the shared settings' memory.
 MEMORY = "384M"
@@ -273,3 +279,123 @@ with open("/proc/{known['pid']}/ns/user") as namespace:
         assert int(owner) == known["id_base"]
         # The resources of slots do not count against root on the host.
         assert agent.run("timeout", "5", "true") == ""
+
+
+# An address of the host that api.trusted_networks does not have.
+STRANGER = "192.0.2.9"
+# Holds COUNT connections from the address SOURCE to its own port PORT, and opens new ones in place of closed ones:
+# without any data, with an incomplete head or body to which a byte is added each second, or without reading the
+# responses to its requests. Ends with its standard input.
+HOLD = r"""
+import selectors, socket, sys, time
+source, port, count, kind = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+begin, more = {
+    "silent": (b"", b""),
+    "head": (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: ", b"a"),
+    "body": (b"POST /claim HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+             b"Content-Length: 60000\r\n\r\n", b" "),
+    "unread": (b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n", b""),
+}[kind]
+def opened():
+    connection = socket.socket()
+    if kind == "unread":
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+    connection.bind((source, 0))
+    connection.settimeout(10)
+    connection.connect((source, port))
+    connection.setblocking(False)
+    connection.send(begin)
+    return connection
+def is_open(connection):
+    try:
+        if kind != "unread" and connection.recv(4096) == b"":
+            return False
+        connection.send(more)
+    except BlockingIOError:
+        connection.send(more)
+    except OSError:
+        return False
+    return True
+held = []
+with selectors.DefaultSelector() as selector:
+    selector.register(sys.stdin, selectors.EVENT_READ)
+    while True:
+        kept = []
+        for connection in held:
+            try:
+                (kept.append if is_open(connection) else socket.socket.close)(connection)
+            except OSError:
+                connection.close()
+        held = kept + [opened() for _ in range(count - len(kept))]
+        print(len(kept), flush=True)
+        if selector.select(1):
+            break
+"""
+
+
+@contextlib.contextmanager
+def holding(agent, source, port, count, kind):
+    """Strangers that hold connections; gives a function for the number of those that lasted for a second."""
+    agent.run("ip", "address", "replace", f"{STRANGER}/32", "dev", "lo")
+    attack = agent.host.popen(["python3", "-Ic", HOLD, source, str(port), str(count), kind],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert attack.stdout.readline() == "0\n"
+        yield lambda: int(attack.stdout.readline())
+        assert attack.poll() is None, "the attack ended"
+    finally:
+        attack.stdin.close()
+        attack.stdout.read()
+        attack.wait()
+        attack.stdout.close()
+        agent.run("ip", "address", "delete", f"{STRANGER}/32", "dev", "lo")
+
+
+@pytest.mark.parametrize("source", [STRANGER, "127.0.0.1"])
+@pytest.mark.parametrize(("kind", "count"), [("silent", 1000), ("head", 200), ("body", 200), ("unread", 200)])
+def test_slow_peers_do_not_delay_trusted_callers(agent, source, kind, count):
+    # Before, each of these connections had one of the threads for ten seconds or more. A response within this time is
+    # evidence of a free thread also where this machine is slow.
+    api, router = (Api(agent.host, port, timeout=5) for port in (product.API_PORT, product.ROUTER_PORT))
+    agent.wait_warm()
+    with holding(agent, source, product.API_PORT, count, kind) as lasted:
+        for _ in range(2):
+            assert api.get("/healthz").status == 200
+            assert router.get("/api/stats").status == 200
+            assert router.get("/", Accept="text/html").status == 200
+            lasted()
+        assert api.post("/claim", {}).status == 200
+
+
+@pytest.mark.parametrize("mode", ["-H", "-B -s 60000", "-X -n 1 -y 32 -w 16 -z 8"])
+@pytest.mark.parametrize("target", [f"{product.API_PORT}/healthz", f"{product.ROUTER_PORT}/api/stats"])
+def test_slowhttptest_finds_the_service_available(agent, target, mode):
+    # Slow headers, slow bodies and slow reads: 400 connections for four seconds, with a probe each second.
+    command = f"slowhttptest -c 400 {mode} -i 1 -r 400 -l 4 -p 3 -u http://127.0.0.1:{target}"
+    done = subprocess.run(["ip", "netns", "exec", netns.name_of(agent.host.name), *command.split()],
+                          capture_output=True, text=True, timeout=60, check=True)
+    output = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    assert re.findall(r"connected: +(\d+)", output)[-1] == "400", output
+    assert set(re.findall(r"service available: +(\w+)", output)) == {"YES"}, output
+
+
+def test_connections_of_an_address_to_the_api_are_bounded(agent):
+    workers = 2
+    with holding(agent, STRANGER, product.API_PORT, 700, "silent") as lasted:
+        assert max(lasted() for _ in range(3)) <= workers * 256
+
+
+@pytest.mark.parametrize("port", [product.API_PORT, product.ROUTER_PORT])
+def test_malformed_requests_are_refused(agent, port):
+    claimed = len(agent.slots("claimed"))
+    for path in (b"/healthz", b"/api/stats"):
+        for name, request in REQUESTS.items():
+            request = request.replace(b"/healthz", path).replace(b"/claim", b"/claim" if path == b"/healthz" else
+                                                                 b"/api/spawn")
+            status = status_of(agent.host.connect(port, 5), request)
+            # nginx ignores a header without a colon, and reads HTTP/1.10 as HTTP/1.1.
+            if status == 200 and port == product.ROUTER_PORT and name in ("a header without a colon", "HTTP/1.10"):
+                continue
+            assert status is None or 400 <= status < 500 or status in (501, 505), (name, status)
+    assert len(agent.slots("claimed")) == claimed
+    assert agent.api.get("/healthz").status == agent.router.get("/api/stats").status == 200

@@ -5,6 +5,7 @@ import concurrent.futures
 import contextlib
 import html
 import re
+import time
 from urllib.parse import urlsplit
 
 import pytest
@@ -172,6 +173,63 @@ def test_forwarded_address_is_accepted_from_trusted_proxies_only(agent, configur
     # The address before that of the last trusted proxy is the client's; those before it may be forged.
     forwarded = {"X-Forwarded-For": "192.0.2.66, 203.0.113.9, 10.1.2.3"}
     assert claimed_by(agent, slot_of(landing.post("/api/spawn", **forwarded))) == "203.0.113.9"
+
+
+def test_a_header_of_the_gateway_is_accepted_from_trusted_proxies_only(agent, configure, landing):
+    forged = {"X-Nbagent-Gateway": "1", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "evil.example",
+              "Forwarded": "host=evil.example", "Host": "evil.example"}
+    for response in (landing.post("/spawn", **forged), landing.get("/spawn", **forged)):
+        assert response.headers["location"].startswith("/user/")
+    assert landing.post("/api/spawn", **forged).json()["url"].startswith("/user/")
+    configure('[router]\ntrusted_proxies = ["127.0.0.1"]\n')
+    response = landing.get("/spawn", **forged | {"X-Forwarded-For": "203.0.113.9", "Host": "nb.example"})
+    assert response.headers["location"].startswith("https://nb.example/user/")
+
+
+def test_connections_of_an_address_are_limited(agent, configure, landing):
+    person = {"X-Forwarded-For": "203.0.113.9"}
+
+    def hold(stack, slot, **headers):
+        """Sends one more incomplete request, and gives whether the next request is refused."""
+        connection = stack.enter_context(agent.host.connect(product.ROUTER_PORT))
+        lines = [f"POST /user/{slot}/api/contents HTTP/1.1", "Host: x", "Content-Length: 100",
+                 *map(": ".join, headers.items()), "", ""]
+        connection.sendall("\r\n".join(lines).encode())
+        return landing.get("/api/stats", **headers).status == 429
+
+    configure('[router]\nclient_connections = 10\n')
+    slot = agent.claim()["slot"]
+    with contextlib.ExitStack() as stack:
+        # Some of the connections may be refused, because nginx still counts connections that this test has closed.
+        agent.wait(lambda: hold(stack, slot), "the limit")
+        problem = landing.get("/api/stats", Accept="application/json")
+        assert (problem.status, problem.json()["type"]) == (429, "urn:nbagent:problem:too-many-connections")
+        assert b"Too many connections from your address" in landing.get("/lab", Accept=HTML).body
+    agent.wait(lambda: landing.get("/api/stats").status == 200, "a response after the end of the connections")
+    configure('[router]\nclient_connections = 10\ntrusted_proxies = ["127.0.0.1"]\n')
+    with contextlib.ExitStack() as stack:
+        # The gateway's own connections are not counted; those of a client that it names are.
+        assert not any(hold(stack, slot) for _ in range(20))
+        agent.wait(lambda: hold(stack, slot, **person), "the limit of a client")
+        assert landing.get("/api/stats").status == 200
+        assert landing.get("/api/stats", **{"X-Forwarded-For": "203.0.113.10"}).status == 200
+
+
+def test_the_router_closes_a_connection_whose_headers_do_not_arrive_in_time(agent):
+    begun = time.monotonic()
+    with agent.host.connect(product.ROUTER_PORT, timeout=1) as connection:
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nX-Slow: ")
+        while True:
+            try:
+                if not connection.recv(1):
+                    break
+            except ConnectionResetError:
+                break
+            except TimeoutError:
+                pass
+            assert time.monotonic() < begun + 60, "the connection is still open"
+            with contextlib.suppress(ConnectionError):
+                connection.sendall(b"a")
 
 
 def test_claims_are_limited_by_address(agent, configure, landing):

@@ -225,6 +225,14 @@ def test_cookies_in_the_settings_reach_the_slot(agent, attacker):
 OWN, OTHER = "Origin: http://127.0.0.1:8000", "Origin: http://x-victim000000.nb.test:8000"
 
 
+def test_headers_of_a_proxy_from_a_client_do_not_reach_a_slot(agent, attacker):
+    forged = ["X-Nbagent-Gateway: 1", "Forwarded: for=192.0.2.1;host=evil.example", "X-Forwarded-Host: evil.example",
+              "X-Scheme: https", "X-Real-IP: 192.0.2.1", "X-Real-Ip: 192.0.2.2", "X_Real_IP: 192.0.2.3"]
+    headers = forwarded_headers(agent, attacker, *(word for header in forged for word in ("-H", header)))
+    assert not {"x-nbagent-gateway", "forwarded", "x-forwarded-host", "x-scheme", "x_real_ip"} & set(headers)
+    assert headers["x-real-ip"] == "127.0.0.1"
+
+
 @pytest.mark.parametrize(("headers", "with_cookies"), [
     ([], True), ([OWN], True), ([OWN.upper().replace("ORIGIN", "Origin")], True), ([OTHER], False),
     (["Origin: null"], False), (["Origin: http://127.0.0.1"], False), (["Origin: http://127.0.0.1:80001"], False),

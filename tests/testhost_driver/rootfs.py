@@ -31,7 +31,7 @@ from testhost_driver.errors import BuildFailed
 COMMON_PACKAGES = [
     "ca-certificates", "curl", "dbus", "dnsmasq-base", "gunicorn", "haproxy", "iproute2", "kmod", "less",
     "lsof", "man-db", "nftables", "nginx", "procps", "python3", "python3-attr", "python3-cattr",
-    "python3-click", "python3-flask", "python3-nftables", "python3-prometheus-client", "python3-psutil",
+    "python3-click", "python3-flask", "python3-h11", "python3-nftables", "python3-prometheus-client", "python3-psutil",
     "python3-pyroute2", "python3-pystemd", "python3-rich", "python3-seccomp", "python3-systemd", "skopeo",
     "strace", "systemd-sysv", "umoci", "util-linux", "zstd",
 ]

@@ -15,7 +15,6 @@ from flask.testing import FlaskClient
 
 from nbagent.api.app import create_app
 from nbagent.config import host_config
-from nbagent.core.claim_content import BODY_MAX_BYTES
 from nbagent.wire.control import ControlClient
 
 INVALID_FIELD = "urn:nbagent:problem:invalid-field"
@@ -133,16 +132,6 @@ def test_body_above_the_limit_is_refused_unread(api: FlaskClient) -> None:
     )
     assert (response.status_code, response.json["type"]) == (413, INVALID_BODY)
     assert stream.tell() == 0
-
-
-def test_chunked_body_is_read_up_to_the_limit_only(api: FlaskClient) -> None:
-    stream = io.BytesIO(b" " * 10_000_000)
-    response = api.post(
-        "/claim", input_stream=stream, content_type="application/json",
-        headers={"Transfer-Encoding": "chunked"},
-    )
-    assert response.status_code == 413
-    assert stream.tell() <= BODY_MAX_BYTES + 1
 
 
 def test_options_that_are_too_long_when_escaped_are_refused(api: FlaskClient) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nbagent.core.events import Event
+from nbagent.core.events import Event, entry
 
 CATALOG = Path(__file__).resolve().parents[2] / "packaging/nbagent.catalog"
 FIELDS = re.compile(r"%\((\w+)\)s")
@@ -57,3 +57,13 @@ def test_journalctl_accepts_the_catalog(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     done = subprocess.run([*journalctl, "--list-catalog"], capture_output=True, text=True, check=True)
     assert {line.split(" ", 1)[0] for line in done.stdout.splitlines()} == {e.value.message_id for e in Event}
+
+
+@pytest.mark.parametrize("text", ["::1\nslot x removed", "a\rb", "\x1b[2K", "\u2028", "\u202e", "\ud800", "\x9b", "\0"])
+def test_text_of_a_caller_or_an_image_stays_on_one_line_of_the_journal(text: str) -> None:
+    fields = entry(Event.SLOT_CLAIMED, slot="x", client=text, ttl_s="60")
+    for value in fields.values():
+        assert value.isprintable(), value
+        assert value.encode()
+    assert fields["NBAGENT_CLIENT"] != text
+    assert entry(Event.SLOT_CLAIMED, slot="x", client="ä 1", ttl_s=60)["MESSAGE"] == "slot x claimed by ä 1 for 60 s"

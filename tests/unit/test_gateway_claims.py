@@ -23,8 +23,12 @@ from typing import Any
 import pytest
 from test_gateway_settings import pages
 
+from malformed import REQUESTS, status_of
 from nbagent.gateway import haproxy, settings
 
+# HAProxy forwards these with one length and without continued lines; nginx on the host refuses the others of them.
+FORWARDED = ("chunked and a length", "a length and chunked", "a continued header", "chunks by HTTP/1.0",
+             "NUL in a header", "HTTP/2.0", "no Host", "HTTP/1.10", "a header without a colon", "an unknown method")
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
 
 
@@ -403,6 +407,43 @@ def test_only_trusted_proxies_may_set_the_client_address(hosts: list[FakeHost], 
         assert not {"x-real-ip", "x-nbagent-gateway", "forwarded"} & set(headers)
     assert [headers["x-forwarded-for"] for headers in seen] == ["127.0.0.1", "198.51.100.7"]
     assert [headers["x-forwarded-proto"] for headers in seen] == ["http", "https"]
+
+
+def test_connections_of_an_address_are_bounded_before_anything_is_read(hosts: list[FakeHost], tmp_path: Path) -> None:
+    for trusted, refused in (([], 10), (["127.0.0.0/8"], 0)):
+        listen = {"client_connections": 20, "trusted_proxies": trusted}
+        gateway = Gateway(tmp_path / f"bounded-{len(trusted)}", hosts, listen=listen)
+        try:
+            with contextlib.ExitStack() as stack:
+                held = [stack.enter_context(socket.create_connection(("127.0.0.1", gateway.port), 10))
+                        for _ in range(30)]
+                gateway.wait(lambda held=held, refused=refused: sum(map(is_refused, held)) == refused)
+            gateway.wait(lambda gateway=gateway: gateway.call("GET", "/")[0] == 200)
+        finally:
+            gateway.close()
+
+
+def is_refused(connection: socket.socket) -> bool:
+    """Whether HAProxy closes a connection on which half a request is sent."""
+    connection.setblocking(False)
+    try:
+        connection.sendall(b"GET / HTTP/1.1\r\nX-Slow: ")
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionError:
+        return True
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_malformed_request_is_refused(gateway: Gateway, hosts: list[FakeHost], name: str) -> None:
+    request = REQUESTS[name].replace(b"/claim", b"/user/a-0123456789ab/")
+    status = status_of(socket.create_connection(("127.0.0.1", gateway.port), 3), request)
+    if name in FORWARDED and status == 200:
+        headers = {header.lower() for header in hosts[0].headers[-1]} if hosts[0].headers else set()
+        assert not {"transfer-encoding", "content-length"} <= headers
+    else:
+        assert status is None or 400 <= status < 500 or status in (501, 505), status
 
 
 def test_the_rate_of_claims_of_one_address_is_limited(hosts: list[FakeHost], tmp_path: Path) -> None:

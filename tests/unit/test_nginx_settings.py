@@ -12,6 +12,11 @@ def test_settings_do_not_depend_on_the_label() -> None:
     assert one == two
 
 
-def test_a_quarter_of_the_threads_is_reserved_for_the_control_api() -> None:
+def test_the_landing_page_gets_as_many_requests_as_it_has_threads() -> None:
     settings = nginx_settings.nginx(host_config.parse({"api": {"workers": 2, "threads": 8}}))
-    assert "max_conns=12;" in settings
+    assert "max_conns=16;" in settings
+
+
+def test_connections_of_an_address_are_limited() -> None:
+    settings = nginx_settings.nginx(host_config.parse({"router": {"client_connections": 77}}))
+    assert "limit_conn clients 77;" in settings

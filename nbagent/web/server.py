@@ -1,0 +1,567 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""An HTTP server for WSGI applications in which a connection uses a thread only while its request is computed.
+
+One thread, that of the loop, owns all sockets and never blocks: it accepts, reads and writes. A request is computed
+by a thread of its lane after it was received completely, and the loop sends the response. So a peer that is silent, or
+that sends or reads slowly, occupies memory within bounds, but no thread:
+
+- a whole request has a deadline, from its first byte to the last byte of its body; a response and an idle connection
+  have one as well
+- the connections of an address and of a lane have an upper bound. Beyond it the oldest connection that waits for data
+  is closed, so that a request which arrives at once is served. The bytes that a lane has received are bounded as well
+- the lane of a connection is selected by its listener and the peer's address before anything is read, so that strangers
+  share no thread with trusted callers
+
+h11 parses requests and frames responses. A request that it accepts although a proxy could understand it in another way
+(obsolete line folding, a length beside chunks) is refused. Headers with an underscore are dropped, because in WSGI they
+equal the same name with a hyphen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import ipaddress
+import os
+import re
+import selectors
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
+
+import h11
+
+from nbagent.web import problems
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+
+# The time from the first byte of a request to the end of its headers, and to the end of its body.
+HEAD_TIMEOUT_S = 10.0
+REQUEST_TIMEOUT_S = 30.0
+RESPONSE_TIMEOUT_S = 30.0
+KEEPALIVE_S = 30.0
+# A response that is sent before the body was read would be lost, because closing a socket with unread data resets the
+# connection. So the rest of the body is read and discarded.
+LINGER_S = 2.0
+LINGER_MAX_BYTES = 32 << 20
+# After a stop: how long connections are read from which nothing, or a part of a request, was received.
+STOP_SILENT_S, STOP_PARTIAL_S = 0.3, 2.0
+# A deep link of 2,000 characters may be three times as long when percent-encoded.
+TARGET_MAX_BYTES = 8190
+HEAD_MAX_BYTES = 64 << 10
+# For each lane of a process. A class behind one address, or a load balancer, needs less.
+LANE_CONNECTIONS = 1024
+ADDRESS_CONNECTIONS = 256
+LANE_MAX_BYTES = 64 << 20
+_READ_BYTES = 64 << 10
+_SWEEP_S = 0.25
+_END_OF_HEAD = re.compile(rb"\n\r?\n")
+_FOLDED = re.compile(rb"\n[ \t]")
+_ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
+
+
+@dataclass(frozen=True, eq=False)
+class Lane:
+    """Connections with threads and bounds of their own. `promote` may select another lane's threads for a request."""
+
+    app: WSGIApplication
+    threads: int
+    promote: Callable[[WSGIEnvironment], Lane | None] = lambda _: None
+    connections: int = LANE_CONNECTIONS
+    # None for a socket whose only peer is a proxy.
+    address_connections: int | None = ADDRESS_CONNECTIONS
+
+
+@dataclass(frozen=True)
+class Service:
+    """Selects the lane of a new connection by the address of its listener, as of getsockname(2), and of its peer.
+
+    `body_max_bytes` is the length of the longest body of any request.
+    """
+
+    lane_of: Callable[[object, str], Lane]
+    body_max_bytes: int
+
+
+class _State(Enum):
+    READING = auto()
+    SERVING = auto()
+    WRITING = auto()
+    LINGERING = auto()
+
+
+class Refused(Exception):
+    """A request that is malformed or too large; the text is for the peer."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+@dataclass(eq=False)
+class _LaneState:
+    """A lane in one process. `waiting` has the connections in READING, the oldest first."""
+
+    lane: Lane
+    threads: ThreadPoolExecutor
+    waiting: dict[_Connection, None] = field(default_factory=dict)
+    by_address: dict[str, set[_Connection]] = field(default_factory=dict)
+    connections: int = 0
+    received_bytes: int = 0
+
+
+class _Connection:
+    """A connection and the request that is read from it."""
+
+    def __init__(self, sock: socket.socket, peer: object, local: object, lane: _LaneState) -> None:
+        self.sock, self.local, self.lane = sock, local, lane
+        self.host, self.port = (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else ("", 0)
+        self.network = network_of(self.host)
+        self.state = _State.READING
+        self.parser = h11.Connection(h11.SERVER, HEAD_MAX_BYTES)
+        self.unsent = memoryview(b"")
+        self.deadline_s = 0.0
+        self.is_broken = False
+        self.renew()
+
+    def renew(self) -> None:
+        """Before the first and each further request."""
+        self.request: h11.Request | None = None
+        # A part of the next request may have been received with the former one.
+        self.head, self.body = bytearray(self.parser.trailing_data[0]), bytearray()
+        self.begun_s: float | None = None
+        self.discarded_bytes = 0
+
+
+class Server:
+    """Serves `listeners`, which are non-blocking, by `turn` until `is_finished` after `stop`."""
+
+    def __init__(self, listeners: Sequence[socket.socket], service: Service) -> None:
+        self.service = service
+        self._listeners = list(listeners)
+        self._lanes: dict[Lane, _LaneState] = {}
+        self._connections: set[_Connection] = set()
+        self._computed: deque[_Connection] = deque()
+        self._poller = selectors.DefaultSelector()
+        self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stop_s: float | None = None
+        self._sweep_s = 0.0
+        self._poller.register(self._woken, selectors.EVENT_READ)
+        for listener in self._listeners:
+            self._poller.register(listener, selectors.EVENT_READ, listener)
+
+    def wake(self) -> None:
+        """Ends the wait of `turn`; threads and signal handlers may call it."""
+        with contextlib.suppress(OSError):  # closed, because graceful_s is over
+            os.eventfd_write(self._woken, 1)
+
+    def stop(self) -> None:
+        """Accepts no further connection, so that those in the backlog are for the next process.
+
+        A repeated call does nothing.
+        """
+        if self._stop_s is None:
+            self._stop_s = time.monotonic()
+            for listener in self._listeners:
+                self._poller.unregister(listener)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the server was stopped and no connection is left."""
+        return self._stop_s is not None and not self._connections
+
+    def close(self) -> None:
+        """Closes every connection. The listeners stay open."""
+        for connection in list(self._connections):
+            self._close(connection)
+        for state in self._lanes.values():
+            state.threads.shutdown(wait=False)
+        self._poller.close()
+        os.close(self._woken)
+
+    def turn(self, timeout_s: float) -> None:
+        """Waits at most `timeout_s` for events, and handles them."""
+        for key, _ in self._poller.select(min(timeout_s, _SWEEP_S) if self._connections else timeout_s):
+            if isinstance(key.data, _Connection):
+                self._handle(key.data)
+            elif key.data is not None:
+                self._accept(key.data)
+            else:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(self._woken)
+        while self._computed:
+            self._write(self._computed.popleft())
+        now_s = time.monotonic()
+        if now_s >= self._sweep_s:
+            self._sweep_s = now_s + _SWEEP_S
+            self._close_expired(now_s)
+
+    # Connections
+
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            sock, peer = listener.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        sock.setblocking(False)
+        local = listener.getsockname()
+        lane = self._lane_state(self.service.lane_of(local, str(peer[0]) if isinstance(peer, tuple) else ""))
+        connection = _Connection(sock, peer, local, lane)
+        if not self._make_room(connection):
+            sock.close()
+            return
+        if sock.family != socket.AF_UNIX:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        lane.connections += 1
+        lane.by_address.setdefault(connection.network, set()).add(connection)
+        self._connections.add(connection)
+        connection.deadline_s = time.monotonic() + HEAD_TIMEOUT_S
+        self._wait_for_request(connection)
+        # Most requests arrive with the connection.
+        self._read(connection)
+
+    def _lane_state(self, lane: Lane) -> _LaneState:
+        if lane not in self._lanes:
+            self._lanes[lane] = _LaneState(lane, ThreadPoolExecutor(lane.threads))
+        return self._lanes[lane]
+
+    def _make_room(self, new: _Connection) -> bool:
+        """Closes the oldest waiting connections where a bound is reached; False when none waits."""
+        lane = new.lane
+        of_address = lane.by_address.get(new.network, set())
+        bound = lane.lane.address_connections
+        if bound is not None and len(of_address) >= bound and not self._close_oldest(lane, of_address):
+            return False
+        return lane.connections < lane.lane.connections or self._close_oldest(lane, None)
+
+    def _close_oldest(self, lane: _LaneState, among: set[_Connection] | None) -> bool:
+        for connection in lane.waiting:
+            if among is None or connection in among:
+                self._close(connection)
+                return True
+        return False
+
+    def _wait_for_request(self, connection: _Connection) -> None:
+        connection.state = _State.READING
+        connection.lane.waiting[connection] = None
+        self._poller.register(connection.sock, selectors.EVENT_READ, connection)
+
+    def _close(self, connection: _Connection) -> None:
+        if connection not in self._connections:
+            return
+        self._connections.remove(connection)
+        lane = connection.lane
+        lane.waiting.pop(connection, None)
+        lane.connections -= 1
+        lane.received_bytes -= len(connection.body)
+        of_address = lane.by_address[connection.network]
+        of_address.remove(connection)
+        if not of_address:
+            del lane.by_address[connection.network]
+        with contextlib.suppress(KeyError, ValueError):
+            self._poller.unregister(connection.sock)
+        connection.sock.close()
+
+    def _close_expired(self, now_s: float) -> None:
+        for connection in list(self._connections):
+            if connection.state is _State.SERVING:
+                continue
+            if self._stop_s is not None and connection.state is _State.READING:
+                rest_s = STOP_SILENT_S if connection.begun_s is None else STOP_PARTIAL_S
+                connection.deadline_s = min(connection.deadline_s, self._stop_s + rest_s)
+            if now_s < connection.deadline_s:
+                continue
+            if connection.state is _State.READING and connection.begun_s is not None:
+                self._refuse(connection, Refused(408, "the request was not received completely in time"))
+            else:
+                self._close(connection)
+
+    # Events of a connection
+
+    def _handle(self, connection: _Connection) -> None:
+        # An earlier event of the same turn may have closed the connection.
+        if connection not in self._connections:
+            return
+        if connection.state is _State.READING:
+            self._read(connection)
+        elif connection.state is _State.WRITING:
+            self._write(connection)
+        elif connection.state is _State.LINGERING:
+            data = _receive(connection)
+            connection.discarded_bytes += len(data or b"")
+            if data == b"" or connection.discarded_bytes > LINGER_MAX_BYTES:
+                self._close(connection)
+
+    def _read(self, connection: _Connection) -> None:
+        if (data := _receive(connection)) is None:
+            return
+        connection.head += data if connection.request is None else b""
+        connection.parser.receive_data(data)
+        self._parse(connection)
+
+    def _parse(self, connection: _Connection) -> None:
+        try:
+            self._advance(connection)
+        except h11.RemoteProtocolError as error:
+            self._refuse(connection, Refused(error.error_status_hint, str(error)))
+        except Refused as error:
+            self._refuse(connection, error)
+
+    def _advance(self, connection: _Connection) -> None:
+        """Starts to compute the request when it is complete. Raises RemoteProtocolError and Refused."""
+        parser = connection.parser
+        if connection.begun_s is None and connection.head:
+            connection.begun_s = time.monotonic()
+            connection.deadline_s = connection.begun_s + HEAD_TIMEOUT_S
+        while True:
+            event = parser.next_event()
+            if isinstance(event, h11.Request):
+                connection.request = event
+                connection.deadline_s += REQUEST_TIMEOUT_S - HEAD_TIMEOUT_S
+                _check(event, bytes(connection.head), self.service.body_max_bytes)
+                connection.head.clear()
+                if parser.they_are_waiting_for_100_continue:
+                    # A new connection's buffer has room for it.
+                    with contextlib.suppress(OSError):
+                        connection.sock.send(parser.send(h11.InformationalResponse(status_code=100, headers=[])) or b"")
+            elif isinstance(event, h11.Data):
+                connection.body += event.data
+                connection.lane.received_bytes += len(event.data)
+                if len(connection.body) > self.service.body_max_bytes:
+                    raise Refused(413, f"the body is longer than {self.service.body_max_bytes} bytes")
+            elif isinstance(event, h11.EndOfMessage):
+                self._compute(connection, connection.request)
+                return
+            elif isinstance(event, h11.ConnectionClosed):
+                self._close(connection)
+                return
+            else:
+                self._bound_received(connection.lane)
+                return
+
+    def _bound_received(self, lane: _LaneState) -> None:
+        while lane.received_bytes > LANE_MAX_BYTES:
+            self._close(max(lane.waiting, key=lambda connection: len(connection.body)))
+
+    def _compute(self, connection: _Connection, request: h11.Request | None) -> None:
+        if request is None:
+            raise RuntimeError("h11 has sent the end of a request without its head")
+        environ = environ_of(request, bytes(connection.body), connection)
+        threads = connection.lane
+        if other := connection.lane.lane.promote(environ):
+            threads = self._lane_state(other)
+        self._end_reading(connection)
+        connection.state = _State.SERVING
+        threads.threads.submit(self._respond, connection, environ)
+
+    def _end_reading(self, connection: _Connection) -> None:
+        connection.lane.waiting.pop(connection, None)
+        connection.lane.received_bytes -= len(connection.body)
+        connection.body.clear()
+        self._poller.unregister(connection.sock)
+
+    def _respond(self, connection: _Connection, environ: WSGIEnvironment) -> None:
+        """Runs in a thread of the lane. Sends at once what the socket's buffer takes; the loop sends the rest."""
+        try:
+            status, headers, body = _run(connection.lane.lane.app, environ)
+            if self._stop_s is not None:
+                headers = [*headers, ("Connection", "close")]
+            connection.unsent = memoryview(_frame(connection.parser, status, headers, body))
+            _send(connection)
+        except Exception as error:
+            problems.log_unexpected(error)
+            connection.is_broken = True
+        self._computed.append(connection)
+        self.wake()
+
+    def _refuse(self, connection: _Connection, error: Refused) -> None:
+        """Sends a problem document for a request that is not computed."""
+        response = problems.for_status(error.status, str(error)[:200], is_body=connection.request is not None)
+        headers = [*response.headers, ("Connection", "close")]
+        try:
+            connection.unsent = memoryview(_frame(connection.parser, response.status, headers, response.get_data()))
+        except h11.LocalProtocolError:
+            connection.is_broken = True
+        self._end_reading(connection)
+        self._write(connection)
+
+    def _write(self, connection: _Connection) -> None:
+        """Sends what is unsent, and then waits for the next request or closes the connection."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._poller.unregister(connection.sock)
+        if not connection.is_broken:
+            _send(connection)
+        if connection.is_broken:
+            self._close(connection)
+        elif connection.unsent:
+            if connection.state is not _State.WRITING:
+                connection.state = _State.WRITING
+                connection.deadline_s = time.monotonic() + RESPONSE_TIMEOUT_S
+            self._poller.register(connection.sock, selectors.EVENT_WRITE, connection)
+        elif connection.parser.our_state is h11.DONE and connection.parser.their_state is h11.DONE:
+            self._next_request(connection)
+        else:
+            self._linger(connection)
+
+    def _next_request(self, connection: _Connection) -> None:
+        connection.parser.start_next_cycle()
+        connection.renew()
+        connection.deadline_s = time.monotonic() + KEEPALIVE_S
+        self._wait_for_request(connection)
+        if any(connection.parser.trailing_data):
+            self._parse(connection)
+
+    def _linger(self, connection: _Connection) -> None:
+        connection.state = _State.LINGERING
+        connection.deadline_s = time.monotonic() + LINGER_S
+        try:
+            connection.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._close(connection)
+            return
+        self._poller.register(connection.sock, selectors.EVENT_READ, connection)
+
+
+def network_of(address: str) -> str:
+    """The IPv4 address, or the IPv6 /64 network, which one subscriber has; "" for a unix socket."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return ""
+    if isinstance(found, ipaddress.IPv4Address):
+        return str(found)
+    return str(found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64))
+
+
+def environ_of(request: h11.Request, body: bytes, connection: _Connection) -> WSGIEnvironment:
+    """The WSGI environment of a request. RAW_URI is the target as it was sent. Raises Refused."""
+    target = request.target.decode("latin-1")
+    path, _, query = (_ABSOLUTE.sub("", target, count=1) or "/").partition("#")[0].partition("?")
+    if not path.startswith("/") and (path, request.method) != ("*", b"OPTIONS"):
+        raise Refused(400, "the target of the request is neither a path nor a URL")
+    local = connection.local
+    environ: WSGIEnvironment = {
+        "REQUEST_METHOD": request.method.decode(),
+        "SCRIPT_NAME": "",
+        "PATH_INFO": unquote_to_bytes(path.encode("latin-1")).decode("latin-1"),
+        "QUERY_STRING": query,
+        "RAW_URI": target,
+        "SERVER_NAME": str(local[0]) if isinstance(local, tuple) else "localhost",
+        "SERVER_PORT": str(local[1]) if isinstance(local, tuple) else "80",
+        "SERVER_PROTOCOL": f"HTTP/{request.http_version.decode()}",
+        "REMOTE_ADDR": connection.host,
+        "REMOTE_PORT": str(connection.port),
+        "wsgi.version": (1, 0),
+        "wsgi.url_scheme": "http",
+        "wsgi.input": io.BytesIO(body),
+        "wsgi.errors": sys.stderr,
+        "wsgi.multithread": True,
+        "wsgi.multiprocess": True,
+        "wsgi.run_once": False,
+    }
+    for name, value in request.headers:
+        if b"_" in name:
+            continue
+        key = name.decode().upper().replace("-", "_")
+        key = key if key == "CONTENT_TYPE" else f"HTTP_{key}"
+        text = value.decode("latin-1")
+        environ[key] = f"{environ[key]},{text}" if key in environ else text
+    # The body was received and its chunks were joined.
+    environ.pop("HTTP_TRANSFER_ENCODING", None)
+    environ.pop("HTTP_CONTENT_LENGTH", None)
+    if _has_body(request):
+        environ["CONTENT_LENGTH"] = str(len(body))
+    return environ
+
+
+def _has_body(request: h11.Request) -> bool:
+    return any(name in (b"content-length", b"transfer-encoding") for name, _ in request.headers)
+
+
+def _check(request: h11.Request, head: bytes, body_max_bytes: int) -> None:
+    """Raises Refused for a request that h11 accepts and this server does not."""
+    if request.http_version not in (b"1.0", b"1.1"):
+        raise Refused(505, "the version of HTTP is neither 1.0 nor 1.1")
+    if len(request.target) > TARGET_MAX_BYTES:
+        raise Refused(414, f"the target of the request is longer than {TARGET_MAX_BYTES} bytes")
+    head = _END_OF_HEAD.split(head, maxsplit=1)[0]
+    if len(head) > HEAD_MAX_BYTES:
+        raise Refused(431, f"the headers are longer than {HEAD_MAX_BYTES} bytes")
+    if _FOLDED.search(head):
+        raise Refused(400, "a header continues on a second line")
+    headers = dict(request.headers)
+    if b"transfer-encoding" in headers and (b"content-length" in headers or request.http_version == b"1.0"):
+        raise Refused(400, "the length of the body is given in two ways, or chunks are sent by HTTP/1.0")
+    length = headers.get(b"content-length", b"0")
+    if int(length) > body_max_bytes:
+        raise Refused(413, f"the body is longer than {body_max_bytes} bytes")
+
+
+def _receive(connection: _Connection) -> bytes | None:
+    """Data from the socket; b"" at its end or after an error, None when there is no data yet."""
+    try:
+        return connection.sock.recv(_READ_BYTES)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+def _send(connection: _Connection) -> None:
+    try:
+        while connection.unsent:
+            connection.unsent = connection.unsent[connection.sock.send(connection.unsent):]
+    except BlockingIOError:
+        pass
+    except OSError as error:
+        connection.is_broken = True
+        if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
+            raise
+
+
+def _run(app: WSGIApplication, environ: WSGIEnvironment) -> tuple[str, list[tuple[str, str]], bytes]:
+    """Status, headers and body of a response."""
+    status, headers = "", list[tuple[str, str]]()
+    written = list[bytes]()
+
+    def start_response(
+        new_status: str, new_headers: list[tuple[str, str]], error: Any = None
+    ) -> Callable[[bytes], object]:
+        nonlocal status, headers
+        status, headers = new_status, new_headers
+        return written.append
+
+    parts: Iterable[bytes] = app(environ, start_response)
+    try:
+        body = b"".join([*written, *parts])
+    finally:
+        if close := getattr(parts, "close", None):
+            close()
+    return status, headers, body
+
+
+def _frame(parser: h11.Connection, status: str, headers: Sequence[tuple[str, str]], body: bytes) -> bytes:
+    """A whole response as bytes."""
+    code, _, reason = status.partition(" ")
+    given = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
+    if not any(name.lower() == b"content-length" for name, _ in given) and int(code) not in (204, 304):
+        given.append((b"Content-Length", str(len(body)).encode()))
+    given.append((b"Date", formatdate(usegmt=True).encode()))
+    response = h11.Response(status_code=int(code), headers=given, reason=reason.encode("latin-1"))
+    parts = [parser.send(response)]
+    if body:
+        parts.append(parser.send(h11.Data(data=body)))
+    parts.append(parser.send(h11.EndOfMessage()))
+    return b"".join(part or b"" for part in parts)
+
