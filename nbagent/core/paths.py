@@ -28,6 +28,7 @@ DRAIN = RUN / "drain"
 CONTROL_SOCKET = RUN / "control.sock"
 LANDING_SOCKET = RUN / "landing.sock"
 NETWORK_SOCKET = RUN / "network.sock"
+LAUNCH_SOCKET = RUN / "launch.sock"
 NETWORK_RULES = RUN / "network.json"
 DNS_CONFIG = RUN / "dns.conf"
 

@@ -7,6 +7,7 @@
     {"op": "open", "name": str}
     {"op": "remove", "name": str, "addresses": [str]}
     {"op": "sweep", "keep": [str]}      removes all interfaces but these
+    {"op": "ipv6"}                      responds {"ok": whether the host forwards IPv6}
 
 The response is {"ok": true} or a failure.
 """
@@ -21,6 +22,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
+from nbagent.network.addresses import forwards_ipv6
 from nbagent.wire import fields
 from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import Failure
@@ -55,14 +57,13 @@ def serve(network: HostNetwork, connection: socket.socket, apply_rules: Callable
             with request:
                 if (uid := channel.peer_uid()) != 0:
                     raise PermissionError(errno.EPERM, f"user id {uid} may not use the network service")
-                _do(network, request, apply_rules)
-            response: dict[str, object] = {"ok": True}
+                response: dict[str, object] = {"ok": _do(network, request, apply_rules)}
         except Exception as error:  # the service has to serve the other slots' requests
             response = Failure.of(error, "network").save()
         channel.send(response)
 
 
-def _do(network: HostNetwork, request: Message, apply_rules: Callable[[], None]) -> None:
+def _do(network: HostNetwork, request: Message, apply_rules: Callable[[], None]) -> bool:
     body = request.body
     match body.get("op"):
         case "rules":
@@ -76,8 +77,11 @@ def _do(network: HostNetwork, request: Message, apply_rules: Callable[[], None])
             network.remove(_name(body), _addresses(body))
         case "sweep":
             network.sweep(fields.texts(body, "keep"))
+        case "ipv6":
+            return forwards_ipv6()
         case unknown:
             raise ValueError(f"unknown operation {str(unknown)[:40]!r}")
+    return True
 
 
 def _name(body: dict[str, object]) -> str:

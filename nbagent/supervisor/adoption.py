@@ -42,7 +42,7 @@ class Adoption:
             has_interfaces |= slot is not None and bool(slot.addresses)
             runs = scope in scopes
             scopes.discard(scope)
-            live = reattach(slot) if slot is not None and slot.state in COMPLETE and runs else None
+            live = await reattach(slot) if slot is not None and slot.state in COMPLETE and runs else None
             if live is not None:
                 self._adopt(live)
                 continue

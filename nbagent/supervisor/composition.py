@@ -74,7 +74,7 @@ def compose(on: Surroundings) -> Supervisor:
     pools = Pools(config, slots, records, changed)
     load = HostLoad(config, slots, on.zygotes, on.drain_file, on.memory)
     interfaces = Interfaces(on.network, slots)
-    images = Images(on.store, slots, pools, on.zygotes, tasks, changed)
+    images = Images(on.store, slots, pools, on.zygotes, systemd, tasks, changed)
     stopper = SlotStopper(config, slots, pools, records, systemd, interfaces, images, changed)
     compressor = Compressor(systemd, counters, tasks)
     monitor = Monitor(counters, stopper, compressor, tasks)

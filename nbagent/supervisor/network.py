@@ -77,16 +77,21 @@ class Network:
                     raise StartFailed(f"{resolver.UNIT}: {error}", step="network") from error
                 self._resolver_text = text
 
-    def choose(self, taken: Container[str]) -> tuple[str, ...]:
-        """Addresses for a new slot, none of them in `taken`; empty where no network is allowed. Raises StartFailed."""
+    async def choose(self, taken: Container[str]) -> tuple[str, ...]:
+        """Addresses for a new slot, none of them in `taken`; empty where no network is allowed. Raises StartFailed.
+
+        The caller has to take them at once: no other task runs after the choice.
+        """
         if not self.allowed:
             return ()
+        # The supervisor is in a network namespace of its own, so that it cannot read the settings of the host's.
+        forwards_ipv6 = await self._call("ipv6")
         range4 = self.settings.range4
         try:
             self._last = addresses.next_number(self._last, taken, range4)
         except LookupError as error:
             raise StartFailed(str(error), step="network") from None
-        return numbered(self.settings, self._last)
+        return numbered(self.settings, self._last, forwards_ipv6)
 
     def uplink(self, slot: Slot) -> Uplink | None:
         """The inner side of a slot's interface, None for a slot without one."""
@@ -114,7 +119,7 @@ class Network:
         kept = [slot for slot in keep if slot.addresses and (slot.claimed_s is None or slot.network == INTERNET)]
         await self._call("sweep", keep=[addresses.interface(slot.id) for slot in kept])
 
-    async def _call(self, op: str, fds: Mapping[str, int] = MappingProxyType({}), **arguments: object) -> None:
+    async def _call(self, op: str, fds: Mapping[str, int] = MappingProxyType({}), **arguments: object) -> bool:
         failure = Failure("network", 0, "nbagent-network.service ended without a response")
         for _ in range(TRIES):
             try:
@@ -123,7 +128,7 @@ class Network:
                 if response is not None:
                     with response:
                         response.raise_failure()
-                    return
+                        return response.body.get("ok") is True
             except TimeoutError:
                 failure = Failure("network", 0, f"no response within {TIMEOUT_S:g} s")
                 break
@@ -143,9 +148,9 @@ async def _request(request: Mapping[str, object], fds: Mapping[str, int]) -> Mes
         return await receive(channel)
 
 
-def numbered(settings: NetworkSettings, number: int) -> tuple[str, ...]:
+def numbered(settings: NetworkSettings, number: int, forwards_ipv6: bool) -> tuple[str, ...]:
     """The addresses of a number: one of IPv4, and one of IPv6 where the host forwards it."""
-    version6 = (str(settings.range6[number]),) if addresses.forwards_ipv6() else ()
+    version6 = (str(settings.range6[number]),) if forwards_ipv6 else ()
     return (str(settings.range4[number]), *version6)
 
 

@@ -81,7 +81,7 @@ class SlotStarter:
         began_s = now()
         self._counters.add("starts")
         try:
-            self._slots.set_addresses(live, self._network.choose(self._slots.addresses))
+            self._slots.set_addresses(live, await self._network.choose(self._slots.addresses))
             async with asyncio.timeout(self._config.value.slots.start_timeout):
                 await self._launch(live, image)
         except asyncio.CancelledError:

@@ -77,6 +77,7 @@ class SlotStopper:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(END_MAX_S):
                     await readable(live.pidfd)
+        await live.release_storage()
         live.close()
         await self._interfaces.remove(slot)
         self._slots.move(live, SlotState.GONE)
