@@ -42,7 +42,7 @@ PROGRAMS: dict[str, tuple[str, int | None]] = {
     SLOT: ("nbagent.runtime.exec_slot", None), CONTENT: ("nbagent.content.deliver", subprocess.DEVNULL),
 }
 REQUEST_MAX_BYTES = 4096
-PID_MAX = 1 << 22
+_PID_MAX = (1 << 31) - 1
 _GATE = 'read -r go && exec "$@" </dev/null'
 _SCOPE = re.compile(r"nbagent-[0-9a-z-]+\.scope")
 # One connection is served at a time, so a caller that sends nothing may not block the others.
@@ -91,7 +91,7 @@ def _do(request: Message, spawned: Spawned) -> Response:
             spawned(process)
             return {"process": os.pidfd_open(process.pid), "go": go_fd}
         case "open":
-            opened = open_slot(fields.text(body, "scope"), fields.integer(body, "pid", 1, PID_MAX))
+            opened = open_slot(fields.text(body, "scope"), fields.integer(body, "pid", -_PID_MAX, _PID_MAX))
             return {"process": opened.pidfd, "activity": opened.activity_fd, "root": opened.root_fd}
         case unknown:
             raise ValueError(f"unknown operation {str(unknown)[:40]!r}")

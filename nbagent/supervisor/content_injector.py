@@ -51,7 +51,7 @@ async def inject(
             with peer:
                 control.send({"order": _order(slot, content, settings).save()}, _descriptors(pidfd, content))
                 process = await launch_service.spawn(CONTENT, peer.fileno())
-        except (OSError, StepFailed) as error:
+        except (OSError, StepFailed, MalformedMessage) as error:
             raise StartFailed.at(*Failure.of(error, ENTER)) from error
         with process:
             try:

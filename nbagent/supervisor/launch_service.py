@@ -6,16 +6,16 @@ and to enter the namespaces of slots, and to open files of their processes.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import Mapping
-from types import MappingProxyType, TracebackType
+from collections.abc import Mapping, Sequence
+from types import TracebackType
 
 from nbagent.core import paths
 from nbagent.launch.requests import OpenedSlot
 from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import Failure, StepFailed
+from nbagent.wire.fields import MalformedMessage
 
 # The service responds in milliseconds; its first start may take seconds on a busy machine.
 TIMEOUT_S = 20.0
@@ -46,30 +46,16 @@ class BlockedProcess:
 
 async def spawn(program: str, control_fd: int) -> BlockedProcess:
     """Starts one of nbagent.launch.requests.PROGRAMS with a channel. Raises OSError, StepFailed or MalformedMessage."""
-    with await _call({"op": "spawn", "program": program}, {"control": control_fd}) as response:
-        with contextlib.ExitStack() as stack:
-            pidfd = response.take("process")
-            stack.callback(os.close, pidfd)
-            process = BlockedProcess(pidfd, response.take("go"))
-            stack.pop_all()
-            return process
+    return BlockedProcess(*await _call({"op": "spawn", "program": program}, {"control": control_fd}, ("process", "go")))
 
 
 async def open_slot(scope: str, pid: int) -> OpenedSlot:
     """The descriptors of a running slot, which are the caller's. Raises OSError, StepFailed or MalformedMessage."""
-    with await _call({"op": "open", "scope": scope, "pid": pid}) as response:
-        taken: list[int] = []
-        try:
-            for name in ("process", "activity", "root"):
-                taken.append(response.take(name))
-        except BaseException:
-            for fd in taken:
-                os.close(fd)
-            raise
-        return OpenedSlot(*taken)
+    return OpenedSlot(*await _call({"op": "open", "scope": scope, "pid": pid}, {}, ("process", "activity", "root")))
 
 
-async def _call(request: Mapping[str, object], fds: Mapping[str, int] = MappingProxyType({})) -> Message:
+async def _call(request: Mapping[str, object], fds: Mapping[str, int], expected: Sequence[str]) -> list[int]:
+    """The descriptors of the response, which are the caller's."""
     failure = Failure("launch", 0, "nbagent-launch.service ended without a response")
     for _ in range(TRIES):
         try:
@@ -81,12 +67,11 @@ async def _call(request: Mapping[str, object], fds: Mapping[str, int] = MappingP
             failure = Failure.of(error, "launch")
             continue
         if response is not None:
-            try:
+            with response:
                 response.raise_failure()
-            except BaseException:
-                response.close()
-                raise
-            return response
+                if missing := set(expected) - response.fds.keys():
+                    raise MalformedMessage(f"no descriptor {', '.join(sorted(missing))}")
+                return [response.take(name) for name in expected]
     raise StepFailed(failure._replace(text=f"nbagent-launch: {failure.text}"))
 
 

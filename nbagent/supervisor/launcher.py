@@ -34,7 +34,7 @@ from nbagent.supervisor import launch_service
 from nbagent.wire import activity
 from nbagent.wire.aio import readable, receive
 from nbagent.wire.channel import Channel, Message
-from nbagent.wire.failure import StepFailed, printable
+from nbagent.wire.failure import Failure, StepFailed, printable
 from nbagent.wire.fields import MalformedMessage
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
 
@@ -308,8 +308,8 @@ class ExecLauncher:
             try:
                 with start.peer:
                     process = await launch_service.spawn(SLOT, start.peer.fileno())
-            except StepFailed as error:
-                raise StartFailed.at(*error.failure) from error
+            except (StepFailed, MalformedMessage) as error:
+                raise StartFailed.at(*Failure.of(error, "launch")) from error
             with process:
                 await scope.start([pid_of(process.pidfd, slot)])
                 process.release()

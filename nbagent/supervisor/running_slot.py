@@ -60,7 +60,6 @@ class RunningSlot:
     slot: Slot
     pidfd: int = -1
     activity_fd: int = -1
-    root_fd: int = -1
     cgroup: Cgroup | None = None
     reading: Sample = NEVER_READ
     usage: Usage = NOTHING_USED
@@ -69,6 +68,7 @@ class RunningSlot:
     active_s: float = 0.0
     compressed_s: float | None = None
     task: asyncio.Task[None] | None = None
+    root_fd: int = -1
 
     def attach(self, launched: Launched) -> None:
         """Takes over the descriptors of a launch."""
@@ -183,7 +183,7 @@ async def reattach(slot: Slot) -> RunningSlot | None:
     try:
         opened = await launch_service.open_slot(slot.scope, slot.pid)
     except StepFailed as error:
-        if error.failure.errno in (errno.ESRCH, errno.ENOENT):
+        if error.failure.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
             return None
         raise
     live = RunningSlot(slot, root_fd=opened.root_fd)
