@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from nbagent.wire import control
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication
 
+    from nbagent.web.tokens import TokenFile
+
+_LOG = logging.getLogger(__name__)
 _ADDRESS = "127.0.0.1:9000"
 # The path of units/nbagent-landing.socket.
 _LANDING = paths.LANDING_SOCKET
@@ -72,8 +76,7 @@ def _serve(arguments: Arguments) -> None:
     from nbagent.api import app
     from nbagent.api.backend import HostBackend
     from nbagent.landing.app import create_app as create_landing
-    from nbagent.web import gunicorn_app
-    from nbagent.web.tokens import TokenFile
+    from nbagent.web import gunicorn_app, tokens
 
     def shape(settings: host_config.HostConfig) -> gunicorn_app.Shape:
         return gunicorn_app.Shape(settings.api.workers, settings.api.threads, claim_deadline_s(settings) + 5)
@@ -81,8 +84,9 @@ def _serve(arguments: Arguments) -> None:
     def make_app(settings: host_config.HostConfig) -> WSGIApplication:
         client = control.ControlClient(arguments.control_socket, claim_deadline_s(settings))
         probe = control.ControlClient(arguments.control_socket, app.PROBE_TIMEOUT_S)
-        token = TokenFile(arguments.landing_token)
-        landing = create_landing(settings.landing, HostBackend(settings, client, probe), token.matches)
+        token, landing_token = tokens.passed(arguments.token), tokens.passed(arguments.landing_token)
+        _warn_of_absent(settings, token, landing_token)
+        landing = create_landing(settings.landing, HostBackend(settings, client, probe), landing_token.matches)
         api = app.create_app(settings, client, arguments.token)
         return gunicorn_app.by_listener(api, {str(arguments.landing_socket): landing})
 
@@ -90,6 +94,18 @@ def _serve(arguments: Arguments) -> None:
     gunicorn_app.GunicornApp(
         "nbagent-api", lambda: host_config.load(arguments.config), shape, make_app, arguments.bind
     ).run()
+
+
+def _warn_of_absent(settings: host_config.HostConfig, token: TokenFile, landing_token: TokenFile) -> None:
+    """Logs each token that is missing or empty, if the settings need it."""
+    needed = [(token, "only networks in api.trusted_networks may call the API")]
+    if settings.landing.access == "token":
+        needed.append((landing_token, 'no client may start a slot, because landing.access is "token"'))
+    for file, effect in needed:
+        if not file.read():
+            _LOG.warning(
+                "%s is missing or empty: %s; write a token with: openssl rand -hex 32 > %s", file.path, effect, file.path
+            )
 
 
 if __name__ == "__main__":

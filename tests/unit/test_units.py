@@ -30,6 +30,7 @@ EXPOSURE_MAX = {
     "nbagent-network.service": 1.5,
     "nbagent-router.service": 1.2,
     "nbagent-sweep.service": 1.1,
+    "nbagent-token.service": 0.8,
     "nbagent-zygote@.service": 3.4,
     "nbagent.service": 0.9,
 }
