@@ -103,9 +103,8 @@ def _warn_of_absent(settings: host_config.HostConfig, token: TokenFile, landing_
         needed.append((landing_token, 'no client may start a slot, because landing.access is "token"'))
     for file, effect in needed:
         if not file.read():
-            _LOG.warning(
-                "%s is missing or empty: %s; write a token with: openssl rand -hex 32 > %s", file.path, effect, file.path
-            )
+            remedy = f"write a token with: openssl rand -hex 32 > {file.path}"
+            _LOG.warning("%s is missing or empty: %s; %s", file.path, effect, remedy)
 
 
 if __name__ == "__main__":
