@@ -27,8 +27,8 @@ from nbagent.supervisor.composition import Supervisor, Surroundings, compose
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.server import ControlServer, serve_check
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.zygotes import ForkLauncher, Zygotes
-from nbagent.systemd.bus import Systemd
 
 
 def main() -> int:
@@ -79,7 +79,6 @@ async def _run(config: host_config.HostConfig) -> None:
     emit(Event.AGENT_STOPPING)
     for task in (*tasks, stopped):
         task.cancel()
-    systemd.close()
     for task in done - {stopped}:
         task.result()
 

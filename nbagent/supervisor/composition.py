@@ -31,9 +31,9 @@ from nbagent.supervisor.records import Records
 from nbagent.supervisor.slot_starter import SlotStarter
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
 from nbagent.supervisor.zygotes import Zygotes
-from nbagent.systemd.bus import Systemd
 
 
 @dataclass(frozen=True)

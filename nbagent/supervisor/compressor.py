@@ -21,8 +21,8 @@ from nbagent.linux.cgroup import Cgroup
 from nbagent.policy import compress
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
-from nbagent.systemd.bus import Systemd
 
 # systemd may respond to a change of a limit before it has written it to the kernel.
 LIMIT_TIMEOUT_S = 5.0

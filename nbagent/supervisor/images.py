@@ -10,9 +10,9 @@ from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.systemd import JobFailed, Systemd
 from nbagent.supervisor.tasks import Tasks
 from nbagent.supervisor.zygotes import Zygotes
-from nbagent.systemd.bus import JobFailed, Systemd
 
 # Deletes retired trees, because their files belong to ids of images, and only root with CAP_DAC_OVERRIDE can do that.
 SWEEP_UNIT = "nbagent-sweep.service"

@@ -24,7 +24,8 @@ from nbagent.network import addresses, resolver
 from nbagent.network.rules import RULES_PATH, Rules
 from nbagent.sandbox.plan import INTERFACE
 from nbagent.sandbox.spec import Uplink
-from nbagent.systemd.bus import JobFailed, Systemd
+from nbagent.supervisor.systemd import JobFailed, Systemd
+from nbagent.wire import fields
 from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import Failure, StepFailed
@@ -69,7 +70,7 @@ class Network:
                 _write(RULES_PATH, json.dumps(rules(settings).save()))
                 await self._call("rules")
                 self._applied = settings
-            text = resolver_text(settings)
+            text = resolver_text(settings, fields.text(await self._call("host"), "resolver"))
             if text != self._resolver_text:
                 try:
                     await self._systemd.start(resolver.UNIT, anew=_write(resolver.PATH, text))
@@ -85,7 +86,7 @@ class Network:
         if not self.allowed:
             return ()
         # The supervisor is in a network namespace of its own, so that it cannot read the settings of the host's.
-        forwards_ipv6 = await self._call("ipv6")
+        forwards_ipv6 = (await self._call("host")).get("ipv6") is True
         range4 = self.settings.range4
         try:
             self._last = addresses.next_number(self._last, taken, range4)
@@ -119,7 +120,9 @@ class Network:
         kept = [slot for slot in keep if slot.addresses and (slot.claimed_s is None or slot.network == INTERNET)]
         await self._call("sweep", keep=[addresses.interface(slot.id) for slot in kept])
 
-    async def _call(self, op: str, fds: Mapping[str, int] = MappingProxyType({}), **arguments: object) -> bool:
+    async def _call(
+        self, op: str, fds: Mapping[str, int] = MappingProxyType({}), **arguments: object
+    ) -> Mapping[str, object]:
         failure = Failure("network", 0, "nbagent-network.service ended without a response")
         for _ in range(TRIES):
             try:
@@ -128,7 +131,7 @@ class Network:
                 if response is not None:
                     with response:
                         response.raise_failure()
-                        return response.body.get("ok") is True
+                        return response.body
             except TimeoutError:
                 failure = Failure("network", 0, f"no response within {TIMEOUT_S:g} s")
                 break
@@ -175,10 +178,9 @@ def rules(settings: NetworkSettings) -> Rules:
     )
 
 
-def resolver_text(settings: NetworkSettings) -> str:
+def resolver_text(settings: NetworkSettings, hosts_own: str) -> str:
     """The resolver's configuration file, from the settings and the host's own resolv.conf."""
     names = [name for name in settings.only if isinstance(name, str)]
-    hosts_own = resolver.HOSTS_OWN.read_text(errors="replace") if resolver.HOSTS_OWN.exists() else ""
     gateway = addresses.gateway(settings.range4)
     return resolver.render(gateway, names, resolver.upstreams(hosts_own), private=bool(named(settings)))
 

@@ -26,8 +26,8 @@ from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.systemd import JobFailed, Systemd
 from nbagent.supervisor.tasks import Tasks
-from nbagent.systemd.bus import JobFailed, Systemd
 from nbagent.wire.aio import readable
 
 # From a slot's last closed socket to the end of its first process.

@@ -37,7 +37,7 @@ from nbagent.supervisor.launcher import (
     pid_of,
     zygote_spec,
 )
-from nbagent.systemd.bus import JobFailed, Systemd
+from nbagent.supervisor.systemd import JobFailed, Systemd
 from nbagent.wire import fields
 from nbagent.wire.aio import readable, receive
 from nbagent.wire.channel import Channel

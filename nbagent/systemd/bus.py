@@ -19,11 +19,12 @@ from pystemd.systemd1 import Manager
 from pystemd.systemd1.unit_signatures import KNOWN_UNIT_SIGNATURES
 
 from nbagent.core.model import Limits
+from nbagent.systemd.job import JobFailed
 
 SLICE = "nbagent-slots.slice"
 INFINITY = 2**64 - 1
-# The signals for which the supervisor has handlers, and which therefore interrupt a call.
-HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+# The signals for which the units service has handlers, and which therefore interrupt a call.
+HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 # PID 1 needs milliseconds to move processes into a scope, but seconds while it starts a thousand others.
 PLACED_MAX_S = 5.0
@@ -55,10 +56,6 @@ class _Message(Protocol):
     def is_empty(self) -> bool: ...
 
     def process_reply(self, with_headers: bool, /) -> None: ...
-
-
-class JobFailed(Exception):
-    """A job's result is not `done` but timeout, failed, canceled, dependency or skipped."""
 
 
 class Systemd:
@@ -173,8 +170,8 @@ class Systemd:
                 yield name.decode()
 
     def _call(self, method: str, *arguments: Value | Mapping[bytes, Value]) -> Any:
-        # A signal during a call makes sd-bus return EINTR although the reply follows, so that a reload of the agent
-        # (SIGHUP) would fail the start of a slot. Blocked signals are handled after the call.
+        # A signal during a call makes sd-bus return EINTR although the reply follows. Blocked signals are handled after
+        # the call.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
             result = getattr(self._manager.Manager, method)(*arguments)

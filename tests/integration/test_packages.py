@@ -17,9 +17,10 @@ from testhost_driver import Host
 
 SERVICES = ("nbagent.service", "nbagent-api.service", "nbagent-router.service")
 SOCKETS = ("nbagent.socket", "nbagent-check.socket", "nbagent-api.socket", "nbagent-landing.socket",
-           "nbagent-router.socket", "nbagent-network.socket", "nbagent-launch.socket")
+           "nbagent-router.socket", "nbagent-network.socket", "nbagent-launch.socket",
+           "nbagent-units.socket")
 ON_DEMAND = ("nbagent-network.service", "nbagent-dns.service", "nbagent-launch.service", "nbagent-sweep.service",
-             "nbagent-token.service")
+             "nbagent-token.service", "nbagent-units.service")
 # The most that `systemd-analyze security` may report for each service as it is loaded on the host, drop-ins included.
 EXPOSURE_MAX = {
     "nbagent-api.service": 0.9,
@@ -29,6 +30,7 @@ EXPOSURE_MAX = {
     "nbagent-router.service": 1.1,
     "nbagent-sweep.service": 0.9,
     "nbagent-token.service": 0.8,
+    "nbagent-units.service": 1.0,
     "nbagent-zygote@x:0.service": 3.4,
     "nbagent.service": 0.9,
 }

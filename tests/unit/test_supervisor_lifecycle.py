@@ -12,7 +12,7 @@ from fakes import Host, kinds, make_image, turns, until
 from nbagent.core.errors import IllegalMove, InvalidField, SlotNotFound, StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import SlotState
-from nbagent.systemd.bus import JobFailed
+from nbagent.supervisor.systemd import JobFailed
 
 POOL = {"warm": 2, "starts": 4}
 

@@ -31,6 +31,7 @@ EXPOSURE_MAX = {
     "nbagent-router.service": 1.2,
     "nbagent-sweep.service": 1.1,
     "nbagent-token.service": 0.8,
+    "nbagent-units.service": 1.0,
     "nbagent-zygote@.service": 3.4,
     "nbagent.service": 0.9,
 }
