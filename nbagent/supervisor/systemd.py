@@ -69,6 +69,14 @@ class Systemd:
         """Changes CPUWeight of a zygote's service, which may be inactive. Raises OSError."""
         _call("set_cpu_weight", unit=name, weight=weight)
 
+    async def reclaim(self, name: str, pid: int, size_bytes: int) -> bool:
+        """Reclaims memory of the scope in which `pid` is, as Cgroup.reclaim. Raises OSError."""
+        return (await _request("reclaim", unit=name, pid=pid, size_bytes=size_bytes)).get("ok") is True
+
+    async def prime(self) -> None:
+        """Speeds up the next move of processes into a scope. Raises OSError."""
+        await _request("prime")
+
     async def start(self, name: str, *, anew: bool = False) -> None:
         """Starts a unit, or with `anew` restarts it, and waits until it is active. Raises JobFailed or OSError."""
         await _request("start", unit=name, anew=anew)

@@ -323,6 +323,14 @@ class Zygotes:
         else:
             expected.set_result(channel)
 
+    def prime(self) -> None:
+        """Primes PID 1 for the next scope, without waiting for it; only a delay, when it fails."""
+        self._spawn(self._prime())
+
+    async def _prime(self) -> None:
+        with contextlib.suppress(OSError):
+            await self._systemd.prime()
+
     def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
@@ -336,10 +344,6 @@ class ForkLauncher:
     def __init__(self, zygotes: Zygotes) -> None:
         self.zygotes = zygotes
         self._exec = ExecLauncher()
-        # Without it, for want of a permission, moves into a scope are slower.
-        self._primer: cgroup.MigrationPrimer | None = None
-        with contextlib.suppress(OSError):
-            self._primer = cgroup.MigrationPrimer()
         self._under_way = 0
 
     async def launch(
@@ -391,8 +395,8 @@ class ForkLauncher:
 
     def prepare(self) -> None:
         """Primes PID 1, so that moving the slot's processes into their scope does not wait for an RCU grace period."""
-        if self._primer is not None and self._under_way == 0:
-            self._primer.prime()
+        if self._under_way == 0:
+            self.zygotes.prime()
 
 
 def _request_fork(zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, start: SlotStart) -> int:

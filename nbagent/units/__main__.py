@@ -13,9 +13,11 @@ import asyncio
 import contextlib
 import signal
 import socket
+from collections.abc import Callable
 
 from systemd import daemon
 
+from nbagent.linux.cgroup import MigrationPrimer
 from nbagent.systemd.bus import Systemd
 from nbagent.units import requests
 from nbagent.wire.aio import receive
@@ -27,18 +29,20 @@ from nbagent.wire.fields import MalformedMessage
 _TIMEOUT_S = 5.0
 
 
-async def serve(manager: requests.Manager, listener: socket.socket) -> None:
+async def serve(
+    manager: requests.Manager, listener: socket.socket, prime: Callable[[], None] = lambda: None
+) -> None:
     """Serves until cancelled, each connection in a task."""
     loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
     listener.setblocking(False)
     while True:
         connection, _ = await loop.sock_accept(listener)
-        task = loop.create_task(_serve_one(manager, Channel(connection, requests.REQUEST_MAX_BYTES)))
+        task = loop.create_task(_serve_one(manager, Channel(connection, requests.REQUEST_MAX_BYTES), prime))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
 
-async def _serve_one(manager: requests.Manager, channel: Channel) -> None:
+async def _serve_one(manager: requests.Manager, channel: Channel, prime: Callable[[], None]) -> None:
     with channel, contextlib.suppress(OSError):
         channel.socket.setblocking(False)
         try:
@@ -49,12 +53,20 @@ async def _serve_one(manager: requests.Manager, channel: Channel) -> None:
             return
         if request is not None:
             request.close()
-            channel.send(await requests.respond(manager, channel, request.body))
+            channel.send(await requests.respond(manager, channel, request.body, prime))
+
+
+def _primer() -> Callable[[], None]:
+    """MigrationPrimer.prime. Without the right to write to the cgroup of this service, moves into a scope are slower."""
+    try:
+        return MigrationPrimer().prime
+    except OSError:
+        return lambda: None
 
 
 async def _run(listener: socket.socket) -> None:
     systemd = Systemd()
-    serving = asyncio.ensure_future(serve(systemd, listener))
+    serving = asyncio.ensure_future(serve(systemd, listener, _primer()))
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
     daemon.notify("READY=1")

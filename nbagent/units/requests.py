@@ -7,11 +7,15 @@
     {"op": "set_limits", "unit": SCOPE, "limits": {...}}
     {"op": "set_swap", "unit": SCOPE, "size_bytes": int}
     {"op": "set_cpu_weight", "unit": ZYGOTE, "weight": int}
+    {"op": "reclaim", "unit": SCOPE, "pid": int, "size_bytes": int}
+                                        reclaims memory of the scope, in which `pid` is; responds whether all of it was
+    {"op": "prime"}                     MigrationPrimer.prime of nbagent.linux.cgroup
     {"op": "start", "unit": STARTED, "anew": bool}              responds when it is active
     {"op": "stop", "unit": SCOPE or ZYGOTE, "at_once": bool}    responds when it is inactive
     {"op": "scopes"}, {"op": "zygotes"}                         respond with the names of active units
 
-The response is {"ok": null or a list} or a failure, whose step is JOB for a job of systemd that did not succeed.
+The response is {"ok": null, a boolean or a list} or a failure, whose step is JOB for a job of systemd that did not
+succeed.
 
 The caller of systemd can run any program as root, so this service is a narrow door to it: names and values are checked
 here, and a process gets into a scope only from the unit that has forked it for a slot.
@@ -19,6 +23,7 @@ here, and a process gets into a scope only from the unit that has forked it for 
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,35 +74,44 @@ class Manager(Protocol):
 
 
 async def respond(
-    manager: Manager, channel: Channel, body: Mapping[str, object],
-    unit_of: Callable[[int], str] = cgroup.unit_of_process,
+    manager: Manager, channel: Channel, body: Mapping[str, object], prime: Callable[[], None] = lambda: None
 ) -> dict[str, object]:
-    """The response to one request."""
+    """The response to one request. `prime` does the request "prime"."""
     try:
         if (uid := channel.peer_uid()) != 0:
             raise PermissionError(errno.EPERM, f"user id {uid} may not use the units service")
-        return {"ok": await _do(manager, body, unit_of)}
+        if body.get("op") == "prime":
+            prime()
+            return {"ok": None}
+        return {"ok": await _do(manager, body)}
     except JobFailed as error:
         return Failure(JOB, 0, str(error)).save()
     except Exception as error:  # the service has to serve the other slots' requests
         return Failure.of(error, "units").save()
 
 
-async def _do(manager: Manager, body: Mapping[str, object], unit_of: Callable[[int], str]) -> list[str] | None:
+async def _do(manager: Manager, body: Mapping[str, object]) -> list[str] | bool | None:
     match body.get("op"):
         case "start_scope":
             await manager.start_scope(
-                _unit(body, _SCOPE), _pids(body, unit_of), fields.text(body, "description"), _limits(body),
+                _unit(body, _SCOPE), _pids(body), fields.text(body, "description"), _limits(body),
                 runtime_max_s=_seconds(body, "runtime_max_s"), stop_timeout_s=_seconds(body, "stop_timeout_s"),
             )
         case "attach":
-            manager.attach(_unit(body, _SCOPE), _pids(body, unit_of))
+            manager.attach(_unit(body, _SCOPE), _pids(body))
         case "set_limits":
             manager.set_limits(_unit(body, _SCOPE), _limits(body))
         case "set_swap":
             manager.set_swap(_unit(body, _SCOPE), fields.integer(body, "size_bytes", 0, _BYTES_MAX))
         case "set_cpu_weight":
             manager.set_cpu_weight(_unit(body, _ZYGOTE), fields.integer(body, "weight", 1, 10000))
+        case "reclaim":
+            scope, pid = _unit(body, _SCOPE), fields.integer(body, "pid", 2, _BYTES_MAX)
+            if cgroup.unit_of_process(pid) != scope:
+                raise ProcessLookupError(errno.ESRCH, f"process {pid} is not in {scope}")
+            size_bytes = fields.integer(body, "size_bytes", 1, _BYTES_MAX)
+            # A write to memory.reclaim blocks until the kernel is done.
+            return await asyncio.to_thread(cgroup.of_process(pid).reclaim, size_bytes)
         case "start":
             await manager.start(_unit(body, _STARTED), anew=body.get("anew") is True)
         case "stop":
@@ -118,12 +132,12 @@ def _unit(body: Mapping[str, object], allowed: re.Pattern[str]) -> str:
     return name
 
 
-def _pids(body: Mapping[str, object], unit_of: Callable[[int], str]) -> list[int]:
+def _pids(body: Mapping[str, object]) -> list[int]:
     pids = body.get("pids")
     if not isinstance(pids, list) or not all(type(pid) is int and pid > 1 for pid in pids):
         raise MalformedMessage("'pids' is not a list of process ids")
     for pid in pids:
-        if not _ORIGIN.fullmatch(unit := unit_of(pid)):
+        if not _ORIGIN.fullmatch(unit := cgroup.unit_of_process(pid)):
             raise PermissionError(errno.EPERM, f"process {pid} of {unit or 'no unit'} was not forked for a slot")
     return pids
 

@@ -49,9 +49,14 @@ class Service:
                 return
             requests.serve(connection, self.spawned.append)
 
-    def close(self):
+    def finish(self):
+        """Returns when the last connection is closed."""
         self.listener.shutdown(socket.SHUT_RDWR)
         self.thread.join()
+
+    def close(self):
+        if self.thread.is_alive():
+            self.finish()
         self.listener.close()
         for process in self.spawned:
             process.wait(10)
@@ -126,6 +131,7 @@ def test_a_malformed_request_starts_no_process_and_leaks_nothing(service, payloa
         channel.socket.send(payload)
         with channel.receive() as response, pytest.raises(StepFailed):
             response.raise_failure()
+    service.finish()
     assert service.spawned == [] and open_fds() == before
 
 

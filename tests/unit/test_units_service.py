@@ -77,7 +77,6 @@ def service(tmp_path, monkeypatch):
     path = tmp_path / "units.sock"
     monkeypatch.setattr(paths, "UNITS_SOCKET", path)
     monkeypatch.setattr(requests.cgroup, "unit_of_process", lambda pid: UNITS[pid])
-    monkeypatch.setattr(requests.respond, "__defaults__", (requests.cgroup.unit_of_process,))
     service = Service(path)
     yield service
     service.close()
@@ -104,8 +103,8 @@ async def test_every_call_arrives_with_its_arguments(service):
 
 
 @pytest.mark.parametrize("name", [
-    "ssh.service", "nbagent.service", "nbagent-launch.service", "nbagent-slots.slice", "nbagent-../x.scope", "init.scope",
-    "nbagent-zygote@x.service", "nbagent-zygote@minimal:0.service.d", "nbagent-x.scope\n", "",
+    "ssh.service", "nbagent.service", "nbagent-launch.service", "nbagent-slots.slice", "nbagent-../x.scope",
+    "init.scope", "nbagent-zygote@x.service", "nbagent-zygote@minimal:0.service.d", "nbagent-x.scope\n", "",
 ])
 async def test_a_unit_that_is_not_a_slots_is_refused(service, name):
     systemd = Systemd()
@@ -140,6 +139,18 @@ async def test_a_process_that_was_not_forked_for_a_slot_gets_into_no_scope(servi
     with pytest.raises(PermissionError, match="not forked for a slot"):
         Systemd().attach(SCOPE, [pid])
     assert service.manager.calls == []
+
+
+async def test_memory_is_reclaimed_from_the_cgroup_of_a_process_in_the_scope(service, monkeypatch):
+    written = []
+    monkeypatch.setattr(requests.cgroup, "of_process", lambda pid: requests.cgroup.Cgroup("m", "m", "m"))
+    monkeypatch.setattr(requests.cgroup.Cgroup, "reclaim", lambda group, size: written.append((group, size)) or True)
+    assert await Systemd().reclaim(SCOPE, 14, 4096) is True
+    for pid in (10, 12):
+        with pytest.raises(ProcessLookupError, match="is not in"):
+            await Systemd().reclaim(SCOPE, pid, 4096)
+    assert [size for _, size in written] == [4096]
+    await Systemd().prime()
 
 
 async def test_failures_keep_their_kind(service):
