@@ -57,7 +57,7 @@ async def _serve_one(manager: requests.Manager, channel: Channel, prime: Callabl
 
 
 def _primer() -> Callable[[], None]:
-    """MigrationPrimer.prime. Without the right to write to the cgroup of this service, moves into a scope are slower."""
+    """MigrationPrimer.prime; where this service may not write to its cgroup, nothing, and moves are slower."""
     try:
         return MigrationPrimer().prime
     except OSError:
