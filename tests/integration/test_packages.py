@@ -8,8 +8,10 @@ import json
 import os
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
+import taken_over
 
 import product
 from conftest import SETTINGS, Agent
@@ -35,6 +37,8 @@ EXPOSURE_MAX = {
     "nbagent.service": 0.9,
 }
 # Files that other programs of the host changed. Paths of our files contain "nbagent".
+# What a oneshot copy of nbagent.service must not have.
+OTHER_DIRECTIVES = re.compile(r"(Exec\w+|Type|Sockets|WatchdogSec|Restart\w*|Wants|After|WantedBy)=|\[Install\]|#")
 OTHER_FILES = re.compile(r"file /(etc|usr|var|run)/(?!.*nbagent)")
 
 
@@ -103,6 +107,26 @@ def test_every_service_of_the_package_has_a_limit_of_its_exposure(installed):
     files = installed.run("systemctl", "list-unit-files", "--no-legend", "--plain", "nbagent*.service").split("\n")
     names = {line.split()[0].replace("@.", "@x:0.") for line in files if line}
     assert names == set(EXPOSURE_MAX)
+
+
+def test_a_supervisor_that_is_taken_over_reaches_nothing_of_the_host(installed):
+    """The attempts of taken_over.py under the restrictions of nbagent.service, and without them."""
+    program = "/usr/local/lib/taken_over.py"
+    installed.host.copy_in(str(Path(__file__).with_name("taken_over.py")), program)
+    free = installed.run("python3", program).splitlines()
+    assert free == [*(f"succeeded: {name}" for name in taken_over.ATTEMPTS), "complete"]
+    lines = installed.run("systemctl", "cat", "nbagent.service").splitlines()
+    kept = [line for line in lines if not OTHER_DIRECTIVES.match(line)]
+    unit = "\n".join([*kept, "[Service]", f"ExecStart=/usr/bin/python3 -I {program}", "Type=oneshot", ""])
+    installed.run("tee", "/run/systemd/system/taken-over.service", input=unit)
+    try:
+        installed.run("systemctl", "daemon-reload")
+        installed.run("systemctl", "start", "taken-over.service")
+        log = installed.run("journalctl", "-u", "taken-over.service", "-o", "cat", "_COMM=python3").splitlines()
+    finally:
+        installed.run("rm", "/run/systemd/system/taken-over.service", program)
+        installed.run("systemctl", "daemon-reload")
+    assert log == ["complete"]
 
 
 def test_systemd_accepts_the_units(installed):
