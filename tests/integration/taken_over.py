@@ -84,7 +84,7 @@ ATTEMPTS = {
 }
 
 LIMITS = Limits(1 << 30, 100, None, 256)
-# What the services that have the rights must refuse; they refuse root without restrictions too.
+# The services that have the rights refuse these, to root without restrictions too.
 REQUESTS = {
     "a unit of the host": lambda systemd: systemd.start("debug-shell.service"),
     "an end of a unit of the host": lambda systemd: systemd.stop("dbus.service"),

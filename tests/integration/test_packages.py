@@ -37,7 +37,7 @@ EXPOSURE_MAX = {
     "nbagent.service": 0.9,
 }
 # Files that other programs of the host changed. Paths of our files contain "nbagent".
-# What a oneshot copy of nbagent.service must not have.
+# A oneshot copy of nbagent.service has none of these.
 OTHER_DIRECTIVES = re.compile(r"(Exec\w+|Type|Sockets|WatchdogSec|Restart\w*|Wants|After|WantedBy)=|\[Install\]|#")
 OTHER_FILES = re.compile(r"file /(etc|usr|var|run)/(?!.*nbagent)")
 
