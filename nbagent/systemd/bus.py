@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 # PID 1 needs milliseconds to move processes into a scope, but seconds while it starts a thousand others.
 PLACED_MAX_S = 5.0
+# A job usually takes milliseconds, and the stop of a claimed slot up to slots.stop_timeout.
+LOOK_S = 1.0
 
 # Property types that pystemd 0.11 (Debian 12) lacks.
 KNOWN_UNIT_SIGNATURES.update(
@@ -190,7 +193,11 @@ class Systemd:
         # There is no await between the call and this line: JobRemoved can be processed in the next loop iteration.
         future = self._jobs.setdefault(job, self._loop.create_future())
         try:
-            result = await asyncio.shield(future)
+            while not future.done():
+                await asyncio.wait({future}, timeout=LOOK_S)
+                if not future.done():
+                    self._look(job, future)
+            result = future.result()
         except asyncio.CancelledError:
             if also_when_cancelled:
                 # A cancelled caller ends the processes. If they exit before PID 1 has moved them, the scope fails.
@@ -200,6 +207,21 @@ class Systemd:
             self._jobs.pop(job, None)
         if result != "done":
             raise JobFailed(f"job {job.decode()} ended as {result}")
+
+    def _look(self, job: bytes, future: asyncio.Future[str]) -> None:
+        """Ends the wait for a job that has ended without a signal that reached this process.
+
+        sd_bus_process() also returns no message when it has done something else, and then leaves signals in its queue.
+        """
+        self._process()
+        if future.done():
+            return
+        with contextlib.suppress(OSError):
+            self._call("GetJob", int(job.rpartition(b"/")[2]))
+            return
+        if not future.done():
+            print(f"{job.decode()} has ended without the signal JobRemoved", file=sys.stderr, flush=True)
+            future.set_result("done")
 
     def _process(self) -> None:
         while not self._bus.process().is_empty():
