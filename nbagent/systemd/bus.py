@@ -220,7 +220,7 @@ class Systemd:
             self._call("GetJob", int(job.rpartition(b"/")[2]))
             return
         if not future.done():
-            print(f"{job.decode()} has ended without the signal JobRemoved", file=sys.stderr, flush=True)
+            sys.stderr.write(f"{job.decode()} has ended without the signal JobRemoved\n")
             future.set_result("done")
 
     def _process(self) -> None:

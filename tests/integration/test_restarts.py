@@ -17,7 +17,9 @@ SUPERVISOR, API, ROUTER = "nbagent.service", "nbagent-api.service", "nbagent-rou
 UNITS, LAUNCH = "nbagent-units.service", "nbagent-launch.service"
 # The messages of PID 1 about a killed service.
 FAILED_SCOPE = re.compile(r"Failed to start nbagent-\S+\.scope")
-KILLED = r"nbagent(-api|-router|-units|-launch)?\.service: (Main process exited|Failed with result|Consumed|Killing process)"
+KILLED = (
+    r"nbagent(-api|-router|-units|-launch)?\.service: (Main process exited|Failed with result|Consumed|Killing process)"
+)
 
 
 class Session:
