@@ -12,6 +12,7 @@ import threading
 import time
 
 import pytest
+from fakes import until
 
 from nbagent.core import paths
 from nbagent.launch import requests
@@ -79,13 +80,18 @@ def settles_at(before):
     return len(open_fds()) == len(before)
 
 
+def name_of(process):
+    with open(f"/proc/{process.pid}/comm") as file:
+        return file.read().strip()
+
+
 async def test_a_process_blocks_until_it_is_released(service, monkeypatch):
     monkeypatch.setitem(requests.PROGRAMS, requests.SLOT, ("json.tool", subprocess.DEVNULL))
     before = open_fds()
     own, peer = socket.socketpair()
     with own, peer, await launch_service.spawn(requests.SLOT, peer.fileno()) as process:
-        with open(f"/proc/{service.spawned[0].pid}/comm") as file:
-            assert file.read() == "sh\n"
+        await until(lambda: name_of(service.spawned[0]) == "sh")
+        assert service.spawned[0].poll() is None
         process.release()
         async with asyncio.timeout(10):
             await readable(process.pidfd)
