@@ -17,6 +17,7 @@ from nbagent.supervisor.systemd import Systemd
 from nbagent.wire.channel import Channel
 
 CLONE_NEWNS, CLONE_NEWUSER, MS_BIND = 0x20000, 0x10000000, 4096
+SYS_TGKILL = {"x86_64": 234, "aarch64": 131}[os.uname().machine]
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -67,6 +68,7 @@ ATTEMPTS = {
     "systemd's own socket": lambda: connect("/run/systemd/private"),
     "the host's passwords": lambda: open("/etc/shadow").close(),
     "a signal to PID 1": lambda: os.kill(1, 0),
+    "a signal to a thread": lambda: call("syscall", SYS_TGKILL, 1, 1, 0),
     "a signal by pidfd": lambda: signal.pidfd_send_signal(os.pidfd_open(1), 0),
     "memory of PID 1": lambda: open("/proc/1/mem", "rb").close(),
     "a descriptor of PID 1": lambda: os.readlink("/proc/1/fd/0"),
