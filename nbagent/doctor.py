@@ -341,7 +341,7 @@ def check_wildcard(domain: str, resolve: Callable[[str], list[str]]) -> Finding:
 
 
 def check_token(root: Path, name: str, without: str) -> Finding:
-    """Whether a token of the API exists and only root and the API can read it; `without`: the effect of its absence."""
+    """Whether a token of the API exists and only the operator can read it; `without`: the effect of its absence."""
     shown = paths.ETC / name
     path = _below(root, shown)
     kind = name.replace("-", " ")
@@ -350,13 +350,13 @@ def check_token(root: Path, name: str, without: str) -> Finding:
     except FileNotFoundError:
         return Finding(
             kind, "warn", f"{shown} does not exist: {without}",
-            f"install -m 0640 -g nbagent <(openssl rand -hex 32) {shown}",
+            f"install -m 0600 <(openssl rand -hex 32) {shown}",
         )
     mode = stat.S_IMODE(status.st_mode)
     if mode & 0o027:
         return Finding(
             kind, "fail", f"{shown} has mode {mode:04o}, so other users can read or change it",
-            f"chmod 0640 {shown}, and replace the token",
+            f"chmod 0600 {shown}, and replace the token",
         )
     if status.st_size < 16:
         return Finding(

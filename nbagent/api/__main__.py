@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,9 @@ from nbagent.wire import control
 if TYPE_CHECKING:
     from nbagent.web.server import Service
 
+    from nbagent.web.tokens import TokenFile
+
+_LOG = logging.getLogger(__name__)
 _ADDRESS = "127.0.0.1:9000"
 # The path of units/nbagent-landing.socket.
 _LANDING = paths.LANDING_SOCKET
@@ -72,16 +76,16 @@ def _serve(arguments: Arguments) -> None:
     from nbagent.api import app, lanes
     from nbagent.api.backend import HostBackend
     from nbagent.landing.app import create_app as create_landing
-    from nbagent.web import gunicorn_app
-    from nbagent.web.tokens import TokenFile
+    from nbagent.web import gunicorn_app, tokens
 
     def make_service(settings: host_config.HostConfig) -> Service:
         client = control.ControlClient(arguments.control_socket, claim_deadline_s(settings))
         probe = control.ControlClient(arguments.control_socket, app.PROBE_TIMEOUT_S)
-        landing_token = TokenFile(arguments.landing_token)
+        token, landing_token = tokens.passed(arguments.token), tokens.passed(arguments.landing_token)
+        _warn_of_absent(settings, token, landing_token)
         api = app.create_app(settings, client, arguments.token)
         return lanes.make_service(
-            settings.api, api, TokenFile(arguments.token), str(arguments.landing_socket),
+            settings.api, api, token, str(arguments.landing_socket),
             create_landing(settings.landing, HostBackend(settings, client, probe), landing_token.matches),
         )
 
@@ -91,6 +95,17 @@ def _serve(arguments: Arguments) -> None:
         lambda settings: gunicorn_app.Shape(settings.api.workers, claim_deadline_s(settings) + 5),
         make_service, arguments.bind,
     ).run()
+
+
+def _warn_of_absent(settings: host_config.HostConfig, token: TokenFile, landing_token: TokenFile) -> None:
+    """Logs each token that is missing or empty, if the settings need it."""
+    needed = [(token, "only networks in api.trusted_networks may call the API")]
+    if settings.landing.access == "token":
+        needed.append((landing_token, 'no client may start a slot, because landing.access is "token"'))
+    for file, effect in needed:
+        if not file.read():
+            remedy = f"write a token with: openssl rand -hex 32 > {file.path}"
+            _LOG.warning("%s is missing or empty: %s; %s", file.path, effect, remedy)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from nbagent.core.errors import Forbidden
 from nbagent.web import problems
 from nbagent.web.cors import add_preflight_headers
 from nbagent.web.responses import forbid_caching_and_sniffing, json_response
-from nbagent.web.tokens import TokenFile
+from nbagent.web.tokens import passed
 from nbagent.wire.control import ControlClient
 
 PROBE_TIMEOUT_S = 3.0
@@ -31,7 +31,7 @@ def create_app(config: HostConfig, client: ControlClient, token_path: Path = TOK
     # A path that is not in the table gets 404 and no redirect to a normalised spelling.
     app.url_map.merge_slashes = False
     service = Service(config, client, ControlClient(client.path, PROBE_TIMEOUT_S))
-    access = Access(config, TokenFile(token_path))
+    access = Access(config, passed(token_path))
     routes = {route.name: route for route in ROUTES}
     for route in ROUTES:
         app.add_url_rule(

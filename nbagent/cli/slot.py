@@ -34,7 +34,7 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     """
     from nbagent.core.model import Slot, SlotState
     from nbagent.image.store import ImageStore
-    from nbagent.network.addresses import FIRST
+    from nbagent.network.addresses import FIRST, forwards_ipv6
     from nbagent.sandbox.plan import plan as sandbox_plan
     from nbagent.sandbox.plan import zygote_plan
     from nbagent.supervisor.launcher import host_steps, sandbox_spec, zygote_spec
@@ -46,7 +46,7 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     sample = Slot(
         id=f"{settings.label}-{'x' * 12}", image=found.name, digest=found.digest, id_base=found.id_base,
         uid=UID_FIRST, state=SlotState.STARTING, limits=default_limits(settings.slots), token="", created_s=0.0,
-        addresses=numbered(settings.network, FIRST) if INTERNET in settings.network.allow else (),
+        addresses=numbered(settings.network, FIRST, forwards_ipv6()) if INTERNET in settings.network.allow else (),
     )
     uplinked = uplink(settings.network, sample)
     spec = sandbox_spec(sample, found, settings.slots.storage_bytes, settings.slots.start_timeout, uplinked)

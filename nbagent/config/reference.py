@@ -87,7 +87,8 @@ The token of the API.
 Clients that send it in the header
 .B Authorization: Bearer
 may call the API from any network.
-The package creates it at installation, and only root and the API can read it.
+The package creates it at installation, and only root can read it.
+A new token is valid within seconds, because its file is watched.
 .SH SEE ALSO
 .BR nbagent (1),
 .BR nbagent.service (8)

@@ -22,6 +22,7 @@ Standard library only; Python 3.9 and up.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -31,6 +32,7 @@ from nbagent.content.beneath_writer import BeneathWriter
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.sandbox import plan
+from nbagent.sandbox.spec import HOST_IDS
 from nbagent.untrusted.refusal import Refused
 from nbagent.wire import fields
 from nbagent.wire.channel import Channel, Message, report_failure
@@ -88,6 +90,9 @@ def _outside(control: Channel) -> NoReturn:
     fetch = _fetcher() if order.archive is not None else None
     prctl(PR_SET_DUMPABLE, 0)
     pidfd = request.take("init")
+    # The supervisor sends the process, and must not be able to get into namespaces of the host's other users.
+    if (owner := ns.owner_of_user_namespace(order.pid)) not in HOST_IDS:
+        raise PermissionError(errno.EPERM, f"process {order.pid} is in a user namespace of user id {owner}")
     ns.enter(pidfd, order.pid, NAMESPACES)
     os.close(pidfd)
     # No import from here on, because it would load the image's modules.

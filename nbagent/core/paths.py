@@ -28,6 +28,8 @@ DRAIN = RUN / "drain"
 CONTROL_SOCKET = RUN / "control.sock"
 LANDING_SOCKET = RUN / "landing.sock"
 NETWORK_SOCKET = RUN / "network.sock"
+LAUNCH_SOCKET = RUN / "launch.sock"
+UNITS_SOCKET = RUN / "units.sock"
 NETWORK_RULES = RUN / "network.json"
 DNS_CONFIG = RUN / "dns.conf"
 

@@ -213,6 +213,10 @@ class ImageStore:
                 (self.path / digest).rename(self.path / f"{_STAGING}{digest}-{secrets.token_hex(4)}")
         return unwanted
 
+    def has_retired(self) -> bool:
+        """Whether `sweep` may have something to delete."""
+        return next(self.path.glob(f"{_STAGING}*"), None) is not None
+
     def sweep(self) -> None:
         """Delete retired trees, and the staging directories of killed writers. May take seconds."""
         with ExitStack() as stack:

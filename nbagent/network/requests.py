@@ -7,6 +7,8 @@
     {"op": "open", "name": str}
     {"op": "remove", "name": str, "addresses": [str]}
     {"op": "sweep", "keep": [str]}      removes all interfaces but these
+    {"op": "host"}                      responds {"ok": true, "ipv6": whether the host forwards it, "resolver": the
+                                        text of its resolv.conf}
 
 The response is {"ok": true} or a failure.
 """
@@ -21,12 +23,15 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
+from nbagent.network.addresses import forwards_ipv6
+from nbagent.network.resolver import HOSTS_OWN
 from nbagent.wire import fields
 from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import Failure
 
 # The names of all slots' interfaces.
 REQUEST_MAX_BYTES = 1 << 20
+RESOLVER_MAX_CHARACTERS = 8192
 _NAME = re.compile(r"nb-[0-9a-z]{12}")
 _RATE_MAX = 1 << 50
 # One connection is served at a time, so a caller that sends nothing may not block the others.
@@ -55,14 +60,13 @@ def serve(network: HostNetwork, connection: socket.socket, apply_rules: Callable
             with request:
                 if (uid := channel.peer_uid()) != 0:
                     raise PermissionError(errno.EPERM, f"user id {uid} may not use the network service")
-                _do(network, request, apply_rules)
-            response: dict[str, object] = {"ok": True}
+                response: dict[str, object] = {"ok": True, **_do(network, request, apply_rules)}
         except Exception as error:  # the service has to serve the other slots' requests
             response = Failure.of(error, "network").save()
         channel.send(response)
 
 
-def _do(network: HostNetwork, request: Message, apply_rules: Callable[[], None]) -> None:
+def _do(network: HostNetwork, request: Message, apply_rules: Callable[[], None]) -> dict[str, object]:
     body = request.body
     match body.get("op"):
         case "rules":
@@ -76,8 +80,13 @@ def _do(network: HostNetwork, request: Message, apply_rules: Callable[[], None])
             network.remove(_name(body), _addresses(body))
         case "sweep":
             network.sweep(fields.texts(body, "keep"))
+        case "host":
+            found = HOSTS_OWN.exists()
+            text = HOSTS_OWN.read_text(errors="replace")[:RESOLVER_MAX_CHARACTERS] if found else ""
+            return {"ipv6": forwards_ipv6(), "resolver": text}
         case unknown:
             raise ValueError(f"unknown operation {str(unknown)[:40]!r}")
+    return {}
 
 
 def _name(body: dict[str, object]) -> str:

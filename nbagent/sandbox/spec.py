@@ -9,6 +9,9 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional
 LISTEN_FD = 3
 ACTIVITY_FD = 4
 CONFIG_FD = 5
+# The host ids of images (nbagent.image.ids.BASES), of which each has IDS.
+IDS = 65536
+HOST_IDS = range(0x70000000, 0x7FFE0000)
 
 
 class Uplink(NamedTuple):

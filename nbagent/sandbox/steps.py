@@ -17,6 +17,7 @@ Steps are named tuples, because importing dataclasses would cost 2 MiB a slot. P
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -48,8 +49,8 @@ from nbagent.linux.process import (
     prctl,
     set_rlimit,
 )
+from nbagent.sandbox.spec import HOST_IDS, IDS
 
-IDS = 65536
 # The kernel's defaults for one user. units/nbagent-zygote@.service raises them for the sum of a zygote's slots.
 LOCKED_BYTES, QUEUED_BYTES = 8 << 20, 819200
 
@@ -77,6 +78,9 @@ class UserNamespace(NamedTuple):
         return f"user namespace of {self.id_base + self.uid}: ids 0..{IDS - 1} are {self.id_base}.. on the host"
 
     def do(self) -> None:
+        # The supervisor sends both, and must not be able to get ids of the host's users by them.
+        if not (HOST_IDS.start <= self.id_base <= HOST_IDS.stop - IDS and 0 <= self.uid < IDS):
+            raise PermissionError(errno.EPERM, f"ids from {self.id_base} are not those of an image")
         unshare_user(self.id_base, IDS, self.id_base + self.uid)
 
 

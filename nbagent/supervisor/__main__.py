@@ -9,7 +9,6 @@ SIGHUP reloads the configuration and the list of images. SIGTERM ends the superv
 from __future__ import annotations
 
 import asyncio
-import grp
 import os
 import pwd
 import signal
@@ -28,8 +27,8 @@ from nbagent.supervisor.composition import Supervisor, Surroundings, compose
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.server import ControlServer, serve_check
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.zygotes import ForkLauncher, Zygotes
-from nbagent.systemd.bus import Systemd
 
 
 def main() -> int:
@@ -39,8 +38,6 @@ def main() -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return error.exit_status
-    # Processes of slots inherit the mask.
-    os.umask(0o022)
     asyncio.run(_run(config))
     return 0
 
@@ -48,7 +45,7 @@ def main() -> int:
 async def _run(config: host_config.HostConfig) -> None:
     sockets = _activated()
     systemd = Systemd()
-    records = Records(paths.SLOTS, grp.getgrnam("nbagent-router").gr_gid)
+    records = Records(paths.SLOTS)
     current, changed = CurrentConfig(config), asyncio.Event()
     zygotes = Zygotes(current, systemd, changed.set)
     await zygotes.open()
@@ -83,7 +80,6 @@ async def _run(config: host_config.HostConfig) -> None:
     emit(Event.AGENT_STOPPING)
     for task in (*tasks, stopped):
         task.cancel()
-    systemd.close()
     for task in done - {stopped}:
         task.result()
 

@@ -14,8 +14,8 @@ from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot, reattach
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
-from nbagent.systemd.bus import Systemd
 
 COMPLETE = (SlotState.WARM, SlotState.CLAIMED)
 
@@ -44,7 +44,7 @@ class Adoption:
             has_interfaces |= slot is not None and bool(slot.addresses)
             runs = scope in scopes
             scopes.discard(scope)
-            live = reattach(slot) if slot is not None and slot.state in COMPLETE and runs else None
+            live = await reattach(slot) if slot is not None and slot.state in COMPLETE and runs else None
             if live is not None:
                 self._adopt(live)
                 continue

@@ -23,8 +23,8 @@ from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
-from nbagent.systemd.bus import Systemd
 
 # For each slot of the host, as api.openapi documents it: a reading takes 50 us, so a thousand would delay claims.
 READING_AGE_S = 0.03

@@ -31,9 +31,9 @@ from nbagent.supervisor.records import Records
 from nbagent.supervisor.slot_starter import SlotStarter
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
 from nbagent.supervisor.zygotes import Zygotes
-from nbagent.systemd.bus import Systemd
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def compose(on: Surroundings) -> Supervisor:
     pools = Pools(config, slots, records, changed)
     load = HostLoad(config, slots, on.zygotes, on.drain_file, on.memory)
     interfaces = Interfaces(on.network, slots)
-    images = Images(on.store, slots, pools, on.zygotes, tasks, changed)
+    images = Images(on.store, slots, pools, on.zygotes, systemd, tasks, changed)
     stopper = SlotStopper(config, slots, pools, records, systemd, interfaces, images, changed)
     compressor = Compressor(systemd, counters, tasks)
     monitor = Monitor(counters, stopper, compressor, tasks)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Compression of the memory of slots at rest: the kernel swaps it out to zram.
 
-A slot has MemorySwapMax=0 except while the supervisor writes to its memory.reclaim. So pages of a slot are swapped out
-only after a check that all swap is zram, and not when the host is short of memory. With swap on a disk, without swap,
-or with cgroup v1, no slot is compressed.
+A slot has MemorySwapMax=0 except while nbagent-units.service writes to its memory.reclaim. So pages of a slot are
+swapped out only after a check that all swap is zram, and not when the host is short of memory. With swap on a disk,
+without swap, or with cgroup v1, no slot is compressed.
 
-Slots are compressed one at a time and in a thread, because a write to memory.reclaim blocks until the kernel is done.
+Slots are compressed one at a time.
 The compression of a slot that becomes active ends after the current step; its pages are read back when they are used.
 """
 
@@ -21,8 +21,8 @@ from nbagent.linux.cgroup import Cgroup
 from nbagent.policy import compress
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
-from nbagent.systemd.bus import Systemd
 
 # systemd may respond to a change of a limit before it has written it to the kernel.
 LIMIT_TIMEOUT_S = 5.0
@@ -75,7 +75,7 @@ class Compressor:
                 while not group.may_swap():
                     await asyncio.sleep(LIMIT_PAUSE_S)
             for _ in range(compress.steps(before.memory_bytes)):
-                more = await asyncio.to_thread(group.reclaim, compress.STEP_BYTES)
+                more = await self._systemd.reclaim(live.slot.scope, live.slot.pid or 0, compress.STEP_BYTES)
                 if not more or not _rests(live, since_s):
                     break
         except (OSError, TimeoutError):

@@ -8,7 +8,6 @@ Its response comes from inside the slot and is untrusted: the channel bounds and
 from __future__ import annotations
 
 import asyncio
-import subprocess
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,8 +16,9 @@ from nbagent.content.deliver import ENTER, UNPACK, Order
 from nbagent.core.claim_content import FILES_MAX, Content, FileBundle
 from nbagent.core.errors import ArchiveFailed, ContentFailed, NbagentError, StartFailed
 from nbagent.core.model import Slot
-from nbagent.supervisor import scoped_process
-from nbagent.supervisor.launcher import syscall_filter
+from nbagent.launch.requests import CONTENT
+from nbagent.supervisor import launch_service
+from nbagent.supervisor.launcher import pid_of, syscall_filter
 from nbagent.wire import fields
 from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel, Message
@@ -50,20 +50,19 @@ async def inject(
         try:
             with peer:
                 control.send({"order": _order(slot, content, settings).save()}, _descriptors(pidfd, content))
-                process = scoped_process.spawn_blocked("nbagent.content.deliver", peer.fileno(), subprocess.DEVNULL)
-        except OSError as error:
+                process = await launch_service.spawn(CONTENT, peer.fileno())
+        except (OSError, StepFailed, MalformedMessage) as error:
             raise StartFailed.at(*Failure.of(error, ENTER)) from error
-        try:
-            join_scope(process.pid)
-            scoped_process.release(process)
-            async with asyncio.timeout(settings.timeout + _HEAD_START_S):
-                return await _result(control, content)
-        except TimeoutError:
-            raise _failure(content)(f"content was not delivered within {settings.timeout:g} s") from None
-        except OSError as error:
-            raise StartFailed.at(*Failure.of(error, ENTER)) from error
-        finally:
-            scoped_process.kill(process)
+        with process:
+            try:
+                join_scope(pid_of(process.pidfd, slot))
+                process.release()
+                async with asyncio.timeout(settings.timeout + _HEAD_START_S):
+                    return await _result(control, content)
+            except TimeoutError:
+                raise _failure(content)(f"content was not delivered within {settings.timeout:g} s") from None
+            except OSError as error:
+                raise StartFailed.at(*Failure.of(error, ENTER)) from error
 
 
 def _descriptors(pidfd: int, content: Content) -> dict[str, int]:

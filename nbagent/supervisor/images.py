@@ -4,20 +4,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.systemd import JobFailed, Systemd
 from nbagent.supervisor.tasks import Tasks
 from nbagent.supervisor.zygotes import Zygotes
+
+# Deletes retired trees, because their files belong to ids of images, and only root with CAP_DAC_OVERRIDE can do that.
+SWEEP_UNIT = "nbagent-sweep.service"
 
 
 class Images:
     """Brings pools and zygotes up to date with the store, and removes image trees that are no longer in use."""
 
     def __init__(
-        self, store: ImageStore, slots: Slots, pools: Pools, zygotes: Zygotes, tasks: Tasks, changed: asyncio.Event
+        self, store: ImageStore, slots: Slots, pools: Pools, zygotes: Zygotes, systemd: Systemd, tasks: Tasks,
+        changed: asyncio.Event,
     ) -> None:
         self._store = store
         self._slots = slots
@@ -25,6 +31,9 @@ class Images:
         self._zygotes = zygotes
         self._tasks = tasks
         self._changed = changed
+        self._systemd = systemd
+        # A start of the unit while it runs would miss trees that were retired meanwhile.
+        self._sweeping = asyncio.Lock()
 
     def refresh(self) -> None:
         """Reads the store: each image has a pool, and a zygote where its slots are forked."""
@@ -43,7 +52,10 @@ class Images:
             self.refresh()
 
     async def _sweep(self, retired: list[str]) -> None:
-        # An image has tens of thousands of files to delete, so a thread does it.
-        await asyncio.to_thread(self._store.sweep)
+        async with self._sweeping:
+            if self._store.has_retired():
+                # The next refresh tries again.
+                with contextlib.suppress(OSError, JobFailed):
+                    await self._systemd.start(SWEEP_UNIT)
         for digest in retired:
             emit(Event.IMAGE_REMOVED, digest=digest)

@@ -24,16 +24,17 @@ from nbagent.core import paths
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Slot
 from nbagent.image.store import Image
+from nbagent.launch.requests import SLOT
 from nbagent.linux import seccomp
 from nbagent.network import addresses
 from nbagent.sandbox import syscalls
 from nbagent.sandbox.plan import CODE_PATH, Line
 from nbagent.sandbox.spec import SandboxSpec, Uplink
-from nbagent.supervisor import scoped_process
+from nbagent.supervisor import launch_service
 from nbagent.wire import activity
 from nbagent.wire.aio import readable, receive
 from nbagent.wire.channel import Channel, Message
-from nbagent.wire.failure import StepFailed, printable
+from nbagent.wire.failure import Failure, StepFailed, printable
 from nbagent.wire.fields import MalformedMessage
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
 
@@ -307,27 +308,23 @@ class ExecLauncher:
         self, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
     ) -> Launched:
         with SlotStart(slot) as start:
-            with start.peer:
-                process = scoped_process.spawn_blocked("nbagent.runtime.exec_slot", start.peer.fileno())
-            launcher_fd = os.pidfd_open(process.pid)
             try:
-                await scope.start([process.pid])
-                scoped_process.release(process)
+                with start.peer:
+                    process = await launch_service.spawn(SLOT, start.peer.fileno())
+            except (StepFailed, MalformedMessage) as error:
+                raise StartFailed.at(*Failure.of(error, "launch")) from error
+            with process:
+                await scope.start([pid_of(process.pidfd, slot)])
+                process.release()
                 start.control.send({"spec": spec.save()}, start.descriptors(listener))
                 pidfd, = await start.receive_fds("init")
                 try:
                     launched = await start.wait_running(pidfd, spec, attach)
+                    await readable(process.pidfd)
                 except BaseException:
                     os.close(pidfd)
                     raise
-                await readable(launcher_fd)
-                process.wait()
                 return launched
-            except BaseException:
-                scoped_process.kill(process)
-                raise
-            finally:
-                os.close(launcher_fd)
 
 
 def _unexpected(message: Message) -> StartFailed:

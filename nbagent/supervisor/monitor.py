@@ -43,6 +43,7 @@ class Monitor:
         live.task = self._tasks.spawn(self._watch(live))
 
     async def _watch(self, live: RunningSlot) -> None:
+        await live.open_storage()
         await readable(live.pidfd)
         if live.slot.state in SAMPLED_STATES:
             self._report_last_kills(live)

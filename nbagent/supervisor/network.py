@@ -24,7 +24,8 @@ from nbagent.network import addresses, resolver
 from nbagent.network.rules import RULES_PATH, Rules
 from nbagent.sandbox.plan import INTERFACE
 from nbagent.sandbox.spec import Uplink
-from nbagent.systemd.bus import JobFailed, Systemd
+from nbagent.supervisor.systemd import JobFailed, Systemd
+from nbagent.wire import fields
 from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import Failure, StepFailed
@@ -69,7 +70,7 @@ class Network:
                 _write(RULES_PATH, json.dumps(rules(settings).save()))
                 await self._call("rules")
                 self._applied = settings
-            text = resolver_text(settings)
+            text = resolver_text(settings, fields.text(await self._call("host"), "resolver"))
             if text != self._resolver_text:
                 try:
                     await self._systemd.start(resolver.UNIT, anew=_write(resolver.PATH, text))
@@ -77,16 +78,21 @@ class Network:
                     raise StartFailed(f"{resolver.UNIT}: {error}", step="network") from error
                 self._resolver_text = text
 
-    def choose(self, taken: Container[str]) -> tuple[str, ...]:
-        """Addresses for a new slot, none of them in `taken`; empty where no network is allowed. Raises StartFailed."""
+    async def choose(self, taken: Container[str]) -> tuple[str, ...]:
+        """Addresses for a new slot, none of them in `taken`; empty where no network is allowed. Raises StartFailed.
+
+        The caller has to take them at once: no other task runs after the choice.
+        """
         if not self.allowed:
             return ()
+        # The supervisor is in a network namespace of its own, so that it cannot read the settings of the host's.
+        forwards_ipv6 = (await self._call("host")).get("ipv6") is True
         range4 = self.settings.range4
         try:
             self._last = addresses.next_number(self._last, taken, range4)
         except LookupError as error:
             raise StartFailed(str(error), step="network") from None
-        return numbered(self.settings, self._last)
+        return numbered(self.settings, self._last, forwards_ipv6)
 
     def uplink(self, slot: Slot) -> Uplink | None:
         """The inner side of a slot's interface, None for a slot without one."""
@@ -114,7 +120,9 @@ class Network:
         kept = [slot for slot in keep if slot.addresses and (slot.claimed_s is None or slot.network == INTERNET)]
         await self._call("sweep", keep=[addresses.interface(slot.id) for slot in kept])
 
-    async def _call(self, op: str, fds: Mapping[str, int] = MappingProxyType({}), **arguments: object) -> None:
+    async def _call(
+        self, op: str, fds: Mapping[str, int] = MappingProxyType({}), **arguments: object
+    ) -> Mapping[str, object]:
         failure = Failure("network", 0, "nbagent-network.service ended without a response")
         for _ in range(TRIES):
             try:
@@ -123,7 +131,7 @@ class Network:
                 if response is not None:
                     with response:
                         response.raise_failure()
-                    return
+                        return response.body
             except TimeoutError:
                 failure = Failure("network", 0, f"no response within {TIMEOUT_S:g} s")
                 break
@@ -143,9 +151,9 @@ async def _request(request: Mapping[str, object], fds: Mapping[str, int]) -> Mes
         return await receive(channel)
 
 
-def numbered(settings: NetworkSettings, number: int) -> tuple[str, ...]:
+def numbered(settings: NetworkSettings, number: int, forwards_ipv6: bool) -> tuple[str, ...]:
     """The addresses of a number: one of IPv4, and one of IPv6 where the host forwards it."""
-    version6 = (str(settings.range6[number]),) if addresses.forwards_ipv6() else ()
+    version6 = (str(settings.range6[number]),) if forwards_ipv6 else ()
     return (str(settings.range4[number]), *version6)
 
 
@@ -170,10 +178,9 @@ def rules(settings: NetworkSettings) -> Rules:
     )
 
 
-def resolver_text(settings: NetworkSettings) -> str:
+def resolver_text(settings: NetworkSettings, hosts_own: str) -> str:
     """The resolver's configuration file, from the settings and the host's own resolv.conf."""
     names = [name for name in settings.only if isinstance(name, str)]
-    hosts_own = resolver.HOSTS_OWN.read_text(errors="replace") if resolver.HOSTS_OWN.exists() else ""
     gateway = addresses.gateway(settings.range4)
     return resolver.render(gateway, names, resolver.upstreams(hosts_own), private=bool(named(settings)))
 

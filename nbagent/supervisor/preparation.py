@@ -18,8 +18,8 @@ from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
-from nbagent.systemd.bus import Systemd
 
 
 class Preparation:

@@ -5,7 +5,8 @@
     /run/nbagent/slots/SLOT/http.sock    the listening socket of the slot, to which the router connects
     /run/nbagent/slots/SLOT/static       link to the image's static files, for the router
 
-The directory is not in the mount namespaces of slots.
+The directory is not in the mount namespaces of slots. It is set-group-ID (packaging/nbagent.tmpfiles), so that the
+socket has the router's group without a right to change groups.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ BACKLOG = 1024
 class Records:
     """The directories of all slots below one path."""
 
-    def __init__(self, path: Path, socket_gid: int) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.socket_gid = socket_gid
 
     def create(self, slot: Slot, static: Path) -> socket.socket:
         """Creates the slot's directory and returns its listening socket."""
@@ -37,14 +37,12 @@ class Records:
         self.save(slot)
         (directory / "static").symlink_to(static)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # With mode 0600 until its group is right, because any process can connect to a socket by its mode.
-        previous = os.umask(0o177)
+        # Any process can connect to a socket by its mode.
+        previous = os.umask(0o117)
         try:
             listener.bind(str(directory / "http.sock"))
         finally:
             os.umask(previous)
-        os.chown(directory / "http.sock", -1, self.socket_gid)
-        os.chmod(directory / "http.sock", 0o660)
         listener.listen(BACKLOG)
         return listener
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 import os
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from nbagent.linux.cgroup import Cgroup, Usage
 from nbagent.policy import limit_alerts
 from nbagent.policy.cull import ActivitySample, active_since
 from nbagent.policy.limit_alerts import Storage, Trouble
-from nbagent.sandbox.spec import ACTIVITY_FD
+from nbagent.supervisor import launch_service
 from nbagent.supervisor.launcher import Launched
 from nbagent.wire import activity
+from nbagent.wire.failure import StepFailed
+from nbagent.wire.fields import MalformedMessage
 
 NOTHING_USED = Usage(0, 0, 0.0, 0, 0, 0)
 NO_TROUBLE = Trouble()
@@ -47,7 +50,7 @@ NEVER_READ = Sample(-math.inf, NOTHING_USED, Storage())
 
 @dataclass(eq=False)
 class RunningSlot:
-    """A slot that runs. It owns `pidfd` and `activity_fd` from `attach` to `close`.
+    """A slot that runs. It owns `pidfd` and `activity_fd` from `attach` to `close`, and `root_fd`, its root directory.
 
     `reading` is the last usage that was read, for a document or a sample; `usage`, `trouble` and `sampled_s` are those
     of the last sample. `compressed_s` is when its memory was compressed last. `task` starts the slot, and then waits
@@ -65,6 +68,7 @@ class RunningSlot:
     active_s: float = 0.0
     compressed_s: float | None = None
     task: asyncio.Task[None] | None = None
+    root_fd: int = -1
 
     def attach(self, launched: Launched) -> None:
         """Takes over the descriptors of a launch."""
@@ -72,10 +76,25 @@ class RunningSlot:
 
     def close(self) -> None:
         """Closes the descriptors; a second call does nothing."""
-        for fd in (self.pidfd, self.activity_fd):
+        for fd in (self.pidfd, self.activity_fd, self.root_fd):
             if fd >= 0:
                 os.close(fd)
-        self.pidfd = self.activity_fd = -1
+        self.pidfd = self.activity_fd = self.root_fd = -1
+
+    async def open_storage(self) -> None:
+        """Opens the root directory, for `_storage`. Without it the figures are zero, as when the slot has ended."""
+        if self.root_fd < 0 and self.slot.pid is not None:
+            with contextlib.suppress(OSError, StepFailed, MalformedMessage):
+                opened = await launch_service.open_slot(self.slot.scope, self.slot.pid)
+                self.root_fd = opened.root_fd
+                for fd in (opened.pidfd, opened.activity_fd):
+                    os.close(fd)
+
+    async def release_storage(self) -> None:
+        """Closes the root directory, in a thread, because the kernel may then free a file system of a million files."""
+        root_fd, self.root_fd = self.root_fd, -1
+        if root_fd >= 0:
+            await asyncio.to_thread(os.close, root_fd)
 
     def read(self, now_s: float, oldest_s: float) -> Sample:
         """The usage of the slot, read at `oldest_s` or later."""
@@ -97,7 +116,7 @@ class RunningSlot:
     def _storage(self) -> Storage:
         """The use of the slot's file system. statvfs of an overlay returns the figures of its upper layer, a tmpfs."""
         try:
-            status = os.statvfs(f"/proc/{self.slot.pid}/root")
+            status = os.fstatvfs(self.root_fd)
         except OSError:
             return Storage()
         return Storage(
@@ -153,30 +172,28 @@ class RunningSlot:
         }
 
 
-def reattach(slot: Slot) -> RunningSlot | None:
+async def reattach(slot: Slot) -> RunningSlot | None:
     """A slot of a former supervisor, or None when its processes have ended.
 
-    The kernel may have given the recorded pid to another process, so the process must be in the slot's scope. Its init
-    holds the activity page at the descriptor ACTIVITY_FD, which the slot's user cannot change.
+    The kernel may have given the recorded pid to another process, so the process must be in the slot's scope, which the
+    launch service checks. Raises StepFailed when that fails for another reason, because the slot may run.
     """
     if slot.pid is None:
         return None
     try:
-        pidfd = os.pidfd_open(slot.pid)
-    except OSError:
-        return None
+        opened = await launch_service.open_slot(slot.scope, slot.pid)
+    except StepFailed as error:
+        if error.failure.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
+            return None
+        raise
+    live = RunningSlot(slot, root_fd=opened.root_fd)
+    live.attach(Launched(slot.pid, opened.pidfd, opened.activity_fd, serves=True))
     try:
-        if cgroup.unit_of_process(slot.pid) == slot.scope:
-            live = RunningSlot(slot)
-            page = os.open(f"/proc/{slot.pid}/fd/{ACTIVITY_FD}", os.O_RDONLY | os.O_CLOEXEC)
-            live.attach(Launched(slot.pid, pidfd, page, serves=True))
-            live.cgroup = cgroup.of_process(slot.pid)
-            # The former supervisor has reported all OOM kills and refused tasks so far.
-            _, live.usage, storage = live.read(now(), now())
-            live.trouble = limit_alerts.find(Trouble(live.usage.tasks_refused), live.usage.tasks_refused, storage)
-            return live
-    except OSError:
-        pass
-    with contextlib.suppress(OSError):
-        os.close(pidfd)
-    return None
+        live.cgroup = cgroup.of_process(slot.pid)
+    except OSError:  # it has ended meanwhile
+        live.close()
+        return None
+    # The former supervisor has reported all OOM kills and refused tasks so far.
+    _, live.usage, storage = live.read(now(), now())
+    live.trouble = limit_alerts.find(Trouble(live.usage.tasks_refused), live.usage.tasks_refused, storage)
+    return live

@@ -26,8 +26,8 @@ from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.systemd import JobFailed, Systemd
 from nbagent.supervisor.tasks import Tasks
-from nbagent.systemd.bus import JobFailed, Systemd
 from nbagent.wire.aio import readable
 
 # The errors that a start has by design; any other is a fault of the supervisor, and is reported with its traceback.
@@ -84,7 +84,7 @@ class SlotStarter:
         began_s = now()
         self._counters.add("starts")
         try:
-            self._slots.set_addresses(live, self._network.choose(self._slots.addresses))
+            self._slots.set_addresses(live, await self._network.choose(self._slots.addresses))
             async with asyncio.timeout(self._config.value.slots.start_timeout):
                 await self._launch(live, image)
             if live.slot.state is SlotState.STARTING:

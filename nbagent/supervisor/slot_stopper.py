@@ -15,8 +15,8 @@ from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
-from nbagent.systemd.bus import Systemd
 from nbagent.wire.aio import readable
 
 # From the SIGKILL of a slot's processes to the end of the last.
@@ -93,6 +93,7 @@ class SlotStopper:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(END_MAX_S):
                     await readable(live.pidfd)
+        await live.release_storage()
         live.close()
         await self._interfaces.remove(slot)
         self._slots.move(live, SlotState.GONE)

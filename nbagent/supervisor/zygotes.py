@@ -40,8 +40,8 @@ from nbagent.supervisor.launcher import (
     pid_of,
     zygote_spec,
 )
+from nbagent.supervisor.systemd import JobFailed, Systemd
 from nbagent.supervisor.tasks import Tasks
-from nbagent.systemd.bus import JobFailed, Systemd
 from nbagent.wire import fields
 from nbagent.wire.aio import accept, readable, receive
 from nbagent.wire.channel import Channel, Message
@@ -389,6 +389,14 @@ class Zygotes:
         else:
             expected.set_result(channel)
 
+    def prime(self) -> None:
+        """Primes PID 1 for the next scope, without waiting for it; only a delay, when it fails."""
+        self._tasks.spawn(self._prime())
+
+    async def _prime(self) -> None:
+        with contextlib.suppress(OSError):
+            await self._systemd.prime()
+
 
 class ForkLauncher:
     """Starts a slot by a fork of its image's zygote, in milliseconds; by exec where there is none."""
@@ -396,10 +404,6 @@ class ForkLauncher:
     def __init__(self, zygotes: Zygotes) -> None:
         self.zygotes = zygotes
         self._exec = ExecLauncher()
-        # Without it, for want of a permission, moves into a scope are slower.
-        self._primer: cgroup.MigrationPrimer | None = None
-        with contextlib.suppress(OSError):
-            self._primer = cgroup.MigrationPrimer()
         self._under_way = 0
         self._execs = asyncio.Semaphore(os.cpu_count() or 1)
 
@@ -455,8 +459,8 @@ class ForkLauncher:
 
     def prepare(self) -> None:
         """Primes PID 1, so that moving the slot's processes into their scope does not wait for an RCU grace period."""
-        if self._primer is not None and self._under_way == 0:
-            self._primer.prime()
+        if self._under_way == 0:
+            self.zygotes.prime()
 
 
 def _request_fork(zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, start: SlotStart) -> int:

@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -28,11 +29,12 @@ from pystemd.systemd1.unit_signatures import KNOWN_UNIT_SIGNATURES
 
 from nbagent.core.events import Event, emit
 from nbagent.core.model import Limits
+from nbagent.systemd.job import JobFailed
 
 SLICE = "nbagent-slots.slice"
 INFINITY = 2**64 - 1
-# The signals for which the supervisor has handlers, and which therefore interrupt a call.
-HANDLED = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+# The signals for which the units service has handlers, and which therefore interrupt a call.
+HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 PRIVATE_ADDRESS = b"unix:path=/run/systemd/private"
 # Between two attempts to connect. PID 1 needs a fraction of a second to execute itself.
@@ -40,6 +42,8 @@ RECONNECT_S = 0.2
 
 # PID 1 needs milliseconds to move processes into a scope, but seconds while it starts a thousand others.
 PLACED_MAX_S = 5.0
+# A job usually takes milliseconds, and the stop of a claimed slot up to slots.stop_timeout.
+LOOK_S = 1.0
 
 # Property types that pystemd 0.11 (Debian 12) lacks.
 KNOWN_UNIT_SIGNATURES.update(
@@ -68,10 +72,6 @@ class _Message(Protocol):
     def is_empty(self) -> bool: ...
 
     def process_reply(self, with_headers: bool, /) -> None: ...
-
-
-class JobFailed(Exception):
-    """A job's result is not `done` but timeout, failed, canceled, dependency or skipped."""
 
 
 class Systemd:
@@ -256,10 +256,10 @@ class Systemd:
         return self._guarded(lambda: getattr(self._manager.Manager, method)(*arguments))
 
     def _guarded(self, call: Callable[[], Any]) -> Any:
-        # A signal during a call makes sd-bus return EINTR although the reply follows, so that a reload of the agent
-        # (SIGHUP) would fail the start of a slot. Blocked signals are handled after the call.
         if self._reopening is not None:
             raise OSError(errno.ENOTCONN, "not connected to systemd")
+        # A signal during a call makes sd-bus return EINTR although the reply follows. Blocked signals are handled after
+        # the call.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
             result = call()
@@ -279,7 +279,11 @@ class Systemd:
         # There is no await between the call and this line: JobRemoved can be processed in the next loop iteration.
         future = self._jobs.setdefault(job, self._loop.create_future())
         try:
-            result = await asyncio.shield(future)
+            while not future.done():
+                await asyncio.wait({future}, timeout=LOOK_S)
+                if not future.done():
+                    self._look(job, future)
+            result = future.result()
         except asyncio.CancelledError:
             if also_when_cancelled:
                 # A cancelled caller ends the processes. If they exit before PID 1 has moved them, the scope fails.
@@ -289,6 +293,21 @@ class Systemd:
             self._jobs.pop(job, None)
         if result != "done":
             raise JobFailed(f"job {job.decode()} ended as {result}")
+
+    def _look(self, job: bytes, future: asyncio.Future[str]) -> None:
+        """Ends the wait for a job that has ended without a signal that reached this process.
+
+        sd_bus_process() also returns no message when it has done something else, and then leaves signals in its queue.
+        """
+        self._process()
+        if future.done() or self._reopening is not None:
+            return
+        with contextlib.suppress(OSError):
+            self._call("GetJob", int(job.rpartition(b"/")[2]))
+            return
+        if not future.done():
+            sys.stderr.write(f"{job.decode()} has ended without the signal JobRemoved\n")
+            future.set_result("done")
 
     def _process(self) -> None:
         if self._reopening is not None:

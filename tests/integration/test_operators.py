@@ -3,6 +3,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from nbagent.core.events import Event
 
 CATALOG = Path(__file__).parents[2] / "packaging/nbagent.catalog"
 OUTSIDE = "198.51.100.7"
+# The status of a call every 50 ms, for several seconds.
+LOAD = "for n in $(seq 100); do curl -sS -o /dev/null -m 30 -w '%{http_code}\\n' localhost:9000/stats; sleep 0.05; done"
 MANUAL_PAGES = ("nbagent(1)", "nbagent.toml(5)", "nbagent.service(8)", "nbagent-api.service(8)",
                 "nbagent-router.service(8)")
 COMMANDS = {
@@ -335,9 +338,42 @@ def test_only_pages_of_allowed_origins_may_call(agent):
     assert claimed.headers["access-control-allow-origin"] == "https://friend.example"
 
 
-def test_only_root_and_the_api_may_read_the_token(agent):
-    assert agent.run("stat", "-c", "%U:%G %a", "/etc/nbagent/token").strip() == "root:nbagent 640"
-    for user in ("nobody", "nbagent-router"):
+def test_a_new_token_is_valid_at_once_and_no_call_is_lost(agent, outside):
+    """The API gets its tokens as systemd's credentials, which a start alone renews."""
+    former, started = agent.run("cat", "/etc/nbagent/token").strip(), api_started(agent)
+    calls = agent.host.popen(["sh", "-c", LOAD], stdout=subprocess.PIPE, text=True)
+    try:
+        agent.run("sh", "-c", "openssl rand -hex 32 > /etc/nbagent/token")
+        agent.wait(lambda: api_started(agent) != started, "a restart of the API by nbagent-token.path")
+        token = agent.run("cat", "/etc/nbagent/token").strip()
+        assert outside("-H", f"Authorization: Bearer {token}") == 200
+        assert outside("-H", f"Authorization: Bearer {former}") == 403
+    finally:
+        output = calls.communicate(timeout=60)[0].split()
+    assert set(output) == {"200"} and len(output) >= 20, output
+
+
+def api_started(agent):
+    return agent.run("systemctl", "show", "-P", "InvocationID", "nbagent-api.service").strip()
+
+
+def test_a_missing_token_admits_no_token_and_is_reported(agent, outside):
+    agent.run("mv", "/etc/nbagent/token", "/root/token")
+    agent.expect(r"/etc/nbagent/token is missing or empty")
+    agent.run("systemctl", "restart", "nbagent-api.service")
+    try:
+        for given in ("", "\n", "none"):
+            assert outside("-H", f"Authorization: Bearer {given}") in (401, 403)
+        log = agent.run("journalctl", "-u", "nbagent-api", "-n", "20", "-o", "cat")
+        assert "/etc/nbagent/token is missing or empty: only networks in api.trusted_networks may call the API" in log
+    finally:
+        agent.run("mv", "/root/token", "/etc/nbagent/token")
+        agent.run("systemctl", "restart", "nbagent-api.service")
+
+
+def test_only_root_may_read_the_token(agent):
+    assert agent.run("stat", "-c", "%U:%G %a", "/etc/nbagent/token").strip() == "root:root 600"
+    for user in ("nobody", "nbagent-router", "nbagent"):
         assert agent.host.run(["runuser", "-u", user, "--", "cat", "/etc/nbagent/token"], check=False).returncode != 0
 
 

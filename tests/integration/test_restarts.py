@@ -14,9 +14,12 @@ from nbagent.core.model import new_id
 from notebook import Kernel
 
 SUPERVISOR, API, ROUTER = "nbagent.service", "nbagent-api.service", "nbagent-router.service"
+UNITS, LAUNCH = "nbagent-units.service", "nbagent-launch.service"
 # The messages of PID 1 about a killed service.
 FAILED_SCOPE = re.compile(r"Failed to start nbagent-\S+\.scope")
-KILLED = r"nbagent(-api|-router)?\.service: (Main process exited|Failed with result|Consumed|Killing process)"
+KILLED = (
+    r"nbagent(-api|-router|-units|-launch)?\.service: (Main process exited|Failed with result|Consumed|Killing process)"
+)
 
 
 class Session:
@@ -97,8 +100,9 @@ def events(agent, slot, event):
 
 
 @pytest.mark.parametrize("how", [restart, kill], ids=["restart", "kill-9"])
-@pytest.mark.parametrize("unit", [SUPERVISOR, API, ROUTER])
+@pytest.mark.parametrize("unit", [SUPERVISOR, API, ROUTER, UNITS, LAUNCH])
 def test_a_session_goes_on_over_the_end_of(session, agent, unit, how):
+    # Opening the session has started the services that start at a request.
     before = main_pid(agent, unit)
     how(agent, unit)
     assert main_pid(agent, unit) not in (before, 0)

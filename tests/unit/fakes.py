@@ -74,6 +74,9 @@ class FakeSystemd:
         if process is not None:
             os.eventfd_write(process, 1)
 
+    async def start(self, name: str) -> None:
+        self.calls.append(("start", name))
+
     def attach(self, name: str, pids: Sequence[int]) -> None:
         self.calls.append(("attach", name))
 
@@ -181,7 +184,7 @@ class FakeNetwork:
     def allowed(self) -> bool:
         return "internet" in self._config.value.network.allow
 
-    def choose(self, taken: Collection[str]) -> tuple[str, ...]:
+    async def choose(self, taken: Collection[str]) -> tuple[str, ...]:
         return (f"198.18.0.{next(self._numbers)}",) if self.allowed else ()
 
     def uplink(self, slot: Slot) -> Any:
@@ -230,8 +233,8 @@ class FakeStore:
         self.used = set(used)
         return self.removed
 
-    def sweep(self) -> None:
-        pass
+    def has_retired(self) -> bool:
+        return bool(self.removed)
 
 
 def make_image(path: Path, name: str = "minimal", digest: str = "sha256-0", launch: str = "exec") -> Image:
@@ -268,7 +271,7 @@ class Host:
             (path / name).mkdir(exist_ok=True)
         for name, text in CGROUP.items():
             (path / "cgroup" / name).write_text(text)
-        self.records = Records(path / "slots", os.getgid())
+        self.records = Records(path / "slots")
         self.memory = Memory(64 << 30, 32 << 30)
         self.changed: asyncio.Event
         self.supervisor: Supervisor

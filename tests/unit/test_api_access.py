@@ -13,6 +13,7 @@ from fake_supervisor import LABEL, FakeSupervisor
 from flask.testing import FlaskClient
 
 from nbagent.api import hostnames
+from nbagent.api.__main__ import _warn_of_absent
 from nbagent.api.access import is_trusted
 from nbagent.api.app import create_app
 from nbagent.config import host_config
@@ -104,6 +105,34 @@ def test_a_changed_token_file_is_read_again(token_file: Path) -> None:
     os.utime(token_file, ns=(1, 1))
     assert token.matches("another")
     assert not token.matches(TOKEN)
+
+
+def test_a_credential_takes_the_place_of_the_operators_file(
+    token_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    credentials = tmp_path / "credentials"
+    credentials.mkdir()
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(credentials))
+    # Without a credential of its name, as for a service that is not started by our unit.
+    assert tokens.passed(token_file).matches(TOKEN)
+    (credentials / token_file.name).write_text("other\n")
+    passed = tokens.passed(token_file)
+    assert passed.matches("other") and not passed.matches(TOKEN) and passed.path == token_file
+    # SetCredential= in the unit, where the operator's file does not exist.
+    (credentials / token_file.name).write_text("\n")
+    assert not tokens.passed(token_file).matches("")
+    assert not tokens.passed(token_file).matches("\n")
+
+
+def test_a_token_that_the_settings_need_and_that_is_absent_is_reported(
+    token_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    present, absent = tokens.TokenFile(token_file), tokens.TokenFile(tmp_path / "landing-token")
+    _warn_of_absent(host_config.parse({}), present, absent)
+    assert caplog.messages == []
+    _warn_of_absent(host_config.parse({"landing": {"access": "token"}}), present, absent)
+    message, = caplog.messages
+    assert str(tmp_path / "landing-token") in message and "landing.access" in message and "openssl" in message
 
 
 def test_routes_without_facts_about_slots_are_open(api: FlaskClient) -> None:

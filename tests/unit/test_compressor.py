@@ -55,7 +55,8 @@ class Host:
         with open(f"{live.cgroup.memory}/memory.swap.max", "w") as file:
             file.write(f"{size_bytes}\n")
 
-    def reclaim(self, group, size_bytes):
+    async def reclaim(self, name, pid, size_bytes):
+        group = self.lives[name].cgroup
         self.requests.append((os.path.basename(group.memory), f"reclaim {size_bytes}"))
         assert group.may_swap()
         self.meanwhile()
@@ -79,7 +80,6 @@ class Host:
 def host(tmp_path, monkeypatch):
     host = Host(tmp_path)
     monkeypatch.setattr(swap, "read", lambda: host.areas)
-    monkeypatch.setattr(Cgroup, "reclaim", lambda group, size_bytes: host.reclaim(group, size_bytes))
     monkeypatch.setattr(compressor_of, "emit", lambda event, **fields: host.events.append((event, fields["slot"])))
     yield host
     for live in host.lives.values():

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The order of the sandbox's steps, pinned so that a change of it is deliberate."""
 
+import pytest
+
+from nbagent.image import ids
 from nbagent.sandbox.plan import plan
-from nbagent.sandbox.spec import SandboxSpec
+from nbagent.sandbox.spec import HOST_IDS, IDS, SandboxSpec
+from nbagent.sandbox.steps import UserNamespace
 
 SPEC = SandboxSpec(
     slot="c07-x8q2m4k9w1ze", root="/images/rootfs", id_base=1 << 30, uid=2001, user="jovyan", home="/home/jovyan",
@@ -67,3 +71,17 @@ def test_a_plan_describes_each_step_with_its_reason_and_undo():
 
 def test_a_specification_survives_serialization():
     assert SandboxSpec.restore(SPEC.save()) == SPEC
+
+
+def test_the_ids_of_a_sandbox_are_those_of_images():
+    assert range(ids.BASES.start, ids.BASES.stop) == HOST_IDS and ids.COUNT == IDS
+
+
+@pytest.mark.parametrize(("id_base", "uid"), [
+    (0, 0), (1000, 0), (65536, 2001), (HOST_IDS.start - 1, 0), (HOST_IDS.stop - 1, 0), (HOST_IDS.stop, 0), (-65536, 0),
+    (HOST_IDS.start, -1), (HOST_IDS.start, IDS), (HOST_IDS.start, -HOST_IDS.start),
+])
+def test_no_sandbox_gets_ids_of_the_hosts_users(id_base, uid):
+    """The supervisor sends the ids to processes that have the right to take any."""
+    with pytest.raises(PermissionError, match="not those of an image"):
+        UserNamespace(id_base, uid).do()

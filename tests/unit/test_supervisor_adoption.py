@@ -14,9 +14,12 @@ from fakes import Host, kinds, until
 from nbagent.core.errors import IdempotencyMismatch
 from nbagent.core.events import Event
 from nbagent.core.model import Limits, Slot, SlotState, now
+from nbagent.launch import requests
 from nbagent.linux import cgroup
 from nbagent.sandbox.spec import ACTIVITY_FD
+from nbagent.supervisor import launch_service
 from nbagent.wire import activity
+from nbagent.wire.failure import Failure, StepFailed
 
 
 class Processes:
@@ -45,6 +48,14 @@ class Processes:
 def processes(monkeypatch):
     processes = Processes()
     monkeypatch.setattr(cgroup, "unit_of_process", lambda pid: processes.units.get(pid, ""))
+
+    async def open_slot(scope, pid):
+        try:
+            return requests.open_slot(scope, pid)
+        except OSError as error:
+            raise StepFailed(Failure.of(error, "launch")) from error
+
+    monkeypatch.setattr(launch_service, "open_slot", open_slot)
     yield processes
     for pid in list(processes.units):
         processes.end(pid)

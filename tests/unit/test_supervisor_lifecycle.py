@@ -14,7 +14,7 @@ from nbagent.core.errors import IllegalMove, InvalidField, RecordFailed, SlotNot
 from nbagent.core.events import Event
 from nbagent.core.model import SlotState
 from nbagent.supervisor import slot_stopper
-from nbagent.systemd.bus import JobFailed
+from nbagent.supervisor.systemd import JobFailed
 
 POOL = {"warm": 2, "starts": 4}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 import stat
 
 import pytest
@@ -38,7 +37,7 @@ class Parts:
         (path / "slots").mkdir()
         self.config = CurrentConfig(host_config.parse({"pool": {"backoff": "1s", "backoff_max": "3s"}}))
         self.slots, self.changed = Slots(), asyncio.Event()
-        self.records = Records(path / "slots", os.getgid())
+        self.records = Records(path / "slots")
         self.pools = Pools(self.config, self.slots, self.records, self.changed)
         self.pools.set_images({"minimal": make_image(path)})
 
@@ -200,7 +199,7 @@ async def test_an_error_that_ends_a_task_is_reported_at_once():
 
 def test_the_files_of_a_slot_are_private_and_its_socket_is_the_routers(tmp_path):
     (tmp_path / "slots").mkdir()
-    records = Records(tmp_path / "slots", os.getgid())
+    records = Records(tmp_path / "slots")
     with records.create(SLOT, tmp_path) as listener:
         assert listener.getsockname() == str(records.http_path(SLOT))
     modes = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in (records.path / SLOT.id).iterdir()}

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The launch service: processes that make or enter the namespaces of a slot, and descriptors of running slots."""

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""systemd as the supervisor uses it: by the units service (nbagent.units), which alone has access to it.
+
+Calls that change a limit block the event loop until the service responds, about 2 ms. Starts and stops are awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+
+from nbagent.core import paths
+from nbagent.core.model import Limits
+from nbagent.systemd.job import JobFailed
+from nbagent.units.requests import JOB, restore_limits
+from nbagent.wire import fields
+from nbagent.wire.aio import receive
+from nbagent.wire.channel import Channel, Message
+from nbagent.wire.failure import StepFailed
+
+__all__ = ["JobFailed", "Systemd"]
+
+# For calls that change a limit, or list units. PID 1 needs milliseconds, but seconds while it starts a thousand units.
+TIMEOUT_S = 25.0
+# PID 1 needs milliseconds to move processes into a scope, but seconds while it starts a thousand others.
+PLACED_MAX_S = 5.0
+PID_MAX = 1 << 22  # the kernel's PID_MAX_LIMIT
+# A thousand names of scopes.
+RESPONSE_MAX_BYTES = 1 << 20
+# The service may be restarted at any moment, and every request may be repeated but the start of a scope.
+TRIES = 3
+
+
+class Systemd:
+    """The units of slots and zygotes."""
+
+    async def start_scope(
+        self, name: str, pids: Sequence[int], description: str, limits: Limits, **settings: float
+    ) -> None:
+        """Moves processes into a new scope in the slots' slice and waits until they are there, also when cancelled.
+
+        `settings`: `runtime_max_s`, `stop_timeout_s`. Raises JobFailed or OSError.
+        """
+        started = asyncio.ensure_future(_request(
+            "start_scope", unit=name, pids=list(pids), description=description, limits=limits.document(), **settings
+        ))
+        try:
+            await asyncio.shield(started)
+        except asyncio.CancelledError:
+            # A cancelled caller ends the processes. If they exit before PID 1 has moved them, the scope fails.
+            await asyncio.wait({started}, timeout=PLACED_MAX_S)
+            if started.done() and not started.cancelled():
+                started.exception()
+            raise
+
+    def attach(self, name: str, pids: Sequence[int]) -> None:
+        """Moves more processes into a running scope. Raises OSError."""
+        _call("attach", unit=name, pids=list(pids))
+
+    def set_limits(self, name: str, limits: Limits) -> None:
+        """Changes the limits of a running scope, or of a zygote's service, which may be inactive. Raises OSError."""
+        _call("set_limits", unit=name, limits=limits.document())
+
+    def scope_limits(self, name: str) -> Limits:
+        """The limits of a running scope. Raises OSError."""
+        return restore_limits(_call("scope_limits", unit=name), "ok")
+
+    def main_pid(self, name: str) -> int:
+        """The main process of a zygote's service. Raises FileNotFoundError when it has none, and OSError."""
+        return fields.integer(_call("main_pid", unit=name), "ok", 1, PID_MAX)
+
+    def set_swap(self, name: str, size_bytes: int) -> None:
+        """Changes MemorySwapMax of a running scope, which starts with 0. Raises OSError."""
+        _call("set_swap", unit=name, size_bytes=size_bytes)
+
+    def set_cpu_weight(self, name: str, weight: int) -> None:
+        """Changes CPUWeight of a zygote's service, which may be inactive. Raises OSError."""
+        _call("set_cpu_weight", unit=name, weight=weight)
+
+    async def reclaim(self, name: str, pid: int, size_bytes: int) -> bool:
+        """Reclaims memory of the scope in which `pid` is, as Cgroup.reclaim. Raises OSError."""
+        return (await _request("reclaim", unit=name, pid=pid, size_bytes=size_bytes)).get("ok") is True
+
+    async def prime(self) -> None:
+        """Speeds up the next move of processes into a scope. Raises OSError."""
+        await _request("prime")
+
+    async def start(self, name: str, *, anew: bool = False) -> None:
+        """Starts a unit, or with `anew` restarts it, and waits until it is active. Raises JobFailed or OSError."""
+        await _request("start", unit=name, anew=anew)
+
+    async def stop(self, name: str, *, at_once: bool = False) -> None:
+        """Stops a unit and waits until it is inactive; does nothing when it is not loaded. Raises OSError.
+
+        `at_once` sends SIGKILL instead of SIGTERM first, for processes that have nothing to save.
+        """
+        with contextlib.suppress(JobFailed):
+            await _request("stop", unit=name, at_once=at_once)
+
+    def scopes(self) -> list[str]:
+        """The names of all slots' scopes that are neither inactive nor failed. Raises OSError."""
+        return fields.texts(_call("scopes"), "ok")
+
+    def zygotes(self) -> list[str]:
+        """The names of all zygotes' services that are neither inactive nor failed. Raises OSError."""
+        return fields.texts(_call("zygotes"), "ok")
+
+
+def _call(op: str, **arguments: object) -> Mapping[str, object]:
+    """The response; the event loop waits. Raises OSError."""
+    for _ in range(TRIES):
+        with contextlib.suppress(ConnectionError), Channel.unconnected(RESPONSE_MAX_BYTES) as channel:
+            channel.socket.settimeout(TIMEOUT_S)
+            channel.socket.connect(str(paths.UNITS_SOCKET))
+            channel.send({"op": op, **arguments})
+            if (response := channel.receive()) is not None:
+                return _result(response)
+    raise _unavailable(op)
+
+
+async def _request(op: str, **arguments: object) -> Mapping[str, object]:
+    """The response; other tasks run meanwhile. Raises JobFailed or OSError."""
+    for _ in range(1 if op == "start_scope" else TRIES):
+        with contextlib.suppress(ConnectionError), Channel.unconnected() as channel:
+            channel.socket.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(channel.socket, str(paths.UNITS_SOCKET))
+            channel.send({"op": op, **arguments})
+            if (response := await receive(channel)) is not None:
+                return _result(response)
+    raise _unavailable(op)
+
+
+def _unavailable(op: str) -> OSError:
+    return OSError(f"nbagent-units: {op}: the service ended without a response; see journalctl -u nbagent-units")
+
+
+def _result(response: Message) -> Mapping[str, object]:
+    with response:
+        try:
+            response.raise_failure()
+        except StepFailed as error:
+            step, number, text = error.failure
+            if step == JOB:
+                raise JobFailed(text) from None
+            raise (OSError(number, text) if number else OSError(text)) from None
+        return response.body

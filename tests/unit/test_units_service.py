@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The units service and the supervisor's side of it, over a real socket with a manager that records its calls."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import socket
+import threading
+
+import pytest
+
+from nbagent.core import paths
+from nbagent.core.model import Limits
+from nbagent.supervisor.systemd import Systemd
+from nbagent.systemd.job import JobFailed
+from nbagent.units import requests
+from nbagent.units.__main__ import serve
+from nbagent.wire.channel import Channel
+from nbagent.wire.failure import StepFailed
+
+pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="the units service serves root only")
+SCOPE, ZYGOTE = "nbagent-c07-x8q2m4k9w1ze.scope", "nbagent-zygote@minimal:0a1b2c.service"
+LIMITS = Limits(1 << 30, 100, 0.25, 256)
+UNITS = {10: "nbagent-launch.service", 11: ZYGOTE, 12: "ssh.service", 13: "nbagent.service", 14: SCOPE, 15: ""}
+
+
+class Manager:
+    """Records the calls; `error` is raised by each."""
+
+    def __init__(self):
+        self.calls, self.error = [], None
+
+    def __getattr__(self, name):
+        def record(*arguments, **settings):
+            self.calls.append((name, *arguments, *settings.values()))
+            if self.error is not None:
+                raise self.error
+            return [SCOPE] if name in ("scopes", "zygotes") else None
+
+        async def record_later(*arguments, **settings):
+            return record(*arguments, **settings)
+
+        return record_later if name in ("start", "stop", "start_scope") else record
+
+
+class Service:
+    """The service in a thread with an event loop of its own."""
+
+    def __init__(self, path):
+        self.manager = Manager()
+        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.listener.bind(str(path))
+        self.listener.listen()
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self.thread.start()
+        self.ready.wait(10)
+
+    async def _run(self):
+        self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
+        serving = asyncio.ensure_future(serve(self.manager, self.listener))
+        self.ready.set()
+        await self.stop.wait()
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+
+    def close(self):
+        self.loop.call_soon_threadsafe(self.stop.set)
+        self.thread.join()
+        self.listener.close()
+
+
+@pytest.fixture
+def service(tmp_path, monkeypatch):
+    path = tmp_path / "units.sock"
+    monkeypatch.setattr(paths, "UNITS_SOCKET", path)
+    monkeypatch.setattr(requests.cgroup, "unit_of_process", lambda pid: UNITS[pid])
+    service = Service(path)
+    yield service
+    service.close()
+
+
+async def test_every_call_arrives_with_its_arguments(service):
+    systemd = Systemd()
+    await systemd.start_scope(SCOPE, [10, 11], "Notebook slot", LIMITS, runtime_max_s=60, stop_timeout_s=3.5)
+    systemd.attach(SCOPE, [11])
+    systemd.set_limits(SCOPE, dataclasses.replace(LIMITS, cpu_quota=None))
+    systemd.set_swap(SCOPE, 0)
+    systemd.set_cpu_weight(ZYGOTE, 1)
+    await systemd.start(ZYGOTE)
+    await systemd.start("nbagent-dns.service", anew=True)
+    await systemd.stop(SCOPE, at_once=True)
+    await systemd.stop(ZYGOTE)
+    assert systemd.scopes() == systemd.zygotes() == [SCOPE]
+    assert service.manager.calls == [
+        ("start_scope", SCOPE, [10, 11], "Notebook slot", LIMITS, 60.0, 3.5), ("attach", SCOPE, [11]),
+        ("set_limits", SCOPE, Limits(1 << 30, 100, None, 256)), ("set_swap", SCOPE, 0), ("set_cpu_weight", ZYGOTE, 1),
+        ("start", ZYGOTE, False), ("start", "nbagent-dns.service", True), ("stop", SCOPE, True),
+        ("stop", ZYGOTE, False), ("scopes",), ("zygotes",),
+    ]
+
+
+@pytest.mark.parametrize("name", [
+    "ssh.service", "nbagent.service", "nbagent-launch.service", "nbagent-slots.slice", "nbagent-../x.scope",
+    "init.scope", "nbagent-zygote@x.service", "nbagent-zygote@minimal:0.service.d", "nbagent-x.scope\n", "",
+])
+async def test_a_unit_that_is_not_a_slots_is_refused(service, name):
+    systemd = Systemd()
+    for call in (
+        lambda: systemd.start(name), lambda: systemd.stop(name, at_once=True),
+        lambda: systemd.start_scope(name, [10], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1),
+    ):
+        with pytest.raises(PermissionError, match="does not belong to a slot"):
+            await call()
+    for call in (
+        lambda: systemd.attach(name, [10]), lambda: systemd.set_limits(name, LIMITS), lambda: systemd.set_swap(name, 1),
+        lambda: systemd.set_cpu_weight(name, 1),
+    ):
+        with pytest.raises(PermissionError, match="does not belong to a slot"):
+            call()
+    assert service.manager.calls == []
+
+
+async def test_a_scope_is_not_started_by_its_name_and_a_zygote_has_no_limits_of_a_slot(service):
+    with pytest.raises(PermissionError):
+        await Systemd().start(SCOPE)
+    with pytest.raises(PermissionError):
+        Systemd().set_limits(ZYGOTE, LIMITS)
+    assert service.manager.calls == []
+
+
+@pytest.mark.parametrize("pid", [12, 13, 14, 15])
+async def test_a_process_that_was_not_forked_for_a_slot_gets_into_no_scope(service, pid):
+    """Whatever gets into a scope is killed with it."""
+    with pytest.raises(PermissionError, match="not forked for a slot"):
+        await Systemd().start_scope(SCOPE, [10, pid], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1)
+    with pytest.raises(PermissionError, match="not forked for a slot"):
+        Systemd().attach(SCOPE, [pid])
+    assert service.manager.calls == []
+
+
+async def test_memory_is_reclaimed_from_the_cgroup_of_a_process_in_the_scope(service, monkeypatch):
+    written = []
+    monkeypatch.setattr(requests.cgroup, "of_process", lambda pid: requests.cgroup.Cgroup("m", "m", "m"))
+    monkeypatch.setattr(requests.cgroup.Cgroup, "reclaim", lambda group, size: written.append((group, size)) or True)
+    assert await Systemd().reclaim(SCOPE, 14, 4096) is True
+    for pid in (10, 12):
+        with pytest.raises(ProcessLookupError, match="is not in"):
+            await Systemd().reclaim(SCOPE, pid, 4096)
+    assert [size for _, size in written] == [4096]
+    await Systemd().prime()
+
+
+async def test_failures_keep_their_kind(service):
+    systemd = Systemd()
+    service.manager.error = JobFailed("job 7 ended as timeout")
+    with pytest.raises(JobFailed, match="job 7 ended as timeout"):
+        await systemd.start(ZYGOTE)
+    await systemd.stop(ZYGOTE)
+    service.manager.error = FileNotFoundError(2, "no such unit")
+    with pytest.raises(FileNotFoundError, match="no such unit"):
+        systemd.attach(SCOPE, [10])
+    service.manager.error = ValueError("unexpected")
+    with pytest.raises(OSError, match="unexpected"):
+        systemd.set_swap(SCOPE, 0)
+
+
+@pytest.mark.parametrize("payload", [
+    b"{", b"[]", b"{}", b'{"op": 7}', b'{"op": "start"}', b'{"op": "attach", "unit": "%s", "pids": [true]}',
+    b'{"op": "attach", "unit": "%s", "pids": [1]}', b'{"op": "attach", "unit": "%s", "pids": 7}',
+    b'{"op": "set_limits", "unit": "%s", "limits": {"memory_bytes": 1e999, "cpu_weight": 1, "tasks": 1}}',
+    b'{"op": "set_limits", "unit": "%s", "limits": {"memory_bytes": 1, "cpu_weight": 1, "tasks": 1, "cpu_quota": NaN}}',
+    b"x" * 60_000,
+])
+def test_a_malformed_request_calls_nothing(service, payload):
+    with Channel.unconnected() as channel:
+        channel.socket.connect(str(paths.UNITS_SOCKET))
+        channel.socket.send(payload.replace(b"%s", SCOPE.encode()))
+        with channel.receive() as response, pytest.raises(StepFailed):
+            response.raise_failure()
+    assert service.manager.calls == []
+
+
+async def test_a_stop_is_repeated_when_the_service_restarts_and_a_start_of_a_scope_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "UNITS_SOCKET", tmp_path / "units.sock")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with listener:
+        listener.bind(str(paths.UNITS_SOCKET))
+        listener.listen()
+        ended = []
+
+        def end():
+            for _ in range(4):
+                connection, _ = listener.accept()
+                ended.append(connection.recv(4096))
+                connection.close()
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        with pytest.raises(OSError, match="ended without a response"):
+            await Systemd().stop(SCOPE)
+        assert len(ended) == 3
+        with pytest.raises(OSError, match="ended without a response"):
+            await Systemd().start_scope(SCOPE, [10], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1)
+        thread.join()
+    assert len(ended) == 4
+
+
+async def test_a_cancelled_start_of_a_scope_waits_until_the_processes_are_there(service):
+    gate = threading.Event()
+    service.manager.start_scope = lambda *_, **__: asyncio.to_thread(gate.wait, 10)
+    starting = asyncio.ensure_future(
+        Systemd().start_scope(SCOPE, [10], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1)
+    )
+    await asyncio.sleep(0.05)
+    starting.cancel()
+    await asyncio.sleep(0.05)
+    assert not starting.done()
+    gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
