@@ -26,6 +26,9 @@ LIMITS = Limits(1 << 30, 100, 0.25, 256)
 UNITS = {10: "nbagent-launch.service", 11: ZYGOTE, 12: "ssh.service", 13: "nbagent.service", 14: SCOPE, 15: ""}
 
 
+RESULTS = {"scopes": [SCOPE], "zygotes": [SCOPE], "scope_limits": LIMITS, "main_pid": 4711}
+
+
 class Manager:
     """Records the calls; `error` is raised by each."""
 
@@ -37,7 +40,7 @@ class Manager:
             self.calls.append((name, *arguments, *settings.values()))
             if self.error is not None:
                 raise self.error
-            return [SCOPE] if name in ("scopes", "zygotes") else None
+            return RESULTS.get(name)
 
         async def record_later(*arguments, **settings):
             return record(*arguments, **settings)
@@ -123,12 +126,20 @@ async def test_a_unit_that_is_not_a_slots_is_refused(service, name):
     assert service.manager.calls == []
 
 
-async def test_a_scope_is_not_started_by_its_name_and_a_zygote_has_no_limits_of_a_slot(service):
+async def test_a_scope_is_not_started_by_its_name(service):
     with pytest.raises(PermissionError):
         await Systemd().start(SCOPE)
-    with pytest.raises(PermissionError):
-        Systemd().set_limits(ZYGOTE, LIMITS)
     assert service.manager.calls == []
+
+
+async def test_limits_are_of_scopes_and_zygotes_and_main_processes_of_zygotes(service):
+    systemd = Systemd()
+    systemd.set_limits(ZYGOTE, LIMITS)
+    assert systemd.scope_limits(SCOPE) == LIMITS
+    assert systemd.main_pid(ZYGOTE) == 4711
+    for call in (lambda: systemd.scope_limits(ZYGOTE), lambda: systemd.main_pid("ssh.service")):
+        with pytest.raises(PermissionError, match="does not belong to a slot"):
+            call()
 
 
 @pytest.mark.parametrize("pid", [12, 13, 14, 15])
