@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from nbagent.config import host_config
+from nbagent.config import host_config, nginx_check, nginx_settings
 from nbagent.core import model, paths
 from nbagent.core.errors import ConfigError, NbagentError
 from nbagent.core.quantities import format_size
@@ -73,6 +73,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         functools.partial(check_control, control.SOCKET_PATH),
         functools.partial(check_http, "API", url + "/healthz", "nbagent-api.socket"),
         functools.partial(check_http, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
+        functools.partial(check_router_files, settings, nginx_check.check),
         *([functools.partial(check_wildcard, domain, addresses_of)] if (domain := settings.router.domain) else []),
         functools.partial(check_token, root, "token", "only trusted networks may call the API"),
         *([functools.partial(check_token, root, "landing-token", "no client may start a slot on the landing page")]
@@ -324,6 +325,14 @@ def check_http(name: str, url: str, unit: str) -> Finding:
     if status >= 500:
         return Finding(name, "fail", f"status {status} from {url}", mend)
     return Finding(name, "ok", f"status {status} from {url}")
+
+
+def check_router_files(settings: host_config.HostConfig, check: Callable[[str], str | None]) -> Finding:
+    """Whether nginx accepts the operator's files, which it reads at the next reload or start of the router."""
+    name = "router files"
+    if (error := check(nginx_settings.nginx(settings))) is None:
+        return Finding(name, "ok", f"nginx accepts {nginx_check.OPERATORS_FILES}")
+    return Finding(name, "fail", error, "mend the file; until then the router keeps its former configuration")
 
 
 def check_wildcard(domain: str, resolve: Callable[[str], list[str]]) -> Finding:

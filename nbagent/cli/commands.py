@@ -27,7 +27,7 @@ from nbagent.cli.gateway import gateway
 from nbagent.cli.images import image
 from nbagent.cli.remote import DEFAULT_URL, Remote, read_token
 from nbagent.cli.slot import slot as slot_group
-from nbagent.config import host_config
+from nbagent.config import host_config, nginx_check, nginx_settings
 from nbagent.config.host_config import NETWORK_MODES
 from nbagent.core import paths
 from nbagent.core.errors import ConfigError, NbagentError
@@ -227,6 +227,11 @@ def check(file: Path, as_json: bool) -> None:
     if file != host_config.DEFAULT_PATH and not file.is_file():
         raise ConfigError(f"{file}: no such file", file=str(file))
     settings = host_config.load(file)
+    # Absent where only the command line is installed, as in a build of configuration for other hosts.
+    if Path(nginx_check.NGINX).exists() and nginx_check.CONFIG.exists():
+        error = nginx_check.check(nginx_settings.nginx(settings))
+        if error is not None:
+            raise ConfigError(f"the router's configuration: {error}", file=str(nginx_check.OPERATORS_FILES))
     files = [str(path) for path in host_config.settings_files(file)]
     if as_json:
         _print_json({"files": files, "config": effective(settings)})
