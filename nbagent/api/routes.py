@@ -26,6 +26,7 @@ from nbagent.core.errors import (
     InvalidBody,
     InvalidField,
     NbagentError,
+    RecordFailed,
     SlotNotFound,
     StartFailed,
     SupervisorUnavailable,
@@ -87,7 +88,7 @@ def _openapi(service: Service, call: Call) -> object:
 _BY_POST = Route(
     "POST", "/claim", "claim", "Hand out a slot", _claim, "Claim",
     fields=CLAIM_FIELDS, takes_key=True, changes=True,
-    problems=(SupervisorUnavailable, Full, Draining, StartFailed, ImageNotFound, InvalidField,
+    problems=(SupervisorUnavailable, Full, Draining, StartFailed, RecordFailed, ImageNotFound, InvalidField,
               InvalidBody, IdempotencyMismatch, ContentFailed, ArchiveFailed),
 )
 ROUTES: tuple[Route, ...] = (
@@ -100,7 +101,7 @@ ROUTES: tuple[Route, ...] = (
           problems=(SupervisorUnavailable, SlotNotFound)),
     Route("PATCH", "/slots/{slot}", "updateSlot", "Other limits or a longer life for a running slot",
           _update, "Slot", fields=UPDATE_FIELDS, changes=True,
-          problems=(SupervisorUnavailable, SlotNotFound, IllegalMove, InvalidField, InvalidBody)),
+          problems=(SupervisorUnavailable, RecordFailed, SlotNotFound, IllegalMove, InvalidField, InvalidBody)),
     Route("DELETE", "/slots/{slot}", "releaseSlot", "End a slot", forward_slot(operations.RELEASE), "Slot",
           changes=True, problems=(SupervisorUnavailable, SlotNotFound, IllegalMove)),
     Route("POST", "/drain", "drain", "Stop handing out slots; users stay", forward(operations.DRAIN), "Drain",

@@ -269,6 +269,10 @@ class PoolSettings:
         1000, number(1, 1_000_000, int), "Number of forked slots after which a zygote is replaced."
     )
     zygote_age: float = setting("1h", positive_duration, "Age at which a zygote is replaced.")
+    zygote_memory: int = setting(
+        "1G", parse_size,
+        "MemoryMax= of a zygote, whose memory the slots that it forks share; its TasksMax= is slots.tasks.",
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@
       Draining                 the host hands out no slots; has the time to retry after
       SupervisorUnavailable    no response on the control socket
       StartFailed              a slot did not become ready: the step, errno and text
+      RecordFailed             the record of a slot cannot be written, because /run is full
       ContentFailed            a slot cannot take the files of a claim
         ArchiveFailed          an archive could not be fetched or unpacked
       ConfigError              a wrong setting; names the file, the key and the expected value
@@ -167,6 +168,15 @@ class StartFailed(NbagentError):
     def at(cls, step: str, errno: int, text: str) -> StartFailed:
         """The error of a wire.failure.Failure, whose fields these are."""
         return cls(f"{step}: {text}", step=step, errno=errno)
+
+
+class RecordFailed(NbagentError):
+    """The record of a slot cannot be written, so that it would not outlive the supervisor. Details: `errno`."""
+
+    code = "record-failed"
+    title = "The host cannot record slots"
+    http_status = 503
+    exit_status = 75
 
 
 class ContentFailed(NbagentError):

@@ -20,7 +20,9 @@ from nbagent.policy.admission import Host
 class Pool:
     """The pool of one image. `digest` is None when the store no longer has the image.
 
-    `launch` is "fork" or "exec". `paused_s` are the seconds until the next start may be tried.
+    `launch` is "fork" or "exec". `warming`: the image's first zygote is being started; until it is ready slots start by
+    exec, for claims that wait only, because a forked slot takes a tenth of the memory. `paused_s` are the seconds until
+    the next start may be tried.
     """
 
     image: str
@@ -31,6 +33,7 @@ class Pool:
     starting: int
     waiting: int
     paused_s: float = 0.0
+    warming: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def backoff(failures: int, first_s: float, longest_s: float) -> float:
 def _missing(pool: Pool, fresh: int) -> int:
     if pool.digest is None:
         return 0
-    return pool.wanted + pool.waiting - fresh - pool.starting
+    return (0 if pool.warming else pool.wanted) + pool.waiting - fresh - pool.starting
 
 
 def _retire(pool: Pool, fresh: Sequence[Slot], no_room: bool) -> Iterable[Retire]:

@@ -24,6 +24,7 @@ import socket
 import sys
 from typing import NoReturn
 
+from nbagent.core.events import Event
 from nbagent.linux import journal
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.runtime import init, port_forward
@@ -56,7 +57,10 @@ def _outside(control: Channel, passed_fd: int) -> NoReturn:
     # In a supervisor of many slots its number is higher. It is inheritable, so exec would not close it.
     if passed_fd >= FREE_FD:
         os.close(passed_fd)
-    output = init.Output(spec.slot, printed, socket.socket(fileno=stream), socket.socket(fileno=entries))
+    output = init.Output(
+        Event.SLOT_OUTPUT_DROPPED, {"slot": spec.slot}, printed, socket.socket(fileno=stream),
+        socket.socket(fileno=entries),
+    )
     steps = plan(spec)
     run(steps.outside)
     # Before the fork, because the child soon changes the root of both.

@@ -21,7 +21,7 @@ import select
 import signal
 import socket
 import time
-from typing import NoReturn, Optional, Tuple
+from typing import Iterable, Mapping, NoReturn, Optional, Set, Tuple
 
 from nbagent.core.events import Event, entry
 from nbagent.linux import journal
@@ -50,20 +50,48 @@ LAST_READS = (1 << 20) // LINE_MAX_BYTES
 
 
 class Output:
-    """Copies the slot's output from a pipe to the journal. Owns `source_fd`."""
+    """Copies the output of a slot or a zygote from a pipe to the journal. Owns `source_fd`.
 
-    def __init__(self, slot: str, source_fd: int, stream: socket.socket, entries: socket.socket) -> None:
-        self.slot, self.source_fd, self.stream, self.entries = slot, source_fd, stream, entries
+    `dropped` is the event for lines beyond the budget, and `subject` its fields that name the slot or zygote.
+    """
+
+    def __init__(
+        self, dropped: Event, subject: Mapping[str, object], source_fd: int, stream: socket.socket,
+        entries: socket.socket,
+    ) -> None:
+        self.event, self.subject = dropped, subject
+        self.source_fd, self.stream, self.entries = source_fd, stream, entries
         os.set_blocking(source_fd, False)
         entries.setblocking(False)
         self.note_due_s: Optional[float] = None
         self.paused_until_s = 0.0
+        self._open = True
         self._began = b""
         self._budget = float(BUDGET_BYTES)
         self._counted_s = time.monotonic()
         self._noted_s = -NOTE_NEXT_S
         self._lines = self._bytes = 0
         self._stalled = False
+
+    def wait(self, fds: Iterable[int], until_s: Optional[float] = None) -> Set[int]:
+        """The readable ones of `fds`, as soon as there are any; none after `until_s`. Copies output meanwhile."""
+        while True:
+            now_s = time.monotonic()
+            if self.note_due_s is not None and now_s >= self.note_due_s:
+                self.note()
+            paused = now_s < self.paused_until_s
+            waiting = select.poll()
+            for fd in fds:
+                waiting.register(fd, select.POLLIN)
+            if self._open and not paused:
+                waiting.register(self.source_fd, select.POLLIN)
+            due_s = [at_s for at_s in (until_s, self.note_due_s, self.paused_until_s if paused else None) if at_s]
+            ready = {fd for fd, _ in waiting.poll(max(0.0, min(due_s) - now_s) * 1000 if due_s else None)}
+            if self.source_fd in ready:
+                ready.remove(self.source_fd)
+                self._open = self.pass_on()
+            if ready or (until_s is not None and time.monotonic() >= until_s):
+                return ready
 
     def pass_on(self) -> bool:
         """Reads once and copies the lines within the budget; returns whether there was anything to read."""
@@ -81,20 +109,20 @@ class Output:
             self.paused_until_s = time.monotonic() + PAUSE_S
         return bool(data)
 
-    def finish(self, last_line: str) -> None:
-        """Copies the rest, and then the slot's last line, which needs no budget."""
+    def finish(self, last_line: str = "") -> None:
+        """Copies the rest, and then a last line, which needs no budget."""
         for _ in range(LAST_READS):
             if not self.pass_on():
                 break
         self.note()
-        self._write([*filter(None, [self._began]), last_line.encode()])
+        self._write([*filter(None, [self._began, last_line.encode()])])
 
     def note(self) -> None:
         """Writes a journal entry with the number of dropped lines and bytes, if there are any."""
         self.note_due_s = None
         if not self._lines:
             return
-        fields = entry(Event.SLOT_OUTPUT_DROPPED, slot=self.slot, lines=self._lines, bytes=self._bytes)
+        fields = entry(self.event, lines=self._lines, bytes=self._bytes, **self.subject)
         self._noted_s = time.monotonic()
         # When the journal accepts nothing now, the next entry counts these lines too.
         with contextlib.suppress(OSError):
@@ -193,25 +221,12 @@ def run(program: Program, output: Output) -> NoReturn:
     signal.signal(signal.SIGTERM, forward)
     # Only a signal with a handler is written to the wake-up descriptor.
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    printed = True
     program.reap()
     while program.end is None:
-        now_s = time.monotonic()
-        if output.note_due_s is not None and now_s >= output.note_due_s:
-            output.note()
-        paused = now_s < output.paused_until_s
-        waiting = select.poll()
-        waiting.register(wake_read, select.POLLIN)
-        if printed and not paused:
-            waiting.register(output.source_fd, select.POLLIN)
-        if program.fork_server is not None:
-            waiting.register(program.fork_server, select.POLLIN)
-        due_s = output.paused_until_s if paused else output.note_due_s
-        ready = {fd for fd, _ in waiting.poll(None if due_s is None else max(0.0, due_s - now_s) * 1000)}
+        fork_server = [] if program.fork_server is None else [program.fork_server.fileno()]
+        ready = output.wait([wake_read, *fork_server])
         if wake_read in ready:
             os.read(wake_read, 512)
-        if output.source_fd in ready:
-            printed = output.pass_on()
         if program.fork_server is not None and program.fork_server.fileno() in ready:
             program.receive()
         program.reap()

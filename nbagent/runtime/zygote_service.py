@@ -31,7 +31,9 @@ message, because to parse one touches memory.
 
 When the supervisor ends or closes the connection, the service ends, and the zygote with it. Slots go on, because none
 of their processes is in the service's unit or ends with its parent. A zygote that does not fork within FORK_TIMEOUT_S
-has failed; then the service ends too.
+has failed; then the service ends too. So it does when the kernel's facts about the zygote are not those of an honest
+one (`zygote_inspection`), because a zygote runs an image's code. Its output is copied to the journal within a budget,
+as a slot's is.
 
 Standard library only; Python 3.9 and up.
 """
@@ -43,12 +45,13 @@ import contextlib
 import errno
 import gc
 import os
-import select
 import signal
 import socket
 import sys
+import time
 from typing import Callable, Dict, List, NoReturn, Optional, Tuple
 
+from nbagent.core.events import Event
 from nbagent.linux import journal
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, drop_bounding_set, last_capability, prctl
@@ -63,6 +66,7 @@ from nbagent.runtime.slot_process import (
     place_fds,
     run,
 )
+from nbagent.runtime.zygote_inspection import INTERVAL_S, SETTLE_S, Inspection, check_fork
 from nbagent.sandbox.plan import Plan, plan, zygote_plan
 from nbagent.sandbox.spec import ACTIVITY_FD, SandboxSpec
 from nbagent.wire import fields
@@ -71,6 +75,8 @@ from nbagent.wire.failure import Failure, StepFailed
 from nbagent.wire.fields import MalformedMessage
 
 ZYGOTE_PATH = "/run/nbagent/zygote.sock"
+# SYSLOG_IDENTIFIER of what a zygote prints.
+ZYGOTE_IDENTIFIER = "nbagent-zygote"
 # A fork takes the kernel 2 ms, but a busy host may schedule the zygote late.
 FORK_TIMEOUT_S = 5.0
 # Per-user counts of the kernel that no resource limit bounds, for one slot. The host's own maximum is for all slots of
@@ -86,13 +92,15 @@ class ZygoteFailed(StepFailed):
 
 
 class ZygoteService:
-    """One zygote, `pid`, and the requests for it. Owns its channels and its journal socket as long as it lives."""
+    """One zygote, `pid`, and the requests for it. Owns its channels and `output` as long as it lives."""
 
-    def __init__(self, supervisor: Channel, entries: socket.socket, zygote: Channel, pid: int) -> None:
-        self.supervisor, self.entries, self.zygote, self.pid = supervisor, entries, zygote, pid
+    def __init__(self, supervisor: Channel, output: init.Output, zygote: Channel, pid: int) -> None:
+        self.supervisor, self.output, self.zygote, self.pid = supervisor, output, zygote, pid
+        self._inspect_s = 0.0
+        self._forks = 0
 
     def begin(self, preload: List[str]) -> None:
-        """Returns when the zygote is ready. Raises StepFailed."""
+        """Returns when the zygote is ready. Raises StepFailed or MalformedMessage."""
         ended, nowhere = fork_first(lambda: os._exit(0))
         try:
             self.zygote.send({"preload": preload}, {"nowhere": nowhere})
@@ -105,27 +113,29 @@ class ZygoteService:
                 raise MalformedMessage("expected ready or a failure")
 
     def serve(self) -> None:
-        """Serves requests until the supervisor closes the connection. Raises ZygoteFailed when the zygote ends."""
-        waiting = select.poll()
-        for channel in (self.supervisor, self.zygote):
-            waiting.register(channel.fileno(), select.POLLIN)
-        children_fd = _wake_at_child_ends()
-        waiting.register(children_fd, select.POLLIN)
+        """Serves requests until the supervisor closes the connection. Raises ZygoteFailed when the zygote ends, or the
+        kernel's facts show that it does more than to fork slots.
+        """
+        inspection, children_fd = Inspection(self.pid), _wake_at_child_ends()
+        self._inspect_s = time.monotonic() + INTERVAL_S
         while True:
-            ready = [fd for fd, _ in waiting.poll()]
+            ready = self.output.wait((self.supervisor.fileno(), self.zygote.fileno(), children_fd), self._inspect_s)
             if children_fd in ready:
                 os.read(children_fd, 512)
                 self._reap()
-                if ready == [children_fd]:
-                    continue
             # Between requests a zygote sends nothing, so that its socket is only readable at its end.
             if self.zygote.fileno() in ready:
                 raise self._ended()
-            request = self.supervisor.receive()
-            if request is None:
-                return
-            with request:
-                self._make(SandboxSpec.restore(fields.mapping(request.body, "spec")), request)
+            if self.supervisor.fileno() in ready:
+                request = self.supervisor.receive()
+                if request is None:
+                    return
+                with request:
+                    self._make(SandboxSpec.restore(fields.mapping(request.body, "spec")), request)
+            if time.monotonic() >= self._inspect_s:
+                if (fault := inspection.find(self._forks)) is not None:
+                    raise ZygoteFailed(f"the zygote does more than to fork slots: {fault}")
+                self._inspect_s = time.monotonic() + inspection.again_s
 
     def _make(self, spec: SandboxSpec, request: Message) -> None:
         with Channel.from_fd(request.take("control")) as control:
@@ -149,11 +159,14 @@ class ZygoteService:
 
             def first() -> NoReturn:
                 # A copy of one of these would keep its peer from seeing its end.
-                for channel in (self.supervisor, self.zygote, peer):
+                for channel in (self.supervisor, self.zygote, peer, self.output.stream):
                     channel.close()
-                for fd in (print_fd, given["go"]):
+                for fd in (print_fd, given["go"], self.output.source_fd):
                     os.close(fd)
-                output = init.Output(spec.slot, printed, socket.socket(fileno=given["stream"]), self.entries)
+                output = init.Output(
+                    Event.SLOT_OUTPUT_DROPPED, {"slot": spec.slot}, printed, socket.socket(fileno=given["stream"]),
+                    self.output.entries,
+                )
                 _first(control, spec, steps, own, given["activity"], output)
 
             first_fd, pidns = (owned(fd) for fd in fork_first(lambda: report_failure(control, "exec", first)))
@@ -161,23 +174,29 @@ class ZygoteService:
             passed = {name: given[name] for name in ("go", "listen", "activity", "config")}
             passed |= {"pidns": pidns, "init": peer.fileno(), "control": control.fileno(), "output": print_fd}
             self.zygote.send({"slot": program(spec)}, passed)
-            control.send({}, {"fork_server": owned(self._forked())})
+            self._forks += 1
+            self._inspect_s = min(self._inspect_s, time.monotonic() + SETTLE_S)
+            control.send({}, {"fork_server": owned(self._forked(pidns))})
 
-    def _forked(self) -> int:
-        """A pidfd of the process that the zygote has forked. Raises OSError when it has ended, or StepFailed."""
+    def _forked(self, pidns: int) -> int:
+        """A pidfd of the process that the zygote has forked into the pid namespace `pidns`.
+
+        Raises OSError when it has ended, StepFailed, and MalformedMessage also for another process.
+        """
         with self.receive(FORK_TIMEOUT_S) as response:
             if "ended" in response.body:
                 raise ProcessLookupError(errno.ESRCH, "the slot's program exited before it was in its scope")
             response.raise_failure()
+            if "fork_server" in response.fds:
+                check_fork(response.fds["fork_server"], self.pid, pidns)
             return response.take("fork_server")
 
     def receive(self, timeout_s: Optional[float] = None) -> Message:
-        """The zygote's next message. Raises ZygoteFailed, or MalformedMessage."""
-        self.zygote.socket.settimeout(timeout_s)
-        try:
-            message = self.zygote.receive()
-        except TimeoutError:
-            raise ZygoteFailed(f"the zygote did not respond within {timeout_s:g} s") from None
+        """The zygote's next message; its output is copied meanwhile. Raises ZygoteFailed, or MalformedMessage."""
+        until_s = None if timeout_s is None else time.monotonic() + timeout_s
+        if not self.output.wait((self.zygote.fileno(),), until_s):
+            raise ZygoteFailed(f"the zygote did not respond within {timeout_s:g} s")
+        message = self.zygote.receive()
         if message is None:
             raise self._ended()
         return message
@@ -294,20 +313,20 @@ def _moved_socket(end: socket.socket) -> socket.socket:
     return socket.socket(family, kind, 0, move_fd(end.detach()))
 
 
-def _start_zygote(spec: SandboxSpec, steps: Plan) -> Tuple[Channel, int]:
+def _start_zygote(spec: SandboxSpec, steps: Plan, print_fd: int) -> Tuple[Channel, int]:
+    """Starts the zygote, with `print_fd` as its output; its channel and pid."""
     own, peer = Channel.pair()
     with peer:
         pid = os.fork()
         if pid == 0:
             own.close()
-            report_failure(peer, "exec", lambda: _exec_zygote(peer, spec, steps))
+            report_failure(peer, "exec", lambda: _exec_zygote(peer, spec, steps, print_fd))
     return own, pid
 
 
-def _exec_zygote(control: Channel, spec: SandboxSpec, steps: Plan) -> NoReturn:
+def _exec_zygote(control: Channel, spec: SandboxSpec, steps: Plan, print_fd: int) -> NoReturn:
     os.setsid()
-    output = os.dup(1)
-    place_fds(output, [os.dup(control.fileno())])
+    place_fds(print_fd, [os.dup(control.fileno())])
     run(steps.outside[1:])
     forget_modules()
     run(steps.inside)
@@ -331,14 +350,20 @@ def main() -> int:
     spec = SandboxSpec.restore(fields.mapping(request.body, "spec"))
     # Connected as root of the host, because journald accepts the unit of an entry from root only.
     entries = journal.entries()
+    stream = journal.stream(ZYGOTE_IDENTIFIER, f"nbagent-zygote@{sys.argv[1]}.service")
     steps = zygote_plan(spec)
+    output: Optional[init.Output] = None
     try:
         run(steps.outside[:1])
+        # After the change of user, so that the pipe belongs to the zygote's user, who may open /dev/stderr anew.
+        printed, print_fd = (move_fd(fd) for fd in os.pipe())
+        output = init.Output(Event.ZYGOTE_OUTPUT_DROPPED, {"zygote": sys.argv[1]}, printed, stream, entries)
         for name, most in USER_MAXIMA.items():
             with open(f"/proc/sys/user/{name}", "w") as file:
                 file.write(str(most))
         prctl(PR_SET_DUMPABLE, 0)
-        service = ZygoteService(supervisor, entries, *_start_zygote(spec, steps))
+        service = ZygoteService(supervisor, output, *_start_zygote(spec, steps, print_fd))
+        os.close(print_fd)
         service.begin(fields.texts(request.body, "preload"))
         # Forked processes get an empty bounding set here, which saves each of them 41 calls.
         drop_bounding_set(range(last_capability() + 1))
@@ -350,6 +375,8 @@ def main() -> int:
         service.serve()
     except (OSError, StepFailed, MalformedMessage) as error:
         failure = Failure.of(error, "zygote")
+        if output is not None:
+            output.finish()
         print(f"zygote {sys.argv[1]}: {failure}", flush=True)
         try:
             supervisor.send(failure.save())

@@ -56,13 +56,10 @@ async def _run(config: host_config.HostConfig) -> None:
     agent, calls = supervisor.agent, supervisor.calls
     adopted = await supervisor.adoption.run()
     supervisor.images.refresh()
-    tasks = [
-        asyncio.ensure_future(agent.run()),
-        asyncio.ensure_future(ControlServer(calls, sockets["control"], {0, _api_uid()}).serve()),
-        asyncio.ensure_future(_watchdog()),
-    ]
+    servers = [asyncio.ensure_future(ControlServer(calls, sockets["control"], {0, _api_uid()}).serve())]
     if "check" in sockets:
-        tasks.append(asyncio.ensure_future(serve_check(calls, sockets["check"])))
+        servers.append(asyncio.ensure_future(serve_check(calls, sockets["check"])))
+    tasks = [asyncio.ensure_future(agent.run()), asyncio.ensure_future(_watchdog()), *servers]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
@@ -75,6 +72,10 @@ async def _run(config: host_config.HostConfig) -> None:
     # is adopted.
     done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
     daemon.notify("STOPPING=1")
+    # First, so that from now on requests wait in the backlog of systemd's socket for the next supervisor.
+    for server in servers:
+        server.cancel()
+    await asyncio.gather(*servers, return_exceptions=True)
     await agent.stop()
     emit(Event.AGENT_STOPPING)
     for task in (*tasks, stopped):

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from nbagent.core.events import Event, emit
-from nbagent.core.model import Slot, SlotState, now
+from nbagent.core.model import Limits, Slot, SlotState, now
 from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.monitor import Monitor
@@ -58,12 +60,32 @@ class Adoption:
         return len(self._slots)
 
     def _adopt(self, live: RunningSlot) -> None:
+        self._apply_limits(live.slot)
         self._slots.add(live)
         self._monitor.watch(live)
         self._pools.adopt(live)
         self._monitor.add(live, now())
         self._compressor.adopt(live)
         emit(Event.SLOT_ADOPTED, slot=live.slot.id, state=live.slot.state.value)
+
+
+    def _apply_limits(self, slot: Slot) -> None:
+        """Gives a scope the limits of its record, if the former supervisor ended between the two."""
+        try:
+            changes = _changes(self._systemd.scope_limits(slot.scope), slot.limits)
+            if changes:
+                self._systemd.set_limits(slot.scope, slot.limits)
+                emit(Event.SLOT_LIMITS_MENDED, slot=slot.id, text=", ".join(changes))
+        except OSError as error:
+            emit(Event.SLOT_LIMITS_MENDED, slot=slot.id, text=f"not possible: {error}")
+
+
+def _changes(found: Limits, recorded: Limits) -> list[str]:
+    """The limits that differ; systemd has microseconds of processor time in a second."""
+    quota = recorded.cpu_quota
+    after = dataclasses.replace(recorded, cpu_quota=None if quota is None else round(quota, 6)).document()
+    before = found.document()
+    return [f"{name} from {before[name]} to {after[name]}" for name in after if before[name] != after[name]]
 
 
 def _refusal(slot: Slot | None) -> str:

@@ -4,15 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 from collections.abc import Coroutine, Mapping
 
 import nbagent
 from nbagent.config.host_config import CurrentConfig
-from nbagent.core.errors import IllegalMove, InvalidField, SlotNotFound
+from nbagent.core.errors import IllegalMove, InvalidField, RecordFailed, SlotNotFound
 from nbagent.core.events import Event, emit
-from nbagent.core.model import UPDATE_FIELDS, SlotState, now, parse_options
+from nbagent.core.model import UPDATE_FIELDS, Slot, SlotState, now, parse_options
 from nbagent.policy import admission
 from nbagent.supervisor.claims import Claims, bounds
 from nbagent.supervisor.counters import Counters
@@ -76,7 +77,7 @@ class Calls:
     def update(self, slot_id: str, given: Mapping[str, object]) -> Document:
         """Changes the limits of a claimed slot, or its life counted from now.
 
-        Raises SlotNotFound, InvalidField, IllegalMove.
+        Raises SlotNotFound, InvalidField, IllegalMove or RecordFailed.
         """
         live = self._find(slot_id)
         options = parse_options(given, UPDATE_FIELDS, bounds(self._config.value, self._load.cpus))
@@ -85,16 +86,29 @@ class Calls:
         ttl_s = live.slot.ttl_s
         if options.ttl_s is not None:
             ttl_s = self._updated_ttl_s(live, live.slot.claimed_s, options.ttl_s)
-        limits = options.limits(live.slot.limits)
-        if limits != live.slot.limits:
-            try:
-                self._systemd.set_limits(live.slot.scope, limits)
-            except OSError as error:
-                raise IllegalMove(f"systemd did not change slot {slot_id}: {error}") from error
-        live.slot = dataclasses.replace(live.slot, limits=limits, ttl_s=ttl_s)
-        self._records.save(live.slot)
+        self._change(live, dataclasses.replace(live.slot, limits=options.limits(live.slot.limits), ttl_s=ttl_s))
         emit(Event.SLOT_UPDATED, slot=slot_id, text=", ".join(f"{k}={v}" for k, v in given.items()) or "nothing")
         return _document(live)
+
+    def _change(self, live: RunningSlot, slot: Slot) -> None:
+        """Records a change before it is made, because adoption gives a scope the limits of its record.
+
+        Raises RecordFailed or IllegalMove; the slot is as before then.
+        """
+        before = live.slot
+        try:
+            self._records.save(slot)
+        except OSError as error:
+            text = f"slot {slot.id} was not changed, because its record was not written: {error.strerror}"
+            raise RecordFailed(text, errno=error.errno) from error
+        try:
+            if slot.limits != before.limits:
+                self._systemd.set_limits(slot.scope, slot.limits)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._records.save(before)
+            raise IllegalMove(f"systemd did not change slot {slot.id}: {error}") from error
+        live.slot = slot
 
     def _updated_ttl_s(self, live: RunningSlot, claimed_s: float, from_now_s: float) -> float:
         ttl_s = now() - claimed_s + from_now_s

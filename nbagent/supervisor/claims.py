@@ -69,7 +69,8 @@ class Claims:
     async def claim(self, given: Mapping[str, object], key: str, client: str) -> Slot:
         """Claims a slot; the same one for the same key, as long as it lives.
 
-        Raises InvalidField, ImageNotFound, Draining, Full, StartFailed, ContentFailed or IdempotencyMismatch.
+        Raises InvalidField, ImageNotFound, Draining, Full, StartFailed, RecordFailed, ContentFailed or
+        IdempotencyMismatch.
         """
         began_s = now()
         try:
@@ -133,16 +134,14 @@ class Claims:
         if self._load.draining:
             raise Draining("the host is draining and hands out no slots", retry_after_s=RETRY_MAX_S)
         live = await self._allocator.allocate(request.image, request.ttl_s, request.network)
-        options, limits = request.options, request.options.limits(live.slot.limits)
-        self._preparation.set_limits(live, limits)
-        claimed_s = now()
-        await self._preparation.prepare(live, request.network, options.content)
-        self._slots.move(
+        options, claimed_s = request.options, now()
+        limits = options.limits(live.slot.limits)
+        await self._preparation.prepare(live, limits, request.network, options.content)
+        self._preparation.record(
             live, SlotState.CLAIMED,
             limits=limits, claimed_s=claimed_s, ttl_s=request.ttl_s, path=options.path or live.slot.path,
             key=request.key, fingerprint=request.fingerprint, network=request.network,
         )
-        self._records.save(live.slot)
         self._preparation.close_interface(live)
         self._counters.add("claims")
         # In the loop's next turn, as is the start of the slot's replacement, so that the response is sent first.

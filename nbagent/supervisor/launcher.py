@@ -271,7 +271,8 @@ class SlotStart:
         serves = False
         while (message := await self._receive()) is not None:
             with message:
-                if "serves" not in message.body:
+                # Once, because a peer that repeats it would keep the supervisor busy.
+                if serves or "serves" not in message.body:
                     raise _unexpected(message)
             serves = True
         self._activity.pop_all()

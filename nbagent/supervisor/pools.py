@@ -99,6 +99,12 @@ class Pools(Mapping[str, ImagePool]):
         pool.warm.append(live)
         self._changed.set()
 
+    def _offer_again(self, live: RunningSlot) -> None:
+        try:
+            self.offer(live)
+        except OSError:  # no record can be written; a restart discards the slot, which is warm until then
+            self._pools[live.slot.image].warm.append(live)
+
     def take(self, image: str) -> RunningSlot | None:
         """Takes the oldest warm slot out of a pool."""
         warm = self._pools[image].warm
@@ -115,7 +121,7 @@ class Pools(Mapping[str, ImagePool]):
         finally:
             # A caller that is cancelled after it was given a slot offers it again, because no other object has it.
             if waiter.done() and not waiter.cancelled() and (task := asyncio.current_task()) and task.cancelling():
-                self.offer(waiter.result())
+                self._offer_again(waiter.result())
             waiter.cancel()
 
     def remove(self, live: RunningSlot) -> None:
@@ -152,6 +158,7 @@ class Pools(Mapping[str, ImagePool]):
                 image=name,
                 digest=pool.image.digest if pool.image else None,
                 launch=zygotes.launch(name),
+                warming=zygotes.is_warming(name),
                 wanted=self._config.value.warm(name),
                 warm=[live.slot for live in pool.warm],
                 starting=self._slots.count(SlotState.STARTING, name),

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.claim_content import Content
-from nbagent.core.errors import ContentFailed, StartFailed
+from nbagent.core.errors import ContentFailed, RecordFailed, StartFailed
 from nbagent.core.events import Event, emit
 from nbagent.core.model import Limits, SlotState, now
 from nbagent.supervisor import content_injector
@@ -37,25 +38,17 @@ class Preparation:
         self._stopper = stopper
         self._tasks = tasks
 
-    def set_limits(self, live: RunningSlot, limits: Limits) -> None:
-        """Sets the limits of a claim on the scope of a warm slot. Raises StartFailed."""
-        if limits == live.slot.limits:
-            return
-        try:
-            self._systemd.set_limits(live.slot.scope, limits)
-        except OSError as error:
-            text = f"systemd did not change the limits of {live.slot.scope}: {error}"
-            self._stopper.end(live, Event.SLOT_DIED, text)
-            raise StartFailed(text, step="limits") from error
+    async def prepare(self, live: RunningSlot, limits: Limits, network: str, content: Content) -> None:
+        """Gives a warm slot the limits, the network and the content of its claim.
 
-    async def prepare(self, live: RunningSlot, network: str, content: Content) -> None:
-        """Gives a slot the network and the content of its claim. Raises StartFailed or ContentFailed."""
-        if network != INTERNET and not content:
+        Raises RecordFailed, StartFailed or ContentFailed. The record is incomplete first, so that a supervisor that
+        starts meanwhile removes the slot instead of handing out one whose limits are not those of its record.
+        """
+        if limits == live.slot.limits and network != INTERNET and not content:
             return
-        self._slots.move(live, SlotState.PREPARING, network=network)
-        # The state in the record is incomplete, so that a supervisor that starts now removes the slot.
-        self._records.save(live.slot)
+        self.record(live, SlotState.PREPARING, network=network)
         try:
+            self._set_limits(live, limits)
             if network == INTERNET:
                 await self._network.open(live.slot)
             if content:
@@ -67,6 +60,27 @@ class Preparation:
             text = "the caller closed its connection" if cancelled else str(error) or repr(error)
             self._stopper.end(live, Event.SLOT_NOT_PREPARED, text)
             raise
+
+    def record(self, live: RunningSlot, state: SlotState, **changes: Any) -> None:
+        """Moves a slot to a state and records it. Ends the slot and raises RecordFailed when no record can be written,
+        because a slot without a record would not outlive the supervisor.
+        """
+        self._slots.move(live, state, **changes)
+        try:
+            self._records.save(live.slot)
+        except OSError as error:
+            text = f"the record of slot {live.slot.id} was not written: {error.strerror}"
+            self._stopper.end(live, Event.SLOT_NOT_PREPARED, text)
+            raise RecordFailed(text, errno=error.errno) from error
+
+    def _set_limits(self, live: RunningSlot, limits: Limits) -> None:
+        if limits == live.slot.limits:
+            return
+        try:
+            self._systemd.set_limits(live.slot.scope, limits)
+        except OSError as error:
+            text = f"systemd did not change the limits of {live.slot.scope}: {error}"
+            raise StartFailed(text, step="limits") from error
 
     def close_interface(self, live: RunningSlot) -> None:
         """Removes the interface, which is closed, of a slot that was claimed without a network."""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The supervisor's side of the control socket, and the agent-check: who may connect, and the dispatch of operations.
 
-A caller is the API's user or root, by SO_PEERCRED. When it closes its connection while its claim waits, the claim is
-cancelled; a claim whose response cannot be delivered is abandoned and its slot ended, unless it has an Idempotency-Key
-of the caller, because then a repeated request is to get the same slot.
+A caller is the API's user or root, by SO_PEERCRED. It has REQUEST_S for its request, and the number of connections is
+bounded, so that an API that an attacker has taken over cannot exhaust the supervisor's memory and descriptors. When a
+caller closes its connection while its claim waits, the claim is cancelled; a claim whose response cannot be delivered
+is abandoned and its slot ended, unless it has an Idempotency-Key of the caller, because then a repeated request is to
+get the same slot.
 """
 
 from __future__ import annotations
@@ -19,10 +21,17 @@ from typing import TypeVar
 from nbagent.core.errors import BadRequest, Forbidden, NbagentError
 from nbagent.supervisor.calls import Calls
 from nbagent.wire import control, operations
-from nbagent.wire.aio import receive
+from nbagent.wire.aio import ACCEPT_PAUSE_S, EXHAUSTED, accept, receive
 from nbagent.wire.channel import Channel, Message
 from nbagent.wire.fields import MalformedMessage, mapping, text
 from nbagent.wire.operations import Arguments, Operation
+
+# A request is one packet and a memfd, which the API sends at once.
+REQUEST_S = 10.0
+# The API has fewer threads than that (nbagent.web.gunicorn_app), and each has one connection at a time.
+CONNECTIONS_MAX = 4096
+# Connections of callers that are not allowed. They are accepted so that the response has the reason.
+REFUSED_MAX = 16
 
 A = TypeVar("A", bound=Arguments)
 R = TypeVar("R")
@@ -61,6 +70,7 @@ class ControlServer:
         self.listener = listener
         self.allowed_uids = allowed_uids
         self._handlers = handlers(calls)
+        self._connections = {True: 0, False: 0}  # of allowed callers, and of others
 
     async def serve(self) -> None:
         """Accepts until cancelled. Raises OSError when it cannot."""
@@ -74,22 +84,45 @@ class ControlServer:
             loop.remove_reader(self.listener.fileno())
 
     def _accept(self, failed: asyncio.Future[None]) -> None:
+        loop = asyncio.get_running_loop()
         try:
             connection, _ = self.listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            if not failed.done():
+            if error.errno in EXHAUSTED:
+                loop.remove_reader(self.listener.fileno())
+                loop.call_later(ACCEPT_PAUSE_S, self._resume, failed)
+            elif not failed.done():
                 failed.set_exception(error)
             return
-        self.calls.spawn(self._serve_one(Channel(connection, control.REQUEST_MAX_BYTES)))
+        channel = Channel(connection, control.REQUEST_MAX_BYTES)
+        allowed = channel.peer_uid() in self.allowed_uids
+        if self._connections[allowed] < (CONNECTIONS_MAX if allowed else REFUSED_MAX):
+            self._connections[allowed] += 1
+            self.calls.spawn(self._serve_one(channel, allowed))
+        else:
+            channel.close()
 
-    async def _serve_one(self, channel: Channel) -> None:
+    def _resume(self, failed: asyncio.Future[None]) -> None:
+        if not failed.done():
+            asyncio.get_running_loop().add_reader(self.listener.fileno(), self._accept, failed)
+
+    async def _serve_one(self, channel: Channel, allowed: bool) -> None:
+        try:
+            await self._serve(channel)
+        finally:
+            self._connections[allowed] -= 1
+
+    async def _serve(self, channel: Channel) -> None:
         """One request and its response. No other task runs between a warm slot's claim and the response."""
         with channel:
             channel.socket.setblocking(False)
             try:
-                request = await receive(channel)
+                async with asyncio.timeout(REQUEST_S):
+                    request = await receive(channel)
+            except TimeoutError:
+                return
             except (OSError, MalformedMessage) as error:
                 with contextlib.suppress(OSError):
                     channel.send({"error": BadRequest(str(error)).to_wire()})
@@ -140,7 +173,7 @@ async def serve_check(calls: Calls, listener: socket.socket) -> None:
     """
     listener.setblocking(False)
     while True:
-        connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+        connection = await accept(listener)
         with connection, contextlib.suppress(OSError):
             line = "drain" if calls.draining else f"ready {calls.free_percent()}%"
             connection.send(f"{line}\n".encode())

@@ -30,6 +30,8 @@ from nbagent.supervisor.systemd import JobFailed, Systemd
 from nbagent.supervisor.tasks import Tasks
 from nbagent.wire.aio import readable
 
+# The errors that a start has by design; any other is a fault of the supervisor, and is reported with its traceback.
+EXPECTED = (NbagentError, OSError, JobFailed, TimeoutError)
 # From a slot's last closed socket to the end of its first process.
 END_SEEN_S = 2.0
 
@@ -78,23 +80,26 @@ class SlotStarter:
         live.task = self._tasks.spawn(self._bring_up(live, image))
 
     async def _bring_up(self, live: RunningSlot, image: Image) -> None:
+        """Starts the slot. Whatever a start raises ends the slot, because one that stayed would keep its place."""
         began_s = now()
         self._counters.add("starts")
         try:
             self._slots.set_addresses(live, await self._network.choose(self._slots.addresses))
             async with asyncio.timeout(self._config.value.slots.start_timeout):
                 await self._launch(live, image)
+            if live.slot.state is SlotState.STARTING:
+                self._offer(live, image, now() - began_s)
         except asyncio.CancelledError:
             self._stopper.end(live, Event.SLOT_RETIRED, "the supervisor stopped before the slot had started")
             raise
-        except (NbagentError, OSError, JobFailed, TimeoutError) as error:
+        except Exception as error:
             # The start of a slot that was ended meanwhile has not failed.
-            if live.slot.state is SlotState.STARTING:
+            if live.slot.state in (SlotState.STARTING, SlotState.WARM):
                 self._fail(live, error)
-            return
-        if live.slot.state is not SlotState.STARTING:
-            return
-        took_s = now() - began_s
+            if not isinstance(error, EXPECTED):
+                raise  # the task's group reports it with its traceback
+
+    def _offer(self, live: RunningSlot, image: Image, took_s: float) -> None:
         self._pools[image.name].resume()
         self._counters.start_seconds.observe(took_s)
         self._slots.move(live, SlotState.WARM)
@@ -143,6 +148,8 @@ class SlotStarter:
     def _fail(self, live: RunningSlot, error: Exception) -> None:
         image = live.slot.image
         text = str(error) or f"not ready after {self._config.value.slots.start_timeout:g} s"
+        if not isinstance(error, EXPECTED):
+            text = f"unexpected error: {error!r}"
         details = error.details if isinstance(error, NbagentError) else {}
         wait_s = self._pools.start_failed(image, StartFailed(text, **details))
         self._counters.add("start_failures")

@@ -8,7 +8,7 @@ import contextlib
 
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.events import Event, emit
-from nbagent.core.model import SlotState, now
+from nbagent.core.model import Slot, SlotState, now
 from nbagent.supervisor.images import Images
 from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.pools import Pools
@@ -21,6 +21,8 @@ from nbagent.wire.aio import readable
 
 # From the SIGKILL of a slot's processes to the end of the last.
 END_MAX_S = 60.0
+# Between two attempts to stop a scope, when systemd is not reachable or refuses.
+STOP_PAUSE_S, STOP_PAUSE_MAX_S = 0.5, 30.0
 
 
 class SlotStopper:
@@ -39,6 +41,7 @@ class SlotStopper:
         self._images = images
         self._changed = changed
         self._cleanups = Tasks()
+        self._finishing = False
 
     def end(
         self, live: RunningSlot, event: Event, text: str | None = None, state: SlotState = SlotState.STOPPING
@@ -54,16 +57,29 @@ class SlotStopper:
         self._cleanups.spawn(self._clean(live))
 
     async def finish(self) -> None:
-        """Waits until every slot that is ending has ended."""
+        """Waits until every slot that is ending has ended, or systemd has refused once more to stop it."""
+        self._finishing = True
         await self._cleanups.finish()
+
+    async def _stop(self, slot: Slot) -> bool:
+        """Stops the slot's scope, and tries again until systemd has done it; False when the supervisor ends before.
+
+        The next supervisor stops the scope then, because it has no record.
+        """
+        pause_s = STOP_PAUSE_S
+        while not self._finishing:
+            try:
+                await self._systemd.stop(slot.scope, at_once=slot.claimed_s is None)
+                return True
+            except OSError as error:
+                emit(Event.SLOT_STOP_FAILED, slot=slot.id, wait_s=f"{pause_s:g}", text=str(error))
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, STOP_PAUSE_MAX_S)
+        return False
 
     async def _clean(self, live: RunningSlot) -> None:
         slot, cpu_s, began_s = live.slot, live.cpu_s(), now()
-        try:
-            await self._systemd.stop(slot.scope, at_once=slot.claimed_s is None)
-        except OSError as error:
-            # The slot counts as stopping until the next start of the supervisor, which stops the scope.
-            emit(Event.SLOT_REMOVED, slot=slot.id, text=f"{slot.scope} was not stopped: {error}")
+        if not await self._stop(slot):
             return
         timeout_s = self._config.value.slots.stop_timeout
         if slot.claimed_s is not None and now() - began_s >= timeout_s:

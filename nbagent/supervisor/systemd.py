@@ -27,6 +27,7 @@ TIMEOUT_S = 25.0
 PLACED_MAX_S = 5.0
 # A thousand names of scopes.
 RESPONSE_MAX_BYTES = 1 << 20
+PID_MAX = 1 << 22
 # The service may be restarted at any moment, and every request may be repeated but the start of a scope.
 TRIES = 3
 
@@ -58,8 +59,17 @@ class Systemd:
         _call("attach", unit=name, pids=list(pids))
 
     def set_limits(self, name: str, limits: Limits) -> None:
-        """Changes the limits of a running scope. Raises OSError."""
+        """Changes the limits of a running scope, or of a zygote's service. Raises OSError."""
         _call("set_limits", unit=name, limits=limits.document())
+
+    def scope_limits(self, name: str) -> Limits:
+        """The limits of a running scope. Raises OSError."""
+        values = fields.mapping(_call("scope_limits", unit=name), "ok")
+        return Limits(**values)  # type: ignore[arg-type]  # from the units service, which is trusted
+
+    def main_pid(self, name: str) -> int:
+        """The main process of a zygote's service. Raises FileNotFoundError when the unit is not loaded or has none."""
+        return fields.integer(_call("main_pid", unit=name), "ok", 1, PID_MAX)
 
     def set_swap(self, name: str, size_bytes: int) -> None:
         """Changes MemorySwapMax of a running scope, which starts with 0. Raises OSError."""

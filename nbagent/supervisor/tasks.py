@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A group of asyncio tasks that ends as one."""
+"""A group of asyncio tasks that ends as one.
+
+No caller awaits these tasks, so an exception that ends one is reported here, at once: asyncio itself reports it when
+the task is collected, which is never as long as an object refers to the task.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +24,15 @@ class Tasks:
         """Starts a task."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._ended)
         return task
+
+    def _ended(self, task: asyncio.Task[object]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            task.get_loop().call_exception_handler(
+                {"message": f"unexpected error in {task.get_coro()!r}", "exception": error, "task": task}
+            )
 
     async def cancel(self) -> None:
         """Cancels every task and waits for their ends."""

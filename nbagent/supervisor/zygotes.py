@@ -5,6 +5,9 @@ A zygote and its zygote service are one systemd unit, `nbagent-zygote@IMAGE:GENE
 the supervisor. When either side closes the connection, the service and the zygote end, and no slot ends with them; so a
 supervisor that starts begins with new zygotes. A zygote that has forked many slots or is old is replaced when the next
 one is ready. After one that ended or did not respond, another is started, and slots start by exec until it is ready.
+
+A zygote runs the code of an image. Its unit has the limits of a slot, and pool.zygote_memory; what it sends is checked,
+and whatever goes wrong with it is a failure of the zygote and of nothing else.
 """
 
 from __future__ import annotations
@@ -14,14 +17,14 @@ import contextlib
 import os
 import secrets
 import socket
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event, emit
-from nbagent.core.model import Slot, now
+from nbagent.core.model import Limits, Slot, now
 from nbagent.image.store import Image
 from nbagent.linux import cgroup, journal
 from nbagent.policy.pool import backoff
@@ -38,10 +41,11 @@ from nbagent.supervisor.launcher import (
     zygote_spec,
 )
 from nbagent.supervisor.systemd import JobFailed, Systemd
+from nbagent.supervisor.tasks import Tasks
 from nbagent.wire import fields
-from nbagent.wire.aio import readable, receive
-from nbagent.wire.channel import Channel
-from nbagent.wire.failure import StepFailed
+from nbagent.wire.aio import accept, readable, receive
+from nbagent.wire.channel import Channel, Message
+from nbagent.wire.failure import INHERITED_STEP, StepFailed
 from nbagent.wire.fields import MalformedMessage
 
 # From a request to the processes of the slot; the zygote service's own timeout for its zygote is shorter.
@@ -52,6 +56,11 @@ HELLO_TIMEOUT_S = 20.0
 # gets its full weight.
 PATIENCE_S = 300.0
 CPU_WEIGHT, CPU_WEIGHT_GIVING_WAY = 100, 1
+# The errors that the start of a zygote has by design; any other is a fault of the supervisor.
+EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
+# A start in all. Its budget is slots.start_timeout of processor time, because on a busy host it takes minutes.
+START_MAX_S = 600.0
+BUDGET_CHECK_S = 1.0
 # To the pipe and to the slot's control socket. One write without a message, because its reader may touch no memory
 # before it is in the slot's scope.
 GO = b"go"
@@ -87,14 +96,14 @@ class Zygote:
 class ZygotePool:
     """The zygotes of one image. `zygote` is the one that forks; `task` starts the next.
 
-    `first_try_done` is set when the first has started or failed to start; `no_zygote` while there is none that forks.
+    `first_try_done`: the first has started or failed to start. `no_zygote` is set while there is none that forks.
     """
 
     image: Image
     zygote: Zygote | None = None
     task: asyncio.Task[None] | None = None
     failures: int = 0
-    first_try_done: asyncio.Event = field(default_factory=asyncio.Event)
+    first_try_done: bool = False
     no_zygote: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -110,7 +119,7 @@ class Zygotes:
         self._systemd = systemd
         self._pools: dict[str, ZygotePool] = {}
         self._expected: dict[str, asyncio.Future[Channel]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._listener: socket.socket | None = None
 
     async def open(self, path: Path = Path(ZYGOTE_PATH)) -> None:
@@ -128,14 +137,12 @@ class Zygotes:
             os.umask(before)
         self._listener.listen()
         self._listener.setblocking(False)
-        self._spawn(self._accept(self._listener))
+        self._tasks.spawn(self._accept(self._listener))
 
     async def close(self) -> None:
         """Ends all zygotes; slots go on."""
         self.want({})
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.cancel()
         if self._listener is not None:
             self._listener.close()
 
@@ -148,24 +155,26 @@ class Zygotes:
         for name, image in wanted.items():
             if name not in self._pools:
                 pool = self._pools[name] = ZygotePool(image)
-                pool.task = self._spawn(self._bring_up(pool))
+                pool.task = self._tasks.spawn(self._bring_up(pool))
 
     def digests(self) -> set[str]:
         """The images that zygotes run on."""
         return {pool.image.digest for pool in self._pools.values()}
 
     def launch(self, image: str) -> str:
-        """How slots of an image start now: "fork", also while they wait for its first zygote, or "exec"."""
+        """How slots of an image start now: "fork" or "exec"."""
         pool = self._pools.get(image)
-        return "fork" if pool is not None and (pool.zygote or not pool.first_try_done.is_set()) else "exec"
+        return "fork" if pool is not None and pool.zygote else "exec"
 
-    async def zygote_for(self, slot: Slot) -> Zygote | None:
-        """The zygote that forks this slot; None where it starts by exec. Waits for the first zygote of an image."""
+    def is_warming(self, image: str) -> bool:
+        """Whether the image's first zygote is being started, and has not failed yet."""
+        pool = self._pools.get(image)
+        return pool is not None and not pool.first_try_done
+
+    def zygote_for(self, slot: Slot) -> Zygote | None:
+        """The zygote that forks this slot; None where it starts by exec."""
         pool = self._pools.get(slot.image)
-        if pool is None or pool.image.digest != slot.digest:
-            return None
-        await pool.first_try_done.wait()
-        return pool.zygote
+        return pool.zygote if pool is not None and pool.image.digest == slot.digest else None
 
     def forked(self, zygote: Zygote) -> None:
         """Counts a fork."""
@@ -185,7 +194,7 @@ class Zygotes:
         settings, age_s = self.config.value.pool, now() - zygote.born_s
         if zygote.forks >= settings.zygote_slots or age_s >= settings.zygote_age:
             emit(Event.ZYGOTE_REPLACED, zygote=zygote.instance, text=f"{zygote.forks} slots in {age_s:.0f} s")
-            pool.task = self._spawn(self._bring_up(pool))
+            pool.task = self._tasks.spawn(self._bring_up(pool))
 
     def give_up(self, zygote: Zygote, text: str) -> None:
         """Ends a zygote that failed, and starts another."""
@@ -196,9 +205,9 @@ class Zygotes:
         pool.no_zygote.set()
         pool.failures += 1
         self._log_failure(pool, zygote.instance, text)
-        self._spawn(self._stop(zygote))
+        self._tasks.spawn(self._stop(zygote))
         if pool.task is None:
-            pool.task = self._spawn(self._bring_up(pool))
+            pool.task = self._tasks.spawn(self._bring_up(pool))
         self.changed()
 
     def _log_failure(self, pool: ZygotePool, instance: str, text: str) -> None:
@@ -210,7 +219,7 @@ class Zygotes:
 
     def _end(self, name: str) -> None:
         pool = self._pools.pop(name)
-        pool.first_try_done.set()
+        pool.first_try_done = True
         if pool.task is not None:
             pool.task.cancel()
         if pool.zygote is not None:
@@ -229,22 +238,34 @@ class Zygotes:
             began_s, instance = now(), f"{pool.image.name}:{secrets.token_hex(3)}"
             try:
                 channel = await self._start(pool, instance)
-            except (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage) as error:
+            except Exception as error:
                 text = str(error) or f"not ready after {now() - began_s:.0f} s"
+                if not isinstance(error, EXPECTED):
+                    asyncio.get_running_loop().call_exception_handler(
+                        {"message": f"unexpected error in the start of zygote {instance}", "exception": error}
+                    )
+                    text = f"unexpected error: {error!r}"
+                fails_always = isinstance(error, StartFailed) and error.details.get("step") == INHERITED_STEP
+                if fails_always:
+                    text += "; no zygote is started again before the image changes"
                 pool.failures += 1
                 self._log_failure(pool, instance, text)
                 with contextlib.suppress(OSError):
                     await self._systemd.stop(unit_of(instance))
-                pool.first_try_done.set()
+                pool.first_try_done = True
+                self.changed()
+                if fails_always:
+                    pool.task = None
+                    return
                 continue
             former, pool.zygote = pool.zygote, Zygote(instance, pool.image, channel, now())
             pool.no_zygote.clear()
             pool.task = None
             emit(Event.ZYGOTE_READY, zygote=instance, image=pool.image.name, took_ms=round((now() - began_s) * 1000))
-            self._spawn(self._watch(pool, pool.zygote))
+            self._tasks.spawn(self._watch(pool, pool.zygote))
             if former is not None:
                 former.dismiss()
-            pool.first_try_done.set()
+            pool.first_try_done = True
             self.changed()
             return
 
@@ -253,15 +274,16 @@ class Zygotes:
         StartFailed or MalformedMessage.
         """
         unit, gives_way = unit_of(instance), pool.zygote is not None
-        if gives_way:
-            self._systemd.set_cpu_weight(unit, CPU_WEIGHT_GIVING_WAY)
+        settings = self.config.value
+        weight = CPU_WEIGHT_GIVING_WAY if gives_way else CPU_WEIGHT
+        self._systemd.set_limits(unit, Limits(settings.pool.zygote_memory, weight, None, settings.slots.tasks))
         made = asyncio.ensure_future(self._made(pool.image, instance))
         no_zygote = asyncio.ensure_future(pool.no_zygote.wait())
         try:
             if gives_way:
                 await asyncio.wait({made, no_zygote}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
                 self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
-            async with asyncio.timeout(self.config.value.slots.start_timeout):
+            async with asyncio.timeout(START_MAX_S):
                 return await made
         finally:
             made.cancel()
@@ -271,13 +293,13 @@ class Zygotes:
         connected = self._expected[instance] = asyncio.get_running_loop().create_future()
         try:
             await self._systemd.start(unit_of(instance))
-            channel: Channel = await connected
+            channel = await self._connected(unit_of(instance), connected)
         finally:
             del self._expected[instance]
         try:
             spec = zygote_spec(image, self.config.value.slots.storage_bytes)
             channel.send({"spec": spec.save(), "preload": list(image.preload)})
-            response = await receive(channel)
+            response = await self._response(channel)
             if response is None:
                 raise StartFailed("the zygote service ended", step="zygote")
             with response:
@@ -292,22 +314,66 @@ class Zygotes:
             raise
         return channel
 
+    async def _response(self, channel: Channel) -> Message | None:
+        """The message of the zygote service when its zygote is ready or has failed.
+
+        Raises StartFailed when the budget of processor time is used up.
+        """
+        budget_s, group = self.config.value.slots.start_timeout, cgroup.of_process(channel.peer_pid())
+        receiving = asyncio.ensure_future(receive(channel))
+        try:
+            while not (await asyncio.wait({receiving}, timeout=BUDGET_CHECK_S))[0]:
+                if (used_s := group.cpu_s()) > budget_s:
+                    raise StartFailed(f"not ready after {used_s:.0f} s of processor time", step="zygote")
+            return receiving.result()
+        finally:
+            receiving.cancel()
+
+    async def _connected(self, unit: str, connected: asyncio.Future[Channel]) -> Channel:
+        """The channel of a zygote service, when it connects. Raises StartFailed when the service ends before that."""
+        ended = StartFailed("the zygote service ended before it connected", step="zygote")
+        if connected.done():
+            return connected.result()
+        try:
+            pidfd = os.pidfd_open(self._systemd.main_pid(unit))
+        except (FileNotFoundError, ProcessLookupError):
+            raise ended from None
+        end = asyncio.ensure_future(readable(pidfd))
+        waiting: set[asyncio.Future[Channel] | asyncio.Future[None]] = {connected, end}
+        try:
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if not connected.done():
+                raise ended
+            return connected.result()
+        finally:
+            end.cancel()
+            await asyncio.gather(end, return_exceptions=True)
+            os.close(pidfd)
+
     async def _watch(self, pool: ZygotePool, zygote: Zygote) -> None:
         """Replaces a zygote when it ends."""
+        text = "it ended"
         with zygote.channel:
-            await readable(zygote.channel.fileno())
+            try:
+                # A zygote service sends nothing but the failure that ends it.
+                if (message := await receive(zygote.channel)) is not None:
+                    with message:
+                        message.raise_failure()
+            except StepFailed as error:
+                text = error.failure.text
+            except (OSError, MalformedMessage) as error:
+                text = str(error)
         if pool.zygote is zygote:
             # A zygote that has run for backoff_max ends the series of failures.
             if now() - zygote.born_s > self.config.value.pool.backoff_max:
                 pool.failures = 0
-            self.give_up(zygote, "it ended")
+            self.give_up(zygote, text)
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(listener)
+            connection = await accept(listener)
             connection.setblocking(False)
-            self._spawn(self._greet(Channel(connection)))
+            self._tasks.spawn(self._greet(Channel(connection)))
 
     async def _greet(self, channel: Channel) -> None:
         expected = None
@@ -325,17 +391,11 @@ class Zygotes:
 
     def prime(self) -> None:
         """Primes PID 1 for the next scope, without waiting for it; only a delay, when it fails."""
-        self._spawn(self._prime())
+        self._tasks.spawn(self._prime())
 
     async def _prime(self) -> None:
         with contextlib.suppress(OSError):
             await self._systemd.prime()
-
-    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
 
 class ForkLauncher:
@@ -345,11 +405,12 @@ class ForkLauncher:
         self.zygotes = zygotes
         self._exec = ExecLauncher()
         self._under_way = 0
+        self._execs = asyncio.Semaphore(os.cpu_count() or 1)
 
     async def launch(
         self, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
     ) -> Launched:
-        while (zygote := await self.zygotes.zygote_for(slot)) is not None:
+        while (zygote := self.zygotes.zygote_for(slot)) is not None:
             self._under_way += 1
             try:
                 forked = spec._replace(forked=True, forked_filter=forked_filter())
@@ -359,7 +420,10 @@ class ForkLauncher:
                 await scope.stop()
             finally:
                 self._under_way -= 1
-        return await self._exec.launch(slot, spec, listener, scope, attach)
+        # Many starts that were admitted as forks come here at once when their zygote fails, and an exec takes a
+        # processor for a second.
+        async with self._execs:
+            return await self._exec.launch(slot, spec, listener, scope, attach)
 
     async def _fork(
         self, zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach

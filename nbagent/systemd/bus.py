@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""systemd's manager on the system bus, by pystemd; the only module that knows pystemd and its lack of types.
+"""systemd's manager, by pystemd; the only module that knows pystemd and its lack of types.
+
+The connection is PID 1's own socket, which systemctl uses too, and not the system bus: so no slot depends on
+dbus-daemon. It ends when PID 1 executes itself anew (`systemctl daemon-reexec`, an upgrade of systemd). Then it is
+opened again, and the jobs that were under way have failed, because the signals of their ends are lost.
 
 A method call blocks the event loop until PID 1 replies: about 3 ms for a scope, 1.2 ms for a change of limits. Jobs
 are awaited instead: the event loop watches the bus's descriptor, and the signal JobRemoved completes a job's future.
@@ -9,16 +13,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
+import re
 import signal
+import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from pystemd import dbusexc
-from pystemd.dbuslib import DBus
+from pystemd.dbuslib import DBusAddress
 from pystemd.systemd1 import Manager
 from pystemd.systemd1.unit_signatures import KNOWN_UNIT_SIGNATURES
 
+from nbagent.core.events import Event, emit
 from nbagent.core.model import Limits
 from nbagent.systemd.job import JobFailed
 
@@ -26,6 +35,10 @@ SLICE = "nbagent-slots.slice"
 INFINITY = 2**64 - 1
 # The signals for which the units service has handlers, and which therefore interrupt a call.
 HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+PRIVATE_ADDRESS = b"unix:path=/run/systemd/private"
+# Between two attempts to connect. PID 1 needs a fraction of a second to execute itself.
+RECONNECT_S = 0.2
 
 # PID 1 needs milliseconds to move processes into a scope, but seconds while it starts a thousand others.
 PLACED_MAX_S = 5.0
@@ -62,14 +75,22 @@ class _Message(Protocol):
 
 
 class Systemd:
-    """The systemd manager of this host, for one event loop."""
+    """The systemd manager of this host, for one event loop.
+
+    While it is not connected, each call raises OSError.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._bus: Any = DBus()
+        self._jobs: dict[bytes, asyncio.Future[str]] = {}
+        self._reopening: asyncio.TimerHandle | None = None
+        self._open()
+
+    def _open(self) -> None:
+        """Connects. Raises DBusBaseError or OSError."""
+        self._bus: Any = DBusAddress(PRIVATE_ADDRESS, True)
         self._bus.open()
         self._manager: Any = Manager(bus=self._bus, _autoload=True)
-        self._jobs: dict[bytes, asyncio.Future[str]] = {}
 
         # A function, because pystemd sets an attribute on the callback, which bound methods do not support. It is kept
         # in self, because pystemd holds no reference to it: after its collection the next signal would crash Python.
@@ -77,16 +98,52 @@ class Systemd:
             self._job_removed(message)
 
         self._callback = job_removed
-        self._bus.match_signal(*_MANAGER, b"JobRemoved", job_removed, None)
+        # Signals on a connection of two peers have no sender.
+        self._bus.match_signal(None, *_MANAGER[1:], b"JobRemoved", job_removed, None)
         self._manager.Manager.Subscribe()
-        self._loop.add_reader(self._bus.get_fd(), self._process)
+        # A descriptor of its own, because sd-bus closes its descriptor at the end of the connection.
+        self._socket = socket.socket(fileno=os.dup(self._bus.get_fd()))
+        self._loop.add_reader(self._socket.fileno(), self._process)
 
     def close(self) -> None:
-        """Closes the bus and cancels the futures of all jobs."""
-        self._loop.remove_reader(self._bus.get_fd())
-        self._bus.close()
+        """Closes the connection and cancels the futures of all jobs."""
+        if self._reopening is not None:
+            self._reopening.cancel()
+        else:
+            self._disconnect()
         for job in self._jobs.values():
             job.cancel()
+
+    def _disconnect(self) -> None:
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        self._bus.close()
+
+    def _lost(self) -> None:
+        """Handles the end of the connection. Jobs fail, because their signals may have been missed."""
+        self._disconnect()
+        for job in self._jobs.values():
+            if not job.done():
+                job.set_exception(JobFailed("the connection to systemd ended during a job"))
+        emit(Event.SYSTEMD_LOST)
+        self._reopening = self._loop.call_later(RECONNECT_S, self._reopen)
+
+    def _reopen(self) -> None:
+        try:
+            self._open()
+        except (dbusexc.DBusBaseError, OSError):
+            self._bus.close()
+            self._reopening = self._loop.call_later(RECONNECT_S, self._reopen)
+        else:
+            self._reopening = None
+
+    def _has_ended(self) -> bool:
+        try:
+            return self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
     async def start_scope(
         self, name: str, pids: Sequence[int], description: str, limits: Limits, **settings: float
@@ -129,6 +186,20 @@ class Systemd:
         """Changes the limits of a running scope. Raises OSError."""
         self._call("SetUnitProperties", name.encode(), True, _limits(limits))
 
+    def scope_limits(self, name: str) -> Limits:
+        """The limits of a running scope. Raises OSError."""
+        path = self._call("GetUnit", name.encode())
+
+        def get(prop: bytes) -> int:
+            scope = b"org.freedesktop.systemd1.Scope"
+            return int(self._guarded(lambda: self._bus.get_property(_MANAGER[0], path, scope, prop, b"t")))
+
+        quota = get(b"CPUQuotaPerSecUSec")
+        return Limits(
+            memory_bytes=get(b"MemoryMax"), cpu_weight=get(b"CPUWeight"), tasks=get(b"TasksMax"),
+            cpu_quota=None if quota == INFINITY else quota / 1_000_000,
+        )
+
     def set_swap(self, name: str, size_bytes: int) -> None:
         """Changes MemorySwapMax of a running scope, which starts with 0. Raises OSError."""
         self._call("SetUnitProperties", name.encode(), True, {b"MemorySwapMax": size_bytes})
@@ -159,6 +230,15 @@ class Systemd:
         with contextlib.suppress(JobFailed):
             await self._wait_for(job)
 
+    def main_pid(self, name: str) -> int:
+        """The main process of a service. Raises FileNotFoundError when the unit is not loaded or has none."""
+        path = self._call("GetUnit", name.encode())
+        service = b"org.freedesktop.systemd1.Service"
+        pid = self._guarded(lambda: self._bus.get_property(_MANAGER[0], path, service, b"MainPID", b"u"))
+        if not pid:
+            raise FileNotFoundError(f"{name} has no main process")
+        return int(pid)
+
     def scopes(self) -> Iterator[str]:
         """The names of all slots' scopes that are neither inactive nor failed."""
         return self._active_units(b"nbagent-*.scope")
@@ -173,15 +253,21 @@ class Systemd:
                 yield name.decode()
 
     def _call(self, method: str, *arguments: Value | Mapping[bytes, Value]) -> Any:
+        return self._guarded(lambda: getattr(self._manager.Manager, method)(*arguments))
+
+    def _guarded(self, call: Callable[[], Any]) -> Any:
         # A signal during a call makes sd-bus return EINTR although the reply follows. Blocked signals are handled after
         # the call.
+        if self._reopening is not None:
+            raise OSError(errno.ENOTCONN, "not connected to systemd")
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
         try:
-            result = getattr(self._manager.Manager, method)(*arguments)
+            result = call()
         except dbusexc.DBusNoSuchUnitError as error:
             raise FileNotFoundError(str(error)) from error
         except dbusexc.DBusBaseError as error:
-            raise OSError(str(error)) from error
+            self._loop.call_soon(self._process)
+            raise OSError(_text(error)) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         # sd-bus can have read D-Bus signals into its queue while it waited for the reply. They make the descriptor
@@ -216,16 +302,25 @@ class Systemd:
         self._process()
         if future.done():
             return
-        with contextlib.suppress(OSError):
+        try:
             self._call("GetJob", int(job.rpartition(b"/")[2]))
-            return
-        if not future.done():
+        except OSError as error:
+            if future.done() or "does not exist" not in str(error):
+                return
             sys.stderr.write(f"{job.decode()} has ended without the signal JobRemoved\n")
             future.set_result("done")
 
     def _process(self) -> None:
-        while not self._bus.process().is_empty():
-            pass
+        if self._reopening is not None:
+            return
+        try:
+            while not self._bus.process().is_empty():
+                pass
+        except dbusexc.DBusBaseError:
+            self._lost()
+            return
+        if self._has_ended():
+            self._lost()
 
     def _job_removed(self, message: _Message) -> None:
         message.process_reply(False)
@@ -234,12 +329,17 @@ class Systemd:
             future.set_result(result.decode())
 
 
+def _text(error: Exception) -> str:
+    """The error's name and message: pystemd's own text has more lines, and no fact beside these."""
+    return re.sub(r"b'(.*?)'", r"\1", str(error).splitlines()[0])
+
+
 def _usec(seconds: float) -> int:
     return round(seconds * 1_000_000)
 
 
 def _limits(limits: Limits) -> Mapping[bytes, Value]:
-    quota = INFINITY if limits.cpu_quota is None else int(limits.cpu_quota * 1_000_000)
+    quota = INFINITY if limits.cpu_quota is None else round(limits.cpu_quota * 1_000_000)
     return {
         b"CPUQuotaPerSecUSec": quota,
         b"CPUWeight": limits.cpu_weight,

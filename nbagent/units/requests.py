@@ -4,7 +4,9 @@
     {"op": "start_scope", "unit": SCOPE, "pids": [int], "description": str, "limits": {...}, "runtime_max_s": float,
      "stop_timeout_s": float}           moves processes into a new scope of a slot; responds when they are there
     {"op": "attach", "unit": SCOPE, "pids": [int]}
-    {"op": "set_limits", "unit": SCOPE, "limits": {...}}
+    {"op": "set_limits", "unit": SCOPE or ZYGOTE, "limits": {...}}
+    {"op": "scope_limits", "unit": SCOPE}                       responds with its limits
+    {"op": "main_pid", "unit": ZYGOTE}                          responds with its main process
     {"op": "set_swap", "unit": SCOPE, "size_bytes": int}
     {"op": "set_cpu_weight", "unit": ZYGOTE, "weight": int}
     {"op": "reclaim", "unit": SCOPE, "pid": int, "size_bytes": int}
@@ -14,7 +16,7 @@
     {"op": "stop", "unit": SCOPE or ZYGOTE, "at_once": bool}    responds when it is inactive
     {"op": "scopes"}, {"op": "zygotes"}                         respond with the names of active units
 
-The response is {"ok": null, a boolean or a list} or a failure, whose step is JOB for a job of systemd that did not
+The response is {"ok": what the operation returns} or a failure, whose step is JOB for a job of systemd that did not
 succeed.
 
 The caller of systemd can run any program as root, so this service is a narrow door to it: names and values are checked
@@ -44,6 +46,7 @@ _SECONDS_MAX = 1e9
 _SCOPE = re.compile(r"nbagent-[0-9a-z-]{1,200}\.scope")
 _ZYGOTE = re.compile(r"nbagent-zygote@[a-z0-9][a-z0-9._-]{0,62}:[0-9a-f]{1,16}\.service")
 _STARTED = re.compile(rf"nbagent-(dns|sweep)\.service|{_ZYGOTE.pattern}")
+# Units that may be stopped, and whose limits may be set.
 _STOPPED = re.compile(rf"{_SCOPE.pattern}|{_ZYGOTE.pattern}")
 # The units whose processes become processes of a slot.
 _ORIGIN = re.compile(rf"nbagent-launch\.service|{_ZYGOTE.pattern}")
@@ -59,6 +62,10 @@ class Manager(Protocol):
     def attach(self, name: str, pids: Sequence[int]) -> None: ...
 
     def set_limits(self, name: str, limits: Limits) -> None: ...
+
+    def scope_limits(self, name: str) -> Limits: ...
+
+    def main_pid(self, name: str) -> int: ...
 
     def set_swap(self, name: str, size_bytes: int) -> None: ...
 
@@ -86,11 +93,13 @@ async def respond(
         return {"ok": await _do(manager, body)}
     except JobFailed as error:
         return Failure(JOB, 0, str(error)).save()
+    except FileNotFoundError as error:
+        return Failure("units", errno.ENOENT, error.strerror or str(error)).save()
     except Exception as error:  # the service has to serve the other slots' requests
         return Failure.of(error, "units").save()
 
 
-async def _do(manager: Manager, body: Mapping[str, object]) -> list[str] | bool | None:
+async def _do(manager: Manager, body: Mapping[str, object]) -> list[str] | dict[str, object] | int | None:
     match body.get("op"):
         case "start_scope":
             await manager.start_scope(
@@ -100,7 +109,11 @@ async def _do(manager: Manager, body: Mapping[str, object]) -> list[str] | bool 
         case "attach":
             manager.attach(_unit(body, _SCOPE), _pids(body))
         case "set_limits":
-            manager.set_limits(_unit(body, _SCOPE), _limits(body))
+            manager.set_limits(_unit(body, _STOPPED), _limits(body))
+        case "scope_limits":
+            return manager.scope_limits(_unit(body, _SCOPE)).document()
+        case "main_pid":
+            return manager.main_pid(_unit(body, _ZYGOTE))
         case "set_swap":
             manager.set_swap(_unit(body, _SCOPE), fields.integer(body, "size_bytes", 0, _BYTES_MAX))
         case "set_cpu_weight":

@@ -4,9 +4,15 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from typing import Optional
 
 from nbagent.wire.channel import Channel, Message
+
+# The errors of accept(2) while no descriptor or no memory is left; any other is a fault of the listening socket itself.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+ACCEPT_PAUSE_S = 0.1
 
 
 async def readable(fd: int) -> None:
@@ -32,3 +38,15 @@ async def receive(channel: Channel) -> Optional[Message]:
             return channel.receive(wait=False)
         except BlockingIOError:
             await readable(channel.fileno())
+
+
+async def accept(listener: socket.socket) -> socket.socket:
+    """The next connection, which does not block. Waits while no descriptor or memory is left. Raises OSError."""
+    while True:
+        try:
+            connection, _ = await asyncio.get_running_loop().sock_accept(listener)
+            return connection
+        except OSError as error:
+            if error.errno not in EXHAUSTED:
+                raise
+            await asyncio.sleep(ACCEPT_PAUSE_S)

@@ -115,8 +115,16 @@ class Channel:
 
     def peer_uid(self) -> int:
         """The user id of the process that connected, or made the pair (SO_PEERCRED)."""
+        return self._peer()[1]
+
+    def peer_pid(self) -> int:
+        """The process that connected, or made the pair (SO_PEERCRED)."""
+        return self._peer()[0]
+
+    def _peer(self) -> Tuple[int, int, int]:
         credentials = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        return int(_CREDENTIALS.unpack(credentials)[1])
+        pid, uid, gid = _CREDENTIALS.unpack(credentials)
+        return pid, uid, gid
 
     def send(self, body: Mapping[str, object], fds: Mapping[str, int] = _NO_FDS) -> None:
         """Sends one message. Raises OSError when the peer has closed its end, or a non-blocking socket is full."""

@@ -9,6 +9,7 @@ supervisor's check of SO_PEERCRED.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar, cast, overload
@@ -24,7 +25,10 @@ SOCKET_PATH = paths.CONTROL_SOCKET
 REQUEST_MAX_BYTES = 1 << 20
 # A thousand slots are a megabyte.
 RESPONSE_MAX_BYTES = 256 << 20
-TRIES = 3
+# From the first request to the last repetition. A supervisor that ends is followed by the next in seconds, which the
+# request waits for in the backlog of systemd's socket.
+REPEAT_S = 30.0
+REPEAT_PAUSE_S = 0.05
 
 A = TypeVar("A", bound=Arguments)
 R = TypeVar("R")
@@ -50,14 +54,14 @@ class ControlClient:
         fds = given.descriptors()
         try:
             # The supervisor is trusted, so its results are not checked.
-            return cast(R, self._result(request, fds, TRIES if operation.is_repeatable else 1))
+            return cast(R, self._result(request, fds, operation.is_repeatable))
         finally:
             for fd in fds.values():
                 os.close(fd)
 
-    def _result(self, request: JsonObject, fds: Mapping[str, int], tries: int) -> object:
+    def _result(self, request: JsonObject, fds: Mapping[str, int], is_repeatable: bool) -> object:
+        until_s = time.monotonic() + (min(REPEAT_S, self.timeout_s) if is_repeatable else 0.0)
         while True:
-            tries -= 1
             try:
                 response = self._call_once(request, fds)
                 if "error" not in response:
@@ -65,7 +69,8 @@ class ControlClient:
                 error = from_wire(fields.mapping(response, "error"))
                 break
             except (OSError, EOFError, ValueError) as failure:
-                if tries and isinstance(failure, (EOFError, ConnectionResetError)):
+                if isinstance(failure, (EOFError, ConnectionError)) and time.monotonic() < until_s:
+                    time.sleep(REPEAT_PAUSE_S)
                     continue
                 raise SupervisorUnavailable(
                     f"no response from the supervisor on {self.path}: {failure}", retry_after_s=2

@@ -14,6 +14,8 @@ from nbagent.wire import fields
 
 STEP_MAX_CHARACTERS = 200
 TEXT_MAX_CHARACTERS = 1000
+# The step of a zygote whose slots would share open files. It fails each time, until the image changes.
+INHERITED_STEP = "inherited files"
 # MAX_ERRNO of the kernel's include/linux/err.h.
 ERRNO_MAX = 4095
 

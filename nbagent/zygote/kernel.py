@@ -39,6 +39,7 @@ from traitlets.config import Config, SingletonConfigurable
 
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.zygote import entropy, warmup
+from nbagent.zygote.inherited import Openers
 from nbagent.zygote.memory.sharing import MemorySharing
 
 # Modules that a kernel or the server imports only when needed; written by tests/lazy-modules.
@@ -125,36 +126,34 @@ def _attach_to_process(shell: Any) -> None:
 # In the zygote.
 
 
-def prepare(server: Any, memory: MemorySharing, preload: Iterable[str] = ()) -> None:
+def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers: Openers) -> None:
     """Loads what kernels inherit, the modules `preload` included, and warms up server and kernels.
 
-    Afterwards the process has one thread, no additional descriptor and no zmq context. Raises RuntimeError if
-    threads or descriptors are left, and ImportError for a module of `preload` that does not exist.
+    Afterwards the process has one thread and no zmq context. `openers` records which module opened a file that is still
+    open. Raises RuntimeError if threads are left, and ImportError for a module of `preload` that does not exist.
     """
     global _shell
     with open(MODULES_PATH) as file:
         modules = json.load(file)
-    descriptors = set(os.listdir("/proc/self/fd"))
     with restore_process_state():
         # debugpy is imported before the warm-up, because it keeps the sys.stderr that it finds on import, and that of a
         # warm-up kernel ends with it. The variable suppresses a warning on standard error about frozen modules.
         os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
         _import(["ipykernel.debugger", *modules["kernel"], *modules["server"]])
-        _preload(preload, memory)
-        # The first warm-up is not recorded, since much of its code runs only once in a process.
-        warmup.warm_up(server, _run_warmup_kernel)
-        with memory.arrange_code():
+        _preload(preload, memory, openers)
+        with openers.during("a request or a kernel of the warm-up"):
+            # The first warm-up is not recorded, since much of its code runs only once in a process.
             warmup.warm_up(server, _run_warmup_kernel)
-        for _ in range(warmup.ROUNDS):
-            warmup.warm_up(server, _run_warmup_kernel)
+            with memory.arrange_code():
+                warmup.warm_up(server, _run_warmup_kernel)
+            for _ in range(warmup.ROUNDS):
+                warmup.warm_up(server, _run_warmup_kernel)
         _shell = _ready_shell()
     entropy.find_generators()
     gc.collect()
     threads = os.listdir("/proc/self/task")
-    added = set(os.listdir("/proc/self/fd")) - descriptors
-    files = sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in added if os.path.lexists(f"/proc/self/fd/{fd}"))
-    if len(threads) != 1 or files:
-        raise RuntimeError(f"the warm-up left {len(threads)} threads, 1 is allowed, and these open files: {files}")
+    if len(threads) != 1:
+        raise RuntimeError(f"the warm-up left {len(threads)} threads, 1 is allowed")
 
 
 def _import(names: Iterable[str]) -> None:
@@ -164,12 +163,13 @@ def _import(names: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def _preload(names: Iterable[str], memory: MemorySharing) -> None:
+def _preload(names: Iterable[str], memory: MemorySharing, openers: Openers) -> None:
     """Imports the modules that the image's manifest names, and ends the threads that their libraries started."""
     # Matplotlib reads its backend from the environment on import. A kernel sets the variable only when it starts.
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     for name in names:
-        importlib.import_module(name)
+        with openers.during(f"the module {name}"):
+            importlib.import_module(name)
     # Libraries that support fork, such as OpenBLAS, end their threads by a pthread_atfork(3) handler before a fork and
     # start them again on first use. So a fork at this point leaves the zygote with one thread.
     memory.fork_noop()

@@ -33,6 +33,8 @@ from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, share_memory
 # Before the imports below, so that the modules they load are in the shared memory.
 memory = share_memory(PRIVATE_MEMORY_OPTION not in sys.argv)
 
+from jupyter_server.extension.manager import ExtensionManager
+
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.runtime.slot_process import JOINED, place_fds, run
@@ -40,8 +42,9 @@ from nbagent.sandbox import plan
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
 from nbagent.wire import fields
 from nbagent.wire.channel import Channel, Message, report_failure
-from nbagent.wire.failure import Failure
+from nbagent.wire.failure import INHERITED_STEP, Failure
 from nbagent.zygote import entropy, forkserver, kernel, notebook_server, provisioner
+from nbagent.zygote.inherited import Inherited, Openers, descriptors
 
 CONTROL_FD = LISTEN_FD
 # Placeholders of the same form as a slot's own values, so that values derived from them have the right form too.
@@ -89,16 +92,18 @@ class Zygote:
 
     def __init__(self, control: Channel, nowhere: int, preload: List[str]) -> None:
         self.control, self.nowhere = control, nowhere
-        self.server = notebook_server.initialise(BASE_URL, TOKEN)
-        kernel.prepare(self.server, memory, preload)
+        self.fds, openers = descriptors(), Openers()
+        with openers.of_methods(ExtensionManager, "link_extension", "load_extension"):
+            self.server = notebook_server.initialise(BASE_URL, TOKEN)
+        kernel.prepare(self.server, memory, preload, openers)
         notebook_server.close_loop(self.server)
         entropy.find_generators()
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
         entropy.reseed()
         gc.collect()
         self.places = PlaceholderSubstitution(BASE_URL, TOKEN)
-        self.fds = _open_fds()
         memory.freeze()
+        openers.check(self.fds)
 
     def serve(self) -> None:
         """Forks on request, until the zygote service closes the channel."""
@@ -127,7 +132,7 @@ class Zygote:
         threads = len(os.listdir("/proc/self/task"))
         if threads != 1:
             raise Unclean(f"{threads} threads, where a fork copies one")
-        strange = _open_fds() - self.fds - set(request.fds.values())
+        strange = descriptors() - self.fds - set(request.fds.values())
         if strange:
             raise Unclean(f"open descriptors that were not there at first: {sorted(strange)}")
 
@@ -216,15 +221,6 @@ def _enter(slot: Mapping[str, object], init: Channel, print_fd: int, fds: List[i
     os.chdir(fields.text(slot, "directory"))
 
 
-def _open_fds() -> frozenset[int]:
-    found = set()
-    for name in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(OSError):
-            os.fstat(int(name))
-            found.add(int(name))
-    return frozenset(found)
-
-
 def main() -> None:
     """Serves the zygote service."""
     os.set_inheritable(CONTROL_FD, False)
@@ -237,6 +233,9 @@ def main() -> None:
         return
     try:
         zygote = Zygote(control, request.take("nowhere"), fields.texts(request.body, "preload"))
+    except Inherited as error:
+        control.send(Failure(INHERITED_STEP, 0, str(error)).save())
+        raise
     except Exception as error:  # the image's code may raise anything, and the operator has to read it
         control.send(Failure.of(error, "initialise").save())
         raise

@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import socket
 import subprocess
 import time
@@ -63,6 +64,22 @@ def unpack(package: Path, into: Path) -> Path:
     subprocess.run(["tar", "--zstd", "-xpf", str(archive), "-C", str(tree)], check=True)
     archive.unlink()
     return tree
+
+
+def add_image(agent: Any, packages: list[Path], directory: Path, name: str, settings: str) -> dict[str, Any]:
+    """Adds the image minimal to a host as `name`, with `settings` before those of its manifest; the image as JSON."""
+    (package,) = (path for path in packages if "image-minimal" in path.name)
+    tree = unpack(package, directory / "image")
+    manifest = tree / "etc/nbagent-image.toml"
+    manifest.write_text(settings + manifest.read_text())
+    archive = directory / f"{name}.tar"
+    subprocess.run(["tar", "--numeric-owner", "-cf", str(archive), "-C", str(tree), "."], check=True)
+    shutil.rmtree(directory / "image")
+    agent.host.copy_in(str(archive), "/root/")
+    archive.unlink()
+    added = agent.host.run(["nbagent", "image", "add", "--json", "--name", name, f"/root/{name}.tar"], timeout=300)
+    agent.run("rm", f"/root/{name}.tar")
+    return dict(json.loads(added.stdout))
 
 
 def command(tree: Path | str, shared: Path, program: str, *arguments: str) -> list[str]:

@@ -34,6 +34,7 @@ from traitlets.config import Config
 
 from nbagent.wire.channel import Channel
 from nbagent.zygote import entropy, forkserver, kernel, provisioner
+from nbagent.zygote.inherited import Openers
 
 USER = 1000
 
@@ -136,7 +137,7 @@ def main():
     mode, where = sys.argv[1:3]
     provisioner.register()
     server = initialised()
-    kernel.prepare(server, memory)
+    kernel.prepare(server, memory, (), Openers())
     memory.freeze()
     # The files in a slot's home belong to the slot's user.
     for directory, _folders, files in os.walk(os.environ["HOME"]):

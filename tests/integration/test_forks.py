@@ -2,8 +2,6 @@
 """Slots by fork: what starts them, what they share, and what happens when a zygote fails or is replaced."""
 
 import json
-import shutil
-import subprocess
 
 import forked
 import pytest
@@ -233,19 +231,8 @@ def test_output_of_a_slot_is_in_its_own_journal(of_a_zygote):
 @pytest.fixture
 def private_image(agent, packages, tmp_path):
     """The image minimal with share_memory = false."""
-    (package,) = (path for path in packages if "image-minimal" in path.name)
-    tree = forked.unpack(package, tmp_path / "image")
-    manifest = tree / "etc/nbagent-image.toml"
-    manifest.write_text("share_memory = false\n" + manifest.read_text())
-    archive = tmp_path / "private.tar"
-    subprocess.run(["tar", "--numeric-owner", "-cf", str(archive), "-C", str(tree), "."], check=True)
-    shutil.rmtree(tmp_path / "image")
-    agent.host.copy_in(str(archive), "/root/")
-    archive.unlink()
-    added = json.loads(agent.host.run(["nbagent", "image", "add", "--json", "--name", "private", "/root/private.tar"],
-                                      timeout=300).stdout)
+    added = forked.add_image(agent, packages, tmp_path, "private", "share_memory = false\n")
     assert added["share_memory"] is False
-    agent.run("rm", "/root/private.tar")
     yield "private"
     agent.run("nbagent", "image", "remove", "private")
 

@@ -148,6 +148,58 @@ def test_an_upgrade_keeps_slots_and_websockets(installed, packages):
     assert installed.open().run("1 + 1").text == "2"
 
 
+# The names that version 0.2 had for the landing page and for the router's zone of claims.
+FORMER = ((r"\bnbagent-landing\.socket", "nbagent-door.socket"), (r"^\[landing\]", "[door]"))
+
+
+def former(package, directory):
+    """`package` as version 0.2 named its units and settings."""
+    tree = directory / package.name
+    subprocess.run(["dpkg-deb", "-R", str(package), str(tree)], check=True)
+    version = subprocess.run(["dpkg-deb", "-f", str(package), "Version"], check=True, stdout=subprocess.PIPE, text=True)
+    for path in [*(tree / "DEBIAN").iterdir(), *tree.glob("usr/lib/systemd/system/*"), *tree.glob("etc/**/*.toml")]:
+        text = path.read_text()
+        for pattern, name in FORMER:
+            text = re.sub(pattern, name, text, flags=re.MULTILINE)
+        if path.name == "control":
+            text = text.replace(version.stdout.strip(), "0.2.0")
+        path.write_text(text)
+    for path in tree.glob("usr/lib/systemd/system/nbagent-landing.*"):
+        path.rename(path.with_name(path.name.replace("landing", "door")))
+    (tree / "DEBIAN/md5sums").unlink()
+    made = directory / package.name.replace(version.stdout.strip(), "0.2.0")
+    build = ["dpkg-deb", "--root-owner-group", "-b", str(tree), str(made)]
+    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+    return made
+
+
+def test_an_upgrade_from_version_0_2_keeps_slots_settings_and_the_landing_page(installed, packages, tmp_path):
+    agent = installed
+    agent.expect(r"\[door\]")
+    old = [former(package, tmp_path) for package in packages if "image" not in package.name]
+    for package in old:
+        agent.host.copy_in(str(package), "/root/")
+    install(agent.host, old, "--allow-downgrades")
+    agent.host.run(["tee", "/etc/nbagent/conf.d/50-door.toml"], input='[door]\ntitle = "Welcome to 0.2"\n')
+    agent.run("systemctl", "restart", "nbagent.service", "nbagent-api.service", "nbagent-router.service")
+    assert agent.run("systemctl", "is-active", "nbagent-door.socket").strip() == "active"
+    agent.wait_warm()
+    kernel = agent.open().kernel()
+    kernel.run("x = 21")
+    install(agent.host, [package for package in packages if "image" not in package.name])
+    assert kernel.run("2 * x").text == "42"
+    kernel.end()
+    assert agent.run("systemctl", "is-active", "nbagent-landing.socket").strip() == "active"
+    assert agent.run("systemctl", "is-active", "nbagent-door.socket", check=False).strip() == "inactive"
+    assert not agent.run("sh", "-c", "ls -R /etc/systemd /run/systemd/system /usr/lib/systemd | grep door || true")
+    assert b"Welcome to 0.2" in agent.router.get("/").body
+    agent.wait_warm()
+    assert agent.open().run("1 + 1").text == "2"
+    agent.run("rm", "/etc/nbagent/conf.d/50-door.toml")
+    agent.run("systemctl", "reload", "nbagent.service")
+    assert agent.run("systemctl", "is-system-running").strip() == "running"
+
+
 def test_purge_with_a_running_slot_leaves_no_file(installed):
     slot = installed.open()
     slot.kernel().close()

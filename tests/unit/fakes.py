@@ -85,6 +85,9 @@ class FakeSystemd:
             raise self.limits_error
         self.limits[name] = limits
 
+    def scope_limits(self, name: str) -> Limits:
+        return self.limits.get(name, Limits(1 << 30, 100, None, 256))
+
     def set_swap(self, name: str, size_bytes: int) -> None:
         self.calls.append(("set_swap", name, size_bytes))
 
@@ -140,10 +143,11 @@ class FakeLauncher:
 
 
 class FakeZygotes:
-    """Images start by exec, save those in `forks`."""
+    """Images start by exec, save those in `forks`; the first zygote of those in `warming` is not ready yet."""
 
     def __init__(self) -> None:
         self.forks: set[str] = set()
+        self.warming: set[str] = set()
         self.images: dict[str, Image] = {}
         self.reviews = 0
 
@@ -155,6 +159,9 @@ class FakeZygotes:
 
     def launch(self, image: str) -> str:
         return "fork" if image in self.forks else "exec"
+
+    def is_warming(self, image: str) -> bool:
+        return image in self.warming
 
     def review(self) -> None:
         self.reviews += 1

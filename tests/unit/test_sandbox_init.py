@@ -20,7 +20,9 @@ def slot():
     for end in (journal, entries_journal):
         end.setblocking(False)
     with open(write_fd, "wb", buffering=0) as printed, stream, journal, entries, entries_journal:
-        yield printed, journal, entries_journal, init.Output("c07-x8q2m4k9w1ze", read_fd, stream, entries)
+        yield printed, journal, entries_journal, init.Output(
+            Event.SLOT_OUTPUT_DROPPED, {"slot": "c07-x8q2m4k9w1ze"}, read_fd, stream, entries
+        )
     os.close(read_fd)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 
 import pytest
 from fakes import Host, cancelled, kinds, turns, until
@@ -16,6 +17,7 @@ from nbagent.core.errors import (
     IdempotencyMismatch,
     ImageNotFound,
     InvalidField,
+    RecordFailed,
     StartFailed,
 )
 from nbagent.core.events import Event
@@ -47,6 +49,20 @@ async def test_a_claim_of_an_empty_pool_waits_for_a_start(tmp_path):
         assert not claiming.done() and host.launcher.prepared == 1
         gate.set()
         assert (await claiming)["slot"] == slot_id
+
+
+async def test_while_an_image_has_no_zygote_yet_slots_start_for_claims_alone(tmp_path):
+    host = Host(tmp_path)
+    host.zygotes.warming = {"minimal"}
+    async with host:
+        await turns()
+        assert not host.slots
+        await host.claim()
+        await turns()
+        assert sorted(host.states().values()) == ["claimed"]
+        host.zygotes.warming = set()
+        host.wake()
+        await host.until_states("claimed", "warm")
 
 
 async def test_a_slot_that_does_not_say_that_it_serves_is_requested_first(tmp_path):
@@ -83,6 +99,40 @@ async def test_limits_that_systemd_refuses_end_the_slot_and_fail_the_claim(tmp_p
             await host.claim(memory="512M")
         await host.gone(slot_id)
         assert host.calls.stats()["counters"]["claims_refused"] == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "512M"}])
+async def test_a_claim_that_cannot_be_recorded_is_refused_and_its_slot_ended(tmp_path, monkeypatch, options):
+    async with Host(tmp_path) as host:
+        slot_id, = await host.until_states("warm")
+
+        def full(slot):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(host.records, "save", full)
+            with pytest.raises(RecordFailed, match="No space left on device") as failed:
+                await host.claim(key="k1", **options)
+            assert failed.value.http_status == 503
+            await host.gone(slot_id)
+        await host.until_states("warm")
+        assert (await host.claim(key="k1", **options))["slot"] != slot_id
+
+
+async def test_the_record_of_a_slot_is_incomplete_while_its_limits_change(tmp_path, monkeypatch):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        states, set_limits = [], host.systemd.set_limits
+
+        def note(name, limits):
+            states.extend(slot.state for _, slot in host.records.load() if slot.scope == name)
+            set_limits(name, limits)
+
+        monkeypatch.setattr(host.systemd, "set_limits", note)
+        claim = await host.claim(memory="64M")
+        assert states == [SlotState.PREPARING]
+        recorded = dict(host.records.load())[claim["slot"]]
+        assert (recorded.state, recorded.limits.memory_bytes) == (SlotState.CLAIMED, 64 << 20)
 
 
 @pytest.mark.parametrize("options", [{"memory": "lots"}, {"image": "absent"}, {"network": "internet"}, {"size": 1}])

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 
 import pytest
 from fakes import Host, kinds, make_image, turns, until
 
-from nbagent.core.errors import IllegalMove, InvalidField, SlotNotFound, StartFailed
+from nbagent.core.errors import IllegalMove, InvalidField, RecordFailed, SlotNotFound, StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import SlotState
+from nbagent.supervisor import slot_stopper
 from nbagent.supervisor.systemd import JobFailed
 
 POOL = {"warm": 2, "starts": 4}
@@ -62,6 +64,40 @@ async def test_a_start_that_fails_leaves_nothing_and_pauses_the_pool(tmp_path, j
         host.wake()
         await host.until_states("warm")
         assert host.calls.stats()["pools"]["minimal"]["failures"] == 0 and host.calls.stats()["ready"]
+
+
+@pytest.mark.parametrize("error", [ValueError("x" * 200_000), OverflowError(), KeyError("fds"), AssertionError()])
+async def test_an_unexpected_error_of_a_start_frees_its_place_and_is_reported(tmp_path, journal, error):
+    reports = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, report: reports.append(report))
+    async with Host(tmp_path, pool={"warm": 1, "starts": 1, "backoff": "10ms", "backoff_max": "10ms"}) as host:
+        host.launcher.error = error
+        await until(lambda: kinds(journal).count(Event.SLOT_FAILED) >= 2)
+        assert reports[0]["exception"] is error
+        host.launcher.error = None
+        await host.until_states("warm")
+    failed = next(entry for entry in journal if kinds([entry]) == [Event.SLOT_FAILED])
+    assert f"unexpected error: {type(error).__name__}" in failed["MESSAGE"]
+
+
+async def test_a_slot_that_cannot_be_recorded_is_ended(tmp_path, journal, monkeypatch):
+    pool = {"warm": 1, "starts": 1, "backoff": "10ms", "backoff_max": "10ms"}
+    async with Host(tmp_path, pool=pool) as host:
+        await host.until_states("warm")
+        save = host.records.save
+
+        def full(slot):
+            if slot.state is SlotState.WARM:
+                raise OSError(28, "No space left on device")
+            save(slot)
+
+        monkeypatch.setattr(host.records, "save", full)
+        first, = host.slots
+        host.calls.release(first)
+        await until(lambda: Event.SLOT_FAILED in kinds(journal))
+        monkeypatch.setattr(host.records, "save", save)
+        await host.until_states("warm")
+        assert first not in host.slots
 
 
 async def test_a_scope_that_systemd_refuses_fails_the_start(tmp_path, journal):
@@ -184,15 +220,30 @@ async def test_a_slot_whose_processes_end_is_removed(tmp_path, journal, claimed)
         await host.until_states("warm")
 
 
-async def test_a_slot_that_systemd_cannot_stop_counts_until_the_next_start(tmp_path, journal):
+async def test_a_slot_that_systemd_cannot_stop_is_stopped_when_it_can(tmp_path, journal, monkeypatch):
+    monkeypatch.setattr(slot_stopper, "STOP_PAUSE_S", 0.01)
     async with Host(tmp_path) as host:
         await host.until_states("warm")
         name = (await host.claim())["slot"]
-        host.systemd.stop_error = OSError("bus closed")
+        host.systemd.stop_error = OSError("not connected to systemd")
         host.calls.release(name)
-        await until(lambda: Event.SLOT_REMOVED in kinds(journal))
+        await until(lambda: kinds(journal).count(Event.SLOT_STOP_FAILED) >= 2)
         assert host.states()[name] == "stopping"
         host.systemd.stop_error = None
+        await host.gone(name)
+
+
+async def test_the_supervisor_ends_although_systemd_stops_no_slot(tmp_path, journal, monkeypatch):
+    monkeypatch.setattr(slot_stopper, "STOP_PAUSE_S", 0.01)
+    host = Host(tmp_path)
+    await host.start()
+    await host.until_states("warm")
+    name = (await host.claim())["slot"]
+    host.systemd.stop_error = OSError("not connected to systemd")
+    host.calls.release(name)
+    await until(lambda: Event.SLOT_STOP_FAILED in kinds(journal))
+    await asyncio.wait_for(host.stop(), 10)
+    host.systemd.close()
 
 
 async def test_the_supervisors_end_leaves_warm_and_claimed_slots_and_ends_incomplete_ones(tmp_path, journal):
@@ -302,7 +353,24 @@ async def test_an_update_changes_limits_and_life_of_a_claimed_slot_alone(tmp_pat
         with pytest.raises(IllegalMove, match="no such unit"):
             host.calls.update(name, {"memory": "256M"})
         assert host.slots[name].slot.limits.memory_bytes == 512 << 20
+        assert dict(host.records.load())[name].limits.memory_bytes == 512 << 20
         assert Event.SLOT_UPDATED in kinds(journal)
+
+
+async def test_an_update_that_cannot_be_recorded_changes_nothing(tmp_path, monkeypatch):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+        before = host.slots[name].slot
+
+        def full(slot):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(host.records, "save", full)
+        with pytest.raises(RecordFailed, match="No space left on device"):
+            host.calls.update(name, {"memory": "512M", "ttl": 60})
+        assert host.slots[name].slot == before
+        assert host.systemd.limits[before.scope].memory_bytes == before.limits.memory_bytes
 
 
 async def test_documents_list_all_slots_and_show_no_token(tmp_path):

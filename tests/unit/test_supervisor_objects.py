@@ -184,6 +184,19 @@ async def test_tasks_are_kept_until_they_end_and_cancelled_together():
     await tasks.finish()
 
 
+async def test_an_error_that_ends_a_task_is_reported_at_once():
+    tasks, reports, loop = Tasks(), [], asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _loop, report: reports.append(report))
+
+    async def work():
+        raise KeyError("a fault")
+
+    task = tasks.spawn(work())
+    await tasks.finish()
+    assert task.done() and [repr(report["exception"]) for report in reports] == ["KeyError('a fault')"]
+    assert "work" in reports[0]["message"]
+
+
 def test_the_files_of_a_slot_are_private_and_its_socket_is_the_routers(tmp_path):
     (tmp_path / "slots").mkdir()
     records = Records(tmp_path / "slots")
@@ -201,6 +214,7 @@ def test_the_files_of_a_slot_are_private_and_its_socket_is_the_routers(tmp_path)
     (b"HTTP/1.1 200 OK\r\n\r\n", None), (b"HTTP/1.0 302 Found\r\n\r\n", None),
     (b"HTTP/1.1 401 Unauthorized\r\n\r\n", None),
     (b"HTTP/1.1 500 Internal Server Error\r\n\r\n", "500"), (b"", "nothing"), (b"SSH-2.0\r\n", "SSH"),
+    (b"x" * 200_000, "no line break in its first 8192 bytes"), (b"HTTP/1.1 500 \x1b[2J\xff\n", r"500 \?\[2J"),
 ])
 async def test_a_slot_is_ready_with_a_response_below_500(tmp_path, response, error):
     requests = []

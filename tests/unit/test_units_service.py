@@ -123,11 +123,11 @@ async def test_a_unit_that_is_not_a_slots_is_refused(service, name):
     assert service.manager.calls == []
 
 
-async def test_a_scope_is_not_started_by_its_name_and_a_zygote_has_no_limits_of_a_slot(service):
+async def test_a_scope_is_not_started_by_its_name_and_has_no_main_process(service):
     with pytest.raises(PermissionError):
         await Systemd().start(SCOPE)
     with pytest.raises(PermissionError):
-        Systemd().set_limits(ZYGOTE, LIMITS)
+        Systemd().main_pid(SCOPE)
     assert service.manager.calls == []
 
 
@@ -162,6 +162,10 @@ async def test_failures_keep_their_kind(service):
     service.manager.error = FileNotFoundError(2, "no such unit")
     with pytest.raises(FileNotFoundError, match="no such unit"):
         systemd.attach(SCOPE, [10])
+    # As nbagent.systemd.bus raises it.
+    service.manager.error = FileNotFoundError("it has no main process")
+    with pytest.raises(FileNotFoundError, match="it has no main process"):
+        systemd.main_pid(ZYGOTE)
     service.manager.error = ValueError("unexpected")
     with pytest.raises(OSError, match="unexpected"):
         systemd.set_swap(SCOPE, 0)

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import signal
 import socket
+import subprocess
 import threading
 import time
 from types import SimpleNamespace
@@ -14,11 +17,21 @@ import pytest
 
 from nbagent.content.deliver import ENTER, UNPACK, WRITE, Order
 from nbagent.core.claim_content import Content, File, FileBundle
-from nbagent.core.errors import ArchiveFailed, BadRequest, ContentFailed, NbagentError, StartFailed
+from nbagent.core.errors import (
+    ArchiveFailed,
+    BadRequest,
+    ContentFailed,
+    NbagentError,
+    StartFailed,
+    SupervisorUnavailable,
+)
+from nbagent.core.events import Event
 from nbagent.network import requests
+from nbagent.runtime import init
 from nbagent.runtime.zygote_service import ZygoteFailed, ZygoteService
 from nbagent.supervisor import content_injector
 from nbagent.supervisor import network as supervisor_network
+from nbagent.supervisor import server as supervisor_server
 from nbagent.supervisor.server import ControlServer, handlers
 from nbagent.wire import operations
 from nbagent.wire.channel import Channel
@@ -121,6 +134,42 @@ def server(tmp_path):
     loop, serving = loops[0]
     loop.call_soon_threadsafe(serving.cancel)
     thread.join()
+
+
+def closed(connection):
+    """Whether the server closes a connection soon."""
+    connection.settimeout(10)
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_a_caller_that_sends_nothing_is_disconnected(server, monkeypatch):
+    monkeypatch.setattr(supervisor_server, "REQUEST_S", 0.05)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.connect(str(server[1]))
+        assert closed(silent)
+
+
+def test_the_number_of_connections_is_bounded_and_others_are_refused_until_one_ends(server, monkeypatch):
+    monkeypatch.setattr(supervisor_server, "CONNECTIONS_MAX", 2)
+    with contextlib.ExitStack() as stack:
+        def connect():
+            connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            connection.connect(str(server[1]))
+            return connection
+
+        silent = [connect(), connect()]
+        assert closed(connect())
+        silent[0].close()
+        client = ControlClient(str(server[1]))
+        deadline_s = time.monotonic() + 10
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(SupervisorUnavailable):
+                client.call(operations.UPDATE, UpdateArguments("h-0", {"ttl": 1}))
+                return
+    pytest.fail("the place of a closed connection stays taken")
 
 
 def test_every_operation_has_a_handler_and_no_other():
@@ -246,29 +295,75 @@ def test_files_without_a_bundle_are_never_dropped_silently(file):
 
 @pytest.fixture
 def zygote(pair):
-    """A zygote service whose zygote is `peer`."""
-    service = ZygoteService(pair[0], None, pair[0], 0)
-    return service, pair[1]
+    """A zygote service whose zygote is `peer`, and which takes the children of this process for the zygote's."""
+    read_fd, write_fd = os.pipe()
+    stream, entries = socket.socketpair()
+    with stream, entries:
+        output = init.Output(Event.ZYGOTE_OUTPUT_DROPPED, {"zygote": "minimal:0"}, read_fd, stream, entries)
+        yield ZygoteService(pair[0], output, pair[0], os.getpid()), pair[1]
+    os.close(read_fd)
+    os.close(write_fd)
 
 
-@pytest.mark.parametrize("payload", [*MALFORMED, b"{}", b'{"fds": ["init"]}'])
-def test_a_malformed_message_of_a_zygote_is_an_error_and_leaks_nothing(zygote, file, payload):
+@pytest.fixture
+def pidns():
+    fd = os.open("/proc/self/ns/pid", os.O_RDONLY)
+    yield fd
+    os.close(fd)
+
+
+@pytest.mark.parametrize("payload", [*MALFORMED, b"{}", b'{"fds": ["init"]}', b'{"fds": ["fork_server"]}'])
+def test_a_malformed_message_of_a_zygote_is_an_error_and_leaks_nothing(zygote, pidns, file, payload):
     service, peer = zygote
     socket.send_fds(peer.socket, [payload], [file])
     before = open_fds()
     with pytest.raises(MalformedMessage):
-        service._forked()
+        service._forked(pidns)
     assert open_fds() == before
 
 
-def test_a_zygote_that_cannot_fork_and_one_whose_child_has_ended_are_told_apart(zygote):
+def test_only_a_child_of_the_zygote_in_the_slots_pid_namespace_is_its_fork_server(zygote, pidns, file):
+    service, peer = zygote
+    child = subprocess.Popen(["sleep", "60"])
+    grandchild = subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, text=True)
+    try:
+        pids = {"child": child.pid, "grandchild": int(grandchild.stdout.readline()), "the zygote itself": os.getpid()}
+        fds = {name: os.pidfd_open(pid) for name, pid in pids.items()}
+        for name, fd in fds.items():
+            peer.send({}, {"fork_server": fd})
+            if name == "child":
+                os.close(service._forked(pidns))
+                continue
+            with pytest.raises(MalformedMessage, match="is not a child of the zygote"):
+                service._forked(pidns)
+        # A child, but not in the slot's pid namespace.
+        peer.send({}, {"fork_server": fds["child"]})
+        with pytest.raises(MalformedMessage, match="is not a child of the zygote"):
+            service._forked(file)
+        os.kill(pids["grandchild"], signal.SIGKILL)
+        for process in (child, grandchild):
+            process.kill()
+            process.wait()
+        peer.send({}, {"fork_server": fds["child"]})
+        with pytest.raises(ProcessLookupError, match="exited before it was in its scope"):
+            service._forked(pidns)
+        for fd in fds.values():
+            os.close(fd)
+    finally:
+        for process in (child, grandchild):
+            process.kill()
+            process.wait()
+        grandchild.stdout.close()
+
+
+def test_a_zygote_that_cannot_fork_and_one_whose_child_has_ended_are_told_apart(zygote, pidns):
     service, peer = zygote
     peer.send(Failure("fork", 11, "no process").save())
     with pytest.raises(StepFailed, match="fork: no process"):
-        service._forked()
+        service._forked(pidns)
     peer.send({"ended": True})
     with pytest.raises(ProcessLookupError, match="exited before it was in its scope"):
-        service._forked()
+        service._forked(pidns)
 
 
 def test_a_zygote_that_does_not_respond_has_failed(zygote, monkeypatch):

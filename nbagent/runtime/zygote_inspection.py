@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Inspection of a zygote from outside, by the kernel's facts about it.
+
+A zygote runs the code of an image, so a hostile one may report anything. The zygote service therefore accepts a fork
+only when the kernel confirms who forked it and where, and looks at the zygote between requests: one thread, the
+descriptors that it had when it was ready, no other process in its unit, and hardly any processor time, because an
+honest zygote sleeps until the next request. So a zygote cannot serve a slot itself, or through a process of its own,
+outside the slot's limits and after its release: it would keep the slot's socket, a connection or a process.
+
+Memory that a zygote shares with the slots it forked cannot be seen here; an image's zygote and its slots are one party
+(packaging/docs/security.md), and the unit's limits are those of a slot.
+
+Standard library only, and little of it, because every init of a slot inherits it; Python 3.9 and up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from typing import Dict, Optional
+
+from nbagent.wire.fields import MalformedMessage
+
+# A request is answered while the zygote still closes its copies of the slot's descriptors.
+SETTLE_S = 0.2
+INTERVAL_S = 10.0
+# A fork of a slot is in the zygote's unit until the supervisor has moved it, which takes milliseconds; the supervisor
+# gives up after slots.start_timeout, 60 s by default.
+UNPLACED_MAX_S = 60.0
+# Processor time that a zygote may have used since it was ready: a fork takes 3 to 10 ms, and with three times slower
+# processors 30 ms.
+CPU_FIRST_S, CPU_FORK_S, CPU_PER_S = 5.0, 0.2, 0.02
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+_CGROUP_ROOTS = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup")
+
+
+class Inspection:
+    """The kernel's facts about the zygote `pid`, compared with those of the time when this object was made.
+
+    The constructor raises OSError.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._descriptors = _descriptors(pid)
+        self._cgroup = _unit_cgroup()
+        self._processes = {os.getpid(), pid}
+        self._unplaced: Dict[int, float] = {}
+        self._kept = False
+        self._ready_s = time.monotonic()
+        self._cpu_s = _cpu_s(pid)
+
+    def find(self, forks: int) -> Optional[str]:
+        """The fault of the zygote as text, None if there is none; `forks` is the number of its forks so far."""
+        try:
+            return self._find(forks)
+        except (FileNotFoundError, ProcessLookupError):
+            return None  # the zygote has ended
+
+    def _find(self, forks: int) -> Optional[str]:
+        now_s = time.monotonic()
+        if (threads := len(os.listdir(f"/proc/{self.pid}/task"))) != 1:
+            return f"it runs {threads} threads, where a fork copies one"
+        added = [name for name, link in _descriptors(self.pid).items() if self._descriptors.get(name) != link]
+        # Twice, because the first time can be within SETTLE_S of a request.
+        kept, self._kept = self._kept and bool(added), bool(added)
+        if kept:
+            return f"it keeps descriptors that it did not have when it was ready: {', '.join(added)}"
+        allowed_s = CPU_FIRST_S + CPU_FORK_S * forks + CPU_PER_S * (now_s - self._ready_s)
+        if (used_s := _cpu_s(self.pid) - self._cpu_s) > allowed_s:
+            return f"it used {used_s:.0f} s of processor time for {forks} slots"
+        with open(f"{self._cgroup}/cgroup.procs") as file:
+            present = {int(line) for line in file} - self._processes
+        self._unplaced = {pid: self._unplaced.get(pid, now_s) for pid in present}
+        over = [pid for pid, since_s in self._unplaced.items() if now_s - since_s > UNPLACED_MAX_S]
+        if over:
+            return f"it has processes of its own: {', '.join(map(str, sorted(over)))}"
+        return None
+
+    @property
+    def again_s(self) -> float:
+        """The time until the next inspection, in seconds."""
+        return SETTLE_S if self._kept else INTERVAL_S
+
+
+def check_fork(pidfd: int, parent: int, pidns_fd: int) -> None:
+    """Checks that `pidfd` is of a child of the process `parent` in the pid namespace `pidns_fd`.
+
+    Raises MalformedMessage when it is not, and ProcessLookupError when the process has ended.
+    """
+    pid = _pid(pidfd)
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            # The fields after the name, which is in parentheses: the state and the parent (proc_pid_stat(5)).
+            ppid = int(file.read().rpartition(b")")[2].split()[1])
+        namespace = os.stat(f"/proc/{pid}/ns/pid")
+    except (FileNotFoundError, ProcessLookupError):
+        raise _ended() from None
+    # The process of the pidfd runs, so that its pid was not reused in between.
+    _pid(pidfd)
+    if ppid != parent or not os.path.samestat(namespace, os.fstat(pidns_fd)):
+        raise MalformedMessage(f"process {pid} is not a child of the zygote in the slot's pid namespace")
+
+
+def _pid(pidfd: int) -> int:
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
+        for line in file:
+            if line.startswith(b"Pid:"):
+                if (pid := int(line[4:])) > 0:
+                    return pid
+                raise _ended()
+    raise MalformedMessage("the descriptor of a forked process is not a pidfd")
+
+
+def _ended() -> ProcessLookupError:
+    return ProcessLookupError(errno.ESRCH, "the slot's program exited before it was in its scope")
+
+
+def _descriptors(pid: int) -> Dict[str, str]:
+    """The open files of a process: the link of each descriptor, such as socket:[4711]."""
+    found = {}
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = os.readlink(f"/proc/{pid}/fd/{name}")
+    return found
+
+
+def _cpu_s(pid: int) -> float:
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S
+
+
+def _unit_cgroup() -> str:
+    """The cgroup directory of this process, which is that of its unit."""
+    with open("/proc/self/cgroup") as file:
+        lines = [line.rstrip("\n").split(":", 2) for line in file]
+    # On a host with cgroup v1 systemd's own hierarchy is listed before the unified one.
+    path = next(path for _, controllers, path in lines if controllers in ("name=systemd", ""))
+    for root in _CGROUP_ROOTS:
+        if os.path.exists(f"{root}{path}/cgroup.procs"):
+            return root + path
+    raise FileNotFoundError(errno.ENOENT, "no cgroup.procs", path)

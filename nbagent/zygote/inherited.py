@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The open files and shared mappings that every fork of a zygote inherits.
+
+A file that is open when the zygote forks is open in all slots of the image, with one offset and one inode: a database
+that an extension opened would be common to all users, and writable by each. So a zygote keeps the closed list of
+descriptors that it needs itself, and no writable mapping of a file that is shared; an image whose server opens another
+file at its start is refused, and its slots start by exec. `Openers` finds which extension or module opened the file, so
+that the message names it.
+
+Standard library only; Python 3.9 and up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any, Dict, FrozenSet, Iterator, List
+
+# The channel and placeholders below these numbers are the zygote's own (nbagent.zygote.zygote.main).
+_MAPS = "/proc/self/maps"
+
+
+class Inherited(Exception):
+    """The image's server has files open that all its slots would share."""
+
+
+def descriptors() -> FrozenSet[int]:
+    """The open descriptors of this process."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            os.fstat(int(name))
+            found.add(int(name))
+    return frozenset(found)
+
+
+class Openers:
+    """The extension or module that opened each file that is still open."""
+
+    def __init__(self) -> None:
+        self._names: Dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """Attributes the files that are opened in this context, and stay open, to `name`."""
+        before = _open_files()
+        try:
+            yield
+        finally:
+            for file in _open_files() - before:
+                self._names.setdefault(file, name)
+
+    @contextlib.contextmanager
+    def of_methods(self, cls: Any, *methods: str) -> Iterator[None]:
+        """Attributes the files that calls of these methods open to the methods' first argument, an extension's name."""
+        originals = {method: vars(cls)[method] for method in methods}
+
+        def watched(original: Any) -> Any:
+            @functools.wraps(original)
+            def call(instance: Any, name: str, *arguments: Any, **options: Any) -> Any:
+                with self.during(f"the extension {name}"):
+                    return original(instance, name, *arguments, **options)
+
+            return call
+
+        for method, original in originals.items():
+            setattr(cls, method, watched(original))
+        try:
+            yield
+        finally:
+            for method, original in originals.items():
+                setattr(cls, method, original)
+
+    def check(self, allowed: FrozenSet[int]) -> None:
+        """Raises Inherited when a descriptor is open that is not `allowed`, or a file is mapped shared and writable."""
+        found: List[str] = [
+            self._described(os.readlink(f"/proc/self/fd/{fd}")) for fd in sorted(descriptors() - allowed)
+        ]
+        found += [self._described(file) for file in sorted(_shared_mappings())]
+        if found:
+            files = "; ".join(dict.fromkeys(found))
+            raise Inherited(f"slots that are forked would share open files of the server: {files}")
+
+    def _described(self, file: str) -> str:
+        return f"{file}, opened by {self._names.get(file, 'the server')}"
+
+
+def _open_files() -> FrozenSet[str]:
+    """The links of all open files, and the paths of shared writable mappings."""
+    links = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            links.add(os.readlink(f"/proc/self/fd/{name}"))
+    return frozenset(links | _shared_mappings())
+
+
+def _shared_mappings() -> FrozenSet[str]:
+    """The files that are mapped shared and writable; anonymous shared memory as "/dev/zero (deleted)"."""
+    found = set()
+    with open(_MAPS) as file:
+        for line in file:
+            # The address, then the permissions such as rw-s, offset, device, inode and path (proc_pid_maps(5)).
+            fields = line.split(None, 5)
+            if fields[1].startswith("rw") and fields[1].endswith("s"):
+                found.add(fields[5].rstrip("\n") if len(fields) > 5 else "a shared mapping without a name")
+    return frozenset(found)

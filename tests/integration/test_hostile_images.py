@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Images whose code in the zygote is hostile: its limits, its output, and what it may do to slots that it forks.
+
+One image preloads a module whose source a test replaces in the image's tree on the host; the next zygote runs it. Each
+hostile zygote is refused or ended with a reason in the journal, and the image's slots start by exec or from the next
+zygote.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+
+import forked
+import pytest
+
+IMAGE = "hostile"
+# Without pauses between the zygotes that fail.
+SETTINGS = f'[pool]\nbackoff = "0.1s"\nbackoff_max = "0.2s"\n[images.{IMAGE}]\nwarm = 0\n'
+# Hostile modules.
+DECOY = """
+    import os, subprocess, sys
+    main = sys.modules["__main__"]
+    pidfd_open, decoy = os.pidfd_open, subprocess.Popen(["sleep", "600"])
+    os.pidfd_open = lambda pid: pidfd_open(decoy.pid)
+    main.Zygote.check = lambda self, request: None
+"""
+KEEPER = """
+    import os, sys
+    main = sys.modules["__main__"]
+    fork = main.Zygote._fork
+    def keep(self, request):
+        os.dup(request.fds["listen"])
+        return fork(self, request)
+    main.Zygote._fork, main.Zygote.check = keep, lambda self, request: None
+"""
+WORKER = """
+    import signal, sys, time
+    main = sys.modules["__main__"]
+    fork = main.Zygote._fork
+    def spin(*_):
+        until_s = time.process_time() + 20
+        while time.process_time() < until_s:
+            pass
+    def work(self, request):
+        pid = fork(self, request)
+        signal.signal(signal.SIGALRM, spin)
+        signal.alarm(1)
+        return pid
+    main.Zygote._fork = work
+"""
+
+
+@pytest.fixture(scope="module")
+def module(shared, packages, tmp_path_factory):
+    """The path on the host of the module that the image preloads."""
+    added = forked.add_image(shared, packages, tmp_path_factory.mktemp("image"), IMAGE, 'preload = ["hostile"]\n')
+    path = shared.run("sh", "-c", f"ls -d {added['root']}/usr/local/lib/python3.*/dist-packages").strip()
+    shared.run("sh", "-c", f"echo pass > {path}/hostile.py")
+    yield f"{path}/hostile.py"
+    shared.run("nbagent", "image", "remove", IMAGE)
+
+
+@pytest.fixture
+def attack(agent, module):
+    """Starts zygotes with a hostile module. The next test replaces them."""
+    agent.expect(rf"zygote {IMAGE}:\S+ (failed|exceeds)")
+    agent.expect(rf"^nbagent-zygote@{IMAGE}:\S+: ")
+    agent.expect(rf"slot \S+ (failed|removed)|pool {IMAGE} pauses")
+    agent.configure(SETTINGS)
+
+    def start(source: str) -> int:
+        """Replaces the module and all zygotes of the image; returns the number of journal entries before that."""
+        agent.run("sh", "-c", f"cat > {module}", input=textwrap.dedent(source))
+        seen = len(entries(agent))
+        agent.run("systemctl", "kill", "-s", "KILL", f"nbagent-zygote@{IMAGE}:*", check=False)
+        for slot in agent.slots("warm"):
+            if slot["image"] == IMAGE:
+                agent.release(slot["slot"])
+        return seen
+
+    return start
+
+
+def entries(agent):
+    """The journal's entries about the image's zygotes."""
+    return agent.journal("-t", "nbagent", f"NBAGENT_IMAGE={IMAGE}")
+
+
+def ready(agent, seen):
+    """Waits for a zygote that is ready after `seen` entries; returns its unit."""
+    found = agent.wait(lambda: [e for e in entries(agent)[seen:] if "is ready after" in e["MESSAGE"]],
+                       "a ready zygote", timeout=300)
+    return f"nbagent-zygote@{found[-1]['NBAGENT_ZYGOTE']}.service"
+
+
+def failure(agent, seen, pattern):
+    """Waits for an entry about a zygote's failure that matches, and returns its text."""
+    def found():
+        texts = [entry.get("NBAGENT_TEXT", "") for entry in entries(agent)[seen:] if "failed" in entry["MESSAGE"]]
+        return next((text for text in texts if re.search(pattern, text)), None)
+
+    return agent.wait(found, f"a failed zygote: {pattern}")
+
+
+def by_fork(agent, slot):
+    return "nbagent.runtime.zygote_service" in agent.run("cat", f"/proc/{agent.processes(slot)[0]}/cmdline")
+
+
+@pytest.mark.parametrize(("source", "pattern"), [
+    ("block = b'x' * (2 << 30)", "the zygote was killed by SIGKILL|the zygote service ended"),
+    ("""
+     import os, time
+     for _ in range(1000):
+         if os.fork() == 0:
+             time.sleep(600)
+             os._exit(0)
+     """, "Resource temporarily unavailable"),
+    ("raise RuntimeError('ü' * 60_000)", "RuntimeError"),
+    ("import socket; socket.socket(fileno=3).send(b'x' * 150_000)", "a packet of more than 65536 bytes"),
+    ("""
+     import socket; socket.socket(fileno=3).send(b'{"failure": {"step": "x", "errno": 1e999, "text": ""}}')
+     """, "not an integer"),
+    ("import threading, time; threading.Thread(target=time.sleep, args=[600], daemon=True).start()", "2 threads"),
+], ids=["memory", "processes", "long failure", "long packet", "malformed failure", "thread"])
+def test_a_zygote_that_exceeds_what_it_may_is_ended_and_slots_start_by_exec(agent, attack, source, pattern):
+    seen = attack(source)
+    text = failure(agent, seen, pattern)
+    assert len(text) < 2000
+    # The image's slots are started without it, and PID 1 has ended all that it started.
+    assert not by_fork(agent, agent.claim(image=IMAGE)["slot"])
+
+
+def test_a_zygote_has_the_limits_of_a_slot(agent, attack):
+    unit = ready(agent, attack("pass"))
+    shown = agent.run("systemctl", "show", unit, "-p", "MemoryMax,MemorySwapMax,TasksMax,CPUWeight").split()
+    claimed = agent.claim(image=IMAGE)["slot"]
+    limits = next(slot["limits"] for slot in agent.slots() if slot["slot"] == claimed)
+    assert set(shown) == {
+        f"MemoryMax={1 << 30}", "MemorySwapMax=0", f"TasksMax={limits['tasks']}", f"CPUWeight={limits['cpu_weight']}",
+    }
+    # An image that is hostile no longer has its slots by fork again.
+    assert by_fork(agent, claimed)
+
+
+def test_the_output_of_a_zygote_has_a_budget_and_no_priority_of_its_own(agent, attack):
+    seen = attack("""
+        import sys
+        for number in range(6000):
+            sys.stderr.write("<0>" + "x" * 16000 + "\\n")
+    """)
+    unit = ready(agent, seen)
+    printed = [entry for entry in agent.journal(f"_SYSTEMD_UNIT={unit}") if "xxxx" in entry["MESSAGE"]]
+    assert printed and sum(len(entry["MESSAGE"]) for entry in printed) < 2 << 20
+    assert {entry["PRIORITY"] for entry in printed} == {"6"}
+    dropped = agent.wait(
+        lambda: [e for e in agent.journal("-t", "nbagent") if "NBAGENT_LINES" in e and unit[16:-8] in e["MESSAGE"]],
+        "the entry about dropped lines",
+    )
+    assert sum(int(entry["NBAGENT_LINES"]) for entry in dropped) > 5000
+
+
+@pytest.mark.parametrize(("source", "pattern"), [
+    (DECOY, "is not a child of the zygote in the slot's pid namespace"),
+    (KEEPER, r"it keeps descriptors that it did not have when it was ready: \d+"),
+    (WORKER, r"it used \d+ s of processor time for 1 slots"),
+], ids=["decoy", "kept listener", "processor time"])
+def test_a_zygote_that_serves_a_slot_itself_is_ended_with_all_its_processes(agent, attack, source, pattern):
+    seen = attack(source)
+    unit = ready(agent, seen)
+    claimed = agent.claim(image=IMAGE)["slot"]
+    failure(agent, seen, pattern)
+    agent.release(claimed)
+    agent.wait(
+        lambda: agent.run("systemctl", "is-active", unit, check=False).strip() != "active",
+        "the end of the hostile zygote with all its processes",
+    )
+    assert not agent.run("pgrep", "-fx", "sleep 600", check=False)
+
+
+def test_an_image_whose_slots_would_share_open_files_starts_by_exec(agent, attack):
+    seen = attack("""
+        import mmap, os
+        database, ends = open("/home/jovyan/common.db", "a"), os.pipe()
+        memory = mmap.mmap(-1, 4096)
+    """)
+    text = failure(agent, seen, "/home/jovyan/common.db, opened by the module hostile")
+    assert "pipe:[" in text and "/dev/zero (deleted), opened by the module hostile" in text
+    assert "no zygote is started again before the image changes" in text
+    one, other = (agent.claim(image=IMAGE)["slot"] for _ in range(2))
+    assert not by_fork(agent, one) and not by_fork(agent, other)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The faults of a zygote that the kernel's facts show: threads, descriptors, processes and processor time."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from nbagent.runtime import zygote_inspection
+from nbagent.runtime.zygote_inspection import INTERVAL_S, SETTLE_S, Inspection
+
+# Runs each line that it reads, and responds.
+ZYGOTE = "import os, sys, threading, time\nfor line in sys.stdin:\n    exec(line)\n    print('done', flush=True)\n"
+
+
+class Zygote:
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ZYGOTE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self.run("pass")
+
+    def run(self, code):
+        self.process.stdin.write(code + "\n")
+        assert self.process.stdout.readline() == "done\n"
+
+
+@pytest.fixture
+def zygote(tmp_path, monkeypatch):
+    """A process with an inspection; its cgroup is a file of the test."""
+    monkeypatch.setattr(zygote_inspection, "_unit_cgroup", lambda: str(tmp_path))
+    made = Zygote()
+    processes = tmp_path / "cgroup.procs"
+    processes.write_text(f"{os.getpid()}\n{made.process.pid}\n")
+    yield made, Inspection(made.process.pid), processes
+    made.process.kill()
+    made.process.wait()
+    made.process.stdin.close()
+    made.process.stdout.close()
+
+
+def test_a_zygote_that_sleeps_has_no_fault(zygote):
+    _, inspection, _ = zygote
+    assert [inspection.find(forks) for forks in (0, 5, 1000)] == [None] * 3
+    assert inspection.again_s == INTERVAL_S
+
+
+def test_a_descriptor_that_is_kept_is_found_the_second_time(zygote):
+    made, inspection, _ = zygote
+    made.run("kept = os.pipe()")
+    assert inspection.find(1) is None and inspection.again_s == SETTLE_S
+    assert "it keeps descriptors" in inspection.find(1)
+
+
+def test_a_descriptor_of_a_request_that_is_closed_soon_is_none(zygote):
+    made, inspection, _ = zygote
+    made.run("kept = os.pipe()")
+    assert inspection.find(1) is None
+    made.run("[os.close(fd) for fd in kept]")
+    assert inspection.find(1) is None and inspection.again_s == INTERVAL_S
+
+
+def test_another_file_under_a_known_number_is_found(zygote):
+    made, inspection, _ = zygote
+    made.run("os.dup2(os.open('/dev/zero', os.O_RDWR), 2); os.close(3)")
+    assert inspection.find(0) is None
+    assert "it keeps descriptors that it did not have when it was ready: 2" in inspection.find(0)
+
+
+def test_a_thread_is_found(zygote):
+    made, inspection, _ = zygote
+    made.run("threading.Thread(target=time.sleep, args=[600], daemon=True).start()")
+    assert "2 threads" in inspection.find(0)
+
+
+def test_a_process_that_stays_in_the_unit_is_found_when_a_start_would_be_over(zygote, monkeypatch):
+    _, inspection, processes = zygote
+    with processes.open("a") as file:
+        file.write("4711\n")
+    assert inspection.find(0) is None
+    monkeypatch.setattr(zygote_inspection, "UNPLACED_MAX_S", -1.0)
+    assert inspection.find(0) == "it has processes of its own: 4711"
+
+
+def test_processor_time_beyond_that_of_its_forks_is_found(zygote, monkeypatch):
+    made, inspection, _ = zygote
+    monkeypatch.setattr(zygote_inspection, "CPU_FIRST_S", 0.1)
+    made.run("while time.process_time() < 1: pass")
+    assert inspection.find(1000) is None
+    assert "of processor time for 0 slots" in inspection.find(0)
+
+
+def test_the_end_of_the_zygote_is_no_fault(zygote):
+    made, inspection, _ = zygote
+    made.process.kill()
+    made.process.wait()
+    assert inspection.find(0) is None
+
+
+def test_the_cgroup_of_a_process_is_found():
+    directory = zygote_inspection._unit_cgroup()
+    with open(f"{directory}/cgroup.procs") as file:
+        assert str(os.getpid()) in file.read().split()
+
+
+def test_a_descriptor_that_is_no_pidfd_is_malformed():
+    one, other = socket.socketpair()
+    with one, other, pytest.raises(ValueError, match="is not a pidfd"):
+        zygote_inspection.check_fork(one.fileno(), os.getpid(), other.fileno())
