@@ -302,10 +302,11 @@ class Systemd:
         self._process()
         if future.done() or self._reopening is not None:
             return
-        with contextlib.suppress(OSError):
+        try:
             self._call("GetJob", int(job.rpartition(b"/")[2]))
-            return
-        if not future.done():
+        except OSError as error:
+            if future.done() or "does not exist" not in str(error):
+                return
             sys.stderr.write(f"{job.decode()} has ended without the signal JobRemoved\n")
             future.set_result("done")
 

@@ -45,6 +45,7 @@ _SECONDS_MAX = 1e9
 _SCOPE = re.compile(r"nbagent-[0-9a-z-]{1,200}\.scope")
 _ZYGOTE = re.compile(r"nbagent-zygote@[a-z0-9][a-z0-9._-]{0,62}:[0-9a-f]{1,16}\.service")
 _STARTED = re.compile(rf"nbagent-(dns|sweep)\.service|{_ZYGOTE.pattern}")
+# Units that may be stopped, and whose limits may be set.
 _STOPPED = re.compile(rf"{_SCOPE.pattern}|{_ZYGOTE.pattern}")
 # The units whose processes become processes of a slot.
 _ORIGIN = re.compile(rf"nbagent-launch\.service|{_ZYGOTE.pattern}")
@@ -91,6 +92,8 @@ async def respond(
         return {"ok": await _do(manager, body)}
     except JobFailed as error:
         return Failure(JOB, 0, str(error)).save()
+    except FileNotFoundError as error:
+        return Failure("units", errno.ENOENT, error.strerror or str(error)).save()
     except Exception as error:  # the service has to serve the other slots' requests
         return Failure.of(error, "units").save()
 

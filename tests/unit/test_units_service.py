@@ -173,6 +173,10 @@ async def test_failures_keep_their_kind(service):
     service.manager.error = FileNotFoundError(2, "no such unit")
     with pytest.raises(FileNotFoundError, match="no such unit"):
         systemd.attach(SCOPE, [10])
+    # As nbagent.systemd.bus raises it.
+    service.manager.error = FileNotFoundError("it has no main process")
+    with pytest.raises(FileNotFoundError, match="it has no main process"):
+        systemd.main_pid(ZYGOTE)
     service.manager.error = ValueError("unexpected")
     with pytest.raises(OSError, match="unexpected"):
         systemd.set_swap(SCOPE, 0)
