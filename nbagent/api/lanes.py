@@ -8,6 +8,7 @@ is computed by a thread of the trusted callers, since a claim may wait for a sta
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 from nbagent.api.access import is_trusted
@@ -37,6 +38,7 @@ def make_service(
     # The router is its only peer. It receives the body of a request before it connects.
     visitors = Lane(landing, settings.threads, address_connections=None)
 
+    @functools.lru_cache(4096)
     def lane_of(listener: object, peer: str) -> Lane:
         if listener == landing_socket:
             return visitors

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import io
 import ipaddress
 import os
@@ -158,7 +159,7 @@ class Server:
         self._sweep_s = 0.0
         self._poller.register(self._woken, selectors.EVENT_READ)
         for listener in self._listeners:
-            self._poller.register(listener, selectors.EVENT_READ, listener)
+            self._poller.register(listener, selectors.EVENT_READ, (listener, listener.getsockname()))
 
     def wake(self) -> None:
         """Ends the wait of `turn`; threads and signal handlers may call it."""
@@ -195,7 +196,7 @@ class Server:
             if isinstance(key.data, _Connection):
                 self._handle(key.data)
             elif key.data is not None:
-                self._accept(key.data)
+                self._accept(*key.data)
             else:
                 with contextlib.suppress(BlockingIOError):
                     os.eventfd_read(self._woken)
@@ -208,13 +209,12 @@ class Server:
 
     # Connections
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, listener: socket.socket, local: object) -> None:
         try:
             sock, peer = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
         sock.setblocking(False)
-        local = listener.getsockname()
         lane = self._lane_state(self.service.lane_of(local, str(peer[0]) if isinstance(peer, tuple) else ""))
         connection = _Connection(sock, peer, local, lane)
         if not self._make_room(connection):
@@ -227,9 +227,11 @@ class Server:
         lane.by_address.setdefault(connection.network, set()).add(connection)
         self._connections.add(connection)
         connection.deadline_s = time.monotonic() + HEAD_TIMEOUT_S
-        self._wait_for_request(connection)
-        # Most requests arrive with the connection.
+        lane.waiting[connection] = None
+        # Most requests arrive with the connection, and need no registration.
         self._read(connection)
+        if connection.state is _State.READING and connection in self._connections:
+            self._poller.register(sock, selectors.EVENT_READ, connection)
 
     def _lane_state(self, lane: Lane) -> _LaneState:
         if lane not in self._lanes:
@@ -269,9 +271,12 @@ class Server:
         of_address.remove(connection)
         if not of_address:
             del lane.by_address[connection.network]
-        with contextlib.suppress(KeyError, ValueError):
-            self._poller.unregister(connection.sock)
+        self._unregister(connection)
         connection.sock.close()
+
+    def _unregister(self, connection: _Connection) -> None:
+        if connection.sock.fileno() in self._poller.get_map():
+            self._poller.unregister(connection.sock)
 
     def _close_expired(self, now_s: float) -> None:
         for connection in list(self._connections):
@@ -305,6 +310,9 @@ class Server:
 
     def _read(self, connection: _Connection) -> None:
         if (data := _receive(connection)) is None:
+            return
+        if not data and connection.begun_s is None:
+            self._close(connection)
             return
         connection.head += data if connection.request is None else b""
         connection.parser.receive_data(data)
@@ -369,7 +377,7 @@ class Server:
         connection.lane.waiting.pop(connection, None)
         connection.lane.received_bytes -= len(connection.body)
         connection.body.clear()
-        self._poller.unregister(connection.sock)
+        self._unregister(connection)
 
     def _respond(self, connection: _Connection, environ: WSGIEnvironment) -> None:
         """Runs in a thread of the lane. Sends at once what the socket's buffer takes; the loop sends the rest."""
@@ -398,9 +406,8 @@ class Server:
 
     def _write(self, connection: _Connection) -> None:
         """Sends what is unsent, and then waits for the next request or closes the connection."""
-        with contextlib.suppress(KeyError, ValueError):
-            self._poller.unregister(connection.sock)
-        if not connection.is_broken:
+        self._unregister(connection)
+        if connection.unsent and not connection.is_broken:
             _send(connection)
         if connection.is_broken:
             self._close(connection)
@@ -433,6 +440,7 @@ class Server:
         self._poller.register(connection.sock, selectors.EVENT_READ, connection)
 
 
+@functools.lru_cache(4096)
 def network_of(address: str) -> str:
     """The IPv4 address, or the IPv6 /64 network, which one subscriber has; "" for a unix socket."""
     try:
@@ -551,13 +559,18 @@ def _run(app: WSGIApplication, environ: WSGIEnvironment) -> tuple[str, list[tupl
     return status, headers, body
 
 
+@functools.lru_cache(1)
+def _date(time_s: int) -> bytes:
+    return formatdate(time_s, usegmt=True).encode()
+
+
 def _frame(parser: h11.Connection, status: str, headers: Sequence[tuple[str, str]], body: bytes) -> bytes:
     """A whole response as bytes."""
     code, _, reason = status.partition(" ")
     given = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
     if not any(name.lower() == b"content-length" for name, _ in given) and int(code) not in (204, 304):
         given.append((b"Content-Length", str(len(body)).encode()))
-    given.append((b"Date", formatdate(usegmt=True).encode()))
+    given.append((b"Date", _date(int(time.time()))))
     response = h11.Response(status_code=int(code), headers=given, reason=reason.encode("latin-1"))
     parts = [parser.send(response)]
     if body:
