@@ -77,7 +77,7 @@ def until_refused(step, size, most=AMOUNT):
 
 
 def children(function, count):
-    """Runs `function` in `count` child processes, which stay until `drop`. Raises OSError of a child's first failure."""
+    """Runs `function` in `count` child processes, which stay until `drop`. Raises the first OSError of a child."""
     for _ in range(count):
         ready, report = os.pipe()
         pid = os.fork()
