@@ -11,7 +11,6 @@ import ctypes
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-
 from typing import Any, Optional, Tuple  # python3-seccomp has no types
 
 from nbagent.linux.libc import call

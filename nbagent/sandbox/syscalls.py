@@ -57,10 +57,10 @@ ALLOWED = """
 REFUSED = dict.fromkeys(
     """
     acct add_key bpf chroot delete_module fanotify_init finit_module fsconfig fsmount fsopen fspick init_module
-    ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie mbind mount mount_setattr
-    move_mount move_pages migrate_pages name_to_handle_at open_by_handle_at open_tree perf_event_open pivot_root quotactl
-    reboot request_key set_mempolicy sethostname setdomainname setns settimeofday clock_settime swapoff swapon syslog
-    umount2 unshare userfaultfd vhangup vmsplice
+    ioperm iopl kcmp kexec_file_load kexec_load keyctl lookup_dcookie mbind mount mount_setattr move_mount
+    move_pages migrate_pages name_to_handle_at open_by_handle_at open_tree perf_event_open pivot_root quotactl
+    reboot request_key set_mempolicy sethostname setdomainname setns settimeofday clock_settime swapoff swapon
+    syslog umount2 unshare userfaultfd vhangup vmsplice
     """.split(),
     errno.EPERM,
 )
@@ -89,14 +89,15 @@ _SOCK_FLAGS = 0o2004000  # SOCK_CLOEXEC and SOCK_NONBLOCK
 _IPPROTO_TCP, _IPPROTO_UDP = 6, 17
 _IP_RECVERR, _IPV6_RECVERR = (0, 11), (41, 25)
 # The options of sockets that programs may set, by level. Among the missing ones are those that make the kernel hold
-# memory that no cgroup is charged for: socket filters (also bounded for the whole host by net.core.bpf_jit_limit, beyond
-# which no slot can load its system call filter), copies of sent data for time stamps, notes of zero-copy sends, keys of
-# TCP-MD5 and TLS, memberships of IPv6 groups, and IPv6 flow labels, whose table is one for all network namespaces.
+# memory that no cgroup is charged for: socket filters (also bounded for the whole host by net.core.bpf_jit_limit,
+# beyond which no slot can load its system call filter), copies of sent data for time stamps, notes of zero-copy sends,
+# keys of TCP-MD5 and TLS, memberships of IPv6 groups, and IPv6 flow labels, whose table is one for all network
+# namespaces.
 OPTIONS = {
     # SOL_SOCKET: REUSEADDR, DONTROUTE, BROADCAST, SNDBUF, RCVBUF, KEEPALIVE, OOBINLINE, PRIORITY, LINGER, REUSEPORT,
-    # PASSCRED, RCVLOWAT, SNDLOWAT, RCVTIMEO, SNDTIMEO, BINDTODEVICE, TIMESTAMP, PASSSEC, TIMESTAMPNS, RXQ_OVFL, PEEK_OFF,
-    # BUSY_POLL, MAX_PACING_RATE, INCOMING_CPU, BINDTOIFINDEX, TIMESTAMP_NEW, TIMESTAMPNS_NEW, RCVTIMEO_NEW, SNDTIMEO_NEW,
-    # PASSPIDFD
+    # PASSCRED, RCVLOWAT, SNDLOWAT, RCVTIMEO, SNDTIMEO, BINDTODEVICE, TIMESTAMP, PASSSEC, TIMESTAMPNS, RXQ_OVFL,
+    # PEEK_OFF, BUSY_POLL, MAX_PACING_RATE, INCOMING_CPU, BINDTOIFINDEX, TIMESTAMP_NEW, TIMESTAMPNS_NEW, RCVTIMEO_NEW,
+    # SNDTIMEO_NEW, PASSPIDFD
     1: (2, 5, 6, 7, 8, 9, 10, 12, 13, 15, 16, 18, 19, 20, 21, 25, 29, 34, 35, 40, 42, 46, 47, 49, 62, 63, 64, 66, 67,
         76),
     # IPPROTO_IP: TOS, TTL, RECVOPTS, PKTINFO, MTU_DISCOVER, RECVTTL, RECVTOS, MTU, FREEBIND, BIND_ADDRESS_NO_PORT,
@@ -140,13 +141,15 @@ RULES: Tuple[Group, ...] = (
         ("socketpair", ((0, INT, _AF_UNIX),)),
     )),
     # Every netlink socket, also of NETLINK_ROUTE, queues the kernel's responses up to its receive buffer, charged to no
-    # cgroup: 1 KiB that is charged holds 400 KiB that is not. libzmq aborts when getifaddrs(3) fails with another errno.
+    # cgroup: 1 KiB that is charged holds 400 KiB that is not. libzmq aborts when getifaddrs(3) fails with another errno
+    # than this one or EINVAL.
     (errno.EOPNOTSUPP, (("socket", ((0, INT, _AF_NETLINK),)),)),
     # The C library's resolver sets IP_RECVERR and requires success. It would queue an error for each packet, up to the
     # receive buffer, charged to no cgroup. A connected socket reports errors without it.
     (0, (*(("setsockopt", ((1, INT, level), (2, INT, option))) for level, option in (_IP_RECVERR, _IPV6_RECVERR)),)),
     (None, (
-        *(("setsockopt", ((1, INT, level), (2, INT, option))) for level, options in OPTIONS.items() for option in options),
+        *(("setsockopt", ((1, INT, level), (2, INT, option)))
+          for level, options in OPTIONS.items() for option in options),
     )),
     (errno.ENOPROTOOPT, (("setsockopt", ()),)),
     # These affect files of the host: the page cache of an image's files, which all its slots share, and the writing of

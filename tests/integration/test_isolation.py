@@ -201,7 +201,8 @@ def leased():
             pass
     return taken
 """
-# Bound from the /dev of the zygote's unit, because only root of the host makes device files: packaging/docs/security.md.
+# Bound from the /dev of the zygote's unit, because only root of the host makes device files
+# (packaging/docs/security.md).
 SHARED_DEVICES = ["/dev/full", "/dev/null", "/dev/random", "/dev/urandom", "/dev/zero"]
 
 
@@ -320,7 +321,8 @@ def test_a_malicious_image_is_isolated(agent, decoys):
     # A zygote has the privileges that forking a slot needs, and no others: packaging/docs/security.md.
     assert through[True] == {
         "to_be_root_of_the_slot": "uid 0, gid 0, groups []", "to_hold_a_capability": "CapPrm:\t00000000002401c0",
-        "to_make_a_system_call_that_nobody_needs": "setns", "to_make_the_kernel_compile_a_system_call_filter": "seccomp",
+        "to_make_a_system_call_that_nobody_needs": "setns",
+        "to_make_the_kernel_compile_a_system_call_filter": "seccomp",
     }
 
 

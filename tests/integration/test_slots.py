@@ -127,7 +127,7 @@ print(json.dumps({
     "whoami": output("whoami"), "id": output("id"), "hostname": output("hostname"), "home": os.path.expanduser("~"),
     "cwd": os.getcwd(), "passwd": list(pwd.getpwuid(os.getuid())), "localhost": socket.gethostbyname("localhost"),
     "self": socket.gethostbyname(socket.gethostname()),
-    "interfaces": [name for _, name in socket.if_nameindex()], "away": away,
+    "interfaces": [line.partition(":")[0].strip() for line in open("/proc/net/dev").readlines()[2:]], "away": away,
     "pids": sorted(int(name) for name in os.listdir("/proc") if name.isdigit()),
     "parents": [os.getpid(), os.getppid(), 1],
 }))

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Memory that a slot makes the kernel hold is charged to the slot, or refused: every kind of uncharged.py.
 
-What the kernel holds is read from the host's /proc/meminfo, which other programs change too, so that a kind is tried
-again when it seems to be uncharged. The bound of each try makes even a failure harmless.
+The memory of the kernel is read from the host's /proc/meminfo, which other programs change too, so that a kind is
+tried again when it seems to be uncharged. The bound of each try makes even a failure harmless.
 """
 
 import importlib.util

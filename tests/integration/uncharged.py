@@ -26,7 +26,7 @@ AMOUNT = 32 << 20
 LIBC = ctypes.CDLL(None, use_errno=True)
 KINDS = {}
 HELD = contextlib.ExitStack()
-warnings.simplefilter("ignore")  # of fork() in a process with threads
+warnings.simplefilter("ignore")  # fork() in a process with threads
 CHUNK = bytes(60000)
 SOCK_OPTIONS = {"SO_ATTACH_FILTER": 26, "SO_ATTACH_REUSEPORT_CBPF": 51}
 SO_TIMESTAMPING, TX_SOFTWARE, SOFTWARE, ID, TX_SCHED, OPT_TSONLY = 37, 1 << 1, 1 << 4, 1 << 7, 1 << 8, 1 << 11
@@ -56,8 +56,18 @@ def raised(result):
     return result
 
 
+def temporary_file(flags=os.O_RDWR):
+    """A descriptor of an empty file without a name; `drop` closes it."""
+    made, path = tempfile.mkstemp()
+    fd = os.open(path, flags)
+    os.close(made)
+    os.unlink(path)
+    HELD.callback(os.close, fd)
+    return fd
+
+
 def until_refused(step, size, most=AMOUNT):
-    """Repeats a step that takes `size` bytes until `most` are taken or the kernel refuses it; the bytes taken."""
+    """Repeats a step that takes `size` bytes until `most` are taken or a buffer is full; the bytes taken."""
     taken = 0
     with contextlib.suppress(BlockingIOError):
         while taken < most:
@@ -67,7 +77,7 @@ def until_refused(step, size, most=AMOUNT):
 
 
 def children(function, count):
-    """Runs `function` in `count` child processes, which stay until `drop`. Raises OSError of a child's first failure."""
+    """Runs `function` in `count` child processes, which stay until `drop`. Raises the first OSError of a child."""
     for _ in range(count):
         ready, report = os.pipe()
         pid = os.fork()
@@ -214,7 +224,7 @@ def connections_in_time_wait():
     server.listen(100)
     port = server.getsockname()[1]
     for number in range(40_000):
-        with socket.create_connection((f"127.0.0.{1 + number // 20_000}", port)) as client:
+        with socket.create_connection((f"127.0.0.{1 + number // 20_000}", port)):
             accepted = server.accept()[0]
         with accepted:
             accepted.recv(1)
@@ -281,7 +291,7 @@ def memberships_of_multicast_groups():
 def memberships_of_ipv6_groups():
     def fill():
         end = open_socket(socket.AF_INET6, socket.SOCK_DGRAM)
-        for number in range(300):
+        for _ in range(300):
             group = bytes([0xFF, 1]) + os.urandom(14) + struct.pack("=I", 1)
             end.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, group)
     return until_refused(fill, 300 * 256, 8 << 20)
@@ -329,7 +339,7 @@ def pipes():
 def locks_of_file_ranges():
     count = 0
     while count < AMOUNT // 200:
-        file = HELD.enter_context(tempfile.TemporaryFile())
+        file = temporary_file()
         for number in range(500):
             lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 2 * number, 1, 0)
             fcntl.fcntl(file, fcntl.F_SETLK, lock)
@@ -340,10 +350,7 @@ def locks_of_file_ranges():
 @kind("leases")
 def leases():
     def fill():
-        path = tempfile.NamedTemporaryFile(delete=False).name
-        fd = os.open(path, os.O_RDONLY)
-        os.unlink(path)
-        HELD.callback(os.close, fd)
+        fd = temporary_file(os.O_RDONLY)
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     return until_refused(fill, 1 << 10, 4 << 20)
 
@@ -408,9 +415,9 @@ def dentries():
 @kind("attributes of files")
 def attributes_of_files():
     def fill():
-        file = HELD.enter_context(tempfile.TemporaryFile())
+        file = temporary_file()
         for number in range(16):
-            os.setxattr(file.fileno(), f"user.{number}", bytes(4000))
+            os.setxattr(file, f"user.{number}", bytes(4000))
     return until_refused(fill, 64000)
 
 
