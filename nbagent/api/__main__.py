@@ -19,7 +19,6 @@ from nbagent.wire import control
 
 if TYPE_CHECKING:
     from nbagent.web.server import Service
-
     from nbagent.web.tokens import TokenFile
 
 _LOG = logging.getLogger(__name__)
