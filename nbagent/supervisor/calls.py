@@ -200,12 +200,18 @@ class Calls:
         return min(100, math.ceil(100 * available / host.capacity)) if available else 0
 
     def _available(self, host: admission.Host) -> int:
-        """The claims that can get a slot: of those that are ready or start, and of the default image."""
+        """The claims that can get a slot: of those that are ready or start, and of the default image.
+
+        While starts of the default image fail, only warm slots count, so that a host that cannot start slots attracts
+        no claims that would wait in vain.
+        """
         if host.draining:
             return 0
-        default = self._config.value.pool.image
-        room = self._load.room(host, default) if default in self._pools else 0
-        return self._slots.count(SlotState.WARM) + self._slots.count(SlotState.STARTING) + room
+        default = self._pools.get(self._config.value.pool.image)
+        warm = self._slots.count(SlotState.WARM)
+        if default is None or default.image is None or default.failures:
+            return warm
+        return warm + self._slots.count(SlotState.STARTING) + self._load.room(host, default.image.name)
 
     def _find(self, slot_id: str) -> RunningSlot:
         live = self._slots.get(slot_id)

@@ -48,6 +48,8 @@ async def test_a_start_that_fails_leaves_nothing_and_pauses_the_pool(tmp_path, j
         await until(lambda: Event.POOL_BACKOFF in kinds(journal) and not host.slots)
         assert not host.systemd.units and not list(host.records.path.iterdir())
         assert host.calls.stats()["pools"]["minimal"]["failures"] == 1 and not host.calls.stats()["ready"]
+        # HAProxy sends no claims to a host whose weight is 0.
+        assert host.calls.stats()["available"] == 0 and host.calls.free_percent() == 0
         host.wake()
         await turns()
         assert len(host.launcher.launched) == 1
@@ -64,6 +66,7 @@ async def test_a_start_that_fails_leaves_nothing_and_pauses_the_pool(tmp_path, j
         host.wake()
         await host.until_states("warm")
         assert host.calls.stats()["pools"]["minimal"]["failures"] == 0 and host.calls.stats()["ready"]
+        assert host.calls.free_percent() > 0
 
 
 @pytest.mark.parametrize("error", [ValueError("x" * 200_000), OverflowError(), KeyError("fds"), AssertionError()])
