@@ -91,10 +91,10 @@ def test_the_oom_killer_kills_the_jupyter_kernel_and_not_the_server(any_agent):
     assert agent.run("systemctl", "is-active", f"nbagent-{notebook.slot}.scope") == "active\n"
 
 
-def test_the_supervisor_may_write_to_its_own_cgroup(any_agent):
-    pid = any_agent.run("systemctl", "show", "-P", "MainPID", "nbagent.service").strip()
+def test_the_units_service_may_write_to_its_own_cgroup(any_agent):
+    pid = any_agent.run("systemctl", "show", "-P", "MainPID", "nbagent-units.service").strip()
     own = any_agent.run("sed", "-n", "s/^0:://p", f"/proc/{pid}/cgroup").strip()
-    # In the mount namespace of the supervisor, in which most of the cgroup tree is read-only.
+    # In the mount namespace of the service, in which most of the cgroup tree is read-only.
     may = "for at in /sys/fs/cgroup/unified /sys/fs/cgroup; do if [ -w $at$1 ]; then echo $at; fi; done"
     view = ["nsenter", "-t", pid, "-m", "sh", "-c", may, "sh"]
     assert any_agent.run(*view, f"{own}/cgroup.procs").split()
