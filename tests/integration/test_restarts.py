@@ -266,3 +266,21 @@ def test_a_stop_is_quick_and_leaves_every_slot(session, agent):
     assert session.file("runs") is not None  # the router works without the agent
     agent.run("systemctl", "start", SUPERVISOR)
     session.check()
+
+
+@pytest.mark.parametrize("fault", [
+    ["systemctl", "kill", "-s", "KILL", "dbus.service"], ["systemctl", "daemon-reexec"],
+], ids=["dbus-daemon", "daemon-reexec"])
+def test_slots_start_and_end_when_the_connection_to_systemd_has_ended(agent, fault):
+    agent.expect(r"the connection to systemd ended|not connected to systemd")
+    agent.expect(r"slot \S+ (failed|was not stopped)|pool \S+ pauses")
+    before = agent.claim()["slot"]
+    agent.run(*fault)
+    # More than the pool has, so that scopes are started.
+    claimed = [before, *(agent.claim()["slot"] for _ in range(4))]
+    for slot in claimed:
+        agent.release(slot)
+    scopes = agent.run("systemctl", "list-units", "--plain", "--no-legend", "--all", "nbagent-*.scope")
+    assert not [slot for slot in claimed if slot in scopes]
+    notebook = agent.open()
+    assert notebook.run("6 * 7").text == "42"

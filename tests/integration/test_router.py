@@ -259,3 +259,22 @@ def test_listening_sockets_of_the_router_do_not_block(agent):
                       "grep -h ^flags: /proc/$pid/fdinfo/3; done")
     assert len(flags.splitlines()) >= 2
     assert all(int(line.split()[1], 8) & os.O_NONBLOCK for line in flags.splitlines())
+
+
+def test_an_error_in_a_file_of_the_operator_changes_nothing_and_is_named(agent):
+    agent.expect(r"nbagent-router")
+    file = "/etc/nbagent/router.d/bad.conf"
+    agent.host.run(["tee", file], input="no_such_directive on;\n")
+    try:
+        assert agent.host.run(["systemctl", "reload", "nbagent-router.service"], check=False).returncode != 0
+        for command in (["nbagent", "config", "check"], ["nbagent", "doctor"]):
+            done = agent.host.run(command, check=False)
+            assert done.returncode != 0 and "no_such_directive" in done.stdout + done.stderr
+        assert agent.router.get("/").status == 200
+        # A start uses the files of the last time.
+        agent.run("systemctl", "restart", "nbagent-router.service")
+        agent.wait(lambda: agent.router.get("/").status == 200, "the router after its restart")
+    finally:
+        agent.run("rm", file)
+    agent.run("systemctl", "reload", "nbagent-router.service")
+    assert agent.router.get("/").status == 200
