@@ -203,7 +203,7 @@ def test_doctor_lists_weaknesses_and_remedies(agent):
     if agent.host.run(["test", "-e", "/sys/fs/cgroup/cgroup.controllers"], check=False).returncode:
         assert findings["cgroups"]["status"] == "warn"
         assert "systemd.unified_cgroup_hierarchy=1" in findings["cgroups"]["mend"]
-    assert findings["token"]["found"] == "mode 0640"
+    assert findings["token"]["found"] == "mode 0600"
 
 
 def test_doctor_finds_a_stopped_service(agent):
