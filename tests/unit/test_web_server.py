@@ -325,6 +325,28 @@ def test_headers_with_underscores_and_absolute_targets(serve: Callable[..., Runn
     assert not {"HTTP_X_REAL_IP", "HTTP_SCRIPT_NAME", "HTTP_TRANSFER_ENCODING"} & set(seen)
 
 
+@pytest.mark.parametrize(("target", "path", "query"), [
+    ("/claim?archive=http://127.0.0.1:8123/ok/way&path=lab", "/claim", "archive=http://127.0.0.1:8123/ok/way&path=lab"),
+    ("/user/http://other.example/x", "/user/http://other.example/x", ""),
+    ("http://host.example/claim?archive=https://a.example/b", "/claim", "archive=https://a.example/b"),
+    ("http://host.example", "/", ""),
+    ("/a?b#c", "/a", "b"),
+])
+def test_only_the_beginning_of_an_absolute_target_is_its_authority(
+    serve: Callable[..., Running], target: str, path: str, query: str
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def note(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        seen.update(environ)
+        return echo(environ, start_response)
+
+    running = serve(note)
+    with running.connect() as connection:
+        ask(connection, f"GET {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert (seen["PATH_INFO"], seen["QUERY_STRING"]) == (path, query)
+
+
 def test_an_exception_of_the_application_closes_the_connection_only(
     serve: Callable[..., Running], caplog: pytest.LogCaptureFixture
 ) -> None:
