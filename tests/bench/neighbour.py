@@ -10,7 +10,7 @@ the quiet host, and then during each load of noises.py, which another user of th
 ended after the load, and quiet windows alternate with the loads because the speed of the machine changes. Prints the
 median over the rounds of p50, p99 and their ratio to the quiet windows of the same round, and writes neighbour.txt,
 neighbour.md and neighbour.json, with every sample, to DIRECTORY (default: $NBAGENT_CACHE/bench). One round of one side
-takes three and a half minutes.
+takes three minutes.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ POLL_S = 0.02
 KERNEL_TRIES = 3
 CELL, RESULT = "1+1", "2"
 PERIOD_S = 1.0
-QUIET_S = 6.0
+QUIET_S = 4.0
 # The load starts before its window, and ends by itself after it.
 HEAD_S, TAIL_S = 1.5, 2.0
 QUIET = "quiet"
@@ -55,10 +55,6 @@ import subprocess
 subprocess.Popen(["python3", "-c", {source!r}, {name!r}, "{seconds}"], start_new_session=True,
                  stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid > 0
 """
-
-
-class Failed(Exception):
-    """A cell of a quiet user failed or had another result."""
 
 
 class Neighbour:
@@ -106,18 +102,18 @@ class Neighbour:
         found: dict[str, list[float]] = {QUIET: []}
         self.samples_ms.setdefault(side.key, []).append(found)
         kernels = self.client.run(self.all_kernels(side, users))
-        self.client.run(self.window(kernels, 2 * PERIOD_S))
+        self.client.run(self.window(kernels, 2 * PERIOD_S, QUIET))
         try:
             for name in self.options.noises:
                 noisy = self.client.run(self.server(side, users))
                 kernel = self.client.run(self.kernel(noisy))
                 self.loads.append(os.getloadavg()[0])
-                found[QUIET] += self.client.run(self.window(kernels, QUIET_S))
+                found[QUIET] += self.client.run(self.window(kernels, QUIET_S, QUIET))
                 seconds = HEAD_S + self.options.seconds + TAIL_S
                 source = (HERE / "noises.py").read_text()
                 self.client.run(kernel.run(START.format(source=source, name=name, seconds=seconds)))
                 time.sleep(HEAD_S)
-                found[name] = self.client.run(self.window(kernels, self.options.seconds))
+                found[name] = self.client.run(self.window(kernels, self.options.seconds, f"{side.key} {name}"))
                 self.client.run(kernel.close())
                 side.end(keep=users)
                 said = figures.latency(found[name])
@@ -152,7 +148,7 @@ class Neighbour:
                 say(f"a kernel is requested again: {error}"[:200])
         return await self.client.first_cell(server)
 
-    async def window(self, kernels: list[Kernel], seconds: float) -> list[float]:
+    async def window(self, kernels: list[Kernel], seconds: float, load: str) -> list[float]:
         """Each user's cells at a period of a second; the latencies in milliseconds, from the time of the request.
 
         A cell is requested when its turn has come or the cell before has ended, whichever is later.
@@ -165,9 +161,12 @@ class Neighbour:
             while next_s < began_s + seconds:
                 await asyncio.sleep(max(0.0, next_s - time.perf_counter()))
                 sent_s = time.perf_counter()
-                if (text := await kernel.run(CELL)) != RESULT:
-                    raise Failed(f"{CELL} is {text!r}")
-                took_ms.append(1000 * (time.perf_counter() - sent_s))
+                try:
+                    if (text := await kernel.run(CELL)) != RESULT:
+                        raise RuntimeError(f"{CELL} is {text!r}")
+                    took_ms.append(1000 * (time.perf_counter() - sent_s))
+                except (RuntimeError, OSError) as error:
+                    self.failures.append(f"{load}: {type(error).__name__}: {error}"[:300])
                 next_s = max(next_s + PERIOD_S, time.perf_counter())
             return took_ms
 
@@ -237,6 +236,8 @@ def write(found: Neighbour, took_s: float) -> None:
     )
     rows = table(found)
     below = "\n".join(f"{found.names[key]}: {how}" for key, how in found.how.items())
+    if found.failures:
+        about += f" Cells without a result, which are not in the table: {len(found.failures)}, {found.failures[0]}"
     text = f"{figures.columns_of(rows)}\n\n{about}\n{below}\n"
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "neighbour.txt").write_text(text)
