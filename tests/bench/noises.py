@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Loads of one user of a host, for neighbour.py: `python3 noises.py NAME SECONDS`, run inside that user's server.
 
-Each ends by itself: every process sets alarm(2), which is not inherited by a fork, and its own limit of files, sockets
-and bytes. Memory is bounded by the cgroup of the server only where the name says so. Standard library only.
+Each process sets alarm(2), which a fork does not inherit, so that it ends even if its parent was killed. Files and
+sockets are bounded here, memory and processes by the limits of the server's cgroup. Standard library only.
 """
 
 import contextlib
