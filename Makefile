@@ -6,7 +6,8 @@ export NBAGENT_CACHE ?= /var/cache/nbagent-build
 DIST := $(NBAGENT_CACHE)/dist
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host fuzz check bench bench-density bench-compressed bench-fleet bench-tools image debs tools clean
+.PHONY: up up-fleet down test unit host fuzz check bench bench-density bench-compressed bench-fleet bench-neighbour \
+    bench-tools image debs tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -44,6 +45,9 @@ bench-compressed: tools debs     ## slots at rest in compressed memory, on a vir
 
 bench-fleet: bench-tools debs    ## what a gateway costs and how it distributes claims; BENCH="--quick"
 	$(PYTHON) tests/bench/fleet.py $(BENCH)
+
+bench-neighbour: bench-tools debs  ## the delay of cells beside a user who loads the host; BENCH="--rounds 1 --only fork"
+	$(PYTHON) tests/bench/neighbour.py $(BENCH)
 
 bench-tools: tools
 	@tests/bench/install-tools

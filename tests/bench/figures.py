@@ -159,3 +159,14 @@ def latency(samples_ms: Sequence[float]) -> dict[str, float]:
     """The statistics of many users' waits, in milliseconds."""
     found = summary(samples_ms)
     return {name: round(found[name], 2) for name in ("n", "p50", "p90", "p99", "max")}
+
+
+def beside_quiet(rounds: Sequence[Mapping[str, Sequence[float]]], load: str, quiet: str) -> dict[str, float]:
+    """Medians over the rounds of a load's p50, p99, and of p99 divided by that of the quiet samples of the same round.
+
+    Each round is compared with itself, because the speed of the machine changes between rounds.
+    """
+    p50 = [statistics.median(found[load]) for found in rounds]
+    p99 = [quantile(found[load], 0.99) for found in rounds]
+    ratios = [own / quantile(found[quiet], 0.99) for own, found in zip(p99, rounds, strict=True)]
+    return {name: statistics.median(values) for name, values in (("p50", p50), ("p99", p99), ("ratio", ratios))}

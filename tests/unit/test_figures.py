@@ -128,3 +128,17 @@ def test_books_of_the_machine_have_what_is_asked_for() -> None:
 
     books = memory.meminfo()
     assert 0 < books["MemAvailable"] < books["MemTotal"]
+
+
+def test_a_load_is_compared_with_the_quiet_samples_of_its_own_round() -> None:
+    import figures
+
+    quiet = [1.0] * 50 + [2.0] * 50
+    rounds = [
+        {"quiet": quiet, "load": [3.0] * 100},
+        # A round in which the machine was ten times slower has the same ratio.
+        {"quiet": [10 * value for value in quiet], "load": [30.0] * 100},
+        {"quiet": quiet, "load": [1.0] * 99 + [8.0]},
+    ]
+    assert figures.beside_quiet(rounds, "load", "quiet") == {"p50": 3.0, "p99": 8.0, "ratio": 1.5}
+    assert figures.beside_quiet(rounds, "quiet", "quiet")["ratio"] == 1.0
