@@ -23,6 +23,7 @@ from nbagent.supervisor.host_load import HostLoad, Memory, read_memory
 from nbagent.supervisor.images import Images
 from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.launcher import Launcher
+from nbagent.supervisor.lock_guard import LockGuard
 from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.pools import Pools
@@ -77,7 +78,7 @@ def compose(on: Surroundings) -> Supervisor:
     images = Images(on.store, slots, pools, on.zygotes, systemd, tasks, changed)
     stopper = SlotStopper(config, slots, pools, records, systemd, interfaces, images, changed)
     compressor = Compressor(systemd, counters, tasks)
-    monitor = Monitor(counters, stopper, compressor, tasks)
+    monitor = Monitor(counters, stopper, compressor, tasks, LockGuard(stopper, tasks))
     starter = SlotStarter(
         config, slots, pools, records, systemd, on.launcher, on.network, monitor, counters, stopper, tasks, on.cgroup_of
     )

@@ -17,6 +17,7 @@ from nbagent.core.model import SlotState
 from nbagent.policy import compress, cull
 from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
+from nbagent.supervisor.lock_guard import LockGuard
 from nbagent.supervisor.running_slot import Findings, RunningSlot
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.tasks import Tasks
@@ -30,7 +31,10 @@ SAMPLED_STATES = (SlotState.WARM, SlotState.PREPARING, SlotState.CLAIMED)
 class Monitor:
     """The warm and claimed slots in the order in which their samples are due."""
 
-    def __init__(self, counters: Counters, stopper: SlotStopper, compressor: Compressor, tasks: Tasks) -> None:
+    def __init__(
+        self, counters: Counters, stopper: SlotStopper, compressor: Compressor, tasks: Tasks, locks: LockGuard,
+    ) -> None:
+        self._locks = locks
         self._counters = counters
         self._stopper = stopper
         self._compressor = compressor
@@ -55,13 +59,17 @@ class Monitor:
         self._queue.append((now_s, live))
 
     def next_s(self, interval_s: float) -> float:
-        """The time at which slots are due."""
-        if not self._queue:
-            return math.inf
+        """The time at which slots are due, or the count of their locks."""
+        return min(self._batch_due_s(interval_s), self._locks.next_s) if self._queue else math.inf
+
+    def _batch_due_s(self, interval_s: float) -> float:
         return max(self._queue[0][0] + interval_s, self._batch_s + interval_s / BATCHES)
 
     def sample(self, settings: CullSettings, now_s: float) -> None:
         """Samples the slots that are due, so many that each is sampled once in an interval."""
+        self._locks.check(lambda: [live for _, live in self._queue], now_s)
+        if not self._queue or now_s < self._batch_due_s(settings.interval):
+            return
         self._batch_s = now_s
         for _ in range(math.ceil(len(self._queue) / BATCHES)):
             sampled_s, live = self._queue[0]

@@ -100,3 +100,26 @@ def test_memory_that_is_not_charged_is_freed_with_the_slot(shared):
         assert held > 50_000
     shared.release(notebook.slot)
     shared.wait(lambda: int(shared.run("sh", "-c", "wc -l < /proc/locks")) < held - 50_000, "the end of the locks")
+
+
+LOCKS = """
+import fcntl, os, struct, tempfile, threading
+def hold():
+    for _ in range(2400):
+        file = tempfile.TemporaryFile()
+        files.append(file)
+        for number in range(500):
+            fcntl.fcntl(file, fcntl.F_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 2 * number, 1, 0))
+files = []
+threading.Thread(target=hold, daemon=True).start()
+"""
+
+
+def test_a_slot_that_holds_too_many_locks_is_ended(shared):
+    shared.wait_warm()
+    notebook = shared.open(memory="1G")
+    with notebook.kernel() as kernel:
+        assert kernel.run(LOCKS).status == "ok"
+        shared.wait(lambda: shared.api.get(f"/slots/{notebook.slot}").status == 404, "the end of the slot")
+    culled = [entry["MESSAGE"] for entry in shared.journal("-t", "nbagent", f"NBAGENT_SLOT={notebook.slot}")]
+    assert [message for message in culled if "file locks, at most 250000 are allowed" in message]
