@@ -202,8 +202,7 @@ class Calls:
     def _available(self, host: admission.Host) -> int:
         """The claims that can get a slot: of those that are ready or start, and of the default image.
 
-        While starts of the default image fail, only warm slots count, so that a host that cannot start slots attracts
-        no claims that would wait in vain.
+        While starts of the default image fail, only warm slots count, because other claims would wait until they fail.
         """
         if host.draining:
             return 0

@@ -3,9 +3,10 @@
 
 A process makes 30 to 64 MB of locks a second (tests/integration/uncharged.py), so a slot could take a host's memory in
 minutes. SQLite needs locks, so that the system call filter cannot refuse them. The guard reads SUnreclaim of
-/proc/meminfo, which has this memory, and counts /proc/locks only after that has grown, because the list of a million
-locks takes half a second of a processor. It counts by process, and by device for the locks of open file descriptions,
-which have no process: the file systems of a slot are its own.
+/proc/meminfo, which has this memory, and after that has grown it counts the newest locks in /proc/locks: the kernel
+looks for the beginning of each 4 KiB of that list anew, so that reading a million locks would take minutes. Locks are
+counted by process, and by device for those of open file descriptions, which have no process: the file systems of a slot
+are its own.
 
 Not for: locks on /dev/null and the like by open file description, whose owner nothing shows.
 """
@@ -13,6 +14,7 @@ Not for: locks on /dev/null and the like by open file description, whose owner n
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -24,9 +26,9 @@ from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.tasks import Tasks
 
-# A lock takes 190 bytes (tests/integration/uncharged.py), so this is 45 MiB. SQLite holds three for a connection.
-LOCKS_MAX = 250_000
-# Growth of SUnreclaim after which locks are counted, and the time between two readings.
+# Of the newest locks so many are counted, and a slot may have so many of them. SQLite holds three for a connection.
+COUNTED_MAX, LOCKS_MAX = 50_000, 10_000
+# Growth of SUnreclaim after which locks are counted: 700,000 locks of 190 bytes. And the time between two readings.
 GROWTH_BYTES = 128 << 20
 READ_S = 5.0
 # The directories of a slot's file systems, from its root: the overlay, and its tmpfs at /tmp.
@@ -68,8 +70,8 @@ class LockGuard:
             counts = await asyncio.to_thread(locks_by_owner, self._proc / "locks")
             for live, count in held(lives, counts).items():
                 if count > LOCKS_MAX:
-                    text = f"it holds {count} file locks, at most {LOCKS_MAX} are allowed"
-                    self._stopper.end(live, Event.SLOT_CULLED, text)
+                    text = f"it holds {count} of the {COUNTED_MAX} newest file locks of the host, which fill its memory"
+                    self._stopper.end(live, Event.SLOT_CULLED, text, at_once=True)
         finally:
             self._counting = False
 
@@ -80,10 +82,10 @@ def unreclaimable_bytes(meminfo: str) -> int:
 
 
 def locks_by_owner(path: Path) -> Counter[int | str]:
-    """The number of locks in /proc/locks by pid, or by device as MAJOR:MINOR in hexadecimal where they have none."""
+    """The number of the newest locks in /proc/locks by pid, or by device, MAJOR:MINOR, where they have no process."""
     counts: Counter[int | str] = Counter()
     with open(path) as file:
-        for line in file:
+        for line in itertools.islice(file, COUNTED_MAX):
             # "1: POSIX  ADVISORY  WRITE 4711 00:2f:15 0 EOF"; "->" after the number of a lock that waits.
             fields = line.replace("-> ", "", 1).split()
             pid = int(fields[4])

@@ -44,9 +44,13 @@ class SlotStopper:
         self._finishing = False
 
     def end(
-        self, live: RunningSlot, event: Event, text: str | None = None, state: SlotState = SlotState.STOPPING
+        self, live: RunningSlot, event: Event, text: str | None = None, state: SlotState = SlotState.STOPPING,
+        at_once: bool = False,
     ) -> None:
-        """Ends a slot; a second call does nothing. The router stops serving it at once, its processes end later."""
+        """Ends a slot; a second call does nothing. The router stops serving it at once, its processes end later.
+
+        `at_once`: its processes get no time to save anything.
+        """
         if live.slot.state in (SlotState.STOPPING, SlotState.FAILED, SlotState.GONE):
             return
         self._slots.move(live, state, reason=event.name.lower())
@@ -54,14 +58,14 @@ class SlotStopper:
         # If the supervisor ends before the scope does, the next supervisor stops the scope because it has no file.
         self._records.remove(live.slot.id)
         emit(event, slot=live.slot.id, **({} if text is None else {"text": text}))
-        self._cleanups.spawn(self._clean(live))
+        self._cleanups.spawn(self._clean(live, at_once or live.slot.claimed_s is None))
 
     async def finish(self) -> None:
         """Waits until every slot that is ending has ended, or systemd has refused once more to stop it."""
         self._finishing = True
         await self._cleanups.finish()
 
-    async def _stop(self, slot: Slot) -> bool:
+    async def _stop(self, slot: Slot, at_once: bool) -> bool:
         """Stops the slot's scope, and tries again until systemd has done it; False when the supervisor ends before.
 
         The next supervisor stops the scope then, because it has no record.
@@ -69,7 +73,7 @@ class SlotStopper:
         pause_s = STOP_PAUSE_S
         while not self._finishing:
             try:
-                await self._systemd.stop(slot.scope, at_once=slot.claimed_s is None)
+                await self._systemd.stop(slot.scope, at_once=at_once)
                 return True
             except OSError as error:
                 emit(Event.SLOT_STOP_FAILED, slot=slot.id, wait_s=f"{pause_s:g}", text=str(error))
@@ -77,12 +81,12 @@ class SlotStopper:
                 pause_s = min(2 * pause_s, STOP_PAUSE_MAX_S)
         return False
 
-    async def _clean(self, live: RunningSlot) -> None:
+    async def _clean(self, live: RunningSlot, at_once: bool) -> None:
         slot, cpu_s, began_s = live.slot, live.cpu_s(), now()
-        if not await self._stop(slot):
+        if not await self._stop(slot, at_once):
             return
         timeout_s = self._config.value.slots.stop_timeout
-        if slot.claimed_s is not None and now() - began_s >= timeout_s:
+        if not at_once and now() - began_s >= timeout_s:
             emit(Event.SLOT_KILLED, slot=slot.id, wait_s=f"{timeout_s:g}")
         if live.task is not None:
             live.task.cancel()

@@ -122,4 +122,4 @@ def test_a_slot_that_holds_too_many_locks_is_ended(shared):
         assert kernel.run(LOCKS).status == "ok"
         shared.wait(lambda: shared.api.get(f"/slots/{notebook.slot}").status == 404, "the end of the slot")
     culled = [entry["MESSAGE"] for entry in shared.journal("-t", "nbagent", f"NBAGENT_SLOT={notebook.slot}")]
-    assert [message for message in culled if "file locks, at most 250000 are allowed" in message]
+    assert [message for message in culled if "of the 50000 newest file locks of the host" in message]

@@ -34,7 +34,8 @@ class Stopper:
     def __init__(self):
         self.ended = []
 
-    def end(self, live, event, text):
+    def end(self, live, event, text, *, at_once):
+        assert at_once
         self.ended.append((live.slot.id, text))
 
 
@@ -67,6 +68,12 @@ def test_locks_are_counted_by_process_or_device(tmp_path):
     }
 
 
+def test_only_the_newest_locks_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_guard, "COUNTED_MAX", 2)
+    write(tmp_path, 0)
+    assert locks_by_owner(tmp_path / "locks") == {4711: 1, 4712: 1}
+
+
 def test_the_kernels_list_has_this_form(tmp_path):
     file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
     before = locks_by_owner("/proc/locks")[os.getpid()]
@@ -94,7 +101,9 @@ async def test_a_slot_with_too_many_locks_is_ended_after_memory_has_grown(tmp_pa
     await check((1 << 30) + GROWTH_BYTES - 4096)
     assert stopper.ended == []
     await check((1 << 30) + GROWTH_BYTES)
-    assert stopper.ended == [("h-1", "it holds 3 file locks, at most 2 are allowed")]
+    assert stopper.ended == [
+        ("h-1", "it holds 3 of the 50000 newest file locks of the host, which fill its memory"),
+    ]
     # Memory that stays used is not counted again, and less is the new beginning.
     await check((1 << 30) + GROWTH_BYTES)
     await check(1 << 20)
