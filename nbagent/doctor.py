@@ -331,7 +331,7 @@ def check_router_files(settings: host_config.HostConfig, check: Callable[[str], 
     """Whether nginx accepts the operator's files, which it reads at the next reload or start of the router."""
     name = "router files"
     if (error := check(nginx_settings.nginx(settings))) is None:
-        return Finding(name, "ok", f"nginx accepts {nginx_check.OPERATORS_FILES}")
+        return Finding(name, "ok", f"nginx accepts {paths.ROUTER_FILES}")
     return Finding(name, "fail", error, "mend the file; until then the router keeps its former configuration")
 
 

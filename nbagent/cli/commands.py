@@ -228,10 +228,10 @@ def check(file: Path, as_json: bool) -> None:
         raise ConfigError(f"{file}: no such file", file=str(file))
     settings = host_config.load(file)
     # Absent where only the command line is installed, as in a build of configuration for other hosts.
-    if Path(nginx_check.NGINX).exists() and nginx_check.CONFIG.exists():
+    if Path(nginx_check.NGINX).exists() and paths.ROUTER_CONFIG.exists():
         error = nginx_check.check(nginx_settings.nginx(settings))
         if error is not None:
-            raise ConfigError(f"the router's configuration: {error}", file=str(nginx_check.OPERATORS_FILES))
+            raise ConfigError(f"the router's configuration: {error}", file=str(paths.ROUTER_FILES))
     files = [str(path) for path in host_config.settings_files(file)]
     if as_json:
         _print_json({"files": files, "config": effective(settings)})

@@ -11,16 +11,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from nbagent.core import paths
+
 NGINX = "/usr/sbin/nginx"
-CONFIG = Path("/usr/lib/nbagent/router.conf")
-OPERATORS_FILES = Path("/etc/nbagent/router.d")
-# Where the router has its generated files, and a copy of the operator's.
-RUN = Path("/run/nbagent-router")
-COPIED_FILES = RUN / "router.d"
 _TIMEOUT_S = 30.0
 
 
-def check(settings: str, files: Path = OPERATORS_FILES, config: Path = CONFIG) -> str | None:
+def check(settings: str, files: Path = paths.ROUTER_FILES, config: Path = paths.ROUTER_CONFIG) -> str | None:
     """The error of nginx for the generated `settings` with the operator's `files`; None if it accepts them.
 
     Raises OSError when nginx cannot be run.
@@ -29,7 +26,7 @@ def check(settings: str, files: Path = OPERATORS_FILES, config: Path = CONFIG) -
         directory = Path(name)
         (directory / "settings.conf").write_text(settings)
         (directory / "listen.conf").write_text(f"listen unix:{directory}/socket;\n")
-        text = config.read_text().replace(str(COPIED_FILES), str(files)).replace(str(RUN), name)
+        text = config.read_text().replace(str(paths.ROUTER_FILES_COPY), str(files)).replace(str(paths.ROUTER_RUN), name)
         (directory / "nginx.conf").write_text(text)
         done = subprocess.run(
             [NGINX, "-t", "-q", "-e", "stderr", "-c", str(directory / "nginx.conf")],

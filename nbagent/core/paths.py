@@ -33,6 +33,12 @@ UNITS_SOCKET = RUN / "units.sock"
 NETWORK_RULES = RUN / "network.json"
 DNS_CONFIG = RUN / "dns.conf"
 
+ROUTER_CONFIG = Path("/usr/lib/nbagent/router.conf")
+# The operator's additions to it, and the router's generated files with a copy of those.
+ROUTER_FILES = ETC / "router.d"
+ROUTER_RUN = Path("/run/nbagent-router")
+ROUTER_FILES_COPY = ROUTER_RUN / "router.d"
+
 GATEWAY_RUN = Path("/run/nbagent-gateway")
 GATEWAY_STATUS_SOCKET = Path("/run/nbagent-gateway-status.sock")
 GATEWAY_PAGES = Path("/usr/share/nbagent/gateway")
