@@ -273,7 +273,7 @@ def test_a_stop_is_quick_and_leaves_every_slot(session, agent):
 ], ids=["dbus-daemon", "daemon-reexec"])
 def test_slots_start_and_end_when_the_connection_to_systemd_has_ended(agent, fault):
     agent.expect(r"the connection to systemd ended|not connected to systemd")
-    agent.expect(r"slot \S+ (failed|was not stopped)|pool \S+ pauses")
+    agent.expect(r"slot \S+ (did not start|was not stopped)|pool \S+ pauses")
     before = agent.claim()["slot"]
     agent.run(*fault)
     # More than the pool has, so that scopes are started.
