@@ -16,7 +16,7 @@ from nbagent.core.model import Limits
 from nbagent.supervisor.systemd import Systemd
 from nbagent.wire.channel import Channel
 
-CLONE_NEWNS, CLONE_NEWUSER, MS_BIND = 0x20000, 0x10000000, 4096
+CLONE_NEWNS, CLONE_NEWUSER, MS_BIND, MS_REC, MS_PRIVATE = 0x20000, 0x10000000, 4096, 16384, 1 << 18
 SYS_TGKILL = {"x86_64": 234, "aarch64": 131}[os.uname().machine]
 LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -75,7 +75,10 @@ ATTEMPTS = {
     "the root of PID 1": lambda: os.stat("/proc/1/root/etc/shadow"),
     "a user namespace": lambda: in_child(lambda: call("unshare", CLONE_NEWUSER)),
     "a mount": lambda: in_child(lambda: (
-        call("unshare", CLONE_NEWNS), call("mount", b"/etc/nbagent", b"/mnt", None, MS_BIND, None)
+        call("unshare", CLONE_NEWNS),
+        # Otherwise the mount would be made in the host's namespace too, where it succeeds.
+        call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None),
+        call("mount", b"/etc/nbagent", b"/mnt", None, MS_BIND, None),
     )),
     "a network socket": lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM).close(),
     "netlink": lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0).close(),

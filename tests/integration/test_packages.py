@@ -149,7 +149,11 @@ def test_an_upgrade_keeps_slots_and_websockets(installed, packages):
 
 
 # The names that version 0.2 had for the landing page and for the router's zone of claims.
-FORMER = ((r"\bnbagent-landing\.socket", "nbagent-door.socket"), (r"^\[landing\]", "[door]"))
+FORMER = (
+    (r"\bnbagent-landing\.socket", "nbagent-door.socket"),
+    (r"\blanding\.sock\b", "door.sock"),
+    (r"^\[landing\]", "[door]"),
+)
 
 
 def former(package, directory):
@@ -157,7 +161,8 @@ def former(package, directory):
     tree = directory / package.name
     subprocess.run(["dpkg-deb", "-R", str(package), str(tree)], check=True)
     version = subprocess.run(["dpkg-deb", "-f", str(package), "Version"], check=True, stdout=subprocess.PIPE, text=True)
-    for path in [*(tree / "DEBIAN").iterdir(), *tree.glob("usr/lib/systemd/system/*"), *tree.glob("etc/**/*.toml")]:
+    named = ("DEBIAN/*", "usr/lib/systemd/system/*", "etc/**/*.toml", "usr/**/nbagent/core/paths.py")
+    for path in (path for pattern in named for path in tree.glob(pattern)):
         text = path.read_text()
         for pattern, name in FORMER:
             text = re.sub(pattern, name, text, flags=re.MULTILINE)
@@ -192,10 +197,10 @@ def test_an_upgrade_from_version_0_2_keeps_slots_settings_and_the_landing_page(i
     assert agent.run("systemctl", "is-active", "nbagent-landing.socket").strip() == "active"
     assert agent.run("systemctl", "is-active", "nbagent-door.socket", check=False).strip() == "inactive"
     assert not agent.run("sh", "-c", "ls -R /etc/systemd /run/systemd/system /usr/lib/systemd | grep door || true")
-    assert b"Welcome to 0.2" in agent.router.get("/").body
+    agent.wait(lambda: b"Welcome to 0.2" in agent.router.get("/").body, "the landing page")
     agent.wait_warm()
     assert agent.open().run("1 + 1").text == "2"
-    agent.run("rm", "/etc/nbagent/conf.d/50-door.toml")
+    agent.run("rm", "/etc/nbagent/conf.d/50-door.toml", *(f"/root/{package.name}" for package in old))
     agent.run("systemctl", "reload", "nbagent.service")
     assert agent.run("systemctl", "is-system-running").strip() == "running"
 
