@@ -6,7 +6,7 @@ export NBAGENT_CACHE ?= /var/cache/nbagent-build
 DIST := $(NBAGENT_CACHE)/dist
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host fuzz check bench bench-density bench-compressed bench-fleet bench-neighbour \
+.PHONY: up up-fleet down test unit host uncharged fuzz check bench bench-density bench-compressed bench-fleet bench-neighbour \
     bench-tools image debs tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
@@ -19,13 +19,17 @@ down:                ## removes the hosts of up and up-fleet
 	@tests/up --down
 
 test: tools check    ## lint, unit tests and integration tests
-	$(PYTEST) tests/unit tests/integration
+	$(PYTEST) tests/unit
+	@tests/run-integration $(PYTEST)
 
 unit: tools          ## unit tests; no systemd host is needed
 	$(PYTEST) tests/unit
 
 host: tools          ## integration tests on real systemd hosts
-	$(PYTEST) tests/integration
+	@tests/run-integration $(PYTEST)
+
+uncharged: tools     ## every kind of memory of the kernel in tests/integration/uncharged.py; make test tries some
+	NBAGENT_ALL_KINDS=1 $(PYTEST) tests/integration/test_uncharged.py
 
 fuzz: tools          ## fuzzes the decoders of untrusted bytes, 60 s each; FUZZ="--seconds 600 tar"
 	@tests/fuzz $(FUZZ)
