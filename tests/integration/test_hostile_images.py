@@ -59,6 +59,8 @@ def module(shared, packages, tmp_path_factory):
     shared.run("sh", "-c", f"echo pass > {path}/hostile.py")
     yield f"{path}/hostile.py"
     shared.run("nbagent", "image", "remove", IMAGE)
+    deletes = ("systemctl", "show", "-P", "ActiveState", "nbagent-sweep.service")
+    shared.wait(lambda: shared.run(*deletes).strip() == "inactive", "the deletion of the image")
 
 
 @pytest.fixture
