@@ -169,7 +169,10 @@ def traces():
         for directory, directories, files in os.walk(top):
             if directory.endswith("/images"):
                 directories.clear()
-            for name in (".", *files):
+            # systemd makes and removes these whenever a service with PrivateTmp= starts or ends, so neither they nor
+            # the size and time of /tmp itself are traces of a slot.
+            directories[:] = [name for name in directories if not name.startswith("systemd-private-")]
+            for name in (files if directory == "/tmp" else (".", *files)):
                 status = os.lstat(os.path.join(directory, name))
                 facts = (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns)
                 found.add(f"file {directory}/{name} {facts}")
