@@ -69,6 +69,7 @@ class Event(enum.Enum):
     POOL_BACKOFF = Kind("d21e37092c564cc08c0ee12c91d1c333", Priority.WARNING, "pool %(image)s pauses for %(wait_s)s s after %(failures)s failed starts")
     HOST_FULL = Kind("57891dcfb3fc4e91ac0219ef96c2537c", Priority.NOTICE, "claim refused: %(text)s")
     ZYGOTE_READY = Kind("c5f0b8c1b9a04d52a3d6c1b7f0d2a9e4", Priority.INFO, "zygote %(zygote)s of image %(image)s is ready after %(took_ms)s ms")
+    ZYGOTE_ADOPTED = Kind("5e0f7d1c9b3a4682a4d7f2c80b16e395", Priority.INFO, "zygote %(zygote)s of image %(image)s adopted; it has forked %(forks)s slots")
     ZYGOTE_ENDED = Kind("0f4b7f2d6a5e4c0f9d1f3f7a1c8e5b26", Priority.WARNING, "zygote %(zygote)s failed; %(meanwhile)s until the next one is ready: %(text)s")
     ZYGOTE_OUTPUT_DROPPED = Kind("41b7c9be2f6d4f0d8a5e93c07d1b6e84", Priority.WARNING, "zygote %(zygote)s exceeds the log rate limit: %(lines)s lines dropped, %(bytes)s bytes")
     ZYGOTE_REPLACED = Kind("a2d97c3b4e1f45a8b6f09c5d7e8a1b34", Priority.INFO, "zygote %(zygote)s replaced: %(text)s")

@@ -6,8 +6,10 @@
 It is host code under the host's Python; it runs no code of an image. Its messages (nbagent.wire.channel):
 
     service → supervisor  {"unit": IMAGE:GENERATION}                          on ZYGOTE_PATH
-    supervisor → service  {"spec": SandboxSpec of the zygote, "preload": [modules]}
+    supervisor → service  {"spec": SandboxSpec of the zygote, "preload": [modules], "identity": object}
     service → supervisor  {"ready": true} or a failure
+    supervisor → service  {"describe": text}, from a supervisor that follows the one that started the zygote
+    service → supervisor  {"described": text, "identity": object, "age_s": int, "forks": int}
     supervisor → service  {"spec": SandboxSpec, "fds": ["control", "listen", "activity", "config", "stream", "go"]}
                           for each slot: its control channel, its listening socket, the activity page, the
                           configuration, a stream to the journal, and a pipe. The result goes over the control channel
@@ -29,8 +31,9 @@ is born into that pid namespace, joins the rest, forks the program and stays as 
 scope together: the first waits for a packet at the control channel, the other for bytes in the pipe. Neither is a
 message, because to parse one touches memory.
 
-When the supervisor ends or closes the connection, the service ends, and the zygote with it. Slots go on, because none
-of their processes is in the service's unit or ends with its parent. A zygote that does not fork within FORK_TIMEOUT_S
+When the connection is closed, the service ends, and the zygote with it. systemd keeps it open while the supervisor
+restarts (`nbagent.supervisor.fd_store`). Slots go on, because none of their processes is in the service's unit or ends
+with its parent. A zygote that does not fork within FORK_TIMEOUT_S
 has failed; then the service ends too. So it does when the kernel's facts about the zygote are not those of an honest
 one (`zygote_inspection`), because a zygote runs an image's code. Its output is copied to the journal within a budget,
 as a slot's is.
@@ -75,6 +78,9 @@ from nbagent.wire.failure import Failure, StepFailed
 from nbagent.wire.fields import MalformedMessage
 
 ZYGOTE_PATH = "/run/nbagent/zygote.sock"
+# The messages between supervisor and service. A supervisor adopts only zygotes that were started with the same value, so
+# it changes with each change of a message or of a field's meaning.
+PROTOCOL = "1 " + " ".join(SandboxSpec._fields)
 # SYSLOG_IDENTIFIER of what a zygote prints.
 ZYGOTE_IDENTIFIER = "nbagent-zygote"
 # A fork takes the kernel 2 ms, but a busy host may schedule the zygote late.
@@ -94,8 +100,11 @@ class ZygoteFailed(StepFailed):
 class ZygoteService:
     """One zygote, `pid`, and the requests for it. Owns its channels and `output` as long as it lives."""
 
-    def __init__(self, supervisor: Channel, output: init.Output, zygote: Channel, pid: int) -> None:
-        self.supervisor, self.output, self.zygote, self.pid = supervisor, output, zygote, pid
+    def __init__(
+        self, supervisor: Channel, output: init.Output, identity: Dict[str, object], zygote: Channel, pid: int
+    ) -> None:
+        self.supervisor, self.output, self.identity, self.zygote, self.pid = supervisor, output, identity, zygote, pid
+        self._ready_s = time.monotonic()
         self._inspect_s = 0.0
         self._forks = 0
 
@@ -131,11 +140,22 @@ class ZygoteService:
                 if request is None:
                     return
                 with request:
-                    self._make(SandboxSpec.restore(fields.mapping(request.body, "spec")), request)
+                    if "describe" in request.body:
+                        self._describe(fields.text(request.body, "describe"))
+                    else:
+                        self._make(SandboxSpec.restore(fields.mapping(request.body, "spec")), request)
             if time.monotonic() >= self._inspect_s:
                 if (fault := inspection.find(self._forks)) is not None:
                     raise ZygoteFailed(f"the zygote does more than to fork slots: {fault}")
                 self._inspect_s = time.monotonic() + inspection.again_s
+
+    def _describe(self, token: str) -> None:
+        age_s = int(time.monotonic() - self._ready_s)
+        # `serve` sees the end of the connection.
+        with contextlib.suppress(OSError):
+            self.supervisor.send(
+                {"described": token, "identity": self.identity, "age_s": age_s, "forks": self._forks}
+            )
 
     def _make(self, spec: SandboxSpec, request: Message) -> None:
         with Channel.from_fd(request.take("control")) as control:
@@ -362,7 +382,8 @@ def main() -> int:
             with open(f"/proc/sys/user/{name}", "w") as file:
                 file.write(str(most))
         prctl(PR_SET_DUMPABLE, 0)
-        service = ZygoteService(supervisor, output, *_start_zygote(spec, steps, print_fd))
+        identity = fields.mapping(request.body, "identity")
+        service = ZygoteService(supervisor, output, identity, *_start_zygote(spec, steps, print_fd))
         os.close(print_fd)
         service.begin(fields.texts(request.body, "preload"))
         # Forked processes get an empty bounding set here, which saves each of them 41 calls.

@@ -14,6 +14,7 @@ import pwd
 import signal
 import socket
 import sys
+from collections.abc import Mapping
 
 from systemd import daemon
 
@@ -23,6 +24,7 @@ from nbagent.core import paths
 from nbagent.core.errors import ConfigError
 from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
+from nbagent.supervisor import fd_store
 from nbagent.supervisor.composition import Supervisor, Surroundings, compose
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
@@ -43,12 +45,14 @@ def main() -> int:
 
 
 async def _run(config: host_config.HostConfig) -> None:
-    sockets = _activated()
+    named = daemon.listen_fds_with_names()
+    kept = fd_store.kept(named)
+    sockets = _activated(named)
     systemd = Systemd()
     records = Records(paths.SLOTS)
     current, changed = CurrentConfig(config), asyncio.Event()
     zygotes = Zygotes(current, systemd, changed.set)
-    await zygotes.open()
+    await zygotes.open(kept)
     supervisor = compose(Surroundings(
         current, systemd, ImageStore(paths.IMAGES), ForkLauncher(zygotes), zygotes, records,
         Network(current, systemd), paths.DRAIN, changed,
@@ -103,10 +107,9 @@ async def _watchdog() -> None:
         await asyncio.sleep(interval_s or 3600)
 
 
-def _activated() -> dict[str, socket.socket]:
-    """The sockets that systemd passes to this service, by FileDescriptorName=."""
-    named = daemon.listen_fds_with_names()
-    found = {name: socket.socket(fileno=fd) for fd, name in named.items()}
+def _activated(named: Mapping[int, str]) -> dict[str, socket.socket]:
+    """The listening sockets of systemd, by FileDescriptorName=."""
+    found = {name: socket.socket(fileno=fd) for fd, name in named.items() if name in ("control", "check")}
     if "control" not in found:
         raise SystemExit("no socket named control: start nbagent.socket, or run by nbagent.service")
     return found

@@ -2,9 +2,11 @@
 """The zygotes: one for each image whose slots are forked, and the launcher that starts slots by fork.
 
 A zygote and its zygote service are one systemd unit, `nbagent-zygote@IMAGE:GENERATION.service`. The service connects to
-the supervisor. When either side closes the connection, the service and the zygote end, and no slot ends with them; so a
-supervisor that starts begins with new zygotes. A zygote that has forked many slots or is old is replaced when the next
-one is ready. After one that ended or did not respond, another is started, and slots start by exec until it is ready.
+the supervisor. When the connection is closed, the service and the zygote end, and no slot ends with them. Over a
+restart of the supervisor systemd keeps the connection (`fd_store`), so that the next supervisor adopts the zygote. A
+zygote that has forked many slots, is old, or was started by another version or with other settings is replaced when
+the next one is ready. After one that ended or did not respond, another is started, and slots start by exec until it is
+ready.
 
 A zygote runs the code of an image. Its unit has the limits of a slot, and pool.zygote_memory; what it sends is checked,
 and whatever goes wrong with it is a failure of the zygote and of nothing else.
@@ -14,13 +16,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
+import nbagent
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event, emit
@@ -28,8 +34,9 @@ from nbagent.core.model import Limits, Slot, now
 from nbagent.image.store import Image
 from nbagent.linux import cgroup, journal
 from nbagent.policy.pool import backoff
-from nbagent.runtime.zygote_service import ZYGOTE_PATH
+from nbagent.runtime.zygote_service import PROTOCOL, ZYGOTE_PATH
 from nbagent.sandbox.spec import SandboxSpec
+from nbagent.supervisor import fd_store
 from nbagent.supervisor.launcher import (
     Attach,
     ExecLauncher,
@@ -51,6 +58,9 @@ from nbagent.wire.fields import MalformedMessage
 # From a request to the processes of the slot; the zygote service's own timeout for its zygote is shorter.
 FORK_TIMEOUT_S = 10.0
 HELLO_TIMEOUT_S = 20.0
+# The response of a zygote service that outlived the former supervisor, whose last requests it may still be serving. A
+# new supervisor accepts no claim before it.
+DESCRIBE_TIMEOUT_S = 5.0
 # A zygote takes 5 to 11 s of processor time to start, and 60 slots a second take both processors
 # (packaging/docs/benchmarks.md). While the former one forks, the next starts at the lowest weight; after PATIENCE_S it
 # gets its full weight.
@@ -61,9 +71,21 @@ EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
 # A start in all. Its budget is slots.start_timeout of processor time, because on a busy host it takes minutes.
 START_MAX_S = 600.0
 BUDGET_CHECK_S = 1.0
+NOTHING_KEPT: Mapping[str, int] = {}
+_AGE_MAX_S, _FORKS_MAX = 10 ** 9, 10 ** 12
 # To the pipe and to the slot's control socket. One write without a message, because its reader may touch no memory
 # before it is in the slot's scope.
 GO = b"go"
+
+
+class Kept(NamedTuple):
+    """A zygote of a former supervisor. `identity` is as `identity` made it then."""
+
+    instance: str
+    channel: Channel
+    identity: Mapping[str, object]
+    born_s: float
+    forks: int
 
 
 class ZygoteServiceFailed(Exception):
@@ -90,6 +112,7 @@ class Zygote:
         # Not close, because the descriptor's number might be reused while _watch still waits for it.
         with contextlib.suppress(OSError):
             self.channel.socket.shutdown(socket.SHUT_WR)
+        fd_store.forget(self.instance)
 
 
 @dataclass(eq=False)
@@ -119,12 +142,23 @@ class Zygotes:
         self._systemd = systemd
         self._pools: dict[str, ZygotePool] = {}
         self._expected: dict[str, asyncio.Future[Channel]] = {}
+        self._kept: dict[str, Kept] = {}
         self._tasks = Tasks()
         self._listener: socket.socket | None = None
 
-    async def open(self, path: Path = Path(ZYGOTE_PATH)) -> None:
-        """Stops the zygotes of a former supervisor, and listens for zygote services."""
-        for unit in self._systemd.zygotes():
+    async def open(self, kept: Mapping[str, int] = NOTHING_KEPT, path: Path = Path(ZYGOTE_PATH)) -> None:
+        """Looks up the zygotes of a former supervisor, by the connections in `kept`, which it takes over; stops those
+        that it cannot adopt; and listens for zygote services. `want` adopts the others.
+        """
+        found = await asyncio.gather(*(self._describe(instance, fd) for instance, fd in kept.items()))
+        for zygote in sorted(filter(None, found), key=lambda zygote: zygote.born_s):
+            name = zygote.instance.partition(":")[0]
+            # One that was about to be replaced when the former supervisor ended.
+            if (former := self._kept.get(name)) is not None:
+                self._discard(former)
+            self._kept[name] = zygote
+        adopted = {unit_of(zygote.instance) for zygote in self._kept.values()}
+        for unit in set(self._systemd.zygotes()) - adopted:
             # By a stop job, so that the end of a unit that was starting is not counted as a failure.
             with contextlib.suppress(OSError):
                 await self._systemd.stop(unit)
@@ -140,14 +174,40 @@ class Zygotes:
         self._tasks.spawn(self._accept(self._listener))
 
     async def close(self) -> None:
-        """Ends all zygotes; slots go on."""
-        self.want({})
+        """Leaves the zygotes to the next supervisor; without one systemd closes their connections, which ends them."""
         await self._tasks.cancel()
         if self._listener is not None:
             self._listener.close()
 
+    async def _describe(self, instance: str, fd: int) -> Kept | None:
+        """The zygote of a former supervisor; None, with its connection closed, when it cannot be adopted."""
+        channel, token = Channel.from_fd(fd), secrets.token_hex(8)
+        channel.socket.setblocking(False)
+        with contextlib.suppress(OSError, TimeoutError, StepFailed, MalformedMessage):
+            channel.send({"describe": token})
+            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
+                while (response := await receive(channel)) is not None:
+                    with response:
+                        response.raise_failure()
+                        # A supervisor that was killed may have left the response to its own request.
+                        if response.body.get("described") != token:
+                            continue
+                        identity = fields.mapping(response.body, "identity")
+                        if identity.get("protocol") != PROTOCOL:
+                            break
+                        age_s = fields.integer(response.body, "age_s", 0, _AGE_MAX_S)
+                        forks = fields.integer(response.body, "forks", 0, _FORKS_MAX)
+                        return Kept(instance, channel, identity, now() - age_s, forks)
+        channel.close()
+        fd_store.forget(instance)
+        return None
+
+    def _discard(self, kept: Kept) -> None:
+        kept.channel.close()
+        fd_store.forget(kept.instance)
+
     def want(self, images: Mapping[str, Image]) -> None:
-        """Starts a zygote for each of these images whose slots are forked, and ends the zygotes of other images."""
+        """Adopts or starts a zygote for each of these images whose slots are forked, and ends those of other images."""
         wanted = {name: image for name, image in images.items() if image.launch == "fork"}
         for name, pool in list(self._pools.items()):
             if wanted.get(name) != pool.image:
@@ -155,7 +215,32 @@ class Zygotes:
         for name, image in wanted.items():
             if name not in self._pools:
                 pool = self._pools[name] = ZygotePool(image)
-                pool.task = self._tasks.spawn(self._bring_up(pool))
+                if not self._adopt(pool):
+                    pool.task = self._tasks.spawn(self._bring_up(pool))
+        while self._kept:
+            self._discard(self._kept.popitem()[1])
+
+    def _adopt(self, pool: ZygotePool) -> bool:
+        """Makes the zygote of a former supervisor that of the pool, if it runs on the pool's image."""
+        kept = self._kept.get(pool.image.name)
+        if kept is None or kept.identity.get("digest") != pool.image.digest:
+            return False
+        del self._kept[pool.image.name]
+        pool.zygote = Zygote(kept.instance, pool.image, kept.channel, kept.born_s, kept.forks)
+        pool.first_try_done = True
+        pool.no_zygote.clear()
+        self._tasks.spawn(self._watch(pool, pool.zygote))
+        emit(Event.ZYGOTE_ADOPTED, zygote=kept.instance, image=pool.image.name, forks=kept.forks)
+        if kept.identity != self._identity(pool.image):
+            self._replace(pool, pool.zygote, "it was started by another version of nbagent or with other settings")
+        return True
+
+    def _identity(self, image: Image) -> dict[str, object]:
+        return identity(zygote_spec(image, self.config.value.slots.storage_bytes), image, self._limits())
+
+    def _limits(self) -> Limits:
+        settings = self.config.value
+        return Limits(settings.pool.zygote_memory, CPU_WEIGHT, None, settings.slots.tasks)
 
     def digests(self) -> set[str]:
         """The images that zygotes run on."""
@@ -193,8 +278,11 @@ class Zygotes:
             return
         settings, age_s = self.config.value.pool, now() - zygote.born_s
         if zygote.forks >= settings.zygote_slots or age_s >= settings.zygote_age:
-            emit(Event.ZYGOTE_REPLACED, zygote=zygote.instance, text=f"{zygote.forks} slots in {age_s:.0f} s")
-            pool.task = self._tasks.spawn(self._bring_up(pool))
+            self._replace(pool, zygote, f"{zygote.forks} slots in {age_s:.0f} s")
+
+    def _replace(self, pool: ZygotePool, zygote: Zygote, text: str) -> None:
+        emit(Event.ZYGOTE_REPLACED, zygote=zygote.instance, text=text)
+        pool.task = self._tasks.spawn(self._bring_up(pool))
 
     def give_up(self, zygote: Zygote, text: str) -> None:
         """Ends a zygote that failed, and starts another."""
@@ -202,6 +290,7 @@ class Zygotes:
         if pool is None or pool.zygote is not zygote:
             return
         pool.zygote = None
+        fd_store.forget(zygote.instance)
         pool.no_zygote.set()
         pool.failures += 1
         self._log_failure(pool, zygote.instance, text)
@@ -259,6 +348,7 @@ class Zygotes:
                     return
                 continue
             former, pool.zygote = pool.zygote, Zygote(instance, pool.image, channel, now())
+            fd_store.keep(instance, channel.fileno())
             pool.no_zygote.clear()
             pool.task = None
             emit(Event.ZYGOTE_READY, zygote=instance, image=pool.image.name, took_ms=round((now() - began_s) * 1000))
@@ -274,9 +364,8 @@ class Zygotes:
         StartFailed or MalformedMessage.
         """
         unit, gives_way = unit_of(instance), pool.zygote is not None
-        settings = self.config.value
         weight = CPU_WEIGHT_GIVING_WAY if gives_way else CPU_WEIGHT
-        self._systemd.set_limits(unit, Limits(settings.pool.zygote_memory, weight, None, settings.slots.tasks))
+        self._systemd.set_limits(unit, replace(self._limits(), cpu_weight=weight))
         made = asyncio.ensure_future(self._made(pool.image, instance))
         no_zygote = asyncio.ensure_future(pool.no_zygote.wait())
         try:
@@ -298,7 +387,8 @@ class Zygotes:
             del self._expected[instance]
         try:
             spec = zygote_spec(image, self.config.value.slots.storage_bytes)
-            channel.send({"spec": spec.save(), "preload": list(image.preload)})
+            made_of = identity(spec, image, self._limits())
+            channel.send({"spec": spec.save(), "preload": list(image.preload), "identity": made_of})
             response = await self._response(channel)
             if response is None:
                 raise StartFailed("the zygote service ended", step="zygote")
@@ -363,6 +453,7 @@ class Zygotes:
                 text = error.failure.text
             except (OSError, MalformedMessage) as error:
                 text = str(error)
+        fd_store.forget(zygote.instance)
         if pool.zygote is zygote:
             # A zygote that has run for backoff_max ends the series of failures.
             if now() - zygote.born_s > self.config.value.pool.backoff_max:
@@ -504,6 +595,21 @@ def _pids(pidfds: list[int], slot: Slot, zygote: Zygote) -> list[int]:
         if cgroup.unit_of_process(pid) != zygote.unit:
             raise StartFailed(f"process {pid} does not belong to {zygote.unit}", step="fork")
     return pids
+
+
+def identity(spec: SandboxSpec, image: Image, limits: Limits) -> dict[str, object]:
+    """The facts that a zygote is made of; when a new one would have others, the zygote is replaced.
+
+    `code` is the time at which the package was installed, because two builds can have one version.
+    """
+    made_of = json.dumps([spec.save(), list(image.preload), limits.document()], sort_keys=True)
+    return {
+        "protocol": PROTOCOL,
+        "digest": image.digest,
+        "version": nbagent.__version__,
+        "code": os.stat(nbagent.__file__).st_ctime_ns,
+        "made_of": hashlib.sha256(made_of.encode()).hexdigest(),
+    }
 
 
 def unit_of(instance: str) -> str:

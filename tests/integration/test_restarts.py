@@ -122,6 +122,54 @@ def test_claims_wait_for_the_supervisor_and_succeed(agent, workers, how):
     assert slots <= {slot["slot"] for slot in agent.slots("claimed")}
 
 
+def zygotes(agent):
+    """The zygotes' units with the pid of each service."""
+    units = agent.run("systemctl", "list-units", "--plain", "--no-legend", "nbagent-zygote@*.service").split()
+    return {unit: main_pid(agent, unit) for unit in units if unit.endswith(".service")}
+
+
+@pytest.fixture
+def zygote(agent):
+    """A zygote that is ready, as its unit and pid, and no other of its image that starts."""
+    def ready():
+        running = zygotes(agent)
+        names = {entry["NBAGENT_ZYGOTE"] for event in (Event.ZYGOTE_READY, Event.ZYGOTE_ADOPTED)
+                 for entry in agent.journal(f"MESSAGE_ID={event.value.message_id}")}
+        return len(running) == 1 and {f"nbagent-zygote@{name}.service" for name in names} >= running.keys() and running
+
+    return agent.wait(ready, "one zygote")
+
+
+@pytest.mark.parametrize("how", [restart, kill], ids=["restart", "kill-9"])
+def test_a_zygote_outlives_the_supervisor_and_forks_for_the_next(agent, workers, zygote, how):
+    before = time.time()
+    how(agent, SUPERVISOR)
+    # More than the warm pool has.
+    slots = {claim.result()["slot"] for claim in [workers.submit(agent.claim) for _ in range(4)]}
+    assert zygotes(agent) == zygote
+    adopted = agent.journal(f"MESSAGE_ID={Event.ZYGOTE_ADOPTED.value.message_id}", "--since", f"@{before:.0f}")
+    assert [f"nbagent-zygote@{entry['NBAGENT_ZYGOTE']}.service" for entry in adopted] == list(zygote)
+    forked = agent.run("systemctl", "show", "-P", "MainPID", *zygote).strip()
+    for slot in slots:
+        # The init of a forked slot is a child of the zygote service.
+        init = json.loads(agent.run("cat", f"/run/nbagent/slots/{slot}/slot.json"))["pid"]
+        parent = agent.run("ps", "-o", "ppid=", "-p", str(init)).strip()
+        assert parent == forked or slot in (entry["NBAGENT_SLOT"] for entry in adopted_slots(agent))
+        agent.release(slot)
+    stored = agent.run("systemctl", "show", "-P", "NFileDescriptorStore", SUPERVISOR).strip()
+    assert stored == "1"
+
+
+def adopted_slots(agent):
+    return agent.journal(f"MESSAGE_ID={Event.SLOT_ADOPTED.value.message_id}")
+
+
+def test_zygotes_end_when_the_supervisor_is_stopped(agent, zygote):
+    agent.run("systemctl", "stop", SUPERVISOR)
+    agent.wait(lambda: not zygotes(agent), "the end of the zygotes")
+    agent.run("systemctl", "start", SUPERVISOR)
+
+
 def test_a_supervisor_that_stops_while_slots_start_leaves_no_failed_scope(agent, workers):
     def failed():
         return [entry for entry in agent.journal("-p", "warning") if FAILED_SCOPE.search(str(entry["MESSAGE"]))]

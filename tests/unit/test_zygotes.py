@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The adoption of zygotes by the next supervisor, by the connections that systemd keeps for it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from fakes import make_image
+from nbagent.config import host_config
+from nbagent.config.host_config import CurrentConfig
+from nbagent.core.errors import StartFailed
+from nbagent.core.events import Event
+from nbagent.core.model import Limits
+from nbagent.supervisor import fd_store, zygotes
+from nbagent.supervisor.launcher import zygote_spec
+from nbagent.supervisor.zygotes import Zygotes, identity, unit_of
+from nbagent.wire.aio import receive
+from nbagent.wire.channel import Channel
+
+INSTANCE = "minimal:0a1b2c"
+
+
+class Units:
+    """The zygotes' units by name; a start fails."""
+
+    def __init__(self, *instances: str) -> None:
+        self.active = {unit_of(instance) for instance in instances}
+        self.started: list[str] = []
+
+    def zygotes(self) -> list[str]:
+        return sorted(self.active)
+
+    def set_limits(self, name: str, limits: Limits) -> None:
+        pass
+
+    def set_cpu_weight(self, name: str, weight: int) -> None:
+        pass
+
+    async def start(self, name: str) -> None:
+        self.started.append(name)
+        raise StartFailed("no zygote starts here", step="zygote")
+
+    async def stop(self, name: str) -> None:
+        self.active.discard(name)
+
+
+class Service:
+    """A zygote service that was connected to a former supervisor; `fd` is the end that systemd has kept."""
+
+    def __init__(self, made_of: dict[str, Any], age_s: int = 60, responds: bool = True) -> None:
+        kept, self.channel = Channel.pair()
+        self.fd, self.made_of, self.age_s, self.responds = kept.detach(), made_of, age_s, responds
+        self.channel.socket.setblocking(False)
+
+    async def run(self) -> None:
+        with self.channel:
+            while (request := await receive(self.channel)) is not None:
+                if self.responds:
+                    token = request.body["describe"]
+                    self.channel.send({"described": token, "identity": self.made_of, "age_s": self.age_s, "forks": 7})
+
+
+@pytest.fixture
+def events(monkeypatch):
+    seen: list[tuple[Event, dict[str, Any]]] = []
+    monkeypatch.setattr(zygotes, "emit", lambda event, **fields: seen.append((event, fields)))
+    return seen
+
+
+@pytest.fixture
+def image(tmp_path):
+    return make_image(tmp_path, launch="fork")
+
+
+def made_of(image, **changes):
+    settings = host_config.parse({})
+    limits = Limits(settings.pool.zygote_memory, 100, None, settings.slots.tasks)
+    return identity(zygote_spec(image, settings.slots.storage_bytes), image, limits) | changes
+
+
+def adopt(image, services, wanted=None, then=None):
+    """A supervisor that starts beside these services, by instance; returns its units and how the image starts."""
+
+    async def run():
+        units = Units(*services, "minimal:dead01")
+        running = [asyncio.ensure_future(service.run()) for service in services.values()]
+        supervisor = Zygotes(CurrentConfig(host_config.parse({})), units)
+        await supervisor.open({name: service.fd for name, service in services.items()}, image.root / "zygote.sock")
+        supervisor.want({"minimal": wanted or image})
+        await asyncio.sleep(0.05)
+        launch = supervisor.launch("minimal")
+        ended = [task.done() for task in running]
+        await supervisor.close()
+        await asyncio.gather(*running)
+        return units, launch, ended
+
+    return asyncio.run(run())
+
+
+def test_a_zygote_of_the_same_version_and_image_is_adopted_and_no_other_is_started(image, events):
+    units, launch, ended = adopt(image, {INSTANCE: Service(made_of(image))})
+    assert launch == "fork" and ended == [False]
+    assert units.active == {unit_of(INSTANCE)} and not units.started
+    assert events == [(Event.ZYGOTE_ADOPTED, {"zygote": INSTANCE, "image": "minimal", "forks": 7})]
+
+
+@pytest.mark.parametrize("change", [{"version": "0.2.0"}, {"code": 0}, {"made_of": "other settings"}])
+def test_a_zygote_of_another_version_forks_until_its_replacement_is_ready(image, events, change):
+    units, launch, ended = adopt(image, {INSTANCE: Service(made_of(image, **change))})
+    assert launch == "fork" and ended == [False]
+    assert len(units.started) == 1 and unit_of(INSTANCE) in units.active
+    assert [event for event, _ in events][:2] == [Event.ZYGOTE_ADOPTED, Event.ZYGOTE_REPLACED]
+
+
+@pytest.mark.parametrize("change", [{"protocol": "0"}, {"digest": "sha256-1"}])
+def test_a_zygote_of_another_protocol_or_image_ends_and_another_is_started(image, events, change):
+    units, launch, ended = adopt(image, {INSTANCE: Service(made_of(image, **change))})
+    assert launch == "exec" and ended == [True]
+    assert len(units.started) == 1
+
+
+def test_a_zygote_whose_service_does_not_respond_is_stopped(image, events, monkeypatch):
+    monkeypatch.setattr(zygotes, "DESCRIBE_TIMEOUT_S", 0.05)
+    units, launch, ended = adopt(image, {INSTANCE: Service(made_of(image), responds=False)})
+    assert launch == "exec" and ended == [True]
+    assert unit_of(INSTANCE) not in units.active and len(units.started) == 1
+
+
+def test_of_two_zygotes_of_an_image_the_younger_is_adopted(image, events):
+    services = {INSTANCE: Service(made_of(image), age_s=900), "minimal:ffffff": Service(made_of(image), age_s=1)}
+    units, launch, ended = adopt(image, services)
+    assert launch == "fork" and ended == [True, False]
+    assert units.active == {unit_of("minimal:ffffff")} and not units.started
+
+
+def test_a_response_to_a_supervisor_that_was_killed_is_skipped(image, events):
+    service = Service(made_of(image))
+    service.channel.send({"described": "of another", "identity": {}, "age_s": 0, "forks": 0})
+    units, launch, _ = adopt(image, {INSTANCE: service})
+    assert launch == "fork" and not units.started
+
+
+def test_names_in_the_store_lead_back_to_instances():
+    names = {3: "control", 5: "zygote/minimal/0a1b2c", 6: "check"}
+    assert fd_store.kept(names) == {INSTANCE: 5}
