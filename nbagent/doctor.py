@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Checks of this host for `nbagent doctor`: each finding has a status and, if it is not "ok", a way to fix it.
 
-A check examines one thing. It changes nothing, needs neither root nor another check to have passed, and also works on
-a host where nothing of nbagent runs. Checks read files below `root`, so that a test can pass a directory instead of
-a host. If a check may not read something, the finding is a warning that recommends to run it as root.
+A check examines one thing. Where it can, it tries it as a claim does: a slot of the default image is started, requested
+through the router and ended. Otherwise a check changes nothing. It needs neither root nor another check to have passed,
+and also works on a host where nothing of nbagent runs. Checks read files below `root`, so that a test can pass a
+directory instead of a host. If a check may not read something, the finding is a warning that recommends to run it as
+root.
 """
 
 from __future__ import annotations
@@ -23,18 +25,27 @@ from urllib.parse import urlsplit
 
 from nbagent.config import host_config, nginx_check, nginx_settings
 from nbagent.core import model, paths
-from nbagent.core.errors import ConfigError, NbagentError
+from nbagent.core.errors import ConfigError, Full, ImageNotFound, NbagentError
 from nbagent.core.quantities import format_size
 from nbagent.linux import swap
 from nbagent.network.addresses import PREFIX, forwards_ipv6
 from nbagent.policy import admission
 from nbagent.wire import control
-from nbagent.wire.operations import STATS
+from nbagent.wire.operations import STATS, TRY_START
 
 SYSTEMD_MIN = 252
 UNITS = ("nbagent.service", "nbagent-api.socket", "nbagent-router.service")
 NETWORK_UNITS = ("nbagent-network.service", "nbagent-dns.service")
 TIMEOUT_S = 3.0
+# An exec takes seconds on a busy host.
+START_TIMEOUT_S = 30.0
+# The remedy for each part of nbagent.supervisor.health.
+FAULTS = {
+    "image": "nbagent image list; nbagent image import, or apt install --reinstall nbagent-image-minimal",
+    "records": "df /run; df -i /run; free space in /run, whose size is a part of the memory",
+    "router": "systemctl restart nbagent-router; journalctl -eu nbagent-router",
+    "systemd": "systemctl restart nbagent-units; journalctl -eu nbagent-units; if systemctl fails too, reboot the host",
+}
 # Use of a notebook server with two kernels: threads for pid_max, descriptors for nr_open.
 TASKS_PER_SLOT = 64
 FILES_PER_SLOT = 16
@@ -70,7 +81,10 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         *(functools.partial(check_unit, unit, unit_state) for unit in UNITS),
         functools.partial(check_network, root, settings),
         *_network_checks(settings),
+        # First, because the supervisor then also tries the parts that it reports to check_control.
+        functools.partial(check_start, control.SOCKET_PATH),
         functools.partial(check_control, control.SOCKET_PATH),
+        functools.partial(check_zygotes, control.SOCKET_PATH),
         functools.partial(check_http, "API", url + "/healthz", "nbagent-api.socket"),
         functools.partial(check_http, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
         functools.partial(check_router_files, settings, nginx_check.check),
@@ -302,11 +316,48 @@ def check_control(path: Path) -> Finding:
     except NbagentError as error:
         return Finding(name, "fail", str(error), "systemctl restart nbagent.service; journalctl -eu nbagent")
     found = f"{stats['claimed']} claimed, {stats['warm']} warm, {stats['available']} available"
+    if stats["faults"]:
+        texts = ", ".join(f"{part}: {text}" for part, text in sorted(stats["faults"].items()))
+        return Finding(name, "fail", f"{found}; {texts}", "; ".join(FAULTS[part] for part in sorted(stats["faults"])))
     if stats["draining"]:
         return Finding(name, "warn", f"draining: {found}", "nbagent drain --off")
-    if not stats["warm"] and not stats["claimed"]:
-        return Finding(name, "warn", found, "no slot became warm; for the reason, see journalctl -eu nbagent")
+    failing = sorted(image for image, pool in stats["pools"].items() if pool["failures"])
+    if failing:
+        text = f"{found}; slots of {', '.join(failing)} do not start"
+        return Finding(name, "fail", text, "for the reason, see journalctl -eu nbagent")
     return Finding(name, "ok", found)
+
+
+def check_zygotes(path: Path) -> Finding:
+    """Whether images whose slots can be forked have a zygote, which forks them in milliseconds."""
+    name = "zygotes"
+    try:
+        zygotes = control.ControlClient(path, TIMEOUT_S).call(STATS)["zygotes"]
+    except NbagentError as error:
+        return Finding(name, "warn", f"not known: {error}", "see the finding about the supervisor")
+    states = ", ".join(f"{image} {zygote['state']}" for image, zygote in sorted(zygotes.items())) or "none"
+    failing = [image for image, zygote in sorted(zygotes.items()) if zygote["failures"] and zygote["state"] != "ready"]
+    if failing:
+        text = f"{states}; until it starts, slots start by exec, which takes seconds and more memory"
+        return Finding(name, "warn", text, "for the reason, see journalctl -eu nbagent 'nbagent-zygote@*'")
+    return Finding(name, "ok", states)
+
+
+def check_start(path: Path) -> Finding:
+    """Whether a slot of the default image starts and responds through the router; the supervisor ends it at once."""
+    name = "start of a slot"
+    if path.exists() and not os.access(path, os.W_OK):
+        return Finding(name, "warn", f"no permission to connect to {path}", "run nbagent doctor as root")
+    try:
+        trial = control.ControlClient(path, START_TIMEOUT_S).call(TRY_START)
+    except (Full, ImageNotFound) as error:
+        return Finding(name, "warn", f"not tried: {error}", "run nbagent doctor again when there is room for a slot")
+    except NbagentError as error:
+        return Finding(name, "fail", str(error), "for the reason, see journalctl -eu nbagent -u nbagent-router")
+    found = f"by {trial['launch']} in {trial['took_ms']} ms"
+    if trial["router_ms"] is None:
+        return Finding(name, "ok", f"{found}; not requested through the router, which predates this version")
+    return Finding(name, "ok", f"{found}, through the router in {trial['router_ms']} ms")
 
 
 def check_http(name: str, url: str, unit: str) -> Finding:

@@ -19,7 +19,8 @@ from nbagent.core.documents import Durations, Stats
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 _State = Literal["starting", "warm", "claimed", "stopping"]
 _Gauge = Literal["capacity", "available", "draining", "ready", "memory_available_bytes", "uptime_s"]
-_PoolGauge = Literal["wanted", "warm", "starting", "failures"]
+_PoolGauge = Literal["wanted", "warm", "starting", "failures", "paused_s"]
+_ZygoteGauge = Literal["failures", "forks", "age_s"]
 _Histogram = Literal["start_seconds", "claim_seconds"]
 STATES: tuple[_State, ...] = ("starting", "warm", "claimed", "stopping")
 _GAUGES: dict[_Gauge, tuple[str, str]] = {
@@ -42,13 +43,28 @@ _COUNTERS = {
     "culled_age": "Slots ended because they were too old.",
     "culled_memory": "Slots ended because the kernel kept killing their processes for memory.",
     "compressed": "How often the memory of an idle slot was compressed.",
+    "starts_fork": "Slots started by a fork of a zygote.",
+    "starts_exec": "Slots started by exec.",
+    "adopted": "Slots of the former supervisor that were adopted.",
+    "removed": "Incomplete slots of the former supervisor that were removed.",
+    "zygotes_ready": "Zygotes that became ready.",
+    "zygotes_failed": "Zygotes that did not start, or failed.",
+    "zygotes_adopted": "Zygotes of the former supervisor that were adopted.",
 }
 _POOL_GAUGES: dict[_PoolGauge, str] = {
     "wanted": "Warm slots that the pool should hold.",
     "warm": "Warm slots that the pool holds.",
     "starting": "Slots of the pool that are starting.",
     "failures": "Consecutive failures to start a slot of the pool.",
+    "paused_s": "Time until the next start after failed ones.",
 }
+_ZYGOTE_GAUGES: dict[_ZygoteGauge, str] = {
+    "failures": "Consecutive failures of zygotes of the image.",
+    "forks": "Slots that the zygote has forked.",
+    "age_s": "Time since the zygote was ready.",
+}
+# supervisor.health
+PARTS = ("systemd", "router", "image", "records")
 _HISTOGRAMS: dict[_Histogram, str] = {
     "start_seconds": "Time from the decision to start a slot until it is warm.",
     "claim_seconds": "Time that a claim took in the supervisor.",
@@ -81,14 +97,33 @@ class _StatsCollector(Collector):
         for gauge, (name, text) in _GAUGES.items():
             yield GaugeMetricFamily(name, text, value=float(stats[gauge]))
         for pool_gauge, text in _POOL_GAUGES.items():
-            pools = GaugeMetricFamily(f"nbagent_pool_{pool_gauge}", text, labels=["image"])
+            pools = GaugeMetricFamily(f"nbagent_pool_{_with_unit(pool_gauge)}", text, labels=["image"])
             for image, pool in stats["pools"].items():
                 pools.add_metric([image], pool[pool_gauge])
             yield pools
+        ready = GaugeMetricFamily("nbagent_zygote_ready", "1 when slots start by fork.", labels=["image"])
+        for image, zygote in stats["zygotes"].items():
+            ready.add_metric([image], zygote["state"] == "ready")
+        yield ready
+        for zygote_gauge, text in _ZYGOTE_GAUGES.items():
+            zygotes = GaugeMetricFamily(f"nbagent_zygote_{_with_unit(zygote_gauge)}", text, labels=["image"])
+            for image, zygote in stats["zygotes"].items():
+                zygotes.add_metric([image], zygote[zygote_gauge])
+            yield zygotes
+        works = GaugeMetricFamily(
+            "nbagent_part_works", "0 when a part of the host that claims need fails.", labels=["part"]
+        )
+        for part in PARTS:
+            works.add_metric([part], part not in stats["faults"])
+        yield works
         for counter, text in _COUNTERS.items():
             yield CounterMetricFamily(f"nbagent_{counter}", text, value=stats["counters"][counter])
         for histogram, text in _HISTOGRAMS.items():
             yield _histogram(f"nbagent_{histogram}", text, stats[histogram])
+
+
+def _with_unit(name: str) -> str:
+    return f"{name.removesuffix('_s')}_seconds" if name.endswith("_s") else name
 
 
 def _histogram(name: str, text: str, measured: Durations) -> HistogramMetricFamily:

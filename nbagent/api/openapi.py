@@ -202,7 +202,11 @@ SCHEMAS: dict[str, Schema] = {
          "wanted": _COUNT, "default": _FLAG},
         required=("name", "digest", "launch", "warm", "wanted", "default"),
     ),
-    "Pool": _object({"wanted": _COUNT, "warm": _COUNT, "starting": _COUNT, "failures": _COUNT}),
+    "Pool": _object({"wanted": _COUNT, "warm": _COUNT, "starting": _COUNT, "failures": _COUNT, "paused_s": _AMOUNT}),
+    "Zygote": _object({
+        "state": {"type": "string", "enum": ["ready", "starting", "none"]}, "replacing": _FLAG, "failures": _COUNT,
+        "forks": _COUNT, "age_s": _AMOUNT,
+    }),
     "Durations": _object({
         "count": _COUNT, "sum": _AMOUNT,
         "buckets": {"type": "object", "additionalProperties": _COUNT,
@@ -214,6 +218,9 @@ SCHEMAS: dict[str, Schema] = {
         **dict.fromkeys(("warm", "starting", "claimed", "stopping"), _COUNT),
         "draining": _FLAG, "ready": _FLAG,
         "memory_available_bytes": _COUNT, "free_percent": _COUNT, "next_end_s": _MAYBE_AMOUNT, "uptime_s": _AMOUNT,
+        "faults": {"type": "object", "additionalProperties": _TEXT,
+                   "description": "The parts of the host that fail: systemd, router, image, records."},
+        "zygotes": {"type": "object", "additionalProperties": _ref("Zygote")},
         "pools": {"type": "object", "additionalProperties": _ref("Pool")},
         "counters": {"type": "object", "additionalProperties": _COUNT},
         "start_seconds": _ref("Durations"), "claim_seconds": _ref("Durations"),

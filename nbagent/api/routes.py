@@ -61,7 +61,9 @@ def _healthz(service: Service, call: Call) -> object:
 def _readyz(service: Service, call: Call) -> object:
     stats = service.probe.call(operations.STATS)
     reasons: dict[type[NbagentError], str] = {}
-    if not stats["ready"]:
+    if stats["faults"]:
+        reasons[StartFailed] = "; ".join(f"{part}: {text}" for part, text in sorted(stats["faults"].items()))
+    elif not stats["ready"]:
         reasons[StartFailed] = f"the image {stats['container_image']} is missing or does not start"
     if stats["draining"]:
         reasons[Draining] = "the host is draining"

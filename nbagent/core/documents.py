@@ -18,18 +18,30 @@ class Durations(TypedDict):
 
 
 class PoolStats(TypedDict):
-    """The warm slots of one image. `failures` are starts that failed in a row."""
+    """The warm slots of one image. `failures` are starts that failed in a row; the next may begin in `paused_s`."""
 
     wanted: int
     warm: int
     starting: int
     failures: int
+    paused_s: float
+
+
+class ZygoteStats(TypedDict):
+    """The zygote of one image: "ready", "starting" or "none", and whether another is started to replace it."""
+
+    state: str
+    replacing: bool
+    failures: int
+    forks: int
+    age_s: float
 
 
 class Stats(TypedDict):
     """The response to `stats`: how full the host is, and what it has done since the supervisor started.
 
-    `next_end_s` is the time until the first slot in use reaches its maximum age, None when no slot is in use.
+    `next_end_s` is the time until the first slot in use reaches its maximum age, None when no slot is in use. `faults`
+    has the parts of the host that fail (supervisor.health), each with the error.
     """
 
     version: str
@@ -47,10 +59,21 @@ class Stats(TypedDict):
     free_percent: int
     next_end_s: float | None
     uptime_s: float
+    faults: dict[str, str]
     pools: dict[str, PoolStats]
+    zygotes: dict[str, ZygoteStats]
     counters: dict[str, int]
     start_seconds: Durations
     claim_seconds: Durations
+
+
+class Trial(TypedDict):
+    """A slot that was started as a trial, requested through the router, and ended."""
+
+    slot: str
+    launch: str
+    took_ms: int
+    router_ms: int | None
 
 
 class LimitsDocument(TypedDict):

@@ -78,6 +78,8 @@ class Event(enum.Enum):
     IMAGE_UNREADABLE = Kind("0bc63350b4844358b8076fa893514ce8", Priority.WARNING, "image %(image)s skipped: cannot be read: %(text)s")
     IMAGE_REMOVED = Kind("76a3d4bb762d4e53947351833104a45f", Priority.INFO, "image %(digest)s removed from the store: no slot uses it")
     SYSTEMD_LOST = Kind("9a70c5d2b1e84f3795f6a0d48e2c17b3", Priority.WARNING, "the connection to systemd ended; it is opened again")
+    HEALTH_LOST = Kind("d2b5f0a8c4714e9da36f7e1c95b80d42", Priority.WARNING, "%(part)s fails, so this host offers fewer slots: %(text)s")
+    HEALTH_RESTORED = Kind("8f9c1e5a3d6047b2b4e8a7c60d15f293", Priority.NOTICE, "%(part)s works again")
     NETWORK_FAILED = Kind("941fcad1b56e411ca4f64dcb31e8503c", Priority.WARNING, "failed to set up the slot network: %(text)s")
     NETWORK_RESTORED = Kind("c56a026931784bdfb4bbe6f67097d3fa", Priority.WARNING, "nftables table inet nbagent was removed by another program; restored")
 

@@ -30,6 +30,7 @@ LANDING_SOCKET = RUN / "landing.sock"
 NETWORK_SOCKET = RUN / "network.sock"
 LAUNCH_SOCKET = RUN / "launch.sock"
 UNITS_SOCKET = RUN / "units.sock"
+ROUTER_CHECK_SOCKET = RUN / "router-check.sock"
 NETWORK_RULES = RUN / "network.json"
 DNS_CONFIG = RUN / "dns.conf"
 

@@ -78,8 +78,8 @@ from nbagent.wire.failure import Failure, StepFailed
 from nbagent.wire.fields import MalformedMessage
 
 ZYGOTE_PATH = "/run/nbagent/zygote.sock"
-# The messages between supervisor and service. A supervisor adopts only zygotes that were started with the same value, so
-# it changes with each change of a message or of a field's meaning.
+# The messages between supervisor and service. A supervisor adopts only zygotes that were started with the same value.
+# It changes with each change of a message or of a field's meaning.
 PROTOCOL = "1 " + " ".join(SandboxSpec._fields)
 # SYSLOG_IDENTIFIER of what a zygote prints.
 ZYGOTE_IDENTIFIER = "nbagent-zygote"

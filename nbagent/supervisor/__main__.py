@@ -63,7 +63,10 @@ async def _run(config: host_config.HostConfig) -> None:
     servers = [asyncio.ensure_future(ControlServer(calls, sockets["control"], {0, _api_uid()}).serve())]
     if "check" in sockets:
         servers.append(asyncio.ensure_future(serve_check(calls, sockets["check"])))
-    tasks = [asyncio.ensure_future(agent.run()), asyncio.ensure_future(_watchdog()), *servers]
+    tasks = [
+        asyncio.ensure_future(agent.run()), asyncio.ensure_future(_watchdog()),
+        asyncio.ensure_future(supervisor.health.run()), *servers,
+    ]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)

@@ -8,6 +8,7 @@ import dataclasses
 from nbagent.core.events import Event, emit
 from nbagent.core.model import Limits, Slot, SlotState, now
 from nbagent.supervisor.compressor import Compressor
+from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.pools import Pools
@@ -25,7 +26,7 @@ class Adoption:
 
     def __init__(
         self, slots: Slots, pools: Pools, records: Records, systemd: Systemd, monitor: Monitor, compressor: Compressor,
-        interfaces: Interfaces, tasks: Tasks,
+        interfaces: Interfaces, counters: Counters, tasks: Tasks,
     ) -> None:
         self._slots = slots
         self._pools = pools
@@ -34,6 +35,7 @@ class Adoption:
         self._monitor = monitor
         self._compressor = compressor
         self._interfaces = interfaces
+        self._counters = counters
         self._tasks = tasks
 
     async def run(self) -> int:
@@ -50,6 +52,7 @@ class Adoption:
                 continue
             await self._systemd.stop(scope, at_once=True)
             self._records.remove(name)
+            self._counters.add("removed")
             emit(Event.SLOT_REMOVED, slot=name, text=_refusal(slot))
         for scope in scopes:
             await self._systemd.stop(scope, at_once=True)
@@ -66,8 +69,8 @@ class Adoption:
         self._pools.adopt(live)
         self._monitor.add(live, now())
         self._compressor.adopt(live)
+        self._counters.add("adopted")
         emit(Event.SLOT_ADOPTED, slot=live.slot.id, state=live.slot.state.value)
-
 
     def _apply_limits(self, slot: Slot) -> None:
         """Gives a scope the limits of its record, if the former supervisor ended between the two."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nbagent.config.host_config import CurrentConfig
+from nbagent.core import paths
 from nbagent.image.store import ImageStore
 from nbagent.linux import cgroup
 from nbagent.linux.cgroup import Cgroup
@@ -19,6 +20,8 @@ from nbagent.supervisor.calls import Calls
 from nbagent.supervisor.claims import Claims
 from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
+from nbagent.supervisor.figures import Figures
+from nbagent.supervisor.health import Health
 from nbagent.supervisor.host_load import HostLoad, Memory, read_memory
 from nbagent.supervisor.images import Images
 from nbagent.supervisor.interfaces import Interfaces
@@ -34,6 +37,8 @@ from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
+from nbagent.supervisor.trials import Trials
+from nbagent.supervisor.updates import Updates
 from nbagent.supervisor.zygotes import Zygotes
 
 
@@ -52,6 +57,7 @@ class Surroundings:
     changed: asyncio.Event
     memory: Callable[[], Memory] = read_memory
     cgroup_of: Callable[[int], Cgroup] = cgroup.of_process
+    router: Path = paths.ROUTER_CHECK_SOCKET
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Supervisor:
     adoption: Adoption
     calls: Calls
     agent: Agent
+    health: Health
 
 
 def compose(on: Surroundings) -> Supervisor:
@@ -74,6 +81,7 @@ def compose(on: Surroundings) -> Supervisor:
     slots, tasks, counters = Slots(), Tasks(), Counters()
     pools = Pools(config, slots, records, changed)
     load = HostLoad(config, slots, on.zygotes, on.drain_file, on.memory)
+    health = Health(config, systemd, on.store, records, changed, on.router)
     interfaces = Interfaces(on.network, slots)
     images = Images(on.store, slots, pools, on.zygotes, systemd, tasks, changed)
     stopper = SlotStopper(config, slots, pools, records, systemd, interfaces, images, changed)
@@ -91,8 +99,13 @@ def compose(on: Surroundings) -> Supervisor:
         load=load,
         stopper=stopper,
         images=images,
-        adoption=Adoption(slots, pools, records, systemd, monitor, compressor, interfaces, tasks),
-        calls=Calls(config, slots, pools, records, systemd, load, claims, stopper, counters, tasks, changed),
+        adoption=Adoption(slots, pools, records, systemd, monitor, compressor, interfaces, counters, tasks),
+        calls=Calls(
+            config, slots, pools, load, claims, Updates(config, records, systemd, load),
+            Trials(config, pools, load, health, starter, on.router),
+            Figures(config, slots, pools, load, health, on.zygotes, counters), stopper, counters, tasks, changed,
+        ),
+        health=health,
         agent=Agent(
             config, pools, load, on.zygotes, images, monitor, starter, stopper, interfaces, tasks, changed
         ),

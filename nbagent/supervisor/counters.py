@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nbagent.core.model import now
@@ -12,6 +13,7 @@ BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 3
 COUNTERS = (
     "claims", "claims_refused", "starts", "start_failures", "released", "died", "oom_kills",
     "culled_idle", "culled_age", "culled_memory", "compressed",
+    "starts_fork", "starts_exec", "adopted", "removed",
 )
 
 
@@ -48,10 +50,10 @@ class Counters:
         """Adds to a counter. Raises KeyError for an unknown name."""
         self.values[name] += amount
 
-    def document(self) -> dict[str, object]:
-        """All counters and histograms as JSON."""
+    def document(self, others: Mapping[str, int]) -> dict[str, object]:
+        """All counters, with those of other objects, and histograms as JSON."""
         return {
-            "counters": dict(self.values),
+            "counters": {**self.values, **others},
             "start_seconds": self.start_seconds.document(),
             "claim_seconds": self.claim_seconds.document(),
         }

@@ -46,13 +46,15 @@ ZYGOTE_NAME = "zygote"
 class Launched:
     """A slot whose program runs. `pid` is its first process; `pidfd` and `activity_fd` are open.
 
-    `serves`: the program has reported that it takes requests; any other has to be probed.
+    `serves`: the program has reported that it takes requests; any other has to be probed. `forked`: it is a fork of a
+    zygote.
     """
 
     pid: int
     pidfd: int
     activity_fd: int
     serves: bool
+    forked: bool = False
 
 
 class Scope(Protocol):
@@ -278,7 +280,7 @@ class SlotStart:
                     raise _unexpected(message)
             serves = True
         self._activity.pop_all()
-        return Launched(pid, pidfd, self.activity_fd, serves)
+        return Launched(pid, pidfd, self.activity_fd, serves, spec.forked)
 
     async def _receive(self) -> Message | None:
         """The next message, None at the end. Raises StartFailed for a failure, and for a malformed message."""

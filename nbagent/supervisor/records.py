@@ -22,6 +22,7 @@ from pathlib import Path
 from nbagent.core.model import Slot
 
 BACKLOG = 1024
+RECORD_BYTES = 4096
 
 
 class Records:
@@ -53,6 +54,13 @@ class Records:
         with open(fd, "wb", buffering=0) as stream:
             stream.write(json.dumps(slot.save()).encode())
         os.rename(f"{file}.new", file)
+
+    def check(self) -> None:
+        """Writes and removes a file as large as a record. Raises OSError."""
+        probe = self.path / ".check"
+        with probe.open("wb", buffering=0) as file:
+            file.write(bytes(RECORD_BYTES))
+        probe.unlink()
 
     def load(self) -> Iterator[tuple[str, Slot | None]]:
         """The name of every directory with its Slot, or None if the file is missing, broken or of another slot."""

@@ -50,6 +50,7 @@ def handlers(calls: Calls) -> dict[str, Handler]:
         _handler(operations.DRAIN, lambda _: calls.set_draining(True)),
         _handler(operations.UNDRAIN, lambda _: calls.set_draining(False)),
         _handler(operations.RECYCLE_POOL, lambda _: calls.recycle_pool()),
+        _handler(operations.TRY_START, lambda _: calls.try_start()),
         _handler(operations.STATS, lambda _: calls.stats()),
         _handler(operations.IMAGES, lambda _: calls.images()),
     ])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from nbagent.config.host_config import CurrentConfig, SlotSettings
 from nbagent.core.errors import NbagentError, StartFailed
@@ -58,7 +58,26 @@ class SlotStarter:
         self._cgroup_of = cgroup_of
 
     def start(self, image: Image) -> None:
-        """Begins the start of a slot."""
+        """Begins the start of a slot for its image's pool."""
+        live = self._new(image)
+        live.task = self._tasks.spawn(self._bring_up(live, image))
+
+    async def try_start(self, image: Image, use: Callable[[RunningSlot], Awaitable[None]]) -> tuple[RunningSlot, float]:
+        """Starts a slot that no claim gets, awaits `use` of it, and ends it; the slot, and the seconds of its start.
+
+        Raises StartFailed, also from `use`.
+        """
+        live, started = self._new(image), asyncio.get_running_loop().create_future()
+        live.task = self._tasks.spawn(self._bring_up(live, image, started))
+        try:
+            took_s = await started
+            await use(live)
+            return live, took_s
+        finally:
+            started.cancel()
+            self._stopper.end(live, Event.SLOT_RETIRED, "it was started as a trial")
+
+    def _new(self, image: Image) -> RunningSlot:
         config, created_s = self._config.value, now()
         path, _, query = image.url.partition("?")
         slot = Slot(
@@ -77,25 +96,35 @@ class SlotStarter:
         )
         live = RunningSlot(slot)
         self._slots.add(live)
-        live.task = self._tasks.spawn(self._bring_up(live, image))
+        return live
 
-    async def _bring_up(self, live: RunningSlot, image: Image) -> None:
-        """Starts the slot. Whatever a start raises ends the slot, because one that stayed would keep its place."""
+    async def _bring_up(self, live: RunningSlot, image: Image, trial: asyncio.Future[float] | None = None) -> None:
+        """Starts the slot. Whatever a start raises ends the slot, because one that stayed would keep its place.
+
+        A slot that is started as a trial is not offered; `trial` gets the seconds of its start, or the error.
+        """
         began_s = now()
         self._counters.add("starts")
         try:
             self._slots.set_addresses(live, await self._network.choose(self._slots.addresses))
             async with asyncio.timeout(self._config.value.slots.start_timeout):
                 await self._launch(live, image)
-            if live.slot.state is SlotState.STARTING:
+            if trial is not None:
+                if not trial.done():
+                    trial.set_result(now() - began_s)
+            elif live.slot.state is SlotState.STARTING:
                 self._offer(live, image, now() - began_s)
         except asyncio.CancelledError:
             self._stopper.end(live, Event.SLOT_RETIRED, "the supervisor stopped before the slot had started")
+            if trial is not None:
+                trial.cancel()
             raise
         except Exception as error:
             # The start of a slot that was ended meanwhile has not failed.
             if live.slot.state in (SlotState.STARTING, SlotState.WARM):
                 self._fail(live, error)
+            if trial is not None and not trial.done():
+                trial.set_exception(error if isinstance(error, StartFailed) else StartFailed(str(error) or repr(error)))
             if not isinstance(error, EXPECTED):
                 raise  # the task's group reports it with its traceback
 
@@ -118,6 +147,7 @@ class SlotStarter:
             spec = sandbox_spec(slot, image, settings.storage_bytes, settings.start_timeout, uplink)
             launched = await self._launcher.launch(slot, spec, listener, scope, attach)
             live.attach(launched)
+            self._counters.add("starts_fork" if launched.forked else "starts_exec")
             try:
                 live.cgroup = self._cgroup_of(launched.pid)
             except (FileNotFoundError, ProcessLookupError):

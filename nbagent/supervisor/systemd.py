@@ -98,6 +98,10 @@ class Systemd:
         with contextlib.suppress(JobFailed):
             await _request("stop", unit=name, at_once=at_once)
 
+    async def check(self) -> None:
+        """Returns when PID 1 has responded. Raises OSError."""
+        await _request("zygotes")
+
     def scopes(self) -> list[str]:
         """The names of all slots' scopes that are neither inactive nor failed. Raises OSError."""
         return fields.texts(_call("scopes"), "ok")

@@ -139,6 +139,7 @@ class Zygotes:
     def __init__(self, config: CurrentConfig, systemd: Systemd, changed: Callable[[], None] = lambda: None) -> None:
         self.config = config
         self.changed = changed
+        self.counts = dict.fromkeys(("zygotes_ready", "zygotes_failed", "zygotes_adopted"), 0)
         self._systemd = systemd
         self._pools: dict[str, ZygotePool] = {}
         self._expected: dict[str, asyncio.Future[Channel]] = {}
@@ -230,6 +231,7 @@ class Zygotes:
         pool.first_try_done = True
         pool.no_zygote.clear()
         self._tasks.spawn(self._watch(pool, pool.zygote))
+        self.counts["zygotes_adopted"] += 1
         emit(Event.ZYGOTE_ADOPTED, zygote=kept.instance, image=pool.image.name, forks=kept.forks)
         if kept.identity != self._identity(pool.image):
             self._replace(pool, pool.zygote, "it was started by another version of nbagent or with other settings")
@@ -255,6 +257,10 @@ class Zygotes:
         """Whether the image's first zygote is being started, and has not failed yet."""
         pool = self._pools.get(image)
         return pool is not None and not pool.first_try_done
+
+    def stats(self) -> dict[str, dict[str, object]]:
+        """The zygotes by image, for /stats. `state` is "none" when no zygote is started again."""
+        return {name: _stats(pool) for name, pool in self._pools.items()}
 
     def zygote_for(self, slot: Slot) -> Zygote | None:
         """The zygote that forks this slot; None where it starts by exec."""
@@ -304,6 +310,7 @@ class Zygotes:
         meanwhile = f"slots of image {name} start by exec"
         if former is not None:
             meanwhile = f"zygote {former.instance} keeps forking slots"
+        self.counts["zygotes_failed"] += 1
         emit(Event.ZYGOTE_ENDED, zygote=instance, image=name, meanwhile=meanwhile, text=text)
 
     def _end(self, name: str) -> None:
@@ -351,6 +358,7 @@ class Zygotes:
             fd_store.keep(instance, channel.fileno())
             pool.no_zygote.clear()
             pool.task = None
+            self.counts["zygotes_ready"] += 1
             emit(Event.ZYGOTE_READY, zygote=instance, image=pool.image.name, took_ms=round((now() - began_s) * 1000))
             self._tasks.spawn(self._watch(pool, pool.zygote))
             if former is not None:
@@ -595,6 +603,17 @@ def _pids(pidfds: list[int], slot: Slot, zygote: Zygote) -> list[int]:
         if cgroup.unit_of_process(pid) != zygote.unit:
             raise StartFailed(f"process {pid} does not belong to {zygote.unit}", step="fork")
     return pids
+
+
+def _stats(pool: ZygotePool) -> dict[str, object]:
+    zygote = pool.zygote
+    return {
+        "state": "ready" if zygote else "starting" if pool.task else "none",
+        "replacing": zygote is not None and pool.task is not None,
+        "failures": pool.failures,
+        "forks": zygote.forks if zygote else 0,
+        "age_s": round(now() - zygote.born_s) if zygote else 0,
+    }
 
 
 def identity(spec: SandboxSpec, image: Image, limits: Limits) -> dict[str, object]:

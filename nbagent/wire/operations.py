@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from nbagent.core.claim_content import FILES_MAX_BYTES, File, FileBundle, checked_entries
-from nbagent.core.documents import Claim, Drain, ImageStatus, Recycled, SlotStatus, Stats
+from nbagent.core.documents import Claim, Drain, ImageStatus, Recycled, SlotStatus, Stats, Trial
 from nbagent.wire import fields, memfd
 from nbagent.wire.channel import Message
 
@@ -167,7 +167,8 @@ RELEASE = Operation("release", SlotArguments.restore, SlotStatus, is_repeatable=
 DRAIN = Operation("drain", NoArguments.restore, Drain)
 UNDRAIN = Operation("undrain", NoArguments.restore, Drain)
 RECYCLE_POOL = Operation("recycle_pool", NoArguments.restore, Recycled, is_repeatable=False)
+TRY_START = Operation("try_start", NoArguments.restore, Trial, is_repeatable=False)
 STATS = Operation("stats", NoArguments.restore, Stats)
 IMAGES = Operation("images", NoArguments.restore, list[ImageStatus])
 
-OPERATIONS = (CLAIM, SLOTS, SLOT, UPDATE, RELEASE, DRAIN, UNDRAIN, RECYCLE_POOL, STATS, IMAGES)
+OPERATIONS = (CLAIM, SLOTS, SLOT, UPDATE, RELEASE, DRAIN, UNDRAIN, RECYCLE_POOL, TRY_START, STATS, IMAGES)

@@ -212,8 +212,41 @@ def test_doctor_finds_a_stopped_service(agent):
         status, text, _ = cli(agent, "doctor")
         assert status == 1
         assert re.search(r"^fail +nbagent-router\.service: inactive\n +systemctl start nbagent-router", text, re.M)
+        assert re.search(r"^fail +start of a slot: the slot serves, but not through the router", text, re.M)
+        # The supervisor's own requests do not start it again.
+        assert agent.host.run(["systemctl", "is-active", "nbagent-router.service"], check=False).stdout == "inactive\n"
     finally:
         agent.run("systemctl", "start", "nbagent-router.socket", "nbagent-router.service")
+    assert cli(agent, "doctor")[0] == 0
+
+
+FAULTS = {
+    "router": tuple(["systemctl", "kill", "-s", signal, "nbagent-router"] for signal in ("STOP", "CONT")),
+    "systemd": tuple(["systemctl", "kill", "-s", signal, "nbagent-units"] for signal in ("STOP", "CONT")),
+    "image": (["mv", "/var/lib/nbagent/images/names/minimal", "/var/lib/nbagent/images/names/.gone"],
+              ["mv", "/var/lib/nbagent/images/names/.gone", "/var/lib/nbagent/images/names/minimal"]),
+}
+
+
+@pytest.mark.parametrize("part", FAULTS)
+def test_a_host_with_a_fault_says_so_within_seconds_and_recovers(agent, part):
+    agent.expect(rf"{part} fails, so this host offers fewer slots")
+    agent.wait_warm()
+    agent.wait(lambda: agent.api.get("/readyz").status == 200, "a host without fault")
+    broken, mended = FAULTS[part]
+    agent.run(*broken)
+    try:
+        agent.wait(lambda: part in agent.api.get("/stats").json()["faults"], f"the fault {part}", timeout=15)
+        ready = agent.api.get("/readyz")
+        assert ready.status == 503 and part in ready.json()["detail"]
+        assert int(re.fullmatch(r"ready (\d+)%\n", agent.agent_check())[1]) <= (0 if part == "router" else 10)
+        assert sample(agent, "nbagent_part_works", part=part) == 0
+        status, text, _ = cli(agent, "doctor", "--json")
+        finding, = (finding for finding in json.loads(text) if finding["name"] == "supervisor")
+        assert status == 1 and finding["status"] == "fail" and part in finding["found"] and finding["mend"]
+    finally:
+        agent.run(*mended)
+    agent.wait(lambda: agent.api.get("/readyz").status == 200, "the end of the fault")
     assert cli(agent, "doctor")[0] == 0
 
 

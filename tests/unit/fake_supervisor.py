@@ -96,6 +96,10 @@ class RecordedCalls:
         self._record("recycle_pool")
         return self._calls.recycle_pool()
 
+    async def try_start(self) -> Any:
+        self._record("try_start")
+        return await self._calls.try_start()
+
     def images(self) -> Any:
         self._record("images")
         return self._calls.images()

@@ -17,7 +17,7 @@ from typing import Any
 
 from nbagent.config import host_config
 from nbagent.config.host_config import CurrentConfig
-from nbagent.core.errors import StartFailed
+from nbagent.core.errors import ImageNotFound, StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import Limits, Slot
 from nbagent.image.store import Image
@@ -51,6 +51,7 @@ class FakeSystemd:
         self.scope_error: Exception | None = None
         self.limits_error: OSError | None = None
         self.stop_error: OSError | None = None
+        self.check_error: OSError | None = None
         self._descriptors: list[int] = []
 
     async def start_scope(
@@ -87,6 +88,10 @@ class FakeSystemd:
 
     def scope_limits(self, name: str) -> Limits:
         return self.limits.get(name, Limits(1 << 30, 100, None, 256))
+
+    async def check(self) -> None:
+        if self.check_error is not None:
+            raise self.check_error
 
     def set_swap(self, name: str, size_bytes: int) -> None:
         self.calls.append(("set_swap", name, size_bytes))
@@ -150,6 +155,7 @@ class FakeZygotes:
         self.warming: set[str] = set()
         self.images: dict[str, Image] = {}
         self.reviews = 0
+        self.counts = {"zygotes_ready": 1, "zygotes_failed": 0, "zygotes_adopted": 0}
 
     def want(self, images: Mapping[str, Image]) -> None:
         self.images = dict(images)
@@ -162,6 +168,11 @@ class FakeZygotes:
 
     def is_warming(self, image: str) -> bool:
         return image in self.warming
+
+    def stats(self) -> dict[str, dict[str, Any]]:
+        return {
+            name: {"state": "ready", "replacing": False, "failures": 0, "forks": 3, "age_s": 60} for name in self.forks
+        }
 
     def review(self) -> None:
         self.reviews += 1
@@ -229,6 +240,11 @@ class FakeStore:
     def list(self) -> list[Image]:
         return list(self.images.values())
 
+    def get(self, name: str) -> Image:
+        if name not in self.images:
+            raise ImageNotFound(f"no image has the name {name!r}", image=name)
+        return self.images[name]
+
     def retire(self, used: Collection[str]) -> Sequence[str]:
         self.used = set(used)
         return self.removed
@@ -291,6 +307,7 @@ class Host:
         self.supervisor = compose(Surroundings(
             self.config, self.systemd, self.store, self.launcher, self.zygotes, self.records, self.network,
             self.path / "drain", self.changed, lambda: self.memory, self._cgroup_of,
+            self.path / "router-check.sock",
         ))
         await self.supervisor.adoption.run()
         self.supervisor.images.refresh()

@@ -279,3 +279,35 @@ def test_a_table_that_drops_packets_of_slots_is_a_warning(other: str, status: st
     assert finding.status == status
     assert finding.mend.startswith(mend)
     assert doctor.check_firewall(lambda: other).status == "fail"
+
+
+def test_a_fault_of_the_host_is_a_failure_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Client:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def call(self, _: object) -> dict[str, object]:
+            return {"claimed": 0, "warm": 1, "available": 0, "faults": {"router": "no response"}, "draining": False,
+                    "pools": {}}
+
+    monkeypatch.setattr(doctor.control, "ControlClient", Client)
+    finding = doctor.check_control(tmp_path / "control.sock")
+    assert finding.status == "fail" and "router: no response" in finding.found
+    assert finding.mend.startswith("systemctl restart nbagent-router")
+
+
+def test_every_part_of_the_host_that_is_tried_has_a_remedy_and_a_metric(tmp_path: Path) -> None:
+    from nbagent.api import metrics
+
+    with FakeSupervisor(tmp_path / "control.sock") as fake:
+        parts = fake._host.supervisor.health._tries.keys()
+    assert parts == doctor.FAULTS.keys() == set(metrics.PARTS)
+
+
+def test_a_start_is_tried_by_the_supervisor(tmp_path: Path) -> None:
+    path = tmp_path / "control.sock"
+    assert doctor.check_start(path).status == "fail"
+    with FakeSupervisor(path):
+        finding = doctor.check_start(path)
+        assert finding.status == "ok" and finding.found.startswith("by exec in ")
+        assert doctor.check_zygotes(path).status == "ok"

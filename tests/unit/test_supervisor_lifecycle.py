@@ -398,7 +398,7 @@ async def test_stats_add_up(tmp_path):
         assert (stats["capacity"], stats["claimed"], stats["warm"], stats["available"]) == (4, 1, 1, 3)
         assert host.calls.free_percent() == stats["free_percent"] == 75
         assert 50 <= stats["next_end_s"] <= 60
-        assert stats["pools"] == {"minimal": {"wanted": 1, "warm": 1, "starting": 0, "failures": 0}}
+        assert stats["pools"] == {"minimal": {"wanted": 1, "warm": 1, "starting": 0, "failures": 0, "paused_s": 0}}
         assert host.calls.images() == [
             {"name": "minimal", "digest": "sha256-0", "launch": "exec", "warm": 1, "wanted": 1, "default": True}]
 

@@ -7,8 +7,8 @@ import asyncio
 from typing import Any
 
 import pytest
-
 from fakes import make_image
+
 from nbagent.config import host_config
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed

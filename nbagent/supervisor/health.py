@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a claim would find, tried every few seconds: PID 1, the router, the default image, and room for records.
+
+A host that only counts its free slots attracts claims while its router does not serve or systemd does not respond. So
+each part is tried by a small request as a claim or its user makes it, and `faults` has the parts that failed twice in
+a row. A fault is in /stats, /readyz, /metrics and the agent-check within 5 s, and in the journal after REPORT_S.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+from nbagent.config.host_config import CurrentConfig
+from nbagent.core import paths
+from nbagent.core.errors import ImageInvalid, ImageNotFound, StartFailed
+from nbagent.core.events import Event, emit
+from nbagent.core.model import now
+from nbagent.image.store import ImageStore
+from nbagent.supervisor import readiness
+from nbagent.supervisor.records import Records
+from nbagent.supervisor.systemd import JobFailed, Systemd
+
+# The worst case until a fault is known: a pause, a try that times out, a short pause and another try.
+PAUSE_S, AGAIN_S, TIMEOUT_S = 2.0, 0.3, 1.2
+# A restart of the router or of the units service takes seconds, and is no event.
+REPORT_S = 10.0
+# The router redirects this path without asking a slot or the landing page.
+ROUTER_PATH = "/user/health-check"
+# The parts without which no claim succeeds. Without the others a claim can still get a warm slot.
+NEEDED_BY_ALL = frozenset({"records", "router"})
+# The errors that a try has by design.
+EXPECTED = (OSError, TimeoutError, JobFailed, StartFailed, ImageInvalid, ImageNotFound)
+
+
+class Health:
+    """Tries the parts of the host. `faults` has the text of each part that fails; `changed` is set when it changes."""
+
+    def __init__(
+        self, config: CurrentConfig, systemd: Systemd, store: ImageStore, records: Records, changed: asyncio.Event,
+        router: Path = paths.ROUTER_CHECK_SOCKET,
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._records = records
+        self._changed = changed
+        self._router = router
+        self.faults: dict[str, str] = {}
+        self._failing_s: dict[str, float] = {}
+        self._reported: set[str] = set()
+        self._reading: asyncio.Future[None] | None = None
+        self._tries: Mapping[str, Callable[[], Awaitable[object]]] = {
+            "systemd": systemd.check, "router": self._try_router, "image": self._try_image,
+            "records": self._try_records,
+        }
+
+    def may_start(self) -> bool:
+        """Whether slots can start, so that more claims than there are warm slots can succeed."""
+        return not self.faults
+
+    def may_claim(self) -> bool:
+        """Whether a claim of a warm slot can succeed, and its user can open it."""
+        return not NEEDED_BY_ALL & self.faults.keys()
+
+    async def run(self) -> None:
+        """Tries all parts until cancelled."""
+        while True:
+            await asyncio.sleep(PAUSE_S if await self.check() else AGAIN_S)
+
+    async def check(self) -> bool:
+        """Tries all parts once. Whether another try can wait, because no part failed for the first time."""
+        before = dict(self.faults)
+        results = await asyncio.gather(*(self._try(name) for name in self._tries))
+        news = [self._note(name, text) for name, text in zip(self._tries, results, strict=True)]
+        if before.keys() != self.faults.keys():
+            self._changed.set()
+        return not any(news)
+
+    async def _try(self, name: str) -> str | None:
+        """The text of the error, None without one."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                await self._tries[name]()
+        except EXPECTED as error:
+            return str(error) or f"no response within {TIMEOUT_S:g} s"
+        return None
+
+    def _note(self, name: str, text: str | None) -> bool:
+        """Notes the result of a try. Whether it is the first failure after a success."""
+        if text is None:
+            self.faults.pop(name, None)
+            self._failing_s.pop(name, None)
+            if name in self._reported:
+                self._reported.discard(name)
+                emit(Event.HEALTH_RESTORED, part=name)
+            return False
+        if name not in self._failing_s:
+            self._failing_s[name] = now()
+            return True
+        self.faults[name] = text
+        if name not in self._reported and now() - self._failing_s[name] >= REPORT_S:
+            self._reported.add(name)
+            emit(Event.HEALTH_LOST, part=name, text=text)
+        return False
+
+    async def _try_router(self) -> None:
+        # The socket is absent after an upgrade from a version without it, until the router is restarted.
+        if self._router.exists():
+            await readiness.ready(self._router, ROUTER_PATH)
+
+    async def _try_image(self) -> None:
+        """In a thread, because a disk may not respond. While it does not, no other thread is started."""
+        if (reading := self._reading) is None or reading.done():
+            reading = self._reading = asyncio.ensure_future(asyncio.to_thread(self._read_image))
+        await asyncio.shield(reading)
+
+    def _read_image(self) -> None:
+        image = self._store.get(self._config.value.pool.image)
+        for path in (image.root, image.static):
+            path.stat()
+
+    async def _try_records(self) -> None:
+        self._records.check()

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The parts of a host that are tried, and what a host with a fault offers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fakes import Host
+
+from nbagent.core.errors import Full, StartFailed
+from nbagent.core.events import Event
+from nbagent.supervisor import health
+
+
+@contextlib.contextmanager
+def router(path: Path, response: bytes) -> Iterator[None]:
+    """A router that responds so to each request."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.recv(4096)
+                        connection.sendall(response)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+REDIRECT = b"HTTP/1.1 308 Permanent Redirect\r\n\r\n"
+
+
+async def warm(host: Host) -> None:
+    await host.until_states("warm")
+
+
+async def twice(host: Host) -> dict[str, str]:
+    await host.supervisor.health.check()
+    await host.supervisor.health.check()
+    return host.supervisor.health.faults
+
+
+def test_a_host_without_fault_offers_its_capacity(tmp_path):
+    async def run():
+        async with Host(tmp_path) as host:
+            await warm(host)
+            with router(tmp_path / "router-check.sock", REDIRECT):
+                assert await twice(host) == {}
+            assert host.calls.stats()["available"] == 4 and host.calls.stats()["ready"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("response", [None, b"HTTP/1.1 502 Bad Gateway\r\n\r\n", b""], ids=["stopped", "502", "closed"])
+def test_a_host_whose_router_fails_offers_nothing_until_it_serves_again(tmp_path, response):
+    async def run():
+        path = tmp_path / "router-check.sock"
+        async with Host(tmp_path) as host:
+            await warm(host)
+            if response is None:
+                with socket.socket(socket.AF_UNIX) as gone:
+                    gone.bind(str(path))
+                assert (await twice(host)).keys() == {"router"}
+            else:
+                with router(path, response):
+                    assert (await twice(host)).keys() == {"router"}
+            assert host.calls.free_percent() == 0 and not host.calls.stats()["ready"]
+            path.unlink()
+            with router(path, REDIRECT):
+                await host.supervisor.health.check()
+            assert host.calls.free_percent() == 100
+
+    asyncio.run(run())
+
+
+def test_one_failure_is_tried_again_before_it_counts(tmp_path):
+    async def run():
+        async with Host(tmp_path) as host:
+            await warm(host)
+            host.systemd.check_error = OSError("no PID 1")
+            assert not await host.supervisor.health.check() and not host.supervisor.health.faults
+            assert await host.supervisor.health.check() and host.supervisor.health.faults == {"systemd": "no PID 1"}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("part", ["systemd", "image"])
+def test_a_host_that_cannot_start_slots_offers_its_warm_ones(tmp_path, part):
+    async def run():
+        async with Host(tmp_path) as host:
+            await warm(host)
+            if part == "systemd":
+                host.systemd.check_error = OSError("no PID 1")
+            else:
+                host.store.images.clear()
+            assert (await twice(host)).keys() == {part}
+            assert host.calls.stats()["available"] == 1 and host.calls.free_percent() == 25
+
+    asyncio.run(run())
+
+
+def test_a_host_that_cannot_write_records_offers_nothing(tmp_path, monkeypatch):
+    async def run():
+        async with Host(tmp_path) as host:
+            await warm(host)
+            (tmp_path / "slots" / ".check").mkdir()
+            assert (await twice(host)).keys() == {"records"}
+            assert host.calls.free_percent() == 0
+
+    asyncio.run(run())
+
+
+def test_a_fault_is_in_the_journal_when_it_lasts(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(health, "emit", lambda event, **fields: seen.append((event, fields["part"])))
+
+    async def run():
+        async with Host(tmp_path) as host:
+            host.systemd.check_error = OSError("no PID 1")
+            await twice(host)
+            assert not seen
+            monkeypatch.setattr(health, "REPORT_S", 0.0)
+            await twice(host)
+            assert seen == [(Event.HEALTH_LOST, "systemd")]
+            host.systemd.check_error = None
+            await twice(host)
+            assert seen[1:] == [(Event.HEALTH_RESTORED, "systemd")]
+
+    asyncio.run(run())
+
+
+def test_a_trial_starts_a_slot_requests_it_and_ends_it(tmp_path):
+    async def run():
+        async with Host(tmp_path) as host:
+            slot, = await host.until_states("warm")
+            with router(tmp_path / "router-check.sock", REDIRECT):
+                result = await host.calls.try_start()
+            assert result["launch"] == "exec" and result["router_ms"] is not None and result["slot"] != slot
+            assert await host.until_states("warm") == [slot]
+
+    asyncio.run(run())
+
+
+def test_a_trial_reports_a_slot_that_the_router_does_not_serve_and_ends_it(tmp_path):
+    async def run():
+        async with Host(tmp_path) as host:
+            slot, = await host.until_states("warm")
+            failing = router(tmp_path / "router-check.sock", b"HTTP/1.1 502 Bad Gateway\r\n\r\n")
+            with failing, pytest.raises(StartFailed, match="not through the router"):
+                await host.calls.try_start()
+            assert await host.until_states("warm") == [slot]
+            # The pool goes on, because the slot itself has started.
+            assert not host.calls.stats()["pools"]["minimal"]["failures"]
+
+    asyncio.run(run())
+
+
+def test_a_trial_reports_a_start_that_fails(tmp_path):
+    async def run():
+        async with Host(tmp_path) as host:
+            await warm(host)
+            host.launcher.error = StartFailed("no program", step="exec")
+            with pytest.raises(StartFailed, match="no program"):
+                await host.calls.try_start()
+            await warm(host)
+
+    asyncio.run(run())
+
+
+def test_no_trial_takes_the_last_room(tmp_path):
+    async def run():
+        async with Host(tmp_path, slots={"capacity": 1}) as host:
+            await warm(host)
+            with pytest.raises(Full, match="all 1 slots are in use"):
+                await host.calls.try_start()
+
+    asyncio.run(run())
