@@ -33,20 +33,27 @@ from nbagent.core.errors import (
 )
 from nbagent.core.model import CLAIM_FIELDS, UPDATE_FIELDS, claim_link
 from nbagent.wire import operations
-from nbagent.wire.operations import ClaimArguments, UpdateArguments, own_key
+from nbagent.wire.operations import ClaimArguments, ReleaseArguments, UpdateArguments, own_key
 
 
 def _claim(service: Service, call: Call) -> object:
-    client = plain_address(call.request.remote_addr or "unknown")
-    claim = service.client.call(operations.CLAIM, ClaimArguments(call.options, call.key or own_key(), client))
+    claim = service.client.call(operations.CLAIM, ClaimArguments(call.options, call.key or own_key(), _client(call)))
     origin = slot_origin(service.config.router, claim["slot"], call.request.headers.get("Host", ""))
     return {name: value for name, value in claim.items() if name != "query"} | {"url": origin + claim_link(claim)}
+
+
+def _client(call: Call) -> str:
+    return plain_address(call.request.remote_addr or "unknown")
+
+
+def _release(service: Service, call: Call) -> object:
+    return service.client.call(operations.RELEASE, ReleaseArguments(call.slot, _client(call)))
 
 
 def _update(service: Service, call: Call) -> object:
     if not call.options:
         raise InvalidBody("nothing to change", expected=f"at least one of {', '.join(UPDATE_FIELDS)}")
-    return service.client.call(operations.UPDATE, UpdateArguments(call.slot, call.options))
+    return service.client.call(operations.UPDATE, UpdateArguments(call.slot, call.options, _client(call)))
 
 
 def _metrics(service: Service, call: Call) -> object:
@@ -104,7 +111,7 @@ ROUTES: tuple[Route, ...] = (
     Route("PATCH", "/slots/{slot}", "updateSlot", "Other limits or a longer life for a running slot",
           _update, "Slot", fields=UPDATE_FIELDS, changes=True,
           problems=(SupervisorUnavailable, RecordFailed, SlotNotFound, IllegalMove, InvalidField, InvalidBody)),
-    Route("DELETE", "/slots/{slot}", "releaseSlot", "End a slot", forward_slot(operations.RELEASE), "Slot",
+    Route("DELETE", "/slots/{slot}", "releaseSlot", "End a slot", _release, "Slot",
           changes=True, problems=(SupervisorUnavailable, SlotNotFound, IllegalMove)),
     Route("POST", "/drain", "drain", "Stop handing out slots; users stay", forward(operations.DRAIN), "Drain",
           changes=True),

@@ -30,8 +30,8 @@ from nbagent.cli.slot import slot as slot_group
 from nbagent.config import host_config, nginx_check, nginx_settings
 from nbagent.config.host_config import NETWORK_MODES
 from nbagent.core import paths
-from nbagent.core.errors import ConfigError, NbagentError
-from nbagent.core.quantities import format_duration
+from nbagent.core.errors import ConfigError, NbagentError, SlotNotFound
+from nbagent.core.quantities import format_duration, parse_duration
 
 WAIT_INTERVAL_S = 1.0
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -175,6 +175,43 @@ def _watch(fetch: Callable[[], Any], interval_s: float) -> None:
             shown = Group(tables.table(tables.SLOT_COLUMNS, rows), Text(caption, "dim"))
             live.update(shown, refresh=True)
             time.sleep(interval_s)
+
+
+@nbagent.command("history")
+@click.argument("slot", metavar="[ID]", required=False)
+@click.option("--since", metavar="DURATION", help="Slots with an event in this time, such as 1h or 2d.")
+@click.option("--all", "every", is_flag=True, help="With --since: also slots that were never claimed.")
+@_JSON
+def history_command(slot: str | None, since: str | None, every: bool, as_json: bool) -> None:
+    """Show what happened to a slot, or to all slots of a time, from this host's journal."""
+    from nbagent.cli import history
+
+    if (slot is None) == (since is None):
+        raise click.UsageError("give either the ID of a slot or --since")
+    if slot is not None:
+        found = history.of_slot(slot)
+        if found is None:
+            text = f"the journal has no entry about slot {slot}; only root and the group systemd-journal read all of it"
+            raise SlotNotFound(text, slot=slot)
+        if as_json:
+            _print_json(found.document())
+        else:
+            document = found.document()
+            events, changes = document.pop("events"), document.pop("changes")
+            tables.show_facts(document | {"changes": len(changes) if isinstance(changes, list) else 0})
+            for event in events if isinstance(events, list) else ():
+                click.echo(f"{event['at']}  {event['text']}")
+        return
+    try:
+        start = _now() - datetime.timedelta(seconds=parse_duration(since))
+    except ValueError as error:
+        raise click.UsageError(f"--since {since}: expected {error}") from None
+    histories = [one for one in history.since(start) if every or one.claimed_at is not None]
+    if as_json:
+        _print_json([one.document() for one in histories])
+    else:
+        now = _now()
+        tables.show(history.COLUMNS, [one.row(now) for one in histories])
 
 
 @nbagent.command()

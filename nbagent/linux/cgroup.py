@@ -63,6 +63,10 @@ class Cgroup:
         """The processor time used so far; 0 when the cgroup was removed."""
         return _keyed(f"{self.cpu}/cpu.stat", b"usage_usec") / 1e6
 
+    def peak_bytes(self) -> int:
+        """The most memory at one time; 0 when the cgroup was removed, or by a kernel before 5.19 with cgroup v2."""
+        return _number(f"{self.memory}/{'memory.peak' if self.unified else 'memory.max_usage_in_bytes'}")
+
     def may_swap(self) -> bool:
         """Whether memory.swap.max lets the kernel swap out memory of this cgroup."""
         try:

@@ -60,7 +60,7 @@ class Calls:
     def abandon(self, slot_id: str) -> None:
         """Ends a claimed slot whose response did not reach the caller."""
         if live := self._slots.get(slot_id):
-            self._stopper.end(live, Event.SLOT_RELEASED)
+            self._stopper.end(live, Event.SLOT_RELEASED, client="the supervisor, because no client got it")
 
     def list_slots(self) -> list[Document]:
         """All slots. Usage is at most 30 ms old for each slot of the host, and at most cull.interval."""
@@ -72,21 +72,21 @@ class Calls:
         """One slot, with its usage now. Raises SlotNotFound."""
         return _document(self._find(slot_id))
 
-    def update(self, slot_id: str, given: Mapping[str, object]) -> Document:
+    def update(self, slot_id: str, given: Mapping[str, object], client: str) -> Document:
         """Changes the limits of a claimed slot, or its life counted from now.
 
         Raises SlotNotFound, InvalidField, IllegalMove or RecordFailed.
         """
         live = self._find(slot_id)
-        self._updates.update(live, given)
+        self._updates.update(live, given, client)
         return _document(live)
 
-    def release(self, slot_id: str) -> Document:
-        """Ends a slot. Raises SlotNotFound."""
+    def release(self, slot_id: str, client: str) -> Document:
+        """Ends a slot for a client. Raises SlotNotFound."""
         live = self._find(slot_id)
         if live.slot.state is SlotState.CLAIMED:
             self._counters.add("released")
-        self._stopper.end(live, Event.SLOT_RELEASED)
+        self._stopper.end(live, Event.SLOT_RELEASED, client=client)
         return _document(live)
 
     @property

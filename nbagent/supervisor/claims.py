@@ -146,7 +146,10 @@ class Claims:
         self._counters.add("claims")
         # In the loop's next turn, as is the start of the slot's replacement, so that the response is sent first.
         asyncio.get_running_loop().call_soon(
-            partial(emit, Event.SLOT_CLAIMED, slot=live.slot.id, client=request.client, ttl_s=f"{request.ttl_s:g}")
+            partial(
+                emit, Event.SLOT_CLAIMED, slot=live.slot.id, client=request.client, ttl_s=f"{request.ttl_s:g}",
+                image=live.slot.image, network=request.network, **limits.document(),
+            )
         )
         self._changed.set()
         return live.slot

@@ -17,6 +17,9 @@ COUNTERS = (
 )
 
 
+NO_OTHERS: Mapping[str, int] = {}
+
+
 @dataclass
 class Histogram:
     """Durations: cumulative counts by upper bound, as in a Prometheus histogram."""
@@ -50,7 +53,7 @@ class Counters:
         """Adds to a counter. Raises KeyError for an unknown name."""
         self.values[name] += amount
 
-    def document(self, others: Mapping[str, int]) -> dict[str, object]:
+    def document(self, others: Mapping[str, int] = NO_OTHERS) -> dict[str, object]:
         """All counters, with those of other objects, and histograms as JSON."""
         return {
             "counters": {**self.values, **others},

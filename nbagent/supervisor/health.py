@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a claim would find, tried every few seconds: PID 1, the router, the default image, and room for records.
+"""Tries every few seconds what a claim would find: PID 1, the router, the default image, and room for records.
 
 A host that only counts its free slots attracts claims while its router does not serve or systemd does not respond. So
 each part is tried by a small request as a claim or its user makes it, and `faults` has the parts that failed twice in

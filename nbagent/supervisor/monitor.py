@@ -117,4 +117,4 @@ class Monitor:
         text = f"{kills} processes killed at MemoryMax={live.slot.limits.memory_bytes}"
         if files_bytes > live.slot.limits.memory_bytes / 4:
             text += f", of which files are {files_bytes}"
-        emit(Event.SLOT_OOM, slot=live.slot.id, text=text)
+        emit(Event.SLOT_OOM, slot=live.slot.id, kills=kills, text=text)

@@ -45,6 +45,14 @@ class Sample(NamedTuple):
     storage: Storage
 
 
+class Final(NamedTuple):
+    """The use of a slot from its start to its end. `peak_bytes` is the most memory at one time."""
+
+    cpu_s: float
+    peak_bytes: int
+    oom_kills: int
+
+
 NEVER_READ = Sample(-math.inf, NOTHING_USED, Storage())
 
 
@@ -108,9 +116,16 @@ class RunningSlot:
         """The processes killed for memory since the last sample."""
         return max(0, self._use().oom_kills - self.usage.oom_kills)
 
-    def cpu_s(self) -> float:
-        """The processor time that the slot has used so far."""
-        return self.cgroup.cpu_s() if self.cgroup else 0.0
+    def final(self) -> Final:
+        """The use of the slot in all so far; that of the last sample, when its cgroup was removed."""
+        if self.cgroup is None:
+            return Final(0.0, 0, 0)
+        usage = self._use()
+        return Final(
+            max(usage.cpu_s, self.usage.cpu_s),
+            max(self.cgroup.peak_bytes(), self.usage.memory_bytes),
+            max(usage.oom_kills, self.usage.oom_kills),
+        )
 
     def _use(self) -> Usage:
         return self.cgroup.usage() if self.cgroup else NOTHING_USED

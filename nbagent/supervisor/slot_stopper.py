@@ -45,11 +45,11 @@ class SlotStopper:
 
     def end(
         self, live: RunningSlot, event: Event, text: str | None = None, state: SlotState = SlotState.STOPPING,
-        at_once: bool = False,
+        at_once: bool = False, **facts: object,
     ) -> None:
         """Ends a slot; a second call does nothing. The router stops serving it at once, its processes end later.
 
-        `at_once`: its processes get no time to save anything.
+        `at_once`: its processes get no time to save anything. `facts` are further fields of the event.
         """
         if live.slot.state in (SlotState.STOPPING, SlotState.FAILED, SlotState.GONE):
             return
@@ -57,7 +57,7 @@ class SlotStopper:
         self._pools.remove(live)
         # If the supervisor ends before the scope does, the next supervisor stops the scope because it has no file.
         self._records.remove(live.slot.id)
-        emit(event, slot=live.slot.id, **({} if text is None else {"text": text}))
+        emit(event, slot=live.slot.id, **({} if text is None else {"text": text}), **facts)
         self._cleanups.spawn(self._clean(live, at_once or live.slot.claimed_s is None))
 
     async def finish(self) -> None:
@@ -82,7 +82,8 @@ class SlotStopper:
         return False
 
     async def _clean(self, live: RunningSlot, at_once: bool) -> None:
-        slot, cpu_s, began_s = live.slot, live.cpu_s(), now()
+        # Before the stop, because the cgroup is removed with its last process.
+        slot, used, began_s = live.slot, live.final(), now()
         if not await self._stop(slot, at_once):
             return
         timeout_s = self._config.value.slots.stop_timeout
@@ -102,6 +103,9 @@ class SlotStopper:
         await self._interfaces.remove(slot)
         self._slots.move(live, SlotState.GONE)
         self._slots.remove(live)
-        emit(Event.SLOT_GONE, slot=slot.id, age_s=round(now() - slot.created_s), cpu_s=round(cpu_s))
+        emit(
+            Event.SLOT_GONE, slot=slot.id, age_s=round(now() - slot.created_s), cpu_s=round(used.cpu_s),
+            peak_bytes=used.peak_bytes, oom_kills=used.oom_kills,
+        )
         self._images.slot_removed(slot.digest)
         self._changed.set()

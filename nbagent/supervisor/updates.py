@@ -27,7 +27,7 @@ class Updates:
         self._systemd = systemd
         self._load = load
 
-    def update(self, live: RunningSlot, given: Mapping[str, object]) -> None:
+    def update(self, live: RunningSlot, given: Mapping[str, object], client: str) -> None:
         """Changes the slot. Raises InvalidField, IllegalMove or RecordFailed."""
         options = parse_options(given, UPDATE_FIELDS, bounds(self._config.value, self._load.cpus))
         if live.slot.state is not SlotState.CLAIMED or live.slot.claimed_s is None:
@@ -36,7 +36,8 @@ class Updates:
         if options.ttl_s is not None:
             ttl_s = self._updated_ttl_s(live, live.slot.claimed_s, options.ttl_s)
         self._change(live, dataclasses.replace(live.slot, limits=options.limits(live.slot.limits), ttl_s=ttl_s))
-        emit(Event.SLOT_UPDATED, slot=live.slot.id, text=", ".join(f"{k}={v}" for k, v in given.items()) or "nothing")
+        text = ", ".join(f"{name}={value}" for name, value in given.items()) or "nothing"
+        emit(Event.SLOT_UPDATED, slot=live.slot.id, client=client, text=text)
 
     def _change(self, live: RunningSlot, slot: Slot) -> None:
         """Records a change before it is made, because adoption gives a scope the limits of its record.

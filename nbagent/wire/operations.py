@@ -67,21 +67,40 @@ class SlotArguments(NamedTuple):
         return cls(fields.text(args, "id"))
 
 
+class ReleaseArguments(NamedTuple):
+    """The slot to end, and the address of the client."""
+
+    id: str
+    client: str
+
+    def save(self) -> JsonObject:
+        return {"id": self.id, "client": self.client}
+
+    def descriptors(self) -> dict[str, int]:
+        return {}
+
+    @classmethod
+    def restore(cls, args: JsonObject, request: Message) -> ReleaseArguments:
+        return cls(fields.text(args, "id"), fields.line(args, "client", CLIENT_MAX_CHARACTERS))
+
+
 class UpdateArguments(NamedTuple):
-    """The slot, and the options to change (core.model.UPDATE_FIELDS)."""
+    """The slot, the options to change (core.model.UPDATE_FIELDS), and the address of the client."""
 
     id: str
     options: Options
+    client: str
 
     def save(self) -> JsonObject:
-        return {"id": self.id, "options": dict(self.options)}
+        return {"id": self.id, "options": dict(self.options), "client": self.client}
 
     def descriptors(self) -> dict[str, int]:
         return {}
 
     @classmethod
     def restore(cls, args: JsonObject, request: Message) -> UpdateArguments:
-        return cls(fields.text(args, "id"), fields.mapping(args, "options"))
+        client = fields.line(args, "client", CLIENT_MAX_CHARACTERS)
+        return cls(fields.text(args, "id"), fields.mapping(args, "options"), client)
 
 
 @dataclass(frozen=True)
@@ -163,7 +182,7 @@ CLAIM = Operation("claim", ClaimArguments.restore, Claim)
 SLOTS = Operation("slots", NoArguments.restore, list[SlotStatus])
 SLOT = Operation("slot", SlotArguments.restore, SlotStatus)
 UPDATE = Operation("update", UpdateArguments.restore, SlotStatus, is_repeatable=False)
-RELEASE = Operation("release", SlotArguments.restore, SlotStatus, is_repeatable=False)
+RELEASE = Operation("release", ReleaseArguments.restore, SlotStatus, is_repeatable=False)
 DRAIN = Operation("drain", NoArguments.restore, Drain)
 UNDRAIN = Operation("undrain", NoArguments.restore, Drain)
 RECYCLE_POOL = Operation("recycle_pool", NoArguments.restore, Recycled, is_repeatable=False)

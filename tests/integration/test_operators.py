@@ -52,6 +52,13 @@ def test_every_change_of_a_slot_is_an_event_in_the_journal(agent):
         Event.SLOT_STARTING, Event.SLOT_WARM, Event.SLOT_CLAIMED, Event.SLOT_UPDATED, Event.SLOT_RELEASED,
         Event.SLOT_GONE,
     ]
+    history = json.loads(cli(agent, "history", slot, "--json")[1])
+    assert history["client"] == "127.0.0.1" and history["limits"]["memory_bytes"] == 512 << 20
+    assert history["end"] == "released by 127.0.0.1" and history["peak_bytes"] > 1 << 20
+    assert [change["text"] for change in history["changes"]] == ["ttl=600"]
+    table = cli(agent, "history", "--since", "1h")[1].splitlines()
+    assert [line for line in table if line.startswith(slot) and line.endswith("released by 127.0.0.1")]
+    assert cli(agent, "history", f"{slot[:-1]}{'0' if slot[-1] != '0' else '1'}")[0] == 3
     claimed = agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={Event.SLOT_CLAIMED.value.message_id}")[0]
     assert claimed["NBAGENT_CLIENT"] == "127.0.0.1" and claimed["SYSLOG_IDENTIFIER"] == "nbagent"
 

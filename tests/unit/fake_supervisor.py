@@ -80,13 +80,13 @@ class RecordedCalls:
         self._record("slot", id=id)
         return self._calls.slot(id)
 
-    def update(self, id: str, options: Mapping[str, Any]) -> Any:  # noqa: A002
+    def update(self, id: str, options: Mapping[str, Any], client: str) -> Any:  # noqa: A002
         self._record("update", id=id, options=options)
-        return self._calls.update(id, options)
+        return self._calls.update(id, options, client)
 
-    def release(self, id: str) -> Any:  # noqa: A002
+    def release(self, id: str, client: str) -> Any:  # noqa: A002
         self._record("release", id=id)
-        return self._calls.release(id)
+        return self._calls.release(id, client)
 
     def set_draining(self, draining: bool) -> Any:
         self._record("drain" if draining else "undrain")
@@ -201,7 +201,7 @@ class FakeSupervisor:
         """Ends slots and waits for their ends."""
         async def end() -> None:
             for name in names:
-                self._host.supervisor.stopper.end(self._host.slots[name], Event.SLOT_RELEASED)
+                self._host.supervisor.stopper.end(self._host.slots[name], Event.SLOT_RELEASED, client="a test")
             await until(lambda: not set(names) & set(self._host.slots))
 
         asyncio.run_coroutine_threadsafe(end(), self._loop).result(10)

@@ -33,9 +33,10 @@ from nbagent.wire import activity
 
 LABEL = "c07"
 UNTIL_S = 10.0
-# The usage of each slot: 90 MiB of memory, 2.5 s of a processor, 11 tasks.
+# The usage of each slot: 90 MiB of memory, at most 123 MiB, 2.5 s of a processor, 11 tasks.
 CGROUP = {
     "memory.current": f"{90 << 20}\n", "memory.swap.current": f"{5 << 20}\n", "memory.swap.max": "0\n",
+    "memory.peak": f"{123 << 20}\n",
     "memory.events": "oom 0\noom_kill 0\n", "cpu.stat": "usage_usec 2500000\n", "pids.current": "11\n",
     "pids.events": "max 0\n",
 }

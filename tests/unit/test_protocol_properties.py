@@ -165,7 +165,7 @@ async def serve(path: Path, connections: list[tuple[list[Packet], str, bool]]) -
         await until(lambda: not serving(), serving)
         host.calls.set_draining(False)
         for live in list(host.slots.values()):
-            host.supervisor.stopper.end(live, Event.SLOT_RELEASED)
+            host.supervisor.stopper.end(live, Event.SLOT_RELEASED, client="a test")
         await host.until_states("warm")
         assert host.calls._claims._pending == {}
     assert faults == []

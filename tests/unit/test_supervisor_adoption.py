@@ -124,7 +124,7 @@ async def test_a_key_survives_a_restart(tmp_path, processes):
         assert (again["slot"], again["token"]) == (claim["slot"], claim["token"])
         with pytest.raises(IdempotencyMismatch):
             await host.claim("k1", ttl=601)
-        host.calls.release(claim["slot"])
+        host.calls.release(claim["slot"], "192.0.2.1")
         processes.end(pid)
         assert (await host.claim("k1", ttl=601))["slot"] != claim["slot"]
 

@@ -158,7 +158,7 @@ async def test_a_key_gives_its_slot_again(tmp_path):
     async with Host(tmp_path) as host:
         await host.until_states("warm")
         first = await host.claim("k1", ttl=60)
-        host.calls.update(first["slot"], {"cpu_weight": 7})
+        host.calls.update(first["slot"], {"cpu_weight": 7}, "192.0.2.1")
         again = await host.claim("k1", ttl=60)
         assert (again["slot"], again["token"]) == (first["slot"], first["token"])
         assert again["limits"]["cpu_weight"] == 7
@@ -198,7 +198,7 @@ async def test_a_key_of_a_slot_that_ended_claims_anew(tmp_path, ended):
     async with Host(tmp_path) as host:
         await host.until_states("warm")
         first = await host.claim("k1", ttl=60)
-        host.calls.release(first["slot"])
+        host.calls.release(first["slot"], "192.0.2.1")
         if ended:
             await host.gone(first["slot"])
         second = await host.claim("k1", ttl=61)

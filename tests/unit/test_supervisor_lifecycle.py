@@ -96,7 +96,7 @@ async def test_a_slot_that_cannot_be_recorded_is_ended(tmp_path, journal, monkey
 
         monkeypatch.setattr(host.records, "save", full)
         first, = host.slots
-        host.calls.release(first)
+        host.calls.release(first, "192.0.2.1")
         await until(lambda: Event.SLOT_FAILED in kinds(journal))
         monkeypatch.setattr(host.records, "save", save)
         await host.until_states("warm")
@@ -152,7 +152,7 @@ async def test_an_image_is_in_use_while_a_slot_runs_on_it(tmp_path, journal):
         await until(lambda: "sha256-1" in {live.slot.digest for live in host.slots.values()} and len(host.slots) == 2)
         assert host.store.used == {"sha256-0", "sha256-1"}
         host.store.removed = ["sha256-0"]
-        host.calls.release(claim["slot"])
+        host.calls.release(claim["slot"], "192.0.2.1")
         await until(lambda: host.store.used == {"sha256-1"})
         await until(lambda: Event.IMAGE_REMOVED in kinds(journal))
 
@@ -187,16 +187,16 @@ async def test_an_ended_slot_is_removed_at_once_from_the_router_and_then_from_sy
     async with Host(tmp_path) as host:
         await host.until_states("warm")
         name = (await host.claim())["slot"]
-        assert host.calls.release(name)["state"] == "stopping"
+        assert host.calls.release(name, "192.0.2.1")["state"] == "stopping"
         assert not (host.records.path / name).exists()
         assert f"nbagent-{name}.scope" in host.systemd.units
         # A second release is no error as long as the slot is known.
-        assert host.calls.release(name)["state"] == "stopping"
+        assert host.calls.release(name, "192.0.2.1")["state"] == "stopping"
         await host.gone(name)
         assert host.systemd.stopped().count(f"nbagent-{name}.scope") == 1
         assert ("stop", f"nbagent-{name}.scope", False) in host.systemd.calls
         with pytest.raises(SlotNotFound):
-            host.calls.release(name)
+            host.calls.release(name, "192.0.2.1")
         assert host.calls.stats()["counters"]["released"] == 1
         assert kinds(journal).count(Event.SLOT_RELEASED) == 1 == kinds(journal).count(Event.SLOT_GONE)
 
@@ -206,7 +206,7 @@ async def test_no_descriptor_of_an_ended_slot_is_left_open(tmp_path):
         for _ in range(3):
             name = (await host.claim())["slot"]
             before = set(os.listdir("/proc/self/fd"))
-            host.calls.release(name)
+            host.calls.release(name, "192.0.2.1")
             await host.gone(name)
             assert len(set(os.listdir("/proc/self/fd"))) == len(before) - 2
 
@@ -229,7 +229,7 @@ async def test_a_slot_that_systemd_cannot_stop_is_stopped_when_it_can(tmp_path, 
         await host.until_states("warm")
         name = (await host.claim())["slot"]
         host.systemd.stop_error = OSError("not connected to systemd")
-        host.calls.release(name)
+        host.calls.release(name, "192.0.2.1")
         await until(lambda: kinds(journal).count(Event.SLOT_STOP_FAILED) >= 2)
         assert host.states()[name] == "stopping"
         host.systemd.stop_error = None
@@ -243,7 +243,7 @@ async def test_the_supervisor_ends_although_systemd_stops_no_slot(tmp_path, jour
     await host.until_states("warm")
     name = (await host.claim())["slot"]
     host.systemd.stop_error = OSError("not connected to systemd")
-    host.calls.release(name)
+    host.calls.release(name, "192.0.2.1")
     await until(lambda: Event.SLOT_STOP_FAILED in kinds(journal))
     await asyncio.wait_for(host.stop(), 10)
     host.systemd.close()
@@ -294,9 +294,9 @@ async def test_after_a_reload_with_another_label_slots_keep_their_ids_and_new_on
         labels = {name.partition("-")[0] for name in host.slots}
         assert labels == {"c07", "d08"} and host.calls.stats()["label"] == "d08"
         assert host.calls.slot(old)["slot"] == old
-        assert host.calls.update(old, {"ttl": 60})["slot"] == old
+        assert host.calls.update(old, {"ttl": 60}, "192.0.2.1")["slot"] == old
         assert (await host.claim("k1"))["slot"] == old
-        assert host.calls.release(old)["slot"] == old
+        assert host.calls.release(old, "192.0.2.1")["slot"] == old
 
 
 async def test_a_changed_hostname_is_the_label_of_new_slots_where_it_is_automatic(tmp_path, monkeypatch):
@@ -342,19 +342,19 @@ async def test_an_update_changes_limits_and_life_of_a_claimed_slot_alone(tmp_pat
     async with Host(tmp_path) as host:
         warm, = await host.until_states("warm")
         with pytest.raises(IllegalMove, match="only a claimed slot"):
-            host.calls.update(warm, {"ttl": 60})
+            host.calls.update(warm, {"ttl": 60}, "192.0.2.1")
         name = (await host.claim())["slot"]
-        document = host.calls.update(name, {"memory": "512M", "ttl": 60})
+        document = host.calls.update(name, {"memory": "512M", "ttl": 60}, "192.0.2.1")
         assert document["limits"]["memory_bytes"] == 512 << 20
         assert host.systemd.limits[f"nbagent-{name}.scope"].memory_bytes == 512 << 20
         assert 59 <= host.slots[name].slot.ttl_s <= 61
         with pytest.raises(InvalidField, match="ttl"):
-            host.calls.update(name, {"ttl": "25h"})
+            host.calls.update(name, {"ttl": "25h"}, "192.0.2.1")
         with pytest.raises(InvalidField):
-            host.calls.update(name, {"image": "minimal"})
+            host.calls.update(name, {"image": "minimal"}, "192.0.2.1")
         host.systemd.limits_error = OSError("no such unit")
         with pytest.raises(IllegalMove, match="no such unit"):
-            host.calls.update(name, {"memory": "256M"})
+            host.calls.update(name, {"memory": "256M"}, "192.0.2.1")
         assert host.slots[name].slot.limits.memory_bytes == 512 << 20
         assert dict(host.records.load())[name].limits.memory_bytes == 512 << 20
         assert Event.SLOT_UPDATED in kinds(journal)
@@ -371,7 +371,7 @@ async def test_an_update_that_cannot_be_recorded_changes_nothing(tmp_path, monke
 
         monkeypatch.setattr(host.records, "save", full)
         with pytest.raises(RecordFailed, match="No space left on device"):
-            host.calls.update(name, {"memory": "512M", "ttl": 60})
+            host.calls.update(name, {"memory": "512M", "ttl": 60}, "192.0.2.1")
         assert host.slots[name].slot == before
         assert host.systemd.limits[before.scope].memory_bytes == before.limits.memory_bytes
 

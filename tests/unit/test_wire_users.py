@@ -100,8 +100,11 @@ class FakeCalls:
     def slot(self, slot):
         raise StartFailed.at("mount", 13, "refused")
 
-    def update(self, slot, options):
+    def update(self, slot, options, client):
         return {"slot": slot, **options}
+
+    async def try_start(self):
+        raise RuntimeError("a fault")
 
     def stats(self):
         raise RuntimeError("a fault")
@@ -167,7 +170,7 @@ def test_the_number_of_connections_is_bounded_and_others_are_refused_until_one_e
         deadline_s = time.monotonic() + 10
         while time.monotonic() < deadline_s:
             with contextlib.suppress(SupervisorUnavailable):
-                client.call(operations.UPDATE, UpdateArguments("h-0", {"ttl": 1}))
+                client.call(operations.UPDATE, UpdateArguments("h-0", {"ttl": 1}, "::1"))
                 return
     pytest.fail("the place of a closed connection stays taken")
 
@@ -234,7 +237,7 @@ def test_a_malformed_request_is_a_bad_request_and_leaks_nothing(server, file, pa
     assert calls.received == []
     with Channel.unconnected() as channel:
         channel.socket.connect(str(path))
-        channel.send({"op": "update", "args": UpdateArguments("h-0", {"ttl": 1}).save()})
+        channel.send({"op": "update", "args": UpdateArguments("h-0", {"ttl": 1}, "::1").save()})
         assert channel.receive().body == {"ok": {"slot": "h-0", "ttl": 1}}
     assert settles_at(len(before))
 
