@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -25,15 +26,18 @@ from nbagent import __version__
 from nbagent.cli import tables
 from nbagent.cli.gateway import gateway
 from nbagent.cli.images import image
-from nbagent.cli.remote import DEFAULT_URL, Remote, read_token
+from nbagent.cli.remote import DEFAULT_URL, ApiUnavailable, Remote, read_token
 from nbagent.cli.slot import slot as slot_group
 from nbagent.config import host_config, nginx_check, nginx_settings
 from nbagent.config.host_config import NETWORK_MODES
 from nbagent.core import paths
-from nbagent.core.errors import ConfigError, NbagentError, SlotNotFound
+from nbagent.core.errors import ConfigError, NbagentError, SlotNotFound, SupervisorUnavailable
 from nbagent.core.quantities import format_duration, parse_duration
 
 WAIT_INTERVAL_S = 1.0
+# The value of --wait without a duration.
+WITHOUT_END = "without end"
+EX_TEMPFAIL = 75  # sysexits.h
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -223,21 +227,39 @@ def stats(remote: Remote, as_json: bool) -> None:
 
 @nbagent.command()
 @click.option("--off", is_flag=True, help="Accept claims again.")
-@click.option("--wait", is_flag=True, help="Return when the last claimed slot has ended.")
+@click.option("--wait", is_flag=False, flag_value=WITHOUT_END, metavar="[DURATION]",
+              help="Return when the last claimed slot has ended, or after a time such as 30min with exit status 75.")
 @_with_api
-def drain(remote: Remote, as_json: bool, off: bool, wait: bool) -> None:
+def drain(remote: Remote, as_json: bool, off: bool, wait: str | None) -> None:
     """Refuse new claims; claimed slots keep running."""
-    if off and wait:
+    if off and wait is not None:
         raise click.UsageError("--wait waits for a drain, and --off ends it; use only one of them")
+    until_s = time.monotonic() + _wait_s(wait)
     state = remote.call("DELETE" if off else "POST", "/drain")
-    while wait and state["claimed"]:
+    while state["claimed"] and state["draining"] and time.monotonic() < until_s:
         if sys.stderr.isatty():
             click.echo(f"\r{state['claimed']} claimed slots left ", err=True, nl=False)
         # The API has no events to wait for. One request a second is cheap for a drain that takes hours.
-        time.sleep(WAIT_INTERVAL_S)
-        stats = remote.call("GET", "/stats")
-        state = {name: stats[name] for name in ("draining", "claimed", "warm")}
+        time.sleep(min(WAIT_INTERVAL_S, max(0.0, until_s - time.monotonic())))
+        # The API may be restarting; a drain outlives it.
+        with contextlib.suppress(ApiUnavailable, SupervisorUnavailable):
+            stats = remote.call("GET", "/stats")
+            state = {name: stats[name] for name in ("draining", "claimed", "warm")}
     _print(state, as_json)
+    if wait is not None and state["claimed"]:
+        reason = f"after {wait}" if state["draining"] else "because the drain was ended"
+        _print_error(f"{state['claimed']} claimed slots are left {reason}")
+        sys.exit(EX_TEMPFAIL)
+
+
+def _wait_s(wait: str | None) -> float:
+    """The seconds of --wait; 0 without it."""
+    if wait is None:
+        return 0.0
+    try:
+        return math.inf if wait == WITHOUT_END else parse_duration(wait)
+    except ValueError as error:
+        raise click.UsageError(f"--wait {wait}: expected {error}") from None
 
 
 @nbagent.command()
@@ -348,7 +370,7 @@ def _print_json(document: object) -> None:
     click.echo(json.dumps(document, indent=2 if sys.stdout.isatty() else None))
 
 
-def _print_error(error: Exception) -> None:
+def _print_error(error: Exception | str) -> None:
     click.echo(f"nbagent: {' '.join(str(error).split())}", err=True)
 
 

@@ -41,7 +41,7 @@ class Entry(NamedTuple):
 
 @dataclass
 class History:
-    """What the journal has about one slot; None where it has nothing."""
+    """The facts that the journal has about one slot; None where it has none."""
 
     slot: str
     image: str | None = None

@@ -163,6 +163,34 @@ def test_drain_waits_for_the_last_slot(
     assert run("drain", "--wait", "--json").json == {"draining": True, "claimed": 0, "warm": 0}
 
 
+def test_drain_ends_at_its_deadline_with_an_exit_status_of_its_own(run: Any) -> None:
+    run("claim")
+    done = run("drain", "--wait", "soon", "--json")
+    assert done.status == 2 and "--wait soon: expected" in done.err
+    done = run("drain", "--wait", "0.05", "--json")
+    assert (done.status, done.json["claimed"], done.err) == (75, 1, "nbagent: 1 claimed slots are left after 0.05\n")
+
+
+def test_drain_waits_over_a_restart_of_the_api_and_notices_the_end_of_the_drain(
+    run: Any, supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nbagent.core.errors import SupervisorUnavailable
+
+    run("claim")
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        supervisor.raises = SupervisorUnavailable("restarting") if len(pauses) == 1 else None
+        if len(pauses) == 3:
+            supervisor.draining = False
+
+    monkeypatch.setattr("time.sleep", sleep)
+    done = run("drain", "--wait", "1h", "--json")
+    assert (done.status, done.err) == (75, "nbagent: 1 claimed slots are left because the drain was ended\n")
+    assert len(pauses) == 3
+
+
 def test_stats_and_images_are_shown(run: Any) -> None:
     assert re.search(r"^available +1000$", run("stats").out, re.MULTILINE)
     assert run("stats", "--json").json["capacity"] == 1000
