@@ -9,6 +9,7 @@ SIGHUP reloads the configuration and the list of images. SIGTERM ends the superv
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pwd
 import signal
@@ -44,7 +45,11 @@ def main() -> int:
 
 async def _run(config: host_config.HostConfig) -> None:
     sockets = _activated()
-    systemd = Systemd()
+    with contextlib.closing(Systemd()) as systemd:
+        await _serve(config, sockets, systemd)
+
+
+async def _serve(config: host_config.HostConfig, sockets: dict[str, socket.socket], systemd: Systemd) -> None:
     records = Records(paths.SLOTS)
     current, changed = CurrentConfig(config), asyncio.Event()
     zygotes = Zygotes(current, systemd, changed.set)

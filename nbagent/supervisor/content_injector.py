@@ -8,7 +8,7 @@ Its response comes from inside the slot and is untrusted: the channel bounds and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from nbagent.config.host_config import ClaimSettings
@@ -39,7 +39,7 @@ class Injected(NamedTuple):
 
 
 async def inject(
-    slot: Slot, pidfd: int, content: Content, settings: ClaimSettings, join_scope: Callable[[int], None]
+    slot: Slot, pidfd: int, content: Content, settings: ClaimSettings, join_scope: Callable[[int], Awaitable[None]]
 ) -> Injected:
     """Delivers `content` into the slot whose first process is `pidfd`; `join_scope` moves a pid into its scope.
 
@@ -55,7 +55,7 @@ async def inject(
             raise StartFailed.at(*Failure.of(error, ENTER)) from error
         with process:
             try:
-                join_scope(pid_of(process.pidfd, slot))
+                await join_scope(pid_of(process.pidfd, slot))
                 process.release()
                 async with asyncio.timeout(settings.timeout + _HEAD_START_S):
                     return await _result(control, content)

@@ -171,8 +171,8 @@ class _SlotScope:
         )
         emit(Event.SLOT_STARTING, slot=slot.id, image=slot.image)
 
-    def add(self, pids: Sequence[int]) -> None:
-        self._systemd.attach(self._slot.scope, pids)
+    async def add(self, pids: Sequence[int]) -> None:
+        await self._systemd.attach(self._slot.scope, pids)
 
     async def stop(self) -> None:
         await self._systemd.stop(self._slot.scope, at_once=True)

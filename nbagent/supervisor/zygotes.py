@@ -446,8 +446,8 @@ class ForkLauncher:
                 if early is None:
                     await _enclose(scope, pids, start)
                 else:
-                    await early
-                    scope.add(pids[1:])
+                    # Requested before the scope has started, so that the service adds the process at once.
+                    await asyncio.gather(early, scope.add(pids[1:]))
             finally:
                 if early is not None:
                     early.cancel()
