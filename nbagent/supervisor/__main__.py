@@ -9,6 +9,7 @@ SIGHUP reloads the configuration and the list of images. SIGTERM ends the superv
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pwd
 import signal
@@ -46,9 +47,13 @@ def main() -> int:
 
 async def _run(config: host_config.HostConfig) -> None:
     named = daemon.listen_fds_with_names()
-    kept = fd_store.kept(named)
-    sockets = _activated(named)
-    systemd = Systemd()
+    with contextlib.closing(Systemd()) as systemd:
+        await _serve(config, _activated(named), fd_store.kept(named), systemd)
+
+
+async def _serve(
+    config: host_config.HostConfig, sockets: dict[str, socket.socket], kept: Mapping[str, int], systemd: Systemd
+) -> None:
     records = Records(paths.SLOTS)
     current, changed = CurrentConfig(config), asyncio.Event()
     zygotes = Zygotes(current, systemd, changed.set)

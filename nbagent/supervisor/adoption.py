@@ -9,6 +9,7 @@ from nbagent.core.events import Event, emit
 from nbagent.core.model import Limits, Slot, SlotState, now
 from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
+from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.pools import Pools
@@ -49,6 +50,7 @@ class Adoption:
             live = await reattach(slot) if slot is not None and slot.state in COMPLETE and runs else None
             if live is not None:
                 self._adopt(live)
+                reach(Point.SLOT_ADOPTED)
                 continue
             await self._systemd.stop(scope, at_once=True)
             self._records.remove(name)

@@ -21,6 +21,7 @@ from nbagent.core.events import Event, emit
 from nbagent.core.model import CLAIM_FIELDS, Bounds, Options, Slot, SlotState, now, parse_options
 from nbagent.supervisor.allocator import Allocator
 from nbagent.supervisor.counters import Counters
+from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.host_load import RETRY_MAX_S, HostLoad
 from nbagent.supervisor.network import INTERNET
 from nbagent.supervisor.pools import Pools
@@ -142,6 +143,7 @@ class Claims:
             limits=limits, claimed_s=claimed_s, ttl_s=request.ttl_s, path=options.path or live.slot.path,
             key=request.key, fingerprint=request.fingerprint, network=request.network,
         )
+        reach(Point.CLAIM_RECORDED)
         self._preparation.close_interface(live)
         self._counters.add("claims")
         # In the loop's next turn, as is the start of the slot's replacement, so that the response is sent first.

@@ -8,7 +8,7 @@ Its response comes from inside the slot and is untrusted: the channel bounds and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from nbagent.config.host_config import ClaimSettings
@@ -18,6 +18,7 @@ from nbagent.core.errors import ArchiveFailed, ContentFailed, NbagentError, Star
 from nbagent.core.model import Slot
 from nbagent.launch.requests import CONTENT
 from nbagent.supervisor import launch_service
+from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.launcher import pid_of, syscall_filter
 from nbagent.wire import fields
 from nbagent.wire.aio import receive
@@ -39,7 +40,7 @@ class Injected(NamedTuple):
 
 
 async def inject(
-    slot: Slot, pidfd: int, content: Content, settings: ClaimSettings, join_scope: Callable[[int], None]
+    slot: Slot, pidfd: int, content: Content, settings: ClaimSettings, join_scope: Callable[[int], Awaitable[None]]
 ) -> Injected:
     """Delivers `content` into the slot whose first process is `pidfd`; `join_scope` moves a pid into its scope.
 
@@ -55,8 +56,9 @@ async def inject(
             raise StartFailed.at(*Failure.of(error, ENTER)) from error
         with process:
             try:
-                join_scope(pid_of(process.pidfd, slot))
+                await join_scope(pid_of(process.pidfd, slot))
                 process.release()
+                reach(Point.CONTENT_STARTED)
                 async with asyncio.timeout(settings.timeout + _HEAD_START_S):
                     return await _result(control, content)
             except TimeoutError:

@@ -8,6 +8,7 @@ import contextlib
 
 from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
+from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.systemd import JobFailed, Systemd
@@ -39,6 +40,7 @@ class Images:
         """Reads the store: each image has a pool, and a zygote where its slots are forked."""
         images = {image.name: image for image in self._store.list()}
         self._pools.set_images(images)
+        reach(Point.IMAGE_REPLACED)
         self._zygotes.want(images)
         # A slot that starts uses the image of its pool, even when the name means another image by then.
         slots = {live.slot.digest for live in self._slots.values()}

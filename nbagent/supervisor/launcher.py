@@ -63,8 +63,8 @@ class Scope(Protocol):
     async def start(self, pids: Sequence[int]) -> None:
         """Starts it with these processes in it. Raises JobFailed or OSError."""
 
-    def add(self, pids: Sequence[int]) -> None:
-        """Moves more processes into it. Raises OSError."""
+    async def add(self, pids: Sequence[int]) -> None:
+        """Moves more processes into it, also while it is being started. Raises OSError."""
 
     async def stop(self) -> None:
         """Ends it and every process in it, if it exists. Raises OSError."""

@@ -17,6 +17,7 @@ from nbagent.core.errors import StartFailed
 from nbagent.core.model import SlotState, now
 from nbagent.image.store import Image
 from nbagent.policy import pool as policy
+from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slots import Slots
@@ -96,6 +97,7 @@ class Pools(Mapping[str, ImagePool]):
                 return
         # Persist only now: until then a restart must discard the slot.
         self._records.save(live.slot)
+        reach(Point.WARM_RECORDED)
         pool.warm.append(live)
         self._changed.set()
 

@@ -12,6 +12,7 @@ from nbagent.core.errors import ContentFailed, RecordFailed, StartFailed
 from nbagent.core.events import Event, emit
 from nbagent.core.model import Limits, SlotState, now
 from nbagent.supervisor import content_injector
+from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.network import INTERNET, Network
 from nbagent.supervisor.records import Records
@@ -47,8 +48,10 @@ class Preparation:
         if limits == live.slot.limits and network != INTERNET and not content:
             return
         self.record(live, SlotState.PREPARING, network=network)
+        reach(Point.PREPARING)
         try:
             self._set_limits(live, limits)
+            reach(Point.LIMITS_SET)
             if network == INTERNET:
                 await self._network.open(live.slot)
             if content:

@@ -18,6 +18,7 @@ from nbagent.linux import cgroup
 from nbagent.linux.cgroup import Cgroup
 from nbagent.supervisor import readiness
 from nbagent.supervisor.counters import Counters
+from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.launcher import Launcher, ended, sandbox_spec
 from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.network import Network
@@ -131,6 +132,7 @@ class SlotStarter:
     def _offer(self, live: RunningSlot, image: Image, took_s: float) -> None:
         self._pools[image.name].resume()
         self._counters.start_seconds.observe(took_s)
+        reach(Point.SERVES)
         self._slots.move(live, SlotState.WARM)
         self._monitor.add(live, now())
         emit(Event.SLOT_WARM, slot=live.slot.id, took_ms=round(took_s * 1000))
@@ -142,6 +144,7 @@ class SlotStarter:
             async def attach(netns_fd: int) -> None:
                 await self._network.attach(slot, netns_fd)
 
+            reach(Point.RECORD_CREATED)
             scope = _SlotScope(self._systemd, slot, settings.stop_timeout)
             uplink = self._network.uplink(slot)
             spec = sandbox_spec(slot, image, settings.storage_bytes, settings.start_timeout, uplink)
@@ -199,10 +202,11 @@ class _SlotScope:
             slot.scope, pids, f"Notebook slot {slot.id}", slot.limits,
             runtime_max_s=slot.ends_s - slot.created_s, stop_timeout_s=self._stop_timeout_s,
         )
+        reach(Point.SCOPE_STARTED)
         emit(Event.SLOT_STARTING, slot=slot.id, image=slot.image)
 
-    def add(self, pids: Sequence[int]) -> None:
-        self._systemd.attach(self._slot.scope, pids)
+    async def add(self, pids: Sequence[int]) -> None:
+        await self._systemd.attach(self._slot.scope, pids)
 
     async def stop(self) -> None:
         await self._systemd.stop(self._slot.scope, at_once=True)

@@ -9,6 +9,7 @@ import contextlib
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.events import Event, emit
 from nbagent.core.model import Slot, SlotState, now
+from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.images import Images
 from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.pools import Pools
@@ -57,6 +58,7 @@ class SlotStopper:
         self._pools.remove(live)
         # If the supervisor ends before the scope does, the next supervisor stops the scope because it has no file.
         self._records.remove(live.slot.id)
+        reach(Point.ROUTE_REMOVED)
         emit(event, slot=live.slot.id, **({} if text is None else {"text": text}), **facts)
         self._cleanups.spawn(self._clean(live, at_once or live.slot.claimed_s is None))
 
@@ -86,6 +88,7 @@ class SlotStopper:
         slot, used, began_s = live.slot, live.final(), now()
         if not await self._stop(slot, at_once):
             return
+        reach(Point.STOPPED)
         timeout_s = self._config.value.slots.stop_timeout
         if not at_once and now() - began_s >= timeout_s:
             emit(Event.SLOT_KILLED, slot=slot.id, wait_s=f"{timeout_s:g}")

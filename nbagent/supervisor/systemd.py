@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """systemd as the supervisor uses it: by the units service (nbagent.units), which alone has access to it.
 
-Calls that change a limit block the event loop until the service responds, about 2 ms. Starts and stops are awaited.
+Calls that change a limit block the event loop until the service responds, about 2 ms. Others are awaited.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from nbagent.core.model import Limits
 from nbagent.systemd.job import JobFailed
 from nbagent.units.requests import JOB, restore_limits
 from nbagent.wire import fields
-from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import StepFailed
+from nbagent.wire.multiplex import Requests
 
 __all__ = ["JobFailed", "Systemd"]
 
@@ -35,6 +35,13 @@ TRIES = 3
 class Systemd:
     """The units of slots and zygotes."""
 
+    def __init__(self) -> None:
+        self._requests = Requests(str(paths.UNITS_SOCKET))
+
+    def close(self) -> None:
+        """Closes the connection."""
+        self._requests.close()
+
     async def start_scope(
         self, name: str, pids: Sequence[int], description: str, limits: Limits, **settings: float
     ) -> None:
@@ -42,7 +49,7 @@ class Systemd:
 
         `settings`: `runtime_max_s`, `stop_timeout_s`. Raises JobFailed or OSError.
         """
-        started = asyncio.ensure_future(_request(
+        started = asyncio.ensure_future(self._request(
             "start_scope", unit=name, pids=list(pids), description=description, limits=limits.document(), **settings
         ))
         try:
@@ -54,9 +61,9 @@ class Systemd:
                 started.exception()
             raise
 
-    def attach(self, name: str, pids: Sequence[int]) -> None:
-        """Moves more processes into a running scope. Raises OSError."""
-        _call("attach", unit=name, pids=list(pids))
+    async def attach(self, name: str, pids: Sequence[int]) -> None:
+        """Moves more processes into a scope that runs or is being started. Raises JobFailed or OSError."""
+        await self._request("attach", unit=name, pids=list(pids))
 
     def set_limits(self, name: str, limits: Limits) -> None:
         """Changes the limits of a running scope, or of a zygote's service, which may be inactive. Raises OSError."""
@@ -80,15 +87,15 @@ class Systemd:
 
     async def reclaim(self, name: str, pid: int, size_bytes: int) -> bool:
         """Reclaims memory of the scope in which `pid` is, as Cgroup.reclaim. Raises OSError."""
-        return (await _request("reclaim", unit=name, pid=pid, size_bytes=size_bytes)).get("ok") is True
+        return (await self._request("reclaim", unit=name, pid=pid, size_bytes=size_bytes)).get("ok") is True
 
     async def prime(self) -> None:
         """Speeds up the next move of processes into a scope. Raises OSError."""
-        await _request("prime")
+        await self._request("prime")
 
     async def start(self, name: str, *, anew: bool = False) -> None:
         """Starts a unit, or with `anew` restarts it, and waits until it is active. Raises JobFailed or OSError."""
-        await _request("start", unit=name, anew=anew)
+        await self._request("start", unit=name, anew=anew)
 
     async def stop(self, name: str, *, at_once: bool = False) -> None:
         """Stops a unit and waits until it is inactive; does nothing when it is not loaded. Raises OSError.
@@ -96,11 +103,11 @@ class Systemd:
         `at_once` sends SIGKILL instead of SIGTERM first, for processes that have nothing to save.
         """
         with contextlib.suppress(JobFailed):
-            await _request("stop", unit=name, at_once=at_once)
+            await self._request("stop", unit=name, at_once=at_once)
 
     async def check(self) -> None:
         """Returns when PID 1 has responded. Raises OSError."""
-        await _request("zygotes")
+        await self._request("zygotes")
 
     def scopes(self) -> list[str]:
         """The names of all slots' scopes that are neither inactive nor failed. Raises OSError."""
@@ -110,6 +117,13 @@ class Systemd:
         """The names of all zygotes' services that are neither inactive nor failed. Raises OSError."""
         return fields.texts(_call("zygotes"), "ok")
 
+    async def _request(self, op: str, **arguments: object) -> Mapping[str, object]:
+        """The response; other tasks run meanwhile. Raises JobFailed or OSError."""
+        for _ in range(1 if op == "start_scope" else TRIES):
+            with contextlib.suppress(ConnectionError):
+                return _result(await self._requests.request({"op": op, **arguments}))
+        raise _unavailable(op)
+
 
 def _call(op: str, **arguments: object) -> Mapping[str, object]:
     """The response; the event loop waits. Raises OSError."""
@@ -117,20 +131,8 @@ def _call(op: str, **arguments: object) -> Mapping[str, object]:
         with contextlib.suppress(ConnectionError), Channel.unconnected(RESPONSE_MAX_BYTES) as channel:
             channel.socket.settimeout(TIMEOUT_S)
             channel.socket.connect(str(paths.UNITS_SOCKET))
-            channel.send({"op": op, **arguments})
+            channel.send({"number": 0, "op": op, **arguments})
             if (response := channel.receive()) is not None:
-                return _result(response)
-    raise _unavailable(op)
-
-
-async def _request(op: str, **arguments: object) -> Mapping[str, object]:
-    """The response; other tasks run meanwhile. Raises JobFailed or OSError."""
-    for _ in range(1 if op == "start_scope" else TRIES):
-        with contextlib.suppress(ConnectionError), Channel.unconnected() as channel:
-            channel.socket.setblocking(False)
-            await asyncio.get_running_loop().sock_connect(channel.socket, str(paths.UNITS_SOCKET))
-            channel.send({"op": op, **arguments})
-            if (response := await receive(channel)) is not None:
                 return _result(response)
     raise _unavailable(op)
 

@@ -12,6 +12,7 @@ from nbagent.core.errors import IllegalMove, InvalidField, RecordFailed
 from nbagent.core.events import Event, emit
 from nbagent.core.model import UPDATE_FIELDS, Slot, SlotState, now, parse_options
 from nbagent.supervisor.claims import bounds
+from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.host_load import HostLoad
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
@@ -50,6 +51,7 @@ class Updates:
         except OSError as error:
             text = f"slot {slot.id} was not changed, because its record was not written: {error.strerror}"
             raise RecordFailed(text, errno=error.errno) from error
+        reach(Point.UPDATE_RECORDED)
         try:
             if slot.limits != before.limits:
                 self._systemd.set_limits(slot.scope, slot.limits)

@@ -37,6 +37,7 @@ from nbagent.policy.pool import backoff
 from nbagent.runtime.zygote_service import PROTOCOL, ZYGOTE_PATH
 from nbagent.sandbox.spec import SandboxSpec
 from nbagent.supervisor import fd_store
+from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.launcher import (
     Attach,
     ExecLauncher,
@@ -355,6 +356,7 @@ class Zygotes:
                     return
                 continue
             former, pool.zygote = pool.zygote, Zygote(instance, pool.image, channel, now())
+            reach(Point.ZYGOTE_READY)
             fd_store.keep(instance, channel.fileno())
             pool.no_zygote.clear()
             pool.task = None
@@ -532,6 +534,7 @@ class ForkLauncher:
             stack.callback(os.close, go_fd)
             self.zygotes.forked(zygote)
             init, = await _forked(start, "init")
+            reach(Point.FORKED)
             mine = stack.enter_context(contextlib.ExitStack())
             mine.callback(os.close, init)
             pids = _pids([init], slot, zygote)
@@ -545,8 +548,8 @@ class ForkLauncher:
                 if early is None:
                     await _enclose(scope, pids, start)
                 else:
-                    await early
-                    scope.add(pids[1:])
+                    # Requested before the scope has started, so that the service adds the process at once.
+                    await asyncio.gather(early, scope.add(pids[1:]))
             finally:
                 if early is not None:
                     early.cancel()

@@ -83,6 +83,8 @@ class Systemd:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._jobs: dict[bytes, asyncio.Future[str]] = {}
+        # The ends of the starts that are under way, by the name of the scope.
+        self._starting: dict[str, asyncio.Future[None]] = {}
         self._reopening: asyncio.TimerHandle | None = None
         self._open()
 
@@ -152,6 +154,16 @@ class Systemd:
 
         `settings`: `runtime_max_s`, `stop_timeout_s`. Raises JobFailed or OSError.
         """
+        started = self._starting[name] = self._loop.create_future()
+        try:
+            await self._start_scope(name, pids, description, limits, **settings)
+        finally:
+            self._starting.pop(name, None)
+            started.set_result(None)
+
+    async def _start_scope(
+        self, name: str, pids: Sequence[int], description: str, limits: Limits, **settings: float
+    ) -> None:
         properties: dict[bytes, Value] = {
             b"CollectMode": b"inactive-or-failed",
             b"CPUAccounting": True,
@@ -178,8 +190,10 @@ class Systemd:
             job = self._call("StartTransientUnit", name.encode(), b"fail", properties)
         await self._wait_for(job, also_when_cancelled=True)
 
-    def attach(self, name: str, pids: Sequence[int]) -> None:
-        """Moves more processes into a running scope. Raises OSError."""
+    async def attach(self, name: str, pids: Sequence[int]) -> None:
+        """Moves more processes into a scope that runs or is being started. Raises OSError."""
+        if (started := self._starting.get(name)) is not None:
+            await asyncio.wait({started})
         self._call("AttachProcessesToUnit", name.encode(), b"", list(pids))
 
     def set_limits(self, name: str, limits: Limits) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 from collections.abc import Callable
@@ -20,13 +21,9 @@ from systemd import daemon
 from nbagent.linux.cgroup import MigrationPrimer
 from nbagent.systemd.bus import Systemd
 from nbagent.units import requests
-from nbagent.wire.aio import receive
+from nbagent.wire import multiplex
 from nbagent.wire.channel import Channel
 from nbagent.wire.failure import Failure
-from nbagent.wire.fields import MalformedMessage
-
-# A caller that sends nothing may not hold a connection for ever.
-_TIMEOUT_S = 5.0
 
 
 async def serve(
@@ -37,23 +34,20 @@ async def serve(
     listener.setblocking(False)
     while True:
         connection, _ = await loop.sock_accept(listener)
+        connection.setblocking(False)
         task = loop.create_task(_serve_one(manager, Channel(connection, requests.REQUEST_MAX_BYTES), prime))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
 
 
 async def _serve_one(manager: requests.Manager, channel: Channel, prime: Callable[[], None]) -> None:
-    with channel, contextlib.suppress(OSError):
-        channel.socket.setblocking(False)
-        try:
-            async with asyncio.timeout(_TIMEOUT_S):
-                request = await receive(channel)
-        except (TimeoutError, MalformedMessage) as error:
-            channel.send(Failure.of(error, "units").save())
+    with channel:
+        if (uid := channel.peer_uid()) != 0:
+            error = PermissionError(errno.EPERM, f"user id {uid} may not use the units service")
+            with contextlib.suppress(OSError):
+                channel.send(Failure.of(error, "units").save())
             return
-        if request is not None:
-            request.close()
-            channel.send(await requests.respond(manager, channel, request.body, prime))
+        await multiplex.serve(channel, "units", lambda body: requests.respond(manager, body, prime))
 
 
 def _primer() -> Callable[[], None]:

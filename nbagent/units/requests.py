@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The requests of the units service, one a connection of nbagent.wire.channel.
+"""The requests of the units service, many at a time over a connection of nbagent.wire.multiplex.
 
     {"op": "start_scope", "unit": SCOPE, "pids": [int], "description": str, "limits": {...}, "runtime_max_s": float,
      "stop_timeout_s": float}           moves processes into a new scope of a slot; responds when they are there
-    {"op": "attach", "unit": SCOPE, "pids": [int]}
+    {"op": "attach", "unit": SCOPE, "pids": [int]}      responds when they are in the scope, which may be starting
     {"op": "set_limits", "unit": SCOPE or ZYGOTE, "limits": {...}}
     {"op": "scope_limits", "unit": SCOPE}                       responds with {...}, as in set_limits
     {"op": "main_pid", "unit": ZYGOTE}                          responds with a process
@@ -34,7 +34,6 @@ from nbagent.core.model import Limits
 from nbagent.linux import cgroup
 from nbagent.systemd.job import JobFailed
 from nbagent.wire import fields
-from nbagent.wire.channel import Channel
 from nbagent.wire.failure import Failure
 from nbagent.wire.fields import MalformedMessage
 
@@ -58,7 +57,7 @@ class Manager(Protocol):
         self, name: str, pids: Sequence[int], description: str, limits: Limits, **settings: float
     ) -> None: ...
 
-    def attach(self, name: str, pids: Sequence[int]) -> None: ...
+    async def attach(self, name: str, pids: Sequence[int]) -> None: ...
 
     def set_limits(self, name: str, limits: Limits) -> None: ...
 
@@ -80,12 +79,10 @@ class Manager(Protocol):
 
 
 async def respond(
-    manager: Manager, channel: Channel, body: Mapping[str, object], prime: Callable[[], None] = lambda: None
+    manager: Manager, body: Mapping[str, object], prime: Callable[[], None] = lambda: None
 ) -> dict[str, object]:
-    """The response to one request. `prime` does the request "prime"."""
+    """The response to one request of root. `prime` does the request "prime"."""
     try:
-        if (uid := channel.peer_uid()) != 0:
-            raise PermissionError(errno.EPERM, f"user id {uid} may not use the units service")
         if body.get("op") == "prime":
             prime()
             return {"ok": None}
@@ -106,7 +103,7 @@ async def _do(manager: Manager, body: Mapping[str, object]) -> object:
                 runtime_max_s=_seconds(body, "runtime_max_s"), stop_timeout_s=_seconds(body, "stop_timeout_s"),
             )
         case "attach":
-            manager.attach(_unit(body, _SCOPE), _pids(body))
+            await manager.attach(_unit(body, _SCOPE), _pids(body))
         case "set_limits":
             manager.set_limits(_unit(body, _STOPPED), restore_limits(body))
         case "scope_limits":

@@ -110,6 +110,11 @@ def launch(request):
             response.raise_failure()
 
 
+async def requested(request):
+    with contextlib.closing(Systemd()) as systemd:
+        await request(systemd)
+
+
 if __name__ == "__main__":
     (paths.RUN / "taken-over").touch()
     for name, attempt in ATTEMPTS.items():
@@ -118,7 +123,7 @@ if __name__ == "__main__":
             print(f"succeeded: {name}", flush=True)
     for name, request in REQUESTS.items():
         with contextlib.suppress(OSError):
-            asyncio.run(request(Systemd()))
+            asyncio.run(requested(request))
             print(f"succeeded: {name}", flush=True)
     with contextlib.suppress(Exception):
         launch({"op": "open", "scope": "init.scope", "pid": 1})

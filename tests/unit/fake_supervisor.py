@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -250,6 +250,8 @@ class FakeSupervisor:
         return load.draining or slots.count(SlotState.WARM) > 0 or not load.room(load.host(), "minimal")
 
 
-async def _inject(slot: Slot, pidfd: int, content: Any, settings: Any, join_scope: Callable[[int], None]) -> Injected:
-    join_scope(os.getpid())
+async def _inject(
+    slot: Slot, pidfd: int, content: Any, settings: Any, join_scope: Callable[[int], Awaitable[None]]
+) -> Injected:
+    await join_scope(os.getpid())
     return Injected(len(content.files), 0)

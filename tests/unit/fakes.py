@@ -79,7 +79,7 @@ class FakeSystemd:
     async def start(self, name: str) -> None:
         self.calls.append(("start", name))
 
-    def attach(self, name: str, pids: Sequence[int]) -> None:
+    async def attach(self, name: str, pids: Sequence[int]) -> None:
         self.calls.append(("attach", name))
 
     def set_limits(self, name: str, limits: Limits) -> None:

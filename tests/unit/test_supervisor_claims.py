@@ -384,7 +384,7 @@ def injected(monkeypatch):
     calls: list = []
 
     async def inject(slot, pidfd, content, settings, join_scope):
-        join_scope(1)
+        await join_scope(1)
         calls.append((slot.id, slot.state, content))
         await asyncio.sleep(0)
         if isinstance(calls[0], BaseException):

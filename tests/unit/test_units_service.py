@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import socket
@@ -45,7 +46,7 @@ class Manager:
         async def record_later(*arguments, **settings):
             return record(*arguments, **settings)
 
-        return record_later if name in ("start", "stop", "start_scope") else record
+        return record_later if name in ("start", "stop", "start_scope", "attach") else record
 
 
 class Service:
@@ -86,23 +87,24 @@ def service(tmp_path, monkeypatch):
 
 
 async def test_every_call_arrives_with_its_arguments(service):
-    systemd = Systemd()
-    await systemd.start_scope(SCOPE, [10, 11], "Notebook slot", LIMITS, runtime_max_s=60, stop_timeout_s=3.5)
-    systemd.attach(SCOPE, [11])
-    systemd.set_limits(SCOPE, dataclasses.replace(LIMITS, cpu_quota=None))
-    systemd.set_swap(SCOPE, 0)
-    systemd.set_cpu_weight(ZYGOTE, 1)
-    await systemd.start(ZYGOTE)
-    await systemd.start("nbagent-dns.service", anew=True)
-    await systemd.stop(SCOPE, at_once=True)
-    await systemd.stop(ZYGOTE)
-    assert systemd.scopes() == systemd.zygotes() == [SCOPE]
-    assert service.manager.calls == [
-        ("start_scope", SCOPE, [10, 11], "Notebook slot", LIMITS, 60.0, 3.5), ("attach", SCOPE, [11]),
-        ("set_limits", SCOPE, Limits(1 << 30, 100, None, 256)), ("set_swap", SCOPE, 0), ("set_cpu_weight", ZYGOTE, 1),
-        ("start", ZYGOTE, False), ("start", "nbagent-dns.service", True), ("stop", SCOPE, True),
-        ("stop", ZYGOTE, False), ("scopes",), ("zygotes",),
-    ]
+    with contextlib.closing(Systemd()) as systemd:
+        await systemd.start_scope(SCOPE, [10, 11], "Notebook slot", LIMITS, runtime_max_s=60, stop_timeout_s=3.5)
+        await systemd.attach(SCOPE, [11])
+        systemd.set_limits(SCOPE, dataclasses.replace(LIMITS, cpu_quota=None))
+        systemd.set_swap(SCOPE, 0)
+        systemd.set_cpu_weight(ZYGOTE, 1)
+        await systemd.start(ZYGOTE)
+        await systemd.start("nbagent-dns.service", anew=True)
+        await systemd.stop(SCOPE, at_once=True)
+        await systemd.stop(ZYGOTE)
+        assert systemd.scopes() == systemd.zygotes() == [SCOPE]
+        assert service.manager.calls == [
+            ("start_scope", SCOPE, [10, 11], "Notebook slot", LIMITS, 60.0, 3.5), ("attach", SCOPE, [11]),
+            ("set_limits", SCOPE, Limits(1 << 30, 100, None, 256)), ("set_swap", SCOPE, 0),
+            ("set_cpu_weight", ZYGOTE, 1),
+            ("start", ZYGOTE, False), ("start", "nbagent-dns.service", True), ("stop", SCOPE, True),
+            ("stop", ZYGOTE, False), ("scopes",), ("zygotes",),
+        ]
 
 
 @pytest.mark.parametrize("name", [
@@ -110,76 +112,81 @@ async def test_every_call_arrives_with_its_arguments(service):
     "init.scope", "nbagent-zygote@x.service", "nbagent-zygote@minimal:0.service.d", "nbagent-x.scope\n", "",
 ])
 async def test_a_unit_that_is_not_a_slots_is_refused(service, name):
-    systemd = Systemd()
-    for call in (
-        lambda: systemd.start(name), lambda: systemd.stop(name, at_once=True),
-        lambda: systemd.start_scope(name, [10], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1),
-    ):
-        with pytest.raises(PermissionError, match="does not belong to a slot"):
-            await call()
-    for call in (
-        lambda: systemd.attach(name, [10]), lambda: systemd.set_limits(name, LIMITS), lambda: systemd.set_swap(name, 1),
-        lambda: systemd.set_cpu_weight(name, 1),
-    ):
-        with pytest.raises(PermissionError, match="does not belong to a slot"):
-            call()
-    assert service.manager.calls == []
+    with contextlib.closing(Systemd()) as systemd:
+        for call in (
+            lambda: systemd.start(name), lambda: systemd.stop(name, at_once=True), lambda: systemd.attach(name, [10]),
+            lambda: systemd.start_scope(name, [10], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1),
+        ):
+            with pytest.raises(PermissionError, match="does not belong to a slot"):
+                await call()
+        for call in (
+            lambda: systemd.set_limits(name, LIMITS), lambda: systemd.set_swap(name, 1),
+            lambda: systemd.set_cpu_weight(name, 1),
+        ):
+            with pytest.raises(PermissionError, match="does not belong to a slot"):
+                call()
+        assert service.manager.calls == []
 
 
 async def test_a_scope_is_not_started_by_its_name(service):
-    with pytest.raises(PermissionError):
-        await Systemd().start(SCOPE)
-    assert service.manager.calls == []
+    with contextlib.closing(Systemd()) as systemd:
+        with pytest.raises(PermissionError):
+            await systemd.start(SCOPE)
+        assert service.manager.calls == []
 
 
 async def test_limits_are_of_scopes_and_zygotes_and_main_processes_of_zygotes(service):
-    systemd = Systemd()
-    systemd.set_limits(ZYGOTE, LIMITS)
-    assert systemd.scope_limits(SCOPE) == LIMITS
-    assert systemd.main_pid(ZYGOTE) == 4711
-    for call in (lambda: systemd.scope_limits(ZYGOTE), lambda: systemd.main_pid("ssh.service")):
-        with pytest.raises(PermissionError, match="does not belong to a slot"):
-            call()
+    with contextlib.closing(Systemd()) as systemd:
+        systemd.set_limits(ZYGOTE, LIMITS)
+        assert systemd.scope_limits(SCOPE) == LIMITS
+        assert systemd.main_pid(ZYGOTE) == 4711
+        for call in (lambda: systemd.scope_limits(ZYGOTE), lambda: systemd.main_pid("ssh.service")):
+            with pytest.raises(PermissionError, match="does not belong to a slot"):
+                call()
 
 
 @pytest.mark.parametrize("pid", [12, 13, 14, 15])
 async def test_a_process_that_was_not_forked_for_a_slot_gets_into_no_scope(service, pid):
     """Whatever gets into a scope is killed with it."""
-    with pytest.raises(PermissionError, match="not forked for a slot"):
-        await Systemd().start_scope(SCOPE, [10, pid], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1)
-    with pytest.raises(PermissionError, match="not forked for a slot"):
-        Systemd().attach(SCOPE, [pid])
-    assert service.manager.calls == []
+    with contextlib.closing(Systemd()) as systemd:
+        with pytest.raises(PermissionError, match="not forked for a slot"):
+            await systemd.start_scope(SCOPE, [10, pid], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1)
+        with pytest.raises(PermissionError, match="not forked for a slot"):
+            await systemd.attach(SCOPE, [pid])
+        assert service.manager.calls == []
 
 
 async def test_memory_is_reclaimed_from_the_cgroup_of_a_process_in_the_scope(service, monkeypatch):
-    written = []
-    monkeypatch.setattr(requests.cgroup, "of_process", lambda pid: requests.cgroup.Cgroup("m", "m", "m"))
-    monkeypatch.setattr(requests.cgroup.Cgroup, "reclaim", lambda group, size: written.append((group, size)) or True)
-    assert await Systemd().reclaim(SCOPE, 14, 4096) is True
-    for pid in (10, 12):
-        with pytest.raises(ProcessLookupError, match="is not in"):
-            await Systemd().reclaim(SCOPE, pid, 4096)
-    assert [size for _, size in written] == [4096]
-    await Systemd().prime()
+    with contextlib.closing(Systemd()) as systemd:
+        written = []
+        monkeypatch.setattr(requests.cgroup, "of_process", lambda pid: requests.cgroup.Cgroup("m", "m", "m"))
+        monkeypatch.setattr(
+            requests.cgroup.Cgroup, "reclaim", lambda group, size: written.append((group, size)) or True
+        )
+        assert await systemd.reclaim(SCOPE, 14, 4096) is True
+        for pid in (10, 12):
+            with pytest.raises(ProcessLookupError, match="is not in"):
+                await systemd.reclaim(SCOPE, pid, 4096)
+        assert [size for _, size in written] == [4096]
+        await systemd.prime()
 
 
 async def test_failures_keep_their_kind(service):
-    systemd = Systemd()
-    service.manager.error = JobFailed("job 7 ended as timeout")
-    with pytest.raises(JobFailed, match="job 7 ended as timeout"):
-        await systemd.start(ZYGOTE)
-    await systemd.stop(ZYGOTE)
-    service.manager.error = FileNotFoundError(2, "no such unit")
-    with pytest.raises(FileNotFoundError, match="no such unit"):
-        systemd.attach(SCOPE, [10])
-    # As nbagent.systemd.bus raises it.
-    service.manager.error = FileNotFoundError("it has no main process")
-    with pytest.raises(FileNotFoundError, match="it has no main process"):
-        systemd.main_pid(ZYGOTE)
-    service.manager.error = ValueError("unexpected")
-    with pytest.raises(OSError, match="unexpected"):
-        systemd.set_swap(SCOPE, 0)
+    with contextlib.closing(Systemd()) as systemd:
+        service.manager.error = JobFailed("job 7 ended as timeout")
+        with pytest.raises(JobFailed, match="job 7 ended as timeout"):
+            await systemd.start(ZYGOTE)
+        await systemd.stop(ZYGOTE)
+        service.manager.error = FileNotFoundError(2, "no such unit")
+        with pytest.raises(FileNotFoundError, match="no such unit"):
+            await systemd.attach(SCOPE, [10])
+        # As nbagent.systemd.bus raises it.
+        service.manager.error = FileNotFoundError("it has no main process")
+        with pytest.raises(FileNotFoundError, match="it has no main process"):
+            systemd.main_pid(ZYGOTE)
+        service.manager.error = ValueError("unexpected")
+        with pytest.raises(OSError, match="unexpected"):
+            systemd.set_swap(SCOPE, 0)
 
 
 @pytest.mark.parametrize("payload", [
@@ -200,39 +207,41 @@ def test_a_malformed_request_calls_nothing(service, payload):
 
 async def test_a_stop_is_repeated_when_the_service_restarts_and_a_start_of_a_scope_is_not(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "UNITS_SOCKET", tmp_path / "units.sock")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with listener:
-        listener.bind(str(paths.UNITS_SOCKET))
-        listener.listen()
-        ended = []
+    with contextlib.closing(Systemd()) as systemd:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with listener:
+            listener.bind(str(paths.UNITS_SOCKET))
+            listener.listen()
+            ended = []
 
-        def end():
-            for _ in range(4):
-                connection, _ = listener.accept()
-                ended.append(connection.recv(4096))
-                connection.close()
+            def end():
+                for _ in range(4):
+                    connection, _ = listener.accept()
+                    ended.append(connection.recv(4096))
+                    connection.close()
 
-        thread = threading.Thread(target=end)
-        thread.start()
-        with pytest.raises(OSError, match="ended without a response"):
-            await Systemd().stop(SCOPE)
-        assert len(ended) == 3
-        with pytest.raises(OSError, match="ended without a response"):
-            await Systemd().start_scope(SCOPE, [10], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1)
-        thread.join()
-    assert len(ended) == 4
+            thread = threading.Thread(target=end)
+            thread.start()
+            with pytest.raises(OSError, match="ended without a response"):
+                await systemd.stop(SCOPE)
+            assert len(ended) == 3
+            with pytest.raises(OSError, match="ended without a response"):
+                await systemd.start_scope(SCOPE, [10], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1)
+            thread.join()
+        assert len(ended) == 4
 
 
 async def test_a_cancelled_start_of_a_scope_waits_until_the_processes_are_there(service):
-    gate = threading.Event()
-    service.manager.start_scope = lambda *_, **__: asyncio.to_thread(gate.wait, 10)
-    starting = asyncio.ensure_future(
-        Systemd().start_scope(SCOPE, [10], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1)
-    )
-    await asyncio.sleep(0.05)
-    starting.cancel()
-    await asyncio.sleep(0.05)
-    assert not starting.done()
-    gate.set()
-    with pytest.raises(asyncio.CancelledError):
-        await starting
+    with contextlib.closing(Systemd()) as systemd:
+        gate = threading.Event()
+        service.manager.start_scope = lambda *_, **__: asyncio.to_thread(gate.wait, 10)
+        starting = asyncio.ensure_future(
+            systemd.start_scope(SCOPE, [10], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1)
+        )
+        await asyncio.sleep(0.05)
+        starting.cancel()
+        await asyncio.sleep(0.05)
+        assert not starting.done()
+        gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
