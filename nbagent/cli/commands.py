@@ -218,6 +218,30 @@ def history_command(slot: str | None, since: str | None, every: bool, as_json: b
         tables.show(history.COLUMNS, [one.row(now) for one in histories])
 
 
+@nbagent.command("top")
+@click.option("--once", is_flag=True, help="Measure for the interval, print the result and exit.")
+@click.option("--sort", "order", type=click.Choice(["cpu", "memory", "idle", "age"]), default="cpu", show_default=True,
+              help="Slots with the largest value are first.")
+@click.option("--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True,
+              help="Seconds between two updates.")
+@_with_api
+def top_command(remote: Remote, as_json: bool, once: bool, order: str, interval: float) -> None:
+    """Show the slots that use most processor time or memory, until interrupted."""
+    from nbagent.cli import top
+
+    source = top.Source(remote.call)
+    if not once and not as_json and sys.stdout.isatty():
+        top.show(source, order, interval)
+        return
+    sample, found = top.once(source, order, interval)
+    if as_json:
+        _print_json({"stats": sample.stats, "slots": found})
+        return
+    for line in top.head(sample.stats):
+        click.echo(line)
+    tables.show(top.COLUMNS, [top.row(slot, _now()) for slot in found])
+
+
 @nbagent.command()
 @_with_api
 def stats(remote: Remote, as_json: bool) -> None:

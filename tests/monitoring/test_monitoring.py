@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The alert rules and the dashboard with Debian's promtool and Prometheus: `make test-monitoring`.
 
-The package is unpacked into the cache and not installed, because it would start a service. It takes 96 MB, so that these
-tests are not in `make test`; tests/unit/test_monitoring.py compares the names of metrics there.
+The package is unpacked into the cache and not installed, because it would start a service. It takes 96 MB, so that
+these tests are not in `make test`; tests/unit/test_monitoring.py compares the names of metrics there.
 """
 
 from __future__ import annotations
