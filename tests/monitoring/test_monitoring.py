@@ -34,7 +34,7 @@ SETTINGS = f"""
 [pool]
 warm = 1
 [api]
-trusted_networks = ["{gateway_address(0)}/32"]
+trusted_networks = ["127.0.0.0/8", "{gateway_address(0)}/32"]
 """
 # Every second, so that the tests need no patience; the targets have the names of hosts as instances.
 TARGETS = {
