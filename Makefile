@@ -4,10 +4,12 @@ SHELL := /bin/bash
 PYTHON := /usr/bin/python3
 export NBAGENT_CACHE ?= /var/cache/nbagent-build
 DIST := $(NBAGENT_CACHE)/dist
+REPO ?= $(NBAGENT_CACHE)/repo
+REPO_URL ?= file:$(REPO)
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
 .PHONY: up up-fleet down test unit host test-monitoring uncharged fuzz check bench bench-density bench-compressed bench-fleet bench-neighbour \
-    bench-tools image debs tools clean
+    bench-tools image debs repo tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -64,6 +66,10 @@ image:               ## the package of images/minimal
 
 debs: image          ## all packages
 	@packaging/build-deb $(DIST)
+
+repo: tools debs     ## a signed apt repository in REPO for hosts that get it from REPO_URL; NBAGENT_REPO_KEY signs it
+	@packaging/build-repo $(REPO) $(REPO_URL) $(DIST)/*.deb
+	@echo "$(REPO)/nbagent.sources is the file for /etc/apt/sources.list.d of the hosts"
 
 tools:
 	@tests/install-tools
