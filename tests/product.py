@@ -14,8 +14,10 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ GATEWAY = ("python3-nbagent", "nbagent-gateway")
 API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
 # A virtual machine without hardware virtualisation is slow.
 WARM_TIMEOUT_S = {"nspawn": 60, "vm": 300}
+# The end of a build's log that is printed when it fails.
+LOG_LINES = 30
 
 
 # The state of a host, to compare before and after: files, users, units, cgroups, mounts, network, processes.
@@ -62,21 +66,33 @@ def listing(host: Host) -> set[str]:
 
 
 def build(say: Callable[[str], None], names: Sequence[str] = HOST) -> list[Path]:
-    """Builds the named packages; takes a second when no source changed."""
-    found: dict[str, Path] = {}
-    for what, command in (
-        ("the program", [TOP / "packaging/build-deb", DIST]),
-        ("nbagent-image-minimal", [TOP / "packaging/build-image-deb", "minimal", DIST]),
-    ):
-        if what != "the program" and what not in names:
-            continue
-        say(f"building {what}")
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"building {what} failed, see above")
-        made = [Path(line) for line in done.stdout.splitlines() if line.endswith(".deb")]
-        found |= {package.name.split("_")[0]: package for package in made}
+    """Builds the named packages, side by side; takes a second when no source changed."""
+    commands: dict[str, list[str | Path]] = {"the program": [TOP / "packaging/build-deb", DIST]}
+    if "nbagent-image-minimal" in names:
+        commands["nbagent-image-minimal"] = [TOP / "packaging/build-image-deb", "minimal", DIST]
+    with ThreadPoolExecutor(len(commands)) as threads:
+        built = [threads.submit(_build, what, command, say) for what, command in commands.items()]
+        found = {package.name.split("_")[0]: package for one in built for package in one.result()}
     return [found[name] for name in names]
+
+
+def _build(what: str, command: Sequence[str | Path], say: Callable[[str], None]) -> list[Path]:
+    """The packages that a command prints. All else that it prints is in a log, which a failure names."""
+    log = DIST.parent / "log" / f"{Path(command[0]).name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    say(f"building {what}")
+    began_s = time.monotonic()
+    with tempfile.NamedTemporaryFile("w+", dir=log.parent, prefix=f".{log.name}-", delete=False) as output:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=output, text=True, check=False)
+        # Renamed, because another run may write a log of the same name meanwhile.
+        Path(output.name).rename(log)
+        output.seek(0)
+        last = "".join(output.readlines()[-LOG_LINES:])
+    if done.returncode:
+        raise SystemExit(f"{last}building {what} failed with status {done.returncode}; the whole log is {log}")
+    if (took_s := time.monotonic() - began_s) > 2:
+        say(f"built {what} in {took_s:.0f} s")
+    return [Path(line) for line in done.stdout.splitlines() if line.endswith(".deb")]
 
 
 def install(host: Host, packages: list[Path], settings: str = "") -> None:
