@@ -92,6 +92,12 @@ def test_an_expired_key_is_refused_and_its_repository_is_not_built(host, reposit
         time.sleep(2.1)  # seconds of the clock, which gpg compares
         status, output = update(host, with_key_of(copy, "site", repository))
         assert status == 100 and "EXPKEYSIG" in output, output
+        # With the lists of an earlier update apt continues, and reports the key as an error only if it is asked to.
+        expired = host.run(["cat", SOURCES]).stdout
+        assert update(host, (repository / "nbagent.sources").read_text())[0] == 0
+        host.run(["tee", SOURCES], input=expired)
+        done = host.run(["apt-get", "-q", "update", "--error-on=any"], check=False)
+        assert done.returncode == 100 and "EXPKEYSIG" in done.stdout + done.stderr, done.stderr
         done = build(copy, "site", tmp_path / "out", packages)
         assert done.returncode == 1 and "the key site expired on 20" in done.stderr, done.stderr
         assert "--quick-set-expire" in done.stderr and not (tmp_path / "out").exists()
