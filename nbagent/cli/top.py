@@ -29,8 +29,9 @@ COLUMNS = ("SLOT", "STATE", "IMAGE", "CPU%", "MEMORY", "SWAPPED", "IDLE", "AGE",
 # The keys that select an order on a terminal are the first letters.
 ORDERS = ("cpu", "memory", "idle", "age")
 FIRST_S = 1.0
-# Lines that are not rows: two of figures, the head of the table with its spaces and rule, and the caption.
-OTHER_LINES = 7
+# Lines that are not rows: two of figures, the head of the table with its rule and an empty line above and below the
+# table, the number of slots that are not shown, and the caption.
+OTHER_LINES = 8
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def show(source: Source, order: str, interval_s: float) -> None:
     pause_s, trouble = min(FIRST_S, interval_s), ""
     with contextlib.suppress(KeyboardInterrupt), _keys() as key, Live(screen=True, auto_refresh=False) as live:
         while True:
-            shown = _screen(before, after, order, live.console.height - OTHER_LINES)
+            shown = screen(before, after, order, live.console.height)
             caption = trouble or f"{datetime.datetime.now(datetime.UTC):%H:%M:%S} UTC, every {interval_s:g} s"
             keys = ", ".join(f"{name[0]} {name}" for name in ORDERS)
             shown.renderables.append(Text(f"{caption}; by {order}; keys: {keys}, q end", "dim"))
@@ -133,17 +134,18 @@ def show(source: Source, order: str, interval_s: float) -> None:
                     trouble = str(error)  # the API may be restarting, so the last rows stay on the screen
 
 
-def _screen(before: Sample, after: Sample, order: str, room: int) -> Group:
-    """The figures and as many slots as the terminal has room for."""
+def screen(before: Sample, after: Sample, order: str, height: int) -> Group:
+    """The figures, and as many slots as a terminal of so many lines has room for beside a caption."""
     from rich.console import Group
     from rich.text import Text
 
     now = datetime.datetime.now(datetime.UTC)
     rows = [row(slot, now) for slot in ordered(measured(before, after), order)]
     first, second = head(after.stats)
-    left = len(rows) - max(1, room)
+    room = max(1, height - OTHER_LINES)
+    left = len(rows) - room
     more = [Text(f"and {left} more slots", "dim")] if left > 0 else []
-    return Group(Text(first, "bold"), Text(second), tables.table(COLUMNS, rows[:max(1, room)]), *more)
+    return Group(Text(first, "bold"), Text(second), tables.table(COLUMNS, rows[:room]), *more)
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -11,6 +12,7 @@ import sys
 from typing import Any
 
 import pytest
+from rich.console import Console
 from test_cli import ROOT, run, supervisor, url  # noqa: F401 - fixtures
 
 from nbagent.cli import top
@@ -49,6 +51,18 @@ def test_the_head_has_the_faults_of_the_host() -> None:
     first, second = top.head(STATS | {"draining": True, "ready": False, "faults": {"router": "no response"}})
     assert first == "host c07: 3 of 4 slots free, up 1m00s, draining, not ready, router fails"
     assert second == "slots: 1 claimed, 2 warm, 0 starting, 0 stopping; 1G of memory available"
+
+
+def test_the_screen_has_as_many_slots_as_the_terminal_has_room_for() -> None:
+    slot = {"state": "claimed", "image": "minimal", "age_s": 1, "limits": {"memory_bytes": 1 << 30}}
+    many = [slot | {"slot": f"c07-{number:012}", "memory_bytes": number} for number in range(50)]
+    sample = top.Sample(1.0, STATS, many)
+    console = Console(width=180, height=24, file=io.StringIO())
+    lines = console.render_lines(top.screen(sample, sample, "memory", console.height))
+    text = ["".join(segment.text for segment in line).strip() for line in lines]
+    assert len(lines) == console.height - 1  # the caption
+    assert text[-1] == "and 34 more slots" and sum(line.startswith("c07-") for line in text) == 16
+    assert text[5].startswith("c07-000000000049")
 
 
 def test_once_prints_plain_columns_for_scripts(run: Any) -> None:  # noqa: F811
