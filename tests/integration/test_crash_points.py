@@ -11,8 +11,9 @@ SUPERVISOR = "nbagent.service"
 POINT_FILE = "/run/nbagent/crash-point"
 DROP_IN = "/etc/systemd/system/nbagent.service.d/crash-points.conf"
 ENDED = (
-    r"nbagent\.service: (Main process exited|Failed with result)|Failed to start nbagent-\S+\.scope"
-    r"|Failed to start nbagent\.service|Reload failed for nbagent|limits of slot \S+ set to those of its record|zygote \S+ failed|nbagent-zygote@\S+: (Main|Failed)"
+    r"nbagent\.service: (Main process exited|Failed with result)|Failed to start nbagent(\.service|-\S+\.scope)"
+    r"|Reload failed for nbagent|limits of slot \S+ set to those of its record"
+    r"|zygote \S+ failed|nbagent-zygote@\S+: (Main|Failed)"
 )
 # The claim takes a warm slot, and the slot that replaces it passes these points.
 BY_A_START = {Point.RECORD_CREATED, Point.FORKED, Point.SCOPE_STARTED, Point.SERVES, Point.WARM_RECORDED}
