@@ -157,7 +157,7 @@ class Calls:
         return [
             {
                 "name": name, "digest": pool.image.digest, "launch": pool.image.launch,
-                "warm": len(pool.warm), "wanted": config.warm(name),
+                "warm": len(pool.warm), "wanted": self._pools.wanted(name),
                 "default": name == config.pool.image,
             }
             for name, pool in sorted(self._pools.items()) if pool.image is not None
@@ -182,7 +182,7 @@ class Calls:
             "next_end_s": self._load.next_end_s(),
             "pools": {
                 name: {
-                    "wanted": config.warm(name), "warm": len(pool.warm),
+                    "wanted": self._pools.wanted(name), "warm": len(pool.warm),
                     "starting": self._slots.count(SlotState.STARTING, name), "failures": pool.failures,
                 }
                 for name, pool in sorted(self._pools.items())
