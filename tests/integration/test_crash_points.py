@@ -15,6 +15,8 @@ ENDED = (
     r"|Reload failed for nbagent|limits of slot \S+ set to those of its record"
     r"|zygote \S+ failed|nbagent-zygote@\S+: (Main|Failed)"
 )
+# On a busy machine a zygote starts for minutes.
+REST_S = 300
 # The claim takes a warm slot, and the slot that replaces it passes these points.
 BY_A_START = {Point.RECORD_CREATED, Point.FORKED, Point.SCOPE_STARTED, Point.SERVES, Point.WARM_RECORDED}
 BY_LIMITS = {Point.PREPARING, Point.LIMITS_SET}
@@ -101,18 +103,21 @@ def test_a_supervisor_that_ends_at_any_point_loses_and_leaks_no_slot(crashing):
     user = agent.open()
     with user.kernel() as kernel:
         assert kernel.run("answer = 6 * 7").status == "ok"
-        agent.wait(lambda: settled(agent), "a host at rest")
+        agent.wait(lambda: settled(agent), "a host at rest", REST_S)
         for point in Point:
             victim = agent.claim()["slot"]
-            agent.wait(lambda: settled(agent), f"a host at rest before {point.name}")
+            agent.wait(lambda: settled(agent), f"a host at rest before {point.name}", REST_S)
             agent.host.run(["tee", POINT_FILE], input=point.name)
             claimed = {user.slot, victim, *provoke(agent, point, victim)}
             if point in (Point.ROUTE_REMOVED, Point.STOPPED):
                 claimed.remove(victim)
             present = ["test", "-e", POINT_FILE]
-            agent.wait(lambda: agent.host.run(present, check=False).returncode, f"the supervisor's end: {point.name}")  # noqa: B023
+            agent.wait(
+                lambda: agent.host.run(present, check=False).returncode,  # noqa: B023
+                f"the supervisor's end at {point.name}", REST_S,
+            )
             agent.wait(lambda: agent.api.get("/healthz").status == 200, f"a supervisor after {point.name}")
-            slots = agent.wait(lambda: settled(agent), f"a host at rest after {point.name}")
+            slots = agent.wait(lambda: settled(agent), f"a host at rest after {point.name}", REST_S)
             assert {slot for slot, state in slots.items() if state == "claimed"} == claimed, point
             for slot in slots:
                 recorded = json.loads(agent.run("cat", f"/run/nbagent/slots/{slot}/slot.json"))["limits"]

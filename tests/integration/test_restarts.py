@@ -137,7 +137,8 @@ def zygote(agent):
                  for entry in agent.journal(f"MESSAGE_ID={event.value.message_id}")}
         return len(running) == 1 and {f"nbagent-zygote@{name}.service" for name in names} >= running.keys() and running
 
-    return agent.wait(ready, "one zygote")
+    # On a busy machine a zygote starts for minutes.
+    return agent.wait(ready, "one zygote", timeout=300)
 
 
 @pytest.mark.parametrize("how", [restart, kill], ids=["restart", "kill-9"])
