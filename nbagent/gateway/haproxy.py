@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 
 from nbagent.config.schema import Network
 from nbagent.core import paths
+from nbagent.core.robots import PATTERN
 from nbagent.gateway.settings import FleetHostSettings, GatewaySettings, Listen, ring_number
 
 RUN = str(paths.GATEWAY_RUN)
@@ -44,7 +45,9 @@ USERS = "users"
 # Prefix of the keys that the gateway adds. No client repeats a request with such a key.
 OWN_KEY = "gateway-"
 
-# HAProxy keeps a whole claim with its headers in one buffer of 16 KiB, so that it can send it to another host.
+# HAProxy keeps all headers of a request in one buffer, and a whole claim, so that it can send it to another host. Other
+# services on the domain may have set cookies, so the buffer is twice the default.
+BUFFER_BYTES = 32768
 CLAIM_MAX_BYTES = 8192
 RATE_WINDOW_S = 60
 _WORDS_A_LINE = 50  # HAProxy allows 64
@@ -99,6 +102,7 @@ global
     stats socket {ADMIN_SOCKET} mode 600 level admin expose-fd listeners
     # Read-only, for members of its group.
     stats socket {STATS_SOCKET} mode 660 level user
+    tune.bufsize {BUFFER_BYTES}
     ssl-default-bind-options ssl-min-ver TLSv1.2 no-tls-tickets
     ssl-default-bind-ciphers ECDHE+AESGCM:ECDHE+CHACHA20
     # Health checks of many hosts are spread over time.
@@ -128,6 +132,11 @@ defaults
     # A cell of a notebook may compute for a day before a download begins.
     timeout server 24h
     timeout tunnel 25h"""
+    # Sent for headers that are longer than the buffer, or malformed.
+    yield (
+        f'    http-error status 400 content-type "text/html; charset=utf-8" file {PAGES}/headers.html '
+        "hdr Cache-Control no-store"
+    )
     for status in (500, 502, 503, 504):
         # Sent if no server responded, not even the status service.
         yield (
@@ -189,7 +198,7 @@ def _client_headers(settings: GatewaySettings, tls: bool) -> Iterator[str]:
     # Clients must not set headers that hosts trust from a gateway.
     http-request set-var(txn.proto) str(http)
     http-request set-var(txn.proto) str(https) if { ssl_fc }
-    http-request set-var(txn.proto) str(https) if proxied { req.hdr(X-Forwarded-Proto) -m str https }
+    http-request set-var(txn.proto) str(https) if proxied { req.hdr(X-Forwarded-Proto,1) -m str -i https }
     http-request set-header X-Forwarded-Host %[req.hdr(Host)] unless proxied { req.hdr(X-Forwarded-Host) -m found }
     http-request set-header X-Forwarded-Proto %[var(txn.proto)]
     http-request set-header X-Forwarded-For %[src]
@@ -221,9 +230,10 @@ def _refusals(settings: GatewaySettings) -> Iterator[str]:
         escaped = settings.fleet.domain.replace(".", r"\.")
         yield f"    acl slot_host req.hdr(Host),lower -m reg ^[a-z0-9]{{1,16}}-[a-z0-9]+\\.{escaped}(:[0-9]+)?$"
         yield "    http-request set-var(txn.label) req.hdr(Host),lower,field(1,-) if slot_host !slot"
-    yield """\
+    yield f"""\
     acl at_slot var(txn.label) -m found
-    # These claim a slot: the button on the front page, tmpnb's links and tmpnb's API. HEAD and prefetching do not.
+    # These claim a slot: the button on the front page, tmpnb's links and tmpnb's API. HEAD, prefetching,
+    # crawlers and link previews do not.
     acl spawn path /spawn
     acl spawn path_beg /spawn/
     acl gone path_beg /spawn/user/
@@ -231,10 +241,11 @@ def _refusals(settings: GatewaySettings) -> Iterator[str]:
     acl claim_method method GET POST
     acl ahead req.hdr(Sec-Purpose),lower -m sub prefetch prerender
     acl ahead req.hdr(Purpose),lower -m sub prefetch
+    acl robot req.fhdr(User-Agent) -m reg -i '{PATTERN}'
     acl has_token req.hdr(Authorization) -m found
     acl claim var(txn.claim) -m bool"""
     if settings.landing.access == "public":
-        yield "    http-request set-var(txn.claim) bool(true) if spawn !gone claim_method !ahead !at_slot"
+        yield "    http-request set-var(txn.claim) bool(true) if spawn !gone claim_method !ahead !robot !at_slot"
     if settings.landing.access != "off":
         # The hosts check the token.
         token = " has_token" if settings.landing.access == "token" else ""

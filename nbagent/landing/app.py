@@ -2,7 +2,8 @@
 """The landing page as a Flask application: pages for people, and tmpnb's public API for its clients.
 
     GET  /, /lab/…, /tree/…, /notebooks/…, /files/…    the front page: one button, or a redirect to /spawn
-    GET  /spawn, /spawn/PATH?QUERY                     claims a slot and redirects to PATH?QUERY in it
+    GET  /spawn, /spawn/PATH?QUERY                     claims a slot and redirects to PATH?QUERY in it; for crawlers and
+                                                       link previews, the front page
     POST /spawn, /spawn/PATH?QUERY                     the same for the button, which may be pressed twice
     GET  /spawn/user/SLOT/PATH, /user/SLOT/PATH        "no longer running", with a button for PATH in a new slot
     POST /api/spawn                                    {"url": …}, or 429 {"status": "full"}
@@ -32,6 +33,7 @@ from nbagent.config.host_config import LandingSettings
 from nbagent.core.documents import Claim
 from nbagent.core.errors import BadRequest, Forbidden, Full, NbagentError, SlotNotFound
 from nbagent.core.model import claim_link
+from nbagent.core.robots import is_robot
 from nbagent.landing.backend import SlotBackend, retry_delay_s
 from nbagent.web import keys, problems
 from nbagent.web.cors import AllowedOrigins, add_preflight_headers
@@ -112,9 +114,10 @@ class _Views:
 
     def front_page(self) -> AnyResponse:
         """A page with a button that starts a notebook at the path of the request."""
+        # A crawler may run the script that presses the button.
+        at_once = self.settings.start == "at once" and not _from_robot(request)
         return self._page(
-            "home.html", 200, slot_path=_slot_path(request), at_once=self.settings.start == "at once",
-            figures=self._figures(),
+            "home.html", 200, slot_path=_slot_path(request), at_once=at_once, figures=self._figures()
         )
 
     def ended_slot_page(self) -> AnyResponse:
@@ -136,7 +139,9 @@ class _Views:
     # Claims
 
     def spawn_by_link(self) -> AnyResponse:
-        """Claims a slot for a visitor who follows a link."""
+        """Claims a slot for a visitor who follows a link; the front page for a program that follows every link."""
+        if _from_robot(request):
+            return self.front_page()
         purpose = request.headers.get("Sec-Purpose", request.headers.get("Purpose", ""))
         if "prefetch" in purpose or "prerender" in purpose:
             # 503, because a browser then sends the request again when the visitor follows the link.
@@ -308,6 +313,10 @@ def _without_token(target: str) -> str:
 
 def _client_address(request: Request) -> str:
     return request.headers.get("X-Real-IP", "unknown")
+
+
+def _from_robot(request: Request) -> bool:
+    return is_robot(request.headers.get("User-Agent", ""))
 
 
 def _wants_json(request: Request) -> bool:

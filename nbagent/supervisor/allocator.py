@@ -53,8 +53,8 @@ class Allocator:
         try:
             return await self._pools.wait(image, self._config.value.pool.claim_timeout)
         except TimeoutError:
-            pool = self._pools[image]
-            if pool.failures and pool.last_failure is not None:
+            pool = self._pools.get(image)  # None when the image was removed meanwhile
+            if pool is not None and pool.failures and pool.last_failure is not None:
                 raise StartFailed(str(pool.last_failure), **pool.last_failure.details) from None
             raise Full("no slot became ready in time", retry_after_s=self._load.retry_after_s()) from None
 

@@ -40,7 +40,7 @@ class Figures:
         return [
             {
                 "name": name, "digest": pool.image.digest, "launch": pool.image.launch,
-                "warm": len(pool.warm), "wanted": config.warm(name),
+                "warm": len(pool.warm), "wanted": self._pools.wanted(name),
                 "default": name == config.pool.image,
             }
             for name, pool in sorted(self._pools.items()) if pool.image is not None
@@ -68,7 +68,7 @@ class Figures:
             "next_end_s": self._load.next_end_s(),
             "pools": {
                 name: {
-                    "wanted": config.warm(name), "warm": len(pool.warm),
+                    "wanted": self._pools.wanted(name), "warm": len(pool.warm),
                     "starting": self._slots.count(SlotState.STARTING, name), "failures": pool.failures,
                     "paused_s": max(0.0, round(pool.not_before_s - at_s, 1)),
                 }

@@ -72,23 +72,23 @@ class Health:
         """Tries all parts once. Whether another try can wait, because no part failed for the first time."""
         before = dict(self.faults)
         results = await asyncio.gather(*(self._try(name) for name in self._tries))
-        news = [self._note(name, text) for name, text in zip(self._tries, results, strict=True)]
+        news = [self._note(name, error) for name, error in zip(self._tries, results, strict=True)]
         if before.keys() != self.faults.keys():
             self._changed.set()
         return not any(news)
 
-    async def _try(self, name: str) -> str | None:
-        """The text of the error, None without one."""
+    async def _try(self, name: str) -> Exception | None:
+        """The error, None without one."""
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 await self._tries[name]()
         except EXPECTED as error:
-            return str(error) or f"no response within {TIMEOUT_S:g} s"
+            return error
         return None
 
-    def _note(self, name: str, text: str | None) -> bool:
+    def _note(self, name: str, error: Exception | None) -> bool:
         """Notes the result of a try. Whether it is the first failure after a success."""
-        if text is None:
+        if error is None:
             self.faults.pop(name, None)
             self._failing_s.pop(name, None)
             if name in self._reported:
@@ -98,8 +98,10 @@ class Health:
         if name not in self._failing_s:
             self._failing_s[name] = now()
             return True
-        self.faults[name] = text
-        if name not in self._reported and now() - self._failing_s[name] >= REPORT_S:
+        self.faults[name] = text = str(error) or f"no response within {TIMEOUT_S:g} s"
+        # A host without the default image is not reported, because images are installed after the agent.
+        is_absent = isinstance(error, ImageNotFound)
+        if name not in self._reported and not is_absent and now() - self._failing_s[name] >= REPORT_S:
             self._reported.add(name)
             emit(Event.HEALTH_LOST, part=name, text=text)
         return False

@@ -67,11 +67,19 @@ class Pools(Mapping[str, ImagePool]):
 
     def set_images(self, images: Mapping[str, Image]) -> None:
         """Gives each pool the image that its name means now. A replaced image may start at once."""
+        for name in self._pools.keys() - images.keys():
+            # Slots keep the pool of a removed image until the last has ended.
+            if not self._slots.counts(name) and not self._pools[name].count_waiting():
+                del self._pools[name]
         for name in images.keys() | self._pools.keys():
             pool = self._pools.setdefault(name, ImagePool())
             if pool.image != images.get(name):
                 pool.resume()
             pool.image = images.get(name)
+
+    def wanted(self, image: str) -> int:
+        """How many warm slots of an image are kept; 0 when the store no longer has it."""
+        return self._config.value.warm(image) if self._pools[image].image is not None else 0
 
     def digests(self) -> set[str]:
         """The digests of the images that slots are started from."""
@@ -161,7 +169,7 @@ class Pools(Mapping[str, ImagePool]):
                 digest=pool.image.digest if pool.image else None,
                 launch=zygotes.launch(name),
                 warming=zygotes.is_warming(name),
-                wanted=self._config.value.warm(name),
+                wanted=self.wanted(name),
                 warm=[live.slot for live in pool.warm],
                 starting=self._slots.count(SlotState.STARTING, name),
                 waiting=pool.count_waiting(),

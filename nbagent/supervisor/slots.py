@@ -95,6 +95,10 @@ class Slots(Mapping[str, RunningSlot]):
             return self._states[image, state]
         return sum(count for (_, other), count in self._states.items() if other is state)
 
+    def counts(self, image: str) -> bool:
+        """Whether any slot has an image of this name."""
+        return any(count for (other, _), count in self._states.items() if other == image)
+
     def uses(self, digest: str) -> bool:
         """Whether any slot runs on an image."""
         return self._digests[digest] > 0

@@ -63,6 +63,8 @@ class Systemd:
 
     async def attach(self, name: str, pids: Sequence[int]) -> None:
         """Moves more processes into a scope that runs or is being started. Raises JobFailed or OSError."""
+        # One turn of the loop, after which the request of a start_scope that began before this call has been sent.
+        await asyncio.sleep(0)
         await self._request("attach", unit=name, pids=list(pids))
 
     def set_limits(self, name: str, limits: Limits) -> None:

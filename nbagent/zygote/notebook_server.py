@@ -46,13 +46,12 @@ from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
 from nbagent.zygote import provisioner
+from nbagent.zygote.acts import is_act
 
 # From 0 to 1000; makes the Linux OOM killer select a notebook's kernel before its server.
 KERNEL_OOM_SCORE_ADJ = 500
 # A server with one kernel has 30 descriptors, and 15 more for each further kernel.
 DESCRIPTORS = 256
-# Requests by these methods count as activity. JupyterLab polls by GET only.
-ACTING_METHODS = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 
 
 class _WakeableAsyncio:
@@ -151,11 +150,12 @@ def _busy(kernels: Any) -> int:
 
 
 def _note_requests(server: Any) -> None:
-    """Writes the activity page on each request by one of ACTING_METHODS and on each message to a terminal."""
+    """Writes the activity page on each request that is a person's act and on each message to a terminal."""
     log_request = server.web_app.settings["log_function"]
 
     def note_and_log(handler: Any) -> None:
-        if handler.request.method in ACTING_METHODS:
+        request = handler.request
+        if is_act(request.method, request.path.partition(_slot_of(handler) + "/")[2], handler.get_status()):
             activity.write(ACTIVITY_FD, _busy(server.kernel_manager))
         log_request(handler)
 

@@ -128,6 +128,23 @@ def test_actions_of_a_person_are_activity(impatient):
     assert at_s - saved_s >= 4
 
 
+def test_refused_requests_keep_no_slot(impatient):
+    """A stranger who knows a slot's URL sends requests without the token."""
+    agent = impatient
+    notebook = agent.open()
+    refused = set()
+    deadline = time.monotonic() + 60
+    while logged(agent, notebook.slot, Event.SLOT_CULLED) is None and time.monotonic() < deadline:
+        for path, headers in (
+            ("api/contents/note.txt", {}), ("no/such/page", notebook.headers), ("login", {}),
+            ("api/contents/note.txt", {"Authorization": "token wrong"}),
+        ):
+            refused.add(notebook.router.call("POST", notebook.base + path, {"type": "file"}, headers).status)
+        time.sleep(0.5)
+    assert "idle for " in culled(agent, notebook.slot)[1]
+    assert {403, 404} <= refused and not {status for status in refused if status < 400}
+
+
 def test_age_counts_from_the_claim_and_not_from_the_start(agent):
     before = count(agent, "culled_age")
     agent.wait(lambda: agent.slots("warm")[0]["age_s"] > 5, "a warm slot older than the claim will be")

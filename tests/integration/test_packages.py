@@ -91,6 +91,8 @@ def test_units_are_enabled_and_active_after_the_installation(installed):
     for unit in (*SERVICES, *SOCKETS):
         assert installed.run("systemctl", "is-enabled", unit).strip() == "enabled", unit
         assert installed.run("systemctl", "is-active", unit).strip() == "active", unit
+    # The router starts it.
+    assert installed.run("systemctl", "is-active", "nbagent-router-check.socket").strip() == "active"
     assert installed.run("systemctl", "is-system-running").strip() == "running"
     claim = json.loads(installed.run("curl", "-sS", "localhost:9000/claim"))
     assert claim["url"].startswith("http://localhost:8000/user/")
@@ -130,7 +132,7 @@ def test_a_supervisor_that_is_taken_over_reaches_nothing_of_the_host(installed):
 
 
 def test_systemd_accepts_the_units(installed):
-    units = (*SERVICES, *ON_DEMAND, *SOCKETS, "nbagent-slots.slice")
+    units = (*SERVICES, *ON_DEMAND, *SOCKETS, "nbagent-router-check.socket", "nbagent-slots.slice")
     done = installed.host.run(["systemd-analyze", "verify", *units], check=False)
     assert done.returncode == 0, done.stderr
     assert "nbagent" not in done.stderr, done.stderr

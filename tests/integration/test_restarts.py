@@ -137,7 +137,8 @@ def zygote(agent):
                  for entry in agent.journal(f"MESSAGE_ID={event.value.message_id}")}
         return len(running) == 1 and {f"nbagent-zygote@{name}.service" for name in names} >= running.keys() and running
 
-    return agent.wait(ready, "one zygote")
+    # On a busy machine a zygote starts for minutes.
+    return agent.wait(ready, "one zygote", timeout=300)
 
 
 @pytest.mark.parametrize("how", [restart, kill], ids=["restart", "kill-9"])
@@ -148,7 +149,7 @@ def test_a_zygote_outlives_the_supervisor_and_forks_for_the_next(agent, workers,
     slots = {claim.result()["slot"] for claim in [workers.submit(agent.claim) for _ in range(4)]}
     assert zygotes(agent) == zygote
     adopted = agent.journal(f"MESSAGE_ID={Event.ZYGOTE_ADOPTED.value.message_id}", "--since", f"@{before:.0f}")
-    assert [f"nbagent-zygote@{entry['NBAGENT_ZYGOTE']}.service" for entry in adopted] == list(zygote)
+    assert {f"nbagent-zygote@{entry['NBAGENT_ZYGOTE']}.service" for entry in adopted} == zygote.keys()
     forked = agent.run("systemctl", "show", "-P", "MainPID", *zygote).strip()
     for slot in slots:
         # The init of a forked slot is a child of the zygote service.

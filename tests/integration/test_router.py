@@ -176,7 +176,10 @@ def test_only_root_and_the_router_reach_a_slots_socket(agent, user, permitted):
             assert agent.host.run(["runuser", "-u", user, "--", *command], check=False).returncode != 0
 
 
-@pytest.mark.parametrize(("proto", "secure"), [(None, False), ("http", False), ("https", True), ("gopher", False)])
+@pytest.mark.parametrize(("proto", "secure"), [
+    (None, False), ("http", False), ("https", True), ("gopher", False), ("https,http", True), ("http, https", False),
+    ("HTTPS", True),
+])
 def test_scheme_of_a_tls_proxy_reaches_the_slot(agent, proto, secure):
     claim = agent.claim()
     headers = ["-H", f"Host: {claim['slot']}.nb.test"] + (["-H", f"X-Forwarded-Proto: {proto}"] if proto else [])
@@ -187,6 +190,15 @@ def test_scheme_of_a_tls_proxy_reaches_the_slot(agent, proto, secure):
     login = [line for line in response.splitlines() if line.startswith(f"Set-Cookie: {name}")]
     assert len(login) == 1, response
     assert ("; Secure" in login[0]) is secure
+
+
+def test_cookies_of_other_services_on_the_domain_do_no_harm(agent):
+    notebook = agent.open()
+    for sizes, expected in (([9000], 200), ([4000] * 6, 200), ([4000] * 12, 431)):
+        cookies = "; ".join(f"service{number}={'x' * size}" for number, size in enumerate(sizes))
+        response = notebook.router.get(f"{notebook.base}api/status", Cookie=cookies, **notebook.headers)
+        assert response.status == expected
+        assert (b"headers-too-large" in response.body) is (expected == 431)
 
 
 def test_upload_of_100_megabytes_in_chunks_as_by_jupyterlab(agent):

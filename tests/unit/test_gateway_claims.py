@@ -338,6 +338,8 @@ def test_claims_follow_the_free_capacity(gateway: Gateway, hosts: list[FakeHost]
     ("OPTIONS", "/api/spawn", {}),
     ("GET", "/spawn/user/a-0123456789ab/lab", {}),
     ("GET", "/spawn", {"Sec-Purpose": "prefetch;prerender"}),
+    ("GET", "/spawn/lab", {"User-Agent": "Slackbot-LinkExpanding 1.0 (+https://api.slack.com/robots)"}),
+    ("GET", "/spawn", {"User-Agent": "Microsoft Office Word 2014"}),
     ("GET", "/api/stats", {}),
 ])
 def test_requests_that_claim_no_slot_are_not_sent_to_hosts(
@@ -407,6 +409,25 @@ def test_only_trusted_proxies_may_set_the_client_address(hosts: list[FakeHost], 
         assert not {"x-real-ip", "x-nbagent-gateway", "forwarded"} & set(headers)
     assert [headers["x-forwarded-for"] for headers in seen] == ["127.0.0.1", "198.51.100.7"]
     assert [headers["x-forwarded-proto"] for headers in seen] == ["http", "https"]
+
+
+@pytest.mark.parametrize(("sent", "scheme"), [("https,http", "https"), ("http, https", "http"), ("HTTPS", "https")])
+def test_the_first_scheme_of_several_proxies_is_that_of_the_client(
+    hosts: list[FakeHost], tmp_path: Path, sent: str, scheme: str
+) -> None:
+    gateway = Gateway(tmp_path / "listed", hosts, listen={"trusted_proxies": ["127.0.0.0/8"]})
+    try:
+        gateway.call("GET", "/user/a-0123456789ab/", headers={"X-Forwarded-Proto": sent})
+        assert hosts[0].headers[-1]["x-forwarded-proto"] == scheme
+    finally:
+        gateway.close()
+
+
+def test_cookies_of_other_services_on_the_domain_fit_or_are_named(gateway: Gateway, hosts: list[FakeHost]) -> None:
+    many = "; ".join(f"service{number}={'x' * 4000}" for number in range(6))
+    assert gateway.call("GET", "/user/a-0123456789ab/", headers={"Cookie": many})[0] == 200
+    status, _ = gateway.call("GET", "/user/a-0123456789ab/", headers={"Cookie": many * 2})
+    assert status == 400
 
 
 def test_connections_of_an_address_are_bounded_before_anything_is_read(hosts: list[FakeHost], tmp_path: Path) -> None:

@@ -220,6 +220,13 @@ def test_head_and_prefetch_of_a_link_start_no_slot(landing: FlaskClient, supervi
     assert not supervisor.slots
 
 
+def test_a_link_preview_gets_the_page_with_the_button(landing: FlaskClient, supervisor: FakeSupervisor) -> None:
+    preview = PERSON | {"User-Agent": "Slackbot-LinkExpanding 1.0 (+https://api.slack.com/robots)"}
+    response = send(landing, "GET", "/spawn/lab/tree/a.ipynb", preview)
+    assert response.status_code == 200 and 'action="/spawn/lab/tree/a.ipynb"' in response.text
+    assert not supervisor.slots
+
+
 def test_only_pages_of_allowed_origins_start_slots(supervisor: FakeSupervisor) -> None:
     landing = client_of(supervisor, landing={"allowed_origins": ["https://allowed.example"]})
     for target in ("/api/spawn", "/spawn"):

@@ -31,7 +31,7 @@ def wait_running(start: SlotStart, pidfd: int):
     return asyncio.run(asyncio.wait_for(start.wait_running(pidfd, NO_UPLINK, no_interface), 10))
 
 
-NO_UPLINK = type("Spec", (), {"uplink": None})
+NO_UPLINK = type("Spec", (), {"uplink": None, "forked": True})
 
 
 async def no_interface(_fd: int) -> None:

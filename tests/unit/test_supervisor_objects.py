@@ -109,10 +109,16 @@ async def test_the_pause_of_a_pool_doubles_and_ends_with_a_start_or_another_imag
     assert parts.pools.next_start_s(5.0) == 5.0
 
 
-async def test_a_pool_whose_image_is_removed_has_no_digest(parts):
+async def test_the_pool_of_a_removed_image_stays_until_its_last_slot_has_ended(parts):
+    live = parts.slot("c07-1")
+    parts.pools.offer(live)
     parts.pools.set_images({})
     pool, = parts.pools.snapshot(FakeZygotes())
-    assert pool.digest is None and not parts.pools.digests() and len(parts.pools) == 1
+    assert pool.digest is None and pool.wanted == 0 and not parts.pools.digests()
+    parts.pools.remove(live)
+    parts.slots.remove(live)
+    parts.pools.set_images({})
+    assert not parts.pools
 
 
 def test_the_load_counts_starts_by_launch_and_reads_memory_at_most_ten_times_a_second(tmp_path, clock):

@@ -189,6 +189,16 @@ async def test_failures_keep_their_kind(service):
             systemd.set_swap(SCOPE, 0)
 
 
+async def test_a_process_that_is_added_while_its_scope_starts_is_added_after_the_start(service):
+    with contextlib.closing(Systemd()) as systemd:
+        started = asyncio.ensure_future(
+            systemd.start_scope(SCOPE, [10], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1)
+        )
+        # Both in one turn of the loop, as when the zygote's processes are forked already.
+        await asyncio.gather(started, systemd.attach(SCOPE, [11]))
+    assert [call[0] for call in service.manager.calls] == ["start_scope", "attach"]
+
+
 @pytest.mark.parametrize("payload", [
     b"{", b"[]", b"{}", b'{"op": 7}', b'{"op": "start"}', b'{"op": "attach", "unit": "%s", "pids": [true]}',
     b'{"op": "attach", "unit": "%s", "pids": [1]}', b'{"op": "attach", "unit": "%s", "pids": 7}',
