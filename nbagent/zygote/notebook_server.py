@@ -45,7 +45,7 @@ from traitlets.config import Config
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
-from nbagent.zygote import provisioner
+from nbagent.zygote import assets, provisioner
 
 # From 0 to 1000; makes the Linux OOM killer select a notebook's kernel before its server.
 KERNEL_OOM_SCORE_ADJ = 500
@@ -220,6 +220,7 @@ def initialise(base_url: str, token: str) -> Any:
     server.write_browser_open_files = lambda: None
     server.initialize([], starter_extension=LabApp.name, new_httpserver=False)
     _note_requests(server)
+    assets.install(server, next(iter(server.extension_manager.extension_apps["jupyterlab"])).static_dir)
     _keep_out_of_log(server.log, server.web_app.settings)
     return server
 
