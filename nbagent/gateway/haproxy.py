@@ -17,9 +17,9 @@ Routing of a user: the slot's id contains the label of its host. In the backend 
 requests go to a host only if they name it. If the named host is down or unknown, the request goes to the only server
 with a weight, the status service, which responds with an error page. A request never goes to another host.
 
-Routing of an asset, a file of an image: every host that has the image has the same file. The request goes to the host of
-the slot whose page has sent it, or to any host; a host without the image responds with 404, and the request goes to the
-next one.
+Routing of an asset, a file of an image: every host that has the image has the same file. The request goes to the host
+of the slot whose page has sent it, or to any host; a host without the image responds with 404, and the request goes to
+the next one.
 """
 
 from __future__ import annotations
@@ -395,7 +395,9 @@ backend {ASSETS}
 def _servers(backend: str, settings: GatewaySettings) -> Iterator[str]:
     fleet = settings.fleet
     if fleet.srv:
-        agent = "" if backend in ("keyed", ASSETS) else f" agent-check agent-inter 1s agent-port {FleetHostSettings().check_port}"
+        agent = f" agent-check agent-inter 1s agent-port {FleetHostSettings().check_port}"
+        if backend in ("keyed", ASSETS):
+            agent = ""
         weight = 10 if backend == "keyed" else 100
         yield (
             f"    server-template h 1-{fleet.srv_hosts} {fleet.srv} weight {weight} {_CHECK}{agent} "

@@ -6,8 +6,8 @@ files are copied. Beside each file that compression makes smaller is a `.gz` for
 file's own time, so that ETag and Last-Modified are equal on every host of a fleet.
 
 The router serves one tree at two addresses: below each slot's `static/`, where a file that is not in the tree is
-requested from the slot; and at /assets/DIGEST/, which is the same for all slots of the image, so that a browser or a CDN
-has each file once. For the latter JupyterLab's federated extensions are in the tree too.
+requested from the slot; and at /assets/DIGEST/, which is the same for all slots of the image, so that a browser or a
+CDN has each file once. For the latter JupyterLab's federated extensions are in the tree too.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _DOCUMENTS = (".htm", ".html", ".xht", ".xhtml", ".xml")
 def jupyterlab_prefixes(rootfs: Path, prefixes: Mapping[str, str]) -> dict[str, str]:
     """`prefixes` with that of JupyterLab's extensions, whose place follows from that of its program.
 
-    JupyterLab has its program in SHARE/lab/static, and extensions in SHARE/labextensions. They are left out, and so served
-    by the slot, if one of them has an HTML page, because such a page needs the slot's origin and /assets has none.
+    JupyterLab has its program in SHARE/lab/static, and extensions in SHARE/labextensions. They are left out, and so
+    served by the slot, if one has an HTML page, because such a page needs the slot's origin and /assets has none.
     """
     program = PurePosixPath(prefixes.get(PROGRAM, "/"))
     if program.parts[-2:] != ("lab", "static"):

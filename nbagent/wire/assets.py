@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The parts of JupyterLab that the router serves at an image's own address, and how a slot's server learns that address.
+"""The parts of JupyterLab that the router serves at an image's own address.
 
-The slot's environment has the variable: the address of the image's files, then the parts that are there.
+A slot's environment has the variable, with the address of the image's files and then the parts that are there.
 """
 
 from __future__ import annotations

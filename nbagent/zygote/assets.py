@@ -2,9 +2,9 @@
 """The addresses of JupyterLab's files in a slot's page: those of the image, which all slots share.
 
 The router serves an image's unchanging files at /assets/DIGEST/, so that a browser has them once and not once for each
-slot. The slot's page refers to them there, except to files that have changed in this slot: after `jupyter lab build` the
-program is requested from the slot, and after the installation of an extension all extensions are. Themes, kernels' logos
-and the server's icons are requested from the slot too, because JupyterLab makes their addresses from that of the slot.
+slot. The slot's page refers to them there, except to files that have changed in this slot: after `jupyter lab build`
+the program is requested from the slot, and after the installation of an extension all extensions are. Themes, kernels'
+logos and the server's icons are requested from the slot too, because JupyterLab makes their addresses from the slot's.
 
 Runs under the image's own Python, 3.9 and up.
 """
@@ -34,7 +34,7 @@ class Assets:
         self._index_state = _state(self._index)
 
     def addresses(self, config: Mapping[str, Any], base_url: str, origin: str, variable: str) -> Dict[str, str]:
-        """The entries of the page configuration to replace. An entry that the image or the user has set is left as it is."""
+        """The entries of the page configuration to replace. One that the image or the user has set is left as it is."""
         url, *parts = variable.split() or [""]
         usable = set(parts)
         if _state(self._index) != self._index_state:
@@ -49,7 +49,7 @@ class Assets:
 
 
 def install(server: Any, program: str) -> None:
-    """Lets the pages of `server`, whose JupyterLab has its program in the directory `program`, use the image's addresses."""
+    """Lets the pages of `server` use the image's addresses; `program` is the directory of JupyterLab's program."""
     from jupyterlab_server.config import get_federated_extensions
 
     # Those of the image alone; the user's own directory may have others, which the router does not have.
@@ -71,7 +71,7 @@ def install(server: Any, program: str) -> None:
 def shared_origin(protocol: str, host: str, base_url: str) -> str:
     """The origin of the assets: "" for the page's own, which all slots share, else the name `assets` beside the slot's.
 
-    The DNS and the certificate that lead to SLOT.nb.example.org lead to assets.nb.example.org, and no slot has this name.
+    The DNS name and certificate *.nb.example.org are for assets.nb.example.org too, and no slot has this name.
     """
     slot = base_url.strip("/").rpartition("/")[2]
     domain = host[len(slot) + 1:]

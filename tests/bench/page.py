@@ -4,11 +4,11 @@
 
     tests/bench/page.py [--rounds N] [--throttle] [--host NAME] [--out DIRECTORY]
 
-Chromium opens lab/tree/Welcome.ipynb, by turns: in a fresh profile, and a second and a third time in the same profile.
-On the side of nbagent each visit is to a new slot. The bare server is one process for all visits, as warm as a server can
-be; its kernels and workspaces are removed between two visits. Browser and servers are in one network namespace, without
-a forwarder between. With --throttle the browser's network has 30 Mbit/s and a latency of 20 ms. The figures are medians;
-ratios are those of the medians of one run, because the speed of the machine changes.
+Chromium opens lab/tree/Welcome.ipynb, by turns: in a fresh profile, and a second and a third time in the same
+profile. On the side of nbagent each visit is to a new slot. The bare server is one process for all visits, as warm as
+a server can be; its kernels and workspaces are removed between two visits. Browser and servers are in one network
+namespace, without a forwarder between. With --throttle the browser's network has 30 Mbit/s and a latency of 20 ms.
+The figures are medians; ratios are those of the medians of one run, because the speed of the machine changes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class PageBench:
         self.bare = client.run(self.bare_side.start(0, 0.05))
 
     def run(self) -> None:
-        """All rounds. The first visits of all are not measured, because they warm the bare server and the disk's cache."""
+        """All rounds. The first visits of all are not measured: they warm the bare server and the disk's cache."""
         self.turn(BARE, VISITS[:1], None)
         self.turn(OURS, VISITS[:1], None)
         for number in range(1, self.options.rounds + 1):
@@ -123,20 +123,20 @@ class PageBench:
         trace = transfers(page.driver.get_log("performance"))
         return {
             **{event: marks[event] for event in EVENTS},
-            "requests": len(trace), "cached": sum(entry["cached"] for entry in trace),
-            "kbytes": sum(entry["bytes"] for entry in trace) / 1000, "trace": trace,
+            "requests": len(trace), "cached": sum(entry["cached"] for entry in trace), "trace": trace,
+            "kbytes": sum(entry["bytes"] for entry in trace) / 1000,
         }
 
 
 def transfers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The requests in Chromium's log of devtools events: url, times in ms since the first one, bytes, from the cache."""
+        if event == "Network.requestWillBeSent" and (url := parameters["request"]["url"]).startswith("http"):
     found: dict[str, dict[str, Any]] = {}
     for line in log:
         message = json.loads(line["message"])["message"]
         event, parameters = message["method"], message["params"]
         if event == "Network.requestWillBeSent" and parameters["request"]["url"].startswith("http"):
             found[parameters["requestId"]] = {
-                "url": parameters["request"]["url"].partition("?")[0], "begin": parameters["timestamp"] * 1000,
+                "url": url.partition("?")[0], "begin": parameters["timestamp"] * 1000,
                 "end": None, "bytes": 0, "cached": False,
             }
         entry = found.get(parameters.get("requestId", ""))
@@ -206,11 +206,11 @@ def main() -> None:
         finally:
             found.bare_side.close()
     loads.append(os.getloadavg()[0])
+    network = "30 Mbit/s, 20 ms" if options.throttle else "no throttle"
     about = (
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} processors, "
-        f"Linux {platform.release()}; rounds: {options.rounds}, {'30 Mbit/s, 20 ms' if options.throttle else 'no throttle'}, "
-        f"in {time.monotonic() - began_s:.0f} s; load average {loads[0]:.1f} before, {loads[1]:.1f} after (the browser's own "
-        "included)."
+        f"Linux {platform.release()}; rounds: {options.rounds}, {network}, in {time.monotonic() - began_s:.0f} s; "
+        f"load average {loads[0]:.1f} before, {loads[1]:.1f} after, the browser's own included."
     )
     rows = table(found)
     text = f"{figures.columns_of(rows)}\n\n{about}\n"

@@ -6,10 +6,10 @@ import re
 from urllib.parse import urlsplit
 
 import pytest
+from test_origins import DOMAIN, curl, run_notebook, tls  # noqa: F401  a fixture
 
 import browser
 import product
-from test_origins import DOMAIN, curl, run_notebook, tls  # noqa: F401  a fixture
 
 PROGRAM = re.compile(r'<script defer="defer" src="([^"?]*/assets/sha256-[0-9a-f]{64}/lab/main\.[^"?]+\.js)')
 FOR_EVER = "public, max-age=31536000, immutable"
@@ -18,8 +18,8 @@ SCRIPT = "document.title = 'ran'; document.cookie = 'ran=1; path=/'; localStorag
 HOSTILE = {
     "hostile.html": f"<!doctype html><title>still</title><p>opened</p><script>{SCRIPT}</script>"
                     "<meta http-equiv='set-cookie' content='ran=2; path=/'><form action='/spawn' method='post'></form>",
-    "hostile.svg": f"<svg xmlns='http://www.w3.org/2000/svg'><text id='p' y='20'>opened</text><script>{SCRIPT}</script></svg>",
-    "hostile.xml": f"<html xmlns='http://www.w3.org/1999/xhtml'><body><p>opened</p><script>{SCRIPT}</script></body></html>",
+    "hostile.svg": f"<svg xmlns='http://www.w3.org/2000/svg'><text y='20'>opened</text><script>{SCRIPT}</script></svg>",
+    "hostile.xml": f"<html xmlns='http://www.w3.org/1999/xhtml'><p>opened</p><script>{SCRIPT}</script></html>",
     "hostile.js": SCRIPT,
     "worker.js": "postMessage('worked')",
 }
@@ -69,7 +69,8 @@ def test_all_slots_have_one_address_and_its_files_are_cached_for_ever(agent):
 
 @pytest.mark.parametrize("path", [
     "lab/none.js", "lab", "lab/", "", "../image.json", "lab/../../image.json", "%2e%2e/image.json", "lab%2fmain.js",
-    "lab/%2e%2e/favicon.ico", "lab//main.js", "..%5cimage.json", "favicon.ico%00", "hostile/link.txt", "../rootfs/etc/passwd",
+    "lab/%2e%2e/favicon.ico", "lab//main.js", "..%5cimage.json", "favicon.ico%00", "hostile/link.txt",
+    "../rootfs/etc/passwd",
 ])
 def test_no_cache_keeps_the_error_for_a_wrong_path(agent, digest, hostile, path):
     status, headers, body = curl(agent, f"/assets/{digest}/{path}")
@@ -161,3 +162,31 @@ def test_assets_have_an_origin_of_their_own_in_subdomain_mode(agent, tls, page, 
     font, worker = f"{script.rpartition('/')[0]}/{fonts[0]}", f"{origin}{hostile}/worker.js"
     assert page.driver.execute_async_script(USES, script, font, worker) == [True, "worked"]
     assert page.complaints() == []
+
+
+def encoding(agent, claim, path, **headers):
+    """The Content-Encoding of a slot's response."""
+    answer = agent.router.get(f"/user/{claim['slot']}/{path}", Authorization=f"token {claim['token']}",
+                              **{"Accept-Encoding": "gzip"}, **headers)
+    assert answer.status == 200
+    body = answer.body
+    if (found := answer.headers.get("content-encoding", "")) == "gzip":
+        body = gzip.decompress(body)
+        assert len(answer.body) < len(body) / 2 and answer.headers["vary"] == "Accept-Encoding"
+    assert len(body) > 1000
+    return found
+
+
+def test_answers_of_the_api_are_compressed_and_pages_with_the_token_are_not(agent):
+    claim = agent.claim()
+    fetched = {"Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty"}
+    followed = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    style = {"Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "style"}
+    theme = "lab/api/themes/@jupyterlab/theme-light-extension/index.css"
+    assert encoding(agent, claim, "lab/api/settings", **fetched) == "gzip"
+    assert encoding(agent, claim, "lab/api/settings") == "gzip"
+    assert encoding(agent, claim, theme, **style) == "gzip"
+    assert encoding(agent, claim, "lab/api/settings", **followed) == ""
+    for headers in ({}, fetched, followed):
+        assert encoding(agent, claim, "lab", **headers) == ""
+        assert encoding(agent, claim, "files/Welcome.ipynb", **headers) == ""

@@ -44,41 +44,48 @@ def tcp_sockets(pid: int) -> Iterator[socket.socket]:
             if os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:"):
                 fd = _libc.syscall(PIDFD_GETFD, pidfd, int(name), 0)
                 assert fd >= 0, os.strerror(ctypes.get_errno())
-                with socket.socket(fileno=fd) as found:
-                    with contextlib.suppress(OSError):
-                        if found.family == socket.AF_INET and found.getpeername():
-                            yield found
+                with socket.socket(fileno=fd) as found, contextlib.suppress(OSError):
+                    if found.family == socket.AF_INET and found.getpeername():
+                        yield found
     finally:
         os.close(pidfd)
 
 
-def test_small_segments_are_not_delayed_in_either_direction() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, relay(server.getsockname()[1]) as (process, address):
-        with socket.create_connection(address, timeout=60) as client:
-            accepted, _ = server.accept()
-            with accepted:
-                client.sendall(b"there")
-                assert accepted.recv(100) == b"there"
-                accepted.sendall(b"and back")
-                assert client.recv(100) == b"and back"
-                options = [found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-                           for found in tcp_sockets(process.pid)]
-                assert options == [1, 1]
+@pytest.fixture
+def joined() -> Iterator[tuple[subprocess.Popen[bytes], socket.socket, socket.socket]]:
+    """A relay, and both ends of a connection through it."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        process, address = stack.enter_context(relay(server.getsockname()[1]))
+        client = stack.enter_context(socket.create_connection(address, timeout=60))
+        accepted = stack.enter_context(server.accept()[0])
+        yield process, client, accepted
+
+
+def test_small_segments_are_not_delayed_in_either_direction(
+    joined: tuple[subprocess.Popen[bytes], socket.socket, socket.socket]
+) -> None:
+    process, client, accepted = joined
+    client.sendall(b"there")
+    assert accepted.recv(100) == b"there"
+    accepted.sendall(b"and back")
+    assert client.recv(100) == b"and back"
+    assert [found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for found in tcp_sockets(process.pid)] == [1, 1]
 
 
 @pytest.mark.parametrize("size", [0, 3 << 20])
-def test_the_end_of_a_direction_is_passed_on_and_the_other_stays(size: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server, relay(server.getsockname()[1]) as (_, address):
-        with socket.create_connection(address, timeout=60) as client:
-            accepted, _ = server.accept()
-            with accepted, accepted.makefile("rb") as received:
-                client.sendall(bytes(size))
-                client.shutdown(socket.SHUT_WR)
-                assert len(received.read()) == size
-                accepted.sendall(b"answer after the end")
-                accepted.shutdown(socket.SHUT_RDWR)
-            with client.makefile("rb") as answer:
-                assert answer.read() == b"answer after the end"
+def test_the_end_of_a_direction_is_passed_on_and_the_other_stays(
+    joined: tuple[subprocess.Popen[bytes], socket.socket, socket.socket], size: int
+) -> None:
+    _, client, accepted = joined
+    client.sendall(bytes(size))
+    client.shutdown(socket.SHUT_WR)
+    with accepted.makefile("rb") as received:
+        assert len(received.read()) == size
+    accepted.sendall(b"answer after the end")
+    accepted.shutdown(socket.SHUT_RDWR)
+    with client.makefile("rb") as answer:
+        assert answer.read() == b"answer after the end"
 
 
 def test_a_port_without_a_server_closes_the_connection() -> None:
