@@ -129,12 +129,12 @@ class PageBench:
 
 
 def transfers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if event == "Network.requestWillBeSent" and (url := parameters["request"]["url"]).startswith("http"):
+    """The requests in Chromium's log of devtools events: url, times in ms since the first, bytes, from the cache."""
     found: dict[str, dict[str, Any]] = {}
     for line in log:
         message = json.loads(line["message"])["message"]
         event, parameters = message["method"], message["params"]
-        if event == "Network.requestWillBeSent" and parameters["request"]["url"].startswith("http"):
+        if event == "Network.requestWillBeSent" and (url := parameters["request"]["url"]).startswith("http"):
             found[parameters["requestId"]] = {
                 "url": url.partition("?")[0], "begin": parameters["timestamp"] * 1000,
                 "end": None, "bytes": 0, "cached": False,
