@@ -51,9 +51,9 @@ class Answers:
         directories: Callable[[Any], Iterable[Tuple[str, int]]],
     ) -> None:
         self._get, self._key, self._directories = get, key, directories
-        # Whole texts as values of dicts, because the zygote replaces a slot's address in these.
-        self.texts: Dict[str, str] = {}
-        self.types: Dict[str, str] = {}
+        # The text and the Content-Type. Lists, because the zygote replaces its own address in the lists and dicts that the
+        # garbage collector tracks, and a dict of texts only is not tracked.
+        self.texts: Dict[str, List[str]] = {}
         self.states: Dict[str, State] = {}
 
     def method(self) -> Callable[..., Any]:
@@ -65,8 +65,9 @@ class Answers:
             if key is None or state is None:
                 await _finished(self._get(handler, *arguments, **named))
             elif self.states.get(key) == state:
-                handler.set_header("Content-Type", self.types[key])
-                handler.finish(self.texts[key])
+                text, content_type = self.texts[key]
+                handler.set_header("Content-Type", content_type)
+                handler.finish(text)
             else:
                 await self._keep(handler, functools.partial(self._get, handler, *arguments, **named), key, state)
 
@@ -86,8 +87,8 @@ class Answers:
         handler.finish = record
         await _finished(compute())
         if handler.get_status() == 200 and len(bodies) == 1 and isinstance(bodies[0], str):
-            self.texts[key], self.states[key] = bodies[0], state
-            self.types[key] = handler._headers.get("Content-Type", "application/json")
+            self.texts[key] = [bodies[0], handler._headers.get("Content-Type", "application/json")]
+            self.states[key] = state
 
 
 async def _finished(result: Any) -> None:

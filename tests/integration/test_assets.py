@@ -177,6 +177,31 @@ def encoding(agent, claim, path, **headers):
     return found
 
 
+def test_answers_that_the_zygote_computed_have_the_slots_own_address(agent):
+    claim = agent.claim()
+    answer = agent.router.get(f"/user/{claim['slot']}/api/kernelspecs", Authorization=f"token {claim['token']}")
+    resources = answer.json()["kernelspecs"]["python3"]["resources"]
+    assert set(resources) == {"logo-32x32", "logo-64x64", "logo-svg"}
+    assert all(path.startswith(f"/user/{claim['slot']}/kernelspecs/") for path in resources.values())
+
+
+def test_a_changed_setting_and_a_new_kernel_are_in_the_next_answer(agent):
+    notebook = agent.open()
+    page = "lab/api/settings/@jupyterlab/notebook-extension:tracker"
+    assert notebook.get(page)["settings"] == {}
+    changed = agent.router.call("PUT", notebook.base + page, {"raw": '{"recordTiming": true}'}, notebook.headers)
+    assert changed.status == 204
+    assert notebook.get(page)["settings"] == {"recordTiming": True}
+    assert set(notebook.get("api/kernelspecs")["kernelspecs"]) == {"python3"}
+    assert notebook.run("!python3 -m ipykernel install --user --name other").status == "ok"
+    assert set(notebook.get("api/kernelspecs")["kernelspecs"]) == {"python3", "other"}
+
+
+def test_jupyter_lsp_answers(agent):
+    """It is initialised by a callback of the event loop, which a forked server has not run."""
+    assert set(agent.open().get("lsp/status")) >= {"version", "specs"}
+
+
 def test_answers_of_the_api_are_compressed_and_pages_with_the_token_are_not(agent):
     claim = agent.claim()
     fetched = {"Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty"}
