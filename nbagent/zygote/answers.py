@@ -51,8 +51,8 @@ class Answers:
         directories: Callable[[Any], Iterable[Tuple[str, int]]],
     ) -> None:
         self._get, self._key, self._directories = get, key, directories
-        # The text and the Content-Type. Lists, because the zygote replaces its own address in the lists and dicts that the
-        # garbage collector tracks, and a dict of texts only is not tracked.
+        # The text and the Content-Type. Lists, because the zygote replaces its own address in the lists and dicts that
+        # the garbage collector tracks, and a dict of texts only is not tracked.
         self.texts: Dict[str, List[str]] = {}
         self.states: Dict[str, State] = {}
 
