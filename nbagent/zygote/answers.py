@@ -26,7 +26,7 @@ OWN_PATH = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__fil
 # JupyterLab's settings are four levels deep, kernels two.
 DEPTH_MAX = 5
 
-# What an answer depends on: the name of each file with its time of change and size.
+# The files on which an answer depends: the name of each with its time of change and size.
 State = Tuple[Tuple[str, int, int], ...]
 
 
