@@ -8,8 +8,8 @@ REPO ?= $(NBAGENT_CACHE)/repo
 REPO_URL ?= file:$(REPO)
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host test-monitoring uncharged fuzz check bench bench-density bench-compressed bench-fleet bench-neighbour \
-    bench-tools image debs repo tools clean
+.PHONY: up up-fleet down test unit host test-monitoring uncharged fuzz check bench bench-density bench-compressed \
+    bench-fleet bench-neighbour bench-page bench-tools image debs repo tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -57,6 +57,9 @@ bench-fleet: bench-tools debs    ## what a gateway costs and how it distributes 
 
 bench-neighbour: bench-tools debs  ## the delay of cells beside a user who loads the host; BENCH="--rounds 1 --only fork"
 	$(PYTHON) tests/bench/neighbour.py $(BENCH)
+
+bench-page: bench-tools debs     ## from the url to a cell's result in Chromium, beside a bare jupyter lab; BENCH="--rounds 1"
+	$(PYTHON) tests/bench/page.py $(BENCH)
 
 bench-tools: tools
 	@tests/bench/install-tools

@@ -184,6 +184,13 @@ class RouterSettings:
         "Scheme, host and port of the url in a claim; auto: the Host of the API request, or SLOT.domain, with `port`.",
     )
     port: int = setting(8000, number(1, 65535, int), "Port of the router in the url of a claim.")
+    assets_url: str | None = setting(
+        "none",
+        word_or("none", matching(r"https?://[^/\s\"'<>]+(/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-])?",
+                                 'a URL without a slash at its end, such as "https://cdn.example.net/notebooks"')),
+        "Address of a CDN, below which /assets/ leads to the router's or the gateway's /assets/; slots that start from "
+        "then on load JupyterLab from there. none: from the router."
+    )
     trusted_proxies: tuple[Network, ...] = setting(
         [], networks, "Gateways and proxies whose X-Forwarded-For header has the address of the client."
     )

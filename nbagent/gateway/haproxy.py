@@ -16,6 +16,10 @@ only if the first one refused it (503), did not receive it, or died with its res
 Routing of a user: the slot's id contains the label of its host. In the backend `users` each host has weight 0, so that
 requests go to a host only if they name it. If the named host is down or unknown, the request goes to the only server
 with a weight, the status service, which responds with an error page. A request never goes to another host.
+
+Routing of an asset, a file of an image: every host that has the image has the same file. The request goes to the host
+of the slot whose page has sent it, or to any host; a host without the image responds with 404, and the request goes to
+the next one.
 """
 
 from __future__ import annotations
@@ -42,6 +46,9 @@ ANY = "_any"
 NO_HOST = "_no_host"
 STAGES = ("claims", "clicked", "keyed")
 USERS = "users"
+ASSETS = "assets"
+# Those with the hosts of the fleet as servers.
+BACKENDS = (*STAGES, USERS, ASSETS)
 # Prefix of the keys that the gateway adds. No client repeats a request with such a key.
 OWN_KEY = "gateway-"
 
@@ -62,6 +69,7 @@ def render(settings: GatewaySettings) -> str:
         *_chains(),
         *(_stage(name, settings) for name in STAGES),
         _users(settings),
+        _assets(settings),
         _services(settings),
     ]
     return "\n".join("\n".join(block) + "\n" for block in map(list, blocks))
@@ -71,7 +79,7 @@ def servers_of(label: str, host: FleetHostSettings) -> dict[str, str]:
     """The arguments of `server LABEL` in each backend that has the host, for the configuration and the Runtime API."""
     where = f"{_numbered(host.address)}:{host.port}"
     agent = f"agent-check agent-inter 1s agent-port {host.check_port}"
-    users = {USERS: f"{where} weight 0 {_CHECK}"}
+    users = {USERS: f"{where} weight 0 {_CHECK}", ASSETS: f"{where} weight {host.weight} {_CHECK}"}
     if host.drain:
         # The host is left out instead of `disabled`, because "ready" from its agent check would enable it again.
         return users
@@ -286,6 +294,7 @@ def _routes(settings: GatewaySettings) -> Iterator[str]:
     http-request set-header Idempotency-Key {OWN_KEY}%[uuid()] if {{ var(txn.way) -m str load }}"""
     if settings.tls.acme:
         yield "    use_backend acme if { path_beg /.well-known/acme-challenge/ }"
+    yield "    use_backend assets if { path_beg /assets/ }"
     yield "    use_backend users if at_slot"
     yield "    use_backend by_%[var(txn.way)] if claim"
     yield "    default_backend status"
@@ -378,10 +387,28 @@ backend {USERS}
     yield f"    server {STATUS}_again unix@{STATUS_SOCKET} weight 1"
 
 
+def _assets(settings: GatewaySettings) -> Iterator[str]:
+    yield f"""\
+backend {ASSETS}
+    balance roundrobin
+    option httpchk GET /healthz
+    retry-on 404 conn-failure empty-response response-timeout
+    retries {settings.fleet.retries}
+    option redispatch 1"""
+    if not settings.fleet.srv:
+        yield """\
+    acl from_slot req.hdr(Referer) -m reg ^https?://[^/]+/user/[a-z0-9]{1,16}-[a-z0-9]+/
+    use-server %[req.hdr(Referer),field(5,/),field(1,-)] if from_slot"""
+    yield from _servers(ASSETS, settings)
+    yield f"    server {STATUS} unix@{STATUS_SOCKET} backup"
+
+
 def _servers(backend: str, settings: GatewaySettings) -> Iterator[str]:
     fleet = settings.fleet
     if fleet.srv:
-        agent = "" if backend == "keyed" else f" agent-check agent-inter 1s agent-port {FleetHostSettings().check_port}"
+        agent = f" agent-check agent-inter 1s agent-port {FleetHostSettings().check_port}"
+        if backend in ("keyed", ASSETS):
+            agent = ""
         weight = 10 if backend == "keyed" else 100
         yield (
             f"    server-template h 1-{fleet.srv_hosts} {fleet.srv} weight {weight} {_CHECK}{agent} "

@@ -77,7 +77,7 @@ class Fleet:
         if not force:
             self._check_unused(label, host)
         self.file(label).unlink()
-        everywhere = (*haproxy.STAGES, haproxy.USERS)
+        everywhere = haproxy.BACKENDS
         return self._apply(lambda: self._leave(label, everywhere, force), f"host {label} removed")
 
     def _hosts(self) -> dict[str, FleetHostSettings]:
@@ -132,7 +132,7 @@ class Fleet:
         return done
 
     def _join(self, label: str, host: FleetHostSettings) -> None:
-        known = {backend: self._has(backend, label) for backend in (*haproxy.STAGES, haproxy.USERS)}
+        known = {backend: self._has(backend, label) for backend in haproxy.BACKENDS}
         for backend, arguments in haproxy.servers_of(label, host).items():
             if known[backend]:
                 continue

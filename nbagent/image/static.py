@@ -4,6 +4,10 @@
 They are copied, because nginx runs on the host and would follow a link of a hostile image out of its tree. Only regular
 files are copied. Beside each file that compression makes smaller is a `.gz` for nginx's `gzip_static`. Both have the
 file's own time, so that ETag and Last-Modified are equal on every host of a fleet.
+
+The router serves one tree at two addresses: below each slot's `static/`, where a file that is not in the tree is
+requested from the slot; and at /assets/DIGEST/, which is the same for all slots of the image, so that a browser or a
+CDN has each file once. For the latter JupyterLab's federated extensions are in the tree too.
 """
 
 from __future__ import annotations
@@ -13,12 +17,13 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from nbagent.core.errors import ImageInvalid
 from nbagent.image.tree import open_tree
 from nbagent.untrusted.tar import Parts
 from nbagent.untrusted.tree import NotInTree, Tree
+from nbagent.wire.assets import EXTENSIONS, PROGRAM
 
 _COMPRESSIBLE = {
     *(".css", ".htm", ".html", ".js", ".json", ".map", ".md", ".mjs", ".svg", ".txt", ".wasm", ".xml"),
@@ -28,6 +33,32 @@ _COMPRESSIBLE = {
 _COMPRESS_FROM_BYTES = 1024
 _COMPRESS_UP_TO_BYTES = 64 << 20
 _LEVEL = 6
+_DOCUMENTS = (".htm", ".html", ".xht", ".xhtml", ".xml")
+
+
+def jupyterlab_prefixes(rootfs: Path, prefixes: Mapping[str, str]) -> dict[str, str]:
+    """`prefixes` with that of JupyterLab's extensions, whose place follows from that of its program.
+
+    JupyterLab has its program in SHARE/lab/static, and extensions in SHARE/labextensions. They are left out, and so
+    served by the slot, if one has an HTML page, because such a page needs the slot's origin and /assets has none.
+    """
+    program = PurePosixPath(prefixes.get(PROGRAM, "/"))
+    if program.parts[-2:] != ("lab", "static"):
+        return dict(prefixes)
+    extensions = program.parent.parent / "labextensions"
+    with open_tree(rootfs) as tree:
+        try:
+            names = [parts[-1].lower() for parts in _files(tree, extensions.parts[1:], EXTENSIONS)]
+        except ImageInvalid:  # the image has none, or a link on the way
+            return dict(prefixes)
+    if not names or any(name.endswith(_DOCUMENTS) for name in names):
+        return dict(prefixes)
+    return {EXTENSIONS: str(extensions), **prefixes}
+
+
+def published(static: Path) -> tuple[str, ...]:
+    """The parts of JupyterLab that are in a published tree."""
+    return tuple(part for part in (PROGRAM, EXTENSIONS) if (static / part).is_dir())
 
 
 def publish(rootfs: Path, prefixes: Mapping[str, str], target: Path, limit_bytes: int, limit_files: int) -> None:

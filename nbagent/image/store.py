@@ -58,6 +58,7 @@ class Image(Program):
     """An image in the store, with the program of its manifest.
 
     `digest` is `sha256-` and 64 hexadecimal digits, `root` its root filesystem and `static` its web assets.
+    `assets` are the parts of JupyterLab that the router serves at /assets/DIGEST/.
     The ids 0 to 65535 of the image are `id_base` and up on the host.
     """
 
@@ -65,6 +66,7 @@ class Image(Program):
     digest: str
     root: Path
     static: Path
+    assets: tuple[str, ...] = ()
     id_base: int
 
 
@@ -264,6 +266,7 @@ class ImageStore:
             digest=digest,
             root=tree / "rootfs",
             static=tree / "static",
+            assets=static.published(tree / "static"),
             id_base=record.id_base,
             **{field.name: getattr(record.manifest, field.name) for field in fields(Program)},
         )
@@ -280,7 +283,8 @@ class ImageStore:
         assets = staging / "static"
         assets.mkdir(0o755)
         limits = self._limits
-        static.publish(staging / "rootfs", manifest.static, assets, limits.unpacked_bytes, limits.entries)
+        prefixes = static.jupyterlab_prefixes(staging / "rootfs", manifest.static)
+        static.publish(staging / "rootfs", prefixes, assets, limits.unpacked_bytes, limits.entries)
         _Record(digest, id_base, manifest).save(staging)
         # nginx and the slots open files below by paths that they know; a listing would show which images there are.
         staging.chmod(0o711)

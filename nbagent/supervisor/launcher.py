@@ -31,13 +31,15 @@ from nbagent.sandbox import syscalls
 from nbagent.sandbox.plan import CODE_PATH, Line
 from nbagent.sandbox.spec import SandboxSpec, Uplink
 from nbagent.supervisor import launch_service
-from nbagent.wire import activity
+from nbagent.wire import activity, assets
 from nbagent.wire.aio import readable, receive
 from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import Failure, StepFailed, printable
 from nbagent.wire.fields import MalformedMessage
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
 
+# The router's address of an image's files, in front of the digest.
+ASSETS_PATH = "/assets/"
 # Takes the place of a slot's id in the sandbox of a zygote.
 ZYGOTE_NAME = "zygote"
 
@@ -114,12 +116,15 @@ def forked_filter() -> str:
 
 
 def sandbox_spec(
-    slot: Slot, image: Image, storage_bytes: int, start_timeout_s: float, uplink: Uplink | None = None
+    slot: Slot, image: Image, storage_bytes: int, start_timeout_s: float, uplink: Uplink | None = None,
+    assets_url: str = "",
 ) -> SandboxSpec:
-    """The sandbox of a slot of `image`, and the program in it."""
+    """The sandbox of a slot of `image`, and the program in it. `assets_url` is `router.assets_url`."""
     values = {"base_path": slot.base_path.rstrip("/"), "port": str(image.port or ""), "token": slot.token}
     environment = _environment(image, values) | {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
     notebook = [image.python, "-I", f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
+    if notebook and image.assets:
+        environment[assets.VARIABLE] = " ".join([f"{assets_url}{ASSETS_PATH}{image.digest}", *image.assets])
     return _image_spec(image, storage_bytes)._replace(
         slot=slot.id,
         uid=slot.uid,

@@ -139,7 +139,7 @@ class SlotStarter:
         self._pools.offer(live)
 
     async def _launch(self, live: RunningSlot, image: Image) -> None:
-        slot, settings = live.slot, self._config.value.slots
+        slot, settings, router = live.slot, self._config.value.slots, self._config.value.router
         with self._records.create(slot, image.static) as listener:
             async def attach(netns_fd: int) -> None:
                 await self._network.attach(slot, netns_fd)
@@ -147,7 +147,9 @@ class SlotStarter:
             reach(Point.RECORD_CREATED)
             scope = _SlotScope(self._systemd, slot, settings.stop_timeout)
             uplink = self._network.uplink(slot)
-            spec = sandbox_spec(slot, image, settings.storage_bytes, settings.start_timeout, uplink)
+            spec = sandbox_spec(
+                slot, image, settings.storage_bytes, settings.start_timeout, uplink, router.assets_url or ""
+            )
             launched = await self._launcher.launch(slot, spec, listener, scope, attach)
             live.attach(launched)
             self._counters.add("starts_fork" if launched.forked else "starts_exec")

@@ -20,6 +20,7 @@ import gc
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -45,7 +46,7 @@ from traitlets.config import Config
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
-from nbagent.zygote import provisioner
+from nbagent.zygote import answers, assets, provisioner
 from nbagent.zygote.acts import is_act
 
 # From 0 to 1000; makes the Linux OOM killer select a notebook's kernel before its server.
@@ -212,6 +213,7 @@ def read_settings(fd: int) -> Dict[str, str]:
 
 def initialise(base_url: str, token: str) -> Any:
     """An initialised ServerApp, whose event loop does not run yet."""
+    answers.keep_answers()
     server = LabApp.make_serverapp(
         jpserver_extensions={"jupyterlab": True}, config=configuration(base_url, token)
     )
@@ -219,7 +221,11 @@ def initialise(base_url: str, token: str) -> Any:
     server.write_server_info_file = lambda: None
     server.write_browser_open_files = lambda: None
     server.initialize([], starter_extension=LabApp.name, new_httpserver=False)
+    if shutil.which("node") is None:
+        # JupyterLab cannot be built, and the check for a due build fails; so the page need not request it.
+        server.web_app.settings.setdefault("page_config_data", {})["buildCheck"] = False
     _note_requests(server)
+    assets.install(server, next(iter(server.extension_manager.extension_apps["jupyterlab"])).static_dir)
     _keep_out_of_log(server.log, server.web_app.settings)
     return server
 

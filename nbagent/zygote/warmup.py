@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import contextvars
 import gc
+import importlib
 import json
 import logging
 import queue
@@ -41,14 +42,21 @@ from nbagent.zygote import provisioner
 # Warm-ups after the code was moved (memory/code_layout.py), each with one session by either protocol. CPython counts
 # the first run of a code object and specialises it in the second; the code that it calls is specialised in the third.
 ROUNDS = 2
+WORKER_END_S = 5.0
+# After this time callbacks of call_later(0) have started; tasks that have not ended after the timeout are periodic.
+STARTUP_DELAY_S, STARTUP_TIMEOUT_S = 0.01, 5.0
 # Subprotocols of the kernel websocket: "" is the older one, with JSON messages.
 PROTOCOLS = ("", "v1.kernel.websocket.jupyter.org")
 
 # The requests of JupyterLab when it opens.
 PAGES = (
     "api", "lab", "api/contents?content=1", "api/kernelspecs", "api/me", "api/status", "api/kernels", "api/sessions",
-    "api/terminals", "lab/api/settings", "lab/api/workspaces/default", "lab/api/translations",
-    "api/contents/none.ipynb",
+    "api/terminals", "lab/api/settings", "lab/api/settings?ids_only=true", "lab/api/settings/@jupyterlab/none:none",
+    *(f"lab/api/settings/@jupyterlab/{name}" for name in (
+        "codemirror-extension:plugin", "docmanager-extension:plugin", "notebook-extension:panel")),
+    "lab/api/workspaces", "lab/api/workspaces/default", "lab/api/translations", "lab/api/translations/default",
+    "lab/api/themes/@jupyterlab/theme-light-extension/index.css", "api/nbconvert",
+    "api/contents/none.ipynb", "api/contents/none.ipynb/checkpoints",
 )
 # The messages of JupyterLab to a kernel.
 MESSAGES: Tuple[Tuple[str, Dict[str, Any]], ...] = (
@@ -72,6 +80,19 @@ MESSAGES: Tuple[Tuple[str, Dict[str, Any]], ...] = (
 # Runs a kernel in the calling thread until it is shut down or stopped. Arguments: the connection file; a function to
 # call when the kernel listens; a function to call with another one, which stops the kernel from any thread.
 RunKernel = Callable[[str, Callable[[], None], Callable[[Callable[[], None]], None]], None]
+
+
+def run_startup(server: Any) -> None:
+    """Runs what extensions have put off to the start of the event loop, because a forked server has another loop.
+
+    Without this JupyterLab's requests to jupyter_lsp, which is initialised in this way, wait for ever.
+    """
+    async def wait() -> None:
+        await asyncio.sleep(STARTUP_DELAY_S)
+        if others := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(others, timeout=STARTUP_TIMEOUT_S)
+
+    server.io_loop.run_sync(wait)
 
 
 def warm_up(server: Any, run_kernel: RunKernel) -> None:
@@ -108,6 +129,10 @@ def _run_session(server: Any, run_kernel: RunKernel, protocol: str) -> None:
         forkserver.ended.set()
         thread.join()
         provisioner.use(None)
+        # Worker threads of anyio are ended with the event loop, which does not wait for them.
+        for worker in threading.enumerate():
+            if worker is not threading.current_thread():
+                worker.join(WORKER_END_S)
     if failures:
         raise RuntimeError(f"the zygote's warm-up failed: {failures[0]!r}") from failures[0]
 
@@ -191,7 +216,23 @@ async def _serve_session(server: Any, protocol: str) -> None:
             await _release(server)
 
 
+def _read_notebooks() -> None:
+    """Reads a notebook of each format that is in use, because nbformat compiles the schema of a format on first use."""
+    with contextlib.suppress(ImportError, AttributeError):
+        nbformat = importlib.import_module("nbformat")
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1"), nbformat.v4.new_markdown_cell("1")])
+        text = nbformat.writes(notebook)
+        for minor in (4, 5):
+            older = json.loads(text)
+            older["nbformat_minor"] = minor
+            if minor < 5:
+                for cell in older["cells"]:
+                    cell.pop("id", None)
+            nbformat.reads(json.dumps(older), as_version=4)
+
+
 async def _use_notebook(server: Any, path: str, protocol: str) -> None:
+    _read_notebooks()
     for page in PAGES:
         await _request(server, path, "GET", page)
     notebook = {"path": "warmup.ipynb", "name": "warmup.ipynb", "type": "notebook", "kernel": {"name": "python3"}}

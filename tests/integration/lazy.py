@@ -11,6 +11,12 @@ PAGES = (
     "/api", "/lab", "/api/contents?content=1", "/api/contents/Welcome.ipynb?content=1", "/api/kernelspecs", "/api/me",
     "/api/status", "/api/sessions", "/api/terminals", "/lab/api/settings", "/lab/api/workspaces",
     "/lab/api/translations", "/lab/api/themes", "/files/Welcome.ipynb", "/api/contents/none.txt?content=0",
+    "/lab/tree/Welcome.ipynb", "/lab/api/settings?ids_only=true",
+    "/lab/api/settings/@jupyterlab/notebook-extension:panel",
+    "/lab/api/translations/default", "/lab/api/build", "/lab/api/workspaces/default", "/api/nbconvert", "/lsp/status",
+    "/lab/api/themes/@jupyterlab/theme-light-extension/index.css", "/api/contents/Welcome.ipynb/checkpoints",
+    "/api/contents/Welcome.ipynb?type=notebook&content=1&hash=1", "/static/favicons/favicon.ico",
+    "/kernelspecs/python3/logo-svg.svg",
 )
 
 

@@ -18,7 +18,7 @@ from notebook import Kernel
 from product import Api
 
 UNKNOWN = "{label}-0123456789ab"
-ASSET = re.compile(r'/user/[a-z0-9-]+/static/lab/[^"\s>]+\.js(?:\?[^"\s>]*)?')
+ASSET = re.compile(r'/assets/sha256-[0-9a-f]+/lab/[^"\s>]+\.js(?:\?[^"\s>]*)?')
 
 
 @pytest.fixture

@@ -13,16 +13,14 @@ from testhost_driver.errors import HostError
 
 # Package, and a program that exists when the package is installed.
 COMMON = {"mmdebstrap": "mmdebstrap", "iproute2": "ip", "util-linux": "nsenter", "tar": "tar"}
-PROXY = "/lib/systemd/systemd-socket-proxyd"
 NEEDED = {
-    "nspawn": COMMON | {"systemd-container": "systemd-nspawn", "systemd": PROXY},
+    "nspawn": COMMON | {"systemd-container": "systemd-nspawn"},
     "vm": COMMON
     | {
         "qemu-system-x86": "qemu-system-x86_64",
         "qemu-utils": "qemu-img",
         "openssh-client": "ssh",
         "e2fsprogs": "mke2fs",
-        "systemd": PROXY,
     },
 }
 

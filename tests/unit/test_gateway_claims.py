@@ -42,6 +42,8 @@ class FakeHost:
         self.dies = False
         # Whether its agent check always reports that it is free.
         self.reports_free = False
+        # The paths below /assets/ that it has; without them 404.
+        self.assets: set[str] = set()
         self.keys: dict[str, str] = {}
         self.headers: list[dict[str, str]] = []
         self.lock = threading.Lock()
@@ -122,6 +124,8 @@ def _router(host: FakeHost) -> type[_Handler]:
                     self.close_connection = True
                     return None
                 return self.respond(200, {"slot": slot}) if slot else self.respond(503, {"full": host.label})
+            if self.path.startswith("/assets/") and self.path not in host.assets:
+                return self.respond(404, {"host": host.label})
             return self.respond(200, {"host": host.label, "path": self.path})
 
     return Router
@@ -377,6 +381,43 @@ def test_requests_for_a_slot_go_to_its_host_only(gateway: Gateway, hosts: list[F
             assert gateway.call("GET", path) == (200, {"host": host.label, "path": path})
     for path in ("/user/zz-0123456789ab/lab", "/user/_status-1/", "/user/a/", "/user/"):
         assert gateway.call("GET", path) == (404, {"status service": path})
+
+
+def test_an_asset_comes_from_any_host_that_has_its_image(gateway: Gateway, hosts: list[FakeHost]) -> None:
+    one, other, unknown = (f"/assets/sha256-{digit * 64}/lab/main.js" for digit in "123")
+    hosts[0].assets, hosts[1].assets = {one}, {other}
+    hosts[2].used = hosts[2].capacity  # a full host serves its assets
+    hosts[2].assets = {one}
+    for _ in range(6):
+        assert gateway.call("GET", one)[1]["host"] in ("a", "c")
+        assert gateway.call("GET", other) == (200, {"host": "b", "path": other})
+        assert gateway.call("GET", unknown)[0] == 404
+
+
+def test_an_asset_is_requested_from_the_host_of_the_slot_that_needs_it(
+    gateway: Gateway, hosts: list[FakeHost]
+) -> None:
+    asset = f"/assets/sha256-{'1' * 64}/lab/main.js"
+    for host in hosts:
+        host.assets = {asset}
+    for label in "abcabc":
+        page = {"Referer": f"https://nb.test/user/{label}-0123456789ab/lab/tree/x.ipynb"}
+        assert gateway.call("GET", asset, headers=page)[1]["host"] == label
+    hosts[0].assets = set()
+    page = {"Referer": "https://nb.test/user/a-0123456789ab/lab"}
+    assert gateway.call("GET", asset, headers=page)[1]["host"] in ("b", "c")
+    for forged in ("https://nb.test/user/_status-1/", "https://nb.test/user/zz-1/", "x/user/a-1/"):
+        assert gateway.call("GET", asset, headers={"Referer": forged})[1]["host"] in ("b", "c")
+
+
+def test_a_dead_host_fails_no_asset(gateway: Gateway, hosts: list[FakeHost]) -> None:
+    asset = f"/assets/sha256-{'1' * 64}/lab/main.js"
+    for host in hosts:
+        host.assets = {asset}
+    hosts[0].router.shutdown()
+    hosts[0].router.server_close()
+    page = {"Referer": "https://nb.test/user/a-0123456789ab/lab"}
+    assert {gateway.call("GET", asset, headers=page)[1]["host"] for _ in range(8)} == {"b", "c"}
 
 
 def test_full_hosts_serve_their_users(gateway: Gateway, hosts: list[FakeHost]) -> None:

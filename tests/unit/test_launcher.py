@@ -144,7 +144,7 @@ def image(**changes) -> SimpleNamespace:
     fields = {
         "name": "minimal", "digest": "sha256-0", "root": Path("/images/minimal"), "id_base": 1 << 20, "user": "jovyan",
         "home": "/home/jovyan", "directory": "/home/jovyan", "python": "/usr/bin/python3", "command": (), "port": None,
-        "share_memory": True, "environment": {"PREFIX": "{base_path}/{token}"},
+        "share_memory": True, "environment": {"PREFIX": "{base_path}/{token}"}, "assets": (),
     }
     return SimpleNamespace(**fields | changes)
 
@@ -160,3 +160,14 @@ def test_a_slot_and_its_zygote_share_the_image_and_differ_in_user_program_and_fi
 def test_an_image_without_python_has_no_zygote():
     with pytest.raises(ValueError, match="no Python"):
         zygote_spec(image(python=None), 1 << 20)
+
+
+@pytest.mark.parametrize(("changes", "url", "expected"), [
+    ({"assets": ("lab", "lab-extensions")}, "", "/assets/sha256-0 lab lab-extensions"),
+    ({"assets": ("lab",)}, "https://cdn.test/n", "https://cdn.test/n/assets/sha256-0 lab"),
+    ({"assets": ()}, "https://cdn.test/n", None),
+    ({"assets": ("lab",), "python": None, "command": ("serve",), "port": 8888}, "", None),
+])
+def test_a_slots_server_learns_the_address_of_its_images_assets(changes, url, expected):
+    spec = sandbox_spec(SLOT, image(**changes), 1 << 20, 60.0, assets_url=url)
+    assert spec.environment.get("NBAGENT_ASSETS") == expected

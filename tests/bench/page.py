@@ -1,0 +1,226 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
+"""`make bench-page`: from the url to a cell's result in a browser, beside a bare warm `jupyter lab` of the same image.
+
+    tests/bench/page.py [--rounds N] [--throttle] [--host NAME] [--out DIRECTORY]
+
+Chromium opens lab/tree/Welcome.ipynb, by turns: in a fresh profile, and a second and a third time in the same
+profile. On the side of nbagent each visit is to a new slot. The bare server is one process for all visits, as warm as
+a server can be; its kernels and workspaces are removed between two visits. Browser and servers are in one network
+namespace, without a forwarder between. With --throttle the browser's network has 30 Mbit/s and a latency of 20 ms.
+The figures are medians; ratios are those of the medians of one run, because the speed of the machine changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import platform
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import figures
+import sides
+from client import Client, Server
+
+import browser
+import product
+from product import say
+from testhost_driver import Host, netns
+
+OURS, BARE = "nbagent", "jupyter lab"
+VISITS = ("first", "second", "third")
+EVENTS = ("shell", "notebook", "kernel", "result")
+COUNTS = ("requests", "cached", "kbytes")
+DEADLINE_S = 120
+NOTEBOOK = "lab/tree/Welcome.ipynb"
+SETTINGS = "[pool]\nwarm = 4\n"
+THROTTLED = {"offline": False, "latency": 20, "downloadThroughput": 30e6 / 8, "uploadThroughput": 30e6 / 8}
+
+
+class PageBench:
+    """One run on one host. `samples` has the measured values by side, visit and figure."""
+
+    def __init__(self, host: Host, client: Client, options: argparse.Namespace) -> None:
+        self.host, self.client, self.options, self.api = host, client, options, product.Api(host)
+        self.samples: dict[str, dict[str, dict[str, list[float]]]] = {
+            side: {visit: {} for visit in VISITS} for side in (OURS, BARE)
+        }
+        self.traces: dict[str, list[dict[str, Any]]] = {}
+        image = sides.image(host, "minimal")
+        user = host.run(["stat", "-c", "%u", f"{image['root']}/home/jovyan"]).stdout.strip()
+        self.bare_side = sides.SystemdRun(host, client, image["root"], user, 1)
+        self.bare = client.run(self.bare_side.start(0, 0.05))
+
+    def run(self) -> None:
+        """All rounds. The first visits of all are not measured: they warm the bare server and the disk's cache."""
+        self.turn(BARE, VISITS[:1], None)
+        self.turn(OURS, VISITS[:1], None)
+        for number in range(1, self.options.rounds + 1):
+            for side in (OURS, BARE) if number % 2 else (BARE, OURS):
+                say(f"round {number} of {self.options.rounds}: {side}")
+                self.turn(side, VISITS, self.samples[side])
+
+    def turn(self, side: str, visits: tuple[str, ...], into: dict[str, dict[str, list[float]]] | None) -> None:
+        """A fresh profile with some visits."""
+        with tempfile.TemporaryDirectory() as directory, browser.chromium(Path(directory)) as page:
+            page.driver.execute_cdp_cmd("Page.enable", {})
+            page.driver.execute_cdp_cmd(
+                "Page.addScriptToEvaluateOnNewDocument", {"source": (HERE / "page.js").read_text()})
+            if self.options.throttle:
+                page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", THROTTLED)
+            for visit in visits:
+                with self.server(side) as url:
+                    found = self.visit(page, url)
+                    self.traces[f"{side}, {visit}"] = found.pop("trace")
+                if into is not None:
+                    for name, value in found.items():
+                        into[visit].setdefault(name, []).append(round(value, 1))
+                page.driver.get("about:blank")
+
+    @contextlib.contextmanager
+    def server(self, side: str) -> Iterator[str]:
+        """The url of the notebook on a new slot, or on the bare server."""
+        if side == BARE:
+            yield f"{self.bare.url}{NOTEBOOK}?token={self.bare.token}"
+            self.client.run(self.forget(self.bare))
+            return
+        claim = self.api.claim(path=NOTEBOOK)
+        yield claim["url"]
+        self.api.delete(f"/slots/{claim['slot']}")
+        product.wait_warm(self.host, 3)
+
+    async def forget(self, server: Server) -> None:
+        """Ends the sessions of a server and deletes its workspace, so that the next visit is a person's first one."""
+        async with self.client.http.get(f"{server.url}api/sessions", headers=server.headers) as answer:
+            sessions = [session["id"] for session in await answer.json()]
+        for path in [*(f"api/sessions/{session}" for session in sessions), "lab/api/workspaces/default"]:
+            async with self.client.http.delete(server.url + path, headers=server.headers) as answer:
+                await answer.read()
+
+    def visit(self, page: browser.Page, url: str) -> dict[str, Any]:
+        """Opens a url; the times in milliseconds, and what was transferred until the result was there."""
+        page.driver.get_log("performance")
+        page.open(url)
+        deadline_s = time.monotonic() + DEADLINE_S
+        while "result" not in (marks := page.driver.execute_script("return window.benchMarks ?? {}")):
+            if time.monotonic() > deadline_s:
+                page.driver.save_screenshot(str(self.options.out / "page-in-vain.png"))
+                raise TimeoutError(f"no result of a cell within {DEADLINE_S} s; the page has {marks}")
+            time.sleep(0.05)
+        trace = transfers(page.driver.get_log("performance"))
+        return {
+            **{event: marks[event] for event in EVENTS},
+            "requests": len(trace), "cached": sum(entry["cached"] for entry in trace), "trace": trace,
+            "kbytes": sum(entry["bytes"] for entry in trace) / 1000,
+        }
+
+
+def transfers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The requests in Chromium's log of devtools events: url, times in ms since the first, bytes, from the cache."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in log:
+        message = json.loads(line["message"])["message"]
+        event, parameters = message["method"], message["params"]
+        if event == "Network.requestWillBeSent" and (url := parameters["request"]["url"]).startswith("http"):
+            found[parameters["requestId"]] = {
+                "url": url.partition("?")[0], "begin": parameters["timestamp"] * 1000,
+                "end": None, "bytes": 0, "cached": False,
+            }
+        entry = found.get(parameters.get("requestId", ""))
+        if entry is None:
+            continue
+        if event == "Network.requestServedFromCache":
+            entry["cached"] = True
+        elif event == "Network.responseReceived":
+            entry["cached"] = entry["cached"] or parameters["response"].get("fromDiskCache", False)
+        elif event == "Network.loadingFinished":
+            entry["end"] = parameters["timestamp"] * 1000
+            entry["bytes"] = 0 if entry["cached"] else parameters["encodedDataLength"]
+    begin = min((entry["begin"] for entry in found.values()), default=0)
+    for entry in found.values():
+        entry["begin"] = round(entry["begin"] - begin, 1)
+        entry["end"] = None if entry["end"] is None else round(entry["end"] - begin, 1)
+    return list(found.values())
+
+
+def table(found: PageBench) -> list[list[str]]:
+    """A line for each visit of each side, and the ratio of the results' times to the bare server's same visit."""
+    rows = [["visit", *(f"{event}, s" for event in EVENTS), "result / bare", "requests", "from the cache", "kB"]]
+    for visit in VISITS:
+        base = statistics.median(found.samples[BARE][visit]["result"])
+        for side in (BARE, OURS):
+            values = {name: statistics.median(values) for name, values in found.samples[side][visit].items()}
+            rows.append([
+                f"{side}, {visit}", *(f"{values[event] / 1000:.2f}" for event in EVENTS),
+                f"{values['result'] / base:.2f}", *(f"{values[count]:.0f}" for count in COUNTS),
+            ])
+    return rows
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7, choices=range(1, 51), metavar="N", help="default: 7")
+    parser.add_argument("--throttle", action="store_true", help="30 Mbit/s and 20 ms between browser and servers")
+    parser.add_argument("--host", help="measure on this test host, which has nbagent and stays, and not on a new one")
+    parser.add_argument("--out", type=Path, default=sides.OUT, help="where the files go")
+    return parser.parse_args(argv)
+
+
+@contextlib.contextmanager
+def measured_host(name: str | None) -> Iterator[Host]:
+    if name is not None:
+        yield Host.attach(name)
+        return
+    packages = product.build(say)
+    with Host.up(name=f"page-{os.getpid()}") as host:
+        product.install(host, packages, SETTINGS)
+        yield host
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    options = parse()
+    options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    began_s = time.monotonic()
+    loads = [os.getloadavg()[0]]
+    with measured_host(options.host) as host, Client(host) as client:
+        # The browser is a child of this thread, and is controlled by it.
+        netns.enter(netns.path_of(host.name))
+        found = PageBench(host, client, options)
+        try:
+            found.run()
+        finally:
+            found.bare_side.close()
+    loads.append(os.getloadavg()[0])
+    network = "30 Mbit/s, 20 ms" if options.throttle else "no throttle"
+    about = (
+        f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} processors, "
+        f"Linux {platform.release()}; rounds: {options.rounds}, {network}, in {time.monotonic() - began_s:.0f} s; "
+        f"load average {loads[0]:.1f} before, {loads[1]:.1f} after, the browser's own included."
+    )
+    rows = table(found)
+    text = f"{figures.columns_of(rows)}\n\n{about}\n"
+    (options.out / "page.txt").write_text(text)
+    (options.out / "page.md").write_text(f"{figures.markdown(rows)}\n\n{about}\n")
+    document = {"about": about, "samples": found.samples, "traces": found.traces}
+    (options.out / "page.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(text)
+    say(f"written: {options.out}/page.txt, page.md and page.json")
+
+
+if __name__ == "__main__":
+    main()
