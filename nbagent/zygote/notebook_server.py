@@ -199,6 +199,9 @@ def configuration(base_url: str, token: str) -> Config:
     config.AsyncMappingKernelManager.kernel_manager_class = f"{__name__}.SlotKernelManager"
     provisioner.register()
     config.KernelProvisionerFactory.default_provisioner_name = provisioner.NAME
+    # JupyterLab shows no trash, so that deleted files would use the slot's storage until it ends.
+    config.FileContentsManager.delete_to_trash = False
+    config.FileContentsManager.always_delete_dir = True
     config.LabApp.news_url = None
     config.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
     return config

@@ -413,7 +413,8 @@ def to_share_inodes_with_other_slots(decoys):
     for line in text("/proc/self/mountinfo").splitlines():
         root, point = line.split()[3:5]
         kind = line.partition(" - ")[2].split()[0]
-        own = kind in ("proc", "devpts") or (kind, root) in (("tmpfs", "/tmp"), ("tmpfs", "/shm"))
+        storage = kind == "tmpfs" and root in ("/home", "/tmp", "/shm", "/var-tmp")
+        own = kind in ("proc", "devpts") or storage
         if root != "/" and not own and not stat.S_ISCHR(os.stat(point).st_mode):
             yield f"{point} is {root}"
 
