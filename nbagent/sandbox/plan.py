@@ -49,6 +49,8 @@ HOME_PATH = "/dev/home"
 # A tmpfs does not count inodes against its size, so their number is limited, to one for every 4 KiB of storage.
 BYTES_PER_INODE = 4096
 OPEN_FILES = 65536
+# Jupyter's files about running kernels have a file system of their own, so that kernels start while the storage is full.
+RUNTIME_PATH, RUNTIME_BYTES = "/run/jupyter", 1 << 20
 NETWORK_SETTINGS = (("net.core.tstamp_allow_data", "0"), ("net.ipv4.tcp_max_tw_buckets", "4096"))
 # The name of the slot's end of its interface.
 INTERFACE = "net0"
@@ -128,6 +130,7 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Identity(spec.user, spec.uid, spec.home, spec.slot),
             # After Detach, because the image's home may be a link to its root directory, where the host's root was.
             steps.Home(HOME_PATH, spec.home, spec.uid),
+            steps.Tmpfs(RUNTIME_PATH, RUNTIME_BYTES, RUNTIME_BYTES // BYTES_PER_INODE, "0700", uid=spec.uid),
             steps.Loopback(),
         ),
         connected=() if uplink is None else (

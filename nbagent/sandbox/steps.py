@@ -117,13 +117,15 @@ class Tmpfs(NamedTuple):
     inodes: int
     mode: str
     flags: int = MS_NOSUID | MS_NODEV
+    uid: int = 0
 
     def describe(self) -> str:
-        return f"tmpfs {self.target}, {self.size_bytes} bytes, {self.inodes} inodes, mode {self.mode}"
+        owner = f", of {self.uid}" if self.uid else ""
+        return f"tmpfs {self.target}, {self.size_bytes} bytes, {self.inodes} inodes, mode {self.mode}{owner}"
 
     def do(self) -> None:
         _make_directory(self.target)
-        options = f"size={self.size_bytes},nr_inodes={self.inodes},mode={self.mode}"
+        options = f"size={self.size_bytes},nr_inodes={self.inodes},mode={self.mode},uid={self.uid},gid={self.uid}"
         mount("tmpfs", self.target, "tmpfs", self.flags, options)
 
 
