@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from execd import execd_image
+
 PROGRAM = Path(__file__).with_name("files.py")
 # What tmpfs does otherwise than ext4 on kernels before 6.6.
 OLD_TMPFS = {"user_attributes": "EOPNOTSUPP", "direct_input_and_output": "EINVAL"}
@@ -19,16 +21,10 @@ OUTSIDE = {
     "hard_link_of_a_file_of_the_image": [2, False, "BEfore"],
     "rename_a_directory_of_the_image": "EXDEV",
 }
-# The image minimal with launch = "exec", and what files.py needs: in the home, and in a directory that all may write to.
-ADD = """
-root=$(dirname /var/lib/nbagent/images/sha256-*/rootfs/usr)
-mkdir -p extra/etc extra/srv extra/home/jovyan
-sed 's/^python = /launch = "exec"\\n&/' $root/etc/nbagent-image.toml > extra/etc/nbagent-image.toml
-for at in extra/srv extra/home/jovyan; do python3 files.py --give $at/open; done
-chmod -R a+rwX extra/srv
-tar -cf image.tar --owner=0 --group=0 --numeric-owner --exclude=./etc/nbagent-image.toml -C $root .
-tar -rf image.tar --owner=0 --group=0 --numeric-owner -C extra etc srv home
-nbagent image add --name execd image.tar
+# What files.py needs in an image: in the home, and in a directory that all may write to.
+GIVE = """
+for at in srv home/jovyan; do mkdir -p $at; python3 /root/files.py --give $at/open; done
+chmod -R a+rwX srv
 """
 # Fills the storage to its last page.
 FILL = """
@@ -111,14 +107,10 @@ print(json.dumps([os.path.exists(name) for name in (".local", "local", "moved")]
 @pytest.fixture
 def execd(agent):
     """The name of an image whose slots start by exec."""
-    agent.run("mkdir", "-p", "/root/execd")
-    agent.host.copy_in([str(PROGRAM)], "/root/execd/")
-    agent.run("sh", "-ec", f"cd /root/execd\n{ADD}\nrm -r /root/execd")
-    yield "execd"
-    agent.run("nbagent", "image", "remove", "execd")
-    for slot in agent.slots():
-        if slot["image"] == "execd":
-            agent.release(slot["slot"])
+    agent.host.copy_in([str(PROGRAM)], "/root/")
+    with execd_image(agent, GIVE) as name:
+        yield name
+    agent.run("rm", "/root/files.py")
 
 
 def test_the_same_by_exec_and_what_differs_outside_of_the_home(agent, execd, on_disk):

@@ -384,7 +384,10 @@ def to_read_a_file_of_the_host(decoys):
 
 @attempt
 def to_find_a_mount_of_the_host(decoys):
-    expected = ("/", "/tmp", "/dev", "/dev/pts", "/dev/shm", "/proc", "/run/nbagent/lib/nbagent")
+    users = [line.split(":") for line in text("/etc/passwd").splitlines()]
+    home = next(user[5] for user in users if user[2] == str(os.getuid()))
+    expected = ("/", "/tmp", "/var/tmp", home, "/dev", "/dev/pts", "/dev/shm", "/proc", "/run/jupyter",
+                "/run/nbagent/lib/nbagent")
     points = [point for point, _, _, _ in mounts()]
     strange = [
         point for point in points
@@ -443,7 +446,7 @@ def to_write_the_hosts_disks(decoys):
 
 @attempt
 def to_fill_more_than_the_slots_storage(decoys):
-    for path in filter(os.path.exists, ("/", "/tmp", "/dev/shm", "/dev")):
+    for path in filter(os.path.exists, ("/", "/tmp", "/var/tmp", "/home/jovyan", "/run/jupyter", "/dev/shm", "/dev")):
         status = os.statvfs(path)
         if status.f_blocks * status.f_frsize > decoys["storage"]:
             yield f"{path} has {status.f_blocks * status.f_frsize} bytes"
