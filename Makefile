@@ -6,7 +6,7 @@ export NBAGENT_CACHE ?= /var/cache/nbagent-build
 DIST := $(NBAGENT_CACHE)/dist
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host uncharged fuzz check bench bench-density bench-compressed bench-fleet bench-neighbour \
+.PHONY: up up-fleet down test unit host uncharged conformance fuzz check bench bench-density bench-compressed bench-fleet bench-neighbour \
     bench-tools image debs tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
@@ -30,6 +30,9 @@ host: tools          ## integration tests on real systemd hosts
 
 uncharged: tools     ## every kind of memory of the kernel in tests/integration/uncharged.py; make test tries some
 	NBAGENT_ALL_KINDS=1 $(PYTEST) tests/integration/test_uncharged.py
+
+conformance: tools   ## jupyter_server's own API tests in slots and with a plain server; make test runs a part
+	NBAGENT_CONFORMANCE=all $(PYTEST) -s tests/integration/test_conformance.py
 
 fuzz: tools          ## fuzzes the decoders of untrusted bytes, 60 s each; FUZZ="--seconds 600 tar"
 	@tests/fuzz $(FUZZ)

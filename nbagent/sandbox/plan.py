@@ -49,7 +49,7 @@ HOME_PATH = "/dev/home"
 # A tmpfs does not count inodes against its size, so their number is limited, to one for every 4 KiB of storage.
 BYTES_PER_INODE = 4096
 OPEN_FILES = 65536
-# Jupyter's files about running kernels have a file system of their own, so that kernels start while the storage is full.
+# Jupyter's files about kernels have a file system of their own, so that kernels start while the storage is full.
 RUNTIME_PATH, RUNTIME_BYTES = "/run/jupyter", 1 << 20
 NETWORK_SETTINGS = (("net.core.tstamp_allow_data", "0"), ("net.ipv4.tcp_max_tw_buckets", "4096"))
 # The name of the slot's end of its interface.

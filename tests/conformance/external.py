@@ -122,7 +122,8 @@ class Fixtures:
         def fetch(*parts, headers=None, params=None, **_):
             path = url_path_join(jp_base_url, url_escape(url_path_join(*parts), plus=False))
             url = f"ws://127.0.0.1:{jp_http_port}{path}?{urllib.parse.urlencode(params or {})}"
-            return websocket_connect(HTTPRequest(url, headers={**jp_auth_header, **(headers or {})}, connect_timeout=60))
+            headers = {**jp_auth_header, **(headers or {})}
+            return websocket_connect(HTTPRequest(url, headers=headers, connect_timeout=60))
 
         return fetch
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What programs do with files, each tried in one directory: prints {name: result} as JSON.
+"""Tries operations on files that programs make, each in a directory of its own; prints {name: result} as JSON.
 
     python3 files.py DIRECTORY
 
@@ -145,7 +145,7 @@ def access_control_list():
 
 
 def other_process(code):
-    """What another Python prints."""
+    """The output of another Python."""
     return subprocess.run([sys.executable, "-ISc", code], stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
 
 
@@ -153,8 +153,8 @@ def other_process(code):
 def flock():
     with open("a", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        try_it = "import fcntl\ntry: fcntl.flock(open('a'), 6)\nexcept OSError as e: print(e.errno == 11)\nelse: print()"
-        return other_process(try_it)
+        again = "import fcntl\ntry: fcntl.flock(open('a'), 6)\n"
+        return other_process(again + "except OSError as e: print(e.errno == 11)\nelse: print()")
 
 
 @operation

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Files in a slot: as on a disk in the home, with documented differences elsewhere, and with a reason when it is full."""
+"""Files in a slot: in the home as on a disk, elsewhere with documented differences; and the answers when it is full."""
 
 import json
 import re
@@ -9,11 +9,10 @@ import tempfile
 from pathlib import Path
 
 import pytest
-
 from execd import execd_image
 
 PROGRAM = Path(__file__).with_name("files.py")
-# What tmpfs does otherwise than ext4 on kernels before 6.6.
+# Results of a tmpfs that are not those of ext4, before Linux 6.6.
 OLD_TMPFS = {"user_attributes": "EOPNOTSUPP", "direct_input_and_output": "EINVAL"}
 # In a directory of the image that everyone may write to, outside of the home. images/README.md has this table.
 OUTSIDE = {
@@ -21,7 +20,7 @@ OUTSIDE = {
     "hard_link_of_a_file_of_the_image": [2, False, "BEfore"],
     "rename_a_directory_of_the_image": "EXDEV",
 }
-# What files.py needs in an image: in the home, and in a directory that all may write to.
+# The files that files.py needs in an image: in the home, and in a directory that all may write to.
 GIVE = """
 for at in srv home/jovyan; do mkdir -p $at; python3 /root/files.py --give $at/open; done
 chmod -R a+rwX srv
@@ -34,8 +33,8 @@ with open("big", "wb", buffering=0) as big:
     except OSError as error:
         print(error.strerror)
 """
-FULL = re.compile(r"The storage of this notebook is full: 24 MiB, in \d+ of at most 6144 files\. Delete files in the home"
-                  r" directory, /tmp, /var/tmp or /dev/shm, and try again\.")
+FULL = re.compile(r"The storage of this notebook is full: 24 MiB, in \d+ of at most 6144 files\. Delete files in"
+                  r" the home directory, /tmp, /var/tmp or /dev/shm, and try again\.")
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +54,11 @@ def in_slot(kernel, directory, give):
     """The results of files.py in a directory of the slot."""
     assert kernel.run(f"open('/tmp/files.py', 'w').write({PROGRAM.read_text()!r})", timeout=180).status == "ok"
     result = kernel.run(f"""
-import os, subprocess, sys
+import subprocess, sys
+program = [sys.executable, "/tmp/files.py"]
 if {give}:
-    subprocess.run([sys.executable, "/tmp/files.py", "--give", {directory!r}], check=True)
-print(subprocess.run([sys.executable, "/tmp/files.py", {directory!r}], check=True, stdout=subprocess.PIPE).stdout.decode())
+    subprocess.run([*program, "--give", {directory!r}], check=True)
+print(subprocess.run([*program, {directory!r}], check=True, stdout=subprocess.PIPE).stdout.decode())
 """, timeout=600)
     assert result.status == "ok", result
     return json.loads(result.stream)
