@@ -13,7 +13,7 @@ from execd import execd_image
 
 PROGRAM = Path(__file__).with_name("files.py")
 # Results of a tmpfs that are not those of ext4, before Linux 6.6.
-OLD_TMPFS = {"user_attributes": "EOPNOTSUPP", "direct_input_and_output": "EINVAL"}
+OLD_TMPFS = {"user_attributes": "ENOTSUP", "direct_input_and_output": "EINVAL"}
 # In a directory of the image that everyone may write to, outside of the home. images/README.md has this table.
 OUTSIDE = {
     "one_device_for_files_and_directories": 3,

@@ -386,7 +386,8 @@ def to_read_a_file_of_the_host(decoys):
 def to_find_a_mount_of_the_host(decoys):
     users = [line.split(":") for line in text("/etc/passwd").splitlines()]
     home = next(user[5] for user in users if user[2] == str(os.getuid()))
-    expected = ("/", "/tmp", "/var/tmp", home, "/dev", "/dev/pts", "/dev/shm", "/proc", "/run/jupyter",
+    # The storage's directory of the home is at /dev/home until the step Home.
+    expected = ("/", "/tmp", "/var/tmp", home, "/dev", "/dev/home", "/dev/pts", "/dev/shm", "/proc", "/run/jupyter",
                 "/run/nbagent/lib/nbagent")
     points = [point for point, _, _, _ in mounts()]
     strange = [
