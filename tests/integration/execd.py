@@ -20,6 +20,10 @@ nbagent image add --name execd ../image.tar
 @contextmanager
 def execd_image(agent, more=""):
     """Adds the image; `more` is a script that adds files to it, in a directory for them."""
+    def trees():
+        return agent.run("sh", "-c", "ls -d /var/lib/nbagent/images/sha256-*").split()
+
+    before = trees()
     try:
         agent.run("sh", "-ec", ADD.format(more=more))
         yield NAME
@@ -29,3 +33,4 @@ def execd_image(agent, more=""):
         for slot in agent.slots():
             if slot["image"] == NAME:
                 agent.release(slot["slot"])
+        agent.wait(lambda: trees() == before, "the deletion of the image")
