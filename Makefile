@@ -8,8 +8,8 @@ REPO ?= $(NBAGENT_CACHE)/repo
 REPO_URL ?= file:$(REPO)
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host test-monitoring uncharged fuzz check bench bench-density bench-compressed \
-    bench-fleet bench-neighbour bench-page bench-tools image debs repo tools clean
+.PHONY: up up-fleet down test unit host test-monitoring uncharged conformance fuzz check bench bench-density \
+    bench-compressed bench-fleet bench-neighbour bench-page bench-tools image debs repo tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -35,6 +35,9 @@ test-monitoring: tools debs  ## alert rules and dashboard with Debian's Promethe
 
 uncharged: tools     ## every kind of memory of the kernel in tests/integration/uncharged.py; make test tries some
 	NBAGENT_ALL_KINDS=1 $(PYTEST) tests/integration/test_uncharged.py
+
+conformance: tools   ## jupyter_server's own API tests in slots and with a plain server; make test runs a part
+	NBAGENT_CONFORMANCE=all $(PYTEST) -s tests/integration/test_conformance.py
 
 fuzz: tools          ## fuzzes the decoders of untrusted bytes, 60 s each; FUZZ="--seconds 600 tar"
 	@tests/fuzz $(FUZZ)

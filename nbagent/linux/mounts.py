@@ -14,6 +14,7 @@ MS_NODEV = 1 << 2
 MS_NOEXEC = 1 << 3
 MS_REMOUNT = 1 << 5
 MS_BIND = 1 << 12
+MS_MOVE = 1 << 13
 MS_REC = 1 << 14
 MS_PRIVATE = 1 << 18
 MNT_DETACH = 1 << 1

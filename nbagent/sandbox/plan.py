@@ -44,9 +44,13 @@ MASKED_FILES = (
 READ_ONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys")
 # The package nbagent inside the slot; its programs run there under the image's own Python.
 CODE_PATH = "/run/nbagent/lib/nbagent"
+# Where the directory of the storage is mounted that becomes the home: /dev has no entry of an image.
+HOME_PATH = "/dev/home"
 # A tmpfs does not count inodes against its size, so their number is limited, to one for every 4 KiB of storage.
 BYTES_PER_INODE = 4096
 OPEN_FILES = 65536
+# Jupyter's files about kernels have a file system of their own, so that kernels start while the storage is full.
+RUNTIME_PATH, RUNTIME_BYTES = "/run/jupyter", 1 << 20
 NETWORK_SETTINGS = (("net.core.tstamp_allow_data", "0"), ("net.ipv4.tcp_max_tw_buckets", "4096"))
 # The name of the slot's end of its interface.
 INTERFACE = "net0"
@@ -106,12 +110,16 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Overlay(spec.root, f"{base}/upper", f"{base}/work", f"{base}/root"),
             steps.Directory(f"{base}/tmp", 0o1777),
             steps.Directory(f"{base}/shm", 0o1777),
+            steps.Directory(f"{base}/var-tmp", 0o1777),
+            steps.Directory(f"{base}/home", 0o700),
             steps.Pivot(f"{base}/root"),
             steps.Bind(f"{base}/tmp".lstrip("/"), "/tmp"),
+            steps.Bind(f"{base}/var-tmp".lstrip("/"), "/var/tmp"),
             steps.Tmpfs("/dev", 65536, 64, "0755", MS_NOSUID | MS_NOEXEC),
             steps.Devices("dev", "/dev", DEVICES),
             steps.DevPts("/dev/pts", TERMINALS),
             steps.Bind(f"{base}/shm".lstrip("/"), "/dev/shm", no_exec=True),
+            steps.Bind(f"{base}/home".lstrip("/"), HOME_PATH),
             *(steps.Link(f"/dev/{name}", to) for name, to in links),
             steps.SharedProgram(spec.code.lstrip("/"), CODE_PATH, f"{base}/empty".lstrip("/")),
             steps.Proc("/proc"),
@@ -120,7 +128,9 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.ReadOnly(READ_ONLY),
             steps.Detach(),
             steps.Identity(spec.user, spec.uid, spec.home, spec.slot),
-            steps.OwnHome(spec.home, spec.uid),
+            # After Detach, because the image's home may be a link to its root directory, where the host's root was.
+            steps.Home(HOME_PATH, spec.home, spec.uid),
+            steps.Tmpfs(RUNTIME_PATH, RUNTIME_BYTES, RUNTIME_BYTES // BYTES_PER_INODE, "0700", uid=spec.uid),
             steps.Loopback(),
         ),
         connected=() if uplink is None else (

@@ -22,12 +22,13 @@ import os
 import resource
 import socket
 import stat
-from typing import List, NamedTuple, Optional, Protocol, Tuple
+from typing import Dict, List, NamedTuple, Optional, Protocol, Tuple
 
 from nbagent.linux import rtnetlink, seccomp
 from nbagent.linux.mounts import (
     MNT_DETACH,
     MS_BIND,
+    MS_MOVE,
     MS_NODEV,
     MS_NOEXEC,
     MS_NOSUID,
@@ -116,13 +117,15 @@ class Tmpfs(NamedTuple):
     inodes: int
     mode: str
     flags: int = MS_NOSUID | MS_NODEV
+    uid: int = 0
 
     def describe(self) -> str:
-        return f"tmpfs {self.target}, {self.size_bytes} bytes, {self.inodes} inodes, mode {self.mode}"
+        owner = f", of {self.uid}" if self.uid else ""
+        return f"tmpfs {self.target}, {self.size_bytes} bytes, {self.inodes} inodes, mode {self.mode}{owner}"
 
     def do(self) -> None:
         _make_directory(self.target)
-        options = f"size={self.size_bytes},nr_inodes={self.inodes},mode={self.mode}"
+        options = f"size={self.size_bytes},nr_inodes={self.inodes},mode={self.mode},uid={self.uid},gid={self.uid}"
         mount("tmpfs", self.target, "tmpfs", self.flags, options)
 
 
@@ -349,26 +352,25 @@ class Identity(NamedTuple):
         socket.sethostname(self.hostname)
 
 
-class OwnHome(NamedTuple):
-    """The slot's user owns its home directory and the image's files in it."""
+class Home(NamedTuple):
+    """The home directory is a directory of the slot's storage with a copy of the image's files, so that it behaves like
+    one of a disk. In the overlay, files and directories differ in st_dev; a directory that came with the image cannot
+    be renamed; and before Linux 6.6, whose tmpfs is the first with user.* attributes, a directory of the image cannot
+    be removed, nor a new one be moved."""
 
-    path: str
+    source: str
+    target: str
     uid: int
 
     def describe(self) -> str:
-        return f"home {self.path} belongs to {self.uid}"
+        return f"home {self.target} is a copy at {self.source}, moved there, and belongs to {self.uid}"
 
     def do(self) -> None:
-        _make_directory(self.path)
-        os.chmod(self.path, 0o700)
-        os.chown(self.path, self.uid, self.uid)
-        directories = [self.path]
-        while directories:
-            with os.scandir(directories.pop()) as entries:
-                for entry in entries:
-                    os.chown(entry.path, self.uid, self.uid, follow_symlinks=False)
-                    if entry.is_dir(follow_symlinks=False):
-                        directories.append(entry.path)
+        _make_directory(self.target)
+        _copy_tree(self.target, self.source, self.uid, {})
+        os.chmod(self.source, 0o700)
+        mount(self.source, self.target, None, MS_MOVE)
+        os.rmdir(self.source)
 
 
 class Loopback(NamedTuple):
@@ -541,6 +543,67 @@ def _set_line(path: str, name: str, line: str) -> None:
         lines = file.read().decode(errors="replace").splitlines()
         others = [old for old in lines if old.split(":", 1)[0] != name]
     _write(path, "\n".join([line, *others]) + "\n")
+
+
+def _copy_tree(source: str, target: str, uid: int, names: Dict[int, str]) -> None:
+    """Copies the entries of a directory, and its mode and times, to another directory. All belong to `uid`.
+
+    `names` has the copies of files with several names, by their inode number. Directories of other file systems are
+    left out, because an image's home may be a link to its root directory, where the slot's other mounts are.
+    """
+    own = os.stat(source)
+    with os.scandir(source) as entries:
+        for entry in entries:
+            status, path = entry.stat(follow_symlinks=False), f"{target}/{entry.name}"
+            if stat.S_ISDIR(status.st_mode):
+                if status.st_dev == own.st_dev:
+                    os.mkdir(path)
+                    _copy_tree(entry.path, path, uid, names)
+            elif stat.S_ISLNK(status.st_mode):
+                os.symlink(os.readlink(entry.path), path)
+                _copy_status(status, path, uid)
+            elif stat.S_ISREG(status.st_mode):
+                if status.st_nlink > 1 and names.setdefault(status.st_ino, path) != path:
+                    os.link(names[status.st_ino], path)
+                    continue
+                _copy_content(entry.path, path, status)
+                _copy_status(status, path, uid)
+    _copy_status(own, target, uid)
+
+
+def _copy_content(source: str, target: str, status: os.stat_result) -> None:
+    """Copies a file's content to a new file, which has the same holes."""
+    source_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    target_fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        sparse, start, end = status.st_blocks * 512 < status.st_size, 0, status.st_size
+        if sparse:
+            os.ftruncate(target_fd, end)
+        while start < status.st_size:
+            if sparse:
+                try:
+                    start = os.lseek(source_fd, start, os.SEEK_DATA)
+                except OSError as error:
+                    if error.errno != errno.ENXIO:  # only a hole is left
+                        raise
+                    break
+                end = os.lseek(source_fd, start, os.SEEK_HOLE)
+                os.lseek(target_fd, start, os.SEEK_SET)
+            while start < end and (sent := os.sendfile(target_fd, source_fd, start, end - start)):
+                start += sent
+            if start < end:
+                raise OSError(errno.EIO, f"{source} is shorter than {status.st_size} bytes")
+    finally:
+        os.close(source_fd)
+        os.close(target_fd)
+
+
+def _copy_status(status: os.stat_result, path: str, uid: int) -> None:
+    """Owner, mode and times; the owner first, because chown(2) clears set-id bits."""
+    os.chown(path, uid, uid, follow_symlinks=False)
+    if not stat.S_ISLNK(status.st_mode):
+        os.chmod(path, stat.S_IMODE(status.st_mode))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
 
 
 # These make few system calls, because those are most of the time that a slot's start waits for its steps.

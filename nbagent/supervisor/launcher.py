@@ -28,7 +28,7 @@ from nbagent.launch.requests import SLOT
 from nbagent.linux import seccomp
 from nbagent.network import addresses
 from nbagent.sandbox import syscalls
-from nbagent.sandbox.plan import CODE_PATH, Line
+from nbagent.sandbox.plan import CODE_PATH, RUNTIME_PATH, Line
 from nbagent.sandbox.spec import SandboxSpec, Uplink
 from nbagent.supervisor import launch_service
 from nbagent.wire import activity, assets
@@ -177,7 +177,8 @@ def _image_spec(image: Image, storage_bytes: int) -> SandboxSpec:
 
 
 def _environment(image: Image, values: Mapping[str, str]) -> dict[str, str]:
-    return {name: _filled(value, values) for name, value in image.environment.items()} | {"HOME": image.home}
+    own = {name: _filled(value, values) for name, value in image.environment.items()}
+    return {"JUPYTER_RUNTIME_DIR": RUNTIME_PATH} | own | {"HOME": image.home}
 
 
 def host_steps(slot: Slot, directory: Path, forked: bool) -> list[Line]:

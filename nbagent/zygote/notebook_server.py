@@ -14,6 +14,7 @@ of an idle browser tab does not count). And the kernel's OOM killer takes notebo
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import datetime
 import gc
@@ -32,6 +33,7 @@ from typing import Any, Callable, Dict, Optional, Set
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
 from jupyter_client import manager
+from jupyter_core.paths import jupyter_runtime_dir
 from jupyter_server.auth.identity import PasswordIdentityProvider
 from jupyter_server.services.kernels.connection import channels
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
@@ -46,7 +48,7 @@ from traitlets.config import Config
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
-from nbagent.zygote import answers, assets, provisioner
+from nbagent.zygote import answers, assets, full_storage, provisioner
 from nbagent.zygote.acts import is_act
 
 # From 0 to 1000; makes the Linux OOM killer select a notebook's kernel before its server.
@@ -129,6 +131,11 @@ class SlotKernelManager(ServerKernelManager):
         _wakeable.wake()
         activity.write(ACTIVITY_FD, _busy(self.parent))
 
+    async def _async_pre_start_kernel(self, **kwargs: Any) -> Any:
+        command, options = await super()._async_pre_start_kernel(**kwargs)
+        full_storage.spare_temporary(options["env"], jupyter_runtime_dir())
+        return command, options
+
     # jupyter_client calls this after each start and restart, its automatic restart after an OOM kill included.
     async def _async_post_start_kernel(self, **kwargs: Any) -> None:
         await super()._async_post_start_kernel(**kwargs)
@@ -200,6 +207,9 @@ def configuration(base_url: str, token: str) -> Config:
     config.AsyncMappingKernelManager.kernel_manager_class = f"{__name__}.SlotKernelManager"
     provisioner.register()
     config.KernelProvisionerFactory.default_provisioner_name = provisioner.NAME
+    # JupyterLab shows no trash, so that deleted files would use the slot's storage until it ends.
+    config.FileContentsManager.delete_to_trash = False
+    config.FileContentsManager.always_delete_dir = True
     config.LabApp.news_url = None
     config.LabApp.check_for_updates_class = "jupyterlab.NeverCheckForUpdate"
     return config
@@ -226,6 +236,7 @@ def initialise(base_url: str, token: str) -> Any:
         server.web_app.settings.setdefault("page_config_data", {})["buildCheck"] = False
     _note_requests(server)
     assets.install(server, next(iter(server.extension_manager.extension_apps["jupyterlab"])).static_dir)
+    full_storage.answer()
     _keep_out_of_log(server.log, server.web_app.settings)
     return server
 
@@ -238,6 +249,7 @@ def close_loop(server: Any) -> None:
 
 def serve(server: Any, application: Any, on_serving: Callable[[], None] = lambda: None) -> None:
     """Serves `application` on LISTEN_FD until SIGTERM; calls `on_serving` when the event loop runs."""
+    _make_files(server)
     listener = socket.socket(fileno=LISTEN_FD)
     make_room_for_descriptors(DESCRIPTORS)
     listener.setblocking(False)  # tornado accepts connections until EAGAIN
@@ -253,6 +265,17 @@ def serve(server: Any, application: Any, on_serving: Callable[[], None] = lambda
     server.io_loop.add_callback(server.log.setLevel, level)
     server.io_loop.add_callback(on_serving)
     server.start()
+
+
+def _make_files(server: Any) -> None:
+    """Makes Jupyter's directories, and the key that signs notebooks, without which none can be opened: at the start,
+    because later the storage may be full. The directories that a zygote made are in its own home."""
+    for directory in (server.runtime_dir, server.data_dir):
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        path = os.path.join(server.data_dir, "notebook_secret")
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(base64.encodebytes(os.urandom(1024)))
 
 
 def _http_server(server: Any, application: Any) -> HTTPServer:

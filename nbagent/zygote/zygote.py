@@ -186,8 +186,6 @@ class Zygote:
         init.close()
         # The change of user has cleared it. As after an exec, the user may read this process's /proc and debug it.
         prctl(PR_SET_DUMPABLE, 1)
-        # The directory that the zygote made is in the zygote's root.
-        os.makedirs(self.server.runtime_dir, mode=0o700, exist_ok=True)
 
         def serving() -> None:
             with contextlib.suppress(OSError), control:  # the supervisor may have ended meanwhile

@@ -34,7 +34,8 @@ FURNITURE = {
     # A mount namespace that is owned by another user namespace is a slave: it receives the host's mounts and never
     # propagates any (mount_namespaces(7)). The step only keeps later mounts of the host out, until Detach.
     "PrivateMounts",
-    "Directory", "Bind tmp", "Tmpfs dev", "Devices", "Bind dev/shm", "DevPts", "Link", "OwnHome", "Loopback",
+    "Directory", "Bind tmp", "Bind var/tmp", "Tmpfs dev", "Devices", "Bind dev/shm", "Bind dev/home", "DevPts", "Link",
+    "Home", "Tmpfs run/jupyter", "Loopback",
 }
 
 

@@ -384,7 +384,11 @@ def to_read_a_file_of_the_host(decoys):
 
 @attempt
 def to_find_a_mount_of_the_host(decoys):
-    expected = ("/", "/tmp", "/dev", "/dev/pts", "/dev/shm", "/proc", "/run/nbagent/lib/nbagent")
+    users = [line.split(":") for line in text("/etc/passwd").splitlines()]
+    home = next(user[5] for user in users if user[2] == str(os.getuid()))
+    # The storage's directory of the home is at /dev/home until the step Home.
+    expected = ("/", "/tmp", "/var/tmp", home, "/dev", "/dev/home", "/dev/pts", "/dev/shm", "/proc", "/run/jupyter",
+                "/run/nbagent/lib/nbagent")
     points = [point for point, _, _, _ in mounts()]
     strange = [
         point for point in points
@@ -413,7 +417,8 @@ def to_share_inodes_with_other_slots(decoys):
     for line in text("/proc/self/mountinfo").splitlines():
         root, point = line.split()[3:5]
         kind = line.partition(" - ")[2].split()[0]
-        own = kind in ("proc", "devpts") or (kind, root) in (("tmpfs", "/tmp"), ("tmpfs", "/shm"))
+        storage = kind == "tmpfs" and root in ("/home", "/tmp", "/shm", "/var-tmp")
+        own = kind in ("proc", "devpts") or storage
         if root != "/" and not own and not stat.S_ISCHR(os.stat(point).st_mode):
             yield f"{point} is {root}"
 
@@ -442,7 +447,7 @@ def to_write_the_hosts_disks(decoys):
 
 @attempt
 def to_fill_more_than_the_slots_storage(decoys):
-    for path in filter(os.path.exists, ("/", "/tmp", "/dev/shm", "/dev")):
+    for path in filter(os.path.exists, ("/", "/tmp", "/var/tmp", "/home/jovyan", "/run/jupyter", "/dev/shm", "/dev")):
         status = os.statvfs(path)
         if status.f_blocks * status.f_frsize > decoys["storage"]:
             yield f"{path} has {status.f_blocks * status.f_frsize} bytes"
