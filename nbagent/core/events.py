@@ -79,6 +79,7 @@ class Event(enum.Enum):
     SYSTEMD_LOST = Kind("9a70c5d2b1e84f3795f6a0d48e2c17b3", Priority.WARNING, "the connection to systemd ended; it is opened again")
     NETWORK_FAILED = Kind("941fcad1b56e411ca4f64dcb31e8503c", Priority.WARNING, "failed to set up the slot network: %(text)s")
     NETWORK_RESTORED = Kind("c56a026931784bdfb4bbe6f67097d3fa", Priority.WARNING, "nftables table inet nbagent was removed by another program; restored")
+    NETWORK_REPAIRED = Kind("8c0cfee49b7d46e99ad3eb0ffbab620f", Priority.WARNING, "slot network restored after a change by another program: %(text)s")
 
 
 def entry(event: Event, **fields: object) -> dict[str, str]:
