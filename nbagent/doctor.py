@@ -204,10 +204,9 @@ def check_user_namespaces(root: Path, bounding_set_of: Callable[[str], str]) -> 
         if not without:
             return Finding(name, "ok", f"{shown}, and the units that create them have CAP_SYS_ADMIN")
         effect = "refuses" if status == "fail" else "may restrict"
-        return Finding(
-            name, status, f"{shown} {effect} those of {' and '.join(without)}, which have no CAP_SYS_ADMIN",
-            "; ".join([*map(_userns_drop_in, without), "systemctl daemon-reload && systemctl restart nbagent-launch nbagent"]),
-        )
+        mend = [*map(_userns_drop_in, without), "systemctl daemon-reload && systemctl restart nbagent-launch nbagent"]
+        found = f"{shown} {effect} those of {' and '.join(without)}, which have no CAP_SYS_ADMIN"
+        return Finding(name, status, found, "; ".join(mend))
     return Finding(name, "ok", f"up to {limit}")
 
 

@@ -3,8 +3,9 @@
 
 nftables drops a packet if any base chain does. Here the packets of a slot pass the rules of all other tables, as
 `nft --json list ruleset` prints them. It omits the arguments of the matches that iptables made; those of connection
-states and address types are read from the text that `nft --handle list ruleset` prints. Rules whose conditions cannot be decided (a rate, a mark, the time) count as not
-matching, so a result is right for rules that depend on interfaces, addresses, protocols, ports and connection states.
+states and address types are read from the text that `nft --handle list ruleset` prints. Rules whose conditions cannot
+be decided (a rate, a mark, the time) count as not matching, so a result is right for rules that depend on interfaces,
+addresses, protocols, ports and connection states. Rules of iptables-legacy are not in the ruleset of nftables.
 """
 
 from __future__ import annotations
@@ -234,7 +235,7 @@ def _texts(text: str) -> Iterator[tuple[tuple[str, str, int], str]]:
 
 
 def _translated(statements: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """The statements of a rule, with the matches of iptables for connection states and address types as those of nft."""
+    """The statements of a rule, with iptables' matches of connection states and address types as those of nft."""
     known = [
         _match({"ct": {"key": "state"}}, found["not"], found["states"].split(","))
         if found["states"] else _match({"fib": {"result": "type", "flags": ["daddr"]}}, found["no"], found["type"])

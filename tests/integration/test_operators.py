@@ -89,8 +89,10 @@ def test_a_slot_and_the_agent_write_to_the_journal_after_journald_was_stopped(ag
         agent.wait(lambda line=line: any(line in str(e["MESSAGE"]) for e in agent.journal("-u", scope)), command)
         assert any(line in str(entry["MESSAGE"]) for entry in agent.journal("-t", notebook.slot))
     agent.release(notebook.slot)
-    agent.wait(lambda: any("removed after" in str(e["MESSAGE"]) for e in agent.journal(f"NBAGENT_SLOT={notebook.slot}")),
-               "the agent's entry")
+    def texts():
+        return [str(entry["MESSAGE"]) for entry in agent.journal(f"NBAGENT_SLOT={notebook.slot}")]
+
+    agent.wait(lambda: any("removed after" in text for text in texts()), "the agent's entry")
     agent.wait_warm()
     assert agent.api.get("/healthz").status == 200
 
