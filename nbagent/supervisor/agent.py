@@ -58,7 +58,12 @@ class Agent:
             cull = self._config.value.cull
             if now() >= self._monitor.next_s(cull.interval):
                 self._monitor.sample(cull, now())
-            next_s = min(self._pools.next_start_s(now() + cull.interval), self._monitor.next_s(cull.interval))
+            if now() >= self._interfaces.next_s:
+                self._tasks.spawn(self._interfaces.review(now()))
+            next_s = min(
+                self._pools.next_start_s(now() + cull.interval), self._monitor.next_s(cull.interval),
+                max(self._interfaces.next_s, now() + PAUSE_MIN_S),
+            )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(PAUSE_MIN_S, next_s - now()))
 

@@ -520,6 +520,20 @@ def test_only_and_also_settings_define_the_reachable_addresses(slot):
     assert refused_at_once(slot.reach("10.1.2.3"))
 
 
+def test_changes_of_the_hosts_resolvers_reach_the_slots(slot):
+    """dnsmasq does not read resolv.conf itself if network.only has names."""
+    agent = slot.agent
+    reconfigure(slot, 'only = ["public.example"]\n', "public.example", [PUBLIC6, PUBLIC4])
+    names = "names('public.example')['public.example']"
+    try:
+        agent.run("sh", "-c", "echo nameserver 5.5.5.9 > /etc/resolv.conf")
+        agent.wait(lambda: "5.5.5.9" in agent.run("cat", "/run/nbagent/dns.conf"), "the new resolver", timeout=20)
+    finally:
+        agent.run("sh", "-c", "echo nameserver 5.5.5.2 > /etc/resolv.conf")
+    agent.wait(lambda: slot.eval(names), "names again", timeout=30)
+    reconfigure(slot, "", "other.example", [OTHER4])
+
+
 def test_a_name_of_the_allow_list_opens_no_private_address(slot):
     """DNS rebinding: an allowed name resolves to a private address or a metadata service."""
     names = ("inside.example", "meta.example", "mapped.example")
