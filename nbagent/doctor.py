@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import http.client
+import json
 import os
 import re
 import socket
@@ -28,14 +29,25 @@ from nbagent.core import model, paths
 from nbagent.core.errors import ConfigError, Full, ImageNotFound, NbagentError
 from nbagent.core.quantities import format_size
 from nbagent.linux import swap
-from nbagent.network.addresses import PREFIX, forwards_ipv6
+from nbagent.network import foreign
+from nbagent.network.addresses import FIRST, forwards_ipv6, gateway
+from nbagent.network.rules import TABLE
 from nbagent.policy import admission
 from nbagent.wire import control
 from nbagent.wire.operations import STATS, TRY_START
 
+Status = Literal["ok", "warn", "fail"]
+
 SYSTEMD_MIN = 252
 UNITS = ("nbagent.service", "nbagent-api.socket", "nbagent-router.service")
 NETWORK_UNITS = ("nbagent-network.service", "nbagent-dns.service")
+# The units that create user namespaces, and the settings that refuse these to processes without CAP_SYS_ADMIN: that of
+# Debian's kernels, and that of AppArmor, whose effect depends on the profiles of the distribution.
+USERNS_UNITS = ("nbagent-launch.service", "nbagent-zygote@.service")
+USERNS_SETTINGS: tuple[tuple[str, str, Status], ...] = (
+    ("unprivileged_userns_clone", "0", "fail"),
+    ("apparmor_restrict_unprivileged_userns", "1", "warn"),
+)
 TIMEOUT_S = 3.0
 # An exec takes seconds on a busy host.
 START_TIMEOUT_S = 30.0
@@ -51,9 +63,6 @@ TASKS_PER_SLOT = 64
 FILES_PER_SLOT = 16
 CONNECTIONS_PER_SLOT = 64
 TERMINALS_PER_SLOT = 2
-
-Status = Literal["ok", "warn", "fail"]
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -75,12 +84,12 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         functools.partial(check_cgroups, root),
         functools.partial(check_controllers, root),
         functools.partial(check_pressure, root),
-        functools.partial(check_user_namespaces, root),
+        functools.partial(check_user_namespaces, root, bounding_set),
         functools.partial(check_overlay, root),
         functools.partial(check_proc, root),
         *(functools.partial(check_unit, unit, unit_state) for unit in UNITS),
         functools.partial(check_network, root, settings),
-        *_network_checks(settings),
+        *_network_checks(root, settings),
         # First, because the supervisor then also tries the parts that it reports to check_control.
         functools.partial(check_start, control.SOCKET_PATH),
         functools.partial(check_control, control.SOCKET_PATH),
@@ -100,17 +109,17 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
     return [settings_finding, *(_guarded(check) for check in checks)]
 
 
-def _network_checks(settings: host_config.HostConfig) -> Iterator[Callable[[], Finding]]:
+def _network_checks(root: Path, settings: host_config.HostConfig) -> Iterator[Callable[[], Finding]]:
     """Checks for hosts on which slots may have a network."""
     if "internet" in settings.network.allow:
         yield from (functools.partial(check_unit, unit, unit_state) for unit in NETWORK_UNITS)
-        yield functools.partial(check_firewall, ruleset)
+        yield functools.partial(check_firewall, root, settings.network, ruleset)
 
 
 def _guarded(check: Callable[[], Finding]) -> Finding:
     try:
         return check()
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         partial = check.func if isinstance(check, functools.partial) else check
         name = partial.__name__.removeprefix("check_").replace("_", " ")
         return Finding(name, "warn", f"check failed: {error}", "run nbagent doctor as root")
@@ -189,23 +198,37 @@ def check_pressure(root: Path) -> Finding:
     return Finding("pressure", "ok", "PSI")
 
 
-def check_user_namespaces(root: Path) -> Finding:
-    """Whether root may create user namespaces."""
+def check_user_namespaces(root: Path, bounding_set_of: Callable[[str], str]) -> Finding:
+    """Whether the units that create the user namespaces of slots may do so.
+
+    `bounding_set_of` returns the CapabilityBoundingSet= of a unit. Both units run as root, but without CAP_SYS_ADMIN.
+    """
+    name = "user namespaces"
     limit = int(_text(root / "proc/sys/user/max_user_namespaces", "0"))
     if limit < 64:
         return Finding(
-            "user namespaces", "fail", f"user.max_user_namespaces is {limit}",
+            name, "fail", f"user.max_user_namespaces is {limit}",
             "sysctl -w user.max_user_namespaces=65536, and in /etc/sysctl.d",
         )
-    narrowed = [
-        f"{name}={value}"
-        for name, bad in (("unprivileged_userns_clone", "0"), ("apparmor_restrict_unprivileged_userns", "1"))
-        if (value := _text(root / "proc/sys/kernel" / name, "")) == bad
-    ]
-    if narrowed:
-        # Neither setting applies to root, and the supervisor creates the namespaces as root.
-        return Finding("user namespaces", "ok", f"for root only ({', '.join(narrowed)}), which suffices")
-    return Finding("user namespaces", "ok", f"up to {limit}")
+    for setting, value, status in USERNS_SETTINGS:
+        if _text(root / "proc/sys/kernel" / setting, "") != value:
+            continue
+        shown = f"kernel.{setting}={value}"
+        without = [unit for unit in USERNS_UNITS if "cap_sys_admin" not in bounding_set_of(unit).split()]
+        if not without:
+            return Finding(name, "ok", f"{shown}, and the units that create them have CAP_SYS_ADMIN")
+        effect = "refuses" if status == "fail" else "may restrict"
+        mend = [*map(_userns_drop_in, without), "systemctl daemon-reload && systemctl restart nbagent-launch nbagent"]
+        found = f"{shown} {effect} those of {' and '.join(without)}, which have no CAP_SYS_ADMIN"
+        return Finding(name, status, found, "; ".join(mend))
+    return Finding(name, "ok", f"up to {limit}")
+
+
+def _userns_drop_in(unit: str) -> str:
+    """The command that gives a unit CAP_SYS_ADMIN."""
+    directory = f"/etc/systemd/system/{unit}.d"
+    lines = r"[Service]\nCapabilityBoundingSet=CAP_SYS_ADMIN\n"
+    return f"mkdir -p {directory} && printf '{lines}' > {directory}/userns.conf"
 
 
 def check_overlay(root: Path) -> Finding:
@@ -275,35 +298,26 @@ def check_network(root: Path, settings: host_config.HostConfig) -> Finding:
     return Finding("network", "ok", f"slots may reach the internet over IPv4; {ipv6}")
 
 
-def check_firewall(rules: Callable[[], str]) -> Finding:
-    """Whether nftables has our table, and no other table drops packets of slots; `rules` is `nft list ruleset`.
+def check_firewall(root: Path, settings: host_config.NetworkSettings, rules: Callable[[], tuple[str, str]]) -> Finding:
+    """Whether nftables has our table, and no other table drops packets of slots.
 
-    A packet that one table accepts may be dropped by another. A chain with the policy "drop" must therefore accept the
-    interfaces of slots, and a table that names these interfaces is assumed to do so.
+    `rules` returns the ruleset as JSON and as text, for nbagent.network.foreign.
     """
-    text = rules()
-    if "table inet nbagent {" not in text:
-        return Finding("firewall", "fail", "nftables has no table inet nbagent", "systemctl restart nbagent-network")
-    closed = []
-    for table in re.split(r"^(?=table )", text, flags=re.MULTILINE):
-        name = table.partition("{")[0].removeprefix("table").strip()
-        for chain in re.findall(r"^\tchain (\S+) \{\n(.*?)^\t\}", table, re.MULTILINE | re.DOTALL):
-            hook = re.search(r"hook (forward|input) .*policy drop;", chain[1])
-            if hook and name != "inet nbagent" and f'"{PREFIX}*"' not in table:
-                closed.append((f"{name} {chain[0]}", hook[1]))
-    if not closed:
-        return Finding("firewall", "ok", "no table drops packets of slots")
-    where, hook_name = closed[0]
-    insert = f"nft insert rule {where}"
-    mend = f'{insert} iifname "{PREFIX}*" '
-    if hook_name == "input":
-        mend += "udp dport 53 accept"
-    else:
-        mend += f'accept; {insert} oifname "{PREFIX}*" ct state established,related accept'
-    return Finding(
-        "firewall", "warn", f"{', '.join(name for name, _ in closed)} may drop packets of slots",
-        f"{mend}; and add the same rules to the file that creates this table",
-    )
+    document, text = rules()
+    found = foreign.Ruleset(json.loads(document), text)
+    if TABLE not in found.tables:
+        return Finding("firewall", "fail", f"nftables has no table {TABLE}", "systemctl restart nbagent-network")
+    routes = [line.split() for line in _text(root / "proc/net/route", "").splitlines()[1:]]
+    uplink = next((route[0] for route in routes if route[1] == route[7] == "00000000"), "")
+    resolver = gateway(settings.range4)
+    packets = foreign.packets(4, uplink, str(settings.range4[FIRST]), resolver)
+    if forwards_ipv6(root):
+        packets += foreign.packets(6, uplink, str(settings.range6[FIRST]), resolver)
+    dropping = list(found.dropping(packets))
+    if not dropping:
+        return Finding("firewall", "ok", "no other table drops packets of slots")
+    mends = dict.fromkeys(foreign.remedy(chain) for chain in dropping)
+    return Finding("firewall", "warn", "; ".join(map(str, dropping)), "; ".join(mends))
 
 
 def check_control(path: Path) -> Finding:
@@ -541,10 +555,19 @@ def unit_state(unit: str) -> str:
     return _systemctl("is-active", unit) or "unknown: systemd does not respond"
 
 
-def ruleset() -> str:
-    """The output of `nft list ruleset`. Raises PermissionError without the right to read it."""
+def bounding_set(unit: str) -> str:
+    """The CapabilityBoundingSet= of a unit; of an instance, if it is a template."""
+    return _systemctl("show", "-P", "CapabilityBoundingSet", unit.replace("@.", "@doctor."))
+
+
+def ruleset() -> tuple[str, str]:
+    """The outputs of `nft --json list ruleset` and `nft --handle list ruleset`. Raises PermissionError without root."""
+    return _nft("--json"), _nft("--handle")
+
+
+def _nft(option: str) -> str:
     done = subprocess.run(
-        ["/usr/sbin/nft", "list", "ruleset"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        ["/usr/sbin/nft", option, "list", "ruleset"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )
     if done.returncode:
         raise PermissionError(done.stderr.strip().partition("\n")[0])

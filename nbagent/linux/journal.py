@@ -47,3 +47,8 @@ def entries(path: str = ENTRIES_PATH) -> socket.socket:
 def encode(fields: Mapping[str, str]) -> bytes:
     """An entry in journald's native protocol. A value must not contain a line break, which needs the binary form."""
     return "".join(f"{name}={value}\n" for name, value in fields.items()).encode()
+
+
+def line_entry(identifier: str, line: bytes) -> bytes:
+    """An entry like that of a line of a stream. `line` contains no line break."""
+    return encode({"SYSLOG_IDENTIFIER": identifier, "PRIORITY": str(LOG_INFO)}) + b"MESSAGE=" + line + b"\n"

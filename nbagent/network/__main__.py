@@ -5,7 +5,8 @@
     python3 -I -m nbagent.network --remove   removes all interfaces and rules, when the package is removed
 
 nbagent.network.requests describes the requests. The service keeps no state: after it was killed, the next request or
-systemd starts it again, and the slots' connections go on.
+systemd starts it again, and the slots' connections go on. It restores what other programs change on the host, when the
+kernel notifies it (nbagent.network.watch).
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ import json
 import selectors
 import socket
 import sys
+import time
 
+from pyroute2 import NetlinkError
 from systemd import daemon
 
 from nbagent.core.events import Event, emit
-from nbagent.network import requests
-from nbagent.network.netlink import HostNetwork, lost_table, watch
+from nbagent.network import requests, watch
+from nbagent.network.netlink import HostNetwork
 from nbagent.network.rules import RULES_PATH, Rules
+
+# From the first notification to its check, because one command of an administrator or one start of a slot has many.
+SETTLE_S = 0.2
+# Between two repairs, so that a program that undoes each of them does not keep a processor busy.
+INTERVAL_S = 1.0
+# Repaired things named in one journal entry.
+SHOWN = 10
 
 
 def main() -> None:
@@ -33,20 +43,45 @@ def main() -> None:
         return
     listener = socket.socket(fileno=_activated())
     listener.setblocking(False)
-    with listener, watch() as events, selectors.DefaultSelector() as selector:
-        selector.register(listener, selectors.EVENT_READ)
-        selector.register(events, selectors.EVENT_READ)
+    rules_events, state_events = watch.rules_socket(), watch.state_socket()
+    with listener, rules_events, state_events, selectors.DefaultSelector() as selector:
+        for readable in (listener, rules_events, state_events):
+            selector.register(readable, selectors.EVENT_READ)
         if RULES_PATH.exists():
             _apply(kernel)
         daemon.notify("READY=1")
+        changes, due_s, repaired_s = watch.Changes(), 0.0, 0.0
         while True:
-            for key, _ in selector.select():
+            for key, _ in selector.select(max(0.0, due_s - time.monotonic()) if changes else None):
                 if key.fileobj is listener:
                     with contextlib.suppress(BlockingIOError):
                         requests.serve(kernel, listener.accept()[0], lambda: _apply(kernel))
-                elif lost_table(events) and RULES_PATH.exists() and not kernel.is_applied():
-                    _apply(kernel)
-                    emit(Event.NETWORK_RESTORED)
+                    continue
+                due_s = due_s if changes else max(time.monotonic() + SETTLE_S, repaired_s + INTERVAL_S)
+                watch.read(rules_events if key.fileobj is rules_events else state_events, changes)
+            if changes.table:  # at once, because packets of slots pass without rules meanwhile
+                _restore_table(kernel)
+                changes.table = False
+            if changes and time.monotonic() >= due_s:
+                _repair(kernel, changes)
+                changes, repaired_s = watch.Changes(), time.monotonic()
+
+
+def _restore_table(kernel: HostNetwork) -> None:
+    if RULES_PATH.exists() and not kernel.is_applied():
+        _apply(kernel)
+        emit(Event.NETWORK_RESTORED)
+
+
+def _repair(kernel: HostNetwork, changes: watch.Changes) -> None:
+    try:
+        found = kernel.repair(changes)
+    except (OSError, NetlinkError) as error:
+        emit(Event.NETWORK_FAILED, text=str(error))
+        return
+    if found:
+        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        emit(Event.NETWORK_REPAIRED, text=", ".join(found[:SHOWN]) + more)
 
 
 def _activated() -> int:
@@ -58,6 +93,8 @@ def _activated() -> int:
 
 def _apply(kernel: HostNetwork) -> None:
     kernel.apply(Rules.restore(json.loads(RULES_PATH.read_text())))
+    # Other programs can have made changes while this service did not run.
+    _repair(kernel, watch.Changes(everything=True))
 
 
 if __name__ == "__main__":

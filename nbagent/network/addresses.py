@@ -14,6 +14,8 @@ from pathlib import Path
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 PREFIX = "nb-"
+# The label of the resolver's address on lo.
+LABEL = "lo:nbagent"
 GATEWAY = 1
 FIRST = 2
 # Global unicast is 2000::/3. All other IPv6 addresses are local, reserved, or embed an IPv4 address.

@@ -9,9 +9,9 @@ filled from the aliases again after another program flushed the host's ruleset.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import socket
-import struct
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any  # pyroute2 has no types
@@ -20,23 +20,19 @@ from nftables import Nftables
 from pyroute2 import IPRoute, NetlinkError
 
 from nbagent.linux import rtnetlink
-from nbagent.network.addresses import PREFIX, gateway
+from nbagent.network.addresses import LABEL, PREFIX, gateway
 from nbagent.network.rules import COUNTED, PER_SLOT, TABLE, Rules, render
+from nbagent.network.watch import FLAGS, Changes
 
 # The MAC address of both ends of every veth pair. With it and IFF_NOARP no end resolves its neighbour, so that no slot
 # can send a forged ARP reply and the host's neighbour table does not fill up. Bit 0x02 means locally administered.
 MAC = "02:6e:62:61:67:74"
-LABEL = "lo:nbagent"
 OPEN, CLOSED = "internet", "closed"
 MTU = 1500
 # Any public address, to look up the host's default route; no packet is sent to it.
 PUBLIC = "8.8.8.8"
 SYSCTL = Path("/proc/sys/net")
 _SCOPE_HOST = 254
-_IFF_UP, _IFF_NOARP = 0x1, 0x80
-_NETLINK_NETFILTER = 12
-_NFNLGRP_NFTABLES = 7
-_NFT_DELTABLE = 10 << 8 | 2
 
 
 class NftFailed(OSError):
@@ -51,6 +47,9 @@ class HostNetwork:
         self._ip: Any = IPRoute()
         # A copy of the set `guarded`, to restore it after another program flushed the host's ruleset.
         self._guarded: set[str] = set()
+        self._rules: Rules | None = None
+        # Interfaces of slots on which the host's settings disable IPv6.
+        self._without_ipv6: set[int] = set()
         if self.is_applied():
             self._guarded = {name for name, in self._elements("guarded")}
 
@@ -61,41 +60,102 @@ class HostNetwork:
     # -- common to all slots -------------------------------------------------------------------
 
     def apply(self, rules: Rules) -> None:
-        """Creates or updates the nftables table, the resolver's address, and IPv4 forwarding."""
+        """Creates or updates the nftables table, the resolver's address, and IPv4 forwarding of uplinks."""
+        self._rules = rules
         self._command(render(rules))
         for name in self._guarded:
             self._guard(name)
-        for name, state, addresses in self._interfaces():
+        for _, name, state, addresses in self._interfaces():
             if state == OPEN:
                 self._add_slot(name, addresses)
         self._set_resolver_address(gateway(rules.range4))
-        routes = self._ip.get_default_routes(family=socket.AF_INET)
-        uplinks = {route.get_attr("RTA_OIF") for route in routes} - {None}
-        for network in rules.named:
-            uplinks |= self._uplinks_to(str(network[0])) if network.version == 4 else set()
-        self._enable_forwarding(uplinks)
+        self._enable_forwarding(self._uplinks())
+
+    def repair(self, changes: Changes) -> list[str]:
+        """Restores what another program changed; returns the texts of what was wrong."""
+        if self._rules is None:
+            return []
+        found = []
+        if changes.resolver or changes.everything:
+            address = gateway(self._rules.range4)
+            found += [f"address {address} of lo"] if self._set_resolver_address(address) else []
+        names = {name for index in changes.forwarding if (name := _name_of(index))}
+        if changes.uplinks or changes.everything or any(not name.startswith(PREFIX) for name in names):
+            found += [f"forwarding of {name}" for name in self._enable_forwarding(self._uplinks())]
+        for name in sorted(names):
+            if name.startswith(PREFIX) and _forward(name):
+                found.append(f"forwarding of {name}")
+        indexes = changes.links | (changes.ipv6 & self._without_ipv6)
+        links = {index for index in indexes if _name_of(index).startswith(PREFIX)}
+        for selected in [()] if changes.everything else [(index,) for index in links]:
+            found += self._repair_links(*selected)
+        return found
+
+    def _repair_links(self, *index: int) -> list[str]:
+        """Restores forwarding, flags and routes of one interface of a slot, or of all."""
+        found = []
+        with _missing_ignored():
+            for link, name, _, addresses in self._interfaces(*index):
+                with _missing_ignored():
+                    found += [f"forwarding of {name}"] if _forward(name) else []
+                    if link["flags"] & FLAGS != FLAGS:
+                        self._ip.link("set", index=link["index"], flags=FLAGS, change=FLAGS)
+                        found.append(f"flags of {name}")
+                    routed = [address for address in addresses if self._restore_route(link["index"], address)]
+                    found += [f"route to {address} on {name}" for address in routed]
+        return found
+
+    def _restore_route(self, index: int, address: str) -> bool:
+        """Adds the route to a slot's address; returns whether it was missing and could be added."""
+        try:
+            self._add_route(index, address)
+        except NetlinkError as error:
+            if error.code == errno.EEXIST:
+                return False
+            if ":" in address and _disables_ipv6(_name_of(index)):
+                self._without_ipv6.add(index)
+                return False
+            raise
+        self._without_ipv6.discard(index)
+        return True
 
     def is_applied(self) -> bool:
         """Whether the table exists; another program can have flushed the host's ruleset."""
         return f"table {TABLE}\n" in self._command("list tables inet")
 
-    def _enable_forwarding(self, uplinks: Iterable[int]) -> None:
-        """Enables IPv4 forwarding on the host's uplinks, for the slots' packets only."""
-        if (SYSCTL / "ipv4/ip_forward").read_text().strip() == "1":
-            return  # the operator made this host a router, so its packets for others must not be dropped
+    def _uplinks(self) -> set[int]:
+        """The interfaces of the default routes and of the routes to ranges that the operator named."""
+        routes = self._ip.get_default_routes(family=socket.AF_INET)
+        found = {route.get_attr("RTA_OIF") for route in routes} - {None}
+        for network in self._rules.named if self._rules else ():
+            found |= self._uplinks_to(str(network[0])) if network.version == 4 else set()
+        return found
+
+    def _enable_forwarding(self, uplinks: Iterable[int]) -> list[str]:
+        """Enables IPv4 forwarding on the host's uplinks, for the slots' packets only; returns the changed ones."""
+        if _is_router():
+            # Another program made this host a router, so its packets for others must not be dropped.
+            for name in self._guarded:
+                self._delete_element("guarded", name)
+            self._guarded.clear()
+            return []
+        changed = []
         for index in uplinks:
-            name = socket.if_indextoname(index)
+            name = _name_of(index)
             setting = SYSCTL / "ipv4/conf" / name / "forwarding"
-            if name != "lo" and setting.read_text().strip() == "0":
+            if name not in ("", "lo") and setting.read_text().strip() == "0":
                 # The guard comes first, so that the host at no moment forwards packets of others.
                 self._guarded.add(name)
                 self._guard(name)
                 setting.write_text("1")
+                changed.append(name)
+        return changed
 
     def remove_all(self) -> None:
         """Removes everything that this service ever made on the host."""
         self.sweep(())
-        for name in self._guarded:
+        # If another program made the host a router meanwhile, it relies on the setting of each interface.
+        for name in self._guarded if not _is_router() else ():
             with contextlib.suppress(OSError):
                 (SYSCTL / "ipv4/conf" / name / "forwarding").write_text("0")
         if self.is_applied():
@@ -119,22 +179,20 @@ class HostNetwork:
         peer = {"ifname": inner, "address": MAC, "mtu": mtu, "net_ns_fd": netns_fd}
         self._ip.link("add", ifname=name, kind="veth", address=MAC, mtu=mtu, peer=peer)
         index = socket.if_nametoindex(name)
-        (SYSCTL / "ipv4/conf" / name / "forwarding").write_text("1")
+        _forward(name)
         with contextlib.suppress(FileNotFoundError):  # a kernel without IPv6
             # 1 (IN6_ADDR_GEN_MODE_NONE): no link-local address, from which the host would send packets to the slot.
             (SYSCTL / "ipv6/conf" / name / "addr_gen_mode").write_text("1")
         burst, limit = rtnetlink.token_bucket(rate)
         self._ip.tc("add", "tbf", index, rate=rate, burst=burst, limit=limit)
-        flags = _IFF_UP | _IFF_NOARP
-        self._ip.link("set", index=index, ifalias=" ".join((CLOSED, *addresses)), flags=flags, change=flags)
+        self._ip.link("set", index=index, ifalias=" ".join((CLOSED, *addresses)), flags=FLAGS, change=FLAGS)
         for address in addresses:
-            bits = 128 if ":" in address else 32
-            self._ip.route("add", dst=f"{address}/{bits}", oif=index, scope="link" if bits == 32 else "universe")
+            self._add_route(index, address)
 
     def open(self, name: str) -> None:
         """Adds a slot's addresses to the sets, so that its packets pass. Raises OSError when it has no interface."""
         index = socket.if_nametoindex(name)
-        for found, _, addresses in self._interfaces(index):
+        for _, found, _, addresses in self._interfaces(index):
             if found == name:
                 self._ip.link("set", index=index, ifalias=" ".join((OPEN, *addresses)))
                 self._add_slot(name, addresses)
@@ -189,16 +247,16 @@ class HostNetwork:
                 found.append(tuple(value["concat"]) if isinstance(value, dict) else (str(value),))
         return found
 
-    def _interfaces(self, *index: int) -> Iterator[tuple[str, str, list[str]]]:
-        """The slots' interfaces: name, state (OPEN or CLOSED), addresses."""
+    def _interfaces(self, *index: int) -> Iterator[tuple[Any, str, str, list[str]]]:
+        """The slots' interfaces: message of the kernel, name, state (OPEN or CLOSED), addresses."""
         for link in self._ip.get_links(*index):
             name, alias = link.get_attr("IFLA_IFNAME"), link.get_attr("IFLA_IFALIAS") or ""
             if name.startswith(PREFIX) and alias.startswith((OPEN, CLOSED)):
                 state, *addresses = alias.split()
-                yield name, state, addresses
+                yield link, name, state, addresses
 
-    def _set_resolver_address(self, wanted: str | None) -> None:
-        """Makes `wanted` the only address on lo with our label.
+    def _set_resolver_address(self, wanted: str | None) -> bool:
+        """Makes `wanted` the only address on lo with our label; returns whether it was missing.
 
         Its scope is host, so that the kernel never selects it as the source address of packets to other hosts.
         """
@@ -213,6 +271,12 @@ class HostNetwork:
                 self._ip.addr("del", index=index, address=address, prefixlen=bits, label=LABEL)
         if wanted is not None and wanted not in held:
             self._ip.addr("add", index=index, address=wanted, prefixlen=32, label=LABEL, scope=_SCOPE_HOST)
+            return True
+        return False
+
+    def _add_route(self, index: int, address: str) -> None:
+        bits = 128 if ":" in address else 32
+        self._ip.route("add", dst=f"{address}/{bits}", oif=index, scope="link" if bits == 32 else "universe")
 
     def _uplinks_to(self, address: str) -> set[int]:
         """The interface by which the host sends to an address; empty when it has no route there."""
@@ -231,31 +295,37 @@ class HostNetwork:
         return str(output)
 
 
-def watch() -> socket.socket:
-    """A non-blocking netlink socket that becomes readable when the host's nftables ruleset changes."""
-    events = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_NETFILTER)
+def _name_of(index: int) -> str:
+    """The name of an interface; empty when it was removed."""
+    with contextlib.suppress(OSError):
+        return socket.if_indextoname(index)
+    return ""
+
+
+@contextlib.contextmanager
+def _missing_ignored() -> Iterator[None]:
+    """Ignores the errors about an interface that was removed meanwhile."""
     try:
-        events.bind((0, 1 << _NFNLGRP_NFTABLES - 1))
-        events.setblocking(False)
-    except BaseException:
-        events.close()
-        raise
-    return events
+        yield
+    except FileNotFoundError:
+        pass
+    except NetlinkError as error:
+        if error.code != errno.ENODEV:
+            raise
 
 
-def lost_table(events: socket.socket) -> bool:
-    """Reads all pending events; returns whether a table was deleted, or can have been."""
-    lost = False
-    while True:
-        try:
-            packet = events.recv(65536)
-        except BlockingIOError:
-            return lost
-        except OSError:  # ENOBUFS: the socket's buffer overflowed and events are lost
-            lost = True
-            continue
-        offset = 0
-        while offset + 16 <= len(packet):
-            length, kind = struct.unpack_from("=IH", packet, offset)
-            lost = lost or kind == _NFT_DELTABLE
-            offset += max(16, (length + 3) & ~3)
+def _is_router() -> bool:
+    return (SYSCTL / "ipv4/ip_forward").read_text().strip() == "1"
+
+
+def _disables_ipv6(name: str) -> bool:
+    return (SYSCTL / "ipv6/conf" / name / "disable_ipv6").read_text().strip() == "1"
+
+
+def _forward(name: str) -> bool:
+    """Enables IPv4 forwarding on an interface of a slot; returns whether it was disabled."""
+    setting = SYSCTL / "ipv4/conf" / name / "forwarding"
+    if setting.read_text().strip() == "1":
+        return False
+    setting.write_text("1")
+    return True

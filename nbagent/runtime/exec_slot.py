@@ -59,7 +59,7 @@ def _outside(control: Channel, passed_fd: int) -> NoReturn:
         os.close(passed_fd)
     output = init.Output(
         Event.SLOT_OUTPUT_DROPPED, {"slot": spec.slot}, printed, socket.socket(fileno=stream),
-        socket.socket(fileno=entries),
+        socket.socket(fileno=entries), spec.slot,
     )
     steps = plan(spec)
     run(steps.outside)

@@ -53,12 +53,16 @@ class Output:
     """Copies the output of a slot or a zygote from a pipe to the journal. Owns `source_fd`.
 
     `dropped` is the event for lines beyond the budget, and `subject` its fields that name the slot or zygote.
+    `stream` is a connection to journald, which ends with journald when that is stopped and not merely restarted.
+    Then lines become native entries of `identifier`: `entries` sends datagrams to a socket that systemd holds.
     """
 
     def __init__(
         self, dropped: Event, subject: Mapping[str, object], source_fd: int, stream: socket.socket,
-        entries: socket.socket,
+        entries: socket.socket, identifier: str,
     ) -> None:
+        self.identifier = identifier
+        self._streams = True
         self.event, self.subject = dropped, subject
         self.source_fd, self.stream, self.entries = source_fd, stream, entries
         os.set_blocking(source_fd, False)
@@ -143,13 +147,27 @@ class Output:
     def _write(self, lines: list[bytes]) -> None:
         if not lines:
             return
-        self.stream.settimeout(0 if self._stalled else STALL_S)
-        try:
-            self.stream.sendall(b"\n".join(lines) + b"\n")
-            self._stalled = False
-        except OSError:
-            self._stalled = True
-            self._dropped(lines)
+        if self._streams:
+            self.stream.settimeout(0 if self._stalled else STALL_S)
+            try:
+                self.stream.sendall(b"\n".join(lines) + b"\n")
+                self._stalled = False
+                return
+            except ConnectionError:
+                self._streams = False
+            except OSError:
+                self._stalled = True
+                self._dropped(lines)
+                return
+        for line in lines:
+            self.entries.settimeout(0 if self._stalled else STALL_S)
+            try:
+                self.entries.send(journal.line_entry(self.identifier, line))
+                self._stalled = False
+            except OSError:
+                self._stalled = True
+                self._dropped([line])
+        self.entries.setblocking(False)
 
     def _dropped(self, lines: list[bytes]) -> None:
         self._lines += len(lines)

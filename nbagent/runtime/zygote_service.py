@@ -185,7 +185,7 @@ class ZygoteService:
                     os.close(fd)
                 output = init.Output(
                     Event.SLOT_OUTPUT_DROPPED, {"slot": spec.slot}, printed, socket.socket(fileno=given["stream"]),
-                    self.output.entries,
+                    self.output.entries, spec.slot,
                 )
                 _first(control, spec, steps, own, given["activity"], output)
 
@@ -377,7 +377,8 @@ def main() -> int:
         run(steps.outside[:1])
         # After the change of user, so that the pipe belongs to the zygote's user, who may open /dev/stderr anew.
         printed, print_fd = (move_fd(fd) for fd in os.pipe())
-        output = init.Output(Event.ZYGOTE_OUTPUT_DROPPED, {"zygote": sys.argv[1]}, printed, stream, entries)
+        subject = {"zygote": sys.argv[1]}
+        output = init.Output(Event.ZYGOTE_OUTPUT_DROPPED, subject, printed, stream, entries, ZYGOTE_IDENTIFIER)
         for name, most in USER_MAXIMA.items():
             with open(f"/proc/sys/user/{name}", "w") as file:
                 file.write(str(most))

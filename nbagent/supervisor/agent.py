@@ -53,12 +53,19 @@ class Agent:
         """Applies the policy until `stop`: at each change, and when slots are due for a sample."""
         while not self._stopping:
             self._changed.clear()
+            # Before the policy, so that a pause that ends while it is applied is not missed.
+            began_s = now()
             self._apply_policy()
             self._zygotes.review()
             cull = self._config.value.cull
             if now() >= self._monitor.next_s(cull.interval):
                 self._monitor.sample(cull, now())
-            next_s = min(self._pools.next_start_s(now() + cull.interval), self._monitor.next_s(cull.interval))
+            if now() >= self._interfaces.next_s:
+                self._tasks.spawn(self._interfaces.review(now()))
+            next_s = min(
+                self._pools.next_start_s(began_s, now() + cull.interval), self._monitor.next_s(cull.interval),
+                max(self._interfaces.next_s, now() + PAUSE_MIN_S),
+            )
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(PAUSE_MIN_S, next_s - now()))
 

@@ -447,6 +447,63 @@ def test_no_connection_is_lost_by_restarts_or_a_flushed_ruleset(slot):
     agent.wait(lambda: slot.eval("names('other.example')") == {"other.example": [OTHER4]}, "names")
 
 
+# For each change of the host by another program: the command, and a command that succeeds after the repair.
+FORWARDING = "test $(cat /proc/sys/net/ipv4/conf/{nb}/forwarding)$(cat /proc/sys/net/ipv4/conf/uplink0/forwarding) = 11"
+ROUTES = "ip route | grep -q 'dev {nb}' && ip -6 route | grep -q 'dev {nb}'"
+CHANGES = {
+    "a router for a time": ("sysctl -qw net.ipv4.ip_forward=1; sysctl -qw net.ipv4.ip_forward=0", FORWARDING),
+    "forwarding of a slot": ("sysctl -qw net.ipv4.conf.{nb}.forwarding=0", FORWARDING),
+    "forwarding of the uplink": ("sysctl -qw net.ipv4.conf.uplink0.forwarding=0", FORWARDING),
+    "a router for IPv6": (
+        "sysctl -qw net.ipv6.conf.all.forwarding=0; sysctl -qw net.ipv6.conf.all.forwarding=1", ROUTES,
+    ),
+    "no IPv6 for a time": (
+        "sysctl -qw net.ipv6.conf.{nb}.disable_ipv6=1; sleep 1; sysctl -qw net.ipv6.conf.{nb}.disable_ipv6=0", ROUTES,
+    ),
+    "flags": ("ip link set {nb} down arp on", "ip link show {nb} | grep -q 'NOARP,UP'"),
+    "routes": ("ip route flush dev {nb}; ip -6 route flush dev {nb}", ROUTES),
+    "address": ("ip address delete 198.18.0.1/32 dev lo", "ip address show lo | grep -q 198.18.0.1"),
+    "uplink": (
+        "ip route delete default; sysctl -qw net.ipv4.conf.uplink0.forwarding=0; ip route add default via 5.5.5.2",
+        FORWARDING,
+    ),
+}
+
+
+def test_changes_of_the_hosts_settings_do_not_cut_a_slot_off(slot):
+    agent = slot.agent
+    agent.expect("slot network restored after a change by another program")
+    for what, (change, repaired) in CHANGES.items():
+        agent.run("sh", "-c", change.format(nb=slot.interface))
+        agent.run("sh", "-c", f"until {repaired}; do sleep 0.2; done".format(nb=slot.interface), timeout=30)
+        results = slot.reach(PUBLIC4, PUBLIC6)
+        assert connected(results) and slot.eval("names('public.example')")["public.example"], (what, results)
+        assert refused_at_once(slot.reach("10.1.2.3")), what
+    # The same while the network service does not run.
+    agent.run("sh", "-c", f"systemctl stop nbagent-network; {CHANGES['flags'][0]}".format(nb=slot.interface))
+    agent.run("sh", "-c", f"{CHANGES['a router for a time'][0]}; systemctl start nbagent-network")
+    assert connected(slot.reach(PUBLIC4, PUBLIC6))
+
+
+def test_a_host_that_becomes_a_router_forwards_for_others_too(slot):
+    """Docker sets net.ipv4.ip_forward=1; the packets of its containers must pass then, and only then."""
+    guarded = "nft list set inet nbagent guarded | grep -q uplink0"
+    assert sh(slot.agent, guarded)
+    slot.agent.run("sysctl", "-qw", "net.ipv4.ip_forward=1")
+    try:
+        slot.agent.wait(lambda: not sh(slot.agent, guarded), "the end of the guard")
+        assert connected(slot.reach(PUBLIC4))
+    finally:
+        slot.agent.expect("slot network restored after a change by another program")
+        slot.agent.run("sysctl", "-qw", "net.ipv4.ip_forward=0")
+    slot.agent.wait(lambda: sh(slot.agent, f"{guarded} && {FORWARDING.format(nb=slot.interface)}"), "the guard")
+
+
+def sh(agent, command):
+    """Whether a shell command succeeds on the host."""
+    return agent.host.run(["sh", "-c", command], check=False).returncode == 0
+
+
 def test_only_and_also_settings_define_the_reachable_addresses(slot):
     reconfigure(slot, 'only = ["public.example", "203.0.113.0/24"]\n', "other.example", [])
     # The addresses of a name are reachable after it was resolved, and not before.
@@ -461,6 +518,20 @@ def test_only_and_also_settings_define_the_reachable_addresses(slot):
     assert refused_at_once(slot.reach("203.0.113.5", "172.16.5.4"))
     reconfigure(slot, "", "inside.example", [])
     assert refused_at_once(slot.reach("10.1.2.3"))
+
+
+def test_changes_of_the_hosts_resolvers_reach_the_slots(slot):
+    """dnsmasq does not read resolv.conf itself if network.only has names."""
+    agent = slot.agent
+    reconfigure(slot, 'only = ["public.example"]\n', "public.example", [PUBLIC6, PUBLIC4])
+    names = "names('public.example')['public.example']"
+    try:
+        agent.run("sh", "-c", "echo nameserver 5.5.5.9 > /etc/resolv.conf")
+        agent.wait(lambda: "5.5.5.9" in agent.run("cat", "/run/nbagent/dns.conf"), "the new resolver", timeout=20)
+    finally:
+        agent.run("sh", "-c", "echo nameserver 5.5.5.2 > /etc/resolv.conf")
+    agent.wait(lambda: slot.eval(names), "names again", timeout=30)
+    reconfigure(slot, "", "other.example", [OTHER4])
 
 
 def test_a_name_of_the_allow_list_opens_no_private_address(slot):

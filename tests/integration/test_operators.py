@@ -84,6 +84,26 @@ def test_journal_of_the_scope_is_the_output_of_the_notebook_server(agent):
     assert notebook.token not in output
 
 
+def test_a_slot_and_the_agent_write_to_the_journal_after_journald_was_stopped(agent):
+    """A restart of journald keeps the connections of its senders; a stop ends them."""
+    notebook = agent.open()
+    scope = f"nbagent-{notebook.slot}.scope"
+    for command in ("systemctl restart systemd-journald", "systemctl stop systemd-journald"):
+        agent.run("sh", "-c", f"{command}; systemctl start systemd-journald")
+        kernel = notebook.kernel()
+        kernel.end()
+        line = f"Kernel started: {kernel.id}"
+        agent.wait(lambda line=line: any(line in str(e["MESSAGE"]) for e in agent.journal("-u", scope)), command)
+        assert any(line in str(entry["MESSAGE"]) for entry in agent.journal("-t", notebook.slot))
+    agent.release(notebook.slot)
+    def texts():
+        return [str(entry["MESSAGE"]) for entry in agent.journal(f"NBAGENT_SLOT={notebook.slot}")]
+
+    agent.wait(lambda: any("removed after" in text for text in texts()), "the agent's entry")
+    agent.wait_warm()
+    assert agent.api.get("/healthz").status == 200
+
+
 def test_invalid_settings_are_logged_and_the_former_ones_stay(agent):
     agent.expect("configuration not reloaded: .*wram")
     agent.configure("[pool]\nwram = 3\n")

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_supervisor import FakeSupervisor
@@ -67,13 +71,33 @@ def test_a_kernel_without_psi_is_a_warning(tmp_path: Path) -> None:
 
 
 def test_forbidden_user_namespaces_fail(tmp_path: Path) -> None:
-    assert doctor.check_user_namespaces(tmp_path).status == "fail"
+    def check(sets: str = "cap_setgid cap_setuid") -> doctor.Finding:
+        return doctor.check_user_namespaces(tmp_path, lambda unit: sets)
+
+    assert check().status == "fail"
     host(tmp_path, {"proc/sys/user/max_user_namespaces": "0\n"})
-    assert doctor.check_user_namespaces(tmp_path).status == "fail"
+    assert check().status == "fail"
     host(tmp_path, {"proc/sys/user/max_user_namespaces": "9000\n"})
-    assert doctor.check_user_namespaces(tmp_path).status == "ok"
+    assert check().status == "ok"
     host(tmp_path, {"proc/sys/kernel/apparmor_restrict_unprivileged_userns": "1\n"})
-    assert "root only" in doctor.check_user_namespaces(tmp_path).found
+    assert check().status == "warn" and "nbagent-zygote@.service" in check().found
+    host(tmp_path, {"proc/sys/kernel/unprivileged_userns_clone": "0\n"})
+    found = check()
+    assert found.status == "fail"
+    for unit in ("nbagent-launch.service", "nbagent-zygote@.service"):
+        assert f"> /etc/systemd/system/{unit}.d/userns.conf" in found.mend
+    assert check("cap_setuid cap_sys_admin").status == "ok"
+    only = doctor.check_user_namespaces(tmp_path, lambda unit: "cap_sys_admin" if "launch" in unit else "")
+    assert only.status == "fail" and "launch.service.d" not in only.mend
+
+
+def test_the_units_that_create_user_namespaces_are_those_with_cap_setuid() -> None:
+    units = Path(__file__).parents[2] / "units"
+    mapping = {
+        path.name for path in units.glob("nbagent*.service")
+        if re.search(r"^CapabilityBoundingSet=.*CAP_SETUID", path.read_text(), re.MULTILINE)
+    }
+    assert mapping - {"nbagent-router.service", "nbagent-gateway.service"} == set(doctor.USERNS_UNITS)
 
 
 def test_overlayfs_may_be_a_module(tmp_path: Path) -> None:
@@ -258,27 +282,82 @@ def test_a_network_without_a_default_route_is_a_warning(tmp_path: Path) -> None:
     assert found.status == "ok" and "IPv6 would require" in found.found
 
 
-OURS = "table inet nbagent {\n\tchain forward {\n\t\ttype filter hook forward priority filter; policy accept;\n\t}\n}\n"
-CHAIN = "\tchain %s {\n\t\ttype filter hook %s priority filter; policy %s;\n\t}\n"
+def rules(*items: dict[str, Any], text: str = "") -> Callable[[], tuple[str, str]]:
+    """A ruleset with our table and `items`."""
+    document = [{"table": {"family": "inet", "name": "nbagent"}}, *items]
+    return lambda: (json.dumps({"nftables": document}), text)
+
+
+def chain(family: str, table: str, name: str, **more: Any) -> dict[str, Any]:
+    return {"chain": {"family": family, "table": table, "name": name, **more}}
+
+
+def rule(family: str, table: str, name: str, *statements: dict[str, Any]) -> dict[str, Any]:
+    return {"rule": {"family": family, "table": table, "chain": name, "handle": 1, "expr": list(statements)}}
+
+
+def match(left: dict[str, Any], right: object, op: str = "==") -> dict[str, Any]:
+    return {"match": {"op": op, "left": left, "right": right}}
+
+
+def field(protocol: str, name: str) -> dict[str, Any]:
+    return {"payload": {"protocol": protocol, "field": name}}
+
+
+def firewall(root: Path, found: Callable[[], tuple[str, str]]) -> doctor.Finding:
+    return doctor.check_firewall(root, host_config.NetworkSettings(), found)
+
+
+IIF, OIF = {"meta": {"key": "iifname"}}, {"meta": {"key": "oifname"}}
+FORWARD: dict[str, Any] = {"type": "filter", "hook": "forward", "prio": 0}
+INPUT: dict[str, Any] = {"type": "filter", "hook": "input", "prio": 0}
+ACCEPT: dict[str, Any] = {"accept": None}
+DROP: dict[str, Any] = {"drop": None}
+REJECT: dict[str, Any] = {"reject": None}
+F, G = ("inet", "fw", "f"), ("inet", "fw", "g")
+STATES = {"key": {"ct": {"key": "state"}}, "data": {"set": [["established", ACCEPT], ["invalid", DROP]]}}
+ESTABLISHED = rule(*F, {"vmap": STATES})
+OPEN, CLOSED = chain(*F, **FORWARD, policy="accept"), chain(*F, **FORWARD, policy="drop")
 
 
 @pytest.mark.parametrize(
-    ("other", "status", "mend"),
+    ("items", "status", "mend"),
     [
-        ("table ip filter {\n" + CHAIN % ("FORWARD", "forward", "accept") + "}\n", "ok", ""),
-        ("table ip filter {\n" + CHAIN % ("FORWARD", "forward", "drop") + "}\n", "warn",
+        ([chain("ip", "filter", "FORWARD", **FORWARD, policy="accept")], "ok", ""),
+        ([chain("ip", "filter", "FORWARD", **FORWARD, policy="drop")], "warn",
          'nft insert rule ip filter FORWARD iifname "nb-*" accept'),
-        ("table inet fw {\n" + CHAIN % ("in", "input", "drop") + "}\n", "warn",
+        ([chain("inet", "fw", "in", **INPUT, policy="drop")], "warn",
          'nft insert rule inet fw in iifname "nb-*" udp dport 53 accept'),
-        ('table inet fw {\n\tchain ours {\n\t\tiifname "nb-*" accept\n\t}\n' + CHAIN % ("f", "forward", "drop") + "}\n",
+        # The last rule rejects, and the policy accepts, as in firewalld.
+        ([OPEN, rule(*F, REJECT)], "warn", "nft insert rule inet fw f"),
+        # A rule that names the interfaces of slots, but rejects their packets.
+        ([OPEN, rule(*F, match(IIF, "nb-*"), REJECT)], "warn", "nft insert"),
+        ([CLOSED, chain(*G), rule(*F, match(IIF, "nb-*"), {"jump": {"target": "g"}}), rule(*G, ACCEPT), ESTABLISHED],
          "ok", ""),
+        ([CLOSED, chain(*G), rule(*F, {"jump": {"target": "g"}}), rule(*G, {"return": None}), ESTABLISHED], "warn", ""),
+        # One direction, and both.
+        ([CLOSED, rule(*F, match(IIF, "nb-*"), ACCEPT)], "warn", ""),
+        ([CLOSED, rule(*F, match(OIF, "nb-*"), ACCEPT), rule(*F, match(IIF, {"set": ["eth1", "nb-*"]}), ACCEPT)],
+         "ok", ""),
+        # A rate is not decided.
+        ([CLOSED, ESTABLISHED, rule(*F, {"limit": {"rate": 3, "per": "minute"}}, ACCEPT)], "warn", ""),
+        # Ports, ranges, other protocols and other interfaces.
+        ([CLOSED, ESTABLISHED, rule(*F, match(field("tcp", "dport"), {"set": [80, {"range": [440, 450]}]}),
+                                    match(IIF, "eth0", "!="), ACCEPT)], "ok", ""),
+        ([CLOSED, ESTABLISHED, rule(*F, match(field("udp", "dport"), 443), ACCEPT)], "warn", ""),
+        ([OPEN, rule(*F, match(field("ip", "saddr"), {"prefix": {"addr": "198.18.0.0", "len": 15}}), DROP)],
+         "warn", ""),
+        ([OPEN, rule(*F, match(field("ip6", "saddr"), "fd00::1"), DROP), rule(*F, match(IIF, "eth1"), DROP),
+          rule(*F, match({"meta": {"key": "l4proto"}}, "icmp"), DROP)], "ok", ""),
+        ([chain("inet", "nbagent", "f", **FORWARD, policy="drop")], "ok", ""),
     ],
 )
-def test_a_table_that_drops_packets_of_slots_is_a_warning(other: str, status: str, mend: str) -> None:
-    finding = doctor.check_firewall(lambda: OURS + other)
-    assert finding.status == status
+def test_a_table_that_drops_packets_of_slots_is_a_warning(
+    tmp_path: Path, items: list[dict[str, Any]], status: str, mend: str
+) -> None:
+    finding = firewall(tmp_path, rules(*items))
+    assert finding.status == status, finding
     assert finding.mend.startswith(mend)
-    assert doctor.check_firewall(lambda: other).status == "fail"
 
 
 def test_a_fault_of_the_host_is_a_failure_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,3 +390,30 @@ def test_a_start_is_tried_by_the_supervisor(tmp_path: Path) -> None:
         finding = doctor.check_start(path)
         assert finding.status == "ok" and finding.found.startswith("by exec in ")
         assert doctor.check_zygotes(path).status == "ok"
+
+
+def test_a_host_without_our_table_fails(tmp_path: Path) -> None:
+    assert firewall(tmp_path, lambda: ('{"nftables": []}', "")).status == "fail"
+
+
+@pytest.mark.parametrize(("program", "mend"), [
+    ("firewalld", "firewall-cmd --permanent --zone=trusted --add-interface=nb-+ && firewall-cmd --reload"),
+    ("ufw", "ufw route allow in on nb-+ && ufw allow in on nb-+ to any port 53"),
+    ("docker", "iptables -I DOCKER-USER -i nb-+ -j ACCEPT; iptables -I DOCKER-USER -o nb-+ -m conntrack "),
+])
+def test_rulesets_of_firewalls_are_judged_before_and_after_the_remedy(tmp_path: Path, program: str, mend: str) -> None:
+    """The rulesets are those of Debian 12's packages, before and after the commands were run."""
+    host(tmp_path, {
+        "proc/sys/net/ipv6/conf/all/forwarding": "1\n", "proc/net/ipv6_route": f"{'0' * 32} 00 x x x x x x x eth0\n",
+    })
+    before, after = (firewall(tmp_path, captured(name)) for name in (program, f"{program}-mended"))
+    assert before.status == "warn" and "IPv4 connections of slots" in before.found
+    # Docker has no rules for IPv6 in this version, and accepts packets to the host.
+    assert ("queries" in before.found, "IPv6" in before.found) == (program != "docker", program != "docker")
+    assert before.mend.startswith(mend)
+    assert after.status == "ok", after
+
+
+def captured(name: str) -> Callable[[], tuple[str, str]]:
+    below = Path(__file__).parent / "rulesets"
+    return rules(*json.loads((below / f"{name}.json").read_text()), text=(below / f"{name}.nft").read_text())

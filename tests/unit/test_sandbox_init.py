@@ -21,7 +21,7 @@ def slot():
         end.setblocking(False)
     with open(write_fd, "wb", buffering=0) as printed, stream, journal, entries, entries_journal:
         yield printed, journal, entries_journal, init.Output(
-            Event.SLOT_OUTPUT_DROPPED, {"slot": "c07-x8q2m4k9w1ze"}, read_fd, stream, entries
+            Event.SLOT_OUTPUT_DROPPED, {"slot": "c07-x8q2m4k9w1ze"}, read_fd, stream, entries, "c07-x8q2m4k9w1ze"
         )
     os.close(read_fd)
 
@@ -108,6 +108,18 @@ def test_the_rest_of_the_pipe_is_copied_before_the_last_line(slot):
     printed.write(b"one\ntwo\nthr")
     output.finish("the end")
     assert received(journal) == b"one\ntwo\nthr\nthe end\n"
+
+
+def test_lines_become_entries_when_journald_has_ended_the_stream(slot):
+    printed, journal, entries, output = slot
+    journal.close()
+    printed.write(b"one\ntwo\xff\n")
+    output.pass_on()
+    header = b"SYSLOG_IDENTIFIER=c07-x8q2m4k9w1ze\nPRIORITY=6\nMESSAGE="
+    assert [entries.recv(1000), entries.recv(1000)] == [header + b"one\n", header + b"two\xff\n"]
+    output.finish("the end")
+    assert entries.recv(1000) == header + b"the end\n"
+    assert output.note_due_s is None  # nothing was dropped
 
 
 def test_a_journal_that_accepts_nothing_blocks_the_slot_once(slot, monkeypatch):

@@ -102,11 +102,11 @@ async def test_a_slot_that_has_ended_is_not_offered(parts):
 async def test_the_pause_of_a_pool_doubles_and_ends_with_a_start_or_another_image(parts, tmp_path):
     pauses = [parts.pools.start_failed("minimal", StartFailed("no", step="exec")) for _ in range(4)]
     assert pauses == [1.0, 2.0, 3.0, 3.0]
-    assert now() + 2 < parts.pools.next_start_s(now() + 100) <= now() + 3
+    assert now() + 2 < parts.pools.next_start_s(now(), now() + 100) <= now() + 3
     assert parts.pools.snapshot(FakeZygotes())[0].paused_s > 2
     parts.pools.set_images({"minimal": make_image(tmp_path, digest="sha256-1")})
     assert parts.pools["minimal"].failures == 0 and parts.pools.digests() == {"sha256-1"}
-    assert parts.pools.next_start_s(5.0) == 5.0
+    assert parts.pools.next_start_s(now(), 5.0) == 5.0
 
 
 async def test_the_pool_of_a_removed_image_stays_until_its_last_slot_has_ended(parts):

@@ -306,7 +306,8 @@ def zygote(pair):
     read_fd, write_fd = os.pipe()
     stream, entries = socket.socketpair()
     with stream, entries:
-        output = init.Output(Event.ZYGOTE_OUTPUT_DROPPED, {"zygote": "minimal:0"}, read_fd, stream, entries)
+        subject = {"zygote": "minimal:0"}
+        output = init.Output(Event.ZYGOTE_OUTPUT_DROPPED, subject, read_fd, stream, entries, "nbagent-zygote")
         yield ZygoteService(pair[0], output, {}, pair[0], os.getpid()), pair[1]
     os.close(read_fd)
     os.close(write_fd)
