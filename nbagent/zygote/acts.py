@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which requests to a notebook server are acts of a person. Standard library only; Python 3.9 and up."""
+"""The requests to a notebook server that are acts of a person. Standard library only; Python 3.9 and up."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which requests to a notebook server keep a slot from being idle."""
+"""The requests to a notebook server that keep a slot from being idle."""
 
 from __future__ import annotations
 
