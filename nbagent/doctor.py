@@ -450,7 +450,7 @@ def check_images(root: Path) -> Finding:
 
 
 def check_memory(root: Path, settings: host_config.HostConfig) -> Finding:
-    """Whether the memory of all slots together is at most slots.overcommit times the memory of the host."""
+    """Whether the host has memory for its slots: for one, and for all as slots.overcommit has it."""
     total_bytes = _meminfo(root)["MemTotal"]
     one = settings.slots.memory
     if one > total_bytes - settings.host.memory_reserve:
@@ -459,6 +459,8 @@ def check_memory(root: Path, settings: host_config.HostConfig) -> Finding:
             "lower slots.memory or host.memory_reserve",
         )
     capacity = capacity_of(root, settings)
+    if settings.slots.overcommit is None:
+        return Finding("memory", "ok", f"{format_size(total_bytes)}; up to {capacity} slots by what they use")
     ratio = capacity * one / total_bytes
     found = f"{format_size(total_bytes)}; {capacity} slots of {format_size(one)} are {ratio:.1f} times as much"
     if ratio > settings.slots.overcommit * 1.01:
@@ -536,8 +538,12 @@ def check_limit(root: Path, limit: KernelLimit, settings: host_config.HostConfig
 
 def capacity_of(root: Path, settings: host_config.HostConfig) -> int:
     """The number of slots that the supervisor would run at most on this host."""
-    slots = settings.slots
-    return admission.capacity(slots.capacity, _meminfo(root)["MemTotal"], slots.memory, slots.overcommit)
+    slots, total_bytes = settings.slots, _meminfo(root)["MemTotal"]
+    if slots.capacity is not None:
+        return slots.capacity
+    if slots.overcommit is not None:
+        return admission.promised(total_bytes, slots.memory, slots.overcommit)
+    return admission.most(total_bytes, settings.host.memory_reserve, slots.memory)
 
 
 def addresses_of(name: str) -> list[str]:

@@ -50,6 +50,7 @@ _COUNTERS = {
     "zygotes_ready": "Zygotes that became ready.",
     "zygotes_failed": "Zygotes that did not start, or failed.",
     "zygotes_adopted": "Zygotes of the former supervisor that were adopted.",
+    "held": "How often a slot was kept from growing because the host's memory was short.",
 }
 _POOL_GAUGES: dict[_PoolGauge, str] = {
     "wanted": "Warm slots that the pool should hold.",

@@ -234,10 +234,11 @@ class SlotSettings:
 
     capacity: int | None = setting(
         "auto", auto_or(number(1, 60000, int)),
-        "Most slots at a time; auto: memory of the host times `overcommit`, divided by `memory`."
+        "Most slots at a time; auto: by `overcommit`."
     )
-    overcommit: float = setting(
-        4.0, number(0.1, 100, float), "Memory of all slots together, as a multiple of the memory of the host."
+    overcommit: float | None = setting(
+        "auto", auto_or(number(0.1, 100, float)),
+        "Memory of all slots together, as a multiple of the host's; auto: as many slots as fit by what they use.",
     )
     memory: int = setting("1G", parse_size, "MemoryMax= of a slot whose claim has no other value.")
     memory_max: int = setting("4G", parse_size, "Highest `memory` that a claim may request.")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
-_FILE_MAX_BYTES = 4096
+_FILE_MAX_BYTES = 8192
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Cgroup:
         """The use at this moment; all zero when the cgroup was removed."""
         unified = self.unified
         return Usage(
-            memory_bytes=_number(f"{self.memory}/{'memory.current' if unified else 'memory.usage_in_bytes'}"),
+            memory_bytes=self.memory_bytes(),
             # v1 counts swap only with memsw accounting; the agent swaps out slots with v2 only (`reclaim`).
             swapped_bytes=_number(f"{self.memory}/memory.swap.current") if unified else 0,
             cpu_s=self.cpu_s(),
@@ -58,6 +58,19 @@ class Cgroup:
             oom_kills=_keyed(f"{self.memory}/{'memory.events' if unified else 'memory.oom_control'}", b"oom_kill"),
             tasks_refused=_keyed(f"{self.pids}/pids.events", b"max"),
         )
+
+    def memory_bytes(self) -> int:
+        """The memory that counts towards the limit, with that of the cgroups below; 0 when the cgroup was removed."""
+        return _number(f"{self.memory}/{'memory.current' if self.unified else 'memory.usage_in_bytes'}")
+
+    def parent(self) -> Cgroup:
+        """The cgroup above: for a slot's scope, the slice of all slots."""
+        return Cgroup(*(os.path.dirname(path) for path in (self.memory, self.cpu, self.pids)))
+
+    def unreclaimable_bytes(self) -> int:
+        """The memory with that of the cgroups below, less page cache that the kernel can drop at once."""
+        cache = b"inactive_file" if self.unified else b"total_inactive_file"
+        return max(0, self.memory_bytes() - _keyed(f"{self.memory}/memory.stat", cache))
 
     def cpu_s(self) -> float:
         """The processor time used so far; 0 when the cgroup was removed."""

@@ -11,6 +11,15 @@ from dataclasses import dataclass, replace
 
 # An image has 65,536 user ids, and those from 2000 up are for slots. Some are spare, so that an id is not reused soon.
 CAPACITY_MAX = 60000
+# A claimed slot is expected to take a quarter more than the mean of those that are claimed. The mean includes so many
+# slots of a first guess, so that the first few users of a host decide little. A slot at rest with one kernel takes
+# 15 MiB (packaging/docs/benchmarks.md), and none is expected to take less than twice as much.
+MARGIN, GUESSED_SLOTS, GUESS_BYTES = 1.25, 8, 96 << 20
+REST_BYTES, LEAST_BYTES = 15 << 20, 32 << 20
+# Memory that no start takes, so that a few users can take all of their limit at once: the limits of so many slots, but
+# at most this part of the host. Growth is expected to go on for so long.
+BURST_SLOTS, BURST_MAX = 4, 1 / 6
+GROWTH_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -52,15 +61,53 @@ def under_way(starting: Mapping[str, int]) -> Cost:
     )
 
 
-def capacity(configured: int | None, memory_bytes: int, slot_bytes: int, overcommit: float) -> int:
-    """The number of slots that fit: slots.capacity, or, where that is "auto", by memory.
+@dataclass(frozen=True)
+class MemoryUse:
+    """The memory that the slots of the host take: all `memory_bytes`, of which `claimed` slots have nearly all.
 
-    Then `overcommit` times the host's memory is divided by the memory of one slot. host.memory_reserve has no part in
-    it, because it is compared with the available memory at each start.
+    It grows by `growth_bytes_s` in addition to the memory of new slots.
     """
-    if configured is not None:
-        return configured
+
+    claimed: int = 0
+    memory_bytes: int = 0
+    growth_bytes_s: float = 0.0
+
+
+def promised(memory_bytes: int, slot_bytes: int, overcommit: float) -> int:
+    """The number of slots that fit by their limits: `overcommit` times the memory of the host, divided by one limit.
+
+    host.memory_reserve has no part in it, because it is compared with the available memory at each start.
+    """
     return max(1, min(CAPACITY_MAX, int(memory_bytes * overcommit / max(1, slot_bytes))))
+
+
+def fitting(
+    live: int, use: MemoryUse, memory_bytes: int, available_bytes: int, reserve_bytes: int, slot_bytes: int
+) -> int:
+    """The number of slots that fit by what slots really use: the `live` ones, and more as the available memory allows.
+
+    A host whose users all take their limit at once is short of memory nevertheless: nbagent.policy.memory_guard.
+    """
+    growth_bytes = round(use.growth_bytes_s * GROWTH_S)
+    spare_bytes = available_bytes - reserve_bytes - burst_bytes(memory_bytes, slot_bytes) - growth_bytes
+    return max(1, min(CAPACITY_MAX, live + max(0, spare_bytes // expected_bytes(use))))
+
+
+def expected_bytes(use: MemoryUse) -> int:
+    """The memory that one more claimed slot is expected to take."""
+    mean_bytes = (use.memory_bytes + GUESSED_SLOTS * GUESS_BYTES) / (use.claimed + GUESSED_SLOTS)
+    return max(LEAST_BYTES, round(mean_bytes * MARGIN))
+
+
+def burst_bytes(memory_bytes: int, slot_bytes: int) -> int:
+    """Memory that stays available for users who take all of their limit."""
+    return min(BURST_SLOTS * slot_bytes, round(memory_bytes * BURST_MAX))
+
+
+def most(memory_bytes: int, reserve_bytes: int, slot_bytes: int) -> int:
+    """The number of slots that `fitting` reaches when all are at rest."""
+    spare_bytes = memory_bytes - reserve_bytes - burst_bytes(memory_bytes, slot_bytes)
+    return max(1, min(CAPACITY_MAX, spare_bytes // REST_BYTES))
 
 
 def room(host: Host, launch: str) -> int:

@@ -68,10 +68,8 @@ async def _serve(
     servers = [asyncio.ensure_future(ControlServer(calls, sockets["control"], {0, _api_uid()}).serve())]
     if "check" in sockets:
         servers.append(asyncio.ensure_future(serve_check(calls, sockets["check"])))
-    tasks = [
-        asyncio.ensure_future(agent.run()), asyncio.ensure_future(_watchdog()),
-        asyncio.ensure_future(supervisor.health.run()), *servers,
-    ]
+    loops = (agent.run(), supervisor.health.run(), supervisor.memory_guard.run(), _watchdog())
+    tasks = [*map(asyncio.ensure_future, loops), *servers]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)

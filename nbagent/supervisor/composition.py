@@ -27,6 +27,7 @@ from nbagent.supervisor.images import Images
 from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.launcher import Launcher
 from nbagent.supervisor.lock_guard import LockGuard
+from nbagent.supervisor.memory_guard import MemoryGuard
 from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.pools import Pools
@@ -73,6 +74,7 @@ class Supervisor:
     calls: Calls
     agent: Agent
     health: Health
+    memory_guard: MemoryGuard
 
 
 def compose(on: Surroundings) -> Supervisor:
@@ -109,4 +111,5 @@ def compose(on: Surroundings) -> Supervisor:
         agent=Agent(
             config, pools, load, on.zygotes, images, monitor, starter, stopper, interfaces, tasks, changed
         ),
+        memory_guard=MemoryGuard(config, slots, systemd, counters, on.memory),
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,15 @@ import psutil
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.model import SlotState, now
 from nbagent.policy import admission
+from nbagent.policy.admission import MemoryUse
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.zygotes import Zygotes
 
 # Reading /proc/meminfo takes longer than the rest of an event. Starts of the last 0.1 s have touched a few MiB that are
 # then counted neither as set aside nor as used.
 MEMORY_AGE_S = 0.1
+# The use of all slots is read once a second, and its growth is that of the last ten.
+USE_AGE_S, GROWTH_READS = 1.0, 10
 # A full host refuses many claims a second, and each needs the first end among a thousand slots.
 NEXT_END_AGE_S = 1.0
 RETRY_MAX_S = 60
@@ -39,6 +43,14 @@ def read_memory() -> Memory:
     return Memory(memory.total, memory.available)
 
 
+class _Read(NamedTuple):
+    """The memory of all slots at one time, and how many were claimed."""
+
+    at_s: float
+    claimed: int
+    memory_bytes: int
+
+
 class HostLoad:
     """The load of the host. The host drains while `drain_file` exists, so that it does over a restart as well."""
 
@@ -52,6 +64,7 @@ class HostLoad:
         self._drain_file = drain_file
         self._read_memory = memory
         self._memory, self._memory_read_s = Memory(0, 0), -math.inf
+        self._uses: deque[_Read] = deque(maxlen=GROWTH_READS)
         self._next_end_s: float | None = None
         self._next_end_read_s = -math.inf
         # os.cpu_count() reads a file at each call.
@@ -77,9 +90,8 @@ class HostLoad:
         at_s = now()
         if at_s >= self._memory_read_s + MEMORY_AGE_S:
             self._memory, self._memory_read_s = self._read_memory(), at_s
-        slots = config.slots
         return admission.Host(
-            capacity=admission.capacity(slots.capacity, self._memory.total_bytes, slots.memory, slots.overcommit),
+            capacity=self._capacity(),
             live=len(self._slots),
             starts=admission.under_way(starting),
             starts_max=config.pool.starts or self.cpus,
@@ -87,6 +99,33 @@ class HostLoad:
             memory_reserve_bytes=config.host.memory_reserve,
             draining=self.draining,
         )
+
+    def _capacity(self) -> int:
+        slots, memory = self._config.value.slots, self._memory
+        if slots.capacity is not None:
+            return slots.capacity
+        if slots.overcommit is not None:
+            return admission.promised(memory.total_bytes, slots.memory, slots.overcommit)
+        return admission.fitting(
+            len(self._slots), self._use(), memory.total_bytes, memory.available_bytes,
+            self._config.value.host.memory_reserve, slots.memory,
+        )
+
+    def _use(self) -> MemoryUse:
+        at_s, uses = now(), self._uses
+        if not uses or at_s >= uses[-1].at_s + USE_AGE_S:
+            groups = (live.cgroup for live in self._slots.values() if live.cgroup is not None)
+            slot = next(groups, None)
+            memory_bytes = slot.parent().unreclaimable_bytes() if slot is not None else 0
+            uses.append(_Read(at_s, self._slots.count(SlotState.CLAIMED), memory_bytes))
+        first, last = uses[0], uses[-1]
+        use = MemoryUse(last.claimed, last.memory_bytes)
+        if last.at_s <= first.at_s:
+            return use
+        # New slots take memory too, but that is expected of them.
+        new_bytes = (last.claimed - first.claimed) * admission.expected_bytes(use)
+        growth_bytes = last.memory_bytes - first.memory_bytes - max(0, new_bytes)
+        return replace(use, growth_bytes_s=max(0.0, growth_bytes / (last.at_s - first.at_s)))
 
     def room(self, host: admission.Host, image: str) -> int:
         """How many more slots of an image may be started."""

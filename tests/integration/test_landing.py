@@ -116,7 +116,8 @@ def test_client_of_tmpnb_works_unchanged(agent, landing):
     assert landing.get(f"{base}api/contents", Authorization=f"token {token}").status == 200
     agent.wait(lambda: landing.get("/api/stats").json()["in_use"] == before["in_use"] + 1, "the slot to be counted")
     after = landing.get("/api/stats/").json()
-    assert after["capacity"] == before["capacity"] and after["container_image"] == "minimal"
+    # The capacity follows the memory of the host.
+    assert after["capacity"] > 0 and after["container_image"] == "minimal"
     assert landing.get("/stats").headers["location"] == "/api/stats"
     assert landing.call("OPTIONS", "/api/spawn", headers={"Origin": "https://x.example"}).status == 204
 

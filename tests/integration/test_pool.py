@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from nbagent.core.events import Event
+
 FAST = "[pool]\nwarm = 1\nbackoff = \"0.2s\"\nbackoff_max = \"5s\"\nclaim_timeout = \"2s\"\n"
 LAST_LINE = "cannot find the flux capacitor"
 # The journal's lines of a failed start, and of the pause after it.
@@ -141,6 +143,32 @@ def test_no_slot_is_started_when_the_hosts_memory_would_run_short(agent):
     assert refused.status == 503 and refused.json()["type"] == "urn:nbagent:problem:full"
     agent.configure("")
     agent.wait_warm()
+
+
+def test_a_slot_that_grows_on_a_short_host_is_held(agent):
+    """The kernel that grows is killed by its own slot's limit; a neighbour keeps what it has."""
+    agent.expect("ran out of memory")
+
+    def logged(slot, event):
+        return agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={event.value.message_id}")
+
+    rests, grows = agent.open(), agent.open()
+    with rests.kernel() as resting, grows.kernel() as growing:
+        resting.run("kept = bytes(range(256)) * 1_000_000")
+        available = agent.api.get("/stats").json()["memory_available_bytes"]
+        # More than the host has, so that it is short until the next reload.
+        agent.configure(f"[host]\nmemory_reserve = {available + (8 << 30)}\n[pool]\nwarm = 0\n")
+        growing.send("import time\ntaken = []\nwhile True:\n    taken.append(b'x' * 10_000_000)\n    time.sleep(0.2)")
+        held = agent.wait(lambda: logged(grows.slot, Event.SLOT_HELD), "the hold of the slot that grows")
+        assert "because the host has only" in held[0]["MESSAGE"]
+        killed = agent.wait(
+            lambda: [slot for slot in agent.slots() if slot["slot"] == grows.slot and slot["oom_kills"]],
+            "the end of the kernel that grows",
+        )
+        assert killed[0]["memory_bytes"] < killed[0]["limits"]["memory_bytes"] / 2
+        assert resting.run("len(kept)").text == "256000000" and not logged(rests.slot, Event.SLOT_HELD)
+        agent.configure("")
+        agent.wait(lambda: logged(grows.slot, Event.SLOT_FREED), "the slot's own limit")
 
 
 def test_a_warm_slot_that_waited_too_long_is_replaced_by_a_fresh_one(agent):

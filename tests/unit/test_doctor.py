@@ -168,9 +168,10 @@ def test_an_empty_image_store_fails(tmp_path: Path) -> None:
 
 def test_memory_of_all_slots_is_compared_with_the_host(tmp_path: Path) -> None:
     host(tmp_path, {"proc/meminfo": "MemTotal:  8912896 kB\nSwapTotal: 1048576 kB\n"})  # 8.5 GiB
-    assert doctor.capacity_of(tmp_path, SETTINGS) == 34
-    assert doctor.check_memory(tmp_path, SETTINGS).status == "ok"
-    greedy = host_config.parse({"slots": {"capacity": 500}})
+    promise = host_config.parse({"slots": {"overcommit": 4.0}})
+    assert doctor.capacity_of(tmp_path, promise) == 34
+    assert doctor.check_memory(tmp_path, promise).status == doctor.check_memory(tmp_path, SETTINGS).status == "ok"
+    greedy = host_config.parse({"slots": {"capacity": 500, "overcommit": 4.0}})
     assert doctor.check_memory(tmp_path, greedy).status == "warn"
     large = host_config.parse({"slots": {"memory": "16G", "memory_max": "16G"}})
     assert doctor.check_memory(tmp_path, large).status == "fail"
@@ -182,7 +183,11 @@ def test_capacity_is_the_one_of_admission(tmp_path: Path, memory_kb: int, slots:
     host(tmp_path, {"proc/meminfo": f"MemTotal: {memory_kb} kB\n"})
     settings = host_config.parse({"slots": slots, "host": {"memory_reserve": "1G"}})
     wanted = settings.slots
-    expected = admission.capacity(wanted.capacity, memory_kb << 10, wanted.memory, wanted.overcommit)
+    expected = admission.most(memory_kb << 10, settings.host.memory_reserve, wanted.memory)
+    if wanted.capacity is not None:
+        expected = wanted.capacity
+    elif wanted.overcommit is not None:
+        expected = admission.promised(memory_kb << 10, wanted.memory, wanted.overcommit)
     assert doctor.capacity_of(tmp_path, settings) == expected
     assert doctor.check_memory(tmp_path, settings).status in ("ok", "fail")
     assert f"{expected} slots" in doctor.check_memory(tmp_path, settings).found or memory_kb == 2 << 20

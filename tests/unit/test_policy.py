@@ -161,11 +161,19 @@ def test_a_draining_host_starts_no_slot_and_retires_warm_ones():
     assert decision == pool.Decision((), (Retire("a", "the host drains"),))
 
 
-def test_capacity_follows_memory_unless_it_is_set():
-    assert admission.capacity(7, 24 * GIB, GIB, 4.0) == 7
-    assert admission.capacity(None, 24 * GIB, GIB, 4.0) == 96
-    assert admission.capacity(None, 24 * GIB, 1, 4.0) == admission.CAPACITY_MAX
-    assert admission.capacity(None, GIB // 2, GIB, 1.0) == 1
+def test_a_promise_is_a_multiple_of_the_memory():
+    assert admission.promised(24 * GIB, GIB, 4.0) == 96
+    assert admission.promised(24 * GIB, 1, 4.0) == admission.CAPACITY_MAX
+    assert admission.promised(GIB // 2, GIB, 1.0) == 1
+
+
+def test_slots_fit_by_their_use_and_never_beyond_the_most():
+    at_rest = admission.MemoryUse(claimed=400, memory_bytes=400 * (16 << 20))
+    most = admission.most(24 * GIB, GIB // 2, GIB)
+    assert 600 < admission.fitting(400, at_rest, 24 * GIB, 14 * GIB, GIB // 2, GIB) < most < 1400
+    # A host without any memory to spare keeps what it has; a tiny one takes a slot.
+    assert admission.fitting(400, at_rest, 24 * GIB, GIB, GIB // 2, GIB) == 400
+    assert admission.fitting(0, admission.MemoryUse(), GIB // 2, GIB // 4, GIB // 2, GIB) == 1
 
 
 def test_the_obstacle_names_the_reason():

@@ -131,7 +131,8 @@ def test_the_load_counts_starts_by_launch_and_reads_memory_at_most_ten_times_a_s
         reads.append(1)
         return Memory(24 * GIB, 8 * GIB)
 
-    load = HostLoad(CurrentConfig(host_config.parse({})), slots, zygotes, tmp_path / "drain", memory)
+    promise = CurrentConfig(host_config.parse({"slots": {"overcommit": 4.0}}))
+    load = HostLoad(promise, slots, zygotes, tmp_path / "drain", memory)
     host = load.host()
     assert (host.capacity, host.live, host.starts.processors) == (96, 3, 1.5)
     load.host()

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The guard of the host's memory with files of a cgroup tree, and the memory use of slots that admission gets."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from fakes import FakeSystemd, FakeZygotes
+
+from nbagent.config import host_config
+from nbagent.config.host_config import CurrentConfig
+from nbagent.core.model import Limits, Slot, SlotState
+from nbagent.linux.cgroup import Cgroup
+from nbagent.supervisor.counters import Counters
+from nbagent.supervisor.host_load import HostLoad, Memory
+from nbagent.supervisor.memory_guard import MemoryGuard
+from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.slots import Slots
+
+MIB, GIB = 1 << 20, 1 << 30
+LIMITS = Limits(GIB, 100, None, 256)
+SLOT = Slot(
+    id="c07-0", image="minimal", digest="sha256-0", id_base=1 << 20, uid=2000, state=SlotState.CLAIMED, limits=LIMITS,
+    token="", created_s=0.0, claimed_s=0.0,
+)
+
+
+class Tree:
+    """A slice with slots in it, whose memory the tests set."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.slots = path, Slots()
+        self.available_bytes = 20 * GIB
+
+    def add(self, name: str, used_bytes: int, state: SlotState = SlotState.CLAIMED) -> RunningSlot:
+        directory = self.path / f"nbagent-{name}.scope"
+        directory.mkdir(parents=True)
+        slot = dataclasses.replace(SLOT, id=name, state=state)
+        live = RunningSlot(slot, cgroup=Cgroup(str(directory), str(directory), str(directory)))
+        self.slots.add(live)
+        self.use(name, used_bytes)
+        return live
+
+    def use(self, name: str, used_bytes: int, cache_bytes: int = 0) -> None:
+        (self.path / f"nbagent-{name}.scope" / "memory.current").write_text(f"{used_bytes}\n")
+        total = sum(int(file.read_text()) for file in self.path.glob("*/memory.current"))
+        (self.path / "memory.current").write_text(f"{total + cache_bytes}\n")
+        (self.path / "memory.stat").write_text(f"anon {total}\ninactive_file {cache_bytes}\n")
+
+    def memory(self) -> Memory:
+        return Memory(24 * GIB, self.available_bytes)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    return Tree(tmp_path / "nbagent-slots.slice")
+
+
+async def test_slots_that_grow_on_a_short_host_are_held_and_freed(tree: Tree, clock, journal) -> None:
+    systemd, counters = FakeSystemd(), Counters()
+    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, systemd, counters, tree.memory)
+    for name in ("c07-grows", "c07-rests"):
+        tree.add(name, 100 * MIB)
+    tree.add("c07-warm", 100 * MIB, SlotState.WARM)
+
+    async def look() -> None:
+        await guard.look()
+        clock.advance(0.5)
+
+    tree.available_bytes = 2 * GIB
+    await look()
+    for name in ("c07-grows", "c07-warm"):
+        tree.use(name, 300 * MIB)
+    await look()
+    # Not short: the one slot that may be held cannot take more than its limit.
+    assert systemd.limits == {} and counters.values["held"] == 0
+    tree.available_bytes = 300 * MIB
+    await look()
+    assert systemd.limits == {"nbagent-c07-grows.scope": dataclasses.replace(LIMITS, memory_bytes=332 * MIB)}
+    assert counters.values["held"] == 1
+    tree.available_bytes = 20 * GIB
+    await look()
+    assert systemd.limits["nbagent-c07-grows.scope"] == LIMITS
+    printed = [entry["MESSAGE"] for entry in journal]
+    assert printed[0] == (
+        "slot c07-grows may not grow: its limit is 332M instead of 1G, because the host has only 300M available"
+    )
+    assert printed[1] == "slot c07-grows may grow again: its limit is 1G"
+
+
+async def test_a_limit_that_systemd_refuses_is_tried_again(tree: Tree, clock) -> None:
+    systemd, counters = FakeSystemd(), Counters()
+    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, systemd, counters, tree.memory)
+    tree.add("c07-grows", 100 * MIB)
+    tree.available_bytes = 300 * MIB
+    await guard.look()
+    tree.use("c07-grows", 200 * MIB)
+    systemd.limits_error = OSError("no")
+    await guard.look()
+    systemd.limits_error = None
+    clock.advance(0.5)
+    await guard.look()
+    assert systemd.limits["nbagent-c07-grows.scope"].memory_bytes == 232 * MIB
+
+
+async def test_a_slot_that_ended_is_forgotten(tree: Tree, clock) -> None:
+    systemd = FakeSystemd()
+    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, systemd, Counters(), tree.memory)
+    live = tree.add("c07-grows", 100 * MIB)
+    tree.available_bytes = 300 * MIB
+    await guard.look()
+    tree.use("c07-grows", 200 * MIB)
+    await guard.look()
+    tree.slots.remove(live)
+    systemd.limits.clear()
+    tree.available_bytes = 20 * GIB
+    await guard.look()
+    assert systemd.limits == {} and guard._held == {}
+
+
+def test_admission_gets_the_memory_of_the_slice_without_cache_and_its_growth(tree: Tree, tmp_path: Path, clock) -> None:
+    load = HostLoad(
+        CurrentConfig(host_config.parse({})), tree.slots, FakeZygotes(), tmp_path / "drain", tree.memory
+    )
+    empty = load.host().capacity
+    assert 100 < empty < 250
+    for number in range(50):
+        tree.add(f"c07-{number}", 20 * MIB)
+    clock.advance(1)
+    at_rest = load.host().capacity
+    assert at_rest > 1.5 * empty
+    tree.use("c07-0", 20 * MIB, cache_bytes=5 * GIB)
+    clock.advance(1)
+    assert abs(load.host().capacity - at_rest) < 40
+    for number in range(50):
+        tree.use(f"c07-{number}", 60 * MIB)
+    clock.advance(1)
+    assert load.host().capacity < 0.7 * at_rest
