@@ -179,7 +179,7 @@ def test_a_hostile_image_is_refused_from_every_source(agent, images, tmp_path):
         "absolute": Archive().add("/etc/cron.d/owned", b"x"),
         "device": Archive().add("sda", type=tarfile.BLKTYPE, devmajor=8, devminor=0),
         "hard": Archive().add("x", type=tarfile.LNKTYPE, linkname="/etc/shadow"),
-        "trap": Archive().add("d", type=tarfile.SYMTYPE, linkname="/etc/cron.d").add("d/owned", b"x"),
+        "trap": Archive().add("d", type=tarfile.SYMTYPE, linkname="d").add("d/owned", b"x"),
         "whiteout": Archive().add("d/.wh...", b""),
         "sparse": NEGATIVE_SPARSE, "time": TARS["time-inf"][0], "endless": TARS["sparse-stored-2^60"][0],
     }

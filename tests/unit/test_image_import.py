@@ -100,13 +100,66 @@ def test_whiteouts_of_invalid_names_are_refused(store: ImageStore, name: str) ->
     assert repr(name) in refused(store, over(Archive().add("d/x", b"x"), Archive().add(name)))
 
 
-@pytest.mark.parametrize("name", ["../.wh.victim", "/.wh.victim", "d/../../.wh.victim", "trap/.wh.victim",
-                                  "trap/.wh..wh..opq", "trap/victim", "trap/sub/x"])
-def test_nothing_outside_is_touched_by_any_layer(store: ImageStore, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["../.wh.victim", "/.wh.victim", "d/../../.wh.victim"])
+def test_a_name_that_leads_out_is_refused_in_any_layer(store: ImageStore, tmp_path: Path, name: str) -> None:
     (tmp_path / "victim").write_text("v")
-    trap = Archive().add("trap", type=tarfile.SYMTYPE, linkname=str(tmp_path)).add("d/x", b"x")
-    refused(store, over(trap, Archive().add(name, b"owned")))
+    refused(store, over(Archive().add("d/x", b"x"), Archive().add(name, b"owned")))
     assert (tmp_path / "victim").read_text() == "v"
+
+
+@pytest.mark.parametrize("target", ["{outside}", "../../../../../../../../..{outside}", "d/../../../..{outside}", "hop"])
+@pytest.mark.parametrize("name", ["trap/.wh.victim", "trap/.wh..wh..opq", "trap/victim", "trap/sub/x", "trap/hard"])
+def test_a_link_to_the_outside_stays_in_the_image(store: ImageStore, tmp_path: Path, name: str, target: str) -> None:
+    """A layer that writes through it writes below the image's root, as after chroot(2)."""
+    (tmp_path / "victim").write_text("v")
+    trap = Archive().add("d/x", b"x").add("hop", type=tarfile.SYMTYPE, linkname=str(tmp_path))
+    trap.add("trap", type=tarfile.SYMTYPE, linkname=target.format(outside=tmp_path))
+    hard = {"type": tarfile.LNKTYPE, "linkname": "trap/victim"} if name == "trap/hard" else {}
+    if hard:
+        assert "does not exist" in refused(store, over(trap, Archive().add(name, **hard)))
+    else:
+        root = import_image(store, over(trap, Archive().add(name, b"owned"))).root
+        inside = root / str(tmp_path).lstrip("/") / name.removeprefix("trap/")
+        assert ".wh." in name or inside.read_text() == "owned"
+    assert (tmp_path / "victim").read_text() == "v"
+    assert {path.name for path in tmp_path.iterdir()} <= {"victim", "images", "layout1"}
+
+
+def test_a_layer_writes_through_the_links_of_lower_layers(store: ImageStore) -> None:
+    """As containerd does: /bin, /lib and /var/run are links in Debian's images."""
+    lower = Archive().add("usr/bin/sh", b"sh").add("usr/bin/old", b"old").add("run/lock", **DIRECTORY)
+    lower.add("bin", type=tarfile.SYMTYPE, linkname="usr/bin").add("var/run", type=tarfile.SYMTYPE, linkname="/run")
+    lower.add("far", type=tarfile.SYMTYPE, linkname="var/run/../../bin")
+    upper = Archive().add("bin/tool", b"tool", mode=0o755).add("var/run/x/y", b"y").add("far/.wh.old")
+    upper.add("bin/again", type=tarfile.LNKTYPE, linkname="far/sh").add("new/.wh.gone").add("var/run/lock", **DIRECTORY)
+    root = import_image(store, over(lower, upper)).root
+    assert (root / "bin").is_symlink() and (root / "var/run").is_symlink()
+    assert {path.name for path in (root / "usr/bin").iterdir()} == {"sh", "tool", "again"}
+    assert (root / "usr/bin/again").samefile(root / "usr/bin/sh")
+    assert (root / "run/x/y").read_text() == "y"
+
+
+@pytest.mark.parametrize("before", ["link", "file"])
+def test_a_directory_that_replaces_a_link_hides_nothing_elsewhere(store: ImageStore, before: str) -> None:
+    """Docker writes an opaque directory for each directory that replaces another kind of entry."""
+    lower = Archive().add("d/kept", b"k")
+    fields = {"type": tarfile.SYMTYPE, "linkname": "d"} if before == "link" else {}
+    lower.add("x", **fields)
+    upper = Archive().add("x", **DIRECTORY).add("x/.wh..wh..opq").add("x/.wh.kept").add("x/new", b"n")
+    root = import_image(store, over(lower, upper)).root
+    assert ((root / "d/kept").read_text(), (root / "x/new").read_text()) == ("k", "n")
+    assert {path.name for path in (root / "x").iterdir()} == {"new"}
+
+
+@pytest.mark.parametrize("links", [
+    {"a": "b", "b": "a"}, {"a": "a/a/a"}, {f"a{n or ''}": f"a{n + 1}" for n in range(50)}, {"a": "d/" * 150},
+    {"a": "x"},
+])
+def test_links_without_end_and_those_to_files_are_refused(store: ImageStore, links: dict[str, str]) -> None:
+    lower = Archive().add("x", b"file")
+    for name, target in links.items():
+        lower.add(name, type=tarfile.SYMTYPE, linkname=target)
+    refused(store, over(lower, Archive().add("a/y", b"y")))
 
 
 def test_a_link_is_replaced_and_never_followed(store: ImageStore, tmp_path: Path) -> None:
@@ -141,9 +194,19 @@ def test_hard_links_to_anything_but_a_file_of_the_image_are_refused(store: Image
 
 def test_a_device_in_a_layer_is_refused_and_set_id_bits_are_dropped(store: ImageStore) -> None:
     for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
-        assert "device" in refused(store, over(Archive().add("dev/sda", type=kind, devmajor=8)))
+        assert "device" in refused(store, over(Archive().add("srv/sda", type=kind, devmajor=8)))
     root = import_image(store, over(Archive().add("su", b"x", mode=0o6755))).root
     assert stat.S_IMODE((root / "su").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("kind", [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize("name", ["dev/console", "dev/pts/ptmx", "run/initctl"])
+def test_a_device_of_a_running_system_is_left_out(store: ImageStore, name: str, kind: bytes) -> None:
+    """`docker export`, buildah and kaniko pack /dev/console; a slot has its own /dev and /run."""
+    layer = Archive().add("dev", **DIRECTORY).add(name, type=kind, devmajor=5, devminor=1).add("dev/shm", **DIRECTORY)
+    image = import_image(store, over(layer))
+    assert not (image.root / name).exists()
+    assert (image.root / "dev/shm").is_dir()
 
 
 def test_the_limits_are_for_all_layers_together(tmp_path: Path) -> None:
