@@ -20,6 +20,7 @@ from nbagent.core import paths
 from nbagent.core.errors import FetchFailed
 
 if TYPE_CHECKING:
+    from nbagent.image.manifest import Manifest
     from nbagent.image.store import Image, ImageStore
 
 _SHOWN_DIGITS = 12
@@ -31,6 +32,7 @@ _STORE = click.option(
 _NAME = click.option("--name", required=True, help="Name of the image in claims.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_MANIFEST = click.option("--manifest", type=_FILE, help="A manifest that replaces the one in the image.")
 
 
 @click.group()
@@ -43,18 +45,19 @@ def image() -> None:
 
 @image.command()
 @_NAME
+@_MANIFEST
 @click.argument("archive", type=_FILE)
 @_STORE
 @_JSON
-def add(name: str, archive: Path, store: Path, as_json: bool) -> None:
+def add(name: str, manifest: Path | None, archive: Path, store: Path, as_json: bool) -> None:
     """Unpack ARCHIVE into the store under a name."""
     images = _open(store)
-    _changed(images, images.add(archive, name), as_json)
+    _added(images, images.add(archive, name, _parsed(manifest)), as_json)
 
 
 @image.command("import")
 @_NAME
-@click.option("--manifest", type=_FILE, help="A manifest that replaces the one in the image.")
+@_MANIFEST
 @click.option("--insecure", is_flag=True, help="Allow a registry without TLS or with an untrusted certificate.")
 @click.argument("source")
 @_STORE
@@ -68,11 +71,9 @@ def import_image(
     except for a local OCI layout (oci:).
     """
     from nbagent.image import fetch
-    from nbagent.image.manifest import parse
 
     images, found = _open(store), fetch.source(source, insecure=insecure)
-    given = None if manifest is None else parse(manifest.read_bytes())
-    _changed(images, images.import_oci(found, name, given), as_json)
+    _added(images, images.import_oci(found, name, _parsed(manifest)), as_json)
 
 
 @image.command()
@@ -91,21 +92,23 @@ def build(name: str, recipe: Path, store: Path, as_json: bool) -> None:
             raise FetchFailed(f"failed to build {recipe}; the output above has the reason")
         (archive,) = Path(output).iterdir()
         added = images.add(archive, name)
-    _changed(images, added, as_json)
+    _added(images, added, as_json)
 
 
 @image.command()
+@_MANIFEST
 @click.argument("name")
 @click.argument("reference", metavar="IMAGE")
 @_STORE
 @_JSON
-def use(name: str, reference: str, store: Path, as_json: bool) -> None:
+def use(name: str, reference: str, manifest: Path | None, store: Path, as_json: bool) -> None:
     """Switch NAME to another IMAGE of the store, given by its name or by the first digits of its digest.
 
+    With --manifest, to the files of IMAGE with another manifest, which takes seconds and no space for the files.
     The previous image is kept, so that you can switch back; "nbagent image list" shows it.
     """
     images = _open(store)
-    _changed(images, images.use(name, reference), as_json)
+    _changed(images, images.use(name, reference, _parsed(manifest)), as_json)
 
 
 @image.command("list")
@@ -140,6 +143,19 @@ def _open(store: Path) -> ImageStore:
     return ImageStore(store)
 
 
+def _parsed(manifest: Path | None) -> Manifest | None:
+    from nbagent.image.manifest import parse
+
+    return None if manifest is None else parse(manifest.read_bytes())
+
+
+def _added(images: ImageStore, found: Image, as_json: bool) -> None:
+    """As `_changed`, and prints on standard error what is different from a container of the image."""
+    for note in found.notes:
+        click.echo(f"{found.name}: {note}", err=True)
+    _changed(images, found, as_json)
+
+
 def _changed(images: ImageStore, found: Image, as_json: bool) -> None:
     """Reload the agent, and print the image that a name has now."""
     _reload_agent(images)
@@ -156,7 +172,7 @@ def _short(digest: str | None) -> str:
     return digest.removeprefix("sha256-")[:_SHOWN_DIGITS] if digest else "-"
 
 
-def _document(images: ImageStore, found: Image) -> dict[str, str | int | None]:
+def _document(images: ImageStore, found: Image) -> dict[str, str | int | list[str] | None]:
     """An image as a JSON document."""
     return {
         "name": found.name,
@@ -167,4 +183,5 @@ def _document(images: ImageStore, found: Image) -> dict[str, str | int | None]:
         "root": str(found.root),
         "static": str(found.static),
         "id_base": found.id_base,
+        "notes": list(found.notes),
     }

@@ -334,6 +334,97 @@ def test_an_image_with_jupyterlab_is_a_notebook_server(store: ImageStore) -> Non
     assert (image.ready, image.url) == ("api", "lab?token={token}")
 
 
+LINK, PYTHON = {"type": tarfile.SYMTYPE}, ("opt/venv/bin/python", b"ELF")
+POLYGLOT = b"#!/bin/sh\n'''exec' %b \"$0\" \"$@\"\n' '''\n# -*- coding: utf-8 -*-\nimport sys\n"
+
+
+@pytest.mark.parametrize(("script", "python"), [
+    (b"#!/opt/venv/bin/python3 -I\nimport sys\n", "/opt/venv/bin/python3"),
+    (b"#! /opt/venv/bin/python\nimport sys\n", "/opt/venv/bin/python"),
+    (b"#!/usr/bin/env python3\nimport sys\n", "/usr/bin/python3"),
+    (b"#!/usr/bin/env -S X=1 python -I -s\nimport sys\n", "/opt/venv/bin/python"),
+    (POLYGLOT % b"/a/very/long/prefix/bin/python3.11", "/a/very/long/prefix/bin/python3.11"),
+    (POLYGLOT % b'"/a path/bin/python"', "/a path/bin/python"),
+    # uv's form for an environment that can be moved.
+    (POLYGLOT % b"\"$(dirname -- \"$(realpath -- \"$0\")\")\"/'python'", "/opt/venv/bin/python"),
+    (b"#!/bin/bash -e\nexport A=1\n  exec /opt/other/bin/python -m jupyterlab \"$@\"\n", "/opt/other/bin/python"),
+    (b'#!/bin/sh\nexec "/opt/conda/bin/jupyter-lab" "$@"\n', "/opt/conda/bin/python3.12"),
+    (b"#!/bin/sh\nexec /opt/venv/bin/jupyter-lab\n", "/opt/venv/bin/python"),  # itself
+    (b"\x7fELF of pixi", "/opt/venv/bin/python"),
+])
+def test_the_interpreter_of_jupyterlab_is_found_in_every_form(store: ImageStore, script: bytes, python: str) -> None:
+    image = import_image(store, bare(
+        ("opt/venv/bin/jupyter-lab", script), PYTHON, ("usr/bin/python3", b"ELF"),
+        ("opt/conda/bin/jupyter-lab", b"#!/opt/conda/bin/python3.12\n"),
+        Env=["PATH=/opt/venv/bin:/usr/bin"], Entrypoint=["tini"],
+    ))
+    assert image.python == python
+    assert [note for note in image.notes if "entry point (tini)" in note]
+
+
+@pytest.mark.parametrize("target", ["/opt/venv/bin/jupyter-lab", "../../../opt/venv/bin/jupyter-lab", "../hop/jupyter-lab"])
+@pytest.mark.parametrize("script", [b"#!/opt/venv/bin/python\n", b"\x7fELF"])
+def test_the_jupyter_command_may_be_a_link(store: ImageStore, target: str, script: bytes) -> None:
+    layer = Archive().add("usr/local/bin/jupyter-lab", **LINK, linkname=target).add(*PYTHON)
+    layer.add("opt/venv/bin/jupyter-lab", script).add("usr/local/hop", **LINK, linkname="/opt/venv/bin")
+    assert import_image(store, Layers(Cmd=["x"]).layer(layer)).python == "/opt/venv/bin/python"
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "jupyter-lab", "/no/such", "../../../../../../{outside}"])
+def test_a_jupyter_command_that_leads_nowhere_is_none(store: ImageStore, tmp_path: Path, target: str) -> None:
+    (tmp_path / "script").write_text("#!/outside/python\n")
+    layer = Archive().add("usr/bin/jupyter-lab", **LINK, linkname=target.format(outside=tmp_path / "script"))
+    assert import_image(store, Layers(Cmd=["x"]).layer(layer)).command == ("x",)
+
+
+def modes(root: Path, *paths: str) -> list[str]:
+    return [f"{stat.S_IMODE((root / path).stat().st_mode):o}" for path in paths]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other owners")
+def test_files_of_the_images_user_are_readable_in_slots_and_those_of_others_are_not(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / "images")
+    layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n").add("etc/shadow", b"", mode=0o600)
+    layer.add("opt/app", type=tarfile.DIRTYPE, mode=0o700, uid=1000).add("opt/app/run", b"", mode=0o711, uid=1000)
+    layer.add("opt/data", b"", mode=0o640, gid=100).add("opt/other", b"", mode=0o600, uid=1001)
+    layer.add("opt/mine", b"", mode=0o206, uid=1000).add("opt/link", **LINK, linkname="/etc/shadow", uid=1000)
+    image = import_image(store, Layers(Cmd=["x"], User="1000").layer(layer))
+    assert modes(image.root, "opt/app", "opt/app/run", "opt/data", "opt/other", "opt/mine", "etc/shadow") == [
+        "705", "715", "644", "600", "206", "600"]
+    assert any("3 files and directories" in note for note in image.notes)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other owners")
+def test_an_interpreter_below_root_can_be_reached_in_slots(tmp_path: Path) -> None:
+    """uv installs interpreters into /root/.local when an image is built as root."""
+    store = ImageStore(tmp_path / "images")
+    private, uv = {"type": tarfile.DIRTYPE, "mode": 0o700}, "root/.local/share/uv/python/cpython-3.13"
+    layer = Archive().add("root", **private).add("root/.ssh", **private).add("root/.ssh/id", b"key", mode=0o600)
+    layer.add("root/.local", **private).add(f"{uv}/bin/python3.13", b"ELF", mode=0o700)
+    layer.add(f"{uv}/lib/os.py", b"", mode=0o600).add("srv/app/.venv/bin/python", **LINK, linkname="python3")
+    layer.add("srv/app/.venv/bin/python3", **LINK, linkname="/root/uv/bin/python3.13")
+    layer.add("root/uv", **LINK, linkname=f"/{uv}").add("etc/shadow", b"", mode=0o600)
+    layer.add("srv/app/.venv/bin/jupyter-lab", b"#!/srv/app/.venv/bin/python\n", mode=0o755)
+    image = import_image(store, Layers(Cmd=["x"], Env=["PATH=/srv/app/.venv/bin"]).layer(layer))
+    assert image.python == "/srv/app/.venv/bin/python"
+    assert modes(image.root, "root", "root/.local", f"{uv}/bin/python3.13", f"{uv}/lib/os.py") == [
+        "701", "701", "705", "604"]
+    assert modes(image.root, "root/.ssh", "root/.ssh/id", "etc/shadow") == ["700", "600", "600"]
+
+
+def test_an_import_tells_what_is_different_from_a_container(store: ImageStore) -> None:
+    layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n")
+    layer.add("opt/conda/bin/jupyter-lab", b"#!/opt/conda/bin/python\n").add("opt/conda/etc/conda/activate.d/gdal.sh")
+    layer.add("dev/console", type=tarfile.CHRTYPE, devmajor=5, devminor=1)
+    for number in range(2001):
+        layer.add(f"home/nb/{number}", b"x" * 1000)
+    image = import_image(store, Layers(User="nb", Env=["PATH=/opt/conda/bin"], Entrypoint=["tini", "start.sh"]).layer(layer))
+    text = "\n".join(image.notes)
+    for part in ("dev/console", "tini start.sh", "/home/nb has 2,001 files of 2 MB", "/opt/conda/etc/conda/activate.d"):
+        assert part in text
+    assert store.get("mine").notes == image.notes
+
+
 def test_another_images_entry_point_is_its_command(store: ImageStore) -> None:
     image = import_image(store, bare(
         Entrypoint=["serve"], Cmd=["--base", "{base_path}", "--port", "{port}"], ExposedPorts={"3000/tcp": {}},
