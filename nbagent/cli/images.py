@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,20 +60,31 @@ def add(name: str, manifest: Path | None, archive: Path, store: Path, as_json: b
 @_NAME
 @_MANIFEST
 @click.option("--insecure", is_flag=True, help="Allow a registry without TLS or with an untrusted certificate.")
+@click.option("--auth-file", type=_FILE, envvar="REGISTRY_AUTH_FILE", show_envvar=True,
+              help=f"A file of `docker login` or `podman login`.  [default: {paths.REGISTRY_AUTH}, if it exists]")
+@click.option("--user", metavar="NAME",
+              help="The name of a login, whose password is read from the terminal or from standard input.")
 @click.argument("source")
 @_STORE
 @_JSON
 def import_image(
-    name: str, manifest: Path | None, insecure: bool, source: str, store: Path, as_json: bool
+    name: str, manifest: Path | None, insecure: bool, auth_file: Path | None, user: str | None, source: str,
+    store: Path, as_json: bool,
 ) -> None:
     """Import a container image into the store under a name.
 
     SOURCE is oci:DIR[:TAG], docker-archive:FILE or docker://NAME[:TAG]. This needs no Docker daemon. It needs skopeo,
-    except for a local OCI layout (oci:).
+    except for a local OCI layout (oci:). For a registry it uses the proxies of the environment (HTTPS_PROXY, NO_PROXY)
+    and the mirrors in containers-registries.conf(5).
     """
-    from nbagent.image import fetch
+    from nbagent.image import fetch, logins
 
-    images, found = _open(store), fetch.source(source, insecure=insecure)
+    login = None
+    if user is not None:
+        login = logins.of_password(source.removeprefix("docker://"), user, _password(user))
+    elif source.startswith("docker:"):
+        login = logins.found(auth_file)
+    images, found = _open(store), fetch.source(source, insecure=insecure, login=login)
     _added(images, images.import_oci(found, name, _parsed(manifest)), as_json)
 
 
@@ -141,6 +153,13 @@ def _open(store: Path) -> ImageStore:
     from nbagent.image.store import ImageStore
 
     return ImageStore(store)
+
+
+def _password(account: str) -> str:
+    """A password from the terminal, or the first line of standard input if it is no terminal."""
+    if sys.stdin.isatty():
+        return str(click.prompt(f"Password of {account}", hide_input=True, err=True))
+    return sys.stdin.readline().rstrip("\n")
 
 
 def _parsed(manifest: Path | None) -> Manifest | None:

@@ -113,15 +113,28 @@ def digest_of(agent, slot):
     return json.loads(agent.run("cat", f"/run/nbagent/slots/{slot}/slot.json"))["digest"]
 
 
-@pytest.fixture
-def registry(agent, layout):
+@contextlib.contextmanager
+def serving(agent, layout, *login):
     agent.host.copy_in(str(product.TOP / "tests/registry.py"), "/root/")
-    agent.run("systemd-run", "--quiet", "--unit=test-registry", "/usr/bin/python3", "/root/registry.py", layout,
-              str(REGISTRY_PORT))
+    agent.run("systemd-run", "--quiet", "--unit=test-registry", "--property=StandardOutput=truncate:/root/requests",
+              "/usr/bin/python3", "/root/registry.py", layout, str(REGISTRY_PORT), *login)
     agent.wait(lambda: not subprocess_fails(agent, "ss", "-Hltn", f"sport = :{REGISTRY_PORT}"), "the registry")
     yield f"docker://127.0.0.1:{REGISTRY_PORT}/team/served"
     agent.run("systemctl", "stop", "test-registry.service")
-    agent.run("rm", "/root/registry.py")
+    agent.run("rm", "/root/registry.py", "/root/requests")
+
+
+@pytest.fixture
+def registry(agent, layout):
+    with serving(agent, layout) as found:
+        yield found
+
+
+@pytest.fixture
+def private(agent, layout):
+    """A registry with a login."""
+    with serving(agent, layout, "maria:s3cret") as found:
+        yield found
 
 
 def subprocess_fails(agent, *argv):
@@ -170,6 +183,61 @@ def test_a_failed_fetch_is_reported_and_leaves_no_file(agent, images, layout, re
         assert (done.returncode, bool(re.search(message, done.stderr))) == (status, True), (source, done)
         assert done.stderr.count("\n") == 1
     assert agent.run("find", STORE, "-maxdepth", "2") == before
+
+
+def attempt(agent, *arguments, before=(), given=""):
+    """The exit status and the errors of an import, from a private registry's image `one`."""
+    command = [*before, "nbagent", "image", "import", "--name", "secret", "--insecure", *arguments]
+    done = agent.host.run(command, check=False, timeout=120, input=given)
+    return done.returncode, done.stderr
+
+
+def test_a_private_registry_takes_a_login_from_a_file_an_option_or_a_credential(agent, images, private):
+    agent.expect(FETCH_FAILED)
+    source, auth = f"{private}:one", "/etc/nbagent/registry-auth.json"
+    status, errors = attempt(agent, source)
+    assert (status, "unauthorized" in errors or "authentication required" in errors) == (69, True), errors
+    assert attempt(agent, "--user", "maria", source, given="wrong\n")[0] == 69
+    assert attempt(agent, "--user", "maria", source, given="s3cret\n")[0] == 0
+    agent.run("nbagent", "image", "remove", "secret")
+    login = {"auths": {f"127.0.0.1:{REGISTRY_PORT}": {"auth": "bWFyaWE6czNjcmV0"}}, "credsStore": "none"}
+    agent.run("sh", "-c", f"umask 077; cat > /root/auth.json; cp /root/auth.json {auth}", input=json.dumps(login))
+    try:
+        assert attempt(agent, source)[0] == 0
+        agent.run("rm", auth)
+        assert attempt(agent, source)[0] == 69
+        assert attempt(agent, "--auth-file", "/root/auth.json", source)[0] == 0
+        service = ("systemd-run", "--quiet", "--wait", "--pipe", "--property=LoadCredential=registry-auth:/root/auth.json")
+        assert attempt(agent, source, before=service)[0] == 0
+    finally:
+        agent.run("rm", "-f", auth, "/root/auth.json")
+    # No login is left, neither in the store nor in a unit's properties or a command line.
+    left = agent.host.run(["grep", "-rl", "bWFyaWE6czNjcmV0", STORE], check=False).stdout
+    logged = agent.run("journalctl", "-b", "--no-pager", "-o", "cat")
+    assert (left, "s3cret" in logged or "bWFyaWE6" in logged) == ("", False)
+
+
+def test_an_import_uses_the_proxies_of_its_environment_and_the_mirrors_of_the_host(agent, images, registry):
+    """Both registries are names without an address: only the proxy and the mirror serve them."""
+    proxy = f"http_proxy=http://user:s3cret@127.0.0.1:{REGISTRY_PORT}"
+    assert attempt(agent, "docker://far.invalid/team/served:one", before=("env", proxy))[0] == 0
+    seen = agent.run("cat", "/root/requests")
+    assert "GET http://far.invalid/v2/team/served/manifests/one" in seen
+    mirror = "/etc/containers/registries.conf.d/test.conf"
+    text = f"""
+[[registry]]
+location = "mirrored.invalid/team"
+[[registry.mirror]]
+location = "127.0.0.1:{REGISTRY_PORT}/team"
+insecure = true
+"""
+    agent.run("sh", "-c", f"mkdir -p /etc/containers/registries.conf.d; cat > {mirror}", input=text)
+    try:
+        assert attempt(agent, "docker://mirrored.invalid/team/served:two")[0] == 0
+    finally:
+        agent.run("rm", mirror)
+    assert agent.run("cat", f"{images('use', 'secret', 'secret')['root']}/etc/two") == "two"
+    assert "s3cret" not in agent.run("journalctl", "-b", "--no-pager", "-o", "cat")
 
 
 def test_a_hostile_image_is_refused_from_every_source(agent, images, tmp_path):

@@ -16,8 +16,8 @@ import pytest
 from test_image_store import Owners
 
 from archives import MANIFEST, Archive, Layers
-from nbagent.core.errors import BadRequest, FetchFailed, ImageInvalid
-from nbagent.image import fetch, manifest
+from nbagent.core.errors import BadRequest, ConfigError, FetchFailed, ImageInvalid
+from nbagent.image import fetch, logins, manifest
 from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.fetch import DockerArchive, OciDirectory, Registry
 from nbagent.image.store import Image, ImageStore
@@ -491,3 +491,39 @@ def test_a_wrong_command_or_address_is_refused(change: dict[str, object], key: s
         wanted.pop(default)
     with pytest.raises(ImageInvalid, match=f": {key}: "):
         manifest.from_mapping(wanted)
+
+
+def test_a_login_belongs_to_the_registry_of_the_image() -> None:
+    for reference, registry in (
+        ("registry.example/team/x:1", "registry.example"), ("host:5000/x", "host:5000"), ("localhost/x", "localhost"),
+        ("team/x", "docker.io"), ("x:1", "docker.io"),
+    ):
+        assert json.loads(logins.of_password(reference, "maria", "pass:word")) == {
+            "auths": {registry: {"auth": "bWFyaWE6cGFzczp3b3Jk"}}}
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 100_000, b'{"auths": []}', b'{"auths": {"x": {}}, "credsStore": "y"}'])
+def test_a_file_without_a_login_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "auth.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="has no login"):
+        logins.found(tmp_path / "auth.json")
+
+
+def test_a_credential_precedes_the_hosts_file_and_helpers_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbagent.core.paths.REGISTRY_AUTH", tmp_path / "host.json")
+    assert logins.found(None, {}) is None
+    for name, secret in (("host.json", "aG9zdDp4"), ("registry-auth", "Y3JlZDp4")):
+        text = {"auths": {"r": {"auth": secret}, "helped": {}}, "credsStore": "program", "credHelpers": {"r": "program"}}
+        (tmp_path / name).write_text(json.dumps(text))
+    assert json.loads(logins.found(None, {}) or "") == {"auths": {"r": {"auth": "aG9zdDp4"}}}
+    found = logins.found(None, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert json.loads(found or "") == {"auths": {"r": {"auth": "Y3JlZDp4"}}}
+
+
+def test_proxies_are_quoted_for_systemd() -> None:
+    given = {"HTTPS_PROXY": 'http://u:a"b\\c@p:1', "no_proxy": "localhost,.example", "PATH": "/bin"}
+    assert fetch._proxies(given) == 'HTTPS_PROXY="http://u:a\\"b\\\\c@p:1"\nno_proxy="localhost,.example"\n'
+    with pytest.raises(BadRequest, match="https_proxy"):
+        fetch._proxies({"https_proxy": "x\nLD_PRELOAD=y"})
