@@ -157,6 +157,7 @@ class Calls:
         return [
             {
                 "name": name, "digest": pool.image.digest, "launch": pool.image.launch,
+                **self._load.launch(name),
                 "warm": len(pool.warm), "wanted": self._pools.wanted(name),
                 "default": name == config.pool.image,
             }

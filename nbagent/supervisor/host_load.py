@@ -69,6 +69,10 @@ class HostLoad:
         else:
             self._drain_file.unlink(missing_ok=True)
 
+    def launch(self, image: str) -> dict[str, str]:
+        """How slots of an image start now, and why not by fork."""
+        return {"launch_now": self._zygotes.launch(image), "launch_reason": self._zygotes.reason(image)}
+
     def host(self) -> admission.Host:
         """The host as the policy takes it."""
         config, starting = self._config.value, Counter[str]()

@@ -46,13 +46,16 @@ ZYGOTE_NAME = "zygote"
 class Launched:
     """A slot whose program runs. `pid` is its first process; `pidfd` and `activity_fd` are open.
 
-    `serves`: the program has reported that it takes requests; any other has to be probed.
+    `serves`: the program has reported that it takes requests; any other has to be probed. `launch` is "fork" or "exec",
+    and `launch_reason` why it was not "fork".
     """
 
     pid: int
     pidfd: int
     activity_fd: int
     serves: bool
+    launch: str = "exec"
+    launch_reason: str = ""
 
 
 class Scope(Protocol):

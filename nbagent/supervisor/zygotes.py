@@ -18,7 +18,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nbagent.config.host_config import CurrentConfig
@@ -61,6 +61,8 @@ EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
 # A start in all. Its budget is slots.start_timeout of processor time, because on a busy host it takes minutes.
 START_MAX_S = 600.0
 BUDGET_CHECK_S = 1.0
+# Why slots have no zygote: with JupyterLab, and with a command.
+_EXEC_REASONS = ('launch = "exec" in the manifest', "its program is a command")
 # To the pipe and to the slot's control socket. One write without a message, because its reader may touch no memory
 # before it is in the slot's scope.
 GO = b"go"
@@ -96,13 +98,14 @@ class Zygote:
 class ZygotePool:
     """The zygotes of one image. `zygote` is the one that forks; `task` starts the next.
 
-    `first_try_done`: the first has started or failed to start. `no_zygote` is set while there is none that forks.
+    `failure` is the reason why the last one failed, "" when one forks. `first_try_done`: the first has started or failed to start. `no_zygote` is set while there is none that forks.
     """
 
     image: Image
     zygote: Zygote | None = None
     task: asyncio.Task[None] | None = None
     failures: int = 0
+    failure: str = ""
     first_try_done: bool = False
     no_zygote: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -118,6 +121,7 @@ class Zygotes:
         self.changed = changed
         self._systemd = systemd
         self._pools: dict[str, ZygotePool] = {}
+        self._by_exec: dict[str, str] = {}
         self._expected: dict[str, asyncio.Future[Channel]] = {}
         self._tasks = Tasks()
         self._listener: socket.socket | None = None
@@ -149,6 +153,7 @@ class Zygotes:
     def want(self, images: Mapping[str, Image]) -> None:
         """Starts a zygote for each of these images whose slots are forked, and ends the zygotes of other images."""
         wanted = {name: image for name, image in images.items() if image.launch == "fork"}
+        self._by_exec = {name: _EXEC_REASONS[image.python is None] for name, image in images.items() if name not in wanted}
         for name, pool in list(self._pools.items()):
             if wanted.get(name) != pool.image:
                 self._end(name)
@@ -165,6 +170,12 @@ class Zygotes:
         """How slots of an image start now: "fork" or "exec"."""
         pool = self._pools.get(image)
         return "fork" if pool is not None and pool.zygote else "exec"
+
+    def reason(self, image: str) -> str:
+        """Why slots of an image start by exec now; "" when they are forked."""
+        if (pool := self._pools.get(image)) is None:
+            return self._by_exec.get(image, "")
+        return "" if pool.zygote else pool.failure or "its zygote is being started"
 
     def is_warming(self, image: str) -> bool:
         """Whether the image's first zygote is being started, and has not failed yet."""
@@ -212,7 +223,7 @@ class Zygotes:
 
     def _log_failure(self, pool: ZygotePool, instance: str, text: str) -> None:
         name, former = pool.image.name, pool.zygote
-        meanwhile = f"slots of image {name} start by exec"
+        meanwhile, pool.failure = f"slots of image {name} start by exec", text
         if former is not None:
             meanwhile = f"zygote {former.instance} keeps forking slots"
         emit(Event.ZYGOTE_ENDED, zygote=instance, image=name, meanwhile=meanwhile, text=text)
@@ -260,7 +271,7 @@ class Zygotes:
                 continue
             former, pool.zygote = pool.zygote, Zygote(instance, pool.image, channel, now())
             pool.no_zygote.clear()
-            pool.task = None
+            pool.task, pool.failure = None, ""
             emit(Event.ZYGOTE_READY, zygote=instance, image=pool.image.name, took_ms=round((now() - began_s) * 1000))
             self._tasks.spawn(self._watch(pool, pool.zygote))
             if former is not None:
@@ -414,7 +425,7 @@ class ForkLauncher:
             self._under_way += 1
             try:
                 forked = spec._replace(forked=True, forked_filter=forked_filter())
-                return await self._fork(zygote, slot, forked, listener, scope, attach)
+                return replace(await self._fork(zygote, slot, forked, listener, scope, attach), launch="fork")
             except ZygoteServiceFailed as error:
                 self.zygotes.give_up(zygote, str(error))
                 await scope.stop()
@@ -423,7 +434,8 @@ class ForkLauncher:
         # Many starts that were admitted as forks come here at once when their zygote fails, and an exec takes a
         # processor for a second.
         async with self._execs:
-            return await self._exec.launch(slot, spec, listener, scope, attach)
+            reason = self.zygotes.reason(slot.image)
+            return replace(await self._exec.launch(slot, spec, listener, scope, attach), launch_reason=reason)
 
     async def _fork(
         self, zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
