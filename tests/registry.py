@@ -9,7 +9,6 @@ is an HTTP proxy too, which serves every host by itself. Each request is a line 
 """
 
 import base64
-
 import json
 import re
 import sys

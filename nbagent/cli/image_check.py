@@ -200,7 +200,7 @@ def _listing() -> str:
 
 
 def _run(socket: Websocket, code: str) -> str:
-    """What a cell prints. Raises TimeoutError, OSError."""
+    """The output of a cell. Raises TimeoutError, OSError."""
     header = {"msg_id": uuid.uuid4().hex, "msg_type": "execute_request", "username": "", "session": uuid.uuid4().hex,
               "version": "5.3", "date": ""}
     content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
@@ -215,7 +215,7 @@ def _run(socket: Websocket, code: str) -> str:
         elif kind == "error":
             output += f"{body['ename']}: {body['evalue']}"
         has_reply = has_reply or kind == "execute_reply"
-        is_idle = is_idle or kind == "status" and body["execution_state"] == "idle"
+        is_idle = is_idle or (kind == "status" and body["execution_state"] == "idle")
         if has_reply and is_idle:
             break
     return output
@@ -260,7 +260,7 @@ def _files(client: SlotClient) -> Result:
 
 
 def _handlers(client: SlotClient, found: dict[str, str]) -> Iterator[Result]:
-    """Requests each handler of an extension once. One that does not respond was broken by a fork, or needs a network."""
+    """Requests each handler of an extension once. One without a response was broken by a fork, or needs a network."""
     tried = sorted(path for path in found if path not in _NOT_TRIED)[:_HANDLERS_MAX]
 
     def status_of(path: str) -> int:

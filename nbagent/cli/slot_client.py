@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _MESSAGE_MAX_BYTES = 64 << 20
+_BODY_MAX_BYTES = 1 << 20
 _TEXT, _CONTINUATION, _CLOSE, _PING, _PONG = 1, 0, 8, 9, 10
 
 
@@ -71,7 +72,7 @@ class SlotClient:
             response = connection.getresponse()
             took_s = time.monotonic() - began_s
             # A handler may stream its response without end.
-            content = b"" if response.status >= 300 or method != "GET" and body is None else response.read(1 << 20)
+            content = b"" if response.status >= 300 else response.read(_BODY_MAX_BYTES)
             return Response(response.status, content, took_s)
 
     def websocket(self, path: str, timeout_s: float = 30.0) -> Websocket:

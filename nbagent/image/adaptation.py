@@ -109,7 +109,8 @@ def _ways(tree: Tree, python: str) -> tuple[list[Parts], list[Parts]]:
             target = os.readlink(places[-1][-1], dir_fd=tree.directory_fd(directory))
             places[-1] = (*directory, places[-1][-1])
             parts = target.strip("/").split("/")
-            places.append(tree.resolve((*(() if target.startswith("/") else directory), *parts[:-1])) + (parts[-1],))
+            start = () if target.startswith("/") else directory
+            places.append((*tree.resolve((*start, *parts[:-1])), parts[-1]))
         except (OSError, Refused):  # no further link
             break
     if (found := jupyter.resolved(tree, python)) is not None:

@@ -229,10 +229,11 @@ def notes_of(config: ImageConfig, manifest: Manifest) -> tuple[str, ...]:
     """Sentences about the parts of a configuration that its `manifest` does not use."""
     if manifest.python is None or not config.command or posixpath.basename(config.command[0]) == "jupyter-lab":
         return ()
-    return (
+    text = (
         f"slots start JupyterLab by {manifest.python} and not by the image's entry point"
-        f" ({plain(' '.join(config.command))}); set the variables that it sets in [environment] of a manifest",
+        f" ({plain(' '.join(config.command))}); set the variables that it sets in [environment] of a manifest"
     )
+    return (text,)
 
 
 def _config(document: _Object) -> ImageConfig:

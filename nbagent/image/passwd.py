@@ -31,7 +31,7 @@ def account(tree: Tree, wanted: str) -> Account:
         found = Account("", int(user), 0, "")
     for fields in _lines(tree, "passwd", 7):
         if user and user in (fields[0], fields[2]) and (numbers := _numbers(fields[2:4])) is not None:
-            found = Account(fields[0], *numbers, fields[5])
+            found = Account(fields[0], numbers[0], numbers[1], fields[5])
             break
     for fields in _lines(tree, "group", 4):
         if group and group in (fields[0], fields[2]) and (numbers := _numbers(fields[2:3])) is not None:

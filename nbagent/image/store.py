@@ -38,8 +38,8 @@ from nbagent.core import paths
 from nbagent.core.errors import ImageInvalid, ImageNotFound
 from nbagent.core.events import Event, emit
 from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
-from nbagent.image import archive as archives
 from nbagent.image import adaptation, ids, oci, static
+from nbagent.image import archive as archives
 from nbagent.image import manifest as manifests
 from nbagent.image.manifest import Manifest, Program
 from nbagent.image.passwd import account

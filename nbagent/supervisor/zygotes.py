@@ -98,7 +98,8 @@ class Zygote:
 class ZygotePool:
     """The zygotes of one image. `zygote` is the one that forks; `task` starts the next.
 
-    `failure` is the reason why the last one failed, "" when one forks. `first_try_done`: the first has started or failed to start. `no_zygote` is set while there is none that forks.
+    `failure` is the reason why the last one failed, "" when one forks.
+    `first_try_done`: the first has started or failed to start. `no_zygote` is set while there is none that forks.
     """
 
     image: Image
@@ -153,7 +154,8 @@ class Zygotes:
     def want(self, images: Mapping[str, Image]) -> None:
         """Starts a zygote for each of these images whose slots are forked, and ends the zygotes of other images."""
         wanted = {name: image for name, image in images.items() if image.launch == "fork"}
-        self._by_exec = {name: _EXEC_REASONS[image.python is None] for name, image in images.items() if name not in wanted}
+        others = {name: image for name, image in images.items() if name not in wanted}
+        self._by_exec = {name: _EXEC_REASONS[image.python is None] for name, image in others.items()}
         for name, pool in list(self._pools.items()):
             if wanted.get(name) != pool.image:
                 self._end(name)

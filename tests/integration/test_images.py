@@ -207,13 +207,14 @@ def test_a_private_registry_takes_a_login_from_a_file_an_option_or_a_credential(
         agent.run("rm", auth)
         assert attempt(agent, source)[0] == 69
         assert attempt(agent, "--auth-file", "/root/auth.json", source)[0] == 0
-        service = ("systemd-run", "--quiet", "--wait", "--pipe", "--property=LoadCredential=registry-auth:/root/auth.json")
+        credential = "--property=LoadCredential=registry-auth:/root/auth.json"
+        service = ("systemd-run", "--quiet", "--wait", "--pipe", credential)
         assert attempt(agent, source, before=service)[0] == 0
     finally:
         agent.run("rm", "-f", auth, "/root/auth.json")
     # No login is left, neither in the store nor in a unit's properties or a command line.
     left = agent.host.run(["grep", "-rl", "bWFyaWE6czNjcmV0", STORE], check=False).stdout
-    logged = agent.run("journalctl", "-b", "--no-pager", "-o", "cat")
+    logged = agent.run("journalctl", "-b", "--no-pager", "-o", "cat", "-u", "nbagent-import-*")
     assert (left, "s3cret" in logged or "bWFyaWE6" in logged) == ("", False)
 
 
@@ -237,7 +238,41 @@ insecure = true
     finally:
         agent.run("rm", mirror)
     assert agent.run("cat", f"{images('use', 'secret', 'secret')['root']}/etc/two") == "two"
-    assert "s3cret" not in agent.run("journalctl", "-b", "--no-pager", "-o", "cat")
+    assert "user:s3cret" not in agent.run("journalctl", "-b", "--no-pager", "-o", "cat")
+
+
+def checked(agent, name):
+    """The exit status of `nbagent image check`, and its results by check."""
+    done = agent.host.run(["nbagent", "image", "check", name, "--json"], check=False, timeout=300)
+    return done.returncode, {result["check"]: result for result in json.loads(done.stdout)}
+
+
+def test_image_check_tries_a_notebook_image_and_a_command_image(agent, images, layout):
+    status, results = checked(agent, "minimal")
+    assert (status, {result["status"] for result in results.values()}) == (0, {"ok"}), results
+    assert list(results) == ["launch", "start", "memory at rest", "page", "kernel", "terminal", "files", "handlers"]
+    assert results["launch"]["found"] == "fork"
+    assert re.match(r"started in [\d,]+ ms, claimed in [\d,]+ ms", results["start"]["found"])
+    responded = re.match(r"(\d+) of \1 responded", results["handlers"]["found"])
+    assert responded and int(responded[1]) > 20, results["handlers"]
+    images("import", "--name", "one", f"oci:{layout}:one")
+    agent.wait(lambda: "one" in known(agent), "the image to be known")
+    status, results = checked(agent, "one")
+    assert (status, list(results)) == (1, ["launch", "start", "memory at rest", "page"])
+    # The page of this image is below a key that its claims do not have.
+    assert "status 403" in results["page"]["found"]
+    assert results["launch"]["found"] == "exec: its program is a command"
+    # Another manifest, for the same files.
+    environment = {"PATH": "/bin:/usr/sbin", "TOKEN": "{token}", "ME": "one"}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in environment.items()]
+    head = ['user = "jovyan"', 'home = "/home/jovyan"', f"command = {json.dumps(COMMAND)}", 'url = "?key={token}"']
+    agent.host.run(["tee", "/root/one.toml"], input="\n".join([*head, "port = 3000", "[environment]", *lines]))
+    other = images("use", "--manifest", "/root/one.toml", "one", "one")
+    agent.run("rm", "/root/one.toml")
+    agent.wait(lambda: known(agent)["one"] == other["digest"], "the image to be known")
+    status, results = checked(agent, "one")
+    assert (status, "status 200" in results["page"]["found"]) == (0, True), results
+    agent.wait(lambda: not [slot for slot in agent.slots() if slot["state"] == "claimed"], "the slots to be ended")
 
 
 def test_a_hostile_image_is_refused_from_every_source(agent, images, tmp_path):

@@ -107,7 +107,7 @@ def test_a_name_that_leads_out_is_refused_in_any_layer(store: ImageStore, tmp_pa
     assert (tmp_path / "victim").read_text() == "v"
 
 
-@pytest.mark.parametrize("target", ["{outside}", "../../../../../../../../..{outside}", "d/../../../..{outside}", "hop"])
+@pytest.mark.parametrize("target", ["{outside}", "../../../../../../../..{outside}", "d/../../../..{outside}", "hop"])
 @pytest.mark.parametrize("name", ["trap/.wh.victim", "trap/.wh..wh..opq", "trap/victim", "trap/sub/x", "trap/hard"])
 def test_a_link_to_the_outside_stays_in_the_image(store: ImageStore, tmp_path: Path, name: str, target: str) -> None:
     """A layer that writes through it writes below the image's root, as after chroot(2)."""
@@ -362,7 +362,9 @@ def test_the_interpreter_of_jupyterlab_is_found_in_every_form(store: ImageStore,
     assert [note for note in image.notes if "entry point (tini)" in note]
 
 
-@pytest.mark.parametrize("target", ["/opt/venv/bin/jupyter-lab", "../../../opt/venv/bin/jupyter-lab", "../hop/jupyter-lab"])
+@pytest.mark.parametrize("target", [
+    "/opt/venv/bin/jupyter-lab", "../../../opt/venv/bin/jupyter-lab", "../hop/jupyter-lab",
+])
 @pytest.mark.parametrize("script", [b"#!/opt/venv/bin/python\n", b"\x7fELF"])
 def test_the_jupyter_command_may_be_a_link(store: ImageStore, target: str, script: bytes) -> None:
     layer = Archive().add("usr/local/bin/jupyter-lab", **LINK, linkname=target).add(*PYTHON)
@@ -418,7 +420,8 @@ def test_an_import_tells_what_is_different_from_a_container(store: ImageStore) -
     layer.add("dev/console", type=tarfile.CHRTYPE, devmajor=5, devminor=1)
     for number in range(2001):
         layer.add(f"home/nb/{number}", b"x" * 1000)
-    image = import_image(store, Layers(User="nb", Env=["PATH=/opt/conda/bin"], Entrypoint=["tini", "start.sh"]).layer(layer))
+    config = {"User": "nb", "Env": ["PATH=/opt/conda/bin"], "Entrypoint": ["tini", "start.sh"]}
+    image = import_image(store, Layers(**config).layer(layer))
     text = "\n".join(image.notes)
     for part in ("dev/console", "tini start.sh", "/home/nb has 2,001 files of 2 MB", "/opt/conda/etc/conda/activate.d"):
         assert part in text
@@ -502,7 +505,9 @@ def test_a_login_belongs_to_the_registry_of_the_image() -> None:
             "auths": {registry: {"auth": "bWFyaWE6cGFzczp3b3Jk"}}}
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 100_000, b'{"auths": []}', b'{"auths": {"x": {}}, "credsStore": "y"}'])
+@pytest.mark.parametrize("content", [
+    b"", b"[]", b"[" * 100_000, b'{"auths": []}', b'{"auths": {"x": {}}, "credsStore": "y"}',
+])
 def test_a_file_without_a_login_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "auth.json").write_bytes(content)
     with pytest.raises(ConfigError, match="has no login"):
@@ -515,7 +520,8 @@ def test_a_credential_precedes_the_hosts_file_and_helpers_are_dropped(
     monkeypatch.setattr("nbagent.core.paths.REGISTRY_AUTH", tmp_path / "host.json")
     assert logins.found(None, {}) is None
     for name, secret in (("host.json", "aG9zdDp4"), ("registry-auth", "Y3JlZDp4")):
-        text = {"auths": {"r": {"auth": secret}, "helped": {}}, "credsStore": "program", "credHelpers": {"r": "program"}}
+        helpers = {"credsStore": "program", "credHelpers": {"r": "program"}}
+        text = {"auths": {"r": {"auth": secret}, "helped": {}}, **helpers}
         (tmp_path / name).write_text(json.dumps(text))
     assert json.loads(logins.found(None, {}) or "") == {"auths": {"r": {"auth": "aG9zdDp4"}}}
     found = logins.found(None, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
