@@ -218,4 +218,5 @@ def test_image_check_has_the_reason_of_an_exec_and_names_a_handler_that_hangs(ag
     done = agent.host.run(["nbagent", "image", "check", IMAGE], check=False, timeout=300)
     assert done.returncode == 1, done
     assert re.search(r"^launch +ok +fork$", done.stdout, re.MULTILINE), done.stdout
-    assert re.search(r"^handlers +fail +GET api/status of jupyter_server\S+: no response in 10 s", done.stdout, re.MULTILINE)
+    pattern = r"^handlers +fail +GET api/status of jupyter_server\S+: no response in 10 s"
+    assert re.search(pattern, done.stdout, re.MULTILINE), done.stdout

@@ -275,6 +275,38 @@ def test_image_check_tries_a_notebook_image_and_a_command_image(agent, images, l
     agent.wait(lambda: not [slot for slot in agent.slots() if slot["state"] == "claimed"], "the slots to be ended")
 
 
+def test_an_image_in_the_manner_of_docker_stacks_is_forked(agent, images, packages, tmp_path):
+    """The image minimal as a lower layer, without its manifest, below what tools and users of containers write."""
+    (package,) = (path for path in packages if "image-minimal" in path.name)
+    subprocess.run(["dpkg-deb", "-x", str(package), str(tmp_path / "deb")], check=True)
+    (minimal,) = (tmp_path / "deb").glob("usr/share/nbagent/images/*.tar.zst")
+    mine, link = {"uid": 1000, "gid": 100}, {"type": tarfile.SYMTYPE}
+    upper = Archive().add("etc/.wh.nbagent-image.toml").add("dev/console", type=tarfile.CHRTYPE, devmajor=5, devminor=1)
+    upper.add("etc/passwd", b"root:x:0:0::/root:/bin/bash\nnb:x:1000:100::/home/nb:/bin/bash\n")
+    upper.add("bin/course", b"#!/bin/sh\necho through the link\n", mode=0o755)
+    upper.add("usr/local/bin/jupyter-lab", **link, linkname="/opt/course/bin/jupyter-lab")
+    script = b"#!/bin/sh\n'''exec' \"/usr/bin/python3\" \"$0\" \"$@\"\n' '''\n"
+    upper.add("opt/course/bin/jupyter-lab", script, mode=0o755)
+    upper.add("srv/private", b"for the user", mode=0o600, **mine).add("home/nb/own", b"at home", mode=0o600, **mine)
+    config = {"User": "1000:100", "WorkingDir": "/home/nb", "Entrypoint": ["tini", "-g", "--"], "Cmd": ["start.sh"],
+              "Env": ["PATH=/usr/local/bin:/usr/bin:/bin", "COURSE=1"]}
+    Layers(**config).layer(minimal.read_bytes(), bytes).layer(upper).save(tmp_path / "layout").close()
+    agent.host.copy_in(str(tmp_path / "layout"), "/root/stacks")
+    try:
+        done = agent.host.run(["nbagent", "image", "import", "--name", "stacks", "oci:/root/stacks"], timeout=300)
+    finally:
+        agent.run("rm", "-rf", "/root/stacks")
+    for part in ("dev/console", "tini -g -- start.sh", "1 files and directories"):
+        assert part in done.stderr
+    agent.wait(lambda: "stacks" in known(agent), "the image to be known")
+    status, results = checked(agent, "stacks")
+    assert (status, results["launch"]["found"]) == (0, "fork"), results
+    files = "open('/srv/private').read(), open('own').read()"
+    cell = f"import os; print({files}, os.environ['COURSE'], os.popen('course').read())"
+    output = Notebook(agent.host, agent.claim(image="stacks")).run(cell).stream
+    assert output.split() == "for the user at home 1 through the link".split()
+
+
 def test_a_hostile_image_is_refused_from_every_source(agent, images, tmp_path):
     """skopeo accepts these images, because it does not read the content of layers."""
     hostile = {
