@@ -48,11 +48,11 @@ app.initialize(["--ServerApp.base_url=/", "--ServerApp.port=0"], new_httpserver=
 found = {}
 def walk(router):
     for rule in router.rules:
-        target = rule.target
+        target, regex = rule.target, getattr(rule.matcher, "regex", None)
         if hasattr(target, "rules"):
             walk(target)
-        elif isinstance(target, type) and issubclass(target, RequestHandler) and hasattr(rule, "regex"):
-            path = rule.regex.pattern.rstrip("$").removesuffix("/?").replace("\\/", "/").replace("\\.", ".")
+        elif isinstance(target, type) and issubclass(target, RequestHandler) and regex is not None:
+            path = regex.pattern.rstrip("$").removesuffix("/?").replace("\\/", "/").replace("\\.", ".")
             path = path.replace("\\-", "-")
             if (re.fullmatch(r"/[A-Za-z0-9/._@-]+", path) and target.get is not RequestHandler.get
                     and not issubclass(target, WebSocketHandler)):

@@ -244,17 +244,22 @@ insecure = true
 def checked(agent, name):
     """The exit status of `nbagent image check`, and its results by check."""
     done = agent.host.run(["nbagent", "image", "check", name, "--json"], check=False, timeout=300)
-    return done.returncode, {result["check"]: result for result in json.loads(done.stdout)}
+    results = {}
+    for result in json.loads(done.stdout):
+        # Of several results of a check, the first is about a fault.
+        results.setdefault(result["check"], result)
+    return done.returncode, results
 
 
 def test_image_check_tries_a_notebook_image_and_a_command_image(agent, images, layout):
     status, results = checked(agent, "minimal")
-    assert (status, {result["status"] for result in results.values()}) == (0, {"ok"}), results
+    bad = [result for result in results.values() if result["status"] != "ok"]
+    assert (status, bad) == (0, []), bad
     assert list(results) == ["launch", "start", "memory at rest", "page", "kernel", "terminal", "files", "handlers"]
     assert results["launch"]["found"] == "fork"
     assert re.match(r"started in [\d,]+ ms, claimed in [\d,]+ ms", results["start"]["found"])
     responded = re.match(r"(\d+) of \1 responded", results["handlers"]["found"])
-    assert responded and int(responded[1]) > 20, results["handlers"]
+    assert responded and int(responded[1]) > 5, results["handlers"]
     images("import", "--name", "one", f"oci:{layout}:one")
     agent.wait(lambda: "one" in known(agent), "the image to be known")
     status, results = checked(agent, "one")
