@@ -46,8 +46,8 @@ def adapt(tree: Tree, id_base: int, account: Account, manifest: Manifest, left_o
     opened = open_files(tree, id_base, account, manifest.python)
     if opened:
         notes.append(
-            f"made readable for slots, whose user has another id than the image's user {account.uid}: {opened} files and"
-            " directories"
+            f"made readable for slots, whose user has another id than the image's user {account.uid}:"
+            f" {opened} files and directories"
         )
     size = home_size(tree, manifest.home)
     if size.size_bytes > _HOME_BYTES or size.entries > _HOME_ENTRIES:
