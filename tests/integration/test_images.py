@@ -301,7 +301,7 @@ def test_an_image_in_the_manner_of_docker_stacks_is_forked(agent, images, packag
         done = agent.host.run(["nbagent", "image", "import", "--name", "stacks", "oci:/root/stacks"], timeout=300)
     finally:
         agent.run("rm", "-rf", "/root/stacks")
-    for part in ("dev/console", "tini -g -- start.sh", "1 files and directories"):
+    for part in ("dev/console", "tini -g -- start.sh", "2 files and directories"):
         assert part in done.stderr
     agent.wait(lambda: "stacks" in known(agent), "the image to be known")
     status, results = checked(agent, "stacks")
