@@ -17,9 +17,8 @@ def pack(root: Path, archive: Path, newest_s: int) -> None:
     """Write the archive; no entry is younger than `newest_s`, in seconds since 1970."""
     first_names: dict[tuple[int, int], str] = {}
     with archive.open("wb") as output:
-        # -12 makes the archive of images/minimal 13 % smaller (67 instead of 78 MB) and takes 17 times the processor time
-        # (27 instead of 1.6 s); of images with 4 GB of packages it took more than half of the build. The bytes do not
-        # depend on the number of threads.
+        # -12 makes the archive of images/minimal 13 % smaller (67 instead of 78 MB) and takes 17 times the processor
+        # time (27 instead of 1.6 s). The bytes do not depend on the number of threads.
         zstd = subprocess.Popen(["zstd", "-q", "-3", "-T0", "-c"], stdin=subprocess.PIPE, stdout=output)
         with zstd:
             assert zstd.stdin is not None
