@@ -297,6 +297,25 @@ def images(remote: Remote, as_json: bool) -> None:
         tables.show(tables.IMAGE_COLUMNS, [tables.image_row(item) for item in found])
 
 
+@image.command("check")
+@click.argument("name")
+@_with_api
+def check_image(remote: Remote, as_json: bool, name: str) -> None:
+    """Try the image NAME by one slot: how it starts, its memory, a kernel, a terminal, files, its extensions.
+
+    Needs the running agent, and root. The exit status is 1 if a check fails.
+    """
+    from nbagent.cli import image_check
+
+    results = list(image_check.check(remote, name))
+    if as_json:
+        _print_json([dataclasses.asdict(result) for result in results])
+    else:
+        tables.show(image_check.COLUMNS, [(result.check, result.status, result.found) for result in results])
+    if any(result.status == image_check.FAIL for result in results):
+        sys.exit(1)
+
+
 @nbagent.group("config")
 def config_group() -> None:
     """Check the configuration."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from nbagent.core import paths
 from nbagent.core.errors import FetchFailed
 
 if TYPE_CHECKING:
+    from nbagent.image.manifest import Manifest
     from nbagent.image.store import Image, ImageStore
 
 _SHOWN_DIGITS = 12
@@ -31,6 +33,7 @@ _STORE = click.option(
 _NAME = click.option("--name", required=True, help="Name of the image in claims.")
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_MANIFEST = click.option("--manifest", type=_FILE, help="A manifest that replaces the one in the image.")
 
 
 @click.group()
@@ -43,36 +46,46 @@ def image() -> None:
 
 @image.command()
 @_NAME
+@_MANIFEST
 @click.argument("archive", type=_FILE)
 @_STORE
 @_JSON
-def add(name: str, archive: Path, store: Path, as_json: bool) -> None:
+def add(name: str, manifest: Path | None, archive: Path, store: Path, as_json: bool) -> None:
     """Unpack ARCHIVE into the store under a name."""
     images = _open(store)
-    _changed(images, images.add(archive, name), as_json)
+    _added(images, images.add(archive, name, _parsed(manifest)), as_json)
 
 
 @image.command("import")
 @_NAME
-@click.option("--manifest", type=_FILE, help="A manifest that replaces the one in the image.")
+@_MANIFEST
 @click.option("--insecure", is_flag=True, help="Allow a registry without TLS or with an untrusted certificate.")
+@click.option("--auth-file", type=_FILE, envvar="REGISTRY_AUTH_FILE", show_envvar=True,
+              help=f"A file of `docker login` or `podman login`.  [default: {paths.REGISTRY_AUTH}, if it exists]")
+@click.option("--user", metavar="NAME",
+              help="The name of a login, whose password is read from the terminal or from standard input.")
 @click.argument("source")
 @_STORE
 @_JSON
 def import_image(
-    name: str, manifest: Path | None, insecure: bool, source: str, store: Path, as_json: bool
+    name: str, manifest: Path | None, insecure: bool, auth_file: Path | None, user: str | None, source: str,
+    store: Path, as_json: bool,
 ) -> None:
     """Import a container image into the store under a name.
 
     SOURCE is oci:DIR[:TAG], docker-archive:FILE or docker://NAME[:TAG]. This needs no Docker daemon. It needs skopeo,
-    except for a local OCI layout (oci:).
+    except for a local OCI layout (oci:). For a registry it uses the proxies of the environment (HTTPS_PROXY, NO_PROXY)
+    and the mirrors in containers-registries.conf(5).
     """
-    from nbagent.image import fetch
-    from nbagent.image.manifest import parse
+    from nbagent.image import fetch, logins
 
-    images, found = _open(store), fetch.source(source, insecure=insecure)
-    given = None if manifest is None else parse(manifest.read_bytes())
-    _changed(images, images.import_oci(found, name, given), as_json)
+    login = None
+    if user is not None:
+        login = logins.of_password(source.removeprefix("docker://"), user, _password(user))
+    elif source.startswith("docker:"):
+        login = logins.found(auth_file)
+    images, found = _open(store), fetch.source(source, insecure=insecure, login=login)
+    _added(images, images.import_oci(found, name, _parsed(manifest)), as_json)
 
 
 @image.command()
@@ -91,21 +104,23 @@ def build(name: str, recipe: Path, store: Path, as_json: bool) -> None:
             raise FetchFailed(f"failed to build {recipe}; the output above has the reason")
         (archive,) = Path(output).iterdir()
         added = images.add(archive, name)
-    _changed(images, added, as_json)
+    _added(images, added, as_json)
 
 
 @image.command()
+@_MANIFEST
 @click.argument("name")
 @click.argument("reference", metavar="IMAGE")
 @_STORE
 @_JSON
-def use(name: str, reference: str, store: Path, as_json: bool) -> None:
+def use(name: str, reference: str, manifest: Path | None, store: Path, as_json: bool) -> None:
     """Switch NAME to another IMAGE of the store, given by its name or by the first digits of its digest.
 
+    With --manifest, to the files of IMAGE with another manifest, which takes seconds and no space for the files.
     The previous image is kept, so that you can switch back; "nbagent image list" shows it.
     """
     images = _open(store)
-    _changed(images, images.use(name, reference), as_json)
+    _changed(images, images.use(name, reference, _parsed(manifest)), as_json)
 
 
 @image.command("list")
@@ -140,6 +155,26 @@ def _open(store: Path) -> ImageStore:
     return ImageStore(store)
 
 
+def _password(account: str) -> str:
+    """A password from the terminal, or the first line of standard input if it is no terminal."""
+    if sys.stdin.isatty():
+        return str(click.prompt(f"Password of {account}", hide_input=True, err=True))
+    return sys.stdin.readline().rstrip("\n")
+
+
+def _parsed(manifest: Path | None) -> Manifest | None:
+    from nbagent.image.manifest import parse
+
+    return None if manifest is None else parse(manifest.read_bytes())
+
+
+def _added(images: ImageStore, found: Image, as_json: bool) -> None:
+    """As `_changed`, and prints on standard error what is different from a container of the image."""
+    for note in found.notes:
+        click.echo(f"{found.name}: {note}", err=True)
+    _changed(images, found, as_json)
+
+
 def _changed(images: ImageStore, found: Image, as_json: bool) -> None:
     """Reload the agent, and print the image that a name has now."""
     _reload_agent(images)
@@ -156,7 +191,7 @@ def _short(digest: str | None) -> str:
     return digest.removeprefix("sha256-")[:_SHOWN_DIGITS] if digest else "-"
 
 
-def _document(images: ImageStore, found: Image) -> dict[str, str | int | None]:
+def _document(images: ImageStore, found: Image) -> dict[str, str | int | list[str] | None]:
     """An image as a JSON document."""
     return {
         "name": found.name,
@@ -167,4 +202,5 @@ def _document(images: ImageStore, found: Image) -> dict[str, str | int | None]:
         "root": str(found.root),
         "static": str(found.static),
         "id_base": found.id_base,
+        "notes": list(found.notes),
     }

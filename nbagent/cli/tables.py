@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SLOT_COLUMNS = ("SLOT", "STATE", "IMAGE", "AGE", "IDLE", "MEMORY", "CPU", "TASKS", "OOM", "EXPIRES")
-IMAGE_COLUMNS = ("NAME", "DIGEST", "LAUNCH", "WARM", "DEFAULT")
+SLOT_COLUMNS = ("SLOT", "STATE", "IMAGE", "LAUNCH", "AGE", "IDLE", "MEMORY", "CPU", "TASKS", "OOM", "EXPIRES")
+IMAGE_COLUMNS = ("NAME", "DIGEST", "LAUNCH", "WARM", "DEFAULT", "REASON")
 _STYLES = {"claimed": "green", "warm": "cyan", "starting": "yellow", "stopping": "dim", "failed": "red"}
 
 
@@ -65,6 +65,7 @@ def slot_row(slot: Mapping[str, Any], now: datetime.datetime) -> tuple[str, ...]
         slot["slot"],
         slot["state"],
         slot["image"],
+        slot["launch"] or "-",
         format_duration(slot["age_s"]),
         _maybe(slot.get("idle_s"), format_duration),
         f"{_maybe(used, format_size)} of {format_size(limit)}",
@@ -80,9 +81,10 @@ def image_row(image: Mapping[str, Any]) -> tuple[str, ...]:
     return (
         image["name"],
         str(image["digest"]).removeprefix("sha256-")[:12],
-        image["launch"],
+        image["launch_now"],
         f"{image['warm']} of {image['wanted']}",
         "yes" if image["default"] else "",
+        image["launch_reason"],
     )
 
 

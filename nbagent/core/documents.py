@@ -109,6 +109,8 @@ class SlotStatus(TypedDict):
     claimed_at: str | None
     expires_at: str | None
     age_s: float
+    launch: str
+    launch_reason: str
     network: str
     limits: LimitsDocument
 
@@ -128,11 +130,14 @@ class Recycled(TypedDict):
 
 
 class ImageStatus(TypedDict):
-    """An image of the host, and its pool."""
+    """An image of the host, and its pool. `launch` is that of its manifest; `launch_now` is "exec" without a zygote,
+    and `launch_reason` is why."""
 
     name: str
     digest: str
     launch: str
+    launch_now: str
+    launch_reason: str
     warm: int
     wanted: int
     default: bool

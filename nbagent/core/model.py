@@ -82,7 +82,8 @@ class Slot:
     `uid` is the slot's user id inside the range of its image, so on the host it is `id_base + uid`.
     `ends_s` is when PID 1 ends the scope, because systemd does not change RuntimeMaxSec= of a running scope.
     `addresses` are those of its interface, IPv4 and perhaps IPv6, and empty where it has none. `network` is a mode of
-    the configuration, and decides whether the interface is open.
+    the configuration, and decides whether the interface is open. `launch` is "fork" or "exec" once it has started, and
+    `launch_reason` why it was not "fork".
     """
 
     id: str
@@ -105,6 +106,8 @@ class Slot:
     network: str = "none"
     addresses: tuple[str, ...] = ()
     reason: str = ""
+    launch: str = ""
+    launch_reason: str = ""
 
     @property
     def scope(self) -> str:
@@ -164,6 +167,8 @@ class Slot:
             "claimed_at": wall(self.claimed_s),
             "expires_at": wall(self.expires_s),
             "age_s": round(now_s - (self.created_s if self.claimed_s is None else self.claimed_s), 1),
+            "launch": self.launch,
+            "launch_reason": self.launch_reason,
             "network": self.network,
             "limits": self.limits.document(),
         }

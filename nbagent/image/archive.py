@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Unpacks an image archive that may be hostile.
 
-Nothing is written outside the given directory, no symbolic link is followed, no device is created, no set-user-id bit,
-capability or other extended attribute is kept, every owner is shifted into the image's own ids, and the unpacked image
-stays within `ImageArchiveLimits`. An archive that would break one of these rules raises ImageInvalid, which names the
-entry.
+Nothing is written outside the given directory, no device is created, no set-user-id bit, capability or other extended
+attribute is kept, every owner is shifted into the image's own ids, and the unpacked image stays within
+`ImageArchiveLimits`. An archive that would break one of these rules raises ImageInvalid, which names the entry. Devices
+and FIFOs below /dev, /proc, /run and /sys are left out instead: tools that make images from running containers pack
+/dev/console, and a slot has file systems of its own there.
 
 An image is one archive or several layers: archives that are unpacked over each other. An entry replaces that of a
 lower layer, and a name that begins with `.wh.` (a whiteout) removes an entry of the lower layers
-(https://github.com/opencontainers/image-spec/blob/main/layer.md).
+(https://github.com/opencontainers/image-spec/blob/main/layer.md). Layers may write through symbolic links, as in
+`COPY x /bin/` where /bin is a link. As in containerd's archive.Apply, the directories of an entry's name are resolved
+within the image, as after chroot(2) into it; the last part of a name is never followed. In a single archive no link
+may be on the way.
 
 The directory must be private to the caller until the function returns. After an error the caller removes its content.
 
@@ -38,6 +42,8 @@ from nbagent.untrusted.tree import NotInTree, Tree
 
 _CHUNK_BYTES = 1 << 20
 _WHITEOUT, _OPAQUE = ".wh.", ".wh..wh..opq"
+# Devices and FIFOs below these are left out.
+_NOT_OF_IMAGES = {("dev",), ("proc",), ("run",), ("sys",)}
 # Errors of system calls that are caused by an entry and not by the host.
 _OF_ENTRIES = {errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.EISDIR, errno.ELOOP, errno.EMLINK, errno.ENAMETOOLONG,
                errno.ENOENT, errno.ENOTDIR, errno.ENOTEMPTY, errno.EOVERFLOW}
@@ -59,20 +65,23 @@ class Chown(Protocol):
     ) -> None: ...
 
 
-def extract(archive_fd: int, root: Path, id_base: int, limits: ImageArchiveLimits, chown: Chown = os.chown) -> None:
+def extract(
+    archive_fd: int, root: Path, id_base: int, limits: ImageArchiveLimits, chown: Chown = os.chown
+) -> list[str]:
     """Unpack a tar archive, plain or packed by zstd, xz, bzip2 or gzip, into the empty directory `root`.
 
-    Reads `archive_fd` from its beginning and leaves it open. Raises ImageInvalid.
+    Reads `archive_fd` from its beginning and leaves it open. Returns the names that were left out. Raises ImageInvalid.
     """
     with _refused(), open_tree(root) as tree:
         extraction = _Extraction(tree, id_base, limits, chown)
         _read(archive_fd, limits.unpacked_bytes, extraction.written, extraction.add)
         extraction.finish()
+        return extraction.left_out
 
 
 def extract_layers(
     layer_fds: Sequence[int], root: Path, id_base: int, limits: ImageArchiveLimits, chown: Chown = os.chown
-) -> None:
+) -> list[str]:
     """As `extract`, from the layers of an image, the lowest first; `limits` are for all of them together.
 
     Each layer is read twice, because a whiteout concerns the lower layers only, at whatever place in the layer it is.
@@ -86,6 +95,7 @@ def extract_layers(
             _read(layer_fd, left_bytes, skipped, extraction.apply_whiteout)
             left_bytes -= _read(layer_fd, left_bytes, extraction.written, extraction.add)
         extraction.finish()
+        return extraction.left_out
 
 
 @contextmanager
@@ -118,6 +128,8 @@ def _refused_entry(entry: Entry) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _OF_ENTRIES:
             raise
+        if error.errno == errno.ELOOP:
+            raise ImageInvalid(f"{shown(entry.name)} leads through too many symbolic links") from None
         raise ImageInvalid(f"{shown(entry.name)}: {error.strerror}") from None
 
 
@@ -191,11 +203,18 @@ class _Extraction:
         self._layered = layered
         self.written = Budget(limits.unpacked_bytes, limits.entries)
         self._root = _Directory()
+        self.left_out: list[str] = []
 
     def apply_whiteout(self, entry: Entry) -> None:
         """Remove what an entry of a layer hides of the lower layers."""
-        parts = _check_kind(entry)
-        if not parts or not parts[-1].startswith(_WHITEOUT):
+        parts = self._resolved(_check_kind(entry))
+        if not parts:
+            return
+        if not parts[-1].startswith(_WHITEOUT):
+            # A layer that replaces a file or link by a directory may have whiteouts in it, which the link must not lead
+            # elsewhere.
+            if entry.kind is Kind.DIRECTORY and self._tree.blocks_directory(parts):
+                self._remove(parts)
             return
         name = parts[-1].removeprefix(_WHITEOUT)
         if parts[-1] != _OPAQUE and (name in ("", ".", "..") or name.startswith(_WHITEOUT)):
@@ -214,11 +233,15 @@ class _Extraction:
     def add(self, entry: Entry) -> None:
         """Unpack an entry."""
         parts = _check_kind(entry)
+        if entry.kind is Kind.OTHER:
+            self.left_out.append(entry.name)
+            return
         if self._layered:
             if any(part.startswith(_WHITEOUT) for part in parts[:-1]):
                 raise ImageInvalid(f"{shown(entry.name)} has a whiteout as a directory")
             if parts and parts[-1].startswith(_WHITEOUT):
                 return
+            parts = self._resolved(parts)
         if not (0 <= entry.uid < ids.COUNT and 0 <= entry.gid < ids.COUNT):
             raise ImageInvalid(
                 f"{shown(entry.name)} has the owner {entry.uid}:{entry.gid}; expected ids 0 to {ids.COUNT - 1}"
@@ -251,6 +274,18 @@ class _Extraction:
         self._own(".", directory_fd, uid, gid)
         os.fchmod(directory_fd, mode)
         os.utime(directory_fd, (mtime_s, mtime_s))
+
+    def _resolved(self, parts: Parts) -> Parts:
+        """The path of an entry of a layer without links on the way."""
+        if len(parts) < 2:
+            return parts
+        try:
+            self._tree.directory_fd(parts[:-1])
+        except FileNotFoundError:
+            return parts  # with no link on the way, which would be NotInTree
+        except NotInTree:
+            return (*self._tree.resolve(parts[:-1]), parts[-1])
+        return parts
 
     def _remove(self, parts: Parts) -> None:
         self._tree.remove(parts)
@@ -301,6 +336,8 @@ class _Extraction:
         source = _parts(entry.target)
         if not source:
             raise ImageInvalid(f"{shown(entry.name)} is a hard link to the root")
+        if self._layered:
+            source = self._resolved(source)
         what = f"{shown(entry.name)} is a hard link to {shown(entry.target)}"
         try:
             status = os.stat(source[-1], dir_fd=self._tree.directory_fd(source[:-1]), follow_symlinks=False)
@@ -318,7 +355,7 @@ def _check_kind(entry: Entry) -> Parts:
     """The components of an entry's name. Raises ImageInvalid for a kind of entry that no image may have."""
     if entry.name.startswith("/"):
         raise ImageInvalid(f"{shown(entry.name)} is an absolute name")
-    if entry.kind is Kind.OTHER:
+    if entry.kind is Kind.OTHER and entry.parts[:1] not in _NOT_OF_IMAGES:
         raise ImageInvalid(f"{shown(entry.name)} is a device, a FIFO or of an unknown type")
     return entry.parts
 

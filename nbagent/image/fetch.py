@@ -20,9 +20,9 @@ import selectors
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from nbagent.core.errors import BadRequest, FetchFailed
@@ -33,6 +33,8 @@ from nbagent.image.oci import Layout, Source
 EXPECTED = "oci:DIR[:TAG], docker-archive:FILE or docker://NAME[:TAG]"
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,499}")
 _TAG = "image"
+# Each in upper and lower case.
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
 _SIZE_CHECK_INTERVAL_S = 1.0
 # Its end has the reason of a failure.
 _OUTPUT_MAX_BYTES = 1 << 16
@@ -87,21 +89,37 @@ class DockerArchive:
 
 @dataclass(frozen=True)
 class Registry:
-    """An image in a registry. `insecure` permits plain HTTP and certificates that cannot be verified."""
+    """An image in a registry. `insecure` permits plain HTTP and certificates that cannot be verified.
+
+    `login` is a document of `logins`, None for an anonymous import. Mirrors are those of containers-registries.conf(5),
+    and proxies those of the environment.
+    """
 
     reference: str
     insecure: bool
+    login: str | None = field(default=None, repr=False)
 
     @contextmanager
     def layout(self, staging: Path, id_base: int, limits: ImageArchiveLimits) -> Iterator[Layout]:
         inbox = _inbox(staging, id_base)
         options = ["--src-tls-verify=false"] if self.insecure else []
-        with _copied(f"docker://{self.reference}", inbox, id_base, limits, [], options) as found:
+        properties, secrets_of_run = [], []
+        # In files, because the properties of a unit and command lines are readable for all users of the host.
+        if self.login is not None:
+            secrets_of_run.append(login := inbox / "login.json")
+            _write_secret(login, self.login, _owner(id_base))
+            options.append(f"--authfile={login}")
+        if proxies := _proxies(os.environ):
+            secrets_of_run.append(environment := staging / "environment")
+            _write_secret(environment, proxies, (os.geteuid(), os.getegid()))
+            properties.append(f"EnvironmentFile={environment}")
+        reference = f"docker://{self.reference}"
+        with _copied(reference, inbox, id_base, limits, properties, options, secrets_of_run) as found:
             yield found
 
 
-def source(text: str, *, insecure: bool = False) -> Source:
-    """The source that `text` names. Raises BadRequest."""
+def source(text: str, *, insecure: bool = False, login: str | None = None) -> Source:
+    """The source that `text` names; the options are for a registry. Raises BadRequest."""
     kind, _, rest = text.partition(":")
     if kind == "oci" and rest:
         path, _, tag = rest.rpartition(":")
@@ -109,7 +127,7 @@ def source(text: str, *, insecure: bool = False) -> Source:
     if kind == "docker-archive" and rest:
         return DockerArchive(Path(rest))
     if kind == "docker" and rest.startswith("//") and _REFERENCE.fullmatch(rest[2:]):
-        return Registry(rest[2:], insecure)
+        return Registry(rest[2:], insecure, login)
     raise BadRequest(f"{text!r} is not a source of an image: expected {EXPECTED}", field="source", expected=EXPECTED)
 
 
@@ -127,17 +145,41 @@ def _inbox(staging: Path, id_base: int) -> Path:
     return inbox
 
 
+def _write_secret(path: Path, content: str, owner: tuple[int, int]) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
+        file.write(content)
+    shutil.chown(path, *owner)
+
+
+def _proxies(environment: Mapping[str, str]) -> str:
+    """The proxies of an environment, as a file for EnvironmentFile= (systemd.exec(5))."""
+    lines = []
+    for name in _PROXIES:
+        for spelled in (name, name.lower()):
+            if value := environment.get(spelled, ""):
+                if not value.isprintable() or not value.isascii():
+                    raise BadRequest(f"{spelled}: {value!r} is not a proxy", field=spelled, expected="a URL")
+                quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+                lines.append(f'{spelled}="{quoted}"\n')
+    return "".join(lines)
+
+
 @contextmanager
 def _copied(
-    reference: str, inbox: Path, id_base: int, limits: ImageArchiveLimits, properties: list[str], options: list[str]
+    reference: str, inbox: Path, id_base: int, limits: ImageArchiveLimits, properties: list[str], options: list[str],
+    secrets_of_run: Sequence[Path] = (),
 ) -> Iterator[Layout]:
     if shutil.which("skopeo") is None:
         raise FetchFailed("importing an image needs skopeo: apt install skopeo")
     layout = inbox / "layout"
-    _run(
-        ["skopeo", "copy", "--quiet", *options, reference, f"oci:{layout}:{_TAG}"],
-        [*_SANDBOX, *properties, f"LimitFSIZE={limits.unpacked_bytes}"], inbox, id_base, limits,
-    )
+    try:
+        _run(
+            ["skopeo", "copy", "--quiet", *options, reference, f"oci:{layout}:{_TAG}"],
+            [*_SANDBOX, *properties, f"LimitFSIZE={limits.unpacked_bytes}"], inbox, id_base, limits,
+        )
+    finally:
+        for path in secrets_of_run:
+            path.unlink(missing_ok=True)
     try:
         found = Layout(layout, _TAG, inbox)
     except OSError as error:

@@ -21,7 +21,7 @@ import platform
 import posixpath
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -30,10 +30,11 @@ from typing import NamedTuple, Protocol
 from nbagent.core.errors import ImageInvalid
 from nbagent.image import manifest as manifests
 from nbagent.image.archive import ImageArchiveLimits
+from nbagent.image.jupyter import interpreter
 from nbagent.image.manifest import Manifest
+from nbagent.image.passwd import account
 from nbagent.image.tree import open_tree
-from nbagent.untrusted.refusal import Refused, plain, shown
-from nbagent.untrusted.tar import name_parts
+from nbagent.untrusted.refusal import plain, shown
 from nbagent.untrusted.tree import NotInTree, Tree
 
 _DOCUMENT_MAX_BYTES = 4 << 20
@@ -51,7 +52,6 @@ _LAYER = re.compile(
 )
 _PORT = re.compile(r"([0-9]{1,5})(?:/tcp)?")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_SHEBANG = re.compile(rb"#! ?(/[\x21-\x7e]*/python[0-9.]*)\n")
 # The user for an image that names none, or root, because no process of a slot is root.
 _USER, _HOME = "jovyan", "/home/jovyan"
 
@@ -205,7 +205,7 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
     """
     with open_tree(rootfs) as tree:
         user, home = _user(tree, config.user)
-        python = _jupyter(tree, config.environment.get("PATH", _PATH))
+        python = interpreter(tree, config.environment.get("PATH", _PATH))
     home = _normal(config.environment.get("HOME", ""), home) if user != _USER else home
     mapping: dict[str, object] = {
         "user": user,
@@ -225,6 +225,17 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
     return manifests.from_mapping(mapping)
 
 
+def notes_of(config: ImageConfig, manifest: Manifest) -> tuple[str, ...]:
+    """Sentences about the parts of a configuration that its `manifest` does not use."""
+    if manifest.python is None or not config.command or posixpath.basename(config.command[0]) == "jupyter-lab":
+        return ()
+    text = (
+        f"slots start JupyterLab by {manifest.python} and not by the image's entry point"
+        f" ({plain(' '.join(config.command))}); set the variables that it sets in [environment] of a manifest"
+    )
+    return (text,)
+
+
 def _config(document: _Object) -> ImageConfig:
     variables = [item.partition("=") for item in _texts(document, "Env")]
     exposed = document.get("ExposedPorts")
@@ -241,38 +252,10 @@ def _config(document: _Object) -> ImageConfig:
 
 def _user(tree: Tree, wanted: str) -> tuple[str, str]:
     """Name and home of the image's user, from its own passwd."""
-    wanted = wanted.partition(":")[0]
-    for fields in _passwd(tree):
-        if wanted in (fields[0], fields[2]) and fields[2] != "0" and manifests.USER.fullmatch(fields[0]):
-            return fields[0], _normal(fields[5], _HOME)
+    found = account(tree, wanted)
+    if found.uid != 0 and manifests.USER.fullmatch(found.name):
+        return found.name, _normal(found.home, _HOME)
     return _USER, _HOME
-
-
-def _passwd(tree: Tree) -> Iterator[list[str]]:
-    content = _content(tree, "/etc/passwd")
-    for line in content.decode(errors="replace").splitlines():
-        if len(fields := line.split(":")) == 7:
-            yield fields
-
-
-def _jupyter(tree: Tree, path: str) -> str | None:
-    """The interpreter in the first line of the image's jupyter-lab."""
-    for directory in path.split(":"):
-        if directory.startswith("/") and (match := _SHEBANG.match(_content(tree, f"{directory}/jupyter-lab"))):
-            return match[1].decode()
-    return None
-
-
-def _content(tree: Tree, path: str) -> bytes:
-    """The beginning of a file of the image, b"" if there is none of this path or a link is on the way."""
-    try:
-        # Refused: a name with "..", NUL or more than the kernel's limits.
-        if (parts := name_parts(path)) and (file := tree.open_regular(parts)) is not None:
-            with file:
-                return file.read(manifests.MAX_BYTES)
-    except (OSError, Refused):
-        pass
-    return b""
 
 
 def _normal(path: str, otherwise: str) -> str:

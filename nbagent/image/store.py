@@ -27,20 +27,22 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from nbagent.core import paths
 from nbagent.core.errors import ImageInvalid, ImageNotFound
 from nbagent.core.events import Event, emit
 from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
+from nbagent.image import adaptation, ids, oci, static
 from nbagent.image import archive as archives
-from nbagent.image import ids, oci, static
 from nbagent.image import manifest as manifests
 from nbagent.image.manifest import Manifest, Program
+from nbagent.image.passwd import account
 from nbagent.image.tree import open_tree
 from nbagent.untrusted.tree import NotInTree
 
@@ -59,7 +61,8 @@ class Image(Program):
 
     `digest` is `sha256-` and 64 hexadecimal digits, `root` its root filesystem and `static` its web assets.
     `assets` are the parts of JupyterLab that the router serves at /assets/DIGEST/.
-    The ids 0 to 65535 of the image are `id_base` and up on the host.
+    The ids 0 to 65535 of the image are `id_base` and up on the host. `notes` are sentences about what is different
+    from a container of the image.
     """
 
     name: str
@@ -68,6 +71,7 @@ class Image(Program):
     static: Path
     assets: tuple[str, ...] = ()
     id_base: int
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,11 @@ class _Record:
     digest: str
     id_base: int
     manifest: Manifest
+    notes: tuple[str, ...] = ()
 
     def save(self, tree: Path) -> None:
         document = {"format": _FORMAT, "digest": self.digest, "id_base": self.id_base,
-                    "manifest": manifests.to_mapping(self.manifest)}
+                    "manifest": manifests.to_mapping(self.manifest), "notes": self.notes}
         (tree / _RECORD).write_text(json.dumps(document, indent=2) + "\n")
 
     @classmethod
@@ -90,7 +95,11 @@ class _Record:
         manifest = document["manifest"]
         if not isinstance(manifest, dict):
             raise ImageInvalid(f"{tree}/{_RECORD}: manifest is not an object; remove the image and add it again")
-        return cls(digest=tree.name, id_base=_id_base(document), manifest=manifests.from_mapping(manifest))
+        notes = document.get("notes")
+        return cls(
+            digest=tree.name, id_base=_id_base(document), manifest=manifests.from_mapping(manifest),
+            notes=tuple(map(str, notes)) if isinstance(notes, list) else (),
+        )
 
 
 class ImageStore:
@@ -107,21 +116,26 @@ class ImageStore:
         self.path = path
         self._id_bases, self._limits, self._chown = id_bases, limits, chown
 
-    def add(self, archive: Path, name: str) -> Image:
+    def add(self, archive: Path, name: str, manifest: Manifest | None = None) -> Image:
         """Add an archive to the store, unless it is there, and point `name` to it.
 
-        The previous image of the name is kept for one step back. Raises ImageInvalid.
+        A `manifest` replaces the one in the archive; the digest is then that of both. The previous image of the name
+        is kept for one step back. Raises ImageInvalid.
         """
         _check_name(name)
         with archive.open("rb") as file:
             before = os.fstat(file.fileno())
             digest = "sha256-" + hashlib.file_digest(file, "sha256").hexdigest()
+            if manifest is not None:
+                digest = _with_manifest(digest, manifest)
             if not self._known(digest, name):
                 with self._staged() as (staging, id_base):
                     rootfs = _rootfs(staging)
-                    archives.extract(file.fileno(), rootfs, id_base, self._limits, self._chown)
+                    left_out = archives.extract(file.fileno(), rootfs, id_base, self._limits, self._chown)
                     _unchanged(archive, before, file.fileno())
-                    self._publish(staging, digest, id_base, _read_manifest(rootfs), name)
+                    found = _read_manifest(rootfs) if manifest is None else manifest
+                    notes = _adapt(rootfs, id_base, found.user, found, left_out)
+                    self._publish(staging, _Record(digest, id_base, found, notes), name)
         return self.get(name)
 
     def import_oci(self, source: oci.Source, name: str, manifest: Manifest | None = None) -> Image:
@@ -138,27 +152,50 @@ class ImageStore:
             image = layout.image()
             digest = "sha256-" + image.digest
             if manifest is not None:
-                text = json.dumps(manifests.to_mapping(manifest), sort_keys=True)
-                digest = "sha256-" + hashlib.sha256(f"{digest}\n{text}".encode()).hexdigest()
+                digest = _with_manifest(digest, manifest)
             if not self._known(digest, name):
                 rootfs = _rootfs(staging)
                 layers = [stack.enter_context(layout.open_layer(layer)).fileno() for layer in image.layers]
-                archives.extract_layers(layers, rootfs, id_base, self._limits, self._chown)
+                left_out = archives.extract_layers(layers, rootfs, id_base, self._limits, self._chown)
                 layout.check_unchanged()
-                if manifest is None:
-                    manifest = _find_manifest(rootfs) or oci.manifest_of(image.config, rootfs)
+                found = manifest or _find_manifest(rootfs)
+                notes: tuple[str, ...] = ()
+                if found is None:
+                    found = oci.manifest_of(image.config, rootfs)
+                    notes = oci.notes_of(image.config, found)
                 layout.discard()
-                self._publish(staging, digest, id_base, manifest, name)
+                # A container without USER runs as root, and a slot as another user.
+                notes += _adapt(rootfs, id_base, image.config.user, found, left_out)
+                self._publish(staging, _Record(digest, id_base, found, notes), name)
         return self.get(name)
 
-    def use(self, name: str, reference: str) -> Image:
+    def use(self, name: str, reference: str, manifest: Manifest | None = None) -> Image:
         """Point `name` to an image of the store, given by another name or by the first digits of its digest.
 
-        The previous image of the name is kept for one step back. Raises ImageNotFound.
+        With a `manifest`, to the same files with this manifest: a tree of its own, whose files are hard links to those
+        of the image, so that neither depends on the other. The previous image of the name is kept for one step back.
+        Raises ImageNotFound, ImageInvalid.
         """
         _check_name(name)
+        if manifest is not None:
+            return self._use_with_manifest(name, reference, manifest)
         with self._locked():
             self._point(name, self._resolve(reference))
+        return self.get(name)
+
+    def _use_with_manifest(self, name: str, reference: str, manifest: Manifest) -> Image:
+        with self._staged() as (staging, _):
+            with self._locked():
+                source = self._resolve(reference)
+                record = _Record.load(self.path / source)
+                # Under the lock, because the tree may be retired meanwhile; this takes a second for 100,000 files.
+                command = ["cp", "--archive", "--link", "--", str(self.path / source / "rootfs"), str(staging)]
+                if (done := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
+                    raise OSError(f"{source} cannot be linked: {done.stderr.strip()[-500:]}")
+            digest = _with_manifest(source, manifest)
+            if not self._known(digest, name):
+                # The ids are those of the files, which both trees share.
+                self._publish(staging, replace(record, digest=digest, manifest=manifest), name)
         return self.get(name)
 
     def get(self, name: str) -> Image:
@@ -268,6 +305,7 @@ class ImageStore:
             static=tree / "static",
             assets=static.published(tree / "static"),
             id_base=record.id_base,
+            notes=record.notes,
             **{field.name: getattr(record.manifest, field.name) for field in fields(Program)},
         )
 
@@ -278,22 +316,22 @@ class ImageStore:
                 self._point(name, digest)
         return known
 
-    def _publish(self, staging: Path, digest: str, id_base: int, manifest: Manifest, name: str) -> None:
+    def _publish(self, staging: Path, record: _Record, name: str) -> None:
         """Turns the staged tree into an image, and points `name` to it."""
         assets = staging / "static"
         assets.mkdir(0o755)
         limits = self._limits
-        prefixes = static.jupyterlab_prefixes(staging / "rootfs", manifest.static)
+        prefixes = static.jupyterlab_prefixes(staging / "rootfs", record.manifest.static)
         static.publish(staging / "rootfs", prefixes, assets, limits.unpacked_bytes, limits.entries)
-        _Record(digest, id_base, manifest).save(staging)
+        record.save(staging)
         # nginx and the slots open files below by paths that they know; a listing would show which images there are.
         staging.chmod(0o711)
         _sync(staging)
         with self._locked():
             # Another process may have added the same image meanwhile; the staged tree is then deleted.
-            if not (self.path / digest).exists():
-                staging.rename(self.path / digest)
-            self._point(name, digest)
+            if not (self.path / record.digest).exists():
+                staging.rename(self.path / record.digest)
+            self._point(name, record.digest)
 
     def _free_id_base(self, reserved: Collection[range]) -> int:
         used = [_id_base(_document(self.path / digest)) for digest in self._digests()]
@@ -385,10 +423,22 @@ def _unchanged(archive: Path, before: os.stat_result, fd: int) -> None:
         raise ImageInvalid(f"{archive} changed while it was read; add it again")
 
 
+def _with_manifest(digest: str, manifest: Manifest) -> str:
+    """The digest of an image's files and a manifest that replaces the image's own."""
+    text = json.dumps(manifests.to_mapping(manifest), sort_keys=True)
+    return "sha256-" + hashlib.sha256(f"{digest}\n{text}".encode()).hexdigest()
+
+
+def _adapt(rootfs: Path, id_base: int, user: str, manifest: Manifest, left_out: Sequence[str]) -> tuple[str, ...]:
+    with open_tree(rootfs) as tree:
+        return adaptation.adapt(tree, id_base, account(tree, user), manifest, left_out)
+
+
 def _read_manifest(rootfs: Path) -> Manifest:
     if (manifest := _find_manifest(rootfs)) is None:
         raise ImageInvalid(
-            f"the image has no file /{manifests.PATH}; its keys are described in images/README.md"
+            f"the image has no file /{manifests.PATH}; pass one with --manifest; its keys are described in"
+            " images/README.md"
         )
     return manifest
 

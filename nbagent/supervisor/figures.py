@@ -40,6 +40,7 @@ class Figures:
         return [
             {
                 "name": name, "digest": pool.image.digest, "launch": pool.image.launch,
+                "launch_now": self._zygotes.launch(name), "launch_reason": self._zygotes.reason(name),
                 "warm": len(pool.warm), "wanted": self._pools.wanted(name),
                 "default": name == config.pool.image,
             }

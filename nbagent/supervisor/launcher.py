@@ -48,15 +48,16 @@ ZYGOTE_NAME = "zygote"
 class Launched:
     """A slot whose program runs. `pid` is its first process; `pidfd` and `activity_fd` are open.
 
-    `serves`: the program has reported that it takes requests; any other has to be probed. `forked`: it is a fork of a
-    zygote.
+    `serves`: the program has reported that it takes requests; any other has to be probed. `launch` is "fork" or "exec",
+    and `launch_reason` why it was not "fork".
     """
 
     pid: int
     pidfd: int
     activity_fd: int
     serves: bool
-    forked: bool = False
+    launch: str = "exec"
+    launch_reason: str = ""
 
 
 class Scope(Protocol):
@@ -286,7 +287,7 @@ class SlotStart:
                     raise _unexpected(message)
             serves = True
         self._activity.pop_all()
-        return Launched(pid, pidfd, self.activity_fd, serves, spec.forked)
+        return Launched(pid, pidfd, self.activity_fd, serves)
 
     async def _receive(self) -> Message | None:
         """The next message, None at the end. Raises StartFailed for a failure, and for a malformed message."""

@@ -77,11 +77,9 @@ class RunningSlot:
     compressed_s: float | None = None
     task: asyncio.Task[None] | None = None
     root_fd: int = -1
-    forked: bool = False
 
     def attach(self, launched: Launched) -> None:
         """Takes over the descriptors of a launch."""
-        self.forked = launched.forked
         self.pidfd, self.activity_fd = launched.pidfd, launched.activity_fd
 
     def close(self) -> None:

@@ -152,12 +152,14 @@ class SlotStarter:
             )
             launched = await self._launcher.launch(slot, spec, listener, scope, attach)
             live.attach(launched)
-            self._counters.add("starts_fork" if launched.forked else "starts_exec")
+            self._counters.add("starts_fork" if launched.launch == "fork" else "starts_exec")
             try:
                 live.cgroup = self._cgroup_of(launched.pid)
             except (FileNotFoundError, ProcessLookupError):
                 raise ended(slot) from None
-            live.slot = slot = dataclasses.replace(live.slot, pid=launched.pid)
+            live.slot = slot = dataclasses.replace(
+                live.slot, pid=launched.pid, launch=launched.launch, launch_reason=launched.launch_reason
+            )
         # From here on only the slot's own processes hold the listener, so a request fails when they end.
         if not launched.serves:
             await self._wait_until_ready(live, f"{slot.base_path}{image.ready}")

@@ -58,7 +58,7 @@ class Trials:
 
         live, took_s = await self._starter.try_start(image, request)
         return {
-            "slot": live.slot.id, "launch": "fork" if live.forked else "exec", "took_ms": round(took_s * 1000),
+            "slot": live.slot.id, "launch": live.slot.launch, "took_ms": round(took_s * 1000),
             "router_ms": router_ms,
         }
 

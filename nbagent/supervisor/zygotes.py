@@ -74,6 +74,8 @@ START_MAX_S = 600.0
 BUDGET_CHECK_S = 1.0
 NOTHING_KEPT: Mapping[str, int] = {}
 _AGE_MAX_S, _FORKS_MAX = 10 ** 9, 10 ** 12
+# Why slots have no zygote: with JupyterLab, and with a command.
+_EXEC_REASONS = ('launch = "exec" in the manifest', "its program is a command")
 # To the pipe and to the slot's control socket. One write without a message, because its reader may touch no memory
 # before it is in the slot's scope.
 GO = b"go"
@@ -120,6 +122,7 @@ class Zygote:
 class ZygotePool:
     """The zygotes of one image. `zygote` is the one that forks; `task` starts the next.
 
+    `failure` is the reason why the last one failed, "" when one forks.
     `first_try_done`: the first has started or failed to start. `no_zygote` is set while there is none that forks.
     """
 
@@ -127,6 +130,7 @@ class ZygotePool:
     zygote: Zygote | None = None
     task: asyncio.Task[None] | None = None
     failures: int = 0
+    failure: str = ""
     first_try_done: bool = False
     no_zygote: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -143,6 +147,7 @@ class Zygotes:
         self.counts = dict.fromkeys(("zygotes_ready", "zygotes_failed", "zygotes_adopted"), 0)
         self._systemd = systemd
         self._pools: dict[str, ZygotePool] = {}
+        self._by_exec: dict[str, str] = {}
         self._expected: dict[str, asyncio.Future[Channel]] = {}
         self._kept: dict[str, Kept] = {}
         self._tasks = Tasks()
@@ -211,6 +216,8 @@ class Zygotes:
     def want(self, images: Mapping[str, Image]) -> None:
         """Adopts or starts a zygote for each of these images whose slots are forked, and ends those of other images."""
         wanted = {name: image for name, image in images.items() if image.launch == "fork"}
+        others = {name: image for name, image in images.items() if name not in wanted}
+        self._by_exec = {name: _EXEC_REASONS[image.python is None] for name, image in others.items()}
         for name, pool in list(self._pools.items()):
             if wanted.get(name) != pool.image:
                 self._end(name)
@@ -253,6 +260,12 @@ class Zygotes:
         """How slots of an image start now: "fork" or "exec"."""
         pool = self._pools.get(image)
         return "fork" if pool is not None and pool.zygote else "exec"
+
+    def reason(self, image: str) -> str:
+        """Why slots of an image start by exec now; "" when they are forked."""
+        if (pool := self._pools.get(image)) is None:
+            return self._by_exec.get(image, "")
+        return "" if pool.zygote else pool.failure or "its zygote is being started"
 
     def is_warming(self, image: str) -> bool:
         """Whether the image's first zygote is being started, and has not failed yet."""
@@ -308,7 +321,7 @@ class Zygotes:
 
     def _log_failure(self, pool: ZygotePool, instance: str, text: str) -> None:
         name, former = pool.image.name, pool.zygote
-        meanwhile = f"slots of image {name} start by exec"
+        meanwhile, pool.failure = f"slots of image {name} start by exec", text
         if former is not None:
             meanwhile = f"zygote {former.instance} keeps forking slots"
         self.counts["zygotes_failed"] += 1
@@ -359,7 +372,7 @@ class Zygotes:
             reach(Point.ZYGOTE_READY)
             fd_store.keep(instance, channel.fileno())
             pool.no_zygote.clear()
-            pool.task = None
+            pool.task, pool.failure = None, ""
             self.counts["zygotes_ready"] += 1
             emit(Event.ZYGOTE_READY, zygote=instance, image=pool.image.name, took_ms=round((now() - began_s) * 1000))
             self._tasks.spawn(self._watch(pool, pool.zygote))
@@ -515,7 +528,7 @@ class ForkLauncher:
             self._under_way += 1
             try:
                 forked = spec._replace(forked=True, forked_filter=forked_filter())
-                return await self._fork(zygote, slot, forked, listener, scope, attach)
+                return replace(await self._fork(zygote, slot, forked, listener, scope, attach), launch="fork")
             except ZygoteServiceFailed as error:
                 self.zygotes.give_up(zygote, str(error))
                 await scope.stop()
@@ -524,7 +537,8 @@ class ForkLauncher:
         # Many starts that were admitted as forks come here at once when their zygote fails, and an exec takes a
         # processor for a second.
         async with self._execs:
-            return await self._exec.launch(slot, spec, listener, scope, attach)
+            reason = self.zygotes.reason(slot.image)
+            return replace(await self._exec.launch(slot, spec, listener, scope, attach), launch_reason=reason)
 
     async def _fork(
         self, zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach

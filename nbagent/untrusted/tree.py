@@ -2,7 +2,8 @@
 """A directory tree with untrusted content, in which no path leads out of the tree.
 
 There are two policies for symbolic links on the way. With `follow_links=False` each of them is an error: every
-component is opened by openat(2) with O_NOFOLLOW. Images are unpacked this way, because root writes them. With
+component is opened by openat(2) with O_NOFOLLOW. Images are unpacked this way, because root writes them; `resolve`
+computes the path without links that such a path has in the tree. With
 `follow_links=True` a link that stays below the tree's root is followed, and one that leads out of it is an error: the
 whole path is resolved by openat2(2) with RESOLVE_BENEATH. The content of claims is written this way, because users
 have links in their home directories. The last component is never followed when a file is created, removed or read.
@@ -19,12 +20,17 @@ import os
 import shutil
 import stat
 from types import TracebackType
-from typing import Dict, Iterator, Optional, Type, TypeVar
+from typing import Dict, Iterator, List, Optional, Type, TypeVar
 
 from nbagent.linux.openat2 import open_beneath
-from nbagent.untrusted.tar import Parts
+from nbagent.untrusted.refusal import Refused, shown
+from nbagent.untrusted.tar import DEPTH_MAX, Parts, name_parts
 
 _Self = TypeVar("_Self", bound="Tree")
+# The kernel's limit for links in one path (MAXSYMLINKS).
+LINKS_MAX = 40
+# Components of all paths that a Tree resolves, of which a million take some seconds.
+_RESOLVED_MAX = 10_000_000
 
 
 class NotInTree(OSError):
@@ -50,6 +56,7 @@ class Tree:
         self._follow_links, self._directory_mode = follow_links, directory_mode
         # In a home directory there may be directories that its owner may search and not read.
         self._flags = os.O_DIRECTORY | os.O_CLOEXEC | (os.O_PATH if follow_links else os.O_RDONLY | os.O_NOFOLLOW)
+        self._resolved = 0
         self._open: Dict[Parts, int] = {(): os.open(root, self._flags)}
 
     def __enter__(self: _Self) -> _Self:
@@ -97,6 +104,44 @@ class Tree:
         finally:
             os.close(fd)
 
+    def resolve(self, parts: Parts) -> Parts:
+        """The path of a directory without links on the way, as chroot(2) into the tree would resolve it.
+
+        A link's absolute target begins at the root of the tree, and ".." does not lead out of it. Components that do
+        not exist are kept, so the result need not exist. For a Tree without links to follow. Raises OSError, Refused.
+        """
+        found: List[str] = []
+        pending, links = list(reversed(parts)), 0
+        while pending:
+            self._resolved += 1
+            if self._resolved > _RESOLVED_MAX or len(pending) > DEPTH_MAX:
+                raise Refused(f"{shown('/'.join(parts))} leads through too many symbolic links")
+            part = pending.pop()
+            if part in ("", "."):
+                continue
+            if part == "..":
+                del found[-1:]
+                continue
+            try:
+                target = os.readlink(part, dir_fd=self.directory_fd(tuple(found)))
+            except FileNotFoundError:
+                target = ""
+            except OSError as error:
+                if isinstance(error, NotInTree) or error.errno != errno.EINVAL:  # EINVAL: not a link
+                    raise
+                target = ""
+            if not target:
+                found.append(part)
+                continue
+            links += 1
+            if links > LINKS_MAX:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), "/".join(parts))
+            if target.startswith("/"):
+                found.clear()
+            pending += reversed(target.split("/"))
+        # A target may have more components than an entry's name.
+        return name_parts("/".join(found)) if found else ()
+
     def create_file(self, parts: Parts, mode: int) -> int:
         """Descriptor, owned by the caller, of a new file that is open for writing. Raises OSError."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -124,6 +169,14 @@ class Tree:
             os.close(fd)
             return None
         return open(fd, "rb")
+
+    def blocks_directory(self, parts: Parts) -> bool:
+        """Whether there is something else than a directory at the path, such as a link."""
+        try:
+            status = os.stat(parts[-1], dir_fd=self._parent_fd(parts), follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return not stat.S_ISDIR(status.st_mode)
 
     def symlink(self, parts: Parts, target: str) -> None:
         os.symlink(target, parts[-1], dir_fd=self._parent_fd(parts, create=True))

@@ -51,6 +51,15 @@ WORKER = """
 """
 
 
+HANG = """
+    import asyncio
+    from jupyter_server.services.api.handlers import APIStatusHandler
+    async def get(self):
+        await asyncio.Event().wait()
+    APIStatusHandler.get = get
+"""
+
+
 @pytest.fixture(scope="module")
 def module(shared, packages, tmp_path_factory):
     """The path on the host of the module that the image preloads."""
@@ -192,3 +201,22 @@ def test_an_image_whose_slots_would_share_open_files_starts_by_exec(agent, attac
     assert "no zygote is started again before the image changes" in text
     one, other = (agent.claim(image=IMAGE)["slot"] for _ in range(2))
     assert not by_fork(agent, one) and not by_fork(agent, other)
+
+
+def test_image_check_has_the_reason_of_an_exec_and_names_a_handler_that_hangs(agent, attack):
+    seen = attack("import threading, time; threading.Thread(target=time.sleep, args=[600], daemon=True).start()")
+    failure(agent, seen, "2 threads")
+    done = agent.host.run(["nbagent", "image", "check", IMAGE], check=False, timeout=300)
+    assert done.returncode == 0, done
+    assert re.search(r"^launch +warn +exec: .*2 threads", done.stdout, re.MULTILINE), done.stdout
+    (image,) = (found for found in agent.api.get("/images").json() if found["name"] == IMAGE)
+    assert (image["launch"], image["launch_now"], "2 threads" in image["launch_reason"]) == ("fork", "exec", True)
+    claimed = agent.claim(image=IMAGE)["slot"]
+    slot = agent.api.get(f"/slots/{claimed}").json()
+    assert (slot["launch"], "2 threads" in slot["launch_reason"]) == ("exec", True)
+    ready(agent, attack(HANG))
+    done = agent.host.run(["nbagent", "image", "check", IMAGE], check=False, timeout=300)
+    assert done.returncode == 1, done
+    assert re.search(r"^launch +ok +fork$", done.stdout, re.MULTILINE), done.stdout
+    pattern = r"^handlers +fail +GET api/status of jupyter_server\S+: no response in 10 s"
+    assert re.search(pattern, done.stdout, re.MULTILINE), done.stdout

@@ -113,15 +113,28 @@ def digest_of(agent, slot):
     return json.loads(agent.run("cat", f"/run/nbagent/slots/{slot}/slot.json"))["digest"]
 
 
-@pytest.fixture
-def registry(agent, layout):
+@contextlib.contextmanager
+def serving(agent, layout, *login):
     agent.host.copy_in(str(product.TOP / "tests/registry.py"), "/root/")
-    agent.run("systemd-run", "--quiet", "--unit=test-registry", "/usr/bin/python3", "/root/registry.py", layout,
-              str(REGISTRY_PORT))
+    agent.run("systemd-run", "--quiet", "--unit=test-registry", "--property=StandardOutput=truncate:/root/requests",
+              "/usr/bin/python3", "/root/registry.py", layout, str(REGISTRY_PORT), *login)
     agent.wait(lambda: not subprocess_fails(agent, "ss", "-Hltn", f"sport = :{REGISTRY_PORT}"), "the registry")
     yield f"docker://127.0.0.1:{REGISTRY_PORT}/team/served"
     agent.run("systemctl", "stop", "test-registry.service")
-    agent.run("rm", "/root/registry.py")
+    agent.run("rm", "/root/registry.py", "/root/requests")
+
+
+@pytest.fixture
+def registry(agent, layout):
+    with serving(agent, layout) as found:
+        yield found
+
+
+@pytest.fixture
+def private(agent, layout):
+    """A registry with a login."""
+    with serving(agent, layout, "maria:s3cret") as found:
+        yield found
 
 
 def subprocess_fails(agent, *argv):
@@ -172,6 +185,133 @@ def test_a_failed_fetch_is_reported_and_leaves_no_file(agent, images, layout, re
     assert agent.run("find", STORE, "-maxdepth", "2") == before
 
 
+def attempt(agent, *arguments, before=(), given=""):
+    """The exit status and the errors of an import, from a private registry's image `one`."""
+    command = [*before, "nbagent", "image", "import", "--name", "secret", "--insecure", *arguments]
+    done = agent.host.run(command, check=False, timeout=120, input=given)
+    return done.returncode, done.stderr
+
+
+def test_a_private_registry_takes_a_login_from_a_file_an_option_or_a_credential(agent, images, private):
+    agent.expect(FETCH_FAILED)
+    source, auth = f"{private}:one", "/etc/nbagent/registry-auth.json"
+    status, errors = attempt(agent, source)
+    assert (status, "unauthorized" in errors or "authentication required" in errors) == (69, True), errors
+    assert attempt(agent, "--user", "maria", source, given="wrong\n")[0] == 69
+    assert attempt(agent, "--user", "maria", source, given="s3cret\n")[0] == 0
+    agent.run("nbagent", "image", "remove", "secret")
+    login = {"auths": {f"127.0.0.1:{REGISTRY_PORT}": {"auth": "bWFyaWE6czNjcmV0"}}, "credsStore": "none"}
+    agent.run("sh", "-c", f"umask 077; cat > /root/auth.json; cp /root/auth.json {auth}", input=json.dumps(login))
+    try:
+        assert attempt(agent, source)[0] == 0
+        agent.run("rm", auth)
+        assert attempt(agent, source)[0] == 69
+        assert attempt(agent, "--auth-file", "/root/auth.json", source)[0] == 0
+        credential = "--property=LoadCredential=registry-auth:/root/auth.json"
+        service = ("systemd-run", "--quiet", "--wait", "--pipe", credential)
+        assert attempt(agent, source, before=service)[0] == 0
+    finally:
+        agent.run("rm", "-f", auth, "/root/auth.json")
+    # No login is left, neither in the store nor in a unit's properties or a command line.
+    left = agent.host.run(["grep", "-rl", "bWFyaWE6czNjcmV0", STORE], check=False).stdout
+    logged = agent.run("journalctl", "-b", "--no-pager", "-o", "cat", "-u", "nbagent-import-*")
+    assert (left, "s3cret" in logged or "bWFyaWE6" in logged) == ("", False)
+
+
+def test_an_import_uses_the_proxies_of_its_environment_and_the_mirrors_of_the_host(agent, images, registry):
+    """Both registries are names without an address: only the proxy and the mirror serve them."""
+    proxy = f"http_proxy=http://user:s3cret@127.0.0.1:{REGISTRY_PORT}"
+    assert attempt(agent, "docker://far.invalid/team/served:one", before=("env", proxy))[0] == 0
+    seen = agent.run("cat", "/root/requests")
+    assert "GET http://far.invalid/v2/team/served/manifests/one" in seen
+    mirror = "/etc/containers/registries.conf.d/test.conf"
+    text = f"""
+[[registry]]
+location = "mirrored.invalid/team"
+[[registry.mirror]]
+location = "127.0.0.1:{REGISTRY_PORT}/team"
+insecure = true
+"""
+    agent.run("sh", "-c", f"mkdir -p /etc/containers/registries.conf.d; cat > {mirror}", input=text)
+    try:
+        assert attempt(agent, "docker://mirrored.invalid/team/served:two")[0] == 0
+    finally:
+        agent.run("rm", mirror)
+    assert agent.run("cat", f"{images('use', 'secret', 'secret')['root']}/etc/two") == "two"
+    assert "user:s3cret" not in agent.run("journalctl", "-b", "--no-pager", "-o", "cat")
+
+
+def checked(agent, name):
+    """The exit status of `nbagent image check`, and its results by check."""
+    done = agent.host.run(["nbagent", "image", "check", name, "--json"], check=False, timeout=300)
+    results = {}
+    for result in json.loads(done.stdout):
+        # Of several results of a check, the first is about a fault.
+        results.setdefault(result["check"], result)
+    return done.returncode, results
+
+
+def test_image_check_tries_a_notebook_image_and_a_command_image(agent, images, layout):
+    status, results = checked(agent, "minimal")
+    bad = [result for result in results.values() if result["status"] != "ok"]
+    assert (status, bad) == (0, []), bad
+    assert list(results) == ["launch", "start", "memory at rest", "page", "kernel", "terminal", "files", "handlers"]
+    assert results["launch"]["found"] == "fork"
+    assert re.match(r"started in [\d,]+ ms, claimed in [\d,]+ ms", results["start"]["found"])
+    responded = re.match(r"(\d+) of \1 responded", results["handlers"]["found"])
+    assert responded and int(responded[1]) > 5, results["handlers"]
+    images("import", "--name", "one", f"oci:{layout}:one")
+    agent.wait(lambda: "one" in known(agent), "the image to be known")
+    status, results = checked(agent, "one")
+    assert (status, list(results)) == (1, ["launch", "start", "memory at rest", "page"])
+    # The page of this image is below a key that its claims do not have.
+    assert "status 403" in results["page"]["found"]
+    assert results["launch"]["found"] == "exec: its program is a command"
+    # Another manifest, for the same files.
+    environment = {"PATH": "/bin:/usr/sbin", "TOKEN": "{token}", "ME": "one"}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in environment.items()]
+    head = ['user = "jovyan"', 'home = "/home/jovyan"', f"command = {json.dumps(COMMAND)}", 'url = "?key={token}"']
+    agent.host.run(["tee", "/root/one.toml"], input="\n".join([*head, "port = 3000", "[environment]", *lines]))
+    other = images("use", "--manifest", "/root/one.toml", "one", "one")
+    agent.run("rm", "/root/one.toml")
+    agent.wait(lambda: known(agent)["one"] == other["digest"], "the image to be known")
+    status, results = checked(agent, "one")
+    assert (status, "status 200" in results["page"]["found"]) == (0, True), results
+    agent.wait(lambda: not [slot for slot in agent.slots() if slot["state"] == "claimed"], "the slots to be ended")
+
+
+def test_an_image_in_the_manner_of_docker_stacks_is_forked(agent, images, packages, tmp_path):
+    """The image minimal as a lower layer, without its manifest, below what tools and users of containers write."""
+    (package,) = (path for path in packages if "image-minimal" in path.name)
+    subprocess.run(["dpkg-deb", "-x", str(package), str(tmp_path / "deb")], check=True)
+    (minimal,) = (tmp_path / "deb").glob("usr/share/nbagent/images/*.tar.zst")
+    mine, link = {"uid": 1000, "gid": 100}, {"type": tarfile.SYMTYPE}
+    upper = Archive().add("etc/.wh.nbagent-image.toml").add("dev/console", type=tarfile.CHRTYPE, devmajor=5, devminor=1)
+    upper.add("etc/passwd", b"root:x:0:0::/root:/bin/bash\nnb:x:1000:100::/home/nb:/bin/bash\n")
+    upper.add("bin/course", b"#!/bin/sh\necho through the link\n", mode=0o755)
+    upper.add("usr/local/bin/jupyter-lab", **link, linkname="/opt/course/bin/jupyter-lab")
+    script = b"#!/bin/sh\n'''exec' \"/usr/bin/python3\" \"$0\" \"$@\"\n' '''\n"
+    upper.add("opt/course/bin/jupyter-lab", script, mode=0o755)
+    upper.add("srv/private", b"for the user", mode=0o600, **mine).add("home/nb/own", b"at home", mode=0o600, **mine)
+    config = {"User": "1000:100", "WorkingDir": "/home/nb", "Entrypoint": ["tini", "-g", "--"], "Cmd": ["start.sh"],
+              "Env": ["PATH=/usr/local/bin:/usr/bin:/bin", "COURSE=1"]}
+    Layers(**config).layer(minimal.read_bytes(), bytes).layer(upper).save(tmp_path / "layout").close()
+    agent.host.copy_in(str(tmp_path / "layout"), "/root/stacks")
+    try:
+        done = agent.host.run(["nbagent", "image", "import", "--name", "stacks", "oci:/root/stacks"], timeout=300)
+    finally:
+        agent.run("rm", "-rf", "/root/stacks")
+    for part in ("dev/console", "tini -g -- start.sh", "2 files and directories"):
+        assert part in done.stderr
+    agent.wait(lambda: "stacks" in known(agent), "the image to be known")
+    status, results = checked(agent, "stacks")
+    assert (status, results["launch"]["found"]) == (0, "fork"), results
+    files = "open('/srv/private').read(), open('own').read()"
+    cell = f"import os; print({files}, os.environ['COURSE'], os.popen('course').read())"
+    output = Notebook(agent.host, agent.claim(image="stacks")).run(cell).stream
+    assert output.split() == "for the user at home 1 through the link".split()
+
+
 def test_a_hostile_image_is_refused_from_every_source(agent, images, tmp_path):
     """skopeo accepts these images, because it does not read the content of layers."""
     hostile = {
@@ -179,7 +319,7 @@ def test_a_hostile_image_is_refused_from_every_source(agent, images, tmp_path):
         "absolute": Archive().add("/etc/cron.d/owned", b"x"),
         "device": Archive().add("sda", type=tarfile.BLKTYPE, devmajor=8, devminor=0),
         "hard": Archive().add("x", type=tarfile.LNKTYPE, linkname="/etc/shadow"),
-        "trap": Archive().add("d", type=tarfile.SYMTYPE, linkname="/etc/cron.d").add("d/owned", b"x"),
+        "trap": Archive().add("d", type=tarfile.SYMTYPE, linkname="d").add("d/owned", b"x"),
         "whiteout": Archive().add("d/.wh...", b""),
         "sparse": NEGATIVE_SPARSE, "time": TARS["time-inf"][0], "endless": TARS["sparse-stored-2^60"][0],
     }

@@ -167,6 +167,9 @@ class FakeZygotes:
     def launch(self, image: str) -> str:
         return "fork" if image in self.forks else "exec"
 
+    def reason(self, image: str) -> str:
+        return "" if image in self.forks else 'launch = "exec" in the manifest'
+
     def is_warming(self, image: str) -> bool:
         return image in self.warming
 

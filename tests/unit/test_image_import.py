@@ -16,8 +16,8 @@ import pytest
 from test_image_store import Owners
 
 from archives import MANIFEST, Archive, Layers
-from nbagent.core.errors import BadRequest, FetchFailed, ImageInvalid
-from nbagent.image import fetch, manifest
+from nbagent.core.errors import BadRequest, ConfigError, FetchFailed, ImageInvalid
+from nbagent.image import fetch, logins, manifest
 from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.fetch import DockerArchive, OciDirectory, Registry
 from nbagent.image.store import Image, ImageStore
@@ -100,13 +100,66 @@ def test_whiteouts_of_invalid_names_are_refused(store: ImageStore, name: str) ->
     assert repr(name) in refused(store, over(Archive().add("d/x", b"x"), Archive().add(name)))
 
 
-@pytest.mark.parametrize("name", ["../.wh.victim", "/.wh.victim", "d/../../.wh.victim", "trap/.wh.victim",
-                                  "trap/.wh..wh..opq", "trap/victim", "trap/sub/x"])
-def test_nothing_outside_is_touched_by_any_layer(store: ImageStore, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["../.wh.victim", "/.wh.victim", "d/../../.wh.victim"])
+def test_a_name_that_leads_out_is_refused_in_any_layer(store: ImageStore, tmp_path: Path, name: str) -> None:
     (tmp_path / "victim").write_text("v")
-    trap = Archive().add("trap", type=tarfile.SYMTYPE, linkname=str(tmp_path)).add("d/x", b"x")
-    refused(store, over(trap, Archive().add(name, b"owned")))
+    refused(store, over(Archive().add("d/x", b"x"), Archive().add(name, b"owned")))
     assert (tmp_path / "victim").read_text() == "v"
+
+
+@pytest.mark.parametrize("target", ["{outside}", "../../../../../../../..{outside}", "d/../../../..{outside}", "hop"])
+@pytest.mark.parametrize("name", ["trap/.wh.victim", "trap/.wh..wh..opq", "trap/victim", "trap/sub/x", "trap/hard"])
+def test_a_link_to_the_outside_stays_in_the_image(store: ImageStore, tmp_path: Path, name: str, target: str) -> None:
+    """A layer that writes through it writes below the image's root, as after chroot(2)."""
+    (tmp_path / "victim").write_text("v")
+    trap = Archive().add("d/x", b"x").add("hop", type=tarfile.SYMTYPE, linkname=str(tmp_path))
+    trap.add("trap", type=tarfile.SYMTYPE, linkname=target.format(outside=tmp_path))
+    hard = {"type": tarfile.LNKTYPE, "linkname": "trap/victim"} if name == "trap/hard" else {}
+    if hard:
+        assert "does not exist" in refused(store, over(trap, Archive().add(name, **hard)))
+    else:
+        root = import_image(store, over(trap, Archive().add(name, b"owned"))).root
+        inside = root / str(tmp_path).lstrip("/") / name.removeprefix("trap/")
+        assert ".wh." in name or inside.read_text() == "owned"
+    assert (tmp_path / "victim").read_text() == "v"
+    assert {path.name for path in tmp_path.iterdir()} <= {"victim", "images", "layout1"}
+
+
+def test_a_layer_writes_through_the_links_of_lower_layers(store: ImageStore) -> None:
+    """As containerd does: /bin, /lib and /var/run are links in Debian's images."""
+    lower = Archive().add("usr/bin/sh", b"sh").add("usr/bin/old", b"old").add("run/lock", **DIRECTORY)
+    lower.add("bin", type=tarfile.SYMTYPE, linkname="usr/bin").add("var/run", type=tarfile.SYMTYPE, linkname="/run")
+    lower.add("far", type=tarfile.SYMTYPE, linkname="var/run/../../bin")
+    upper = Archive().add("bin/tool", b"tool", mode=0o755).add("var/run/x/y", b"y").add("far/.wh.old")
+    upper.add("bin/again", type=tarfile.LNKTYPE, linkname="far/sh").add("new/.wh.gone").add("var/run/lock", **DIRECTORY)
+    root = import_image(store, over(lower, upper)).root
+    assert (root / "bin").is_symlink() and (root / "var/run").is_symlink()
+    assert {path.name for path in (root / "usr/bin").iterdir()} == {"sh", "tool", "again"}
+    assert (root / "usr/bin/again").samefile(root / "usr/bin/sh")
+    assert (root / "run/x/y").read_text() == "y"
+
+
+@pytest.mark.parametrize("before", ["link", "file"])
+def test_a_directory_that_replaces_a_link_hides_nothing_elsewhere(store: ImageStore, before: str) -> None:
+    """Docker writes an opaque directory for each directory that replaces another kind of entry."""
+    lower = Archive().add("d/kept", b"k")
+    fields = {"type": tarfile.SYMTYPE, "linkname": "d"} if before == "link" else {}
+    lower.add("x", **fields)
+    upper = Archive().add("x", **DIRECTORY).add("x/.wh..wh..opq").add("x/.wh.kept").add("x/new", b"n")
+    root = import_image(store, over(lower, upper)).root
+    assert ((root / "d/kept").read_text(), (root / "x/new").read_text()) == ("k", "n")
+    assert {path.name for path in (root / "x").iterdir()} == {"new"}
+
+
+@pytest.mark.parametrize("links", [
+    {"a": "b", "b": "a"}, {"a": "a/a/a"}, {f"a{n or ''}": f"a{n + 1}" for n in range(50)}, {"a": "d/" * 150},
+    {"a": "x"},
+])
+def test_links_without_end_and_those_to_files_are_refused(store: ImageStore, links: dict[str, str]) -> None:
+    lower = Archive().add("x", b"file")
+    for name, target in links.items():
+        lower.add(name, type=tarfile.SYMTYPE, linkname=target)
+    refused(store, over(lower, Archive().add("a/y", b"y")))
 
 
 def test_a_link_is_replaced_and_never_followed(store: ImageStore, tmp_path: Path) -> None:
@@ -141,9 +194,19 @@ def test_hard_links_to_anything_but_a_file_of_the_image_are_refused(store: Image
 
 def test_a_device_in_a_layer_is_refused_and_set_id_bits_are_dropped(store: ImageStore) -> None:
     for kind in (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE):
-        assert "device" in refused(store, over(Archive().add("dev/sda", type=kind, devmajor=8)))
+        assert "device" in refused(store, over(Archive().add("srv/sda", type=kind, devmajor=8)))
     root = import_image(store, over(Archive().add("su", b"x", mode=0o6755))).root
     assert stat.S_IMODE((root / "su").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("kind", [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize("name", ["dev/console", "dev/pts/ptmx", "run/initctl"])
+def test_a_device_of_a_running_system_is_left_out(store: ImageStore, name: str, kind: bytes) -> None:
+    """`docker export`, buildah and kaniko pack /dev/console; a slot has its own /dev and /run."""
+    layer = Archive().add("dev", **DIRECTORY).add(name, type=kind, devmajor=5, devminor=1).add("dev/shm", **DIRECTORY)
+    image = import_image(store, over(layer))
+    assert not (image.root / name).exists()
+    assert (image.root / "dev/shm").is_dir()
 
 
 def test_the_limits_are_for_all_layers_together(tmp_path: Path) -> None:
@@ -271,6 +334,100 @@ def test_an_image_with_jupyterlab_is_a_notebook_server(store: ImageStore) -> Non
     assert (image.ready, image.url) == ("api", "lab?token={token}")
 
 
+LINK, PYTHON = {"type": tarfile.SYMTYPE}, ("opt/venv/bin/python", b"ELF")
+POLYGLOT = b"#!/bin/sh\n'''exec' %b \"$0\" \"$@\"\n' '''\n# -*- coding: utf-8 -*-\nimport sys\n"
+
+
+@pytest.mark.parametrize(("script", "python"), [
+    (b"#!/opt/venv/bin/python3 -I\nimport sys\n", "/opt/venv/bin/python3"),
+    (b"#! /opt/venv/bin/python\nimport sys\n", "/opt/venv/bin/python"),
+    (b"#!/usr/bin/env python3\nimport sys\n", "/usr/bin/python3"),
+    (b"#!/usr/bin/env -S X=1 python -I -s\nimport sys\n", "/opt/venv/bin/python"),
+    (POLYGLOT % b"/a/very/long/prefix/bin/python3.11", "/a/very/long/prefix/bin/python3.11"),
+    (POLYGLOT % b'"/a path/bin/python"', "/a path/bin/python"),
+    # uv's form for an environment that can be moved.
+    (POLYGLOT % b"\"$(dirname -- \"$(realpath -- \"$0\")\")\"/'python'", "/opt/venv/bin/python"),
+    (b"#!/bin/bash -e\nexport A=1\n  exec /opt/other/bin/python -m jupyterlab \"$@\"\n", "/opt/other/bin/python"),
+    (b'#!/bin/sh\nexec "/opt/conda/bin/jupyter-lab" "$@"\n', "/opt/conda/bin/python3.12"),
+    (b"#!/bin/sh\nexec /opt/venv/bin/jupyter-lab\n", "/opt/venv/bin/python"),  # itself
+    (b"\x7fELF of pixi", "/opt/venv/bin/python"),
+])
+def test_the_interpreter_of_jupyterlab_is_found_in_every_form(store: ImageStore, script: bytes, python: str) -> None:
+    image = import_image(store, bare(
+        ("opt/venv/bin/jupyter-lab", script), PYTHON, ("usr/bin/python3", b"ELF"),
+        ("opt/conda/bin/jupyter-lab", b"#!/opt/conda/bin/python3.12\n"),
+        Env=["PATH=/opt/venv/bin:/usr/bin"], Entrypoint=["tini"],
+    ))
+    assert image.python == python
+    assert [note for note in image.notes if "entry point (tini)" in note]
+
+
+@pytest.mark.parametrize("target", [
+    "/opt/venv/bin/jupyter-lab", "../../../opt/venv/bin/jupyter-lab", "../hop/jupyter-lab",
+])
+@pytest.mark.parametrize("script", [b"#!/opt/venv/bin/python\n", b"\x7fELF"])
+def test_the_jupyter_command_may_be_a_link(store: ImageStore, target: str, script: bytes) -> None:
+    layer = Archive().add("usr/local/bin/jupyter-lab", **LINK, linkname=target).add(*PYTHON)
+    layer.add("opt/venv/bin/jupyter-lab", script).add("usr/local/hop", **LINK, linkname="/opt/venv/bin")
+    assert import_image(store, Layers(Cmd=["x"]).layer(layer)).python == "/opt/venv/bin/python"
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "jupyter-lab", "/no/such", "../../../../../../{outside}"])
+def test_a_jupyter_command_that_leads_nowhere_is_none(store: ImageStore, tmp_path: Path, target: str) -> None:
+    (tmp_path / "script").write_text("#!/outside/python\n")
+    layer = Archive().add("usr/bin/jupyter-lab", **LINK, linkname=target.format(outside=tmp_path / "script"))
+    assert import_image(store, Layers(Cmd=["x"]).layer(layer)).command == ("x",)
+
+
+def modes(root: Path, *paths: str) -> list[str]:
+    return [f"{stat.S_IMODE((root / path).stat().st_mode):o}" for path in paths]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other owners")
+def test_files_of_the_images_user_are_readable_in_slots_and_those_of_others_are_not(tmp_path: Path) -> None:
+    store = ImageStore(tmp_path / "images")
+    layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n").add("etc/shadow", b"", mode=0o600)
+    layer.add("opt/app", type=tarfile.DIRTYPE, mode=0o700, uid=1000).add("opt/app/run", b"", mode=0o711, uid=1000)
+    layer.add("opt/data", b"", mode=0o640, gid=100).add("opt/other", b"", mode=0o600, uid=1001)
+    layer.add("opt/mine", b"", mode=0o206, uid=1000).add("opt/link", **LINK, linkname="/etc/shadow", uid=1000)
+    image = import_image(store, Layers(Cmd=["x"], User="1000").layer(layer))
+    assert modes(image.root, "opt/app", "opt/app/run", "opt/data", "opt/other", "opt/mine", "etc/shadow") == [
+        "705", "715", "644", "600", "206", "600"]
+    assert any("3 files and directories" in note for note in image.notes)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other owners")
+def test_an_interpreter_below_root_can_be_reached_in_slots(tmp_path: Path) -> None:
+    """uv installs interpreters into /root/.local when an image is built as root."""
+    store = ImageStore(tmp_path / "images")
+    private, uv = {"type": tarfile.DIRTYPE, "mode": 0o700}, "root/.local/share/uv/python/cpython-3.13"
+    layer = Archive().add("root", **private).add("root/.ssh", **private).add("root/.ssh/id", b"key", mode=0o600)
+    layer.add("root/.local", **private).add(f"{uv}/bin/python3.13", b"ELF", mode=0o700)
+    layer.add(f"{uv}/lib/os.py", b"", mode=0o600).add("srv/app/.venv/bin/python", **LINK, linkname="python3")
+    layer.add("srv/app/.venv/bin/python3", **LINK, linkname="/root/uv/bin/python3.13")
+    layer.add("root/uv", **LINK, linkname=f"/{uv}").add("etc/shadow", b"", mode=0o600)
+    layer.add("srv/app/.venv/bin/jupyter-lab", b"#!/srv/app/.venv/bin/python\n", mode=0o755)
+    image = import_image(store, Layers(Cmd=["x"], Env=["PATH=/srv/app/.venv/bin"]).layer(layer))
+    assert image.python == "/srv/app/.venv/bin/python"
+    assert modes(image.root, "root", "root/.local", f"{uv}/bin/python3.13", f"{uv}/lib/os.py") == [
+        "701", "701", "705", "604"]
+    assert modes(image.root, "root/.ssh", "root/.ssh/id", "etc/shadow") == ["700", "600", "600"]
+
+
+def test_an_import_tells_what_is_different_from_a_container(store: ImageStore) -> None:
+    layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n")
+    layer.add("opt/conda/bin/jupyter-lab", b"#!/opt/conda/bin/python\n").add("opt/conda/etc/conda/activate.d/gdal.sh")
+    layer.add("dev/console", type=tarfile.CHRTYPE, devmajor=5, devminor=1)
+    for number in range(2001):
+        layer.add(f"home/nb/{number}", b"x" * 1000)
+    config = {"User": "nb", "Env": ["PATH=/opt/conda/bin"], "Entrypoint": ["tini", "start.sh"]}
+    image = import_image(store, Layers(**config).layer(layer))
+    text = "\n".join(image.notes)
+    for part in ("dev/console", "tini start.sh", "/home/nb has 2,001 files of 2 MB", "/opt/conda/etc/conda/activate.d"):
+        assert part in text
+    assert store.get("mine").notes == image.notes
+
+
 def test_another_images_entry_point_is_its_command(store: ImageStore) -> None:
     image = import_image(store, bare(
         Entrypoint=["serve"], Cmd=["--base", "{base_path}", "--port", "{port}"], ExposedPorts={"3000/tcp": {}},
@@ -337,3 +494,42 @@ def test_a_wrong_command_or_address_is_refused(change: dict[str, object], key: s
         wanted.pop(default)
     with pytest.raises(ImageInvalid, match=f": {key}: "):
         manifest.from_mapping(wanted)
+
+
+def test_a_login_belongs_to_the_registry_of_the_image() -> None:
+    for reference, registry in (
+        ("registry.example/team/x:1", "registry.example"), ("host:5000/x", "host:5000"), ("localhost/x", "localhost"),
+        ("team/x", "docker.io"), ("x:1", "docker.io"),
+    ):
+        assert json.loads(logins.of_password(reference, "maria", "pass:word")) == {
+            "auths": {registry: {"auth": "bWFyaWE6cGFzczp3b3Jk"}}}
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"[]", b"[" * 100_000, b'{"auths": []}', b'{"auths": {"x": {}}, "credsStore": "y"}',
+])
+def test_a_file_without_a_login_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "auth.json").write_bytes(content)
+    with pytest.raises(ConfigError, match="has no login"):
+        logins.found(tmp_path / "auth.json")
+
+
+def test_a_credential_precedes_the_hosts_file_and_helpers_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nbagent.core.paths.REGISTRY_AUTH", tmp_path / "host.json")
+    assert logins.found(None, {}) is None
+    for name, secret in (("host.json", "aG9zdDp4"), ("registry-auth", "Y3JlZDp4")):
+        helpers = {"credsStore": "program", "credHelpers": {"r": "program"}}
+        text = {"auths": {"r": {"auth": secret}, "helped": {}}, **helpers}
+        (tmp_path / name).write_text(json.dumps(text))
+    assert json.loads(logins.found(None, {}) or "") == {"auths": {"r": {"auth": "aG9zdDp4"}}}
+    found = logins.found(None, {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert json.loads(found or "") == {"auths": {"r": {"auth": "Y3JlZDp4"}}}
+
+
+def test_proxies_are_quoted_for_systemd() -> None:
+    given = {"HTTPS_PROXY": 'http://u:a"b\\c@p:1', "no_proxy": "localhost,.example", "PATH": "/bin"}
+    assert fetch._proxies(given) == 'HTTPS_PROXY="http://u:a\\"b\\\\c@p:1"\nno_proxy="localhost,.example"\n'
+    with pytest.raises(BadRequest, match="https_proxy"):
+        fetch._proxies({"https_proxy": "x\nLD_PRELOAD=y"})

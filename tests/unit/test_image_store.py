@@ -339,8 +339,8 @@ def test_nothing_is_written_or_linked_through_a_symbolic_link(store: ImageStore,
 
 @pytest.mark.parametrize("kind", [tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, b"Z"])
 def test_special_files_are_refused(store: ImageStore, kind: bytes) -> None:
-    archive = Archive.with_image().add("dev/x", type=kind, devmajor=1, devminor=3)
-    assert "dev/x" in refused(store, archive)
+    archive = Archive.with_image().add("srv/dev/x", type=kind, devmajor=1, devminor=3)
+    assert "srv/dev/x" in refused(store, archive)
 
 
 @pytest.mark.parametrize("fields", [{"uid": 65536}, {"gid": 1 << 31}, {"uid": -1}])
@@ -480,3 +480,34 @@ def test_the_record_of_an_image_is_json(store: ImageStore) -> None:
     assert record["digest"] == image.digest
     assert record["id_base"] == image.id_base
     assert manifest.from_mapping(record["manifest"]) == manifest.parse(MANIFEST.encode())
+
+
+OTHER = manifest.parse(MANIFEST.replace('"/home/jovyan"', '"/home/other"').encode())
+
+
+def test_an_archive_is_added_with_a_manifest_of_its_own(store: ImageStore, tmp_path: Path) -> None:
+    """As `docker export` writes it, without a manifest."""
+    archive = Archive().add("usr/share/lab/main.js", b"1").save(tmp_path / "bare.tar")
+    with pytest.raises(ImageInvalid, match="--manifest"):
+        store.add(archive, "mine")
+    image = store.add(archive, "mine", OTHER)
+    assert (image.home, (image.root / "usr/share/lab/main.js").read_bytes()) == ("/home/other", b"1")
+    assert store.add(archive, "again", OTHER).digest == image.digest
+
+
+def test_an_image_gets_another_manifest_without_a_copy_of_its_files(store: ImageStore, tmp_path: Path) -> None:
+    first = store.add(Archive.with_image().save(tmp_path / "x.tar"), "mine")
+    second = store.use("mine", "mine", OTHER)
+    assert (second.home, second.digest == first.digest, second.id_base) == ("/home/other", False, first.id_base)
+    file = "usr/share/lab/main.js"
+    assert (second.root / file).samefile(first.root / file)
+    assert (second.static / "lab/main.js").exists()
+    assert store.former("mine") == first.digest
+    digits = first.digest.removeprefix("sha256-")[:20]
+    assert store.use("mine", digits, OTHER).digest == second.digest
+    # Neither depends on the other.
+    store.use("other", digits)
+    store.remove("mine")
+    assert second.digest in store.retire(set())
+    store.sweep()
+    assert (store.get("other").root / file).exists()

@@ -400,7 +400,8 @@ async def test_stats_add_up(tmp_path):
         assert 50 <= stats["next_end_s"] <= 60
         assert stats["pools"] == {"minimal": {"wanted": 1, "warm": 1, "starting": 0, "failures": 0, "paused_s": 0}}
         assert host.calls.images() == [
-            {"name": "minimal", "digest": "sha256-0", "launch": "exec", "warm": 1, "wanted": 1, "default": True}]
+            {"name": "minimal", "digest": "sha256-0", "launch": "exec", "launch_now": "exec",
+             "launch_reason": 'launch = "exec" in the manifest', "warm": 1, "wanted": 1, "default": True}]
 
 
 async def test_a_claimed_slot_is_culled_when_its_time_is_up(tmp_path, clock, journal):

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Adapts an unpacked image to slots, and names what is different from a container, for the person who imports it.
+
+The user of a slot has an id of its own, and no process of a slot is the image's user or root. So files that the image's
+user may read become readable for all users of the image, by `open_files`. Nothing becomes writable.
+
+The tree is private to the caller, so no file of it is replaced meanwhile.
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import stat
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nbagent.image import jupyter
+from nbagent.image.manifest import Manifest
+from nbagent.image.passwd import Account
+from nbagent.untrusted.refusal import Refused, plain
+from nbagent.untrusted.tar import Parts, name_parts
+from nbagent.untrusted.tree import Tree
+
+# The software of an image whose user is root. Other files of root may be private, such as /etc/shadow.
+_SOFTWARE = (("usr",), ("opt",), ("srv",))
+# A home that takes a slot longer to copy than the rest of its start, as measured on two processors.
+_HOME_BYTES, _HOME_ENTRIES = 20 << 20, 2000
+_NAMES_SHOWN = 3
+
+
+class Size(NamedTuple):
+    """The bytes of a directory's files, and the number of entries in it."""
+
+    size_bytes: int
+    entries: int
+
+
+def adapt(tree: Tree, id_base: int, account: Account, manifest: Manifest, left_out: Sequence[str]) -> tuple[str, ...]:
+    """Opens the image's files to its slots; returns sentences about what is different from a container."""
+    notes = []
+    if left_out:
+        names = ", ".join(plain(name) for name in left_out[:_NAMES_SHOWN])
+        more = f" and {len(left_out) - _NAMES_SHOWN} more" if len(left_out) > _NAMES_SHOWN else ""
+        notes.append(f"left out, because a slot has its own: {names}{more}")
+    opened = open_files(tree, id_base, account, manifest.python)
+    if opened:
+        notes.append(
+            f"made readable for slots, whose user has another id than the image's user {account.uid}:"
+            f" {opened} files and directories"
+        )
+    size = home_size(tree, manifest.home)
+    if size.size_bytes > _HOME_BYTES or size.entries > _HOME_ENTRIES:
+        notes.append(
+            f"the home {manifest.home} has {size.entries:,} files of {size.size_bytes / 1e6:,.0f} MB, which every slot"
+            " copies into its memory when it starts; put what users do not change into another directory, such as"
+            " /srv, and link it from the home"
+        )
+    if manifest.python and (scripts := _activation(tree, manifest.python)):
+        notes.append(
+            f"{scripts} is not run, because no shell starts JupyterLab; set its variables in [environment] of a"
+            " manifest"
+        )
+    return tuple(notes)
+
+
+def open_files(tree: Tree, id_base: int, account: Account, python: str | None) -> int:
+    """Lets every user of the image read what `account` may read; returns the number of files and directories.
+
+    Of an account that is root only the software: /usr, /opt, /srv, and the directories of the interpreter `python`.
+    """
+    opened = 0
+    tops: list[Parts] = [()]
+    if account.uid == 0:
+        tops = [top for top in _SOFTWARE if _is_directory(tree, top)]
+        if python:
+            ancestors, prefixes = _ways(tree, python)
+            opened += sum(_open(tree, parts, id_base, account, 0o1) for parts in ancestors)
+            tops += [prefix for prefix in prefixes if prefix and not any(_is_below(prefix, top) for top in tops)]
+    for top in tops:
+        for _, directories, files, directory_fd in os.fwalk(".", dir_fd=tree.directory_fd(top)):
+            for name in (*directories, *files):
+                status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
+                opened += _widen(name, directory_fd, status, id_base, account, 0o5)
+    return opened
+
+
+def home_size(tree: Tree, home: str) -> Size:
+    """The size of the home directory; links are followed to it, and not in it."""
+    size_bytes = entries = 0
+    try:
+        top_fd = tree.directory_fd(tree.resolve(name_parts(home)))
+    except (OSError, Refused):
+        return Size(0, 0)
+    for _, directories, files, directory_fd in os.fwalk(".", dir_fd=top_fd):
+        entries += len(directories) + len(files)
+        for name in files:
+            size_bytes += os.stat(name, dir_fd=directory_fd, follow_symlinks=False).st_size
+    return Size(size_bytes, entries)
+
+
+def _ways(tree: Tree, python: str) -> tuple[list[Parts], list[Parts]]:
+    """The directories on the way to the interpreter, and its prefixes: of the given path, and where its links lead."""
+    places = [name_parts(python)]
+    # Each link of a chain has a directory of its own: /root/venv/bin/python, python3, and the interpreter itself.
+    for _ in range(_NAMES_SHOWN):
+        try:
+            directory = tree.resolve(places[-1][:-1])
+            target = os.readlink(places[-1][-1], dir_fd=tree.directory_fd(directory))
+            places[-1] = (*directory, places[-1][-1])
+            parts = target.strip("/").split("/")
+            start = () if target.startswith("/") else directory
+            places.append((*tree.resolve((*start, *parts[:-1])), parts[-1]))
+        except (OSError, Refused):  # no further link
+            break
+    if (found := jupyter.resolved(tree, python)) is not None:
+        places.append(found)
+    ancestors = {place[:depth] for place in places for depth in range(1, len(place))}
+    prefixes = dict.fromkeys(place[:-2] for place in places if len(place) > 2 and place[-2] == "bin")
+    return sorted(ancestors), [prefix for prefix in prefixes if _is_directory(tree, prefix)]
+
+
+def _open(tree: Tree, parts: Parts, id_base: int, account: Account, bits: int) -> int:
+    if not _is_directory(tree, parts):
+        return 0
+    return _widen(".", tree.directory_fd(parts), os.fstat(tree.directory_fd(parts)), id_base, account, bits)
+
+
+def _widen(name: str, directory_fd: int, status: os.stat_result, id_base: int, account: Account, bits: int) -> int:
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        return 0
+    if status.st_uid == id_base + account.uid:
+        allowed = status.st_mode >> 6
+    elif status.st_gid == id_base + account.gid:
+        allowed = status.st_mode >> 3
+    else:
+        return 0
+    mode = stat.S_IMODE(status.st_mode)
+    if (wider := mode | allowed & bits) == mode:
+        return 0
+    os.chmod(name, wider, dir_fd=directory_fd)
+    return 1
+
+
+def _activation(tree: Tree, python: str) -> str | None:
+    """The directory of conda's scripts that a shell runs when it activates the interpreter's environment."""
+    directory = posixpath.join(posixpath.dirname(posixpath.dirname(python)), "etc/conda/activate.d")
+    try:
+        with os.scandir(tree.directory_fd(tree.resolve(name_parts(directory)))) as found:
+            return directory if any(entry.name.endswith(".sh") for entry in found) else None
+    except (OSError, Refused):
+        return None
+
+
+def _is_directory(tree: Tree, parts: Parts) -> bool:
+    try:
+        tree.directory_fd(parts)
+    except OSError:
+        return False
+    return True
+
+
+def _is_below(parts: Parts, top: Parts) -> bool:
+    return parts[: len(top)] == top

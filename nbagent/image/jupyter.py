@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Finds the Python interpreter of an image's JupyterLab, from the jupyter-lab on the image's PATH.
+
+The command is a script in one of these forms, possibly behind symbolic links, which are resolved within the image:
+
+    #!/opt/conda/bin/python3.12 -I         pip and conda
+    #!/usr/bin/env -S python3 -I           env(1), which searches the PATH
+    #!/bin/sh                              a shell's script that is Python too, for a path that is longer than the
+    '''exec' "/long/python" "$0" "$@"      kernel's limit or contains a space
+    #!/bin/sh                              a wrapper of another jupyter-lab or of `python -m jupyterlab`
+    exec /opt/venv/bin/jupyter-lab "$@"
+
+For any other form, such as the program that pixi writes, it is the interpreter in the directory of the script. Only the
+form of the files is read; no program of the image is run.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+
+from nbagent.image import manifest as manifests
+from nbagent.untrusted.refusal import Refused
+from nbagent.untrusted.tar import Parts, name_parts
+from nbagent.untrusted.tree import Tree
+
+_COMMAND = "jupyter-lab"
+_PYTHON = re.compile(r"(?:python|pypy)[0-9.]*")
+_SHELLS = ("sh", "bash", "dash", "ash")
+_BESIDE = ("python3", "python")
+# The first word after exec, quoted or not. 'exec' is quoted in a script that is Python too.
+_EXEC = re.compile(r"""^\s*(?:'''exec'|exec)\s+(?:"([^"$`\n]+)"|'([^'\n]+)'|([^\s"'$`]+))""", re.MULTILINE)
+_WRAPPERS_MAX = 5
+
+
+def interpreter(tree: Tree, path: str) -> str | None:
+    """The interpreter of the first jupyter-lab in the directories of `path`, as an absolute path of the image."""
+    for directory in path.split(":"):
+        if directory.startswith("/"):
+            found = _of_script(tree, posixpath.join(directory, _COMMAND), path, _WRAPPERS_MAX)
+            if found is not None and _is_plain(found):
+                return found
+    return None
+
+
+def resolved(tree: Tree, path: str) -> Parts | None:
+    """The file that an absolute path of the image leads to, or None if it does not exist or is no file."""
+    try:
+        parts = tree.resolve(name_parts(path))
+        file = tree.open_regular(parts) if parts else None
+    # Refused: a name with NUL or more than the kernel's limits.
+    except (OSError, Refused):
+        return None
+    if file is None:
+        return None
+    file.close()
+    return parts
+
+
+def _of_script(tree: Tree, script: str, path: str, wrappers_left: int) -> str | None:
+    if (parts := resolved(tree, script)) is None:
+        return None
+    content = _beginning(tree, parts)
+    first, _, rest = content.partition("\n")
+    words = first[2:].split() if first.startswith("#!") else []
+    if words and posixpath.basename(words[0]) == "env":
+        # Options, such as -S, and variables precede the program.
+        name = next((word for word in words[1:] if not word.startswith("-") and "=" not in word), "")
+        words = [name if "/" in name else _searched(tree, name, path)]
+    program = words[0] if words else ""
+    if program.startswith("/") and _PYTHON.fullmatch(posixpath.basename(program)):
+        return program
+    if posixpath.basename(program) in _SHELLS:
+        for match in _EXEC.finditer(rest):
+            target = next(filter(None, match.groups()))
+            name = posixpath.basename(target)
+            target = target if target.startswith("/") else _searched(tree, target, path)
+            if _PYTHON.fullmatch(name) and target:
+                return target
+            if name in (_COMMAND, "jupyter") and target and wrappers_left and target != script:
+                return _of_script(tree, target, path, wrappers_left - 1)
+    return _beside(tree, script, parts)
+
+
+def _beside(tree: Tree, script: str, parts: Parts) -> str | None:
+    """The interpreter in the directory of the script, or in that of the link that leads to it."""
+    for directory in ("/" + "/".join(parts[:-1]), posixpath.dirname(script)):
+        for name in _BESIDE:
+            if resolved(tree, posixpath.join(directory, name)) is not None:
+                return posixpath.join(directory, name)
+    return None
+
+
+def _searched(tree: Tree, name: str, path: str) -> str:
+    """The program of this name in the first directory of `path` that has it, or ""."""
+    for directory in path.split(":"):
+        candidate = posixpath.join(directory, name)
+        if name and "/" not in name and directory.startswith("/") and resolved(tree, candidate) is not None:
+            return candidate
+    return ""
+
+
+def _beginning(tree: Tree, parts: Parts) -> str:
+    file = tree.open_regular(parts)
+    if file is None:
+        return ""
+    with file:
+        return file.read(manifests.MAX_BYTES).decode(errors="replace")
+
+
+def _is_plain(path: str) -> bool:
+    """Whether a manifest may have this path."""
+    return posixpath.normpath(path) == path and path.isprintable() and not path.startswith("//")
