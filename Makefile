@@ -6,7 +6,7 @@ export NBAGENT_CACHE ?= /var/cache/nbagent-build
 DIST := $(NBAGENT_CACHE)/dist
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host uncharged fuzz check bench bench-density bench-compressed bench-fleet bench-neighbour \
+.PHONY: up up-fleet down test unit host test-ansible uncharged fuzz check bench bench-density bench-compressed bench-fleet bench-neighbour \
     bench-tools image debs tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
@@ -27,6 +27,9 @@ unit: tools          ## unit tests; no systemd host is needed
 
 host: tools          ## integration tests on real systemd hosts
 	@tests/run-integration $(PYTEST)
+
+test-ansible: tools  ## the playbooks of packaging/ansible install and change a fleet of test hosts
+	$(PYTEST) -x tests/ansible
 
 uncharged: tools     ## every kind of memory of the kernel in tests/integration/uncharged.py; make test tries some
 	NBAGENT_ALL_KINDS=1 $(PYTEST) tests/integration/test_uncharged.py
