@@ -85,7 +85,8 @@ class Ansible:
 
     def call(self, *argv: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            argv, cwd=self.directory, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            argv, cwd=self.directory, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            check=False,
         )
 
     def must(self, playbook: str, *options: str, **variables: Any) -> dict[str, int]:

@@ -55,7 +55,8 @@ class Site:
 
     def inventory(self, ansible, **variables):
         gateways = {self.gateway_name: {"nbagent_gateway_address": gateway_address(0)}}
-        ansible.inventory(self.hosts, gateways, nbagent_host_settings=SETTINGS, nbagent_host_drain_wait="1s", **variables)
+        variables = {"nbagent_host_settings": SETTINGS, "nbagent_host_drain_wait": "1s"} | variables
+        ansible.inventory(self.hosts, gateways, **variables)
 
     def spawn(self):
         """A notebook by a claim at the gateway, which the test keeps open."""
@@ -105,7 +106,8 @@ def newer(directory, suffix):
         # The dependency on the exact version of python3-nbagent too.
         text = control.read_text().replace(f"Version: {version}", f"Version: {version}{suffix}")
         control.write_text(text.replace(f"(= {version})", f"(= {version}{suffix})"))
-        subprocess.run(["dpkg-deb", "-b", "--root-owner-group", "-Znone", tree, directory], check=True, stdout=subprocess.DEVNULL)
+        pack = ["dpkg-deb", "-b", "--root-owner-group", "-Znone", tree, directory]
+        subprocess.run(pack, check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(tree)
 
 
@@ -150,9 +152,10 @@ def test_an_image_is_rolled_out_and_back(site, ansible, tmp_path):
     first = image(site, "a")
     # Another archive of the same image: a frame that zstd skips has other bytes and no content.
     archive.write_bytes(archive.read_bytes() + b"\x50\x2a\x4d\x18\x00\x00\x00\x00")
-    ansible["debian"].must("image", nbagent_image_name="minimal", nbagent_image_archive=str(archive))
+    new = {"nbagent_image_name": "minimal", "nbagent_image_archive": str(archive)}
+    ansible["debian"].must("image", **new)
     assert {image(site, label) for label in LABELS}.isdisjoint({first})
-    assert not any(ansible["debian"].must("image", nbagent_image_name="minimal", nbagent_image_archive=str(archive)).values())
+    assert not any(ansible["debian"].must("image", **new).values())
     ansible["debian"].must("image", nbagent_image_name="minimal", nbagent_image_digest=first)
     assert {image(site, label) for label in LABELS} == {first}
 
