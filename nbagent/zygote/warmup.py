@@ -77,6 +77,9 @@ MESSAGES: Tuple[Tuple[str, Dict[str, Any]], ...] = (
     ("history_request", {"hist_access_type": "tail", "n": 1, "raw": True, "output": False}),
 )
 
+# A page takes less than a second on an idle machine.
+RESPONSE_TIMEOUT_S = 20.0
+
 # Runs a kernel in the calling thread until it is shut down or stopped. Arguments: the connection file; a function to
 # call when the kernel listens; a function to call with another one, which stops the kernel from any thread.
 RunKernel = Callable[[str, Callable[[], None], Callable[[Callable[[], None]], None]], None]
@@ -258,12 +261,15 @@ def _headers(server: Any) -> Dict[str, str]:
 
 
 async def _request(server: Any, path: str, method: str, page: str, body: bytes = b"") -> bytes:
-    """The body of the response, for any status."""
+    """The body of the response, for any status; empty when there is none within RESPONSE_TIMEOUT_S."""
     reader, writer = await asyncio.open_unix_connection(path)
     headers = {"Host": "localhost", "Connection": "close", "Content-Length": str(len(body)), **_headers(server)}
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     writer.write(f"{method} {server.base_url}{page} HTTP/1.1\r\n{head}\r\n".encode() + body)
-    response = await reader.read()
+    response = b""
+    # A handler of an extension that does not respond costs its own page, and not the zygote.
+    with contextlib.suppress(asyncio.TimeoutError):
+        response = await asyncio.wait_for(reader.read(), RESPONSE_TIMEOUT_S)
     writer.close()
     await writer.wait_closed()
     return response.partition(b"\r\n\r\n")[2]
