@@ -78,7 +78,7 @@ MESSAGES: Tuple[Tuple[str, Dict[str, Any]], ...] = (
 )
 
 # A page takes less than a second on an idle machine.
-RESPONSE_TIMEOUT_S = 20.0
+RESPONSE_TIMEOUT_S = 10.0
 
 # Runs a kernel in the calling thread until it is shut down or stopped. Arguments: the connection file; a function to
 # call when the kernel listens; a function to call with another one, which stops the kernel from any thread.

@@ -147,7 +147,7 @@ def test_failed_requests_put_no_token_into_the_journal(agent, label):
         broken = agent.router.get(f"/user/{silent}/lab?token={token}", Referer=f"http://x/lab?token={token}",
                                   Accept="text/html")
         gone = agent.router.get(f"/user/{UNKNOWN.format(label=label)}/lab?token={token}")
-        huge = agent.router.get(f"{base}/lab?token={token}&x={'y' * 9000}")
+        huge = agent.router.get(f"{base}/lab?token={token}&x={'y' * 40000}")
     finally:
         agent.run("rmdir", f"/run/nbagent/slots/{silent}")
     assert (broken.status, gone.status, huge.status) == (502, 404, 414)
