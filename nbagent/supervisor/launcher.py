@@ -117,7 +117,7 @@ def sandbox_spec(
     """The sandbox of a slot of `image`, and the program in it."""
     values = {"base_path": slot.base_path.rstrip("/"), "port": str(image.port or ""), "token": slot.token}
     environment = _environment(image, values) | {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
-    notebook = [image.python, "-I", f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
+    notebook = [image.python, f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
     return _image_spec(image, storage_bytes)._replace(
         slot=slot.id,
         uid=slot.uid,
@@ -141,7 +141,7 @@ def zygote_spec(image: Image, storage_bytes: int) -> SandboxSpec:
     environment = _environment(image, values)
     return _image_spec(image, storage_bytes)._replace(
         user="root",
-        command=[image.python, "-I", f"{CODE_PATH}/zygote/zygote.py",
+        command=[image.python, f"{CODE_PATH}/zygote/zygote.py",
                  *([] if image.share_memory else [PRIVATE_MEMORY_OPTION])],
         environment=environment | {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": ZYGOTE_NAME},
         syscall_filter=forking_filter(),

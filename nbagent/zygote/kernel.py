@@ -19,8 +19,10 @@ import asyncio
 import atexit
 import builtins
 import contextlib
+import ctypes
 import gc
 import importlib
+import io
 import json
 import logging
 import os
@@ -38,7 +40,7 @@ from tornado import ioloop
 from traitlets.config import Config, SingletonConfigurable
 
 from nbagent.linux.process import make_room_for_descriptors
-from nbagent.zygote import entropy, warmup
+from nbagent.zygote import as_execd, entropy, provisioner, warmup
 from nbagent.zygote.inherited import Openers
 from nbagent.zygote.memory.sharing import MemorySharing
 
@@ -59,7 +61,7 @@ _shell: Any = None
 _retained_loops: List[Any] = []
 
 
-class KernelApp(kernelapp.IPKernelApp):
+class IPKernelApp(kernelapp.IPKernelApp):
     """ipykernel's application without a command line, optionally with a prepared shell.
 
     `on_bound` is called when the kernel's sockets are bound.
@@ -136,11 +138,14 @@ def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers:
     with open(MODULES_PATH) as file:
         modules = json.load(file)
     with restore_process_state():
-        # debugpy is imported before the warm-up, because it keeps the sys.stderr that it finds on import, and that of a
-        # warm-up kernel ends with it. The variable suppresses a warning on standard error about frozen modules.
-        os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
-        _import(["ipykernel.debugger", *modules["kernel"], *modules["server"]])
-        _preload(preload, memory, openers)
+        # debugpy, which as_execd.record() has imported, keeps the sys.stderr that it finds on import, and that of a
+        # warm-up kernel ends with it.
+        _import(modules["server"])
+        # Matplotlib reads its backend from the environment on import. A kernel sets the variable only when it starts.
+        os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        with as_execd.note():
+            _import(modules["kernel"])
+            _preload(preload, memory, openers)
         with openers.during("a request or a kernel of the warm-up"):
             # The first warm-up is not recorded, since much of its code runs only once in a process.
             warmup.warm_up(server, _run_warmup_kernel)
@@ -165,8 +170,6 @@ def _import(names: Iterable[str]) -> None:
 
 def _preload(names: Iterable[str], memory: MemorySharing, openers: Openers) -> None:
     """Imports the modules that the image's manifest names, and ends the threads that their libraries started."""
-    # Matplotlib reads its backend from the environment on import. A kernel sets the variable only when it starts.
-    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     for name in names:
         with openers.during(f"the module {name}"):
             importlib.import_module(name)
@@ -246,7 +249,7 @@ def _current_loop() -> Optional[asyncio.AbstractEventLoop]:
 
 def _ready_shell() -> Any:
     """A shell as ipykernel creates it, but without the history database."""
-    app = KernelApp()
+    app = IPKernelApp()
     app.parse_command_line()
     app.init_profile_dir()
     app.init_config_files()
@@ -271,7 +274,7 @@ def _run_warmup_kernel(
         loop = ioloop.IOLoop()
         asyncio.set_event_loop(loop.asyncio_loop)
         set_stop(lambda: loop.add_callback(loop.stop))
-        app = KernelApp.instance(connection_file=connection_file, parent_handle=NO_PARENT_POLL, capture_fd_output=False,
+        app = IPKernelApp.instance(connection_file=connection_file, parent_handle=NO_PARENT_POLL, capture_fd_output=False,
                                  log_level=logging.CRITICAL)
         app.on_bound = on_bound
         app.config.HistoryManager.enabled = False
@@ -292,10 +295,10 @@ def _run_warmup_kernel(
 
 
 def run(order: Mapping[str, Any], bound: Callable[[], None]) -> NoReturn:
-    """Runs a kernel with the "connection_file", "cwd" and "environment" of `order`; calls `bound` once it listens."""
+    """Runs a kernel with the "command", "connection_file", "cwd" and "environment" of `order`; calls `bound` once it listens."""
     gc.disable()
     _reset_process(order)
-    app = KernelApp.instance(connection_file=order["connection_file"], parent_handle=NO_PARENT_POLL)
+    app = IPKernelApp.instance(connection_file=order["connection_file"], parent_handle=NO_PARENT_POLL)
     app.ready_shell, app.on_bound = _shell, bound
     status = 0
     try:
@@ -307,18 +310,38 @@ def run(order: Mapping[str, Any], bound: Callable[[], None]) -> NoReturn:
     # The steps of the interpreter's own exit, which cannot run because the zygote's frames are below this one.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    _finalise()
     os._exit(status)
+
+
+def _finalise() -> None:
+    """Does what the interpreter's finalisation does for the user's data: destroys the objects of the user's namespace,
+    which writes the rest of files that are not closed, and flushes all files and those of the C library.
+    """
+    with contextlib.suppress(Exception):
+        _shell.user_ns.clear()
+        _shell.user_ns_hidden.clear()
+        _shell.user_module.__dict__.clear()
+        sys.modules.pop("__main__", None)
+    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+        vars(sys).pop(name, None)
+    with contextlib.suppress(Exception):
+        gc.collect()
+    # Objects of modules, and of frames that are not destroyed, have files too. A text file flushes the file below it.
+    files = [found for found in gc.get_objects() if isinstance(found, (io.TextIOWrapper, io.BufferedWriter,
+                                                                       io.BufferedRandom))]
+    for file in [*files, sys.stdout, sys.stderr]:
+        with contextlib.suppress(Exception):
+            file.flush()
+    ctypes.CDLL(None).fflush(None)
 
 
 def _reset_process(order: Mapping[str, Any]) -> None:
     """Gives this process the state of a newly started Python, in place of the state that the server has set."""
-    for number in range(1, signal.NSIG):
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            with contextlib.suppress(OSError, ValueError):
-                signal.signal(number, signal.SIG_DFL)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        # None is the handler of a library, such as readline's of SIGWINCH.
+        if signal.getsignal(number) is not None:
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -338,8 +361,9 @@ def _reset_process(order: Mapping[str, Any]) -> None:
     # The server blocks the import of packages that it does not need: notebook_server.py.
     for name in [name for name, module in sys.modules.items() if module is None]:
         del sys.modules[name]
-    sys.argv[:] = ["ipykernel_launcher", "-f", order["connection_file"]]
+    provisioner.unregister()
     _extend_path()
+    as_execd.become(list(order["command"]))
 
 
 def _reset_logging() -> None:
@@ -359,14 +383,14 @@ def _reset_logging() -> None:
 def _extend_path() -> None:
     """Adds the user's site-packages and the working directory to sys.path, as in a newly started Python.
 
-    The server runs with `python3 -I`, which excludes both; ipykernel does not add the working directory then.
+    The server's path has no working directory, because it runs a file, and no directory that did not exist at its start.
     """
     import site
 
     user_site = site.getusersitepackages()
     packages = ("site-packages", "dist-packages")
     first = next((index for index, path in enumerate(sys.path) if path.endswith(packages)), len(sys.path))
-    if user_site not in sys.path and os.path.isdir(user_site):
+    if site.ENABLE_USER_SITE and user_site not in sys.path and os.path.isdir(user_site):
         sys.path.insert(first, user_site)
     if "" not in sys.path and not os.environ.get("PYTHONSAFEPATH"):
         sys.path.insert(first, "")

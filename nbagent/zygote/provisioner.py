@@ -96,6 +96,7 @@ def _order(cmd: List[str], options: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     ):
         return None
     return {
+        "command": list(cmd),
         "connection_file": ordinary[4],
         "cwd": os.fspath(options.get("cwd") or os.getcwd()),
         "environment": dict(environment),
@@ -150,3 +151,8 @@ def register() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 
+
+
+def unregister() -> None:
+    """Makes the entry point unknown in this process, which is a kernel."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]

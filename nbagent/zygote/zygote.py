@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The zygote: a notebook server that is initialised up to its listening socket, and forks slots.
 
-    python3 -I zygote.py [--private-memory]
+    python3 zygote.py [--private-memory]
 
 Runs inside an image, under the image's own Python, in a root of its own, as root of the image's user namespace
 with the few capabilities that a fork of a slot takes (nbagent.sandbox.plan). Over the channel at CONTROL_FD it
@@ -25,13 +25,21 @@ import sys
 import traceback
 from typing import Any, Dict, List, Mapping, NoReturn, Tuple, cast
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+# Without -I, because the flags, the hash seed and the path of its Python are those of all kernels. The directory of this
+# file, whose modules are submodules, is not searched.
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [os.path.dirname(os.path.dirname(_HERE)), *(path for path in sys.path if path != _HERE)]
 gc.disable()
 
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, share_memory
 
 # Before the imports below, so that the modules they load are in the shared memory.
 memory = share_memory(PRIVATE_MEMORY_OPTION not in sys.argv)
+
+from nbagent.zygote import as_execd
+
+# Before the server is imported, whose warning filters a kernel does not have.
+as_execd.record()
 
 from jupyter_server.extension.manager import ExtensionManager
 
@@ -165,6 +173,7 @@ class Zygote:
         slot = fields.mapping(request.body, "slot")
         print_fd = request.take("output")
         listen_fd, activity_fd, config_fd = (request.take(name) for name in ("listen", "activity", "config"))
+        environment = cast(Dict[str, str], fields.mapping(slot, "environment"))
         os.setsid()
 
         def begin_fork_server() -> None:
@@ -172,13 +181,14 @@ class Zygote:
             for fd in (listen_fd, activity_fd, config_fd):
                 os.close(fd)
             _enter(slot, init, print_fd, [])
+            as_execd.show([sys.executable, forkserver.__file__], environment)
 
         # Before this process reads the server's secrets, which no kernel may have.
         provisioner.use(forkserver.split_off_server(kernel.run, init, begin_fork_server))
         # While init builds the root: all that needs none.
         entropy.reseed()
         os.environ.clear()
-        os.environ.update(cast(Dict[str, str], fields.mapping(slot, "environment")))
+        os.environ.update(environment)
         settings = notebook_server.read_settings(config_fd)
         self.places.fill(settings["base_url"], settings["token"])
         application = notebook_server.reinitialise(self.server, BASE_URL, settings["base_url"])
@@ -186,6 +196,8 @@ class Zygote:
         init.close()
         # The change of user has cleared it. As after an exec, the user may read this process's /proc and debug it.
         prctl(PR_SET_DUMPABLE, 1)
+        as_execd.forget_host_name()
+        as_execd.show([sys.executable, os.path.join(_HERE, "exec_main.py")], environment)
         # The directory that the zygote made is in the zygote's root.
         os.makedirs(self.server.runtime_dir, mode=0o700, exist_ok=True)
 
