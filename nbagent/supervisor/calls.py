@@ -104,6 +104,7 @@ class Calls:
         try:
             if slot.limits != before.limits:
                 self._systemd.set_limits(slot.scope, slot.limits)
+                live.publish(slot.limits)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._records.save(before)

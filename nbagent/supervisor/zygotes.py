@@ -36,6 +36,7 @@ from nbagent.supervisor.launcher import (
     Launched,
     Scope,
     SlotStart,
+    default_limits,
     forked_filter,
     pid_of,
     zygote_spec,
@@ -297,7 +298,8 @@ class Zygotes:
         finally:
             del self._expected[instance]
         try:
-            spec = zygote_spec(image, self.config.value.slots.storage_bytes)
+            slots = self.config.value.slots
+            spec = zygote_spec(image, slots.storage_bytes, default_limits(slots))
             channel.send({"spec": spec.save(), "preload": list(image.preload)})
             response = await self._response(channel)
             if response is None:

@@ -84,10 +84,30 @@ def become(command: List[str]) -> None:
     sys._xoptions.clear()
     sys._xoptions.update({name: text or True for name, _, text in options})
     forget_host_name()
+    _count_processors()
     # A kernel finds nbagent's modules by the package, which is loaded, and its own programs find none.
     packages = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     sys.path[:] = [path for path in sys.path if path != packages]
     show(command, os.environ)
+
+
+def _count_processors() -> None:
+    """Makes os.cpu_count() follow PYTHON_CPU_COUNT, which Python 3.13 and later read at their start."""
+    if not hasattr(sys, "_get_cpu_count_config"):
+        return
+    text, known = os.environ.get("PYTHON_CPU_COUNT", ""), sys._get_cpu_count_config()
+    wanted = int(text) if text.isdigit() else 0
+    if wanted == max(known, 0):
+        return
+    cpus: Any = os.sysconf("SC_NPROCESSORS_ONLN")
+
+    def cpu_count() -> Any:
+        return wanted or cpus
+
+    def process_cpu_count() -> Any:
+        return wanted or len(os.sched_getaffinity(0))
+
+    os.cpu_count, os.process_cpu_count = cpu_count, process_cpu_count  # type: ignore[attr-defined]
 
 
 def show(command: List[str], environment: Mapping[str, str]) -> None:

@@ -40,7 +40,7 @@ from tornado import ioloop
 from traitlets.config import Config, SingletonConfigurable
 
 from nbagent.linux.process import make_room_for_descriptors
-from nbagent.zygote import as_execd, entropy, provisioner, warmup
+from nbagent.zygote import as_execd, entropy, provisioner, thread_pools, warmup
 from nbagent.zygote.inherited import Openers
 from nbagent.zygote.memory.sharing import MemorySharing
 
@@ -176,6 +176,7 @@ def _preload(names: Iterable[str], memory: MemorySharing, openers: Openers) -> N
     # Libraries that support fork, such as OpenBLAS, end their threads by a pthread_atfork(3) handler before a fork and
     # start them again on first use. So a fork at this point leaves the zygote with one thread.
     memory.fork_noop()
+    thread_pools.find()
 
 
 @contextlib.contextmanager
@@ -364,6 +365,7 @@ def _reset_process(order: Mapping[str, Any]) -> None:
     provisioner.unregister()
     _extend_path()
     as_execd.become(list(order["command"]))
+    thread_pools.resize(os.environ)
 
 
 def _reset_logging() -> None:

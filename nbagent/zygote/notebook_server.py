@@ -45,6 +45,7 @@ from traitlets.config import Config
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
+from nbagent.wire.limits_page import LimitVariables
 from nbagent.zygote import provisioner
 
 # From 0 to 1000; makes the Linux OOM killer select a notebook's kernel before its server.
@@ -232,6 +233,7 @@ def close_loop(server: Any) -> None:
 
 def serve(server: Any, application: Any, on_serving: Callable[[], None] = lambda: None) -> None:
     """Serves `application` on LISTEN_FD until SIGTERM; calls `on_serving` when the event loop runs."""
+    _apply_limits(server)
     listener = socket.socket(fileno=LISTEN_FD)
     make_room_for_descriptors(DESCRIPTORS)
     listener.setblocking(False)  # tornado accepts connections until EAGAIN
@@ -247,6 +249,20 @@ def serve(server: Any, application: Any, on_serving: Callable[[], None] = lambda
     server.io_loop.add_callback(server.log.setLevel, level)
     server.io_loop.add_callback(on_serving)
     server.start()
+
+
+def _apply_limits(server: Any) -> None:
+    """Sets the variables for the slot's limits now, and before each start of a kernel or a terminal."""
+    apply = LimitVariables(ACTIVITY_FD).apply
+    apply(os.environ)
+    provisioner.use_limits(apply)
+    terminals = server.web_app.settings.get("terminal_manager")
+    if (make_environment := getattr(terminals, "make_term_env", None)) is not None:
+        def make_limited_environment(*arguments: Any, **options: Any) -> Any:
+            apply(os.environ)
+            return make_environment(*arguments, **options)
+
+        terminals.make_term_env = make_limited_environment
 
 
 def _http_server(server: Any, application: Any) -> HTTPServer:

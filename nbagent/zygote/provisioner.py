@@ -18,7 +18,7 @@ import os
 import site
 import sys
 from importlib.metadata import Distribution, DistributionFinder
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Protocol
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Protocol
 
 from jupyter_client.provisioning import LocalProvisioner
 
@@ -44,6 +44,8 @@ class Forker(Protocol):
 
 
 _forkserver: Optional[Forker] = None
+# Sets the variables for the slot's limits in environments.
+_apply_limits: Callable[..., None] = lambda *_environments: None
 
 
 def use(forkserver: Optional[Forker]) -> None:
@@ -52,12 +54,20 @@ def use(forkserver: Optional[Forker]) -> None:
     _forkserver = forkserver
 
 
+def use_limits(apply: Callable[..., None]) -> None:
+    """Sets the function that sets the variables for the slot's limits in environments."""
+    global _apply_limits
+    _apply_limits = apply
+
+
 class ForkServerProvisioner(LocalProvisioner):
     """A LocalProvisioner whose process may be forked from the fork server."""
 
     async def launch_kernel(self, cmd: List[str], **options: Any) -> Any:
         """Launches a kernel: by fork where the result is the same, else by exec of `cmd`."""
         global _forkserver
+        # Also in the environment of a restart, which is that of the kernel's first start.
+        _apply_limits(os.environ, *([options["env"]] if "env" in options else []))
         order = _order(cmd, options) if _forkserver is not None else None
         if _forkserver is not None and order is None and _forkserver.exclusive:
             raise RuntimeError(f"the kernel {cmd} cannot be forked")
