@@ -23,6 +23,7 @@ from nbagent.core import paths
 from nbagent.core.errors import ConfigError
 from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
+from nbagent.supervisor import system_files
 from nbagent.supervisor.composition import Supervisor, Surroundings, compose
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
@@ -44,6 +45,7 @@ def main() -> int:
 
 async def _run(config: host_config.HostConfig) -> None:
     sockets = _activated()
+    system_files.make(paths.SYSTEM_FILES)
     systemd = Systemd()
     records = Records(paths.SLOTS)
     current, changed = CurrentConfig(config), asyncio.Event()

@@ -175,6 +175,7 @@ def _image_spec(image: Image, storage_bytes: int) -> SandboxSpec:
         environment={},
         code=str(Path(nbagent.__file__).parent),
         mountpoint=str(paths.SANDBOX),
+        system=str(paths.SYSTEM_FILES),
         syscall_filter=syscall_filter(),
     )
 

@@ -35,6 +35,7 @@ FURNITURE = {
     # propagates any (mount_namespaces(7)). The step only keeps later mounts of the host out, until Detach.
     "PrivateMounts",
     "Directory", "Bind tmp", "Tmpfs dev", "Devices", "Bind dev/shm", "DevPts", "Link", "OwnHome", "Loopback",
+    "SystemFiles", "OwnCgroup",
 }
 
 
