@@ -99,8 +99,8 @@ _shown: List[Any] = []
 def set_command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
     """Sets the command line and the environment that /proc and ps(1) show of this process, as execve(2) would.
 
-    PR_SET_MM_MAP (struct prctl_mm_map of linux/prctl.h) takes no capability. Raises OSError, for example when the kernel
-    has no CONFIG_CHECKPOINT_RESTORE.
+    PR_SET_MM_MAP (struct prctl_mm_map of linux/prctl.h) takes no capability. Raises OSError, for example when the
+    kernel has no CONFIG_CHECKPOINT_RESTORE.
     """
     shown = [b"".join(os.fsencode(word) + b"\0" for word in arguments),
              b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in environment.items())]
@@ -116,8 +116,8 @@ def set_command_line(arguments: Sequence[str], environment: Mapping[str, str]) -
     memory.write(b"".join(shown))
     begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     middle, end = begin + len(shown[0]), begin + len(shown[0]) + len(shown[1])
-    values = (start_code, end_code, start_data, end_data, start_brk, libc.sbrk(0), start_stack, begin, middle, middle, end)
+    values = (start_code, end_code, start_data, end_data, start_brk, libc.sbrk(0), start_stack)
     # Then the address and size of the auxiliary vector, and the descriptor of the executable: unchanged.
-    new = (ctypes.c_uint64 * 13)(*values, 0, 0xFFFFFFFF << 32)
+    new = (ctypes.c_uint64 * 13)(*values, begin, middle, middle, end, 0, 0xFFFFFFFF << 32)
     prctl(PR_SET_MM, PR_SET_MM_MAP, ctypes.addressof(new), ctypes.sizeof(new))
     _shown[:] = [memory]

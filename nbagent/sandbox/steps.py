@@ -223,8 +223,9 @@ class SystemFiles(SharedProgram):
 
 
 class OwnCgroup(NamedTuple):
-    """The slot's own cgroup, the root of its cgroup namespace, read-only: libraries and runtimes read from it the memory
-    and the processor time that the slot may use. Its files belong to the host's root, and no other slot's are there."""
+    """The slot's own cgroup, the root of its cgroup namespace, read-only: libraries and runtimes read from it the
+    memory and the processor time that the slot may use. Its files belong to the host's root, and no other slot's are
+    there."""
 
     target: str
 

@@ -125,7 +125,8 @@ def sandbox_spec(
     values = {"base_path": slot.base_path.rstrip("/"), "port": str(image.port or ""), "token": slot.token}
     # JupyterLab's server sets them itself, before each kernel, because a claim may change the limits.
     limits = {} if image.python else _limit_variables(slot.limits)
-    environment = limits | _environment(image, values) | {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
+    identity = {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
+    environment = limits | _environment(image, values) | identity
     notebook = [image.python, f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
     return _image_spec(image, storage_bytes)._replace(
         slot=slot.id,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The files of sysfs that slots see: the processors of the host, copied once, because sysfs itself has the host's inodes,
-whose watches and locks all slots would share, and describes its disks and network.
+"""The files of sysfs that slots see: the processors of the host.
+
+They are copied once, because sysfs itself has the host's inodes, whose watches and locks all slots would share, and
+describes the host's disks and network.
 
 lscpu, psutil and joblib count processors and cores by them. The number that a slot's quota suffices for is in its
 environment (nbagent.wire.limits_page) and in its cgroup.

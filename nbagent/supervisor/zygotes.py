@@ -46,7 +46,7 @@ from nbagent.supervisor.tasks import Tasks
 from nbagent.wire import fields
 from nbagent.wire.aio import accept, readable, receive
 from nbagent.wire.channel import Channel, Message
-from nbagent.wire.failure import INHERITED_STEP, StepFailed
+from nbagent.wire.failure import INHERITED_STEP, NOTE_MAX_CHARACTERS, NOTES_MAX, StepFailed, printable
 from nbagent.wire.fields import MalformedMessage
 
 # From a request to the processes of the slot; the zygote service's own timeout for its zygote is shorter.
@@ -300,7 +300,9 @@ class Zygotes:
         try:
             slots = self.config.value.slots
             spec = zygote_spec(image, slots.storage_bytes, default_limits(slots))
-            channel.send({"spec": spec.save(), "preload": list(image.preload)})
+            after_fork = list(image.extensions_after_fork)
+            order = {"spec": spec.save(), "preload": list(image.preload), "extensions_after_fork": after_fork}
+            channel.send(order)
             response = await self._response(channel)
             if response is None:
                 raise StartFailed("the zygote service ended", step="zygote")
@@ -308,6 +310,9 @@ class Zygotes:
                 response.raise_failure()
                 if "ready" not in response.body:
                     raise MalformedMessage("expected ready or a failure")
+                for note in fields.texts(response.body, "notes")[:NOTES_MAX]:
+                    text = printable(note, NOTE_MAX_CHARACTERS)
+                    emit(Event.ZYGOTE_LEFT_OUT, zygote=instance, image=image.name, text=text)
         except StepFailed as error:
             channel.close()
             raise StartFailed.at(*error.failure) from error

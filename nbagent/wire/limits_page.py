@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The limits of a slot, for its own programs: the part of the activity page that the supervisor writes, and the variables
-by which libraries read them.
+"""The limits of a slot, for its own programs: the part of the activity page that the supervisor writes, and the
+variables by which libraries read them.
 
 A library that sizes itself by the processors or the memory of the host is slow in a slot with a quota, because its
 threads wait for each other, or is killed. A claim and a change of a slot may set other limits than the slot was started

@@ -3,8 +3,8 @@
 
 The zygote is a notebook server, so its interpreter has a server's warning filters, command line and caches. `record`
 runs in the zygote before the server is imported: it imports the modules that every kernel imports at its start, and
-notes the warning filters and environment variables that they set. `note` adds those of modules that the zygote preloads.
-`become` runs in the forked kernel.
+notes the warning filters and environment variables that they set. `note` adds those of modules that the zygote
+preloads. `become` runs in the forked kernel.
 
 Standard library, and the image's ipykernel; Python 3.9 and up.
 """
@@ -70,7 +70,12 @@ def _noted_variables() -> Iterator[None]:
 
 def _set_filters(filters: List[Any]) -> None:
     warnings.filters[:] = filters  # type: ignore[index]
-    warnings._filters_mutated() if hasattr(warnings, "_filters_mutated") else warnings._filters_mutated_lock_held()
+    module: Any = warnings
+    if hasattr(module, "_filters_mutated"):
+        module._filters_mutated()
+    else:  # Python 3.14
+        with module._lock:
+            module._filters_mutated_lock_held()
 
 
 def become(command: List[str]) -> None:

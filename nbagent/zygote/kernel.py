@@ -41,7 +41,7 @@ from traitlets.config import Config, SingletonConfigurable
 
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.zygote import as_execd, entropy, provisioner, thread_pools, warmup
-from nbagent.zygote.inherited import Openers
+from nbagent.zygote.inherited import Openers, threads
 from nbagent.zygote.memory.sharing import MemorySharing
 
 # Modules that a kernel or the server imports only when needed; written by tests/lazy-modules.
@@ -128,11 +128,11 @@ def _attach_to_process(shell: Any) -> None:
 # In the zygote.
 
 
-def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers: Openers) -> None:
+def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers: Openers) -> Dict[str, str]:
     """Loads what kernels inherit, the modules `preload` included, and warms up server and kernels.
 
     Afterwards the process has one thread and no zmq context. `openers` records which module opened a file that is still
-    open. Raises RuntimeError if threads are left, and ImportError for a module of `preload` that does not exist.
+    open. Returns the modules of `preload` whose import failed, with the reason. Raises Inherited if threads are left.
     """
     global _shell
     with open(MODULES_PATH) as file:
@@ -145,7 +145,7 @@ def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers:
         os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         with as_execd.note():
             _import(modules["kernel"])
-            _preload(preload, memory, openers)
+            left_out = _preload(preload, memory, openers)
         with openers.during("a request or a kernel of the warm-up"):
             # The first warm-up is not recorded, since much of its code runs only once in a process.
             warmup.warm_up(server, _run_warmup_kernel)
@@ -156,9 +156,8 @@ def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers:
         _shell = _ready_shell()
     entropy.find_generators()
     gc.collect()
-    threads = os.listdir("/proc/self/task")
-    if len(threads) != 1:
-        raise RuntimeError(f"the warm-up left {len(threads)} threads, 1 is allowed")
+    openers.check_threads()
+    return left_out
 
 
 def _import(names: Iterable[str]) -> None:
@@ -168,15 +167,25 @@ def _import(names: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def _preload(names: Iterable[str], memory: MemorySharing, openers: Openers) -> None:
-    """Imports the modules that the image's manifest names, and ends the threads that their libraries started."""
+def _preload(names: Iterable[str], memory: MemorySharing, openers: Openers) -> Dict[str, str]:
+    """Imports the modules that the image's manifest names, and ends the threads that their libraries started.
+
+    Returns those whose import failed, with the reason. Raises Inherited for those whose threads do not end.
+    """
+    failed: Dict[str, str] = {}
     for name in names:
         with openers.during(f"the module {name}"):
-            importlib.import_module(name)
-    # Libraries that support fork, such as OpenBLAS, end their threads by a pthread_atfork(3) handler before a fork and
-    # start them again on first use. So a fork at this point leaves the zygote with one thread.
-    memory.fork_noop()
+            try:
+                importlib.import_module(name)
+            except (Exception, SystemExit) as error:  # a module may raise anything
+                failed[name] = f"its import failed: {error!r}"
+            # Libraries that support fork, such as OpenBLAS, end their threads by a pthread_atfork(3) handler before a
+            # fork and start them again on first use. So a fork at this point leaves the zygote with one thread.
+            if threads() != 1:
+                memory.fork_noop()
+    openers.check_threads()
     thread_pools.find()
+    return failed
 
 
 @contextlib.contextmanager
@@ -275,8 +284,8 @@ def _run_warmup_kernel(
         loop = ioloop.IOLoop()
         asyncio.set_event_loop(loop.asyncio_loop)
         set_stop(lambda: loop.add_callback(loop.stop))
-        app = IPKernelApp.instance(connection_file=connection_file, parent_handle=NO_PARENT_POLL, capture_fd_output=False,
-                                 log_level=logging.CRITICAL)
+        app = IPKernelApp.instance(connection_file=connection_file, parent_handle=NO_PARENT_POLL,
+                                   capture_fd_output=False, log_level=logging.CRITICAL)
         app.on_bound = on_bound
         app.config.HistoryManager.enabled = False
         app.initialize([])
@@ -296,7 +305,10 @@ def _run_warmup_kernel(
 
 
 def run(order: Mapping[str, Any], bound: Callable[[], None]) -> NoReturn:
-    """Runs a kernel with the "command", "connection_file", "cwd" and "environment" of `order`; calls `bound` once it listens."""
+    """Runs a kernel with the "command", "connection_file", "cwd" and "environment" of `order`.
+
+    Calls `bound` once it listens.
+    """
     gc.disable()
     _reset_process(order)
     app = IPKernelApp.instance(connection_file=order["connection_file"], parent_handle=NO_PARENT_POLL)
@@ -385,7 +397,7 @@ def _reset_logging() -> None:
 def _extend_path() -> None:
     """Adds the user's site-packages and the working directory to sys.path, as in a newly started Python.
 
-    The server's path has no working directory, because it runs a file, and no directory that did not exist at its start.
+    The server's path has no working directory, because it runs a file, and no directory that was made after its start.
     """
     import site
 

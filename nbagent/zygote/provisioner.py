@@ -44,8 +44,7 @@ class Forker(Protocol):
 
 
 _forkserver: Optional[Forker] = None
-# Sets the variables for the slot's limits in environments.
-_apply_limits: Callable[..., None] = lambda *_environments: None
+_apply_limits: Optional[Callable[..., None]] = None
 
 
 def use(forkserver: Optional[Forker]) -> None:
@@ -67,7 +66,8 @@ class ForkServerProvisioner(LocalProvisioner):
         """Launches a kernel: by fork where the result is the same, else by exec of `cmd`."""
         global _forkserver
         # Also in the environment of a restart, which is that of the kernel's first start.
-        _apply_limits(os.environ, *([options["env"]] if "env" in options else []))
+        if _apply_limits is not None:
+            _apply_limits(os.environ, *([options["env"]] if "env" in options else []))
         order = _order(cmd, options) if _forkserver is not None else None
         if _forkserver is not None and order is None and _forkserver.exclusive:
             raise RuntimeError(f"the kernel {cmd} cannot be forked")

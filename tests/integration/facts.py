@@ -96,7 +96,7 @@ def facts():
         "descriptors": _descriptors(),
         "streams": [_text(stream) for stream in (sys.__stdin__, sys.__stdout__, sys.__stderr__, sys.stdin)],
         "stream types": [_text(type(stream)) for stream in (sys.stdin, sys.stdout, sys.stderr)],
-        "collector": [gc.isenabled(), list(gc.get_threshold()), list(gc.get_debug() for _ in "1")],
+        "collector": [gc.isenabled(), list(gc.get_threshold()), gc.get_debug()],
         "recursion": sys.getrecursionlimit(),
         "switch": sys.getswitchinterval(),
         "trace": [_text(sys.gettrace()), _text(sys.getprofile()), _text(threading.excepthook)],

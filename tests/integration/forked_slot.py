@@ -32,13 +32,13 @@ sys.modules["rfc3987_syntax"] = None
 
 from jupyterlab.labapp import LabApp
 from tornado.httpserver import HTTPServer
-from tornado.ioloop import IOLoop
 from tornado.web import RequestHandler
 from traitlets.config import Config
 
 from nbagent.wire.channel import Channel
 from nbagent.zygote import entropy, forkserver, kernel, provisioner
 from nbagent.zygote.inherited import Openers
+from nbagent.zygote.kept_loop import KeptLoop
 
 USER = 1000
 
@@ -68,7 +68,7 @@ def initialised():
     return server
 
 
-def serve(server, path):
+def serve(server, loop, path):
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     os.chmod(path, 0o777)
@@ -77,8 +77,7 @@ def serve(server, path):
     become_user()
     entropy.reseed()
     provisioner.use(split_off_server())
-    asyncio.set_event_loop(asyncio.new_event_loop())
-    server.io_loop = IOLoop.current()
+    loop.restore()
     server._http_server = HTTPServer(server.web_app)
     server._http_server.add_socket(listener)
     server.start()
@@ -140,6 +139,8 @@ def main():
     provisioner.register()
     server = initialised()
     kernel.prepare(server, memory, (), Openers())
+    loop = KeptLoop(server.io_loop.asyncio_loop)
+    loop.release()
     memory.freeze()
     # The files in a slot's home belong to the slot's user.
     for directory, _folders, files in os.walk(os.environ["HOME"]):
@@ -150,7 +151,7 @@ def main():
         pid = os.fork()
         if pid == 0:
             if mode == "serve":
-                serve(server, f"{where}.{number}")
+                serve(server, loop, f"{where}.{number}")
             else:
                 suite(where)
             os._exit(0)

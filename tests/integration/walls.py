@@ -384,7 +384,8 @@ def to_read_a_file_of_the_host(decoys):
 
 @attempt
 def to_find_a_mount_of_the_host(decoys):
-    expected = ("/", "/tmp", "/dev", "/dev/pts", "/dev/shm", "/proc", "/run/nbagent/lib/nbagent")
+    expected = ("/", "/tmp", "/dev", "/dev/pts", "/dev/shm", "/proc", "/run/nbagent/lib/nbagent", "/sys",
+                "/sys/fs/cgroup")
     points = [point for point, _, _, _ in mounts()]
     strange = [
         point for point in points
