@@ -38,9 +38,9 @@ class Inherited(Exception):
         for culprit, reason in culprits:
             _, kind, name = (culprit or "").split(" ", 2) if (culprit or "").count(" ") == 2 else ("", "", "")
             if kind == EXTENSION:
-                self.extensions[name] = reason
+                self.extensions.setdefault(name, reason)
             elif kind == MODULE:
-                self.modules[name] = reason
+                self.modules.setdefault(name, reason)
             else:
                 self.avoidable = False
 

@@ -83,7 +83,7 @@ class ZygotePlan:
         self.preload, self.after_fork, self.left_out, self.rounds = preload, after_fork, left_out, rounds
 
     def notes(self) -> List[str]:
-        """What differs from the manifest, for the journal."""
+        """The differences from the manifest, for the journal."""
         return [
             *(f"the module {name} is not preloaded: {reason}" for name, reason in self.left_out.items()),
             *(f"the extension {name} is loaded in each slot after the fork: {reason}"

@@ -284,6 +284,12 @@ def test_what_the_user_configures_counts(slot: Slot) -> None:
             kernel.run("os.unlink(d + '/ipython_kernel_config.py'); os.unlink(d + '/startup/s.py')")
 
 
+def test_what_an_extension_schedules_when_it_loads_runs_in_the_fork(slots: list[Slot]) -> None:
+    """jupyter_lsp looks for language servers by a callback of the loop; until then this request waits."""
+    for slot in slots:
+        assert slot.call("GET", "/lsp/status")["version"] == 2
+
+
 def test_other_kernels_start_by_exec(slot: Slot) -> None:
     with slot.kernel() as kernel:
         spec = {"argv": ["/usr/bin/python3", "-X", "utf8", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
