@@ -104,7 +104,7 @@ def test_a_running_slot_gets_more_time_and_other_limits(agent):
     assert refused.status == 400 and refused.json()["field"] == "image"
 
 
-# What libraries read of a slot's limits, in a kernel and in a program that it starts.
+# The facts that libraries read of a slot's limits, in a kernel and in a program that it starts.
 SEEN = """
 import json, os, subprocess, sys
 names = ("OMP_NUM_THREADS", "PYTHON_CPU_COUNT", "OMP_WAIT_POLICY", "MEM_LIMIT", "CPU_LIMIT")

@@ -227,7 +227,8 @@ def test_an_extension_that_opens_a_file_is_loaded_in_each_slot(agent, attack, mo
     agent.run("sh", "-c", f"cat > {enabled}", input='{"ServerApp": {"jpserver_extensions": {"opened": true}}}')
     try:
         ready(agent, attack("pass"))
-        notes = [entry["MESSAGE"] for entry in entries(agent) if "the extension opened is loaded in each" in entry["MESSAGE"]]
+        messages = [entry["MESSAGE"] for entry in entries(agent)]
+        notes = [message for message in messages if "the extension opened is loaded in each" in message]
         assert "/home/jovyan/opened.db is open" in notes[-1]
         for notebook in (agent.open(image=IMAGE), agent.open(image=IMAGE)):
             assert by_fork(agent, notebook.slot)

@@ -105,7 +105,7 @@ def test_nothing_is_imported_after_the_fork(slot: Slot) -> None:
     assert found == {"kernel": [], "server": []}, f"run {lazy.COMMAND}"
 
 
-# What a forked kernel shows otherwise than one that was started by exec, and why.
+# The facts that a forked kernel shows otherwise than one that was started by exec, with the reasons.
 OTHER_THAN_BY_EXEC = {
     "descriptors": "standard input is /dev/null, where jupyter_client leaves a pipe whose other end is closed",
     "threads": "PR_SET_PDEATHSIG replaces the thread that polls whether the server runs",
