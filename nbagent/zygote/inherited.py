@@ -111,6 +111,19 @@ class Openers:
                 [(self._names.get(file), f"{file} is open") for file in found],
             )
 
+    def check_extensions(self) -> None:
+        """Raises Inherited when an extension has a file open that has a path; before the warm-up, which takes longer."""
+        found = [
+            (file, name) for file, name in sorted(self._names.items())
+            if name.startswith(f"the {EXTENSION} ") and file.startswith("/") and file in _open_files()
+        ]
+        if found:
+            files = "; ".join(self._described(file) for file, _ in found)
+            raise Inherited(
+                f"slots that are forked would share open files of the server: {files}",
+                [(name, f"{file} is open") for file, name in found],
+            )
+
     def check_threads(self) -> None:
         """Raises Inherited when this process has more than one thread; a fork has ended those that allow it before."""
         if (running := threads()) == 1:

@@ -155,6 +155,7 @@ class Zygote:
         loads = ("link_extension", "load_extension")
         with _without_loading(plan.after_fork), openers.of_methods(ExtensionManager, *loads):
             self.server = notebook_server.initialise(BASE_URL, TOKEN)
+        openers.check_extensions()
         preload = [name for name in plan.preload if name not in plan.left_out]
         failed = kernel.prepare(self.server, memory, preload, openers)
         plan.left_out.update(failed)

@@ -12,8 +12,12 @@ def test_a_file_is_attributed_to_the_extension_that_opened_it(tmp_path):
     openers, allowed = Openers(), descriptors()
     with openers.during("the extension lab_x"):
         file = (tmp_path / "common.db").open("w")
-    with file, pytest.raises(Inherited) as raised:
-        openers.check(allowed)
+    for check in (openers.check_extensions, lambda: openers.check(allowed)):
+        with pytest.raises(Inherited) as raised:
+            check()
+        assert raised.value.extensions == {"lab_x": f"{tmp_path}/common.db is open"}
+    file.close()
+    openers.check_extensions()
     assert raised.value.extensions == {"lab_x": f"{tmp_path}/common.db is open"}
     assert raised.value.avoidable and raised.value.modules == {}
 
