@@ -65,7 +65,7 @@ def slot_row(slot: Mapping[str, Any], now: datetime.datetime) -> tuple[str, ...]
         slot["slot"],
         slot["state"],
         slot["image"],
-        slot["launch"] or "-",
+        slot.get("launch") or "-",
         format_duration(slot["age_s"]),
         _maybe(slot.get("idle_s"), format_duration),
         f"{_maybe(used, format_size)} of {format_size(limit)}",

@@ -79,12 +79,11 @@ def ordered(slots: Sequence[Mapping[str, Any]], order: str) -> list[Mapping[str,
 
 def row(slot: Mapping[str, Any], now: datetime.datetime) -> tuple[str, ...]:
     """The cells of COLUMNS for a slot of `measured`."""
-    name, state, image, age, idle, memory, cpu, tasks, oom, expires = tables.slot_row(slot, now)
+    cells = dict(zip(tables.SLOT_COLUMNS, tables.slot_row(slot, now), strict=True))
     share, swapped = slot.get("cpu_percent"), slot.get("swapped_bytes")
-    return (
-        name, state, image, "-" if share is None else f"{share:.0f}", memory,
-        "-" if swapped is None else format_size(swapped), idle, age, cpu, tasks, oom, expires,
-    )
+    cells["CPU%"] = "-" if share is None else f"{share:.0f}"
+    cells["SWAPPED"] = "-" if swapped is None else format_size(swapped)
+    return tuple(cells[name] for name in COLUMNS)
 
 
 def head(stats: Mapping[str, Any]) -> tuple[str, str]:
