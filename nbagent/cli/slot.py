@@ -37,9 +37,8 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     from nbagent.network.addresses import FIRST, forwards_ipv6
     from nbagent.sandbox.plan import plan as sandbox_plan
     from nbagent.sandbox.plan import zygote_plan
-    from nbagent.supervisor.launcher import host_steps, sandbox_spec, zygote_spec
+    from nbagent.supervisor.launcher import default_limits, host_steps, sandbox_spec, zygote_spec
     from nbagent.supervisor.network import INTERNET, numbered, uplink
-    from nbagent.supervisor.slot_starter import default_limits
     from nbagent.supervisor.slots import UID_FIRST
 
     settings, found = host_config.load(), ImageStore(store).get(image)
@@ -53,7 +52,7 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     lines = []
     if found.launch == "fork":
         spec = spec._replace(forked=True)
-        shared_steps = zygote_plan(zygote_spec(found, settings.slots.storage_bytes))
+        shared_steps = zygote_plan(zygote_spec(found, settings.slots.storage_bytes, sample.limits))
         lines = [line._replace(part="zygote") for line in shared_steps.lines()]
     lines += [*host_steps(sample, paths.SLOTS / sample.id, spec.forked), *sandbox_plan(spec).lines()]
     if as_json:

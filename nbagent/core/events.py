@@ -74,6 +74,7 @@ class Event(enum.Enum):
     ZYGOTE_READY = Kind("c5f0b8c1b9a04d52a3d6c1b7f0d2a9e4", Priority.INFO, "zygote %(zygote)s of image %(image)s is ready after %(took_ms)s ms")
     ZYGOTE_ADOPTED = Kind("5e0f7d1c9b3a4682a4d7f2c80b16e395", Priority.INFO, "zygote %(zygote)s of image %(image)s adopted; it has forked %(forks)s slots")
     ZYGOTE_ENDED = Kind("0f4b7f2d6a5e4c0f9d1f3f7a1c8e5b26", Priority.WARNING, "zygote %(zygote)s failed; %(meanwhile)s until the next one is ready: %(text)s")
+    ZYGOTE_LEFT_OUT = Kind("72c55a31cf2e44a494e977140c97a9da", Priority.WARNING, "zygote %(zygote)s of image %(image)s: %(text)s")
     ZYGOTE_OUTPUT_DROPPED = Kind("41b7c9be2f6d4f0d8a5e93c07d1b6e84", Priority.WARNING, "zygote %(zygote)s exceeds the log rate limit: %(lines)s lines dropped, %(bytes)s bytes")
     ZYGOTE_REPLACED = Kind("a2d97c3b4e1f45a8b6f09c5d7e8a1b34", Priority.INFO, "zygote %(zygote)s replaced: %(text)s")
     DRAIN_STARTED = Kind("875ce81d14eb45779076bc769de73b84", Priority.NOTICE, "drain started: the host refuses new claims, claimed slots keep running")

@@ -24,6 +24,8 @@ RUN = Path("/run/nbagent")
 SLOTS = RUN / "slots"
 # Empty on the host. Each slot mounts its root over it, in a mount namespace of its own.
 SANDBOX = RUN / "sandbox"
+# The files below /sys of all slots.
+SYSTEM_FILES = RUN / "sys"
 # Exists while the host drains.
 DRAIN = RUN / "drain"
 CONTROL_SOCKET = RUN / "control.sock"

@@ -47,7 +47,8 @@ class Program:
     A command serves HTTP on `port` of the slot's own loopback. In it and in `environment`, `{base_path}`,
     `{port}` and `{token}` stand for the slot's. Below the slot's address, `ready` is requested until the program
     responds, and `url` is the target of a claim's link. `preload` are modules that the notebook server of `launch`
-    "fork" and its kernels import before there is a slot, and `share_memory` prepares that server's memory so that its
+    "fork" and its kernels import before there is a slot, `extensions_after_fork` are extensions of that server that
+    each slot loads itself, and `share_memory` prepares that server's memory so that its
     slots share most of it. `python`, `home` and `directory` are paths inside the image.
     """
 
@@ -63,6 +64,7 @@ class Program:
     preload: tuple[str, ...]
     environment: Mapping[str, str]
     share_memory: bool = True
+    extensions_after_fork: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +117,10 @@ def from_mapping(data: Mapping[str, object]) -> Manifest:
     launch = data.get("launch", launches[0])
     if not isinstance(launch, str) or launch not in launches:
         raise _wrong("launch", "expected " + " or ".join(f'"{known}"' for known in launches))
-    preload = _preload(data.get("preload", []))
+    preload = _modules("preload", data.get("preload", []))
+    extensions_after_fork = _modules("extensions_after_fork", data.get("extensions_after_fork", []))
+    if extensions_after_fork and launch != "fork":
+        raise _wrong("extensions_after_fork", 'expected launch = "fork", because another server is not forked')
     if preload and launch != "fork":
         raise _wrong("preload", 'expected launch = "fork", because only its notebook server imports modules early')
     share_memory = data.get("share_memory", True)
@@ -139,6 +144,7 @@ def from_mapping(data: Mapping[str, object]) -> Manifest:
         launch=launch,
         preload=preload,
         share_memory=share_memory,
+        extensions_after_fork=extensions_after_fork,
         environment=environment,
         static=_static(data.get("static", {})),
     )
@@ -192,12 +198,12 @@ def _is_argument(value: object) -> bool:
     return True
 
 
-def _preload(value: object) -> tuple[str, ...]:
+def _modules(key: str, value: object) -> tuple[str, ...]:
     if isinstance(value, list) and len(value) <= 200 and all(
         isinstance(name, str) and len(name) <= 200 and MODULE.fullmatch(name) for name in value
     ):
         return tuple(value)
-    raise _wrong("preload", 'expected names of modules, such as ["numpy", "matplotlib.pyplot"]')
+    raise _wrong(key, 'expected names of modules, such as ["numpy", "matplotlib.pyplot"]')
 
 
 def _port(value: object) -> int:

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import mmap
 import os
 import resource
-from typing import Iterable
+from typing import Any, Iterable, List, Mapping, Sequence
 
 from nbagent.linux.libc import call
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_CAPBSET_DROP = 24
+PR_SET_MM, PR_SET_MM_MAP = 35, 14
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_CLEAR_ALL = 4
@@ -88,3 +90,34 @@ def make_room_for_descriptors(count: int) -> None:
     """
     highest = min(count, resource.getrlimit(resource.RLIMIT_NOFILE)[0]) - 1
     os.close(fcntl.fcntl(0, fcntl.F_DUPFD_CLOEXEC, highest))
+
+
+# The memory that /proc/self/cmdline and /proc/self/environ show; it must exist as long as the process does.
+_shown: List[Any] = []
+
+
+def set_command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+    """Sets the command line and the environment that /proc and ps(1) show of this process, as execve(2) would.
+
+    PR_SET_MM_MAP (struct prctl_mm_map of linux/prctl.h) takes no capability. Raises OSError, for example when the
+    kernel has no CONFIG_CHECKPOINT_RESTORE.
+    """
+    shown = [b"".join(os.fsencode(word) + b"\0" for word in arguments),
+             b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in environment.items())]
+    with open("/proc/self/stat", "rb") as file:
+        # The fields from number 3, the state, on (proc_pid_stat(5)).
+        stat = [b"", b"", b"", *file.read().rpartition(b")")[2].split()]
+    start_code, end_code, start_stack = (int(stat[number]) for number in (26, 27, 28))
+    start_data, end_data, start_brk = (int(stat[number]) for number in (45, 46, 47))
+    libc = ctypes.CDLL(None)
+    libc.sbrk.restype = ctypes.c_void_p
+    # The kernel shows anonymous pages only; a zygote's heap is a file.
+    memory = mmap.mmap(-1, sum(map(len, shown)), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.write(b"".join(shown))
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    middle, end = begin + len(shown[0]), begin + len(shown[0]) + len(shown[1])
+    values = (start_code, end_code, start_data, end_data, start_brk, libc.sbrk(0), start_stack)
+    # Then the address and size of the auxiliary vector, and the descriptor of the executable: unchanged.
+    new = (ctypes.c_uint64 * 13)(*values, begin, middle, middle, end, 0, 0xFFFFFFFF << 32)
+    prctl(PR_SET_MM, PR_SET_MM_MAP, ctypes.addressof(new), ctypes.sizeof(new))
+    _shown[:] = [memory]

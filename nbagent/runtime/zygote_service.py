@@ -6,8 +6,9 @@
 It is host code under the host's Python; it runs no code of an image. Its messages (nbagent.wire.channel):
 
     service → supervisor  {"unit": IMAGE:GENERATION}                          on ZYGOTE_PATH
-    supervisor → service  {"spec": SandboxSpec of the zygote, "preload": [modules], "identity": object}
-    service → supervisor  {"ready": true} or a failure
+    supervisor → service  {"spec": SandboxSpec of the zygote, "preload": [modules],
+                          "extensions_after_fork": [names], "identity": object}
+    service → supervisor  {"ready": true, "notes": [texts]} or a failure
     supervisor → service  {"describe": text}, from a supervisor that follows the one that started the zygote
     service → supervisor  {"described": text, "identity": object, "age_s": int, "forks": int}
     supervisor → service  {"spec": SandboxSpec, "fds": ["control", "listen", "activity", "config", "stream", "go"]}
@@ -15,8 +16,9 @@ It is host code under the host's Python; it runs no code of an image. Its messag
                           configuration, a stream to the journal, and a pipe. The result goes over the control channel
                           (`slot_process`).
 
-    service → zygote      {"preload": [modules], "fds": ["nowhere"]}          a pid namespace that allows no more births
-    zygote → service      {"ready": true} or a failure
+    service → zygote      {"preload": [modules], "extensions_after_fork": [names],
+                          "fds": ["nowhere"]}                                 a pid namespace that allows no more births
+    zygote → service      {"ready": true, "notes": [texts]} or a failure; the notes are what it left out, and why
     service → zygote      {"slot": `program`, "fds": ["pidns", "init", "control", "go", "listen", "activity", "config",
                           "output"]}                                          for each slot
     zygote → service      {"fds": ["fork_server"]}, a pidfd; {"ended": true} when that process has ended already; or a
@@ -108,11 +110,12 @@ class ZygoteService:
         self._inspect_s = 0.0
         self._forks = 0
 
-    def begin(self, preload: List[str]) -> None:
-        """Returns when the zygote is ready. Raises StepFailed or MalformedMessage."""
+    def begin(self, preload: List[str], extensions_after_fork: List[str]) -> List[str]:
+        """Returns the zygote's notes when it is ready. Raises StepFailed or MalformedMessage."""
         ended, nowhere = fork_first(lambda: os._exit(0))
         try:
-            self.zygote.send({"preload": preload}, {"nowhere": nowhere})
+            order = {"preload": preload, "extensions_after_fork": extensions_after_fork}
+            self.zygote.send(order, {"nowhere": nowhere})
         finally:
             os.close(ended)
             os.close(nowhere)
@@ -120,6 +123,7 @@ class ZygoteService:
             response.raise_failure()
             if "ready" not in response.body:
                 raise MalformedMessage("expected ready or a failure")
+            return fields.texts(response.body, "notes")
 
     def serve(self) -> None:
         """Serves requests until the supervisor closes the connection. Raises ZygoteFailed when the zygote ends, or the
@@ -386,14 +390,15 @@ def main() -> int:
         identity = fields.mapping(request.body, "identity")
         service = ZygoteService(supervisor, output, identity, *_start_zygote(spec, steps, print_fd))
         os.close(print_fd)
-        service.begin(fields.texts(request.body, "preload"))
+        names = (fields.texts(request.body, key) for key in ("preload", "extensions_after_fork"))
+        notes = service.begin(*names)
         # Forked processes get an empty bounding set here, which saves each of them 41 calls.
         drop_bounding_set(range(last_capability() + 1))
         # Nothing is imported from here on. In each init the same would cost 50 pages of its own.
         forget_modules()
         gc.collect()
         gc.freeze()
-        supervisor.send({"ready": True})
+        supervisor.send({"ready": True, "notes": notes})
         service.serve()
     except (OSError, StepFailed, MalformedMessage) as error:
         failure = Failure.of(error, "zygote")

@@ -122,6 +122,8 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Bind(f"{base}/home".lstrip("/"), HOME_PATH),
             *(steps.Link(f"/dev/{name}", to) for name, to in links),
             steps.SharedProgram(spec.code.lstrip("/"), CODE_PATH, f"{base}/empty".lstrip("/")),
+            steps.SystemFiles(spec.system.lstrip("/"), "/sys", f"{base}/empty".lstrip("/")),
+            steps.OwnCgroup("/sys/fs/cgroup"),
             steps.Proc("/proc"),
             steps.NetworkSettings(NETWORK_SETTINGS),
             steps.Masked(MASKED_FILES, MASKED_DIRECTORIES, "dev/null"),

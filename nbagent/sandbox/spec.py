@@ -35,9 +35,9 @@ class SandboxSpec(NamedTuple):
     LISTEN_FD are forwarded there; when it is 0, the program inherits the three descriptors above.
     `root` is the image's tree on the host, owned by the ids from `id_base`; `uid` is the slot's user id inside the
     image's range of ids; `storage_bytes` bounds the total size of the files that the slot writes; `code` is the
-    host's directory of the package nbagent, mounted read-only in the slot; `mountpoint` is an empty directory of the
-    host, on which the slot's mount namespace mounts the slot's storage; `syscall_filter` is a seccomp program in
-    base64; `uplink` is None for a slot with loopback only.
+    host's directory of the package nbagent, mounted read-only in the slot, as is `system`, the files below its /sys;
+    `mountpoint` is an empty directory of the host, on which the slot's mount namespace mounts the slot's storage;
+    `syscall_filter` is a seccomp program in base64; `uplink` is None for a slot with loopback only.
     `forked` means that the slot's PID 1 starts inside the image's user namespace and its own pid namespace;
     `forked_filter` is then the filter that its program and kernels load in addition to the zygote's.
     """
@@ -57,6 +57,7 @@ class SandboxSpec(NamedTuple):
     code: str
     mountpoint: str
     syscall_filter: str
+    system: str
     uplink: Optional[Uplink] = None
     forked: bool = False
     forked_filter: str = ""

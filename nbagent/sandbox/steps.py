@@ -220,6 +220,27 @@ class SharedProgram(NamedTuple):
         mount("overlay", self.target, "overlay", MS_RDONLY | MS_NOSUID | MS_NODEV, options)
 
 
+class SystemFiles(SharedProgram):
+    """The processors of the host, of which lscpu, psutil and joblib print an error when they find none below /sys. The
+    files are copies, in an overlay as a SharedProgram is, because sysfs has the host's inodes and devices."""
+
+
+class OwnCgroup(NamedTuple):
+    """The slot's own cgroup, the root of its cgroup namespace, read-only: libraries and runtimes read from it the
+    memory and the processor time that the slot may use. Its files belong to the host's root, and no other slot's are
+    there."""
+
+    target: str
+
+    def describe(self) -> str:
+        return f"cgroup of the slot at {self.target}, read-only"
+
+    def do(self) -> None:
+        # A host with cgroup v1 alone has none.
+        with contextlib.suppress(OSError):
+            mount("cgroup2", self.target, "cgroup2", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
+
+
 class DevPts(NamedTuple):
     """A new devpts instance contains only the slot's terminals. Their number is limited, because kernel.pty.max
     is one number for the whole host."""

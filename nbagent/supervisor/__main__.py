@@ -25,7 +25,7 @@ from nbagent.core import paths
 from nbagent.core.errors import ConfigError
 from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
-from nbagent.supervisor import fd_store
+from nbagent.supervisor import fd_store, system_files
 from nbagent.supervisor.composition import Supervisor, Surroundings, compose
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
@@ -46,6 +46,7 @@ def main() -> int:
 
 
 async def _run(config: host_config.HostConfig) -> None:
+    system_files.make(paths.SYSTEM_FILES)
     named = daemon.listen_fds_with_names()
     with contextlib.closing(Systemd()) as systemd:
         await _serve(config, _activated(named), fd_store.kept(named), systemd)

@@ -66,6 +66,7 @@ class Adoption:
 
     def _adopt(self, live: RunningSlot) -> None:
         self._apply_limits(live.slot)
+        live.publish(live.slot.limits)
         self._slots.add(live)
         self._monitor.watch(live)
         self._pools.adopt(live)

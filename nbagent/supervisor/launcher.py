@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Protocol
 
 import nbagent
+from nbagent.config.host_config import SlotSettings
 from nbagent.core import paths
 from nbagent.core.errors import StartFailed
-from nbagent.core.model import Slot
+from nbagent.core.model import Limits, Slot
+from nbagent.core.quantities import parse_quota
 from nbagent.image.store import Image
 from nbagent.launch.requests import SLOT
 from nbagent.linux import seccomp
@@ -31,17 +33,22 @@ from nbagent.sandbox import syscalls
 from nbagent.sandbox.plan import CODE_PATH, RUNTIME_PATH, Line
 from nbagent.sandbox.spec import SandboxSpec, Uplink
 from nbagent.supervisor import launch_service
-from nbagent.wire import activity, assets
+from nbagent.wire import activity, assets, limits_page
 from nbagent.wire.aio import readable, receive
 from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import Failure, StepFailed, printable
 from nbagent.wire.fields import MalformedMessage
+from nbagent.wire.limits_page import SlotLimits
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
 
 # The router's address of an image's files, in front of the digest.
 ASSETS_PATH = "/assets/"
 # Takes the place of a slot's id in the sandbox of a zygote.
 ZYGOTE_NAME = "zygote"
+# The allocators of polars and pyarrow start threads at their import without these, and a fork copies one thread.
+PRELOAD_VARIABLES = {
+    "_RJEM_MALLOC_CONF": "background_thread:false", "JE_ARROW_MALLOC_CONF": "background_thread:false",
+}
 
 
 @dataclass(frozen=True)
@@ -122,8 +129,11 @@ def sandbox_spec(
 ) -> SandboxSpec:
     """The sandbox of a slot of `image`, and the program in it. `assets_url` is `router.assets_url`."""
     values = {"base_path": slot.base_path.rstrip("/"), "port": str(image.port or ""), "token": slot.token}
-    environment = _environment(image, values) | {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
-    notebook = [image.python, "-I", f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
+    # JupyterLab's server sets them itself, before each kernel, because a claim may change the limits.
+    limits = {} if image.python else _limit_variables(slot.limits)
+    identity = {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
+    environment = limits | _environment(image, values) | identity
+    notebook = [image.python, f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
     if notebook and image.assets:
         environment[assets.VARIABLE] = " ".join([f"{assets_url}{ASSETS_PATH}{image.digest}", *image.assets])
     return _image_spec(image, storage_bytes)._replace(
@@ -138,18 +148,19 @@ def sandbox_spec(
     )
 
 
-def zygote_spec(image: Image, storage_bytes: int) -> SandboxSpec:
+def zygote_spec(image: Image, storage_bytes: int, limits: Limits) -> SandboxSpec:
     """The sandbox of a zygote of `image`: a slot's, but as root of the image's user namespace.
 
-    The environment is for the imports only, because each fork replaces it by its slot's.
+    The environment is for the imports only, because each fork replaces it by its slot's. The libraries that it loads
+    size themselves by `limits`, those of most slots.
     """
     if image.python is None:
         raise ValueError(f"image {image.name} has no Python, so that it has no zygote")
     values = {"base_path": f"/user/{ZYGOTE_NAME}", "port": "", "token": ""}
-    environment = _environment(image, values)
+    environment = PRELOAD_VARIABLES | _limit_variables(limits) | _environment(image, values)
     return _image_spec(image, storage_bytes)._replace(
         user="root",
-        command=[image.python, "-I", f"{CODE_PATH}/zygote/zygote.py",
+        command=[image.python, f"{CODE_PATH}/zygote/zygote.py",
                  *([] if image.share_memory else [PRIVATE_MEMORY_OPTION])],
         environment=environment | {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": ZYGOTE_NAME},
         syscall_filter=forking_filter(),
@@ -173,8 +184,20 @@ def _image_spec(image: Image, storage_bytes: int) -> SandboxSpec:
         environment={},
         code=str(Path(nbagent.__file__).parent),
         mountpoint=str(paths.SANDBOX),
+        system=str(paths.SYSTEM_FILES),
         syscall_filter=syscall_filter(),
     )
+
+
+def default_limits(slots: SlotSettings) -> Limits:
+    """The limits of a slot whose claim sets none."""
+    quota = None if slots.cpu_quota == "none" else parse_quota(slots.cpu_quota, os.cpu_count() or 1)
+    return Limits(slots.memory, slots.cpu_weight, quota, slots.tasks)
+
+
+def _limit_variables(limits: Limits) -> dict[str, str]:
+    """The environment variables by which libraries read the limits of a slot."""
+    return limits_page.variables(SlotLimits(limits.memory_bytes, limits.cpu_quota), len(os.sched_getaffinity(0)))
 
 
 def _environment(image: Image, values: Mapping[str, str]) -> dict[str, str]:
@@ -234,6 +257,8 @@ class SlotStart:
             self.config_fd = os.memfd_create("nbagent-config", os.MFD_CLOEXEC)
             stack.callback(os.close, self.config_fd)
             settings = {"base_url": self.slot.base_path, "token": self.slot.token}
+            limits = self.slot.limits
+            limits_page.write(self.activity_fd, SlotLimits(limits.memory_bytes, limits.cpu_quota))
             os.write(self.config_fd, json.dumps(settings).encode())
             os.lseek(self.config_fd, 0, os.SEEK_SET)
             self.control, self.peer = (stack.enter_context(end) for end in Channel.pair())

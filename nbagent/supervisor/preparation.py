@@ -81,6 +81,7 @@ class Preparation:
             return
         try:
             self._systemd.set_limits(live.slot.scope, limits)
+            live.publish(limits)
         except OSError as error:
             text = f"systemd did not change the limits of {live.slot.scope}: {error}"
             raise StartFailed(text, step="limits") from error

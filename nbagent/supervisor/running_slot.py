@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from nbagent.core.model import Slot, now
+from nbagent.core.model import Limits, Slot, now
 from nbagent.linux import cgroup
 from nbagent.linux.cgroup import Cgroup, Usage
 from nbagent.policy import limit_alerts
@@ -19,9 +19,10 @@ from nbagent.policy.cull import ActivitySample, active_since
 from nbagent.policy.limit_alerts import Storage, Trouble
 from nbagent.supervisor import launch_service
 from nbagent.supervisor.launcher import Launched
-from nbagent.wire import activity
+from nbagent.wire import activity, limits_page
 from nbagent.wire.failure import StepFailed
 from nbagent.wire.fields import MalformedMessage
+from nbagent.wire.limits_page import SlotLimits
 
 NOTHING_USED = Usage(0, 0, 0.0, 0, 0, 0)
 NO_TROUBLE = Trouble()
@@ -81,6 +82,11 @@ class RunningSlot:
     def attach(self, launched: Launched) -> None:
         """Takes over the descriptors of a launch."""
         self.pidfd, self.activity_fd = launched.pidfd, launched.activity_fd
+
+    def publish(self, limits: Limits) -> None:
+        """Writes the limits to the slot's page, from which its server reads them."""
+        with contextlib.suppress(OSError):
+            limits_page.write(self.activity_fd, SlotLimits(limits.memory_bytes, limits.cpu_quota))
 
     def close(self) -> None:
         """Closes the descriptors; a second call does nothing."""

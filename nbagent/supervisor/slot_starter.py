@@ -5,21 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import os
 from collections.abc import Awaitable, Callable, Sequence
 
-from nbagent.config.host_config import CurrentConfig, SlotSettings
+from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import NbagentError, StartFailed
 from nbagent.core.events import Event, emit
-from nbagent.core.model import Limits, Slot, SlotState, new_id, new_token, now
-from nbagent.core.quantities import parse_quota
+from nbagent.core.model import Slot, SlotState, new_id, new_token, now
 from nbagent.image.store import Image
 from nbagent.linux import cgroup
 from nbagent.linux.cgroup import Cgroup
 from nbagent.supervisor import readiness
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.crash_points import Point, reach
-from nbagent.supervisor.launcher import Launcher, ended, sandbox_spec
+from nbagent.supervisor.launcher import Launcher, default_limits, ended, sandbox_spec
 from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.pools import Pools
@@ -214,9 +212,3 @@ class _SlotScope:
 
     async def stop(self) -> None:
         await self._systemd.stop(self._slot.scope, at_once=True)
-
-
-def default_limits(slots: SlotSettings) -> Limits:
-    """The limits of a slot whose claim sets none."""
-    quota = None if slots.cpu_quota == "none" else parse_quota(slots.cpu_quota, os.cpu_count() or 1)
-    return Limits(slots.memory, slots.cpu_weight, quota, slots.tasks)

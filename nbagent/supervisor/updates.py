@@ -55,6 +55,7 @@ class Updates:
         try:
             if slot.limits != before.limits:
                 self._systemd.set_limits(slot.scope, slot.limits)
+                live.publish(slot.limits)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._records.save(before)

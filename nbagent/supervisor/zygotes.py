@@ -44,6 +44,7 @@ from nbagent.supervisor.launcher import (
     Launched,
     Scope,
     SlotStart,
+    default_limits,
     forked_filter,
     pid_of,
     zygote_spec,
@@ -53,7 +54,7 @@ from nbagent.supervisor.tasks import Tasks
 from nbagent.wire import fields
 from nbagent.wire.aio import accept, readable, receive
 from nbagent.wire.channel import Channel, Message
-from nbagent.wire.failure import INHERITED_STEP, StepFailed
+from nbagent.wire.failure import INHERITED_STEP, NOTE_MAX_CHARACTERS, NOTES_MAX, StepFailed, printable
 from nbagent.wire.fields import MalformedMessage
 
 # From a request to the processes of the slot; the zygote service's own timeout for its zygote is shorter.
@@ -246,7 +247,11 @@ class Zygotes:
         return True
 
     def _identity(self, image: Image) -> dict[str, object]:
-        return identity(zygote_spec(image, self.config.value.slots.storage_bytes), image, self._limits())
+        return identity(self._spec(image), image, self._limits())
+
+    def _spec(self, image: Image) -> SandboxSpec:
+        slots = self.config.value.slots
+        return zygote_spec(image, slots.storage_bytes, default_limits(slots))
 
     def _limits(self) -> Limits:
         settings = self.config.value
@@ -409,9 +414,10 @@ class Zygotes:
         finally:
             del self._expected[instance]
         try:
-            spec = zygote_spec(image, self.config.value.slots.storage_bytes)
-            made_of = identity(spec, image, self._limits())
-            channel.send({"spec": spec.save(), "preload": list(image.preload), "identity": made_of})
+            channel.send({
+                "spec": self._spec(image).save(), "preload": list(image.preload),
+                "extensions_after_fork": list(image.extensions_after_fork), "identity": self._identity(image),
+            })
             response = await self._response(channel)
             if response is None:
                 raise StartFailed("the zygote service ended", step="zygote")
@@ -419,6 +425,9 @@ class Zygotes:
                 response.raise_failure()
                 if "ready" not in response.body:
                     raise MalformedMessage("expected ready or a failure")
+                for note in fields.texts(response.body, "notes")[:NOTES_MAX]:
+                    text = printable(note, NOTE_MAX_CHARACTERS)
+                    emit(Event.ZYGOTE_LEFT_OUT, zygote=instance, image=image.name, text=text)
         except StepFailed as error:
             channel.close()
             raise StartFailed.at(*error.failure) from error
@@ -638,7 +647,7 @@ def identity(spec: SandboxSpec, image: Image, limits: Limits) -> dict[str, objec
 
     `code` is the time at which the package was installed, because two builds can have one version.
     """
-    made_of = json.dumps([spec.save(), list(image.preload), limits.document()], sort_keys=True)
+    made_of = json.dumps([spec.save(), image.preload, image.extensions_after_fork, limits.document()], sort_keys=True)
     return {
         "protocol": PROTOCOL,
         "digest": image.digest,

@@ -16,6 +16,8 @@ STEP_MAX_CHARACTERS = 200
 TEXT_MAX_CHARACTERS = 1000
 # The step of a zygote whose slots would share open files. It fails each time, until the image changes.
 INHERITED_STEP = "inherited files"
+# The texts of a zygote about the modules and extensions that it left out.
+NOTES_MAX, NOTE_MAX_CHARACTERS = 20, 300
 # MAX_ERRNO of the kernel's include/linux/err.h.
 ERRNO_MAX = 4095
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """A slot's notebook server, started by exec.
 
-    python3 -I exec_main.py
+    python3 exec_main.py
 
 It inherits the descriptors LISTEN_FD, ACTIVITY_FD and CONFIG_FD of nbagent.sandbox.spec. Python 3.9 and up.
 """
@@ -12,7 +12,10 @@ import gc
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+# Without -I, because the server's path and flags are those of any JupyterLab of the image. The directory of this file,
+# whose modules are submodules, is not searched.
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [os.path.dirname(os.path.dirname(_HERE)), *(path for path in sys.path if path != _HERE)]
 # Garbage collection is a tenth of a start's processor time, and finds almost nothing because a start creates objects
 # that stay.
 gc.disable()

@@ -15,14 +15,39 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from typing import Any, Dict, FrozenSet, Iterator, List
+from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Optional, Tuple
 
 # The channel and placeholders below these numbers are the zygote's own (nbagent.zygote.zygote.main).
 _MAPS = "/proc/self/maps"
 
 
+EXTENSION, MODULE = "extension", "module"
+
+
 class Inherited(Exception):
-    """The image's server has files open that all its slots would share."""
+    """The image's server has files open that all its slots would share, or threads, which a fork does not copy.
+
+    `extensions` and `modules` have those that caused all of it, with the reason, when others caused none.
+    """
+
+    def __init__(self, text: str, culprits: Iterable[Tuple[Optional[str], str]] = ()) -> None:
+        super().__init__(text)
+        self.extensions: Dict[str, str] = {}
+        self.modules: Dict[str, str] = {}
+        self.avoidable = True
+        for culprit, reason in culprits:
+            _, kind, name = (culprit or "").split(" ", 2) if (culprit or "").count(" ") == 2 else ("", "", "")
+            if kind == EXTENSION:
+                self.extensions.setdefault(name, reason)
+            elif kind == MODULE:
+                self.modules.setdefault(name, reason)
+            else:
+                self.avoidable = False
+
+
+def threads() -> int:
+    """The number of threads of this process."""
+    return len(os.listdir("/proc/self/task"))
 
 
 def descriptors() -> FrozenSet[int]:
@@ -40,14 +65,17 @@ class Openers:
 
     def __init__(self) -> None:
         self._names: Dict[str, str] = {}
+        self._threads: Dict[str, int] = {}
 
     @contextlib.contextmanager
     def during(self, name: str) -> Iterator[None]:
-        """Attributes the files that are opened in this context, and stay open, to `name`."""
-        before = _open_files()
+        """Attributes the files that are opened in this context, and stay open, to `name`, and the threads."""
+        before, running = _open_files(), threads()
         try:
             yield
         finally:
+            if (more := threads() - running) > 0:
+                self._threads[name] = more
             for file in _open_files() - before:
                 self._names.setdefault(file, name)
 
@@ -74,13 +102,37 @@ class Openers:
 
     def check(self, allowed: FrozenSet[int]) -> None:
         """Raises Inherited when a descriptor is open that is not `allowed`, or a file is mapped shared and writable."""
-        found: List[str] = [
-            self._described(os.readlink(f"/proc/self/fd/{fd}")) for fd in sorted(descriptors() - allowed)
-        ]
-        found += [self._described(file) for file in sorted(_shared_mappings())]
+        found = [os.readlink(f"/proc/self/fd/{fd}") for fd in sorted(descriptors() - allowed)]
+        found += sorted(_shared_mappings())
         if found:
-            files = "; ".join(dict.fromkeys(found))
-            raise Inherited(f"slots that are forked would share open files of the server: {files}")
+            files = "; ".join(dict.fromkeys(self._described(file) for file in found))
+            raise Inherited(
+                f"slots that are forked would share open files of the server: {files}",
+                [(self._names.get(file), f"{file} is open") for file in found],
+            )
+
+    def check_extensions(self) -> None:
+        """Raises Inherited when an extension has a file with a path open; before the warm-up, which takes longer."""
+        found = [
+            (file, name) for file, name in sorted(self._names.items())
+            if name.startswith(f"the {EXTENSION} ") and file.startswith("/") and file in _open_files()
+        ]
+        if found:
+            files = "; ".join(self._described(file) for file, _ in found)
+            raise Inherited(
+                f"slots that are forked would share open files of the server: {files}",
+                [(name, f"{file} is open") for file, name in found],
+            )
+
+    def check_threads(self) -> None:
+        """Raises Inherited when this process has more than one thread; a fork has ended those that allow it before."""
+        if (running := threads()) == 1:
+            return
+        started = ", ".join(f"{number} by {name}" for name, number in self._threads.items()) or "by the server"
+        culprits: List[Tuple[Optional[str], str]] = [
+            (name, f"{number} threads run") for name, number in self._threads.items()
+        ]
+        raise Inherited(f"{running - 1} threads run besides the main one, started: {started}", culprits or [(None, "")])
 
     def _described(self, file: str) -> str:
         return f"{file}, opened by {self._names.get(file, 'the server')}"

@@ -19,8 +19,10 @@ import asyncio
 import atexit
 import builtins
 import contextlib
+import ctypes
 import gc
 import importlib
+import io
 import json
 import logging
 import os
@@ -38,8 +40,8 @@ from tornado import ioloop
 from traitlets.config import Config, SingletonConfigurable
 
 from nbagent.linux.process import make_room_for_descriptors
-from nbagent.zygote import entropy, warmup
-from nbagent.zygote.inherited import Openers
+from nbagent.zygote import as_execd, entropy, provisioner, thread_pools, warmup
+from nbagent.zygote.inherited import Openers, threads
 from nbagent.zygote.memory.sharing import MemorySharing
 
 # Modules that a kernel or the server imports only when needed; written by tests/lazy-modules.
@@ -59,7 +61,7 @@ _shell: Any = None
 _retained_loops: List[Any] = []
 
 
-class KernelApp(kernelapp.IPKernelApp):
+class IPKernelApp(kernelapp.IPKernelApp):
     """ipykernel's application without a command line, optionally with a prepared shell.
 
     `on_bound` is called when the kernel's sockets are bound.
@@ -126,21 +128,24 @@ def _attach_to_process(shell: Any) -> None:
 # In the zygote.
 
 
-def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers: Openers) -> None:
+def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers: Openers) -> Dict[str, str]:
     """Loads what kernels inherit, the modules `preload` included, and warms up server and kernels.
 
     Afterwards the process has one thread and no zmq context. `openers` records which module opened a file that is still
-    open. Raises RuntimeError if threads are left, and ImportError for a module of `preload` that does not exist.
+    open. Returns the modules of `preload` whose import failed, with the reason. Raises Inherited if threads are left.
     """
     global _shell
     with open(MODULES_PATH) as file:
         modules = json.load(file)
     with restore_process_state():
-        # debugpy is imported before the warm-up, because it keeps the sys.stderr that it finds on import, and that of a
-        # warm-up kernel ends with it. The variable suppresses a warning on standard error about frozen modules.
-        os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
-        _import(["ipykernel.debugger", *modules["kernel"], *modules["server"]])
-        _preload(preload, memory, openers)
+        # debugpy, which as_execd.record() has imported, keeps the sys.stderr that it finds on import, and that of a
+        # warm-up kernel ends with it.
+        _import(modules["server"])
+        # Matplotlib reads its backend from the environment on import. A kernel sets the variable only when it starts.
+        os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+        with as_execd.note():
+            _import(modules["kernel"])
+            left_out = _preload(preload, memory, openers)
         with openers.during("a request or a kernel of the warm-up"):
             warmup.run_startup(server)
             # The first warm-up is not recorded, since much of its code runs only once in a process.
@@ -152,9 +157,8 @@ def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers:
         _shell = _ready_shell()
     entropy.find_generators()
     gc.collect()
-    threads = os.listdir("/proc/self/task")
-    if len(threads) != 1:
-        raise RuntimeError(f"the warm-up left {len(threads)} threads, 1 is allowed")
+    openers.check_threads()
+    return left_out
 
 
 def _import(names: Iterable[str]) -> None:
@@ -164,16 +168,25 @@ def _import(names: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def _preload(names: Iterable[str], memory: MemorySharing, openers: Openers) -> None:
-    """Imports the modules that the image's manifest names, and ends the threads that their libraries started."""
-    # Matplotlib reads its backend from the environment on import. A kernel sets the variable only when it starts.
-    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+def _preload(names: Iterable[str], memory: MemorySharing, openers: Openers) -> Dict[str, str]:
+    """Imports the modules that the image's manifest names, and ends the threads that their libraries started.
+
+    Returns those whose import failed, with the reason. Raises Inherited for those whose threads do not end.
+    """
+    failed: Dict[str, str] = {}
     for name in names:
         with openers.during(f"the module {name}"):
-            importlib.import_module(name)
-    # Libraries that support fork, such as OpenBLAS, end their threads by a pthread_atfork(3) handler before a fork and
-    # start them again on first use. So a fork at this point leaves the zygote with one thread.
-    memory.fork_noop()
+            try:
+                importlib.import_module(name)
+            except (Exception, SystemExit) as error:  # a module may raise anything
+                failed[name] = f"its import failed: {error!r}"
+            # Libraries that support fork, such as OpenBLAS, end their threads by a pthread_atfork(3) handler before a
+            # fork and start them again on first use. So a fork at this point leaves the zygote with one thread.
+            if threads() != 1:
+                memory.fork_noop()
+    openers.check_threads()
+    thread_pools.find()
+    return failed
 
 
 @contextlib.contextmanager
@@ -247,7 +260,7 @@ def _current_loop() -> Optional[asyncio.AbstractEventLoop]:
 
 def _ready_shell() -> Any:
     """A shell as ipykernel creates it, but without the history database."""
-    app = KernelApp()
+    app = IPKernelApp()
     app.parse_command_line()
     app.init_profile_dir()
     app.init_config_files()
@@ -272,8 +285,8 @@ def _run_warmup_kernel(
         loop = ioloop.IOLoop()
         asyncio.set_event_loop(loop.asyncio_loop)
         set_stop(lambda: loop.add_callback(loop.stop))
-        app = KernelApp.instance(connection_file=connection_file, parent_handle=NO_PARENT_POLL, capture_fd_output=False,
-                                 log_level=logging.CRITICAL)
+        app = IPKernelApp.instance(connection_file=connection_file, parent_handle=NO_PARENT_POLL,
+                                   capture_fd_output=False, log_level=logging.CRITICAL)
         app.on_bound = on_bound
         app.config.HistoryManager.enabled = False
         app.initialize([])
@@ -293,10 +306,13 @@ def _run_warmup_kernel(
 
 
 def run(order: Mapping[str, Any], bound: Callable[[], None]) -> NoReturn:
-    """Runs a kernel with the "connection_file", "cwd" and "environment" of `order`; calls `bound` once it listens."""
+    """Runs a kernel with the "command", "connection_file", "cwd" and "environment" of `order`.
+
+    Calls `bound` once it listens.
+    """
     gc.disable()
     _reset_process(order)
-    app = KernelApp.instance(connection_file=order["connection_file"], parent_handle=NO_PARENT_POLL)
+    app = IPKernelApp.instance(connection_file=order["connection_file"], parent_handle=NO_PARENT_POLL)
     app.ready_shell, app.on_bound = _shell, bound
     status = 0
     try:
@@ -308,18 +324,38 @@ def run(order: Mapping[str, Any], bound: Callable[[], None]) -> NoReturn:
     # The steps of the interpreter's own exit, which cannot run because the zygote's frames are below this one.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
-    with contextlib.suppress(Exception):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    _finalise()
     os._exit(status)
+
+
+def _finalise() -> None:
+    """Does what the interpreter's finalisation does for the user's data: destroys the objects of the user's namespace,
+    which writes the rest of files that are not closed, and flushes all files and those of the C library.
+    """
+    with contextlib.suppress(Exception):
+        _shell.user_ns.clear()
+        _shell.user_ns_hidden.clear()
+        _shell.user_module.__dict__.clear()
+        sys.modules.pop("__main__", None)
+    for name in ("last_exc", "last_type", "last_value", "last_traceback"):
+        vars(sys).pop(name, None)
+    with contextlib.suppress(Exception):
+        gc.collect()
+    # Objects of modules, and of frames that are not destroyed, have files too. A text file flushes the file below it.
+    files = [found for found in gc.get_objects() if isinstance(found, (io.TextIOWrapper, io.BufferedWriter,
+                                                                       io.BufferedRandom))]
+    for file in [*files, sys.stdout, sys.stderr]:
+        with contextlib.suppress(Exception):
+            file.flush()
+    ctypes.CDLL(None).fflush(None)
 
 
 def _reset_process(order: Mapping[str, Any]) -> None:
     """Gives this process the state of a newly started Python, in place of the state that the server has set."""
-    for number in range(1, signal.NSIG):
-        if number not in (signal.SIGKILL, signal.SIGSTOP):
-            with contextlib.suppress(OSError, ValueError):
-                signal.signal(number, signal.SIG_DFL)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        # None is the handler of a library, such as readline's of SIGWINCH.
+        if signal.getsignal(number) is not None:
+            signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -339,8 +375,10 @@ def _reset_process(order: Mapping[str, Any]) -> None:
     # The server blocks the import of packages that it does not need: notebook_server.py.
     for name in [name for name, module in sys.modules.items() if module is None]:
         del sys.modules[name]
-    sys.argv[:] = ["ipykernel_launcher", "-f", order["connection_file"]]
+    provisioner.unregister()
     _extend_path()
+    as_execd.become(list(order["command"]))
+    thread_pools.resize(os.environ)
 
 
 def _reset_logging() -> None:
@@ -360,14 +398,14 @@ def _reset_logging() -> None:
 def _extend_path() -> None:
     """Adds the user's site-packages and the working directory to sys.path, as in a newly started Python.
 
-    The server runs with `python3 -I`, which excludes both; ipykernel does not add the working directory then.
+    The server's path has no working directory, because it runs a file, and no directory that was made after its start.
     """
     import site
 
     user_site = site.getusersitepackages()
     packages = ("site-packages", "dist-packages")
     first = next((index for index, path in enumerate(sys.path) if path.endswith(packages)), len(sys.path))
-    if user_site not in sys.path and os.path.isdir(user_site):
+    if site.ENABLE_USER_SITE and user_site not in sys.path and os.path.isdir(user_site):
         sys.path.insert(first, user_site)
     if "" not in sys.path and not os.environ.get("PYTHONSAFEPATH"):
         sys.path.insert(first, "")

@@ -21,11 +21,12 @@ import gc
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
 import sys
-from typing import Any, Callable, Dict, Optional, Set
+from typing import Any, Callable, Dict, Iterable, Optional, Set
 
 # jsonschema imports this package where it is installed, to check the formats iri and iri-reference, which no schema of
 # the server uses. On import it compiles a grammar, which takes two thirds of a start's processor time and 15 MiB.
@@ -41,15 +42,17 @@ from jupyterlab.labapp import LabApp
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPMessageDelegate, HTTPServerRequest
 from tornado.ioloop import IOLoop
-from tornado.routing import Router
+from tornado.routing import Router, Rule, URLSpec
 from traitlets import default, observe
 from traitlets.config import Config
 
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
+from nbagent.wire.limits_page import LimitVariables
 from nbagent.zygote import answers, assets, full_storage, provisioner
 from nbagent.zygote.acts import is_act
+from nbagent.zygote.kept_loop import KeptLoop
 
 # From 0 to 1000; makes the Linux OOM killer select a notebook's kernel before its server.
 KERNEL_OOM_SCORE_ADJ = 500
@@ -241,15 +244,17 @@ def initialise(base_url: str, token: str) -> Any:
     return server
 
 
-def close_loop(server: Any) -> None:
-    """Closes the server's event loop before a fork, because forked processes would share its descriptors."""
-    server.io_loop.close()
-    asyncio.set_event_loop(None)
+def release_loop(server: Any) -> KeptLoop:
+    """Closes the descriptors of the server's event loop before a fork, because forked processes would share them."""
+    loop = KeptLoop(server.io_loop.asyncio_loop)
+    loop.release()
+    return loop
 
 
 def serve(server: Any, application: Any, on_serving: Callable[[], None] = lambda: None) -> None:
     """Serves `application` on LISTEN_FD until SIGTERM; calls `on_serving` when the event loop runs."""
     _make_files(server)
+    _apply_limits(server)
     listener = socket.socket(fileno=LISTEN_FD)
     make_room_for_descriptors(DESCRIPTORS)
     listener.setblocking(False)  # tornado accepts connections until EAGAIN
@@ -278,6 +283,20 @@ def _make_files(server: Any) -> None:
             file.write(base64.encodebytes(os.urandom(1024)))
 
 
+def _apply_limits(server: Any) -> None:
+    """Sets the variables for the slot's limits now, and before each start of a kernel or a terminal."""
+    apply = LimitVariables(ACTIVITY_FD).apply
+    apply(os.environ)
+    provisioner.use_limits(apply)
+    terminals = server.web_app.settings.get("terminal_manager")
+    if (make_environment := getattr(terminals, "make_term_env", None)) is not None:
+        def make_limited_environment(*arguments: Any, **options: Any) -> Any:
+            apply(os.environ)
+            return make_environment(*arguments, **options)
+
+        terminals.make_term_env = make_limited_environment
+
+
 def _http_server(server: Any, application: Any) -> HTTPServer:
     return HTTPServer(
         application, xheaders=True, max_body_size=server.max_body_size, max_buffer_size=server.max_buffer_size
@@ -304,11 +323,38 @@ class RebasedRouter(Router):
         finally:
             request.path = path
 
+    def rebased(self, handler: Any) -> Any:
+        """A handler whose pattern begins with `base_url`, for the application that knows `initial_base_url` only."""
+        is_rule = isinstance(handler, Rule)
+        pattern = handler.matcher.regex.pattern if is_rule else handler[0]
+        for own, initial in ((self.base_url, self.initial_base_url),
+                             (re.escape(self.base_url), re.escape(self.initial_base_url))):
+            if pattern.lstrip("^").startswith(own):
+                pattern = pattern.replace(own, initial, 1)
+                return URLSpec(pattern, handler.target, handler.target_kwargs, handler.name) if is_rule else (
+                    pattern, *handler[1:])
+        return handler
 
-def reinitialise(server: Any, initial_base_url: str, base_url: str) -> RebasedRouter:
-    """Gives a forked server its own event loop, cookie secret and times; returns the application to serve."""
-    asyncio.set_event_loop(asyncio.new_event_loop())
-    server.io_loop = IOLoop.current()
+
+def load_after_fork(server: Any, names: Iterable[str], application: RebasedRouter) -> None:
+    """Loads the extensions that the zygote has only linked, in the slot, as its user."""
+    add_handlers = server.web_app.add_handlers
+
+    def add_rebased(host: str, handlers: Any) -> Any:
+        return add_handlers(host, [application.rebased(handler) for handler in handlers])
+
+    server.web_app.add_handlers = add_rebased
+    try:
+        for name in names:
+            server.extension_manager.load_extension(name)
+    finally:
+        del server.web_app.add_handlers
+
+
+def reinitialise(server: Any, loop: KeptLoop, initial_base_url: str, base_url: str) -> RebasedRouter:
+    """Gives a forked server its event loop, cookie secret and times; returns the application to serve."""
+    if not loop.restore():
+        server.io_loop = IOLoop.current()
     settings = server.web_app.settings
     server.cookie_secret = settings["cookie_secret"] = os.urandom(32)
     settings["started"] = settings["last_activity"] = datetime.datetime.now(datetime.timezone.utc)

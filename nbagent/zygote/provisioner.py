@@ -18,7 +18,7 @@ import os
 import site
 import sys
 from importlib.metadata import Distribution, DistributionFinder
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Protocol
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Protocol
 
 from jupyter_client.provisioning import LocalProvisioner
 
@@ -44,6 +44,7 @@ class Forker(Protocol):
 
 
 _forkserver: Optional[Forker] = None
+_apply_limits: Optional[Callable[..., None]] = None
 
 
 def use(forkserver: Optional[Forker]) -> None:
@@ -52,12 +53,21 @@ def use(forkserver: Optional[Forker]) -> None:
     _forkserver = forkserver
 
 
+def use_limits(apply: Callable[..., None]) -> None:
+    """Sets the function that sets the variables for the slot's limits in environments."""
+    global _apply_limits
+    _apply_limits = apply
+
+
 class ForkServerProvisioner(LocalProvisioner):
     """A LocalProvisioner whose process may be forked from the fork server."""
 
     async def launch_kernel(self, cmd: List[str], **options: Any) -> Any:
         """Launches a kernel: by fork where the result is the same, else by exec of `cmd`."""
         global _forkserver
+        # Also in the environment of a restart, which is that of the kernel's first start.
+        if _apply_limits is not None:
+            _apply_limits(os.environ, *([options["env"]] if "env" in options else []))
         order = _order(cmd, options) if _forkserver is not None else None
         if _forkserver is not None and order is None and _forkserver.exclusive:
             raise RuntimeError(f"the kernel {cmd} cannot be forked")
@@ -96,6 +106,7 @@ def _order(cmd: List[str], options: Dict[str, Any]) -> Optional[Dict[str, Any]]:
     ):
         return None
     return {
+        "command": list(cmd),
         "connection_file": ordinary[4],
         "cwd": os.fspath(options.get("cwd") or os.getcwd()),
         "environment": dict(environment),
@@ -150,3 +161,8 @@ def register() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())
 
+
+
+def unregister() -> None:
+    """Makes the entry point unknown in this process, which is a kernel."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _Finder)]

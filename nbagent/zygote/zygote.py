@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The zygote: a notebook server that is initialised up to its listening socket, and forks slots.
 
-    python3 -I zygote.py [--private-memory]
+    python3 zygote.py [--private-memory]
 
 Runs inside an image, under the image's own Python, in a root of its own, as root of the image's user namespace
 with the few capabilities that a fork of a slot takes (nbagent.sandbox.plan). Over the channel at CONTROL_FD it
@@ -19,19 +19,28 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 import signal
 import sys
 import traceback
-from typing import Any, Dict, List, Mapping, NoReturn, Tuple, cast
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NoReturn, Tuple, cast
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+# Without -I, because the flags, the hash seed and the path of its Python are those of all kernels. The directory of
+# this file, whose modules are submodules, is not searched.
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [os.path.dirname(os.path.dirname(_HERE)), *(path for path in sys.path if path != _HERE)]
 gc.disable()
 
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, share_memory
 
 # Before the imports below, so that the modules they load are in the shared memory.
 memory = share_memory(PRIVATE_MEMORY_OPTION not in sys.argv)
+
+from nbagent.zygote import as_execd
+
+# Before the server is imported, whose warning filters a kernel does not have.
+as_execd.record()
 
 from jupyter_server.extension.manager import ExtensionManager
 
@@ -42,7 +51,7 @@ from nbagent.sandbox import plan
 from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
 from nbagent.wire import fields
 from nbagent.wire.channel import Channel, Message, report_failure
-from nbagent.wire.failure import INHERITED_STEP, Failure
+from nbagent.wire.failure import INHERITED_STEP, NOTE_MAX_CHARACTERS, NOTES_MAX, Failure
 from nbagent.zygote import entropy, forkserver, kernel, notebook_server, provisioner
 from nbagent.zygote.inherited import Inherited, Openers, descriptors
 
@@ -51,11 +60,61 @@ CONTROL_FD = LISTEN_FD
 BASE_URL = "/user/zygote-000000000000/"
 TOKEN = "zygote-token-" + "0" * 32
 INIT_MAX_BYTES = 4096
+# The option of a zygote that executes itself anew, and how often it may.
+AGAIN_OPTION = "--again="
+ROUNDS_MAX = 4
 UID_MAX = 65535
 
 
 class Unclean(Exception):
     """A state that a fork would copy wrongly: more than one thread, or a descriptor that is not the zygote's."""
+
+
+class ZygotePlan:
+    """The modules to preload, those of them to leave out, and the extensions to load after the fork, with the reasons.
+
+    A zygote that finds a module or an extension that a fork would break executes itself anew without it, because a
+    thread or a file that was opened cannot be undone.
+    """
+
+    def __init__(
+        self, preload: List[str], after_fork: Dict[str, str], left_out: Dict[str, str], rounds: int = 0
+    ) -> None:
+        self.preload, self.after_fork, self.left_out, self.rounds = preload, after_fork, left_out, rounds
+
+    def notes(self) -> List[str]:
+        """The differences from the manifest, for the journal."""
+        return [
+            *(f"the module {name} is not preloaded: {reason}" for name, reason in self.left_out.items()),
+            *(f"the extension {name} is loaded in each slot after the fork: {reason}"
+              for name, reason in self.after_fork.items() if reason),
+        ]
+
+    def without(self, error: Inherited) -> bool:
+        """Leaves out what caused the error; False when that is not possible, or was not enough twice."""
+        found = {name for name in error.modules if name not in self.left_out}
+        found |= {name for name in error.extensions if name not in self.after_fork}
+        if not error.avoidable or not found or self.rounds >= ROUNDS_MAX:
+            return False
+        self.left_out.update(error.modules)
+        self.after_fork.update(error.extensions)
+        self.rounds += 1
+        return True
+
+
+@contextlib.contextmanager
+def _without_loading(names: Iterable[str]) -> Iterator[None]:
+    """Lets the server only link the extensions `names`, and not load them."""
+    original, skipped = ExtensionManager.load_extension, frozenset(names)
+
+    def load(manager: Any, name: str) -> Any:
+        return None if name in skipped else original(manager, name)
+
+    ExtensionManager.load_extension = load
+    try:
+        yield
+    finally:
+        ExtensionManager.load_extension = original
 
 
 class PlaceholderSubstitution:
@@ -90,13 +149,17 @@ class PlaceholderSubstitution:
 class Zygote:
     """The process state that every slot begins with."""
 
-    def __init__(self, control: Channel, nowhere: int, preload: List[str]) -> None:
-        self.control, self.nowhere = control, nowhere
+    def __init__(self, control: Channel, nowhere: int, plan: ZygotePlan) -> None:
+        self.control, self.nowhere, self.plan = control, nowhere, plan
         self.fds, openers = descriptors(), Openers()
-        with openers.of_methods(ExtensionManager, "link_extension", "load_extension"):
+        loads = ("link_extension", "load_extension")
+        with _without_loading(plan.after_fork), openers.of_methods(ExtensionManager, *loads):
             self.server = notebook_server.initialise(BASE_URL, TOKEN)
-        kernel.prepare(self.server, memory, preload, openers)
-        notebook_server.close_loop(self.server)
+        openers.check_extensions()
+        preload = [name for name in plan.preload if name not in plan.left_out]
+        failed = kernel.prepare(self.server, memory, preload, openers)
+        plan.left_out.update(failed)
+        self.loop = notebook_server.release_loop(self.server)
         entropy.find_generators()
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
         entropy.reseed()
@@ -165,6 +228,7 @@ class Zygote:
         slot = fields.mapping(request.body, "slot")
         print_fd = request.take("output")
         listen_fd, activity_fd, config_fd = (request.take(name) for name in ("listen", "activity", "config"))
+        environment = cast(Dict[str, str], fields.mapping(slot, "environment"))
         os.setsid()
 
         def begin_fork_server() -> None:
@@ -172,20 +236,25 @@ class Zygote:
             for fd in (listen_fd, activity_fd, config_fd):
                 os.close(fd)
             _enter(slot, init, print_fd, [])
+            as_execd.show([sys.executable, forkserver.__file__], environment)
 
         # Before this process reads the server's secrets, which no kernel may have.
         provisioner.use(forkserver.split_off_server(kernel.run, init, begin_fork_server))
         # While init builds the root: all that needs none.
         entropy.reseed()
         os.environ.clear()
-        os.environ.update(cast(Dict[str, str], fields.mapping(slot, "environment")))
+        os.environ.update(environment)
         settings = notebook_server.read_settings(config_fd)
         self.places.fill(settings["base_url"], settings["token"])
-        application = notebook_server.reinitialise(self.server, BASE_URL, settings["base_url"])
+        application = notebook_server.reinitialise(self.server, self.loop, BASE_URL, settings["base_url"])
         _enter(slot, init, print_fd, [listen_fd, activity_fd])
         init.close()
         # The change of user has cleared it. As after an exec, the user may read this process's /proc and debug it.
         prctl(PR_SET_DUMPABLE, 1)
+        as_execd.forget_host_name()
+        as_execd.show([sys.executable, os.path.join(_HERE, "exec_main.py")], environment)
+
+        notebook_server.load_after_fork(self.server, self.plan.after_fork, application)
 
         def serving() -> None:
             with contextlib.suppress(OSError), control:  # the supervisor may have ended meanwhile
@@ -226,18 +295,33 @@ def main() -> None:
     # The numbers that a slot's descriptors will have are occupied, so that no other file gets them.
     while os.open(os.devnull, os.O_RDWR) < CONFIG_FD:
         pass
-    request = control.receive()
-    if request is None:
-        return
+    if len(sys.argv) > 1 and sys.argv[-1].startswith(AGAIN_OPTION):
+        again = json.loads(sys.argv.pop()[len(AGAIN_OPTION):])
+        nowhere = again.pop("nowhere")
+        os.set_inheritable(nowhere, False)
+        wanted = ZygotePlan(**again)
+    else:
+        request = control.receive()
+        if request is None:
+            return
+        nowhere = request.take("nowhere")
+        after_fork = dict.fromkeys(fields.texts(request.body, "extensions_after_fork"), "")
+        wanted = ZygotePlan(fields.texts(request.body, "preload"), after_fork, {})
     try:
-        zygote = Zygote(control, request.take("nowhere"), fields.texts(request.body, "preload"))
+        zygote = Zygote(control, nowhere, wanted)
     except Inherited as error:
+        if wanted.without(error):
+            print(f"zygote: {error}; started again without that", flush=True)
+            for fd in (CONTROL_FD, nowhere):
+                os.set_inheritable(fd, True)
+            again = json.dumps({"nowhere": nowhere, **vars(wanted)})
+            os.execv(sys.executable, [sys.executable, *sys.argv, AGAIN_OPTION + again])
         control.send(Failure(INHERITED_STEP, 0, str(error)).save())
         raise
     except Exception as error:  # the image's code may raise anything, and the operator has to read it
         control.send(Failure.of(error, "initialise").save())
         raise
-    control.send({"ready": True})
+    control.send({"ready": True, "notes": [note[:NOTE_MAX_CHARACTERS] for note in wanted.notes()[:NOTES_MAX]]})
     zygote.serve()
 
 

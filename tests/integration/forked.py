@@ -50,7 +50,7 @@ mount --bind "$tests" "$root/run/test"
 mount --bind "$shared" "$root/run/shared"
 ip link set lo up
 exec chroot "$root" /usr/bin/env -i HOME=/home/jovyan LANG=C.UTF-8 SHELL=/bin/bash USER=jovyan LOGNAME=jovyan \
-    PATH=/home/jovyan/.local/bin:/usr/local/bin:/usr/bin:/bin /usr/bin/python3 -I -X frozen_modules=off \
+    PATH=/home/jovyan/.local/bin:/usr/local/bin:/usr/bin:/bin $FORKED_VARIABLES /usr/bin/python3 \
     /run/test/"$@"
 """
 
@@ -92,12 +92,17 @@ def command(tree: Path | str, shared: Path, program: str, *arguments: str) -> li
 
 
 @contextlib.contextmanager
-def slots(tree: Path | str, shared: Path, count: int, *options: str) -> Iterator[list[Slot]]:
-    """`count` forked slots of a zygote with these `options`; their output is in `shared`/log."""
+def slots(
+    tree: Path | str, shared: Path, count: int, *options: str, variables: str = ""
+) -> Iterator[list[Slot]]:
+    """`count` forked slots of a zygote with these `options`; their output is in `shared`/log.
+
+    `variables` are of the zygote's environment, as NAME=VALUE separated by blanks.
+    """
     with (shared / "log").open("wb") as log:
         process = subprocess.Popen(
             command(tree, shared, FORKED_SLOT, "serve", "/run/shared/http.sock", str(count), *options),
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "FORKED_VARIABLES": variables},
         )
     try:
         made = [Slot(shared / f"http.sock.{number}") for number in range(count)]

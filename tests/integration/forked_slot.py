@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Runs inside an image, as root of a chroot: a zygote that forks the servers of slots.
 
-    python3 -I -X frozen_modules=off forked_slot.py serve SOCKET COUNT [--private-memory]
-    python3 -I -X frozen_modules=off forked_slot.py suite DIRECTORY
+    python3 forked_slot.py serve SOCKET COUNT [--private-memory]
+    python3 forked_slot.py suite DIRECTORY
 
 `serve` forks COUNT slots, number n on the socket SOCKET.n with the token "token". `suite` forks one process that runs
 jupyter_kernel_test from DIRECTORY instead of a server. Started by forked.py.
@@ -10,12 +10,16 @@ jupyter_kernel_test from DIRECTORY instead of a server. Started by forked.py.
 
 import sys
 
-sys.path.insert(0, "/run/nbagent/lib")
+sys.path[0] = "/run/nbagent/lib"
 
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, share_memory
 
 # Before the imports below, as in zygote.py.
 memory = share_memory(PRIVATE_MEMORY_OPTION not in sys.argv)
+
+from nbagent.zygote import as_execd
+
+as_execd.record()
 
 import asyncio
 import os
@@ -28,13 +32,13 @@ sys.modules["rfc3987_syntax"] = None
 
 from jupyterlab.labapp import LabApp
 from tornado.httpserver import HTTPServer
-from tornado.ioloop import IOLoop
 from tornado.web import RequestHandler
 from traitlets.config import Config
 
 from nbagent.wire.channel import Channel
 from nbagent.zygote import entropy, forkserver, kernel, provisioner
 from nbagent.zygote.inherited import Openers
+from nbagent.zygote.kept_loop import KeptLoop
 
 USER = 1000
 
@@ -64,7 +68,7 @@ def initialised():
     return server
 
 
-def serve(server, path):
+def serve(server, loop, path):
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
     os.chmod(path, 0o777)
@@ -73,8 +77,7 @@ def serve(server, path):
     become_user()
     entropy.reseed()
     provisioner.use(split_off_server())
-    asyncio.set_event_loop(asyncio.new_event_loop())
-    server.io_loop = IOLoop.current()
+    loop.restore()
     server._http_server = HTTPServer(server.web_app)
     server._http_server.add_socket(listener)
     server.start()
@@ -123,9 +126,7 @@ def suite(directory):
         supported_history_operations = ()
 
         def test_it_is_a_fork(self):
-            pid = self.km.provisioner.pid
-            with open(f"/proc/{pid}/cmdline") as file:
-                self.assertIn("forked_slot.py", file.read())
+            self.assertIsInstance(self.km.provisioner.process, forkserver.ForkedProcess)
 
     found = unittest.defaultTestLoader.loadTestsFromTestCase(ForkedKernel)
     result = unittest.TextTestRunner(verbosity=2).run(found)
@@ -138,6 +139,8 @@ def main():
     provisioner.register()
     server = initialised()
     kernel.prepare(server, memory, (), Openers())
+    loop = KeptLoop(server.io_loop.asyncio_loop)
+    loop.release()
     memory.freeze()
     # The files in a slot's home belong to the slot's user.
     for directory, _folders, files in os.walk(os.environ["HOME"]):
@@ -148,7 +151,7 @@ def main():
         pid = os.fork()
         if pid == 0:
             if mode == "serve":
-                serve(server, f"{where}.{number}")
+                serve(server, loop, f"{where}.{number}")
             else:
                 suite(where)
             os._exit(0)

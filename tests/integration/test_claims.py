@@ -104,6 +104,39 @@ def test_a_running_slot_gets_more_time_and_other_limits(agent):
     assert refused.status == 400 and refused.json()["field"] == "image"
 
 
+# The facts that libraries read of a slot's limits, in a kernel and in a program that it starts.
+SEEN = """
+import json, os, subprocess, sys
+names = ("OMP_NUM_THREADS", "PYTHON_CPU_COUNT", "OMP_WAIT_POLICY", "MEM_LIMIT", "CPU_LIMIT")
+program = [sys.executable, "-c", "import os; print(os.cpu_count())"]
+print(json.dumps([*(os.environ.get(name) for name in names), os.cpu_count(),
+                  int(subprocess.run(program, stdout=subprocess.PIPE, check=True).stdout)]))
+"""
+SYSTEM = """
+import json, os, re, subprocess
+cores = subprocess.run(["lscpu", "--parse=core"], stdout=subprocess.PIPE, check=True, text=True).stdout
+print(json.dumps([len(re.findall(r"^\\d+$", cores, re.M)), len(os.sched_getaffinity(0)),
+                  os.path.exists("/sys/fs/cgroup/cgroup.procs"), os.access("/sys/fs/cgroup/cgroup.procs", os.W_OK),
+                  sorted(os.listdir("/sys"))]))
+"""
+
+
+@pytest.mark.parametrize("quota", ["50%", "200%"])
+def test_libraries_see_the_limits_of_the_claim_and_of_a_change(agent, quota):
+    other = {"50%": "200%", "200%": "50%"}[quota]
+    seen = {"50%": ["1", "1", "PASSIVE", str(300 << 20), "0.5", 1, 1],
+            "200%": ["2", "2", "PASSIVE", str(300 << 20), "2", 2, 2]}
+    notebook = agent.open(memory="300M", cpu_quota=quota)
+    with notebook.kernel() as kernel:
+        assert json.loads(kernel.run(SEEN).stream) == seen[quota]
+        cores, affine, has_cgroup, may_write, system = json.loads(kernel.run(SYSTEM).stream)
+        assert cores == affine == int(agent.run("nproc")) and has_cgroup and not may_write
+        assert system == ["devices", "fs"]
+        assert agent.api.patch(f"/slots/{notebook.slot}", {"cpu_quota": other}).status == 200
+        notebook.post(f"api/kernels/{kernel.id}/restart")
+    assert json.loads(notebook.run(SEEN).stream) == seen[other]
+
+
 @pytest.mark.parametrize(("options", "field"), [
     ({"image": "no-such"}, "image"), ({"memory": "-1"}, "memory"), ({"memory": "1e9G"}, "memory"),
     ({"memory": "lots"}, "memory"), ({"cpu_quota": "100000%"}, "cpu_quota"), ({"ttl": 0}, "ttl"),

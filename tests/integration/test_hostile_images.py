@@ -75,7 +75,7 @@ def module(shared, packages, tmp_path_factory):
 @pytest.fixture
 def attack(agent, module):
     """Starts zygotes with a hostile module. The next test replaces them."""
-    agent.expect(rf"zygote {IMAGE}:\S+ (failed|exceeds)")
+    agent.expect(rf"zygote {IMAGE}:\S+ (failed|exceeds|of image {IMAGE}: the (module|extension))")
     agent.expect(rf"^nbagent-zygote@{IMAGE}:\S+: ")
     agent.expect(rf"slot \S+ did not start|pool {IMAGE} pauses")
     agent.configure(SETTINGS)
@@ -127,13 +127,11 @@ def by_fork(agent, slot):
              time.sleep(600)
              os._exit(0)
      """, "Resource temporarily unavailable"),
-    ("raise RuntimeError('ü' * 60_000)", "RuntimeError"),
     ("import socket; socket.socket(fileno=3).send(b'x' * 150_000)", "a packet of more than 65536 bytes"),
     ("""
      import socket; socket.socket(fileno=3).send(b'{"failure": {"step": "x", "errno": 1e999, "text": ""}}')
      """, "not an integer"),
-    ("import threading, time; threading.Thread(target=time.sleep, args=[600], daemon=True).start()", "2 threads"),
-], ids=["memory", "processes", "long failure", "long packet", "malformed failure", "thread"])
+], ids=["memory", "processes", "long packet", "malformed failure"])
 def test_a_zygote_that_exceeds_what_it_may_is_ended_and_slots_start_by_exec(agent, attack, source, pattern):
     seen = attack(source)
     text = failure(agent, seen, pattern)
@@ -190,14 +188,77 @@ def test_a_zygote_that_serves_a_slot_itself_is_ended_with_all_its_processes(agen
     assert not agent.run("pgrep", "-fx", "sleep 600", check=False)
 
 
+@pytest.mark.parametrize(("source", "reason"), [
+    ("raise RuntimeError('ü' * 60_000)", r"its import failed: RuntimeError\('ü"),
+    ("import threading, time; threading.Thread(target=time.sleep, args=[600], daemon=True).start()", "1 threads run"),
+    ("""
+     import mmap, os
+     database, memory = open("/home/jovyan/common.db", "a"), mmap.mmap(-1, 4096)
+     """, "is open"),
+], ids=["failure", "thread", "file"])
+def test_a_module_that_a_fork_would_break_is_left_out_and_named(agent, attack, source, reason):
+    unit = ready(agent, attack(source))
+    zygote = unit[len("nbagent-zygote@"):-len(".service")]
+    notes = agent.journal("-t", "nbagent", f"NBAGENT_ZYGOTE={zygote}", "MESSAGE_ID=72c55a31cf2e44a494e977140c97a9da")
+    assert re.match(f"the module hostile is not preloaded: .*{reason}", notes[0]["NBAGENT_TEXT"])
+    assert len(notes) == 1 and len(notes[0]["NBAGENT_TEXT"]) <= 300
+    assert by_fork(agent, agent.claim(image=IMAGE)["slot"])
+
+
+EXTENSION = """
+import os
+from jupyter_server.base.handlers import JupyterHandler
+from jupyter_server.utils import url_path_join
+
+class Opened(JupyterHandler):
+    def get(self):
+        self.finish(dict(self.settings["opened"], serves=os.getpid(), ticks=TICKS))
+
+TICKS = []
+
+def _jupyter_server_extension_points():
+    return [{"module": "opened"}]
+
+def _load_jupyter_server_extension(server):
+    database = open("/home/jovyan/opened.db", "a")
+    server.web_app.settings["opened"] = {
+        "loaded": os.getpid(), "owner": os.fstat(database.fileno()).st_uid, "base": server.web_app.settings["base_url"]}
+    server.database = database
+    server.io_loop.call_later(0, TICKS.append, 1)
+    server.web_app.add_handlers(".*$", [(url_path_join(server.base_url, "opened"), Opened)])
+"""
+
+
+def test_an_extension_that_opens_a_file_is_loaded_in_each_slot(agent, attack, module):
+    packages = module.rpartition("/")[0]
+    enabled = f"{packages[:packages.index('/lib/')]}/etc/jupyter/jupyter_server_config.d/opened.json"
+    agent.run("sh", "-c", f"mkdir -p $(dirname {enabled}); cat > {packages}/opened.py", input=EXTENSION)
+    agent.run("sh", "-c", f"cat > {enabled}", input='{"ServerApp": {"jpserver_extensions": {"opened": true}}}')
+    try:
+        ready(agent, attack("pass"))
+        messages = [entry["MESSAGE"] for entry in entries(agent)]
+        notes = [message for message in messages if "the extension opened is loaded in each" in message]
+        assert "/home/jovyan/opened.db is open" in notes[-1]
+        for notebook in (agent.open(image=IMAGE), agent.open(image=IMAGE)):
+            assert by_fork(agent, notebook.slot)
+            found = notebook.get("opened")
+            assert found["loaded"] == found["serves"] and found["base"] == notebook.base and found["owner"] > 0
+            assert notebook.get("opened")["ticks"] == [1]
+    finally:
+        agent.run("rm", enabled, f"{packages}/opened.py")
+
+
 def test_an_image_whose_slots_would_share_open_files_starts_by_exec(agent, attack):
     seen = attack("""
-        import mmap, os
-        database, ends = open("/home/jovyan/common.db", "a"), os.pipe()
-        memory = mmap.mmap(-1, 4096)
+        import gc
+        opened = []
+        def open_once(phase, _facts):
+            if not opened:
+                opened.append(open("/home/jovyan/common.db", "a"))
+        gc.callbacks.append(open_once)
     """)
-    text = failure(agent, seen, "/home/jovyan/common.db, opened by the module hostile")
-    assert "pipe:[" in text and "/dev/zero (deleted), opened by the module hostile" in text
+    failure(agent, seen, "/home/jovyan/common.db, opened by a request or a kernel of the warm-up")
+    text = failure(agent, seen, "no zygote")
     assert "no zygote is started again before the image changes" in text
     one, other = (agent.claim(image=IMAGE)["slot"] for _ in range(2))
     assert not by_fork(agent, one) and not by_fork(agent, other)

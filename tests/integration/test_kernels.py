@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import forked
 import lazy
@@ -56,7 +57,7 @@ def make_shared(shared: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def slots(tree: Path, shared: Path) -> Iterator[list[Slot]]:
-    with forked.slots(tree, shared, 2) as made:
+    with forked.slots(tree, shared, 2, variables="PYTHONPATH=/srv/modules PYTHONHASHSEED=7") as made:
         yield made
 
 
@@ -65,8 +66,8 @@ def slot(slots: list[Slot]) -> Slot:
     return slots[0]
 
 
-# A forked kernel has the zygote's command line in /proc, because it executed no other program.
-FORKED = "'forked_slot' in open('/proc/self/cmdline').read()"
+# A forked kernel has the modules of the zygote.
+FORKED = "'nbagent.zygote.kernel' in __import__('sys').modules"
 
 
 def test_the_public_test_suite_of_kernels_passes(tree: Path, tmp_path: Path) -> None:
@@ -102,6 +103,56 @@ def test_warm_up_kernels_leave_no_threads_and_no_tracebacks(slot: Slot) -> None:
 def test_nothing_is_imported_after_the_fork(slot: Slot) -> None:
     found = lazy.imported(slot)
     assert found == {"kernel": [], "server": []}, f"run {lazy.COMMAND}"
+
+
+# The facts that a forked kernel shows otherwise than one that was started by exec, with the reasons.
+OTHER_THAN_BY_EXEC = {
+    "descriptors": "standard input is /dev/null, where jupyter_client leaves a pipe whose other end is closed",
+    "threads": "PR_SET_PDEATHSIG replaces the thread that polls whether the server runs",
+    "finders": "six, a module of the server, has an importer for six.moves",
+    "status": "readline, loaded in the zygote, handles SIGWINCH only when a program starts it",
+    "loggers": "the modules that a kernel imports when needed are loaded, and jedi's parso has set a level",
+    "start of environment": "the test's own variable",
+    "environment": "the test's own variable",
+}
+
+
+def facts_of(kernel: forked.Kernel) -> dict[str, Any]:
+    code = (forked.HERE / "facts.py").read_text().split('"""', 2)[2]
+    found: dict[str, Any] = json.loads(kernel.run(f"{code}\nimport json; print(json.dumps(facts()))")["stream"])
+    del found["environment"]["JPY_PARENT_PID"]
+    return found
+
+
+def test_a_forked_kernel_shows_the_facts_of_one_that_was_started_by_exec(slot: Slot) -> None:
+    """Both are of the same image; PYTHONPATH and PYTHONHASHSEED, of the image, count in both."""
+    spec = {"argv": ["/usr/bin/python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+            "display_name": "By exec", "language": "python", "env": {"LD_TEST": "a variable of a program's start"}}
+    with slot.kernel() as kernel:
+        kernel.value("import os; d = os.path.expanduser('~/.local/share/jupyter/kernels/execd'); os.makedirs(d); "
+                     f"open(d + '/kernel.json', 'w').write({json.dumps(spec)!r})")
+    with slot.kernel() as kernel, slot.kernel(name="execd") as other:
+        assert (kernel.value(FORKED), other.value(FORKED)) == ("True", "False")
+        by_fork, by_exec = facts_of(kernel), facts_of(other)
+    assert "/srv/modules" in by_fork["path"] and by_fork["hash"][1] is not None
+    others = {name: (by_fork[name], by_exec[name]) for name in by_exec if by_fork[name] != by_exec[name]}
+    assert not others.keys() - OTHER_THAN_BY_EXEC.keys(), others
+    assert by_fork["descriptors"]["0"] == "/dev/null" and by_exec["descriptors"]["0"] == "pipe:[N]"
+    assert by_exec["environment"].pop("LD_TEST") and by_fork["environment"] == by_exec["environment"]
+
+
+def test_files_that_are_not_closed_have_their_data_after_a_restart(slot: Slot) -> None:
+    with slot.kernel() as kernel:
+        kernel.run("import zipfile, types\n"
+                   "text = open('/tmp/text', 'w'); text.write('one'); raw = open('/tmp/raw', 'wb'); raw.write(b'two')\n"
+                   "class Late:\n    def __del__(self): open('/tmp/late', 'w').write('three')\n"
+                   "late = Late(); late.late = late\n"
+                   "archive = zipfile.ZipFile('/tmp/archive', 'w'); archive.writestr('member', 'four')")
+        slot.call("POST", f"/api/kernels/{kernel.id}/restart")
+        kernel.wait_restarted()
+        assert kernel.value("[open(f'/tmp/{name}').read() for name in ('text', 'raw', 'late')]") == (
+            "['one', 'two', 'three']")
+        assert kernel.value("import zipfile; zipfile.ZipFile('/tmp/archive').read('member')") == "b'four'"
 
 
 def test_cells_streams_display_and_shell(slot: Slot) -> None:
@@ -231,6 +282,12 @@ def test_what_the_user_configures_counts(slot: Slot) -> None:
                 assert other.value("get_ipython().history_manager.enabled") == "True"
         finally:
             kernel.run("os.unlink(d + '/ipython_kernel_config.py'); os.unlink(d + '/startup/s.py')")
+
+
+def test_what_an_extension_schedules_when_it_loads_runs_in_the_fork(slots: list[Slot]) -> None:
+    """jupyter_lsp looks for language servers by a callback of the loop; until then this request waits."""
+    for slot in slots:
+        assert slot.call("GET", "/lsp/status")["version"] == 2
 
 
 def test_other_kernels_start_by_exec(slot: Slot) -> None:

@@ -74,7 +74,7 @@ def variants(spec):
         if isinstance(step, steps.Namespaces):
             for kind, bit in KINDS.items():
                 found[f"{name} {kind}"] = instead(name_of(step), step._replace(flags=step.flags & ~bit))
-        elif isinstance(step, steps.SharedProgram):
+        elif type(step) is steps.SharedProgram:
             found[f"{name}, by a bind mount"] = instead(
                 name_of(step), steps.Bind(step.source, step.target, read_only=True)
             )

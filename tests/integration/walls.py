@@ -388,7 +388,7 @@ def to_find_a_mount_of_the_host(decoys):
     home = next(user[5] for user in users if user[2] == str(os.getuid()))
     # The storage's directory of the home is at /dev/home until the step Home.
     expected = ("/", "/tmp", "/var/tmp", home, "/dev", "/dev/home", "/dev/pts", "/dev/shm", "/proc", "/run/jupyter",
-                "/run/nbagent/lib/nbagent")
+                "/run/nbagent/lib/nbagent", "/sys", "/sys/fs/cgroup")
     points = [point for point, _, _, _ in mounts()]
     strange = [
         point for point in points
@@ -473,8 +473,14 @@ def to_change_the_hosts_kernel(decoys):
             yield f"{path} is not read-only"
     if os.path.exists("/proc/sysrq-trigger") and not stat.S_ISCHR(os.stat("/proc/sysrq-trigger").st_mode):
         yield "/proc/sysrq-trigger"
-    if os.path.isdir("/sys") and os.listdir("/sys"):
-        yield "/sys"
+    # A copy of the processors' files, and the slot's own cgroup.
+    for path, known in (("/sys", {"devices", "fs"}), ("/sys/devices", {"system"}), ("/sys/fs", {"cgroup"}),
+                        ("/sys/devices/system", {"cpu", "node"})):
+        if os.path.isdir(path) and not set(os.listdir(path)) <= known:
+            yield path
+    for path in ("/sys", "/sys/fs/cgroup"):
+        if os.path.isdir(path) and not os.statvfs(path).f_flag & os.ST_RDONLY:
+            yield f"{path} is not read-only"
 
 
 @attempt

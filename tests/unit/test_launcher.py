@@ -150,7 +150,7 @@ def image(**changes) -> SimpleNamespace:
 
 
 def test_a_slot_and_its_zygote_share_the_image_and_differ_in_user_program_and_filter():
-    slot, zygote = sandbox_spec(SLOT, image(), 1 << 20, 60.0), zygote_spec(image(), 1 << 20)
+    slot, zygote = sandbox_spec(SLOT, image(), 1 << 20, 60.0), zygote_spec(image(), 1 << 20, SLOT.limits)
     differing = {name for name in slot._fields if getattr(slot, name) != getattr(zygote, name)}
     assert differing == {"slot", "uid", "user", "command", "listen_timeout_s", "environment", "syscall_filter"}
     assert slot.environment["PREFIX"] == "/user/h-0/t" and zygote.environment["PREFIX"] == "/user/zygote/"
@@ -159,7 +159,7 @@ def test_a_slot_and_its_zygote_share_the_image_and_differ_in_user_program_and_fi
 
 def test_an_image_without_python_has_no_zygote():
     with pytest.raises(ValueError, match="no Python"):
-        zygote_spec(image(python=None), 1 << 20)
+        zygote_spec(image(python=None), 1 << 20, SLOT.limits)
 
 
 @pytest.mark.parametrize(("changes", "url", "expected"), [

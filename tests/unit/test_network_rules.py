@@ -186,7 +186,7 @@ def test_only_a_slot_with_an_uplink_has_the_steps_for_one() -> None:
     spec = SandboxSpec(
         slot="c07-x8q2m4k9w1ze", root="/r", id_base=1 << 30, uid=2001, user="jovyan", home="/home/jovyan",
         storage_bytes=64 << 20, command=["/usr/bin/python3"], environment={}, code="/c", mountpoint="/m",
-        syscall_filter="AAAAAAAAAAA=", directory="/home/jovyan", port=0, listen_timeout_s=60.0,
+        syscall_filter="AAAAAAAAAAA=", system="/s", directory="/home/jovyan", port=0, listen_timeout_s=60.0,
     )
     assert plan(spec).connected == ()
     connected = spec._replace(uplink=Uplink(["198.18.0.2", "fd00::2"], ["198.18.0.1", "fd00::1"], 1000))

@@ -13,6 +13,7 @@ import pytest
 
 import memory_checks
 from nbagent.core.errors import ImageInvalid
+from nbagent.core.model import Limits
 from nbagent.image import manifest
 from nbagent.image.store import Image
 from nbagent.supervisor.launcher import zygote_spec
@@ -64,4 +65,5 @@ def test_the_zygote_gets_the_switch_on_its_command_line(share_memory: bool) -> N
         python="/usr/bin/python3", command=(), port=None, ready="api", url="lab", home="/home/jovyan",
         directory="/home/jovyan", user="jovyan", launch="fork", preload=(), environment={}, share_memory=share_memory,
     )
-    assert (PRIVATE_MEMORY_OPTION in zygote_spec(image, 1 << 20).command) is not share_memory
+    command = zygote_spec(image, 1 << 20, Limits(1 << 30, 100, None, 64)).command
+    assert (PRIVATE_MEMORY_OPTION in command) is not share_memory

@@ -15,7 +15,7 @@ from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import Limits
 from nbagent.supervisor import fd_store, zygotes
-from nbagent.supervisor.launcher import zygote_spec
+from nbagent.supervisor.launcher import default_limits, zygote_spec
 from nbagent.supervisor.zygotes import Zygotes, identity, unit_of
 from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel
@@ -78,7 +78,8 @@ def image(tmp_path):
 def made_of(image, **changes):
     settings = host_config.parse({})
     limits = Limits(settings.pool.zygote_memory, 100, None, settings.slots.tasks)
-    return identity(zygote_spec(image, settings.slots.storage_bytes), image, limits) | changes
+    spec = zygote_spec(image, settings.slots.storage_bytes, default_limits(settings.slots))
+    return identity(spec, image, limits) | changes
 
 
 def adopt(image, services, wanted=None, then=None):

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The limits of a slot, for its own programs: the part of the activity page that the supervisor writes, and the
+variables by which libraries read them.
+
+A library that sizes itself by the processors or the memory of the host is slow in a slot with a quota, because its
+threads wait for each other, or is killed. A claim and a change of a slot may set other limits than the slot was started
+with, so the server of a slot reads the page before each start of a kernel or terminal.
+
+Layout after activity.py's part, little endian: a double, the processors of the CPU quota, 0.0 for none; a uint64, the
+memory in bytes, 0 while nothing was written. Standard library only; Python 3.9 and up.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from typing import Dict, List, MutableMapping, NamedTuple, Optional
+
+_LAYOUT = struct.Struct("<dQ")
+_OFFSET = 64
+# Variables with the number of threads that a library starts, or the number of processors that it sees.
+THREADS = (
+    "PYTHON_CPU_COUNT", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS",
+    "POLARS_MAX_THREADS", "RAYON_NUM_THREADS", "LOKY_MAX_CPU_COUNT",
+)
+
+
+class SlotLimits(NamedTuple):
+    """The memory and the CPU quota, in processors, of a slot; None: no quota."""
+
+    memory_bytes: int
+    cpu_quota: Optional[float]
+
+
+def write(fd: int, limits: SlotLimits) -> None:
+    """Writes the limits to the page."""
+    os.pwrite(fd, _LAYOUT.pack(limits.cpu_quota or 0.0, limits.memory_bytes), _OFFSET)
+
+
+def read(fd: int) -> Optional[SlotLimits]:
+    """The limits on the page; None when there are none, as on that of a slot of an older supervisor."""
+    quota, memory_bytes = _LAYOUT.unpack(os.pread(fd, _LAYOUT.size, _OFFSET).ljust(_LAYOUT.size, b"\0"))
+    return SlotLimits(memory_bytes, quota if quota > 0 else None) if memory_bytes else None
+
+
+def processors(cpu_quota: float, present: int) -> int:
+    """The number of threads that a quota suffices for, rounded up, because one thread less would leave a part of it."""
+    return max(1, min(present, math.ceil(cpu_quota)))
+
+
+def variables(limits: SlotLimits, present: int) -> Dict[str, str]:
+    """The environment variables for these limits, on a host with `present` processors for the slot.
+
+    Without a quota a slot may use all processors that are idle, so the number of threads is left to the libraries.
+    OpenMP's threads wait without spinning in every slot, because those that spin take the time of the others that the
+    quota, or the other slots, leave.
+    """
+    found = {"OMP_WAIT_POLICY": "PASSIVE", "MEM_LIMIT": str(limits.memory_bytes)}
+    if limits.cpu_quota is not None:
+        found.update(dict.fromkeys(THREADS, str(processors(limits.cpu_quota, present))))
+        found["CPU_LIMIT"] = f"{limits.cpu_quota:g}"
+    return found
+
+
+class LimitVariables:
+    """Keeps the variables of environments at the limits of the page. A value that the image has set stays."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._given: Dict[str, List[str]] = {}
+
+    def apply(self, *environments: MutableMapping[str, str]) -> None:
+        """Sets the variables for the current limits in these environments."""
+        try:
+            limits = read(self._fd)
+        except OSError:
+            return
+        if limits is None:
+            return
+        wanted = variables(limits, len(os.sched_getaffinity(0)))
+        for environment in environments:
+            for name in {*wanted, *self._given}:
+                present = environment.get(name)
+                if present is None or present in self._given.get(name, ()):
+                    if name in wanted:
+                        environment[name] = wanted[name]
+                    else:
+                        environment.pop(name, None)
+        for name, value in wanted.items():
+            known = self._given.setdefault(name, [])
+            if value not in known:
+                known.append(value)
