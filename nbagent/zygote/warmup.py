@@ -101,12 +101,15 @@ def run_startup(server: Any) -> None:
 def warm_up(server: Any, run_kernel: RunKernel) -> None:
     """Runs one session by each protocol, from the first request to the end of the kernel. Raises RuntimeError."""
     logging.disable()  # some requests and cells fail on purpose
+    # So that the collection examines the objects of the sessions only: 30 ms instead of 250.
+    gc.freeze()
     try:
         for protocol in PROTOCOLS:
             _run_session(server, run_kernel, protocol)
         # While logging is disabled, because asyncio logs unretrieved exceptions when it destroys their tasks.
         gc.collect()
     finally:
+        gc.unfreeze()
         logging.disable(logging.NOTSET)
 
 

@@ -21,6 +21,7 @@ import contextlib
 import gc
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -123,19 +124,17 @@ class PlaceholderSubstitution:
     def __init__(self, *names: str) -> None:
         self._names = names
         self._found: List[Tuple[Any, Any]] = []
+        search = re.compile("|".join(map(re.escape, names))).search
         for known in gc.get_objects():
             if isinstance(known, dict):
-                items: Any = list(known.items())
+                items: Any = known.items()
             elif isinstance(known, list):
-                items = list(enumerate(known))
+                items = enumerate(known)
             else:
                 continue
             if known is self.__dict__ or known is globals():
                 continue
-            self._found += [
-                (known, key) for key, value in items
-                if isinstance(value, str) and any(name in value for name in names)
-            ]
+            self._found += [(known, key) for key, value in items if isinstance(value, str) and search(value)]
 
     def fill(self, *values: str) -> None:
         """Replaces the names by `values`, in the same order."""
@@ -163,7 +162,6 @@ class Zygote:
         entropy.find_generators()
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
         entropy.reseed()
-        gc.collect()
         self.places = PlaceholderSubstitution(BASE_URL, TOKEN)
         memory.freeze()
         openers.check(self.fds)
