@@ -41,7 +41,7 @@ class Adoption:
 
     async def run(self) -> int:
         """Adopts every complete slot that runs, and removes all other files and scopes. Returns the number of slots."""
-        scopes, has_interfaces = set(self._systemd.scopes()), self._interfaces.allowed
+        scopes, has_interfaces = set(await self._systemd.scopes()), self._interfaces.allowed
         for name, slot in list(self._records.load()):
             scope = f"nbagent-{name}.scope"
             has_interfaces |= slot is not None and bool(slot.addresses)
@@ -49,7 +49,7 @@ class Adoption:
             scopes.discard(scope)
             live = await reattach(slot) if slot is not None and slot.state in COMPLETE and runs else None
             if live is not None:
-                self._adopt(live)
+                await self._adopt(live)
                 reach(Point.SLOT_ADOPTED)
                 continue
             await self._systemd.stop(scope, at_once=True)
@@ -64,23 +64,23 @@ class Adoption:
             self._tasks.spawn(self._interfaces.set_up(sweep=True))
         return len(self._slots)
 
-    def _adopt(self, live: RunningSlot) -> None:
-        self._apply_limits(live.slot)
+    async def _adopt(self, live: RunningSlot) -> None:
+        await self._apply_limits(live.slot)
         live.publish(live.slot.limits)
         self._slots.add(live)
         self._monitor.watch(live)
         self._pools.adopt(live)
         self._monitor.add(live, now())
-        self._compressor.adopt(live)
+        await self._compressor.adopt(live)
         self._counters.add("adopted")
         emit(Event.SLOT_ADOPTED, slot=live.slot.id, state=live.slot.state.value)
 
-    def _apply_limits(self, slot: Slot) -> None:
+    async def _apply_limits(self, slot: Slot) -> None:
         """Gives a scope the limits of its record, if the former supervisor ended between the two."""
         try:
-            changes = _changes(self._systemd.scope_limits(slot.scope), slot.limits)
+            changes = _changes(await self._systemd.scope_limits(slot.scope), slot.limits)
             if changes:
-                self._systemd.set_limits(slot.scope, slot.limits)
+                await self._systemd.set_limits(slot.scope, slot.limits)
                 emit(Event.SLOT_LIMITS_MENDED, slot=slot.id, text=", ".join(changes))
         except OSError as error:
             emit(Event.SLOT_LIMITS_MENDED, slot=slot.id, text=f"not possible: {error}")

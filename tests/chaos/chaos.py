@@ -157,7 +157,7 @@ class Chaos:
                 self.book.problem(f"the slot {user.slot} of {user.name} is lost: {record}")
 
     def compare(self, before: dict[str, Any], after: dict[str, Any]) -> None:
-        """What the host has without users has to be what it had."""
+        """Fails when the host has more or less than before the first user."""
         for name in ("mounts", "netns", "namespaces", "files", "half", "failed"):
             if before[name] != after[name]:
                 self.book.problem(f"{name} were {before[name]} and are {after[name]}")
@@ -183,7 +183,7 @@ class Chaos:
 
 
 def differences(slots: list[dict[str, Any]], census: dict[str, Any], held: set[str]) -> list[str]:
-    """What is not as it should be on a host at rest, on which `held` are claimed."""
+    """The differences from a host at rest on which `held` are claimed."""
     found = []
 
     def check(name: str, is_there: Any, wanted: Any) -> None:

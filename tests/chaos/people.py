@@ -32,7 +32,7 @@ BROKEN = (OSError, http.client.HTTPException)
 
 @dataclass
 class Book:
-    """What all users have seen. `problems` is what must not happen."""
+    """Notes of all users. `problems` are observations that must not happen."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     problems: list[str] = field(default_factory=list)

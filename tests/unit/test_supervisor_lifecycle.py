@@ -294,7 +294,7 @@ async def test_after_a_reload_with_another_label_slots_keep_their_ids_and_new_on
         labels = {name.partition("-")[0] for name in host.slots}
         assert labels == {"c07", "d08"} and host.calls.stats()["label"] == "d08"
         assert host.calls.slot(old)["slot"] == old
-        assert host.calls.update(old, {"ttl": 60}, "192.0.2.1")["slot"] == old
+        assert (await host.calls.update(old, {"ttl": 60}, "192.0.2.1"))["slot"] == old
         assert (await host.claim("k1"))["slot"] == old
         assert host.calls.release(old, "192.0.2.1")["slot"] == old
 
@@ -342,22 +342,54 @@ async def test_an_update_changes_limits_and_life_of_a_claimed_slot_alone(tmp_pat
     async with Host(tmp_path) as host:
         warm, = await host.until_states("warm")
         with pytest.raises(IllegalMove, match="only a claimed slot"):
-            host.calls.update(warm, {"ttl": 60}, "192.0.2.1")
+            await host.calls.update(warm, {"ttl": 60}, "192.0.2.1")
         name = (await host.claim())["slot"]
-        document = host.calls.update(name, {"memory": "512M", "ttl": 60}, "192.0.2.1")
+        document = await host.calls.update(name, {"memory": "512M", "ttl": 60}, "192.0.2.1")
         assert document["limits"]["memory_bytes"] == 512 << 20
         assert host.systemd.limits[f"nbagent-{name}.scope"].memory_bytes == 512 << 20
         assert 59 <= host.slots[name].slot.ttl_s <= 61
         with pytest.raises(InvalidField, match="ttl"):
-            host.calls.update(name, {"ttl": "25h"}, "192.0.2.1")
+            await host.calls.update(name, {"ttl": "25h"}, "192.0.2.1")
         with pytest.raises(InvalidField):
-            host.calls.update(name, {"image": "minimal"}, "192.0.2.1")
+            await host.calls.update(name, {"image": "minimal"}, "192.0.2.1")
         host.systemd.limits_error = OSError("no such unit")
         with pytest.raises(IllegalMove, match="no such unit"):
-            host.calls.update(name, {"memory": "256M"}, "192.0.2.1")
+            await host.calls.update(name, {"memory": "256M"}, "192.0.2.1")
         assert host.slots[name].slot.limits.memory_bytes == 512 << 20
         assert dict(host.records.load())[name].limits.memory_bytes == 512 << 20
         assert Event.SLOT_UPDATED in kinds(journal)
+
+
+async def test_a_slot_that_is_released_during_its_update_ends(tmp_path, monkeypatch):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+
+        async def release(scope, limits):
+            host.calls.release(name, "192.0.2.1")
+
+        monkeypatch.setattr(host.systemd, "set_limits", release)
+        document = await host.calls.update(name, {"memory": "512M"}, "192.0.2.1")
+        assert document["state"] == "stopping"
+        await host.gone(name)
+
+
+async def test_two_updates_at_a_time_are_both_made(tmp_path, monkeypatch):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+
+        async def later(scope, limits):
+            await asyncio.sleep(0.01)
+            host.systemd.limits[scope] = limits
+
+        monkeypatch.setattr(host.systemd, "set_limits", later)
+        await asyncio.gather(
+            host.calls.update(name, {"memory": "512M"}, "192.0.2.1"),
+            host.calls.update(name, {"cpu_weight": 7}, "192.0.2.1"),
+        )
+        for limits in (host.slots[name].slot.limits, host.systemd.limits[f"nbagent-{name}.scope"]):
+            assert (limits.memory_bytes, limits.cpu_weight) == (512 << 20, 7)
 
 
 async def test_an_update_that_cannot_be_recorded_changes_nothing(tmp_path, monkeypatch):
@@ -371,7 +403,7 @@ async def test_an_update_that_cannot_be_recorded_changes_nothing(tmp_path, monke
 
         monkeypatch.setattr(host.records, "save", full)
         with pytest.raises(RecordFailed, match="No space left on device"):
-            host.calls.update(name, {"memory": "512M", "ttl": 60}, "192.0.2.1")
+            await host.calls.update(name, {"memory": "512M", "ttl": 60}, "192.0.2.1")
         assert host.slots[name].slot == before
         assert host.systemd.limits[before.scope].memory_bytes == before.limits.memory_bytes
 
