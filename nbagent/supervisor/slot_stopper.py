@@ -57,7 +57,8 @@ class SlotStopper:
         self._slots.move(live, state, reason=event.name.lower())
         self._pools.remove(live)
         # If the supervisor ends before the scope does, the next supervisor stops the scope because it has no file.
-        self._records.remove(live.slot.id)
+        with contextlib.suppress(OSError):  # _clean tries again
+            self._records.remove(live.slot.id)
         reach(Point.ROUTE_REMOVED)
         emit(event, slot=live.slot.id, **({} if text is None else {"text": text}), **facts)
         self._cleanups.spawn(self._clean(live, at_once or live.slot.claimed_s is None))
@@ -68,14 +69,16 @@ class SlotStopper:
         await self._cleanups.finish()
 
     async def _stop(self, slot: Slot, at_once: bool) -> bool:
-        """Stops the slot's scope, and tries again until systemd has done it; False when the supervisor ends before.
+        """Stops the slot's scope and removes its record, and tries again until both are done; False when the supervisor
+        ends before.
 
-        The next supervisor stops the scope then, because it has no record.
+        The next supervisor does it then, because the slot has no record, or no scope.
         """
         pause_s = STOP_PAUSE_S
         while not self._finishing:
             try:
                 await self._systemd.stop(slot.scope, at_once=at_once)
+                self._records.remove(slot.id)
                 return True
             except OSError as error:
                 emit(Event.SLOT_STOP_FAILED, slot=slot.id, wait_s=f"{pause_s:g}", text=str(error))

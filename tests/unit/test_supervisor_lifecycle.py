@@ -236,6 +236,40 @@ async def test_a_slot_that_systemd_cannot_stop_is_stopped_when_it_can(tmp_path, 
         await host.gone(name)
 
 
+async def test_a_record_that_cannot_be_removed_is_removed_when_it_can(tmp_path, journal, monkeypatch):
+    monkeypatch.setattr(slot_stopper, "STOP_PAUSE_S", 0.01)
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+
+        def refuse(path):
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rmdir", refuse)
+            host.calls.release(name, "192.0.2.1")
+            await until(lambda: Event.SLOT_STOP_FAILED in kinds(journal))
+            assert host.states()[name] == "stopping"
+        await host.gone(name)
+        assert name not in os.listdir(host.records.path)
+
+
+async def test_a_slot_ends_while_the_supervisor_has_no_descriptor_left(tmp_path, monkeypatch):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+
+        def exhausted(*arguments, **options):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        with monkeypatch.context() as patch:
+            for call in ("open", "listdir", "scandir"):
+                patch.setattr(os, call, exhausted)
+            host.calls.release(name, "192.0.2.1")
+        await host.gone(name)
+        assert name not in os.listdir(host.records.path)
+
+
 async def test_the_supervisor_ends_although_systemd_stops_no_slot(tmp_path, journal, monkeypatch):
     monkeypatch.setattr(slot_stopper, "STOP_PAUSE_S", 0.01)
     host = Host(tmp_path)
