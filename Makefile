@@ -8,8 +8,9 @@ REPO ?= $(NBAGENT_CACHE)/repo
 REPO_URL ?= file:$(REPO)
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host test-ansible test-monitoring uncharged conformance fuzz check bench \
-    bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools image debs repo tools clean
+.PHONY: up up-fleet down test unit host test-ansible test-monitoring test-upgrade chaos soak uncharged conformance \
+    fuzz check bench bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools image debs repo \
+    tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -38,6 +39,15 @@ test-monitoring: tools debs  ## alert rules and dashboard with Debian's Promethe
 
 uncharged: tools     ## every kind of memory of the kernel in tests/integration/uncharged.py; make test tries some
 	NBAGENT_ALL_KINDS=1 $(PYTEST) tests/integration/test_uncharged.py
+
+chaos: tools debs    ## random faults under users and claims, by a seed; CHAOS="--faults 1000 --seed 7"
+	$(PYTHON) tests/chaos/chaos.py $(CHAOS)
+
+test-upgrade: tools debs  ## upgrades, a downgrade, reloads and restarts under users and claims; CHAOS="--users 50"
+	$(PYTHON) tests/chaos/upgrade.py $(CHAOS)
+
+soak: tools debs     ## thousands of claims and idle connections leave no trace; CHAOS="--claims 10000"
+	$(PYTHON) tests/chaos/soak.py $(CHAOS)
 
 conformance: tools   ## jupyter_server's own API tests in slots and with a plain server; make test runs a part
 	NBAGENT_CONFORMANCE=all $(PYTEST) -s tests/integration/test_conformance.py

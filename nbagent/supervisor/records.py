@@ -11,7 +11,6 @@ socket has the router's group without a right to change groups.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -84,12 +83,11 @@ class Records:
 
         By names, because rmtree() fails while the process has no descriptor left. Raises OSError.
         """
-        directory = f"{self.path}/{name}"
+        directory = self.path / name
         for file in _FILES:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{directory}/{file}")
+            (directory / file).unlink(missing_ok=True)
         try:
-            os.rmdir(directory)
+            directory.rmdir()
         except FileNotFoundError:
             pass
         except OSError as error:
