@@ -15,6 +15,7 @@ from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot, reattach
+from nbagent.supervisor.sessions import Sessions
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
@@ -27,7 +28,7 @@ class Adoption:
 
     def __init__(
         self, slots: Slots, pools: Pools, records: Records, systemd: Systemd, monitor: Monitor, compressor: Compressor,
-        interfaces: Interfaces, counters: Counters, tasks: Tasks,
+        interfaces: Interfaces, counters: Counters, sessions: Sessions, tasks: Tasks,
     ) -> None:
         self._slots = slots
         self._pools = pools
@@ -37,6 +38,7 @@ class Adoption:
         self._compressor = compressor
         self._interfaces = interfaces
         self._counters = counters
+        self._sessions = sessions
         self._tasks = tasks
 
     async def run(self) -> int:
@@ -60,6 +62,7 @@ class Adoption:
             await self._systemd.stop(scope, at_once=True)
             name = scope.removeprefix("nbagent-").removesuffix(".scope")
             emit(Event.SLOT_REMOVED, slot=name, text=f"{scope} has no slot.json")
+        self._sessions.open({name: live.slot for name, live in self._slots.items()})
         if has_interfaces:
             self._tasks.spawn(self._interfaces.set_up(sweep=True))
         return len(self._slots)

@@ -15,6 +15,7 @@ from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.sessions import Sessions
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
@@ -25,13 +26,16 @@ END_MAX_S = 60.0
 # Between two attempts to stop a scope, when systemd is not reachable or refuses.
 STOP_PAUSE_S, STOP_PAUSE_MAX_S = 0.5, 30.0
 
+# For the page of a user, who must not learn the address of the caller.
+REASONS = {Event.SLOT_RELEASED: "released by the service that started it"}
+
 
 class SlotStopper:
     """Ends slots. `finish` waits for the ends that are under way."""
 
     def __init__(
         self, config: CurrentConfig, slots: Slots, pools: Pools, records: Records, systemd: Systemd,
-        interfaces: Interfaces, images: Images, changed: asyncio.Event,
+        interfaces: Interfaces, images: Images, sessions: Sessions, changed: asyncio.Event,
     ) -> None:
         self._config = config
         self._slots = slots
@@ -40,6 +44,7 @@ class SlotStopper:
         self._systemd = systemd
         self._interfaces = interfaces
         self._images = images
+        self._sessions = sessions
         self._changed = changed
         self._cleanups = Tasks()
         self._finishing = False
@@ -59,6 +64,7 @@ class SlotStopper:
         # If the supervisor ends before the scope does, the next supervisor stops the scope because it has no file.
         with contextlib.suppress(OSError):  # _clean tries again
             self._records.remove(live.slot.id)
+        self._sessions.ended(live.slot, REASONS.get(event) or text or event.name.lower())
         reach(Point.ROUTE_REMOVED)
         emit(event, slot=live.slot.id, **({} if text is None else {"text": text}), **facts)
         self._cleanups.spawn(self._clean(live, at_once or live.slot.claimed_s is None))

@@ -309,7 +309,8 @@ def load():
     found["host"] = {
         "cgroups": sum(1 for tree in CGROUPS for _ in Path(tree).glob("**/nbagent*")),
         "mounts": len(Path("/proc/1/mountinfo").read_text().splitlines()),
-        "run_files": status.f_files - status.f_ffree,
+        # Without those of the last sessions, whose number is bounded.
+        "run_files": status.f_files - status.f_ffree - len(os.listdir("/run/nbagent/sessions")),
         "run_kib": (status.f_blocks - status.f_bfree) * status.f_frsize // 1024,
         "processes": sum(map(len, by_unit.values())),
         "units": int(run("systemctl", "show", "-P", "NNames").strip() or 0),
