@@ -24,6 +24,7 @@ SERVICES = [unit for unit in UNITS if unit.suffix == ".service"]
 EXPOSURE_MAX = {
     "nbagent-api.service": 1.1,
     "nbagent-dns.service": 1.8,
+    "nbagent-drain.service": 1.5,
     "nbagent-gateway-status.service": 1.4,
     "nbagent-gateway.service": 1.7,
     "nbagent-launch.service": 4.0,
