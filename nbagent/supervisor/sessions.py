@@ -3,8 +3,8 @@
 
     /run/nbagent/sessions/SLOT.json     served by the router as /user/SLOT/nbagent/session
 
-The router reads files, so that a page gets its answer while the supervisor or the API restarts. A file has no secret:
-whoever knows a slot's id may read it. The last files of ended slots are kept.
+The router reads files, so that a page gets its answer while the supervisor or the API restarts. A file has no secret,
+because each client that knows a slot's id may read it. The last files of ended slots are kept.
 """
 
 from __future__ import annotations
