@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import Mapping, Sequence
 
 from nbagent.core import paths
-from nbagent.core.model import Limits
+from nbagent.core.model import Limits, now
 from nbagent.systemd.job import JobFailed
 from nbagent.units.requests import JOB, restore_limits
 from nbagent.wire import fields
@@ -31,6 +32,8 @@ PID_MAX = 1 << 22  # the kernel's PID_MAX_LIMIT
 RESPONSE_MAX_BYTES = 1 << 20
 # The service may be restarted at any moment, and every request may be repeated but the start of a scope.
 TRIES = 3
+# While PID 1 executes itself anew (an upgrade of systemd or of the C library), the service connects to it again.
+RECONNECT_MAX_S, RECONNECT_PAUSE_S = 5.0, 0.1
 
 
 class Systemd:
@@ -130,9 +133,25 @@ class Systemd:
 
     async def _request(self, op: str, **arguments: object) -> Mapping[str, object]:
         """The response; other tasks run meanwhile. Raises JobFailed or OSError."""
+        until_s = now() + RECONNECT_MAX_S
+        while True:
+            try:
+                return await self._request_once(op, **arguments)
+            except OSError as error:
+                # After a connection that ended during the start of a scope, the scope may exist.
+                is_reset = error.errno == errno.ECONNRESET and op != "start_scope"
+                may_repeat = error.errno == errno.ENOTCONN or is_reset
+                if not may_repeat or now() >= until_s:
+                    raise
+            await asyncio.sleep(RECONNECT_PAUSE_S)
+
+    async def _request_once(self, op: str, **arguments: object) -> Mapping[str, object]:
         for _ in range(1 if op == "start_scope" else TRIES):
-            with contextlib.suppress(ConnectionError):
-                return _result(await self._requests.request({"op": op, **arguments}))
+            try:
+                response = await self._requests.request({"op": op, **arguments})
+            except ConnectionError:
+                continue
+            return _result(response)
         raise _unavailable(op)
 
 
@@ -148,5 +167,5 @@ def _result(response: Message) -> Mapping[str, object]:
             step, number, text = error.failure
             if step == JOB:
                 raise JobFailed(text) from None
-            raise (OSError(number, text) if number else OSError(text)) from None
+            raise (OSError(number, text.removeprefix(f"[Errno {number}] ")) if number else OSError(text)) from None
         return response.body

@@ -284,6 +284,8 @@ class Systemd:
             raise FileNotFoundError(str(error)) from error
         except dbusexc.DBusBaseError as error:
             self._loop.call_soon(self._process)
+            if self._has_ended():
+                raise OSError(errno.ECONNRESET, "the connection to systemd ended during a call") from error
             raise OSError(_text(error)) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

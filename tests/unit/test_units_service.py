@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import os
 import socket
 import threading
@@ -196,6 +197,26 @@ async def test_a_request_without_a_response_fails_after_a_time_and_other_tasks_r
         assert not waiting.done()
         with pytest.raises(TimeoutError, match=r"set_limits: no response within 0\.2 s"):
             await waiting
+
+
+@pytest.mark.parametrize(("number", "op", "is_repeated"), [
+    (errno.ENOTCONN, "set_limits", True), (errno.ENOTCONN, "start_scope", True),
+    (errno.ECONNRESET, "set_limits", True), (errno.ECONNRESET, "start_scope", False),
+])
+async def test_requests_go_on_while_pid_1_executes_itself(service, number, op, is_repeated):
+    service.manager.error = OSError(number, "the connection to systemd ended")
+    with contextlib.closing(Systemd()) as systemd:
+        arguments = ([10], "x", LIMITS) if op == "start_scope" else (LIMITS,)
+        settings = {"runtime_max_s": 1, "stop_timeout_s": 1} if op == "start_scope" else {}
+        request = asyncio.ensure_future(getattr(systemd, op)(SCOPE, *arguments, **settings))
+        await asyncio.sleep(0.15)
+        service.manager.error = None
+        if is_repeated:
+            await request
+            assert len(service.manager.calls) > 1
+        else:
+            with pytest.raises(ConnectionResetError, match="the connection to systemd ended"):
+                await request
 
 
 async def test_a_process_that_is_added_while_its_scope_starts_is_added_after_the_start(service):
