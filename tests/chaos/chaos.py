@@ -68,7 +68,7 @@ class Chaos:
         self.pids = {name: record["pid"] for name, record in self.inside.census()["records"].items() if record}
         for claimer in self.claimers:
             claimer.start()
-        with ThreadPoolExecutor(2 * WARM + 2) as threads:
+        with ThreadPoolExecutor(WARM + 1) as threads:
             for fault in plan.faults(self.options.seed, self.options.faults):
                 self.inflict(fault, threads)
                 if fault.number % CENSUS_EVERY == 0 or self.options.faults == fault.number:
@@ -90,9 +90,10 @@ class Chaos:
         time.sleep(fault.pause_s)
         began_s = time.monotonic()
         try:
+            # Before and after it, because a user notices it meanwhile, and may open a websocket meanwhile.
+            self.closings += fault.closes_websockets
             hit = self.inside.begin(fault)
-            if fault.closes_websockets:
-                self.closings += 1
+            self.closings += fault.closes_websockets
             if fault.held_s:
                 time.sleep(fault.held_s)
                 self.inside.end(fault)
@@ -100,7 +101,7 @@ class Chaos:
             self.book.problem(f"fault {fault} was not done: {error}")
             return
         ended_s = time.monotonic()
-        claims = list(threads.map(lambda _: self.caller.claim(), range(WARM + 2)))
+        claims = list(threads.map(lambda _: self.caller.claim(), range(WARM + 1)))
         recovered_s = time.monotonic() - ended_s
         self.recoveries.append((fault, recovered_s, time.monotonic() - began_s))
         threads_release = [threads.submit(self.caller.release, claim["slot"]) for claim in claims if claim]

@@ -65,7 +65,7 @@ def changes(host: Host, newer: list[str], older: list[str]) -> dict[str, list[li
     return {
         "a newer version": [[*apt, *newer]],
         "an edited conffile and a reload": [
-            ["sh", "-c", "printf '[cull]\\nidle = \"2h\"\\n' >> /etc/nbagent/nbagent.toml"],
+            ["sed", "-i", "s/^#idle = .*/idle = \"2h\"/", "/etc/nbagent/nbagent.toml"],
             ["systemctl", "reload", *services],
         ],
         "an older version": [[*apt, *older]],
