@@ -158,9 +158,13 @@ class Chaos:
 
     def compare(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         """Fails when the host has more or less than before the first user."""
-        for name in ("mounts", "netns", "namespaces", "files", "half", "failed"):
+        for name in ("mounts", "netns", "files", "half", "failed"):
             if before[name] != after[name]:
                 self.book.problem(f"{name} were {before[name]} and are {after[name]}")
+        # Services that start at a request can have ended.
+        more = {kind: count for kind, count in after["namespaces"].items() if count > before["namespaces"][kind]}
+        if more:
+            self.book.problem(f"namespaces were {before['namespaces']}, and more are {more}")
 
     def check_descriptors(self) -> None:
         """A supervisor that has run through faults has no more descriptors than a new one with the same slots."""
