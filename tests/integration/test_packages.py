@@ -27,6 +27,7 @@ ON_DEMAND = ("nbagent-network.service", "nbagent-dns.service", "nbagent-launch.s
 EXPOSURE_MAX = {
     "nbagent-api.service": 0.9,
     "nbagent-dns.service": 1.6,
+    "nbagent-drain.service": 1.5,
     "nbagent-launch.service": 4.0,
     "nbagent-network.service": 1.3,
     "nbagent-router.service": 1.1,
