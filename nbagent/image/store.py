@@ -38,7 +38,7 @@ from nbagent.core import paths
 from nbagent.core.errors import ImageInvalid, ImageNotFound
 from nbagent.core.events import Event, emit
 from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
-from nbagent.image import adaptation, ids, oci, static
+from nbagent.image import adaptation, ahead, ids, oci, static
 from nbagent.image import archive as archives
 from nbagent.image import manifest as manifests
 from nbagent.image.manifest import Manifest, Program
@@ -47,6 +47,8 @@ from nbagent.image.tree import open_tree
 from nbagent.untrusted.tree import NotInTree
 
 DEFAULT_PATH = paths.IMAGES
+# Below it, the router serves the web assets of an image by its digest.
+ASSETS_PATH = "/assets/"
 
 _DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
 _PREFIX = re.compile(r"(?:sha256-)?([0-9a-f]{4,64})")
@@ -72,6 +74,11 @@ class Image(Program):
     assets: tuple[str, ...] = ()
     id_base: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def assets_path(self) -> str | None:
+        """The path of its web assets on the router, None without any part of JupyterLab."""
+        return f"{ASSETS_PATH}{self.digest}" if self.assets else None
 
 
 @dataclass(frozen=True)
@@ -323,6 +330,8 @@ class ImageStore:
         limits = self._limits
         prefixes = static.jupyterlab_prefixes(staging / "rootfs", record.manifest.static)
         static.publish(staging / "rootfs", prefixes, assets, limits.unpacked_bytes, limits.entries)
+        if static.published(assets):
+            ahead.write(assets)
         record.save(staging)
         # nginx and the slots open files below by paths that they know; a listing would show which images there are.
         staging.chmod(0o711)
