@@ -45,10 +45,9 @@ from nbagent.image.manifest import Manifest, Program
 from nbagent.image.passwd import account
 from nbagent.image.tree import open_tree
 from nbagent.untrusted.tree import NotInTree
+from nbagent.wire.assets import ROUTER_PATH
 
 DEFAULT_PATH = paths.IMAGES
-# Below it, the router serves the web assets of an image by its digest.
-ASSETS_PATH = "/assets/"
 
 _DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
 _PREFIX = re.compile(r"(?:sha256-)?([0-9a-f]{4,64})")
@@ -78,7 +77,7 @@ class Image(Program):
     @property
     def assets_path(self) -> str | None:
         """The path of its web assets on the router, None without any part of JupyterLab."""
-        return f"{ASSETS_PATH}{self.digest}" if self.assets else None
+        return f"{ROUTER_PATH}{self.digest}" if self.assets else None
 
 
 @dataclass(frozen=True)

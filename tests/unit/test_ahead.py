@@ -10,7 +10,7 @@ import pytest
 from test_assets import added, image_with
 
 from nbagent.image import ahead
-from nbagent.zygote import splash
+from nbagent.zygote import page
 
 # As Rspack and webpack write them: the first chunks, the modules that each chunk needs, and their chunks.
 RSPACK = (
@@ -37,12 +37,12 @@ def test_chunks_of_shared_modules_follow_from_the_first_chunks(script: str) -> N
     assert ahead.eager_chunks(script, ahead.first_chunks(script)) == {"10", "5000", "11", "12", "13"}
 
 
-def published(tmp_path: Path, script: str, page: str = PAGE, **extension: str) -> list[str]:
+def published(tmp_path: Path, script: str, index: str = PAGE, **extension: str) -> list[str]:
     lab = "usr/share/jupyter/lab/static"
     archive = image_with({f"@x/y/{name}": text.encode() for name, text in {
         "package.json": '{"jupyterlab": {"_build": {"load": "static/remoteEntry.1.js"}}}',
         "static/remoteEntry.1.js": REMOTE, "static/2.ab.js": "2", "static/9.cd.js": "9", **extension}.items()})
-    for name, text in (("index.html", page), ("main.0a1b.js", script), ("10.a0.js", "10"), ("11.a1.js", "11"),
+    for name, text in (("index.html", index), ("main.0a1b.js", script), ("10.a0.js", "10"), ("11.a1.js", "11"),
                        ("14.a4.js", "14"), ("jlab_core.cc.js", "core"), ("ahead.json", "[]")):
         archive.add(f"{lab}/{name}", text.encode())
     found = json.loads((added(tmp_path, archive).static / "ahead.json").read_text())
@@ -63,7 +63,7 @@ def test_a_program_of_another_form_has_its_first_script_and_core_only(tmp_path: 
 @pytest.mark.parametrize("entry", ["../../secret.js", "static/../x.js", "https://evil.test/x.js", 5, None, ["a"]])
 def test_an_extension_without_a_published_entry_is_left_out(tmp_path: Path, entry: object) -> None:
     package = json.dumps({"jupyterlab": {"_build": {"load": entry}}})
-    found = published(tmp_path, RSPACK, page="", **{"package.json": package})
+    found = published(tmp_path, RSPACK, index="", **{"package.json": package})
     assert found == []
 
 
@@ -73,6 +73,8 @@ def test_large_files_are_not_loaded_ahead(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_page_of_jupyterlab_begins_with_a_sign_of_progress() -> None:
-    page = f'<html><head><script {splash.PAGE}></script></head><body class="jp-ThemedContainer"><script>1</script></body>'
-    assert '<body class="jp-ThemedContainer"><style>#nbagent-splash' in splash.add(page)
-    assert splash.add("<body>a login page</body>") == "<body>a login page</body>"
+    source = '<head><script id="jupyter-config-data"></script></head><body class="jp-ThemedContainer"><script>1</script>'
+    added_to = page.add(source)
+    assert '<body class="jp-ThemedContainer"><style>#nbagent-sign' in added_to
+    assert added_to.index("addEventListener") < added_to.index("jupyter-config-data\">")
+    assert page.add("<head></head><body>a login page</body>") == "<head></head><body>a login page</body>"
