@@ -3,11 +3,12 @@
 
 The list follows from the published files of the image. JupyterLab's program and its extensions are bundles of webpack
 or Rspack: index.html names the first script, whose text has the chunks that it loads before the page appears, and for
-each chunk the shared modules, with their chunks, that must be there before. Chunks that code requests later, such as the
-modes of the editor or MathJax, are not in the list, because a page needs few of them.
+each chunk the shared modules, with their chunks, that must be there before. Chunks that code requests later, such as
+the modes of the editor or MathJax, are not in the list, because a page needs few of them.
 
-The files come from an image, and so from a stranger: only names are read from them, and each name is that of a published
-file. The list has no entries, or fewer, where the text is not as expected; the page then loads the files itself.
+The files come from an image, and so from a stranger: only names are read from them, and each name is that of a
+published file. The list has no entries, or fewer, where the text is not as expected; the page then loads the files
+itself.
 """
 
 from __future__ import annotations

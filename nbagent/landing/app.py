@@ -45,8 +45,8 @@ from nbagent.web.tokens import bearer_token
 GATEWAY_HEADER = "X-Nbagent-Gateway"
 # The first segments of tmpnb's links, and JupyterLab's.
 LINK_PREFIXES = ("lab", "tree", "notebooks", "files")
-# The pages load nothing from other origins, except the image's web files into the cache, and other origins may not frame
-# them.
+# The pages load nothing from other origins, except the image's web files into the cache, and other origins may not
+# frame them.
 POLICY = (
     "default-src 'none'; base-uri 'none'; connect-src {connect}; frame-ancestors 'self'; script-src 'nonce-{nonce}'; "
     "style-src 'unsafe-inline'"

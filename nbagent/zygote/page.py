@@ -2,8 +2,8 @@
 """Additions to the source of JupyterLab's page: a sign of progress, and another address for its program.
 
 The page itself has no content: a browser that has the program in its cache needs half a second to run it, and others
-some seconds to load it. The sign is a part of the page's source, so that the browser paints it at once, and it is hidden
-when the program has made the window, or shows its own sign.
+some seconds to load it. The sign is a part of the page's source, so that the browser paints it at once, and it is
+hidden when the program has made the window, or shows its own sign.
 
 If the first script of the program cannot be loaded from the address of a CDN or an object storage, because that is down
 or does not have the image, the page loads the program from the router (`assets.FALLBACK`).
@@ -22,16 +22,16 @@ from nbagent.zygote.assets import FALLBACK
 _PAGE = 'id="jupyter-config-data"'
 # An error of a script element is seen in the capturing phase only. Nothing has read the configuration before the first
 # script, and the new script delays the window's load event, for which the program waits.
-_OTHER_ADDRESS = """<script>addEventListener("error", function listener(event) {
+_OTHER_ADDRESS = f"""<script>addEventListener("error", function listener(event) {{
   const data = document.getElementById("jupyter-config-data"), config = JSON.parse(data.textContent);
-  const other = config.%s, failed = String(event.target.src || ""), base = config.fullStaticUrl + "/";
+  const other = config.{FALLBACK}, failed = String(event.target.src || ""), base = config.fullStaticUrl + "/";
   if (!other || !failed.startsWith(base)) return;
   removeEventListener("error", listener, true);
   data.textContent = JSON.stringify(Object.assign(config, other));
   const script = document.createElement("script");
   script.src = other.fullStaticUrl + "/" + failed.slice(base.length);
   document.head.append(script);
-}, true);</script>""" % FALLBACK
+}}, true);</script>"""
 _SIGN = (
     "<style>#nbagent-sign{color:#616161;display:grid;font:1.1rem/1.6 system-ui,sans-serif;gap:.6em;inset:0;"
     "place-content:center;position:fixed;text-align:center;z-index:-1}"
@@ -65,5 +65,6 @@ def add(source: str) -> str:
     if _PAGE not in source:
         return source
     for element, addition in _ADDITIONS:
-        source = element.sub(lambda found, addition=addition: found[0] + addition, source, count=1)
+        if found := element.search(source):
+            source = source[:found.end()] + addition + source[found.end():]
     return source

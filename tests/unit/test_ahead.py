@@ -22,7 +22,8 @@ RSPACK = (
 )
 WEBPACK = (
     'let r=(await Promise.all([t.e(10),t.e(5e3)]).then(t.bind(t,15136))).main;window.addEventListener("load",r);'
-    'var O={48056:()=>x("default","@a/b",false,[1,2,0,0],(()=>Promise.all([t.e(11),t.e(12)]).then((()=>()=>t(45899))))),'
+    'var O={48056:()=>x("default","@a/b",false,[1,2,0,0],'
+    "(()=>Promise.all([t.e(11),t.e(12)]).then((()=>()=>t(45899))))),"
     '57417:()=>x("default","@a/c",false,[2,6],(()=>t.e(13).then((()=>()=>t(2))))),'
     '9:()=>x("default","@a/d",false,[2],(()=>t.e(14).then((()=>()=>t(3)))))};'
     "var S={10:[48056],5e3:[57417,7],77:[9]};"
@@ -73,7 +74,7 @@ def test_large_files_are_not_loaded_ahead(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_page_of_jupyterlab_begins_with_a_sign_of_progress() -> None:
-    source = '<head><script id="jupyter-config-data"></script></head><body class="jp-ThemedContainer"><script>1</script>'
+    source = '<head><script id="jupyter-config-data"></script></head><body class="jp-ThemedContainer"><script></script>'
     added_to = page.add(source)
     assert '<body class="jp-ThemedContainer"><style>#nbagent-sign' in added_to
     assert added_to.index("addEventListener") < added_to.index("jupyter-config-data\">")
