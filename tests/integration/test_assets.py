@@ -83,11 +83,18 @@ def test_no_cache_keeps_the_error_for_a_wrong_request(agent, digest):
     address = f"/assets/{digest}/favicon.ico"
     for path, arguments, expected in (
         (f"/assets/sha256-{'0' * 64}/favicon.ico", (), 404), ("/assets/sha256-0/favicon.ico", (), 404),
-        (f"/assets/{digest.upper()}/favicon.ico", (), 404), (address, ("-H", "Range: bytes=99999999-"), 416),
+        (f"/assets/{digest.upper()}/favicon.ico", (), 404),
         (address, ("-X", "POST"), 405), (address, ("-H", "Service-Worker: script"), 404),
     ):
         status, headers, _ = curl(agent, path, *arguments)
         assert (status, "Cache-Control: no-store" in headers) == (expected, True), path
+    slot = agent.claim()["slot"]
+    size = len(agent.router.get(address).body)
+    for path in (address, f"/user/{slot}/static/favicon.ico"):
+        for first, expected in ((0, 206), (9, 206), (size - 1, 206), (size, 416), (size + 1, 416), (10 * size, 416)):
+            status, headers, _ = curl(agent, path, "-H", f"Range: bytes={first}-")
+            (found,) = [line for line in headers if line.startswith("Cache-Control: ")]
+            assert (status, found == "Cache-Control: no-store") == (expected, expected == 416), (path, first)
 
 
 @pytest.fixture
@@ -118,17 +125,31 @@ def transferred(page):
     return {urlsplit(name).path: size for name, size in entries if "/assets/sha256-" in name}
 
 
-def test_the_next_slot_has_its_assets_from_the_browsers_cache(agent, page):
+LOADED = "return performance.getEntriesByType('resource').filter(entry => entry.responseEnd > 0).map(entry => entry.name)"
+
+
+def test_the_landing_page_and_the_slot_before_leave_the_assets_in_the_browsers_cache(agent, page, digest):
     origin = f"http://127.0.0.1:{agent.host.forward(product.ROUTER_PORT, 0)}"
+    ahead = [f"/assets/{digest}/{path}" for path in agent.router.get(f"/assets/{digest}/ahead.json").json()]
+    assert len(ahead) > 20 and any("lab-extensions" in path for path in ahead)
+    page.open(f"{origin}/")
+    page.wait(lambda driver: {origin + path for path in ahead} <= set(driver.execute_script(LOADED)), "the files ahead")
+    page.see("button")[0].click()
     found = []
     for _ in range(2):
-        claim = agent.claim()
-        page.open(f"{origin}{claim['path']}?token={claim['token']}")
         page.see(".jp-Launcher")
+        # The sign of progress ends with the start of JupyterLab.
+        sign = page.see("#nbagent-sign")[0]
+        assert sign.get_attribute("textContent").startswith("Your notebook is opening") and not sign.is_displayed()
         found.append(transferred(page))
         assert page.complaints() == []
+        claim = agent.claim()
+        page.open(f"{origin}{claim['path']}?token={claim['token']}")
     first, second = found
-    assert len(first) > 20 and any("lab-extensions" in path for path in first)
+    listed = {path.partition("?")[0] for path in ahead}
+    assert [path for path in first if path in listed and first[path]] == []
+    # All that JupyterLab loads before it shows the launcher, except what plug-ins request later.
+    assert len(listed & first.keys()) > 0.9 * len(listed) and len(first.keys() - listed) < 0.2 * len(first)
     assert [path for path in second if path in first and second[path]] == []
 
 
