@@ -35,9 +35,12 @@ _OTHER_ADDRESS = f"""<script>addEventListener("error", function listener(event) 
 _SIGN = (
     "<style>#nbagent-sign{color:#616161;display:grid;font:1.1rem/1.6 system-ui,sans-serif;gap:.6em;inset:0;"
     "place-content:center;position:fixed;text-align:center;z-index:-1}"
-    "#nbagent-sign progress{accent-color:#f37726;height:.4em;width:16em}"
+    "#nbagent-sign i{background:#e6e6e6;border-radius:.2em;height:.3em;width:16em}"
+    "#nbagent-sign i::after{animation:nbagent-sign 1.2s ease-in-out infinite alternate;background:#f37726;"
+    'border-radius:inherit;content:"";display:block;height:inherit;width:30%}'
+    "@keyframes nbagent-sign{to{margin-left:70%}}"
     "body:has(>#main) #nbagent-sign,body:has(>#jupyterlab-splash) #nbagent-sign{display:none}</style>"
-    '<div id="nbagent-sign" role="status">Your notebook is opening …<progress aria-hidden="true"></progress></div>'
+    '<div id="nbagent-sign" role="status">Your notebook is opening …<i></i></div>'
 )
 _ADDITIONS = ((re.compile(r"<head\b[^>]*>"), _OTHER_ADDRESS), (re.compile(r"<body\b[^>]*>"), _SIGN))
 
