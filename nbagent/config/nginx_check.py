@@ -14,18 +14,7 @@ from pathlib import Path
 from nbagent.core import paths
 
 NGINX = "/usr/sbin/nginx"
-BROTLI = paths.NGINX_BROTLI
 _TIMEOUT_S = 30.0
-
-
-def has_brotli() -> bool:
-    """Whether nginx can serve files that are compressed by Brotli."""
-    return BROTLI.exists()
-
-
-def modules(settings: str) -> str:
-    """The directives that load the modules which the generated `settings` need."""
-    return f"load_module {BROTLI};\n" if "brotli_static" in settings else ""
 
 
 def check(settings: str, files: Path = paths.ROUTER_FILES, config: Path = paths.ROUTER_CONFIG) -> str | None:
@@ -36,7 +25,6 @@ def check(settings: str, files: Path = paths.ROUTER_FILES, config: Path = paths.
     with tempfile.TemporaryDirectory(prefix="nbagent-router-") as name:
         directory = Path(name)
         (directory / "settings.conf").write_text(settings)
-        (directory / "modules.conf").write_text(modules(settings))
         (directory / "listen.conf").write_text(f"listen unix:{directory}/socket;\n")
         text = config.read_text().replace(str(paths.ROUTER_FILES_COPY), str(files)).replace(str(paths.ROUTER_RUN), name)
         (directory / "nginx.conf").write_text(text)

@@ -19,13 +19,9 @@ from nbagent.core import paths
 LOGIN_COOKIES = (r"__Host-nbagent-\1", r"nbagent-\1")
 
 
-def nginx(config: HostConfig, has_brotli: bool = False) -> str:
-    """The directives that packaging/router/nginx.conf includes, from [router], [landing] and [api].
-
-    `has_brotli`: whether nginx has the module for files that are compressed by Brotli.
-    """
+def nginx(config: HostConfig) -> str:
+    """The directives that packaging/router/nginx.conf includes, from [router], [landing] and [api]."""
     return "".join([
-        "brotli_static on;\n" if has_brotli else "",
         *_trusted_peers(config.router),
         *_slot_hosts(config.router.domain),
         *_slot_cookies(config.router.cookies),

@@ -38,8 +38,6 @@ ROUTER_CHECK_SOCKET = RUN / "router-check.sock"
 NETWORK_RULES = RUN / "network.json"
 DNS_CONFIG = RUN / "dns.conf"
 
-# Of the package libnginx-mod-http-brotli-static.
-NGINX_BROTLI = Path("/usr/lib/nginx/modules/ngx_http_brotli_static_module.so")
 ROUTER_CONFIG = Path("/usr/lib/nbagent/router.conf")
 # The operator's additions to it, and the router's generated files with a copy of those.
 ROUTER_FILES = ETC / "router.d"

@@ -3,7 +3,7 @@
 
 They are copied, because nginx runs on the host and would follow a link of a hostile image out of its tree. Only regular
 files are copied. Beside each file that compression makes smaller is a `.gz` for nginx's `gzip_static`, and, if
-python3-brotli is installed, a `.br` for `brotli_static`. They have the file's own time, so that ETag and Last-Modified
+python3-brotli is installed, a `.br`. They have the file's own time, so that ETag and Last-Modified
 are equal on every host of a fleet.
 
 The router serves one tree at two addresses: below each slot's `static/`, where a file that is not in the tree is

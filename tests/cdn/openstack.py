@@ -11,8 +11,8 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from swift.common.ring import RingBuilder
-
+PYTHON = "/usr/bin/python3"
+PROGRAM = Path(__file__).with_name("swift_server.py")
 ACCOUNT, USER, PASSWORD = "test", "tester", "testing"
 PROXY_PORT = 18080
 SERVERS = {"account-server": 18012, "container-server": 18011, "object-server": 18010}
@@ -93,14 +93,13 @@ class Swift:
 def swift(directory: Path) -> Iterator[Swift]:
     """Swift with its configuration and its files in `directory`, until the end of the block."""
     _configure(directory)
-    program = Path(__file__).with_name("swift_server.py")
-    environment = {**os.environ, "PYTHONPATH": str(program.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(PROGRAM.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     processes = []
     with contextlib.ExitStack() as stack:
         for name in ("proxy-server", *SERVERS):
             log = stack.enter_context((directory / f"{name}.log").open("w"))
             process = subprocess.Popen(
-                ["/usr/bin/python3", str(program), str(directory / f"{name}.conf"), name],
+                [PYTHON, str(PROGRAM), str(directory / f"{name}.conf"), name],
                 env=environment, stdout=log, stderr=log)
             processes.append(process)
             stack.callback(process.wait)
@@ -128,7 +127,4 @@ def _configure(directory: Path) -> None:
         (directory / f"{name}.conf").write_text(
             f"{COMMON.format(port=port, directory=directory)}[pipeline:main]\npipeline = {name}\n"
             f"[app:{name}]\nuse = egg:swift#{kind}\n")
-        builder = RingBuilder(part_power=4, replicas=1, min_part_hours=0)
-        builder.add_dev({"region": 1, "zone": 1, "ip": "127.0.0.1", "port": port, "device": "d1", "weight": 1})
-        builder.rebalance()
-        builder.get_ring().save(str(directory / f"{kind}.ring.gz"))
+        subprocess.run([PYTHON, str(PROGRAM), "ring", str(directory / f"{kind}.ring.gz"), str(port)], check=True)

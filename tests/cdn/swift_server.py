@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Runs one server of OpenStack Swift: swift_server.py CONFIG SECTION. Debian's python3-swift has no programs for it.
 
+`swift_server.py ring FILE PORT` writes the ring of a server with one device.
+
 As a module it has the cache of the proxy server: a dictionary in place of memcached, because there is one process.
 """
 
@@ -48,7 +50,19 @@ def filter_factory(_global, **_):
     return add
 
 
+def write_ring(path, port):
+    from swift.common.ring import RingBuilder
+
+    builder = RingBuilder(part_power=4, replicas=1, min_part_hours=0)
+    builder.add_dev({"region": 1, "zone": 1, "ip": "127.0.0.1", "port": port, "device": "d1", "weight": 1})
+    builder.rebalance()
+    builder.get_ring().save(path)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "ring":
+        write_ring(sys.argv[2], int(sys.argv[3]))
+        sys.exit()
     from swift.common.utils import set_swift_dir
     from swift.common.wsgi import run_wsgi
 

@@ -5,6 +5,7 @@ import gzip
 import re
 from urllib.parse import urlsplit
 
+import brotli
 import pytest
 from test_origins import DOMAIN, curl, run_notebook, tls  # noqa: F401  a fixture
 
@@ -46,7 +47,8 @@ def hostile(agent, digest):
     agent.run("install", "-d", "-m", "755", directory)
     for name, content in HOSTILE.items():
         agent.host.run(["tee", f"{directory}/{name}"], input=content)
-    agent.run("ln", "-s", "/etc/passwd", f"{directory}/link.txt")
+    for link in ("link.txt", "worker.js.br"):
+        agent.run("ln", "-s", "/etc/passwd", f"{directory}/{link}")
     yield f"/assets/{digest}/hostile"
     agent.run("rm", "-r", directory)
 
@@ -77,6 +79,20 @@ def test_no_cache_keeps_the_error_for_a_wrong_path(agent, digest, hostile, path)
     assert status in (400, 404)
     assert status == 400 or "Cache-Control: no-store" in headers
     assert "root:" not in body and "id_base" not in body
+
+
+def test_a_browser_that_accepts_brotli_gets_it_where_a_file_has_it(agent, digest, hostile, tmp_path):
+    (tmp_path / "hostile.js.br").write_bytes(packed := brotli.compress(HOSTILE["hostile.js"].encode()))
+    agent.host.copy_in(tmp_path / "hostile.js.br", f"/var/lib/nbagent/images/{digest}/static/hostile/")
+    for accepted, encoding in (("gzip, deflate, br, zstd", "br"), ("br;q=0.5", "br"), ("gzip, br;q=0", None), ("", None)):
+        answer = agent.router.get(f"{hostile}/hostile.js", **{"Accept-Encoding": accepted})
+        assert (answer.headers.get("content-encoding"), answer.headers["vary"]) == (encoding, "Accept-Encoding")
+        assert answer.body == (packed if encoding else HOSTILE["hostile.js"].encode())
+        assert answer.headers["content-type"].startswith("text/javascript")
+        assert answer.headers["cache-control"] == FOR_EVER
+    assert agent.router.get(f"{hostile}/worker.js", **{"Accept-Encoding": "br"}).status == 404
+    plain = agent.router.get(f"{hostile}/hostile.svg", **{"Accept-Encoding": "br"})
+    assert (plain.status, plain.headers.get("content-encoding")) == (200, None)
 
 
 def test_no_cache_keeps_the_error_for_a_wrong_request(agent, digest):

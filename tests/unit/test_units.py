@@ -131,13 +131,6 @@ def test_nginx_accepts_the_configuration_of_the_router(tmp_path: Path, settings:
     assert nginx_check.check(generated, tmp_path, TOP / "packaging/router/nginx.conf") is None
 
 
-def test_the_router_loads_the_module_for_brotli_only_if_it_is_installed() -> None:
-    config = host_config.parse({})
-    assert nginx_check.modules(nginx_settings.nginx(config)) == ""
-    generated = nginx_settings.nginx(config, has_brotli=True)
-    assert nginx_check.modules(generated) == f"load_module {nginx_check.BROTLI};\n" and "brotli_static on;" in generated
-
-
 @pytest.mark.skipif(not Path("/usr/sbin/nginx").exists(), reason="needs nginx")
 def test_an_error_in_a_file_of_the_operator_is_found_and_named(tmp_path: Path) -> None:
     generated, config = nginx_settings.nginx(host_config.parse({})), TOP / "packaging/router/nginx.conf"
