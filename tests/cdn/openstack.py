@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""OpenStack Swift on this machine: proxy, account, container and object server with one device, by its own API and S3's."""
+"""OpenStack Swift on this machine, by its own API and S3's: a proxy, account, container and object server."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Swift:
     def __init__(self) -> None:
         self._token = ""
 
-    def call(self, method: str, path: str, headers: Mapping[str, str] = {}) -> int:  # noqa: B006
+    def call(self, method: str, path: str, headers: Mapping[str, str] = {}) -> int:
         """A request of Swift's API with the token of the administrator; the status."""
         if not self._token:
             login = {"X-Auth-User": f"{ACCOUNT}:{USER}", "X-Auth-Key": PASSWORD}

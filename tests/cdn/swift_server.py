@@ -21,10 +21,10 @@ class Cache:
         value, end_s = self.values.get(key, (None, 0))
         return value if end_s > time.monotonic() else None
 
-    def set(self, key, value, time=0, **_):  # noqa: A002
+    def set(self, key, value, time=0, **_):
         self.values[key] = value, _end(time)
 
-    def incr(self, key, delta=1, time=0, **_):  # noqa: A002
+    def incr(self, key, delta=1, time=0, **_):
         self.set(key, int(self.get(key) or 0) + delta, time)
         return self.get(key)
 

@@ -82,17 +82,20 @@ def test_no_cache_keeps_the_error_for_a_wrong_path(agent, digest, hostile, path)
 
 
 def test_a_browser_that_accepts_brotli_gets_it_where_a_file_has_it(agent, digest, hostile, tmp_path):
-    (tmp_path / "hostile.js.br").write_bytes(packed := brotli.compress(HOSTILE["hostile.js"].encode()))
-    agent.host.copy_in(tmp_path / "hostile.js.br", f"/var/lib/nbagent/images/{digest}/static/hostile/")
-    for accepted, encoding in (("gzip, deflate, br, zstd", "br"), ("br;q=0.5", "br"), ("gzip, br;q=0", None), ("", None)):
+    plain = HOSTILE["hostile.js"].encode()
+    bodies = {"br": brotli.compress(plain), "gzip": gzip.compress(plain), None: plain}
+    for suffix, encoding in ((".br", "br"), (".gz", "gzip")):
+        (tmp_path / f"hostile.js{suffix}").write_bytes(bodies[encoding])
+        agent.host.copy_in(tmp_path / f"hostile.js{suffix}", f"/var/lib/nbagent/images/{digest}/static/hostile/")
+    for accepted, encoding in (("gzip, deflate, br, zstd", "br"), ("br;q=0.5", "br"), ("gzip, br;q=0", "gzip"),
+                               ("xbr", None)):
         answer = agent.router.get(f"{hostile}/hostile.js", **{"Accept-Encoding": accepted})
         assert (answer.headers.get("content-encoding"), answer.headers["vary"]) == (encoding, "Accept-Encoding")
-        assert answer.body == (packed if encoding else HOSTILE["hostile.js"].encode())
+        assert answer.body == bodies[encoding] and answer.headers["cache-control"] == FOR_EVER
         assert answer.headers["content-type"].startswith("text/javascript")
-        assert answer.headers["cache-control"] == FOR_EVER
     assert agent.router.get(f"{hostile}/worker.js", **{"Accept-Encoding": "br"}).status == 404
-    plain = agent.router.get(f"{hostile}/hostile.svg", **{"Accept-Encoding": "br"})
-    assert (plain.status, plain.headers.get("content-encoding")) == (200, None)
+    without = agent.router.get(f"{hostile}/hostile.svg", **{"Accept-Encoding": "br"})
+    assert (without.status, without.headers.get("content-encoding")) == (200, None)
 
 
 def test_no_cache_keeps_the_error_for_a_wrong_request(agent, digest):
@@ -142,7 +145,7 @@ def transferred(page):
     return {urlsplit(name).path: size for name, size in entries if "/assets/sha256-" in name}
 
 
-LOADED = "return performance.getEntriesByType('resource').filter(entry => entry.responseEnd > 0).map(entry => entry.name)"
+LOADED = "return performance.getEntriesByType('resource').filter(one => one.responseEnd > 0).map(one => one.name)"
 
 
 def test_the_landing_page_and_the_slot_before_leave_the_assets_in_the_browsers_cache(agent, page, digest):
