@@ -8,8 +8,9 @@ REPO ?= $(NBAGENT_CACHE)/repo
 REPO_URL ?= file:$(REPO)
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host test-vms test-ansible test-monitoring uncharged conformance fuzz check bench \
-    bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools image debs repo tools clean
+.PHONY: up up-fleet down test unit host test-vms test-ansible test-monitoring uncharged conformance fuzz \
+    check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
+    image debs repo tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -38,6 +39,10 @@ test-ansible: tools  ## the playbooks of packaging/ansible install and change a 
 
 test-monitoring: tools debs  ## alert rules and dashboard with Debian's Prometheus, which scrapes a fleet of test hosts
 	$(PYTEST) tests/monitoring
+
+test-cdn: tools debs  ## assets behind Varnish and from OpenStack Swift by its own and S3's API, with Chromium
+	@tests/cdn/install-tools
+	$(PYTEST) tests/cdn
 
 uncharged: tools     ## every kind of memory of the kernel in tests/integration/uncharged.py; make test tries some
 	NBAGENT_ALL_KINDS=1 $(PYTEST) tests/integration/test_uncharged.py

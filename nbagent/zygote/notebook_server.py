@@ -50,7 +50,7 @@ from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
 from nbagent.wire.limits_page import LimitVariables
-from nbagent.zygote import answers, assets, full_storage, provisioner
+from nbagent.zygote import answers, assets, full_storage, page, provisioner
 from nbagent.zygote.acts import is_act
 from nbagent.zygote.kept_loop import KeptLoop
 
@@ -239,6 +239,7 @@ def initialise(base_url: str, token: str) -> Any:
         server.web_app.settings.setdefault("page_config_data", {})["buildCheck"] = False
     _note_requests(server)
     assets.install(server, next(iter(server.extension_manager.extension_apps["jupyterlab"])).static_dir)
+    page.install(server.web_app.settings)
     full_storage.answer()
     _keep_out_of_log(server.log, server.web_app.settings)
     return server
