@@ -8,7 +8,7 @@ REPO ?= $(NBAGENT_CACHE)/repo
 REPO_URL ?= file:$(REPO)
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host test-ansible test-monitoring uncharged conformance fuzz check bench \
+.PHONY: up up-fleet down test unit host test-ansible test-dns test-monitoring uncharged conformance fuzz check bench \
     bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools image debs repo tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
@@ -32,6 +32,9 @@ host: tools          ## integration tests on real systemd hosts
 
 test-ansible: tools  ## the playbooks of packaging/ansible install and change a fleet of test hosts
 	$(PYTEST) -x tests/ansible
+
+test-dns: tools debs  ## hosts publish their records with Debian's BIND and Knot, and a gateway follows
+	$(PYTEST) -x tests/names
 
 test-monitoring: tools debs  ## alert rules and dashboard with Debian's Prometheus, which scrapes a fleet of test hosts
 	$(PYTEST) tests/monitoring

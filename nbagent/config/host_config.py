@@ -370,8 +370,8 @@ class DnsSettings:
 
     server: DnsServer | None = setting(  # noqa: RUF009  setting() returns a field
         "none", word_or("none", dns_server),
-        "DNS server that accepts updates of the zone (RFC 2136), with a port if it is not 53. Its TSIG key is in "
-        "/etc/nbagent/dns-key.",
+        "DNS server that accepts updates of the zone (RFC 2136), with a port if it is not 53; the TSIG key is in "
+        "/etc/nbagent/dns-key. Restart nbagent-dns-update.service after a change in [dns].",
     )
     zone: str | None = setting("none", word_or("none", dns_domain), "Zone that is updated.")
     domain: str | None = setting(

@@ -139,7 +139,8 @@ class DnsServer:
 def dns_server(value: object) -> DnsServer:
     """The server of an address or a name, with or without a port. Raises ValueError."""
     expected = 'an address or a name such as "10.1.0.53", "[2001:db8::53]:5353" or "ns1.example.org"'
-    match = re.fullmatch(r"(?:\[([0-9a-f:.]+)\]|([^:\[\]]+))(?::(\d{1,5}))?", value) if isinstance(value, str) else None
+    pattern = r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+))(?::(\d{1,5}))?"
+    match = re.fullmatch(pattern, value) if isinstance(value, str) else None
     if match is None:
         raise ValueError(expected)
     host, port = match[1] or match[2], int(match[3] or DNS_PORT)

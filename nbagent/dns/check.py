@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from nbagent.config.host_config import HostConfig
 from nbagent.core.errors import ConfigError, NbagentError
@@ -15,7 +15,9 @@ from nbagent.dns.records import Agent, Place, Presence, Seen, decide, permission
 from nbagent.dns.server import Server
 from nbagent.gateway.settings import GatewaySettings
 
-OK, WARN, FAIL = "ok", "warn", "fail"
+OK: Final = "ok"
+WARN: Final = "warn"
+FAIL: Final = "fail"
 COLUMNS = ("CHECK", "STATUS", "FOUND")
 # No host has this label, because labels have no "-".
 _NO_HOST = "nbagent-dns-check"
@@ -25,7 +27,7 @@ class Result(NamedTuple):
     """The result of one check."""
 
     check: str
-    status: str
+    status: Literal["ok", "warn", "fail"]
     found: str
 
 

@@ -211,7 +211,6 @@ def test_a_refusal_names_its_cause_and_changes_nothing(server, wrong, expected):
     text = host.text_of(Event.DNS_FAILED)
     assert expected in text and str(server.port) in text
     assert all_records(server) == (set(), set(), 0)
-    print(server.kind, text)
 
 
 def test_a_clock_that_is_wrong_is_named(server, host, monkeypatch):
