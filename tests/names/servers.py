@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Debian's BIND and Knot on loopback, each with one zone that accepts updates by a TSIG key.
+"""BIND and Knot of Debian on loopback or in the network of test hosts, with a zone that accepts updates by a TSIG key.
 
 The packages are unpacked into the cache and not installed, because they would start services.
 """
@@ -20,6 +20,9 @@ from pathlib import Path
 import dns.message
 import dns.query
 
+from testhost_driver import netns
+from testhost_driver.lan import Lan
+
 PACKAGES = ("bind9", "bind9-utils", "knot")
 CACHE = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build"))
 ZONE = "hosts.test"
@@ -35,7 +38,7 @@ static A 192.0.2.99
 """
 BIND_CONFIG = """\
 options {{
-    directory "{directory}"; listen-on port {port} {{ 127.0.0.1; }}; listen-on-v6 {{ none; }};
+    directory "{directory}"; listen-on port {port} {{ {address}; }}; listen-on-v6 {{ none; }};
     pid-file "{directory}/pid"; recursion no; session-keyfile "{directory}/session"; dnssec-validation no;
 }};
 controls {{ }};
@@ -48,7 +51,7 @@ zone "closed.test" {{ type primary; file "{directory}/closed"; }};
 """
 KNOT_CONFIG = """\
 server:
-    listen: 127.0.0.1@{port}
+    listen: {address}@{port}
     rundir: {directory}
 database:
     storage: {directory}
@@ -95,17 +98,17 @@ def programs() -> Path:
 
 
 class DnsProgram:
-    """A DNS server with ZONE, and with closed.test, which accepts no update. `log` is its output."""
+    """A DNS server with ZONE, and with closed.test, which accepts no update; in the network `lan`, or on loopback."""
 
-    def __init__(self, kind: str, tree: Path, directory: Path, keys: dict[str, str]) -> None:
-        self.kind, self.tree, self.directory, self.keys = kind, tree, directory, keys
-        self.port = _free_port()
+    def __init__(self, kind: str, tree: Path, directory: Path, keys: dict[str, str], lan: Lan | None) -> None:
+        self.kind, self.tree, self.directory, self.keys, self.lan = kind, tree, directory, keys, lan
+        self.address, self.port = (lan.address, 53) if lan else ("127.0.0.1", _free_port())
         self.process: subprocess.Popen[bytes] | None = None
         (directory / "zone").write_text(ZONE_FILE)
         (directory / "closed").write_text(ZONE_FILE)
-        shown = {"directory": directory, "port": self.port, "zone": ZONE, "key": KEY, "keys": self._keys()}
+        shown = {"directory": directory, "address": self.address, "port": self.port, "zone": ZONE, "key": KEY}
         self.config = directory / "config"
-        self.config.write_text((BIND_CONFIG if kind == "bind" else KNOT_CONFIG).format(**shown))
+        self.config.write_text((BIND_CONFIG if kind == "bind" else KNOT_CONFIG).format(**shown, keys=self._keys()))
 
     def _keys(self) -> str:
         if self.kind == "bind":
@@ -118,24 +121,20 @@ class DnsProgram:
 
     def start(self) -> None:
         library = str(self.tree / "usr/lib" / _triplet())
-        command = (
-            [self.tree / "usr/sbin/named", "-f", "-g", "-c", self.config] if self.kind == "bind"
-            else [self.tree / "usr/sbin/knotd", "-c", self.config]
+        inside = ["ip", "netns", "exec", netns.name_of(self.lan.name)] if self.lan else []
+        command, ready = (
+            ([self.tree / "usr/sbin/named", "-f", "-g", "-c", self.config], "running\n") if self.kind == "bind"
+            else ([self.tree / "usr/sbin/knotd", "-c", self.config], "server started")
         )
-        with (self.directory / "log").open("ab") as log:
+        log = self.directory / "log"
+        with log.open("wb") as output:
             self.process = subprocess.Popen(
-                command, env={**os.environ, "LD_LIBRARY_PATH": library}, stdout=log, stderr=log, cwd=self.directory
+                [*inside, *command], env={**os.environ, "LD_LIBRARY_PATH": library}, stdout=output, stderr=output,
+                cwd=self.directory,
             )
         deadline_s = time.monotonic() + 30
-        while True:
-            try:
-                answer = dns.query.udp(dns.message.make_query(ZONE, "SOA"), "127.0.0.1", 1, self.port)
-                if answer.answer:
-                    return
-            except (OSError, dns.exception.DNSException):
-                pass
-            if time.monotonic() > deadline_s or self.process.poll() is not None:
-                raise AssertionError(f"{self.kind} does not respond: {(self.directory / 'log').read_text()}")
+        while ready not in log.read_text():
+            assert time.monotonic() < deadline_s and self.process.poll() is None, log.read_text()
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -144,17 +143,29 @@ class DnsProgram:
             self.process.wait(30)
             self.process = None
 
+    def query(self, name: str, kind: str) -> dns.message.Message:
+        """The response to a query for a name in the zone."""
+        query = dns.message.make_query(f"{name}.{ZONE}" if name else ZONE, kind)
+        if self.lan is None:
+            return dns.query.tcp(query, self.address, 5, self.port)
+        with self.lan.connect(self.address, self.port) as connection:
+            connection.setblocking(False)
+            return dns.query.tcp(query, self.address, 5, self.port, sock=connection)
+
     def records(self, name: str, kind: str) -> set[str]:
-        """The data of the records of a name."""
-        answer = dns.query.tcp(dns.message.make_query(f"{name}.{ZONE}", kind), "127.0.0.1", 5, self.port)
-        return {rdata.to_text() for rrset in answer.answer for rdata in rrset}
+        """The data of the records of a name in the zone."""
+        return {rdata.to_text() for rrset in self.query(name, kind).answer for rdata in rrset}
+
+    def serial(self) -> str:
+        """The serial number of the zone, which changes with each update that changes a record."""
+        return self.records("", "SOA").pop().split()[2]
 
 
 @contextlib.contextmanager
-def running(kind: str, keys: dict[str, str]) -> Iterator[DnsProgram]:
+def running(kind: str, keys: dict[str, str], lan: Lan | None = None) -> Iterator[DnsProgram]:
     """A running server, whose files are removed afterwards."""
     directory = Path(tempfile.mkdtemp(prefix="dns-"))
-    made = DnsProgram(kind, programs(), directory, keys)
+    made = DnsProgram(kind, programs(), directory, keys, lan)
     try:
         made.start()
         yield made
