@@ -93,6 +93,7 @@ class Event(enum.Enum):
     DNS_FAILED = Kind("23ff37d4c2b64018af98f2eda61ca45e", Priority.WARNING, "records of %(name)s not changed, next attempt in %(wait_s)s s: %(text)s")
     DNS_HOST_REMOVED = Kind("b7e58209bc8f4cdaac16f52737dbe1af", Priority.WARNING, "records of %(name)s removed: no response from the host for %(wait_s)s s")
     DNS_HOSTS_KEPT = Kind("5a2629ef24a04be69e209f54b54101f0", Priority.WARNING, "records of hosts without a response kept, because fewer than half of the hosts respond to this gateway: %(text)s")
+    TERMINATION_NOTICED = Kind("05dcd1e9dd8b4abea7a6b1fe3371dcdf", Priority.NOTICE, "%(provider)s ends this machine: %(text)s; the host drains")
 
 
 def entry(event: Event, **fields: object) -> dict[str, str]:

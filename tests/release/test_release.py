@@ -12,6 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jinja2
 import pytest
 
 import product
@@ -69,8 +70,9 @@ def hashes(directory):
 def test_packages_are_the_same_from_two_machines(tmp_path, faketime, packages):
     found = []
     changed = {"LD_PRELOAD": str(faketime), "FAKETIME": SECOND["FAKETIME"]}
-    years = [subprocess.run(["date", "+%Y%m"], env=env, check=True, stdout=subprocess.PIPE).stdout for env in ({}, changed)]
-    assert years[0] < years[1]
+    months = [subprocess.run(["date", "+%Y%m"], env=environment, check=True, stdout=subprocess.PIPE).stdout
+              for environment in ({}, changed)]
+    assert months[0] < months[1]
     for number, (variables, umask) in enumerate(((FIRST, 0o022), (SECOND, 0o077))):
         # The lengths of the paths differ too.
         place = tmp_path / ("a" if number == 0 else "another-place")
@@ -150,3 +152,23 @@ def test_the_tests_of_the_package_pass_on_a_host(packages, tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         print(done.stdout[-3000:])
+
+
+def test_the_user_data_is_valid(tmp_path):
+    """By Debian's cloud-init, after its template is filled in."""
+    for package in downloaded(tmp_path / "debs", None, "cloud-init"):
+        subprocess.run(["dpkg-deb", "-x", package, tmp_path / "tree"], check=True)
+    text = (TOP / "packaging/cloud/user-data.yaml").read_text()
+    first, _, rest = text.partition("\n")
+    assert first == "## template: jinja"
+    rendered = jinja2.Template(rest).render(v1={"instance_id": "i-0123456789ABCDEF0"})
+    assert 'label = "123456789abcdef0"' in rendered
+    data = tmp_path / "user-data"
+    for content, status in ((rendered, 0), (rendered.replace("package_update: true", "package_update: 7"), 1)):
+        data.write_text(content)
+        modules = tmp_path / "tree/usr/lib/python3/dist-packages"
+        done = subprocess.run(
+            [sys.executable, tmp_path / "tree/usr/bin/cloud-init", "schema", "--config-file", data],
+            env={**os.environ, "PYTHONPATH": str(modules)}, capture_output=True, text=True, check=False,
+        )
+        assert done.returncode == status, done.stdout + done.stderr

@@ -32,6 +32,7 @@ EXPOSURE_MAX = {
     "nbagent-network.service": 1.5,
     "nbagent-router.service": 1.2,
     "nbagent-sweep.service": 1.1,
+    "nbagent-termination@.service": 1.3,
     "nbagent-token.service": 0.8,
     "nbagent-units.service": 1.0,
     "nbagent-zygote@.service": 3.4,
