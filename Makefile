@@ -8,8 +8,9 @@ REPO ?= $(NBAGENT_CACHE)/repo
 REPO_URL ?= file:$(REPO)
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host test-ansible test-dns test-monitoring test-release uncharged conformance fuzz check bench \
-    bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools image debs sbom repo tools clean
+.PHONY: up up-fleet down test unit host test-vms test-ansible test-dns test-monitoring test-release uncharged \
+    conformance fuzz check bench bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
+    image debs sbom repo tools clean
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -29,6 +30,9 @@ unit: tools          ## unit tests; no systemd host is needed
 
 host: tools          ## integration tests on real systemd hosts
 	@tests/run-integration $(PYTEST)
+
+test-vms: tools      ## what depends on the kernel, on virtual machines with Debian 12 and 13; make test has one of them
+	NBAGENT_ALL_MACHINES=1 $(PYTEST) tests/integration -k "vm-bookworm or vm-trixie"
 
 test-ansible: tools  ## the playbooks of packaging/ansible install and change a fleet of test hosts
 	$(PYTEST) -x tests/ansible

@@ -70,8 +70,9 @@ PATIENCE_S = 300.0
 CPU_WEIGHT, CPU_WEIGHT_GIVING_WAY = 100, 1
 # The errors that the start of a zygote has by design; any other is a fault of the supervisor.
 EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
-# A start in all. Its budget is slots.start_timeout of processor time, because on a busy host it takes minutes.
-START_MAX_S = 600.0
+# The budget of a start is slots.start_timeout of processor time, because on a busy host it takes minutes; in all it may
+# take this many times as long.
+START_MAX_FACTOR = 10
 BUDGET_CHECK_S = 1.0
 NOTHING_KEPT: Mapping[str, int] = {}
 _AGE_MAX_S, _FORKS_MAX = 10 ** 9, 10 ** 12
@@ -400,7 +401,7 @@ class Zygotes:
             if gives_way:
                 await asyncio.wait({made, no_zygote}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
                 self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
-            async with asyncio.timeout(START_MAX_S):
+            async with asyncio.timeout(START_MAX_FACTOR * self.config.value.slots.start_timeout):
                 return await made
         finally:
             made.cancel()

@@ -248,7 +248,7 @@ def test_an_extension_that_opens_a_file_is_loaded_in_each_slot(agent, attack, mo
         agent.run("rm", enabled, f"{packages}/opened.py")
 
 
-def test_an_image_whose_slots_would_share_open_files_starts_by_exec_and_the_reason_is_shown(agent, attack):
+def test_an_image_whose_slots_would_share_open_files_starts_by_exec(agent, attack):
     seen = attack("""
         import gc
         opened = []
