@@ -171,10 +171,11 @@ def agent_state(url: str = API) -> Agent:
 
 
 def stop_is_final(unit: str = UNIT) -> bool:
-    """Whether systemd stops the service and will not start it again, by the type of the job."""
-    listed = subprocess.run(
-        ["systemctl", "list-jobs", "--plain", "--no-legend"], capture_output=True, text=True, check=False, timeout=5
-    )
-    jobs = [line.split() for line in listed.stdout.splitlines()]
-    # JOB UNIT TYPE STATE
+    """Whether systemd stops the service and does not start it again, by the type of its job; True if unknown."""
+    command = ["systemctl", "list-jobs", "--plain", "--no-legend"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    jobs = [line.split() for line in listed.splitlines()]  # JOB UNIT TYPE STATE
     return not any(job[1] == unit and "restart" in job[2] for job in jobs if len(job) >= 3)
