@@ -143,7 +143,7 @@ def test_a_drain_withdraws_the_srv_record_and_users_stay(site):
     wait(lambda: site.up() == set(LABELS), "hosts on the gateway", 20)
     for label in LABELS:
         claimed = Api(site.fleet.hosts[label]).get("/slots").json()
-        for slot in (slot["id"] for slot in claimed if slot["state"] == "claimed"):
+        for slot in (slot["slot"] for slot in claimed if slot["state"] == "claimed"):
             site.fleet.hosts[label].run(["nbagent", "release", slot])
 
 
