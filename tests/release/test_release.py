@@ -138,7 +138,7 @@ def test_the_tests_of_the_package_pass_on_a_host(packages, tmp_path):
     with Host.up(name=f"ap{os.getpid()}"[:16]) as host, tempfile.TemporaryDirectory() as scratch:
         status = tmp_path / "status"
         host.copy_out("/var/lib/dpkg/status", status)
-        missing = downloaded(Path(scratch, "debs"), status, "autopkgtest")
+        missing = downloaded(Path(scratch, "debs"), status, "autopkgtest", "dpkg-dev")
         tree = tmp_path / "nbagent"
         shutil.copytree(TOP / "packaging/debian", tree / "debian")
         host.run(["mkdir", "-p", "/root/missing", "/root/built"])
