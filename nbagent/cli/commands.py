@@ -24,6 +24,7 @@ import click
 
 from nbagent import __version__
 from nbagent.cli import tables
+from nbagent.cli.dns import dns
 from nbagent.cli.gateway import gateway
 from nbagent.cli.images import image
 from nbagent.cli.remote import DEFAULT_URL, ApiUnavailable, Remote, read_token
@@ -68,6 +69,7 @@ def nbagent() -> None:
     """Claim, watch and end notebook slots, and manage this host."""
 
 
+nbagent.add_command(dns)
 nbagent.add_command(gateway)
 nbagent.add_command(image)
 nbagent.add_command(slot_group)
