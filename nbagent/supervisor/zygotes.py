@@ -167,7 +167,7 @@ class Zygotes:
                 self._discard(former)
             self._kept[name] = zygote
         adopted = {unit_of(zygote.instance) for zygote in self._kept.values()}
-        for unit in set(self._systemd.zygotes()) - adopted:
+        for unit in set(await self._systemd.zygotes()) - adopted:
             # By a stop job, so that the end of a unit that was starting is not counted as a failure.
             with contextlib.suppress(OSError):
                 await self._systemd.stop(unit)
@@ -394,13 +394,13 @@ class Zygotes:
         """
         unit, gives_way = unit_of(instance), pool.zygote is not None
         weight = CPU_WEIGHT_GIVING_WAY if gives_way else CPU_WEIGHT
-        self._systemd.set_limits(unit, replace(self._limits(), cpu_weight=weight))
+        await self._systemd.set_limits(unit, replace(self._limits(), cpu_weight=weight))
         made = asyncio.ensure_future(self._made(pool.image, instance))
         no_zygote = asyncio.ensure_future(pool.no_zygote.wait())
         try:
             if gives_way:
                 await asyncio.wait({made, no_zygote}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
-                self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
+                await self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
             async with asyncio.timeout(START_MAX_FACTOR * self.config.value.slots.start_timeout):
                 return await made
         finally:
@@ -458,7 +458,7 @@ class Zygotes:
         if connected.done():
             return connected.result()
         try:
-            pidfd = os.pidfd_open(self._systemd.main_pid(unit))
+            pidfd = os.pidfd_open(await self._systemd.main_pid(unit))
         except (FileNotFoundError, ProcessLookupError):
             raise ended from None
         end = asyncio.ensure_future(readable(pidfd))
