@@ -147,7 +147,6 @@ def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers:
             _import(modules["kernel"])
             left_out = _preload(preload, memory, openers)
         with openers.during("a request or a kernel of the warm-up"):
-            warmup.run_startup(server)
             # The first warm-up is not recorded, since much of its code runs only once in a process.
             warmup.warm_up(server, _run_warmup_kernel)
             with memory.arrange_code():

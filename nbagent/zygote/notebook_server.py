@@ -166,7 +166,12 @@ class SlotKernelManager(ServerKernelManager):
     async def _end_debugging(self) -> None:
         """Ends the debugger's session, because a kernel that it has stopped does not react to a signal."""
         stream, replied = self.connect_control(), asyncio.get_running_loop().create_future()
-        stream.on_recv(lambda _parts: replied.done() or replied.set_result(None))
+
+        def note_reply(_parts: Any) -> None:
+            if not replied.done():
+                replied.set_result(None)
+
+        stream.on_recv(note_reply)
         try:
             self.session.send(stream, "debug_request", DISCONNECT)
             await asyncio.wait([replied], timeout=DEBUGGER_TIMEOUT_S)
@@ -195,7 +200,7 @@ class SlotKernelManager(ServerKernelManager):
         return result
 
 
-class SlotKernelConnection(channels.ZMQChannelsWebsocketConnection):  # type: ignore[misc]
+class SlotKernelConnection(channels.ZMQChannelsWebsocketConnection):
     """The connection of a page to a kernel. If a signal has ended the kernel, the cell gets the reason as an output."""
 
     def on_kernel_restarted(self) -> None:
