@@ -7,9 +7,9 @@ ACTIVITY_FD, the activity page; CONFIG_FD, a file of JSON {"base_url": str, "tok
 command line nor in the environment, and CONFIG_FD is closed before any code of the user runs, so that no code of the
 user can read it there.
 
-Three things differ from a stock JupyterLab. The activity page is written when a user or a kernel is active (the polling
-of an idle browser tab does not count). The kernel's OOM killer takes notebook kernels before the server. And the cell
-whose kernel was ended by a signal has the reason in its output.
+Some things differ from a stock JupyterLab. The activity page is written when a user or a kernel is active (the polling
+of an idle browser tab does not count). The kernel's OOM killer takes notebook kernels before the server. The cell whose
+kernel was ended by a signal has the reason in its output. And output for a page that is closed is limited.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import shutil
 import signal
 import socket
 import sys
-from typing import Any, Callable, Dict, Iterable, Optional, Set
+from typing import Any, Callable, Dict, Iterable, List, Optional, Set
 
 # jsonschema imports this package where it is installed, to check the formats iri and iri-reference, which no schema of
 # the server uses. On import it compiles a grammar, which takes two thirds of a start's processor time and 15 MiB.
@@ -38,7 +38,7 @@ from jupyter_client import manager
 from jupyter_core.paths import jupyter_runtime_dir
 from jupyter_server.auth.identity import PasswordIdentityProvider
 from jupyter_server.services.kernels.connection import channels
-from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager, ServerKernelManager
 from jupyterlab.labapp import LabApp
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPMessageDelegate, HTTPServerRequest
@@ -54,7 +54,8 @@ from nbagent.wire.limits_page import LimitVariables
 from nbagent.zygote import answers, assets, full_storage, kernel_end, provisioner
 from nbagent.zygote.acts import is_act
 from nbagent.zygote.kept_loop import KeptLoop
-from nbagent.zygote.kernel_watch import KernelWatch
+from nbagent.zygote.kernel_watch import DELIMITER, PARENT, KernelWatch
+from nbagent.zygote.output_buffer import OutputBuffer
 
 # From 0 to 1000; makes the Linux OOM killer select a notebook's kernel before its server.
 KERNEL_OOM_SCORE_ADJ = 500
@@ -66,6 +67,7 @@ DISCONNECT = {
     "arguments": {"restart": False, "terminateDebuggee": False},
 }
 DEBUGGER_TIMEOUT_S = 3.0
+MESSAGE_MAX_BYTES = 64 << 20
 
 
 class _WakeableAsyncio:
@@ -200,6 +202,23 @@ class SlotKernelManager(ServerKernelManager):
         return result
 
 
+class SlotKernels(AsyncMappingKernelManager):
+    """A manager of kernels that keeps a limited amount of output for pages that are closed."""
+
+    def start_buffering(self, kernel_id: str, *arguments: Any) -> None:
+        super().start_buffering(kernel_id, *arguments)
+        session = self.get_kernel(kernel_id).session
+
+        def note(dropped: int, parts: List[bytes]) -> List[bytes]:
+            text = f"{dropped} messages of output were dropped, because the page was closed.\n"
+            request = json.loads(parts[parts.index(DELIMITER) + PARENT])
+            message = session.msg("stream", content={"name": "stderr", "text": text}, parent=request)
+            return list(session.serialize(message, ident=b"stream"))
+
+        if kernel_id in self._kernel_buffers:
+            self._kernel_buffers[kernel_id]["buffer"] = OutputBuffer(note)
+
+
 class SlotKernelConnection(channels.ZMQChannelsWebsocketConnection):
     """The connection of a page to a kernel. If a signal has ended the kernel, the cell gets the reason as an output."""
 
@@ -278,7 +297,10 @@ def configuration(base_url: str, token: str) -> Config:
     server.identity_provider_class = f"{__name__}.SlotIdentityProvider"
     config.IdentityProvider.token = token
     config.AsyncMappingKernelManager.kernel_manager_class = f"{__name__}.SlotKernelManager"
+    server.kernel_manager_class = SlotKernels
     server.kernel_websocket_connection_class = SlotKernelConnection
+    # An upload widget sends a file as one message; tornado's own limit is 10 MiB.
+    server.tornado_settings = {"websocket_max_message_size": MESSAGE_MAX_BYTES}
     provisioner.register()
     config.KernelProvisionerFactory.default_provisioner_name = provisioner.NAME
     # JupyterLab shows no trash, so that deleted files would use the slot's storage until it ends.
