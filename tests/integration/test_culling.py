@@ -4,7 +4,7 @@
 import time
 
 import pytest
-from execd import execd_image
+from waits import check_waits
 
 from nbagent.core.events import Event
 
@@ -31,10 +31,6 @@ def culled(agent, slot, timeout=60):
 def state(agent, slot):
     answer = agent.api.get(f"/slots/{slot}")
     return answer.json()["state"] if answer.status == 200 else None
-
-
-def idle_s(agent, slot):
-    return agent.api.get(f"/slots/{slot}").json()["idle_s"]
 
 
 def count(agent, name):
@@ -78,47 +74,17 @@ def test_a_long_cell_without_output_is_not_idle(impatient):
     assert text.startswith("idle for ") and at_s - float(result.text) >= 4
 
 
-def debugged(kernel):
-    """Runs a cell that the debugger stops."""
-    client = {"clientID": "t", "adapterID": "", "pathFormat": "path", "linesStartAt1": True, "columnsStartAt1": True}
-    code = "for number in range(1000):\n    number += 1\n"
-    assert kernel.debug("initialize", client)["success"]
-    kernel.debug("attach", {})
-    path = kernel.debug("dumpCell", {"code": code})["body"]["sourcePath"]
-    stop = {"source": {"path": path}, "breakpoints": [{"line": 2}], "sourceModified": False}
-    assert kernel.debug("setBreakpoints", stop)["success"]
-    kernel.debug("configurationDone", {})
-    kernel.send(code)
-    kernel.receive("debug_event", event="stopped")
-
-
-def asked(kernel):
-    """Runs a cell that waits for input."""
-    kernel.send("input('?')", stdin=True)
-    kernel.receive("input_request")
-
-
-def test_a_kernel_that_waits_for_a_person_is_idle_and_an_interrupt_frees_it(impatient):
-    """By fork and by exec; the page is closed."""
+def test_a_kernel_that_waits_for_a_person_is_idle_and_its_slot_is_ended(impatient):
     agent = impatient
-    agent.configure('[cull]\nidle = "1h"\ninterval = "1s"\n')
-    with execd_image(agent) as execd:
-        notebooks = [agent.open(), agent.open(image=execd)]
-        for notebook in notebooks:
-            for wait in (asked, debugged):
-                with notebook.kernel() as kernel:
-                    wait(kernel)
-                path = f"api/kernels/{kernel.id}"
-                assert notebook.get(path)["execution_state"] == "busy"
-                agent.wait(lambda: idle_s(agent, notebook.slot) > 1, "an idle slot")  # noqa: B023
-                notebook.post(path + "/interrupt")
-                agent.wait(lambda: notebook.get(path)["execution_state"] == "idle", "an idle kernel")  # noqa: B023
-            with notebook.kernel() as kernel:
-                kernel.send("import time; time.sleep(2); input('?')", stdin=True)
-                kernel.receive("execute_input")
-        agent.configure('[cull]\nidle = "4s"\n')
-        for notebook in notebooks:
-            assert culled(agent, notebook.slot)[1].startswith("idle for ")
+    notebook = agent.open()
+    with notebook.kernel() as kernel:
+        kernel.send("import time; time.sleep(2); input('?')", stdin=True)
+        kernel.receive("execute_input")
+    assert culled(agent, notebook.slot)[1].startswith("idle for ")
+
+
+def test_an_interrupt_frees_a_kernel_that_waits_for_a_person(agent):
+    check_waits(agent, agent.open())
 
 
 def test_a_process_that_computes_outside_of_any_kernel_is_not_idle(impatient):
