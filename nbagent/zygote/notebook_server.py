@@ -429,8 +429,10 @@ class RebasedRouter(Router):
         return handler
 
 
-def load_after_fork(server: Any, names: Iterable[str], application: RebasedRouter) -> None:
-    """Loads the extensions that the zygote has only linked, in the slot, as its user."""
+def load_after_fork(
+    server: Any, names: Iterable[str], imported: Iterable[str], application: RebasedRouter
+) -> None:
+    """Loads the extensions that the zygote has not, in the slot, as its user; `imported` are new to the server."""
     add_handlers = server.web_app.add_handlers
 
     def add_rebased(host: str, handlers: Any) -> Any:
@@ -438,6 +440,9 @@ def load_after_fork(server: Any, names: Iterable[str], application: RebasedRoute
 
     server.web_app.add_handlers = add_rebased
     try:
+        for name in imported:
+            server.extension_manager.add_extension(name, enabled=True)
+            server.extension_manager.link_extension(name)
         for name in names:
             server.extension_manager.load_extension(name)
     finally:
