@@ -433,6 +433,7 @@ def load_after_fork(
     server: Any, names: Iterable[str], imported: Iterable[str], application: RebasedRouter
 ) -> None:
     """Loads the extensions that the zygote has not, in the slot, as its user; `imported` are new to the server."""
+    _make_files(server)  # because an extension may open a file in Jupyter's directories
     add_handlers = server.web_app.add_handlers
 
     def add_rebased(host: str, handlers: Any) -> Any:

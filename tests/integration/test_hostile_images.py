@@ -220,7 +220,7 @@ def _jupyter_server_extension_points():
     return [{"module": "opened"}]
 
 def _load_jupyter_server_extension(server):
-    database = open("/home/jovyan/opened.db", "a")
+    database = open(server.data_dir + "/opened.db", "a")
     server.web_app.settings["opened"] = {
         "loaded": os.getpid(), "owner": os.fstat(database.fileno()).st_uid, "base": server.web_app.settings["base_url"]}
     server.database = database
@@ -238,7 +238,7 @@ def test_an_extension_that_opens_a_file_is_loaded_in_each_slot(agent, attack, mo
         ready(agent, attack("pass"))
         messages = [entry["MESSAGE"] for entry in entries(agent)]
         notes = [message for message in messages if "the extension opened is loaded in each" in message]
-        assert "/home/jovyan/opened.db is open" in notes[-1]
+        assert "/home/jovyan/.local/share/jupyter/opened.db is open" in notes[-1]
         for notebook in (agent.open(image=IMAGE), agent.open(image=IMAGE)):
             assert by_fork(agent, notebook.slot)
             found = notebook.get("opened")
