@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Starting a slot's processes: by exec of the image's program here, by a fork of its zygote in `zygotes`.
+"""Starting a slot's processes: by exec of the image's program here, by a fork of its zygote in `fork_launcher`.
 
 A launcher gets a slot, its sandbox and its listening socket, the scope to start, and a callback that makes an interface
 in a network namespace; it returns when the slot's program runs. The descriptors that it returns are the caller's.

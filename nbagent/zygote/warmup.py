@@ -43,8 +43,6 @@ from nbagent.zygote import provisioner
 # the first run of a code object and specialises it in the second; the code that it calls is specialised in the third.
 ROUNDS = 2
 WORKER_END_S = 5.0
-# After this time callbacks of call_later(0) have started; tasks that have not ended after the timeout are periodic.
-STARTUP_DELAY_S, STARTUP_TIMEOUT_S = 0.01, 5.0
 # Subprotocols of the kernel websocket: "" is the older one, with JSON messages.
 PROTOCOLS = ("", "v1.kernel.websocket.jupyter.org")
 
@@ -85,19 +83,6 @@ _unresponsive: Set[str] = set()
 # Runs a kernel in the calling thread until it is shut down or stopped. Arguments: the connection file; a function to
 # call when the kernel listens; a function to call with another one, which stops the kernel from any thread.
 RunKernel = Callable[[str, Callable[[], None], Callable[[Callable[[], None]], None]], None]
-
-
-def run_startup(server: Any) -> None:
-    """Runs what extensions have put off to the start of the event loop, because a forked server has another loop.
-
-    Without this JupyterLab's requests to jupyter_lsp, which is initialised in this way, wait for ever.
-    """
-    async def wait() -> None:
-        await asyncio.sleep(STARTUP_DELAY_S)
-        if others := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(others, timeout=STARTUP_TIMEOUT_S)
-
-    server.io_loop.run_sync(wait)
 
 
 def warm_up(server: Any, run_kernel: RunKernel) -> None:

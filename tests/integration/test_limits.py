@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Limits of memory, tasks, processor time and age, which the kernel and systemd enforce, on every kind of host."""
 
+import re
 import time
 
 import pytest
@@ -77,6 +78,9 @@ def test_the_oom_killer_kills_the_jupyter_kernel_and_not_the_server(any_agent):
         state = agent.wait(
             lambda: (known := agent.api.get(f"/slots/{notebook.slot}").json())["oom_kills"] and known, "an OOM kill"
         )
+        text = kernel.receive("stream", name="stderr")["content"]["text"]
+        assert re.match(r"The kernel was ended by SIGKILL, (probably )?because this notebook reached its memory limit"
+                        r" of 256 MiB\.", text)
     assert state["state"] == "claimed"
     assert server <= set(agent.processes(notebook.slot))
     entries = agent.wait(
