@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Hosts that publish their records in BIND, and a gateway that finds them there, on test hosts: `make test-dns`.
 
-The tests run in this order on the same hosts; the last one shuts a host down.
+The tests run in this order on the same hosts; the last ones remove the package from one and shut the other down.
 """
 
 from __future__ import annotations
@@ -219,8 +219,23 @@ def test_a_stop_withdraws_all_records(site):
     assert site.offers() == {"b"} and site.server.records("a", "A") == set()
 
 
-def test_a_shutdown_of_a_host_withdraws_all_records(site):
+def test_an_autoscaler_removes_a_host_without_users_and_its_shutdown_withdraws_the_records(site):
+    """By the figures of the gateway, with example and hook of packaging/cloud; one host of six slots is left."""
     host = site.fleet.hosts["b"]
-    host.run(["systemctl", "--no-block", "poweroff"])
+    site.gateway.copy_in(product.TOP / "packaging/cloud/scale", "/root/")
+    host.copy_in(product.TOP / "packaging/cloud/scale-in", "/root/")
+    decide = ["/root/scale", f"http://127.0.0.1:{HTTP_PORT}", "out", "in", "--hosts", "1:3", "--once"]
+
+    def decides(decision: str) -> Callable[[], bool]:
+        return lambda: site.gateway.run(decide).stdout.strip() == decision
+
+    wait(lambda: site.up() == {"b"}, "gateway without host a", 60)
+    wait(decides("none"), "a decision for the last host", 10)
+    slots = [site.spawn().slot for _ in range(5)]
+    wait(decides("out"), "another host", 10)
+    assert host.run(["/root/scale-in", "2s"], check=False).returncode == 75
+    assert not Api(host).get("/stats").json()["draining"]
+    host.run(["nbagent", "release", *slots])
+    assert host.run(["/root/scale-in", "30s"]).returncode == 0
     wait(lambda: site.offers() == set(), "withdrawal", 30)
     assert site.server.records("b", "A") == set()
