@@ -299,8 +299,6 @@ def configuration(base_url: str, token: str) -> Config:
     config.AsyncMappingKernelManager.kernel_manager_class = f"{__name__}.SlotKernelManager"
     server.kernel_manager_class = SlotKernels
     server.kernel_websocket_connection_class = SlotKernelConnection
-    # An upload widget sends a file as one message; tornado's own limit is 10 MiB.
-    server.tornado_settings = {"websocket_max_message_size": MESSAGE_MAX_BYTES}
     provisioner.register()
     config.KernelProvisionerFactory.default_provisioner_name = provisioner.NAME
     # JupyterLab shows no trash, so that deleted files would use the slot's storage until it ends.
@@ -330,6 +328,9 @@ def initialise(base_url: str, token: str) -> Any:
     if shutil.which("node") is None:
         # JupyterLab cannot be built, and the check for a due build fails; so the page need not request it.
         server.web_app.settings.setdefault("page_config_data", {})["buildCheck"] = False
+    # An upload widget sends a file as one message; tornado's own limit is 10 MiB. Not in the configuration, where it
+    # would replace the tornado_settings of the image.
+    server.web_app.settings.setdefault("websocket_max_message_size", MESSAGE_MAX_BYTES)
     _note_requests(server)
     assets.install(server, next(iter(server.extension_manager.extension_apps["jupyterlab"])).static_dir)
     page.install(server.web_app.settings)
