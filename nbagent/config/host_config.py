@@ -190,8 +190,9 @@ class RouterSettings:
         "none",
         word_or("none", matching(r"https?://[^/\s\"'<>]+(/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-])?",
                                  'a URL without a slash at its end, such as "https://cdn.example.net/notebooks"')),
-        "Address of a CDN, below which /assets/ leads to the router's or the gateway's /assets/; slots that start from "
-        "then on load JupyterLab from there. none: from the router."
+        "Address of a CDN, below which /assets/ leads to the router's or the gateway's /assets/, or of the target of "
+        "`nbagent image assets publish`; slots that start from then on load JupyterLab from there, and from the "
+        "router if that fails. none: from the router."
     )
     trusted_proxies: tuple[Network, ...] = setting(
         [], networks, "Gateways and proxies whose X-Forwarded-For header has the address of the client."
@@ -311,7 +312,9 @@ class CullSettings:
     """`[cull]`: the rules that compress idle slots and end claimed ones."""
 
     idle: float = setting(
-        "1h", positive_duration, "Time without a busy kernel or a user's action after which a claimed slot is ended."
+        "1h", positive_duration,
+        "Time without a busy kernel or a user's action after which a claimed slot is ended. A kernel that waits for input "
+        "or at a breakpoint is not busy.",
     )
     cpu: float = setting(0.05, number(0, 64, float), "Processors in use below which a slot counts as idle.")
     interval: float = setting("30s", positive_duration, "Time between two evaluations of the rules.")

@@ -23,6 +23,8 @@ IMAGE_BUILDER = Path("/usr/lib/nbagent/build-image")
 
 RUN = Path("/run/nbagent")
 SLOTS = RUN / "slots"
+# The end of each session, for its page.
+SESSIONS = RUN / "sessions"
 # Empty on the host. Each slot mounts its root over it, in a mount namespace of its own.
 SANDBOX = RUN / "sandbox"
 # The files below /sys of all slots.

@@ -41,7 +41,7 @@ from traitlets.config import Config, SingletonConfigurable
 
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.zygote import as_execd, entropy, provisioner, thread_pools, warmup
-from nbagent.zygote.inherited import Openers, threads
+from nbagent.zygote.inherited import Openers
 from nbagent.zygote.memory.sharing import MemorySharing
 
 # Modules that a kernel or the server imports only when needed; written by tests/lazy-modules.
@@ -145,9 +145,8 @@ def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers:
         os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         with as_execd.note():
             _import(modules["kernel"])
-            left_out = _preload(preload, memory, openers)
+            left_out = _preload(preload, openers)
         with openers.during("a request or a kernel of the warm-up"):
-            warmup.run_startup(server)
             # The first warm-up is not recorded, since much of its code runs only once in a process.
             warmup.warm_up(server, _run_warmup_kernel)
             with memory.arrange_code():
@@ -155,6 +154,7 @@ def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers:
             for _ in range(warmup.ROUNDS):
                 warmup.warm_up(server, _run_warmup_kernel)
         _shell = _ready_shell()
+    entropy.find_generators()
     gc.collect()
     openers.check_threads()
     return left_out
@@ -167,7 +167,7 @@ def _import(names: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def _preload(names: Iterable[str], memory: MemorySharing, openers: Openers) -> Dict[str, str]:
+def _preload(names: Iterable[str], openers: Openers) -> Dict[str, str]:
     """Imports the modules that the image's manifest names, and ends the threads that their libraries started.
 
     Returns those whose import failed, with the reason. Raises Inherited for those whose threads do not end.
@@ -179,10 +179,6 @@ def _preload(names: Iterable[str], memory: MemorySharing, openers: Openers) -> D
                 importlib.import_module(name)
             except (Exception, SystemExit) as error:  # a module may raise anything
                 failed[name] = f"its import failed: {error!r}"
-            # Libraries that support fork, such as OpenBLAS, end their threads by a pthread_atfork(3) handler before a
-            # fork and start them again on first use. So a fork at this point leaves the zygote with one thread.
-            if threads() != 1:
-                memory.fork_noop()
     openers.check_threads()
     thread_pools.find()
     return failed

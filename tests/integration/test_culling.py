@@ -4,6 +4,7 @@
 import time
 
 import pytest
+from waits import check_waits
 
 from nbagent.core.events import Event
 
@@ -39,7 +40,10 @@ def count(agent, name):
 def test_an_idle_slot_is_ended_and_the_reason_is_logged(impatient):
     agent = impatient
     before = count(agent, "culled_idle")
-    slot = agent.claim()["slot"]
+    claim = agent.claim()
+    slot = claim["slot"]
+    session = agent.router.get(f"/user/{slot}/nbagent/session").json()
+    assert (session["state"], session["expires_at"]) == ("claimed", claim["expires_at"])
     at_s, text = culled(agent, slot)
     assert text.startswith("idle for ") and 4 <= int(text.split()[2]) < 60
     assert at_s - logged(agent, slot, Event.SLOT_CLAIMED)[0] >= 4
@@ -47,6 +51,9 @@ def test_an_idle_slot_is_ended_and_the_reason_is_logged(impatient):
     assert count(agent, "culled_idle") == before + 1
     page = agent.router.get(f"/user/{slot}/lab", Accept="text/html")
     assert page.status == 404 and b"no longer running" in page.body
+    session = agent.router.get(f"/user/{slot}/nbagent/session").json()
+    assert (session["state"], session["reason"]) == ("ended", text)
+    assert agent.router.get(f"/user/{slot[:-1]}/nbagent/session").status == 404
 
 
 def test_a_warm_slot_is_never_idle(impatient):
@@ -71,6 +78,19 @@ def test_a_long_cell_without_output_is_not_idle(impatient):
         assert result.status == "ok"
     at_s, text = culled(agent, notebook.slot)
     assert text.startswith("idle for ") and at_s - float(result.text) >= 4
+
+
+def test_a_kernel_that_waits_for_a_person_is_idle_and_its_slot_is_ended(impatient):
+    agent = impatient
+    notebook = agent.open()
+    with notebook.kernel() as kernel:
+        kernel.send("import time; time.sleep(2); input('?')", stdin=True)
+        kernel.receive("execute_input")
+    assert culled(agent, notebook.slot)[1].startswith("idle for ")
+
+
+def test_an_interrupt_frees_a_kernel_that_waits_for_a_person(agent):
+    check_waits(agent, agent.open())
 
 
 def test_a_process_that_computes_outside_of_any_kernel_is_not_idle(impatient):

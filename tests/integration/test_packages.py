@@ -40,7 +40,7 @@ EXPOSURE_MAX = {
 }
 # Files that other programs of the host changed. Paths of our files contain "nbagent".
 # A oneshot copy of nbagent.service has none of these.
-OTHER_DIRECTIVES = re.compile(r"(Exec\w+|Type|Sockets|WatchdogSec|Restart\w*|Wants|After|WantedBy)=|\[Install\]|#")
+OTHER_DIRECTIVES = re.compile(r"(Exec\w+|Type|Sockets|Watchdog\w+|Restart\w*|Wants|After|WantedBy)=|\[Install\]|#")
 OTHER_FILES = re.compile(r"file /(etc|usr|var|run)/(?!.*nbagent)")
 
 

@@ -25,6 +25,7 @@ EXPOSURE_MAX = {
     "nbagent-api.service": 1.1,
     "nbagent-dns-update.service": 1.4,
     "nbagent-dns.service": 1.8,
+    "nbagent-drain.service": 1.5,
     "nbagent-gateway-dns.service": 1.4,
     "nbagent-gateway-status.service": 1.4,
     "nbagent-gateway.service": 1.7,
