@@ -27,6 +27,8 @@ PACKAGES = ("bind9", "bind9-utils", "knot")
 CACHE = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build"))
 ZONE = "hosts.test"
 KEY = "hosts"
+# May change the records of one host only.
+HOST_KEY = "c07"
 # Known to the server, without permission.
 OTHER_KEY = "other"
 ZONE_FILE = """\
@@ -45,7 +47,10 @@ controls {{ }};
 {keys}
 zone "{zone}" {{
     type primary; file "{directory}/zone";
-    update-policy {{ grant {key} zonesub A AAAA TXT SRV; }};
+    update-policy {{
+        grant {key} zonesub A AAAA TXT SRV;
+        grant {host_key} name {host_key}.{zone} A AAAA TXT; grant {host_key} name _nbagent._tcp.{zone} SRV;
+    }};
 }};
 zone "closed.test" {{ type primary; file "{directory}/closed"; }};
 """
@@ -64,11 +69,18 @@ acl:
     action: update
     key: {key}
     update-type: [A, AAAA, TXT, SRV]
+  - id: host
+    action: update
+    key: {host_key}
+    update-owner: name
+    update-owner-match: equal
+    update-owner-name: [{host_key}, _nbagent._tcp]
+    update-type: [A, AAAA, TXT, SRV]
 zone:
   - domain: {zone}
     storage: {directory}
     file: zone
-    acl: update
+    acl: [update, host]
   - domain: closed.test
     storage: {directory}
     file: closed
@@ -106,7 +118,8 @@ class DnsProgram:
         self.process: subprocess.Popen[bytes] | None = None
         (directory / "zone").write_text(ZONE_FILE)
         (directory / "closed").write_text(ZONE_FILE)
-        shown = {"directory": directory, "address": self.address, "port": self.port, "zone": ZONE, "key": KEY}
+        shown = {"directory": directory, "address": self.address, "port": self.port, "zone": ZONE, "key": KEY,
+                 "host_key": HOST_KEY}
         self.config = directory / "config"
         self.config.write_text((BIND_CONFIG if kind == "bind" else KNOT_CONFIG).format(**shown, keys=self._keys()))
 

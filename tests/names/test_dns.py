@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from servers import KEY, OTHER_KEY, ZONE, DnsProgram, programs, running
+from servers import HOST_KEY, KEY, OTHER_KEY, ZONE, DnsProgram, programs, running
 
 from nbagent.config import host_config
 from nbagent.core.events import Event
@@ -23,7 +23,7 @@ from nbagent.dns.server import DnsFailed
 from nbagent.gateway import settings as gateway_settings
 from nbagent.gateway.runtime import HaproxyServer
 
-SECRETS = {name: base64.b64encode(os.urandom(32)).decode() for name in (KEY, OTHER_KEY)}
+SECRETS = {name: base64.b64encode(os.urandom(32)).decode() for name in (KEY, HOST_KEY, OTHER_KEY)}
 OFFER = f"0 0 8000 c07.{ZONE}."
 
 
@@ -210,6 +210,15 @@ def test_a_refusal_names_its_cause_and_changes_nothing(server, wrong, expected):
     assert host.names() == ["DNS_FAILED"]
     text = host.text_of(Event.DNS_FAILED)
     assert expected in text and str(server.port) in text
+    assert all_records(server) == (set(), set(), 0)
+
+
+def test_a_key_of_one_host_publishes_that_host_only(server, host):
+    own = HostOfTest(server, key=HOST_KEY, secret=SECRETS[HOST_KEY]).step()
+    assert all_records(server) == ({OFFER}, {"10.1.0.7"}, 1)
+    other = HostOfTest(server, "c08", "10.1.0.8", key=HOST_KEY, secret=SECRETS[HOST_KEY]).step()
+    assert other.names() == ["DNS_FAILED"] and all_records(server, "c08") == (set(), set(), 0)
+    own.stop()
     assert all_records(server) == (set(), set(), 0)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import KEY, ZONE, DnsProgram, running
+from servers import HOST_KEY, KEY, ZONE, DnsProgram, running
 
 import product
 from fleet import HTTP_PORT, Fleet, host_address
@@ -84,7 +84,7 @@ def site(library: Path) -> Iterator[Site]:
     fleet = Fleet(f"d{os.getpid() % 100000}", LABELS)
     try:
         fleet.up(product.say, SETTINGS)
-        with running("bind", {KEY: SECRET}, fleet.lan) as server:
+        with running("bind", {KEY: SECRET, HOST_KEY: SECRET}, fleet.lan) as server:
             found = Site(fleet, server)
             for machine in (found.gateway, *fleet.hosts.values()):
                 machine.copy_in(library, "/root/")
