@@ -313,8 +313,8 @@ class CullSettings:
 
     idle: float = setting(
         "1h", positive_duration,
-        "Time without a busy kernel or a user's action after which a claimed slot is ended. A kernel that waits for input "
-        "or at a breakpoint is not busy.",
+        "Time without a busy kernel or a user's action after which a claimed slot is ended. A kernel that waits for "
+        "input or at a breakpoint is not busy.",
     )
     cpu: float = setting(0.05, number(0, 64, float), "Processors in use below which a slot counts as idle.")
     interval: float = setting("30s", positive_duration, "Time between two evaluations of the rules.")

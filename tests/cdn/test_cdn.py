@@ -278,7 +278,8 @@ class Publisher:
         (self.store / "names/minimal").symlink_to(f"../{digest}")
         self.environment = {name: value for name, value in os.environ.items() if name != "AWS_CA_BUNDLE"}
         # Unit tests that run at the same time check that /tmp has no new files.
-        self.environment |= {"TMPDIR": str(directory), "PATH": f"{tree}/usr/bin:{os.environ['PATH']}", "PYTHONPATH": str(TOP)}
+        path = f"{tree}/usr/bin:{os.environ['PATH']}"
+        self.environment |= {"TMPDIR": str(directory), "PATH": path, "PYTHONPATH": str(TOP)}
 
     def run(self, storage: Swift, target: str, *options: str, user: str = "tester") -> subprocess.CompletedProcess[str]:
         script = "import sys; from nbagent.cli import main; sys.exit(main())"
