@@ -296,22 +296,24 @@ def load():
         rss = tasks = files = 0
         for pid in by_unit.get(f"{name}.service", []):
             with contextlib.suppress(OSError, ValueError):
-                text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                rss += int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1])
+                # Not PSS, which grows while processes of a fork write to pages that they shared.
+                text = Path(f"/proc/{pid}/status").read_text()
+                rss += int(re.search(r"^VmRSS:\s+(\d+)", text, re.M)[1])
                 tasks += len(os.listdir(f"/proc/{pid}/task"))
                 files += len(os.listdir(f"/proc/{pid}/fd"))
-        found[name] = {"pss_kib": rss, "tasks": tasks, "descriptors": files}
+        found[name] = {"rss_kib": rss, "tasks": tasks, "descriptors": files}
     pid1 = Path("/proc/1/status").read_text()
     found["pid 1"] = {
         "rss_kib": int(re.search(r"VmRSS:\s+(\d+)", pid1)[1]), "descriptors": len(os.listdir("/proc/1/fd")),
     }
     status = os.statvfs(RUN)
+    journal_kib = sum(path.stat().st_blocks for path in (RUN / "log").rglob("*")) // 2
     found["host"] = {
         "cgroups": sum(1 for tree in CGROUPS for _ in Path(tree).glob("**/nbagent*")),
         "mounts": len(Path("/proc/1/mountinfo").read_text().splitlines()),
         # Without those of the last sessions, whose number is bounded.
         "run_files": status.f_files - status.f_ffree - len(os.listdir("/run/nbagent/sessions")),
-        "run_kib": (status.f_blocks - status.f_bfree) * status.f_frsize // 1024,
+        "run_kib": (status.f_blocks - status.f_bfree) * status.f_frsize // 1024 - journal_kib,
         "processes": sum(map(len, by_unit.values())),
         "units": int(run("systemctl", "show", "-P", "NNames").strip() or 0),
     }

@@ -4,7 +4,7 @@
 
     tests/chaos/soak.py [--claims 3000] [--callers 4] [--idle 1000] [--keep]
 
-Memory (PSS), descriptors and tasks of each service, and files, mounts, cgroups and units of the host are compared after
+Memory (RSS), descriptors and tasks of each service, and files, mounts, cgroups and units of the host are compared after
 the first claims and after the last. The figures go to standard output and to $NBAGENT_CACHE/chaos.
 """
 

@@ -324,9 +324,9 @@ def test_at_a_shutdown_slots_end_before_the_router(agent):
     kernel = notebook.kernel()
     assert kernel.run(ignore).status == "ok"
     agent.wait(lambda: not agent.slots("starting"), "a quiet pool")
-    # In one transaction, as at a shutdown.
+    # Its stop has begun when the others are requested, as in the transaction of a shutdown.
     slots = "nbagent-slots.slice"
-    agent.run("systemctl", "stop", SUPERVISOR, API, ROUTER, slots)
+    agent.run("systemctl", "stop", slots, SUPERVISOR, API, ROUTER)
     ended, began = (
         int(agent.run("systemctl", "show", "-P", name, unit))
         for unit, name in ((slots, "InactiveEnterTimestampMonotonic"), (ROUTER, "ActiveExitTimestampMonotonic"))
