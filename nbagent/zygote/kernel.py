@@ -34,6 +34,7 @@ import warnings
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NoReturn, Optional
 
 from ipykernel import kernelapp
+from ipykernel.compiler import XCachingCompiler
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.zmqshell import ZMQInteractiveShell
 from tornado import ioloop
@@ -264,12 +265,18 @@ def _ready_shell() -> Any:
     app.config.HistoryManager.enabled = False
     namespace: Dict[str, Any] = {}
     shell = ZMQInteractiveShell(parent=app, profile_dir=app.profile_dir, user_ns=namespace,
-                                compiler_class=IPythonKernel.compiler_class.default_value)
+                                compiler_class=_compiler_class())
     app.config.HistoryManager.pop("enabled")
     app.config.HistoryManager.update(history)
     atexit.unregister(shell.atexit_operations)
     shell.parent = None
     return shell
+
+
+def _compiler_class() -> Any:
+    """The class with which ipykernel compiles cells; before ipykernel 7 it is no trait of the kernel."""
+    trait = getattr(IPythonKernel, "compiler_class", None)
+    return XCachingCompiler if trait is None else trait.default_value
 
 
 def _run_warmup_kernel(
