@@ -101,6 +101,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         functools.partial(check_http, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
         functools.partial(check_router_files, settings, nginx_check.check),
         *([functools.partial(check_wildcard, domain, addresses_of)] if (domain := settings.router.domain) else []),
+        *([functools.partial(check_dns, settings, paths.DNS_KEY)] if settings.dns.server else []),
         functools.partial(check_token, root, "token", "only trusted networks may call the API"),
         *([functools.partial(check_token, root, "landing-token", "no client may start a slot on the landing page")]
           if settings.landing.access == "token" else []),
@@ -415,6 +416,26 @@ def check_wildcard(domain: str, resolve: Callable[[str], list[str]]) -> Finding:
             f"add a DNS record *.{domain} with the address of this host or of the proxy in front of it",
         )
     return Finding("host names of slots", "ok", f"*.{domain} resolves to {', '.join(addresses)}")
+
+
+def check_dns(settings: host_config.HostConfig, key: Path) -> Finding:
+    """Whether the DNS server accepts the records of this host and has those that belong to the state of the agent."""
+    from nbagent.dns import require_library
+
+    name = "DNS records"
+    if key.exists() and not os.access(key, os.R_OK):
+        return Finding(name, "warn", f"no permission to read {key}", "run nbagent doctor as root")
+    try:
+        require_library()
+    except ConfigError as error:
+        return Finding(name, "fail", str(error), "apt install python3-dnspython")
+    from nbagent.dns import check
+    from nbagent.dns.publisher import agent_state
+
+    result = list(check.check_host(settings, agent_state, key))[-1]
+    return Finding(
+        name, result.status, result.found, "" if result.status == "ok" else "journalctl -eu nbagent-dns-update"
+    )
 
 
 def check_token(root: Path, name: str, without: str) -> Finding:

@@ -82,15 +82,33 @@ class Kernel:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def send(self, code: str) -> str:
-        """Sends a cell; returns its message id."""
+    def send(self, code: str, *, stdin: bool = False) -> str:
+        """Sends a cell, which may read input if `stdin`; returns its message id."""
+        content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": stdin}
+        return self.send_message("execute_request", content, "shell")
+
+    def send_message(self, kind: str, content: dict[str, Any], channel: str) -> str:
+        """Sends a message; returns its id."""
         message_id = uuid.uuid4().hex
-        header = {"msg_id": message_id, "msg_type": "execute_request", "username": "", "session": self.session,
+        header = {"msg_id": message_id, "msg_type": kind, "username": "", "session": self.session,
                   "version": "5.3", "date": ""}
-        content = {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False}
-        message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell"}
+        message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": channel}
         self.socket.send(json.dumps(message))
         return message_id
+
+    def receive(self, kind: str, **content: Any) -> dict[str, Any]:
+        """The next message of a kind whose content has these values; raises WebSocketTimeoutException."""
+        self.socket.settimeout(60)
+        while True:
+            message = json.loads(self.socket.recv())
+            if message["header"]["msg_type"] == kind and content.items() <= message["content"].items():
+                return dict(message)
+
+    def debug(self, command: str, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Sends a request of the Debug Adapter Protocol; returns the response."""
+        request = {"type": "request", "seq": 1, "command": command, "arguments": arguments}
+        self.send_message("debug_request", request, "control")
+        return dict(self.receive("debug_reply", command=command)["content"])
 
     def result(self, message_id: str, timeout: float = 60) -> Result:
         """The result of a cell; raises TimeoutError after `timeout` seconds."""

@@ -92,6 +92,13 @@ class Event(enum.Enum):
     NETWORK_FAILED = Kind("941fcad1b56e411ca4f64dcb31e8503c", Priority.WARNING, "failed to set up the slot network: %(text)s")
     NETWORK_RESTORED = Kind("c56a026931784bdfb4bbe6f67097d3fa", Priority.WARNING, "nftables table inet nbagent was removed by another program; restored")
     NETWORK_REPAIRED = Kind("8c0cfee49b7d46e99ad3eb0ffbab620f", Priority.WARNING, "slot network restored after a change by another program: %(text)s")
+    DNS_PUBLISHED = Kind("f5e34eec98d34b0aac9f762fe89f29aa", Priority.INFO, "records of %(name)s published: %(text)s")
+    DNS_WITHDRAWN = Kind("3054e0a53eec4436873ace4c59051623", Priority.NOTICE, "records of %(name)s withdrawn: %(text)s")
+    DNS_RESTORED = Kind("bf8608e7d3f64c1dbfc452caed54faf1", Priority.WARNING, "records of %(name)s were changed by another program; published again: %(text)s")
+    DNS_FAILED = Kind("23ff37d4c2b64018af98f2eda61ca45e", Priority.WARNING, "records of %(name)s not changed, next attempt in %(wait_s)s s: %(text)s")
+    DNS_HOST_REMOVED = Kind("b7e58209bc8f4cdaac16f52737dbe1af", Priority.WARNING, "records of %(name)s removed: no response from the host for %(wait_s)s s")
+    DNS_HOSTS_KEPT = Kind("5a2629ef24a04be69e209f54b54101f0", Priority.WARNING, "records of hosts without a response kept, because fewer than half of the hosts respond to this gateway: %(text)s")
+    TERMINATION_NOTICED = Kind("05dcd1e9dd8b4abea7a6b1fe3371dcdf", Priority.NOTICE, "%(provider)s ends this machine: %(text)s; the host drains")
 
 
 def entry(event: Event, **fields: object) -> dict[str, str]:

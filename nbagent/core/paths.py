@@ -14,6 +14,7 @@ HOST_SETTINGS = ETC / "nbagent.toml"
 GATEWAY_SETTINGS = ETC / "gateway.toml"
 TOKEN = ETC / "token"
 LANDING_TOKEN = ETC / "landing-token"
+DNS_KEY = ETC / "dns-key"
 REGISTRY_AUTH = ETC / "registry-auth.json"
 
 IMAGES = Path("/var/lib/nbagent/images")

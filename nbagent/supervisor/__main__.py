@@ -26,11 +26,12 @@ from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
 from nbagent.supervisor import fd_store, system_files
 from nbagent.supervisor.composition import Supervisor, Surroundings, compose
+from nbagent.supervisor.fork_launcher import ForkLauncher
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.server import ControlServer, serve_check
 from nbagent.supervisor.systemd import Systemd
-from nbagent.supervisor.zygotes import ForkLauncher, Zygotes
+from nbagent.supervisor.zygotes import Zygotes
 from nbagent.systemd.watchdog import Watchdog
 
 

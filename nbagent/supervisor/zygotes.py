@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The zygotes: one for each image whose slots are forked, and the launcher that starts slots by fork.
+"""The zygotes: one for each image whose slots are forked. `fork_launcher` starts slots by them.
 
 A zygote and its zygote service are one systemd unit, `nbagent-zygote@IMAGE:GENERATION.service`. The service connects to
 the supervisor. When the connection is closed, the service and the zygote end, and no slot ends with them. Over a
@@ -32,23 +32,13 @@ from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event, emit
 from nbagent.core.model import Limits, Slot, now
 from nbagent.image.store import Image
-from nbagent.linux import cgroup, journal
+from nbagent.linux import cgroup
 from nbagent.policy.pool import backoff
 from nbagent.runtime.zygote_service import PROTOCOL, ZYGOTE_PATH
 from nbagent.sandbox.spec import SandboxSpec
 from nbagent.supervisor import fd_store
 from nbagent.supervisor.crash_points import Point, reach
-from nbagent.supervisor.launcher import (
-    Attach,
-    ExecLauncher,
-    Launched,
-    Scope,
-    SlotStart,
-    default_limits,
-    forked_filter,
-    pid_of,
-    zygote_spec,
-)
+from nbagent.supervisor.launcher import default_limits, zygote_spec
 from nbagent.supervisor.systemd import JobFailed, Systemd
 from nbagent.supervisor.tasks import Tasks
 from nbagent.wire import fields
@@ -57,8 +47,6 @@ from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import INHERITED_STEP, NOTE_MAX_CHARACTERS, NOTES_MAX, StepFailed, printable
 from nbagent.wire.fields import MalformedMessage
 
-# From a request to the processes of the slot; the zygote service's own timeout for its zygote is shorter.
-FORK_TIMEOUT_S = 10.0
 HELLO_TIMEOUT_S = 20.0
 # The response of a zygote service that outlived the former supervisor, whose last requests it may still be serving. A
 # new supervisor accepts no claim before it.
@@ -70,16 +58,14 @@ PATIENCE_S = 300.0
 CPU_WEIGHT, CPU_WEIGHT_GIVING_WAY = 100, 1
 # The errors that the start of a zygote has by design; any other is a fault of the supervisor.
 EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
-# A start in all. Its budget is slots.start_timeout of processor time, because on a busy host it takes minutes.
-START_MAX_S = 600.0
+# The budget of a start is slots.start_timeout of processor time, because on a busy host it takes minutes; in all it may
+# take this many times as long.
+START_MAX_FACTOR = 10
 BUDGET_CHECK_S = 1.0
 NOTHING_KEPT: Mapping[str, int] = {}
 _AGE_MAX_S, _FORKS_MAX = 10 ** 9, 10 ** 12
 # Why slots have no zygote: with JupyterLab, and with a command.
 _EXEC_REASONS = ('launch = "exec" in the manifest', "its program is a command")
-# To the pipe and to the slot's control socket. One write without a message, because its reader may touch no memory
-# before it is in the slot's scope.
-GO = b"go"
 
 
 class Kept(NamedTuple):
@@ -90,10 +76,6 @@ class Kept(NamedTuple):
     identity: Mapping[str, object]
     born_s: float
     forks: int
-
-
-class ZygoteServiceFailed(Exception):
-    """A zygote service did not fork: it ended, or does not respond."""
 
 
 @dataclass(eq=False)
@@ -400,7 +382,7 @@ class Zygotes:
             if gives_way:
                 await asyncio.wait({made, no_zygote}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
                 await self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
-            async with asyncio.timeout(START_MAX_S):
+            async with asyncio.timeout(START_MAX_FACTOR * self.config.value.slots.start_timeout):
                 return await made
         finally:
             made.cancel()
@@ -519,116 +501,6 @@ class Zygotes:
     async def _prime(self) -> None:
         with contextlib.suppress(OSError):
             await self._systemd.prime()
-
-
-class ForkLauncher:
-    """Starts a slot by a fork of its image's zygote, in milliseconds; by exec where there is none."""
-
-    def __init__(self, zygotes: Zygotes) -> None:
-        self.zygotes = zygotes
-        self._exec = ExecLauncher()
-        self._under_way = 0
-        self._execs = asyncio.Semaphore(os.cpu_count() or 1)
-
-    async def launch(
-        self, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
-    ) -> Launched:
-        while (zygote := self.zygotes.zygote_for(slot)) is not None:
-            self._under_way += 1
-            try:
-                forked = spec._replace(forked=True, forked_filter=forked_filter())
-                return replace(await self._fork(zygote, slot, forked, listener, scope, attach), launch="fork")
-            except ZygoteServiceFailed as error:
-                self.zygotes.give_up(zygote, str(error))
-                await scope.stop()
-            finally:
-                self._under_way -= 1
-        # Many starts that were admitted as forks come here at once when their zygote fails, and an exec takes a
-        # processor for a second.
-        async with self._execs:
-            reason = self.zygotes.reason(slot.image)
-            return replace(await self._exec.launch(slot, spec, listener, scope, attach), launch_reason=reason)
-
-    async def _fork(
-        self, zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, scope: Scope, attach: Attach
-    ) -> Launched:
-        with SlotStart(slot) as start, contextlib.ExitStack() as stack:
-            go_fd = _request_fork(zygote, slot, spec, listener, start)
-            stack.callback(os.close, go_fd)
-            self.zygotes.forked(zygote)
-            init, = await _forked(start, "init")
-            reach(Point.FORKED)
-            mine = stack.enter_context(contextlib.ExitStack())
-            mine.callback(os.close, init)
-            pids = _pids([init], slot, zygote)
-            # A slot that starts alone gets its scope and builds its root while the zygote still forks. That is one
-            # call of PID 1 more, a millisecond, which delays slots that start at the same time.
-            early = asyncio.ensure_future(_enclose(scope, pids[:], start)) if self._under_way == 1 else None
-            try:
-                server_fd, = await _forked(start, "fork_server")
-                stack.callback(os.close, server_fd)
-                pids += _pids([server_fd], slot, zygote)
-                if early is None:
-                    await _enclose(scope, pids, start)
-                else:
-                    # Requested before the scope has started, so that the service adds the process at once.
-                    await asyncio.gather(early, scope.add(pids[1:]))
-            finally:
-                if early is not None:
-                    early.cancel()
-                    await asyncio.gather(early, return_exceptions=True)
-            os.write(go_fd, GO)
-            launched = await start.wait_running(init, spec, attach)
-            mine.pop_all()
-            return launched
-
-    def prepare(self) -> None:
-        """Primes PID 1, so that moving the slot's processes into their scope does not wait for an RCU grace period."""
-        if self._under_way == 0:
-            self.zygotes.prime()
-
-
-def _request_fork(zygote: Zygote, slot: Slot, spec: SandboxSpec, listener: socket.socket, start: SlotStart) -> int:
-    """Requests a slot from the zygote service. Raises ZygoteServiceFailed.
-
-    Returns the end of the pipe that unblocks the slot's fork server; it is the caller's.
-    """
-    go_read, go_write = os.pipe()
-    with start.peer, open(go_read), journal.stream(slot.id, slot.scope) as stream:
-        fds = {"control": start.peer.fileno(), "stream": stream.fileno(), "go": go_read, **start.descriptors(listener)}
-        try:
-            zygote.channel.send({"spec": spec.save()}, fds)
-        except OSError as error:
-            os.close(go_write)
-            raise ZygoteServiceFailed(f"the zygote service takes no request: {error}") from error
-    return go_write
-
-
-async def _forked(start: SlotStart, name: str) -> list[int]:
-    """The pidfd of a forked process. Raises ZygoteServiceFailed."""
-    try:
-        async with asyncio.timeout(FORK_TIMEOUT_S):
-            return await start.receive_fds(name)
-    except (TimeoutError, StartFailed) as error:
-        raise ZygoteServiceFailed(str(error) or f"no fork within {FORK_TIMEOUT_S:g} s") from error
-
-
-async def _enclose(scope: Scope, pids: list[int], start: SlotStart) -> None:
-    """Starts the slot's scope, and unblocks the first process in it."""
-    await scope.start(pids)
-    start.control.socket.send(GO)
-
-
-def _pids(pidfds: list[int], slot: Slot, zygote: Zygote) -> list[int]:
-    """The processes of pidfds. Raises StartFailed when one has ended, or is not of the zygote's unit.
-
-    The zygote, which is an image's code, sent the pidfds, so a process is accepted only when it was forked in the unit.
-    """
-    pids = [pid_of(fd, slot) for fd in pidfds]
-    for pid in pids:
-        if cgroup.unit_of_process(pid) != zygote.unit:
-            raise StartFailed(f"process {pid} does not belong to {zygote.unit}", step="fork")
-    return pids
 
 
 def _stats(pool: ZygotePool) -> dict[str, object]:

@@ -15,30 +15,38 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from typing import Any, Dict, FrozenSet, Iterable, Iterator, List, Optional, Tuple
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, List, Optional, Tuple
 
 # The channel and placeholders below these numbers are the zygote's own (nbagent.zygote.zygote.main).
 _MAPS = "/proc/self/maps"
 
 
 EXTENSION, MODULE = "extension", "module"
+# After the name of an extension that did so when its module was imported, before the server linked or loaded it.
+IMPORTED = ", when it is imported"
 
 
 class Inherited(Exception):
     """The image's server has files open that all its slots would share, or threads, which a fork does not copy.
 
-    `extensions` and `modules` have those that caused all of it, with the reason, when others caused none.
+    `extensions` and `modules` have those that caused all of it, with the reason, when others caused none; `imported`
+    has the extensions whose import caused it.
     """
 
     def __init__(self, text: str, culprits: Iterable[Tuple[Optional[str], str]] = ()) -> None:
         super().__init__(text)
         self.extensions: Dict[str, str] = {}
+        self.imported: List[str] = []
         self.modules: Dict[str, str] = {}
         self.avoidable = True
         for culprit, reason in culprits:
-            _, kind, name = (culprit or "").split(" ", 2) if (culprit or "").count(" ") == 2 else ("", "", "")
+            label = culprit or ""
+            at_import = label.endswith(IMPORTED)
+            label = label[:-len(IMPORTED)] if at_import else label
+            _, kind, name = label.split(" ", 2) if label.count(" ") == 2 else ("", "", "")
             if kind == EXTENSION:
                 self.extensions.setdefault(name, reason)
+                self.imported += [name] if at_import else []
             elif kind == MODULE:
                 self.modules.setdefault(name, reason)
             else:
@@ -61,9 +69,13 @@ def descriptors() -> FrozenSet[int]:
 
 
 class Openers:
-    """The extension or module that opened each file that is still open."""
+    """The extension or module that opened each file that is still open, and that started each thread.
 
-    def __init__(self) -> None:
+    `settle` ends the threads that a library ends before a fork, and starts again when it needs them, as OpenBLAS does.
+    """
+
+    def __init__(self, settle: Callable[[], None] = lambda: None) -> None:
+        self._settle = settle
         self._names: Dict[str, str] = {}
         self._threads: Dict[str, int] = {}
 
@@ -74,26 +86,31 @@ class Openers:
         try:
             yield
         finally:
-            if (more := threads() - running) > 0:
-                self._threads[name] = more
+            if threads() > running:
+                self._settle()
+                if (more := threads() - running) > 0:
+                    self._threads[name] = more
             for file in _open_files() - before:
                 self._names.setdefault(file, name)
 
     @contextlib.contextmanager
-    def of_methods(self, cls: Any, *methods: str) -> Iterator[None]:
-        """Attributes the files that calls of these methods open to the methods' first argument, an extension's name."""
+    def of_methods(self, cls: Any, **methods: str) -> Iterator[None]:
+        """Attributes the files that calls of these methods open to the methods' first argument, an extension's name.
+
+        The value of each method is appended to the name.
+        """
         originals = {method: vars(cls)[method] for method in methods}
 
-        def watched(original: Any) -> Any:
+        def watched(original: Any, suffix: str) -> Any:
             @functools.wraps(original)
             def call(instance: Any, name: str, *arguments: Any, **options: Any) -> Any:
-                with self.during(f"the extension {name}"):
+                with self.during(f"the extension {name}{suffix}"):
                     return original(instance, name, *arguments, **options)
 
             return call
 
         for method, original in originals.items():
-            setattr(cls, method, watched(original))
+            setattr(cls, method, watched(original, methods[method]))
         try:
             yield
         finally:

@@ -34,6 +34,7 @@ import warnings
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, NoReturn, Optional
 
 from ipykernel import kernelapp
+from ipykernel.compiler import XCachingCompiler
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.zmqshell import ZMQInteractiveShell
 from tornado import ioloop
@@ -41,7 +42,7 @@ from traitlets.config import Config, SingletonConfigurable
 
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.zygote import as_execd, entropy, provisioner, thread_pools, warmup
-from nbagent.zygote.inherited import Openers, threads
+from nbagent.zygote.inherited import Openers
 from nbagent.zygote.memory.sharing import MemorySharing
 
 # Modules that a kernel or the server imports only when needed; written by tests/lazy-modules.
@@ -145,9 +146,8 @@ def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers:
         os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         with as_execd.note():
             _import(modules["kernel"])
-            left_out = _preload(preload, memory, openers)
+            left_out = _preload(preload, openers)
         with openers.during("a request or a kernel of the warm-up"):
-            warmup.run_startup(server)
             # The first warm-up is not recorded, since much of its code runs only once in a process.
             warmup.warm_up(server, _run_warmup_kernel)
             with memory.arrange_code():
@@ -155,6 +155,7 @@ def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers:
             for _ in range(warmup.ROUNDS):
                 warmup.warm_up(server, _run_warmup_kernel)
         _shell = _ready_shell()
+    entropy.find_generators()
     gc.collect()
     openers.check_threads()
     return left_out
@@ -167,7 +168,7 @@ def _import(names: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def _preload(names: Iterable[str], memory: MemorySharing, openers: Openers) -> Dict[str, str]:
+def _preload(names: Iterable[str], openers: Openers) -> Dict[str, str]:
     """Imports the modules that the image's manifest names, and ends the threads that their libraries started.
 
     Returns those whose import failed, with the reason. Raises Inherited for those whose threads do not end.
@@ -179,10 +180,6 @@ def _preload(names: Iterable[str], memory: MemorySharing, openers: Openers) -> D
                 importlib.import_module(name)
             except (Exception, SystemExit) as error:  # a module may raise anything
                 failed[name] = f"its import failed: {error!r}"
-            # Libraries that support fork, such as OpenBLAS, end their threads by a pthread_atfork(3) handler before a
-            # fork and start them again on first use. So a fork at this point leaves the zygote with one thread.
-            if threads() != 1:
-                memory.fork_noop()
     openers.check_threads()
     thread_pools.find()
     return failed
@@ -268,12 +265,18 @@ def _ready_shell() -> Any:
     app.config.HistoryManager.enabled = False
     namespace: Dict[str, Any] = {}
     shell = ZMQInteractiveShell(parent=app, profile_dir=app.profile_dir, user_ns=namespace,
-                                compiler_class=IPythonKernel.compiler_class.default_value)
+                                compiler_class=_compiler_class())
     app.config.HistoryManager.pop("enabled")
     app.config.HistoryManager.update(history)
     atexit.unregister(shell.atexit_operations)
     shell.parent = None
     return shell
+
+
+def _compiler_class() -> Any:
+    """The class with which ipykernel compiles cells; before ipykernel 7 it is no trait of the kernel."""
+    trait = getattr(IPythonKernel, "compiler_class", None)
+    return XCachingCompiler if trait is None else trait.default_value
 
 
 def _run_warmup_kernel(

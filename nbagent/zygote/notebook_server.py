@@ -7,8 +7,9 @@ ACTIVITY_FD, the activity page; CONFIG_FD, a file of JSON {"base_url": str, "tok
 command line nor in the environment, and CONFIG_FD is closed before any code of the user runs, so that no code of the
 user can read it there.
 
-Two things differ from a stock JupyterLab. The activity page is written when a user or a kernel is active (the polling
-of an idle browser tab does not count). And the kernel's OOM killer takes notebook kernels before the server.
+Some things differ from a stock JupyterLab. The activity page is written when a user or a kernel is active (the polling
+of an idle browser tab does not count). The kernel's OOM killer takes notebook kernels before the server. The cell whose
+kernel was ended by a signal has the reason in its output. And output for a page that is closed is limited.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import shutil
 import signal
 import socket
 import sys
-from typing import Any, Callable, Dict, Iterable, Optional, Set
+from typing import Any, Callable, Dict, Iterable, List, Optional, Set
 
 # jsonschema imports this package where it is installed, to check the formats iri and iri-reference, which no schema of
 # the server uses. On import it compiles a grammar, which takes two thirds of a start's processor time and 15 MiB.
@@ -37,27 +38,36 @@ from jupyter_client import manager
 from jupyter_core.paths import jupyter_runtime_dir
 from jupyter_server.auth.identity import PasswordIdentityProvider
 from jupyter_server.services.kernels.connection import channels
-from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager, ServerKernelManager
 from jupyterlab.labapp import LabApp
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPMessageDelegate, HTTPServerRequest
 from tornado.ioloop import IOLoop
 from tornado.routing import Router, Rule, URLSpec
-from traitlets import default, observe
+from traitlets import Instance, default, observe
 from traitlets.config import Config
 
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
 from nbagent.wire.limits_page import LimitVariables
-from nbagent.zygote import answers, assets, full_storage, provisioner
+from nbagent.zygote import answers, assets, full_storage, kernel_end, page, provisioner
 from nbagent.zygote.acts import is_act
 from nbagent.zygote.kept_loop import KeptLoop
+from nbagent.zygote.kernel_watch import DELIMITER, PARENT, KernelWatch
+from nbagent.zygote.output_buffer import OutputBuffer
 
 # From 0 to 1000; makes the Linux OOM killer select a notebook's kernel before its server.
 KERNEL_OOM_SCORE_ADJ = 500
 # A server with one kernel has 30 descriptors, and 15 more for each further kernel.
 DESCRIPTORS = 256
+# The request of the Debug Adapter Protocol that ends a session; threads that are stopped go on.
+DISCONNECT = {
+    "type": "request", "seq": 1 << 30, "command": "disconnect",
+    "arguments": {"restart": False, "terminateDebuggee": False},
+}
+DEBUGGER_TIMEOUT_S = 3.0
+MESSAGE_MAX_BYTES = 64 << 20
 
 
 class _WakeableAsyncio:
@@ -121,7 +131,14 @@ def _has_own_origin(handler: Any) -> bool:
 
 
 class SlotKernelManager(ServerKernelManager):
-    """A kernel manager that writes the kernel's activity to the activity page."""
+    """A kernel manager that writes the kernel's activity to the activity page, and watches the kernel's messages."""
+
+    watch = Instance(KernelWatch)
+    oom_kills: Optional[int] = None  # at the kernel's start
+
+    @default("watch")
+    def _default_watch(self) -> KernelWatch:
+        return KernelWatch(self._write_activity)
 
     # jupyter_server 2.21 lists a kernel before it has set this trait, which has no default; a request for the list of
     # kernels fails with status 500 then.
@@ -130,11 +147,42 @@ class SlotKernelManager(ServerKernelManager):
         return datetime.datetime.now(datetime.timezone.utc)
 
     @observe("execution_state", "last_activity")
-    def _write_activity(self, _change: Any) -> None:
+    def _write_activity(self, _change: Any = None) -> None:
         _wakeable.wake()
         activity.write(ACTIVITY_FD, _busy(self.parent))
 
+    def connect_iopub(self, identity: Optional[bytes] = None) -> Any:
+        stream = super().connect_iopub(identity=identity)
+        # The server's own, by which it reads the kernel's status, has no identity.
+        return stream if identity else self.watch.iopub(stream)
+
+    def connect_stdin(self, identity: Optional[bytes] = None) -> Any:
+        return self.watch.reopened(identity) or self.watch.stdin(super().connect_stdin(identity=identity), identity)
+
+    async def interrupt_kernel(self, *args: Any, **kwargs: Any) -> Any:
+        if self.watch.stopped:
+            await self._end_debugging()
+        self.watch.reset()
+        return await super().interrupt_kernel(*args, **kwargs)
+
+    async def _end_debugging(self) -> None:
+        """Ends the debugger's session, because a kernel that it has stopped does not react to a signal."""
+        stream, replied = self.connect_control(), asyncio.get_running_loop().create_future()
+
+        def note_reply(_parts: Any) -> None:
+            if not replied.done():
+                replied.set_result(None)
+
+        stream.on_recv(note_reply)
+        try:
+            self.session.send(stream, "debug_request", DISCONNECT)
+            await asyncio.wait([replied], timeout=DEBUGGER_TIMEOUT_S)
+        finally:
+            stream.close()
+
     async def _async_pre_start_kernel(self, **kwargs: Any) -> Any:
+        self.watch.ended()
+        self.oom_kills = kernel_end.oom_kills()
         command, options = await super()._async_pre_start_kernel(**kwargs)
         full_storage.spare_temporary(options["env"], jupyter_runtime_dir())
         return command, options
@@ -154,10 +202,51 @@ class SlotKernelManager(ServerKernelManager):
         return result
 
 
+class SlotKernels(AsyncMappingKernelManager):
+    """A manager of kernels that keeps a limited amount of output for pages that are closed."""
+
+    def start_buffering(self, kernel_id: str, *arguments: Any) -> None:
+        super().start_buffering(kernel_id, *arguments)
+        session = self.get_kernel(kernel_id).session
+
+        def note(dropped: int, parts: List[bytes]) -> List[bytes]:
+            text = f"{dropped} messages of output were dropped, because the page was closed.\n"
+            request = json.loads(parts[parts.index(DELIMITER) + PARENT])
+            message = session.msg("stream", content={"name": "stderr", "text": text}, parent=request)
+            return list(session.serialize(message, ident=b"stream"))
+
+        if kernel_id in self._kernel_buffers:
+            self._kernel_buffers[kernel_id]["buffer"] = OutputBuffer(note)
+
+
+class SlotKernelConnection(channels.ZMQChannelsWebsocketConnection):
+    """The connection of a page to a kernel. If a signal has ended the kernel, the cell gets the reason as an output."""
+
+    def on_kernel_restarted(self) -> None:
+        self._explain()
+        super().on_kernel_restarted()
+
+    def on_restart_failed(self) -> None:
+        self._explain()
+        super().on_restart_failed()
+
+    def _explain(self) -> None:
+        kernel = self.kernel_manager
+        status = getattr(getattr(kernel.provisioner, "process", None), "returncode", None)
+        if not isinstance(kernel, SlotKernelManager) or (text := kernel_end.reason(status, kernel.oom_kills)) is None:
+            return
+        if (iopub := self.channels.get("iopub")) is not None and not iopub.closed():
+            iopub.flush()  # so that the reason follows the last output
+        self.write_stderr(text, kernel.watch.request)
+
+
 def _busy(kernels: Any) -> int:
-    """The number of busy kernels of a MappingKernelManager."""
+    """The number of busy kernels of a MappingKernelManager; one that waits for a person is not."""
     managers = (kernels.get_kernel(kernel_id) for kernel_id in kernels.list_kernel_ids())
-    return sum(getattr(manager, "execution_state", None) == "busy" for manager in managers)
+    return sum(
+        getattr(manager, "execution_state", None) == "busy" and not (
+            isinstance(manager, SlotKernelManager) and manager.watch.waits) for manager in managers
+    )
 
 
 def _note_requests(server: Any) -> None:
@@ -208,6 +297,8 @@ def configuration(base_url: str, token: str) -> Config:
     server.identity_provider_class = f"{__name__}.SlotIdentityProvider"
     config.IdentityProvider.token = token
     config.AsyncMappingKernelManager.kernel_manager_class = f"{__name__}.SlotKernelManager"
+    server.kernel_manager_class = SlotKernels
+    server.kernel_websocket_connection_class = SlotKernelConnection
     provisioner.register()
     config.KernelProvisionerFactory.default_provisioner_name = provisioner.NAME
     # JupyterLab shows no trash, so that deleted files would use the slot's storage until it ends.
@@ -237,8 +328,12 @@ def initialise(base_url: str, token: str) -> Any:
     if shutil.which("node") is None:
         # JupyterLab cannot be built, and the check for a due build fails; so the page need not request it.
         server.web_app.settings.setdefault("page_config_data", {})["buildCheck"] = False
+    # An upload widget sends a file as one message; tornado's own limit is 10 MiB. Not in the configuration, where it
+    # would replace the tornado_settings of the image.
+    server.web_app.settings.setdefault("websocket_max_message_size", MESSAGE_MAX_BYTES)
     _note_requests(server)
     assets.install(server, next(iter(server.extension_manager.extension_apps["jupyterlab"])).static_dir)
+    page.install(server.web_app.settings)
     full_storage.answer()
     _keep_out_of_log(server.log, server.web_app.settings)
     return server
@@ -336,8 +431,11 @@ class RebasedRouter(Router):
         return handler
 
 
-def load_after_fork(server: Any, names: Iterable[str], application: RebasedRouter) -> None:
-    """Loads the extensions that the zygote has only linked, in the slot, as its user."""
+def load_after_fork(
+    server: Any, names: Iterable[str], imported: Iterable[str], application: RebasedRouter
+) -> None:
+    """Loads the extensions that the zygote has not, in the slot, as its user; `imported` are new to the server."""
+    _make_files(server)  # because an extension may open a file in Jupyter's directories
     add_handlers = server.web_app.add_handlers
 
     def add_rebased(host: str, handlers: Any) -> Any:
@@ -345,6 +443,9 @@ def load_after_fork(server: Any, names: Iterable[str], application: RebasedRoute
 
     server.web_app.add_handlers = add_rebased
     try:
+        for name in imported:
+            server.extension_manager.add_extension(name, enabled=True)
+            server.extension_manager.link_extension(name)
         for name in names:
             server.extension_manager.load_extension(name)
     finally:

@@ -28,7 +28,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Awaitable
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 
 from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1, serialize_msg_to_ws_v1
 from jupyterlab_server.handlers import LabHandler
@@ -43,8 +43,6 @@ from nbagent.zygote import provisioner
 # the first run of a code object and specialises it in the second; the code that it calls is specialised in the third.
 ROUNDS = 2
 WORKER_END_S = 5.0
-# After this time callbacks of call_later(0) have started; tasks that have not ended after the timeout are periodic.
-STARTUP_DELAY_S, STARTUP_TIMEOUT_S = 0.01, 5.0
 # Subprotocols of the kernel websocket: "" is the older one, with JSON messages.
 PROTOCOLS = ("", "v1.kernel.websocket.jupyter.org")
 
@@ -79,23 +77,12 @@ MESSAGES: Tuple[Tuple[str, Dict[str, Any]], ...] = (
 
 # A page takes less than a second on an idle machine.
 RESPONSE_TIMEOUT_S = 10.0
+# The pages without a response, which the next sessions leave out.
+_unresponsive: Set[str] = set()
 
 # Runs a kernel in the calling thread until it is shut down or stopped. Arguments: the connection file; a function to
 # call when the kernel listens; a function to call with another one, which stops the kernel from any thread.
 RunKernel = Callable[[str, Callable[[], None], Callable[[Callable[[], None]], None]], None]
-
-
-def run_startup(server: Any) -> None:
-    """Runs what extensions have put off to the start of the event loop, because a forked server has another loop.
-
-    Without this JupyterLab's requests to jupyter_lsp, which is initialised in this way, wait for ever.
-    """
-    async def wait() -> None:
-        await asyncio.sleep(STARTUP_DELAY_S)
-        if others := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(others, timeout=STARTUP_TIMEOUT_S)
-
-    server.io_loop.run_sync(wait)
 
 
 def warm_up(server: Any, run_kernel: RunKernel) -> None:
@@ -264,15 +251,19 @@ def _headers(server: Any) -> Dict[str, str]:
 
 
 async def _request(server: Any, path: str, method: str, page: str, body: bytes = b"") -> bytes:
-    """The body of the response, for any status; empty when there is none within RESPONSE_TIMEOUT_S."""
+    """The body of the response, for any status; empty when there is none within RESPONSE_TIMEOUT_S, now or before."""
+    if page in _unresponsive:
+        return b""
     reader, writer = await asyncio.open_unix_connection(path)
     headers = {"Host": "localhost", "Connection": "close", "Content-Length": str(len(body)), **_headers(server)}
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     writer.write(f"{method} {server.base_url}{page} HTTP/1.1\r\n{head}\r\n".encode() + body)
     response = b""
     # A handler of an extension that does not respond costs its own page, and not the zygote.
-    with contextlib.suppress(asyncio.TimeoutError):
+    try:
         response = await asyncio.wait_for(reader.read(), RESPONSE_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        _unresponsive.add(page)
     writer.close()
     await writer.wait_closed()
     return response.partition(b"\r\n\r\n")[2]

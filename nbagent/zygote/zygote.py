@@ -54,7 +54,7 @@ from nbagent.wire import fields
 from nbagent.wire.channel import Channel, Message, report_failure
 from nbagent.wire.failure import INHERITED_STEP, NOTE_MAX_CHARACTERS, NOTES_MAX, Failure
 from nbagent.zygote import entropy, forkserver, kernel, notebook_server, provisioner
-from nbagent.zygote.inherited import Inherited, Openers, descriptors
+from nbagent.zygote.inherited import IMPORTED, Inherited, Openers, descriptors
 
 CONTROL_FD = LISTEN_FD
 # Placeholders of the same form as a slot's own values, so that values derived from them have the right form too.
@@ -76,12 +76,16 @@ class ZygotePlan:
 
     A zygote that finds a module or an extension that a fork would break executes itself anew without it, because a
     thread or a file that was opened cannot be undone.
+
+    `imported_after_fork` are those of `after_fork` that are not even imported before it.
     """
 
     def __init__(
-        self, preload: List[str], after_fork: Dict[str, str], left_out: Dict[str, str], rounds: int = 0
+        self, preload: List[str], after_fork: Dict[str, str], left_out: Dict[str, str],
+        imported_after_fork: Iterable[str] = (), rounds: int = 0,
     ) -> None:
         self.preload, self.after_fork, self.left_out, self.rounds = preload, after_fork, left_out, rounds
+        self.imported_after_fork = list(imported_after_fork)
 
     def notes(self) -> List[str]:
         """The differences from the manifest, for the journal."""
@@ -95,27 +99,29 @@ class ZygotePlan:
         """Leaves out what caused the error; False when that is not possible, or was not enough twice."""
         found = {name for name in error.modules if name not in self.left_out}
         found |= {name for name in error.extensions if name not in self.after_fork}
+        found |= {name for name in error.imported if name not in self.imported_after_fork}
         if not error.avoidable or not found or self.rounds >= ROUNDS_MAX:
             return False
         self.left_out.update(error.modules)
         self.after_fork.update(error.extensions)
+        self.imported_after_fork += [name for name in error.imported if name not in self.imported_after_fork]
         self.rounds += 1
         return True
 
 
 @contextlib.contextmanager
-def _without_loading(names: Iterable[str]) -> Iterator[None]:
-    """Lets the server only link the extensions `names`, and not load them."""
-    original, skipped = ExtensionManager.load_extension, frozenset(names)
+def _without(method: str, names: Iterable[str]) -> Iterator[None]:
+    """Lets the server not call this method of its extension manager for the extensions `names`."""
+    original, skipped = getattr(ExtensionManager, method), frozenset(names)
 
-    def load(manager: Any, name: str) -> Any:
-        return None if name in skipped else original(manager, name)
+    def call(manager: Any, name: str, *arguments: Any, **options: Any) -> Any:
+        return None if name in skipped else original(manager, name, *arguments, **options)
 
-    ExtensionManager.load_extension = load
+    setattr(ExtensionManager, method, call)
     try:
         yield
     finally:
-        ExtensionManager.load_extension = original
+        setattr(ExtensionManager, method, original)
 
 
 class PlaceholderSubstitution:
@@ -150,16 +156,18 @@ class Zygote:
 
     def __init__(self, control: Channel, nowhere: int, plan: ZygotePlan) -> None:
         self.control, self.nowhere, self.plan = control, nowhere, plan
-        self.fds, openers = descriptors(), Openers()
-        loads = ("link_extension", "load_extension")
-        with _without_loading(plan.after_fork), openers.of_methods(ExtensionManager, *loads):
+        # Libraries that support fork, such as OpenBLAS, end their threads by a pthread_atfork(3) handler before a fork
+        # and start them again on first use.
+        self.fds, openers = descriptors(), Openers(memory.fork_noop)
+        watched = openers.of_methods(ExtensionManager, add_extension=IMPORTED, link_extension="", load_extension="")
+        with _without("load_extension", plan.after_fork), _without("add_extension", plan.imported_after_fork), watched:
             self.server = notebook_server.initialise(BASE_URL, TOKEN)
         openers.check_extensions()
+        openers.check_threads()
         preload = [name for name in plan.preload if name not in plan.left_out]
         failed = kernel.prepare(self.server, memory, preload, openers)
         plan.left_out.update(failed)
         self.loop = notebook_server.release_loop(self.server)
-        entropy.find_generators()
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
         entropy.reseed()
         self.places = PlaceholderSubstitution(BASE_URL, TOKEN)
@@ -252,7 +260,9 @@ class Zygote:
         as_execd.forget_host_name()
         as_execd.show([sys.executable, os.path.join(_HERE, "exec_main.py")], environment)
 
-        notebook_server.load_after_fork(self.server, self.plan.after_fork, application)
+        notebook_server.load_after_fork(
+            self.server, self.plan.after_fork, self.plan.imported_after_fork, application
+        )
 
         def serving() -> None:
             with contextlib.suppress(OSError), control:  # the supervisor may have ended meanwhile

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "conformance"))
 
 import suite
 from execd import execd_image
+from waits import check_waits
 
 ALL = "NBAGENT_CONFORMANCE" in os.environ
 # Some of each kind, in a few seconds.
@@ -42,6 +43,8 @@ def test_a_part_of_the_suite_of_jupyter_server_passes(agent, execd):
         results = of_slot(agent, f"({SOME}) and {suite.WITHOUT}", **options)
         failed = {name: text for name, (outcome, text) in results.items() if outcome not in ("passed", "skipped")}
         assert not failed and passed(results) >= 40, (options, passed(results), failed)
+    # test_culling.py has this by fork. It is here because adding an image takes longer than the check.
+    check_waits(agent, agent.open(image=execd))
 
 
 @pytest.mark.skipif(not ALL, reason="by make conformance")

@@ -4,6 +4,7 @@
 import time
 
 import pytest
+from waits import check_waits
 
 from nbagent.core.events import Event
 
@@ -77,6 +78,19 @@ def test_a_long_cell_without_output_is_not_idle(impatient):
         assert result.status == "ok"
     at_s, text = culled(agent, notebook.slot)
     assert text.startswith("idle for ") and at_s - float(result.text) >= 4
+
+
+def test_a_kernel_that_waits_for_a_person_is_idle_and_its_slot_is_ended(impatient):
+    agent = impatient
+    notebook = agent.open()
+    with notebook.kernel() as kernel:
+        kernel.send("import time; time.sleep(2); input('?')", stdin=True)
+        kernel.receive("execute_input")
+    assert culled(agent, notebook.slot)[1].startswith("idle for ")
+
+
+def test_an_interrupt_frees_a_kernel_that_waits_for_a_person(agent):
+    check_waits(agent, agent.open())
 
 
 def test_a_process_that_computes_outside_of_any_kernel_is_not_idle(impatient):

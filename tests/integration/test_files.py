@@ -167,3 +167,19 @@ def test_a_full_storage_is_said_and_kernels_start(small_storage):
     assert notebook.run("6 * 7").text == "42"
     assert call("DELETE", "api/contents/big")[0] == 204
     assert call("PUT", "api/contents/new.txt", document)[0] in (200, 201)
+
+
+def test_a_kernel_whose_shared_memory_is_beyond_the_storage_ends_with_the_reason(small_storage):
+    notebook = small_storage.open()
+    with notebook.kernel() as kernel:
+        cell = kernel.send("""
+from multiprocessing import shared_memory
+segment = shared_memory.SharedMemory(create=True, size=48 << 20)
+print("made", flush=True)
+segment.buf[:] = bytes(48 << 20)
+""")
+        text = kernel.receive("stream", name="stderr")
+        assert text["parent_header"]["msg_id"] == cell
+        assert re.match(r"The kernel was ended by SIGBUS: the storage of this notebook had no room .* 24 MiB",
+                        text["content"]["text"])
+        kernel.receive("status", execution_state="restarting")

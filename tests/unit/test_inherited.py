@@ -2,10 +2,12 @@
 """The modules and extensions that a fork would break are found by name."""
 
 import threading
+import time
 
 import pytest
 
-from nbagent.zygote.inherited import Inherited, Openers, descriptors
+from nbagent.zygote.inherited import IMPORTED, Inherited, Openers, descriptors
+from nbagent.zygote.inherited import threads as running
 
 
 def test_a_file_is_attributed_to_the_extension_that_opened_it(tmp_path):
@@ -43,3 +45,45 @@ def test_threads_are_attributed_to_the_module_that_started_them():
         end.set()
         thread.join()
     assert raised.value.modules == {"a.b": "1 threads run"} and raised.value.avoidable
+
+
+class Manager:
+    """An extension manager whose methods open what they are given."""
+
+    def __init__(self):
+        self.opened = []
+
+    def add_extension(self, name, path=None, enabled=False):
+        self.opened.append(path.open("w") if path else None)
+
+    def load_extension(self, name, path=None):
+        self.opened.append(path.open("w") if path else None)
+
+
+def test_an_extension_that_opens_a_file_at_its_import_is_known_apart(tmp_path):
+    openers, manager = Openers(), Manager()
+    with openers.of_methods(Manager, add_extension=IMPORTED, load_extension=""):
+        manager.add_extension("lab_x", tmp_path / "x.db", enabled=True)
+        manager.load_extension("lab_y", tmp_path / "y.db")
+    with pytest.raises(Inherited, match=r"x\.db, opened by the extension lab_x, when it is imported") as raised:
+        openers.check_extensions()
+    for file in manager.opened:
+        file.close()
+    assert set(raised.value.extensions) == {"lab_x", "lab_y"} and raised.value.imported == ["lab_x"]
+    assert raised.value.avoidable
+
+
+def test_threads_that_end_before_a_fork_are_no_hindrance():
+    end, threads, before = threading.Event(), [], running()
+
+    def settle():
+        end.set()
+        threads[0].join()
+        while running() != before:  # the kernel ends a thread a moment after join() has returned
+            time.sleep(0.001)
+
+    openers = Openers(settle)
+    with openers.during("the module numpy"):
+        threads.append(threading.Thread(target=end.wait))
+        threads[0].start()
+    openers.check_threads()
