@@ -231,7 +231,7 @@ def _load_jupyter_server_extension(server):
 
 def test_an_extension_that_opens_a_file_is_loaded_in_each_slot(agent, attack, module):
     packages = module.rpartition("/")[0]
-    enabled = f"{packages[:packages.index('/lib/')]}/etc/jupyter/jupyter_server_config.d/opened.json"
+    enabled = f"{packages[:packages.rindex('/lib/')]}/etc/jupyter/jupyter_server_config.d/opened.json"
     agent.run("sh", "-c", f"mkdir -p $(dirname {enabled}); cat > {packages}/opened.py", input=EXTENSION)
     agent.run("sh", "-c", f"cat > {enabled}", input='{"ServerApp": {"jpserver_extensions": {"opened": true}}}')
     try:
