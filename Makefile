@@ -8,8 +8,9 @@ REPO ?= $(NBAGENT_CACHE)/repo
 REPO_URL ?= file:$(REPO)
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
-.PHONY: up up-fleet down test unit host test-ansible test-monitoring uncharged conformance fuzz check bench \
-    bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools image debs repo tools clean
+.PHONY: up up-fleet down test unit host test-vms test-ansible test-monitoring uncharged conformance fuzz \
+    check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
+    image debs repo tools clean test-dns test-release sbom test-upgrade chaos soak
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -30,14 +31,36 @@ unit: tools          ## unit tests; no systemd host is needed
 host: tools          ## integration tests on real systemd hosts
 	@tests/run-integration $(PYTEST)
 
+test-vms: tools      ## what depends on the kernel, on virtual machines with Debian 12 and 13; make test has one of them
+	NBAGENT_ALL_MACHINES=1 $(PYTEST) tests/integration -k "vm-bookworm or vm-trixie"
+
 test-ansible: tools  ## the playbooks of packaging/ansible install and change a fleet of test hosts
 	$(PYTEST) -x tests/ansible
+
+test-dns: tools debs  ## hosts publish their records with Debian's BIND and Knot, and a gateway follows
+	$(PYTEST) -x tests/names
 
 test-monitoring: tools debs  ## alert rules and dashboard with Debian's Prometheus, which scrapes a fleet of test hosts
 	$(PYTEST) tests/monitoring
 
+test-cdn: tools debs  ## assets behind Varnish and from OpenStack Swift by its own and S3's API, with Chromium
+	@tests/cdn/install-tools
+	$(PYTEST) tests/cdn
+
+test-release: tools debs  ## packages are the same from two machines, have bills of materials, and pass their DEP-8 tests
+	$(PYTEST) tests/release
+
 uncharged: tools     ## every kind of memory of the kernel in tests/integration/uncharged.py; make test tries some
 	NBAGENT_ALL_KINDS=1 $(PYTEST) tests/integration/test_uncharged.py
+
+chaos: tools debs    ## random faults under users and claims, by a seed; CHAOS="--faults 1000 --seed 7"
+	$(PYTHON) tests/chaos/chaos.py $(CHAOS)
+
+test-upgrade: tools debs  ## upgrades, a downgrade, reloads and restarts under users and claims; CHAOS="--users 50"
+	$(PYTHON) tests/chaos/upgrade.py $(CHAOS)
+
+soak: tools debs     ## thousands of claims and idle connections leave no trace; CHAOS="--claims 10000"
+	$(PYTHON) tests/chaos/soak.py $(CHAOS)
 
 conformance: tools   ## jupyter_server's own API tests in slots and with a plain server; make test runs a part
 	NBAGENT_CONFORMANCE=all $(PYTEST) -s tests/integration/test_conformance.py
@@ -76,8 +99,12 @@ image:               ## the package of images/minimal
 debs: image          ## all packages
 	@packaging/build-deb $(DIST)
 
+sbom: debs           ## a bill of materials in CycloneDX beside each package
+	@packaging/build-sbom $(DIST) $(DIST)/*.deb
+
 repo: tools debs     ## a signed apt repository in REPO for hosts that get it from REPO_URL; NBAGENT_REPO_KEY signs it
 	@packaging/build-repo $(REPO) $(REPO_URL) $(DIST)/*.deb
+	@packaging/build-sbom $(REPO)/sbom $(DIST)/*.deb >/dev/null
 	@echo "$(REPO)/nbagent.sources is the file for /etc/apt/sources.list.d of the hosts"
 
 tools:

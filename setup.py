@@ -23,6 +23,7 @@ setup(
     install_requires=["click", "rich"],
     extras_require={
         "agent": ["flask", "gunicorn", "h11", "prometheus-client", "psutil", "pyroute2", "pystemd", "systemd-python"],
+        "dns": ["dnspython", "systemd-python"],
         "gateway": ["flask", "gunicorn", "h11"],
     },
     packages=find_packages(include=["nbagent", "nbagent.*"]),

@@ -61,6 +61,9 @@ FAULTS = {
 # Use of a notebook server with two kernels: threads for pid_max, descriptors for nr_open.
 TASKS_PER_SLOT = 64
 FILES_PER_SLOT = 16
+# The processes of a slot have 39 descriptors without a kernel and 80 more with each one (measured); the router and the
+# supervisor have ten for it. So this suffices for five kernels.
+OPEN_FILES_PER_SLOT = 512
 CONNECTIONS_PER_SLOT = 64
 TERMINALS_PER_SLOT = 2
 
@@ -98,6 +101,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         functools.partial(check_http, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
         functools.partial(check_router_files, settings, nginx_check.check),
         *([functools.partial(check_wildcard, domain, addresses_of)] if (domain := settings.router.domain) else []),
+        *([functools.partial(check_dns, settings, paths.DNS_KEY)] if settings.dns.server else []),
         functools.partial(check_token, root, "token", "only trusted networks may call the API"),
         *([functools.partial(check_token, root, "landing-token", "no client may start a slot on the landing page")]
           if settings.landing.access == "token" else []),
@@ -414,6 +418,26 @@ def check_wildcard(domain: str, resolve: Callable[[str], list[str]]) -> Finding:
     return Finding("host names of slots", "ok", f"*.{domain} resolves to {', '.join(addresses)}")
 
 
+def check_dns(settings: host_config.HostConfig, key: Path) -> Finding:
+    """Whether the DNS server accepts the records of this host and has those that belong to the state of the agent."""
+    from nbagent.dns import require_library
+
+    name = "DNS records"
+    if key.exists() and not os.access(key, os.R_OK):
+        return Finding(name, "warn", f"no permission to read {key}", "run nbagent doctor as root")
+    try:
+        require_library()
+    except ConfigError as error:
+        return Finding(name, "fail", str(error), "apt install python3-dnspython")
+    from nbagent.dns import check
+    from nbagent.dns.publisher import agent_state
+
+    result = list(check.check_host(settings, agent_state, key))[-1]
+    return Finding(
+        name, result.status, result.found, "" if result.status == "ok" else "journalctl -eu nbagent-dns-update"
+    )
+
+
 def check_token(root: Path, name: str, without: str) -> Finding:
     """Whether a token of the API exists and only the operator can read it; `without`: the effect of its absence."""
     shown = paths.ETC / name
@@ -488,9 +512,10 @@ def check_swap(root: Path, settings: host_config.HostConfig) -> Finding:
 
 @dataclass(frozen=True)
 class KernelLimit:
-    """A kernel limit that many slots together may reach. `path` is below /proc/sys.
+    """A kernel limit that many slots together may reach. `path` is below /proc/sys; `per_slot` is what users need.
 
-    `each_bytes`: the kernel memory of one object, if only its memory limit keeps a slot from creating all of them.
+    `each_bytes`: the kernel memory of one object, if only its memory limit keeps a slot from creating all of them. That
+    is named and no warning, because such a slot is an attack.
     """
 
     path: str
@@ -512,7 +537,7 @@ LIMITS = (
     KernelLimit("fs/nr_open", 65536, FILES_PER_SLOT, "open files of one process"),
     # each_bytes is the size of struct file in /proc/slabinfo. systemd raises fs.file-max at boot to the highest value,
     # but a container has the value of its machine.
-    KernelLimit("fs/file-max", 65536, FILES_PER_SLOT * 16, "open files", each_bytes=192),
+    KernelLimit("fs/file-max", 65536, OPEN_FILES_PER_SLOT, "open files", each_bytes=192),
     # kernel.pty.reserve keeps 1024 for the host. One slot has at most 32.
     KernelLimit("kernel/pty/max", 1024 + 32, TERMINALS_PER_SLOT, "terminals"),
     KernelLimit("net/netfilter/nf_conntrack_max", 16384, CONNECTIONS_PER_SLOT, "tracked connections"),
@@ -526,10 +551,11 @@ def check_limit(root: Path, limit: KernelLimit, settings: host_config.HostConfig
         return Finding(limit.sysctl, "ok", "not in use")
     value, capacity = int(text), capacity_of(root, settings)
     need = limit.base + capacity * limit.per_slot
-    if limit.each_bytes is not None:
-        need += settings.slots.memory_max // limit.each_bytes
     if value >= need:
-        return Finding(limit.sysctl, "ok", f"{value} {limit.what}")
+        found = f"{value} {limit.what}"
+        if limit.each_bytes is not None and (one := settings.slots.memory_max // limit.each_bytes) > value - need:
+            found += f"; a slot of {format_size(settings.slots.memory_max)} that does nothing else may take {one}"
+        return Finding(limit.sysctl, "ok", found)
     return Finding(
         limit.sysctl, "warn", f"{value} {limit.what} are too few for {capacity} slots",
         f"sysctl -w {limit.sysctl}={need}, and in /etc/sysctl.d",

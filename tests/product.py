@@ -32,7 +32,7 @@ HOST = ("python3-nbagent", "nbagent", "nbagent-image-minimal")
 GATEWAY = ("python3-nbagent", "nbagent-gateway")
 API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
 # A virtual machine without hardware virtualisation is slow.
-WARM_TIMEOUT_S = {"nspawn": 60, "vm": 300}
+WARM_TIMEOUT_S = {"nspawn": 180, "vm": 1200}
 # The end of a build's log that is printed when it fails.
 LOG_LINES = 30
 

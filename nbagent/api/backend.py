@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from nbagent.api.hostnames import host_of, slot_origin
+from nbagent.api.hostnames import assets_address, host_of, slot_origin
 from nbagent.config.host_config import HostConfig
 from nbagent.core.documents import Claim, HostFigures
 from nbagent.landing.backend import public_figures, slot_defaults
@@ -31,7 +31,9 @@ class HostBackend:
         """The figures of the host, at most FIGURES_AGE_S old."""
         with self._lock:
             if self._figures is None or time.monotonic() >= self._fetched_s + FIGURES_AGE_S:
-                self._figures = {**public_figures(self.probe.call(STATS)), **slot_defaults(self.config)}
+                figures = public_figures(self.probe.call(STATS))
+                figures["assets"] = assets_address(self.config.router, figures["assets"])
+                self._figures = {**figures, **slot_defaults(self.config)}
                 self._fetched_s = time.monotonic()
             return self._figures
 

@@ -69,6 +69,18 @@ def slot_origin(router: RouterSettings, slot: str, host_header: str) -> str:
     return f"{scheme}://{slot}.{authority}" if router.domain else f"{scheme}://{authority}"
 
 
+def assets_address(router: RouterSettings, path: str | None) -> str | None:
+    """The address at which pages of slots request the image's web files, whose path on the router is `path`.
+
+    A path when slots have the origin of the landing page.
+    """
+    if path is None:
+        return None
+    if router.assets_url:
+        return router.assets_url + path
+    return slot_origin(router, "assets", "") + path if router.domain else path
+
+
 def _search_domains(resolver: Path) -> Iterator[str]:
     try:
         lines = resolver.read_text(errors="replace").splitlines()

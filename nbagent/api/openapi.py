@@ -132,6 +132,7 @@ _COUNT: Schema = {"type": "integer", "minimum": 0}
 _AMOUNT: Schema = {"type": "number", "minimum": 0}
 _FLAG: Schema = {"type": "boolean"}
 _TIME: Schema = {"type": "string", "format": "date-time"}
+_MAYBE_TEXT: Schema = {"type": ["string", "null"]}
 _MAYBE_TIME: Schema = {"type": ["string", "null"], "format": "date-time"}
 _MAYBE_AMOUNT: Schema = {"type": ["number", "null"], "minimum": 0}
 _USED: Schema = _MAYBE_AMOUNT | {
@@ -214,7 +215,7 @@ SCHEMAS: dict[str, Schema] = {
                     "description": "The number of durations of at most so many seconds."},
     }),
     "Stats": _object({
-        "version": _TEXT, "label": _TEXT, "container_image": _TEXT,
+        "version": _TEXT, "label": _TEXT, "container_image": _TEXT, "assets": _MAYBE_TEXT,
         "available": _COUNT, "capacity": _COUNT,
         **dict.fromkeys(("warm", "starting", "claimed", "stopping"), _COUNT),
         "draining": _FLAG, "ready": _FLAG,

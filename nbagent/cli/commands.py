@@ -24,6 +24,7 @@ import click
 
 from nbagent import __version__
 from nbagent.cli import tables
+from nbagent.cli.dns import dns
 from nbagent.cli.gateway import gateway
 from nbagent.cli.images import image
 from nbagent.cli.remote import DEFAULT_URL, ApiUnavailable, Remote, read_token
@@ -68,6 +69,7 @@ def nbagent() -> None:
     """Claim, watch and end notebook slots, and manage this host."""
 
 
+nbagent.add_command(dns)
 nbagent.add_command(gateway)
 nbagent.add_command(image)
 nbagent.add_command(slot_group)
@@ -141,44 +143,16 @@ def release(remote: Remote, as_json: bool, slots: tuple[str, ...]) -> None:
 
 @nbagent.command()
 @click.argument("slot", metavar="[ID]", required=False)
-@click.option("--watch", is_flag=True, help="Show them repeatedly until interrupted.")
-@click.option("--interval", type=click.FloatRange(0.1, 3600), default=2.0, show_default=True,
-              help="Seconds between two updates with --watch.")
 @_with_api
-def slots(remote: Remote, as_json: bool, slot: str | None, watch: bool, interval: float) -> None:
-    """Show the slots of the host, or one slot in full."""
-    fetch = functools.partial(remote.call, "GET", "/slots" if slot is None else _slot_path(slot))
-    if watch and (as_json or not sys.stdout.isatty()):
-        while True:
-            _print_json(fetch())
-            time.sleep(interval)
-    elif watch:
-        _watch(fetch, interval)
-    elif as_json:
-        _print_json(fetch())
+def slots(remote: Remote, as_json: bool, slot: str | None) -> None:
+    """Show the slots of the host, or one slot in full; `nbagent top` shows them repeatedly."""
+    found = remote.call("GET", "/slots" if slot is None else _slot_path(slot))
+    if as_json:
+        _print_json(found)
     elif slot is not None:
-        tables.show_facts(fetch())
+        tables.show_facts(found)
     else:
-        tables.show(tables.SLOT_COLUMNS, _slot_rows(fetch()))
-
-
-def _watch(fetch: Callable[[], Any], interval_s: float) -> None:
-    from rich.console import Group
-    from rich.live import Live
-    from rich.text import Text
-
-    rows: list[tuple[str, ...]] = []
-    with contextlib.suppress(KeyboardInterrupt), Live(screen=True, auto_refresh=False) as live:
-        while True:
-            caption = f"{_now():%H:%M:%S} UTC, every {interval_s:g} s, end with Ctrl-C"
-            try:
-                found = fetch()
-                rows = _slot_rows(found if isinstance(found, list) else [found])
-            except NbagentError as error:
-                caption = str(error)  # the API may be restarting, so the last rows stay on the screen
-            shown = Group(tables.table(tables.SLOT_COLUMNS, rows), Text(caption, "dim"))
-            live.update(shown, refresh=True)
-            time.sleep(interval_s)
+        tables.show(tables.SLOT_COLUMNS, _slot_rows(found))
 
 
 @nbagent.command("history")

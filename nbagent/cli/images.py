@@ -137,6 +137,38 @@ def list_images(store: Path, as_json: bool) -> None:
         tables.show(("NAME", "DIGEST", "BEFORE", "ROOT"), rows)
 
 
+@image.group()
+def assets() -> None:
+    """Publish the web assets of images."""
+
+
+@assets.command()
+@click.option("--remove-unused", is_flag=True,
+              help="Afterwards delete the images of TARGET that this host's store does not have.")
+@click.argument("name", metavar="IMAGE")
+@click.argument("target")
+@_STORE
+@_JSON
+def publish(remove_unused: bool, name: str, target: str, store: Path, as_json: bool) -> None:
+    """Upload the web assets of an IMAGE to TARGET, a remote and path of rclone such as "storage:bucket".
+
+    Pages of slots load them from there when router.assets_url is the public address of TARGET. A second run uploads
+    what is missing or different only.
+    """
+    from nbagent.image import publishing
+
+    images = _open(store)
+    found = images.get(name)
+    copied, files = publishing.publish(found.static, found.digest, target)
+    removed = publishing.remove_unused(target, images.digests()) if remove_unused else []
+    if as_json:
+        click.echo(json.dumps({"digest": found.digest, "files": files, "uploaded": copied, "removed": removed}))
+    else:
+        click.echo(f"{name} {found.digest}: {copied} of {files} files uploaded to {target}, the others were there")
+        for digest in removed:
+            click.echo(f"{digest} removed from {target}")
+
+
 @image.command()
 @click.argument("name")
 @_STORE

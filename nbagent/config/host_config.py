@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from nbagent.config.schema import (
+    DnsServer,
     Network,
     Origin,
     Reader,
     auto_or,
     dns_domain,
+    dns_server,
     matching,
     networks,
     number,
@@ -188,8 +190,9 @@ class RouterSettings:
         "none",
         word_or("none", matching(r"https?://[^/\s\"'<>]+(/[A-Za-z0-9._~/-]*[A-Za-z0-9._~-])?",
                                  'a URL without a slash at its end, such as "https://cdn.example.net/notebooks"')),
-        "Address of a CDN, below which /assets/ leads to the router's or the gateway's /assets/; slots that start from "
-        "then on load JupyterLab from there. none: from the router."
+        "Address of a CDN, below which /assets/ leads to the router's or the gateway's /assets/, or of the target of "
+        "`nbagent image assets publish`; slots that start from then on load JupyterLab from there, and from the "
+        "router if that fails. none: from the router."
     )
     trusted_proxies: tuple[Network, ...] = setting(
         [], networks, "Gateways and proxies whose X-Forwarded-For header has the address of the client."
@@ -310,8 +313,8 @@ class CullSettings:
 
     idle: float = setting(
         "1h", positive_duration,
-        "Time without a busy kernel or a user's action after which a claimed slot is ended. A kernel that waits for input "
-        "or at a breakpoint is not busy.",
+        "Time without a busy kernel or a user's action after which a claimed slot is ended. A kernel that waits for "
+        "input or at a breakpoint is not busy.",
     )
     cpu: float = setting(0.05, number(0, 64, float), "Processors in use below which a slot counts as idle.")
     interval: float = setting("30s", positive_duration, "Time between two evaluations of the rules.")
@@ -347,6 +350,45 @@ class NetworkSettings:
     )
 
 
+def _addresses(value: object) -> tuple[str, ...]:
+    expected = 'a list of IP addresses such as ["10.1.0.7", "2001:db8::7"]'
+    if not isinstance(value, list) or not 1 <= len(value) <= 8:
+        raise ValueError(expected)
+    try:
+        return tuple(str(ipaddress.ip_address(matching(".+", expected)(item))) for item in value)
+    except ValueError:
+        raise ValueError(expected) from None
+
+
+def _ttl(value: object) -> int:
+    ttl_s = positive_duration(value)
+    if not 1 <= ttl_s <= 3600:
+        raise ValueError("a time from 1s to 1h")
+    return round(ttl_s)
+
+
+@dataclass(frozen=True)
+class DnsSettings:
+    """`[dns]`: the records of this host, which nbagent-dns-update.service publishes for gateways with fleet.srv."""
+
+    server: DnsServer | None = setting(  # noqa: RUF009  setting() returns a field
+        "none", word_or("none", dns_server),
+        "DNS server that accepts updates of the zone (RFC 2136), with a port if it is not 53; the TSIG key is in "
+        "/etc/nbagent/dns-key. Restart nbagent-dns-update.service after a change in [dns].",
+    )
+    zone: str | None = setting("none", word_or("none", dns_domain), "Zone that is updated.")
+    domain: str | None = setting(
+        "auto", auto_or(dns_domain),
+        "Domain of the hosts, in the zone: SRV records at _nbagent._tcp.DOMAIN, addresses at LABEL.DOMAIN; auto: the "
+        "zone.",
+    )
+    addresses: tuple[str, ...] | None = setting(
+        "auto", auto_or(_addresses),
+        "Addresses of this host for gateways; auto: the one from which it reaches the DNS server.",
+    )
+    ttl: int = setting("10s", _ttl, "Time for which resolvers may keep the records.")
+
+
 @dataclass(frozen=True)
 class ImageSettings:
     """`[images.NAME]`: settings of one image."""
@@ -370,6 +412,7 @@ class HostConfig:
     claims: ClaimSettings = field(default_factory=ClaimSettings)
     cull: CullSettings = field(default_factory=CullSettings)
     network: NetworkSettings = field(default_factory=NetworkSettings)
+    dns: DnsSettings = field(default_factory=DnsSettings)
     images: Mapping[str, ImageSettings] = tables(ImageSettings, IMAGE_NAME.pattern, IMAGE_NAME_EXPECTED, "image names")
 
     @property
@@ -418,6 +461,7 @@ def parse(tables: Mapping[str, object], origin: Origin | None = None) -> HostCon
     if config.slots.ttl > config.slots.ttl_max:
         raise reader.error(("slots", "ttl"), f"at most slots.ttl_max, {config.slots.ttl_max:g} seconds")
     _check_origins(config.router, reader)
+    _check_dns(config.dns, reader)
     for name, image in config.images.items():
         if image.network not in (None, *config.network.allow):
             raise reader.error(("images", name, "network"), f"one of network.allow, {', '.join(config.network.allow)}")
@@ -436,3 +480,10 @@ def _check_origins(router: RouterSettings, reader: Reader) -> None:
         raise reader.error(
             ("router", "public_url"), f'"auto" or router.domain with a scheme, as in "https://{router.domain}"'
         )
+
+
+def _check_dns(dns: DnsSettings, reader: Reader) -> None:
+    if dns.server is not None and dns.zone is None:
+        raise reader.error(("dns", "zone"), "a DNS zone, because dns.server is set")
+    if dns.domain and not f".{dns.domain}".endswith(f".{dns.zone}"):
+        raise reader.error(("dns", "domain"), f"dns.zone, {dns.zone or 'none'}, or a name below it")

@@ -32,6 +32,7 @@ Network = IPv4Network | IPv6Network
 # File of each key, for error messages.
 Origin = Mapping[tuple[str, ...], Path]
 T = TypeVar("T")
+DNS_PORT = 53
 _LOG = logging.getLogger(__name__)
 
 
@@ -121,6 +122,38 @@ def dns_domain(value: object) -> str:
     part = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
     name = rf"(?=.{{1,223}}$)(?!(.*\.)?\d+$)({part}\.)*{part}"
     return matching(name, 'a DNS name in lower case, such as "nb.example.org"')(value)
+
+
+@dataclass(frozen=True)
+class DnsServer:
+    """A DNS server, by its address or name."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == DNS_PORT else f"{host}:{self.port}"
+
+
+def dns_server(value: object) -> DnsServer:
+    """The server of an address or a name, with or without a port. Raises ValueError."""
+    expected = 'an address or a name such as "10.1.0.53", "[2001:db8::53]:5353" or "ns1.example.org"'
+    pattern = r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]]+))(?::(\d{1,5}))?"
+    match = re.fullmatch(pattern, value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(expected)
+    host, port = match[1] or match[2], int(match[3] or DNS_PORT)
+    try:
+        if match[1] or re.fullmatch(r"[\d.]+", host):
+            host = str(ipaddress.ip_address(host))
+        else:
+            dns_domain(host)
+    except ValueError:
+        raise ValueError(expected) from None
+    if not 1 <= port <= 65535:
+        raise ValueError(f"{expected}, with a port from 1 to 65535")
+    return DnsServer(host, port)
 
 
 def read_tables(files: Iterable[Path]) -> tuple[dict[str, object], dict[tuple[str, ...], Path]]:

@@ -41,12 +41,14 @@ class Stats(TypedDict):
     """The response to `stats`: how full the host is, and what it has done since the supervisor started.
 
     `next_end_s` is the time until the first slot in use reaches its maximum age, None when no slot is in use. `faults`
-    has the parts of the host that fail (supervisor.health), each with the error.
+    has the parts of the host that fail (supervisor.health), each with the error. `assets` is the path of the default
+    image's web files, None when it has none.
     """
 
     version: str
     label: str
     container_image: str
+    assets: str | None
     available: int
     capacity: int
     warm: int
@@ -151,12 +153,16 @@ class ClaimMilliseconds(TypedDict):
 
 
 class PublicFigures(TypedDict):
-    """The figures of a host that every visitor may see: tmpnb's four, and those that the status page draws."""
+    """The figures of a host that every visitor may see: tmpnb's four, and those that the pages need.
+
+    `assets` is the address of the default image's web files, a path or a URL.
+    """
 
     available: int
     capacity: int
     version: str
     container_image: str
+    assets: str | None
     label: str
     warm: int
     starting: int

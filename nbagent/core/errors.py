@@ -21,6 +21,7 @@
       ConfigError              a wrong setting; names the file, the key and the expected value
       ImageInvalid             an archive or manifest that is refused
       FetchFailed              an image could not be fetched from its source
+      PublishFailed            the web assets of an image could not be published
 
 Codes are stable, because clients and alerts match on them and never on the text. A code travels over the control
 socket, and `from_wire` makes the same exception from it on the other side.
@@ -219,6 +220,15 @@ class FetchFailed(NbagentError):
     title = "Image not fetched"
     http_status = 502
     exit_status = 69  # EX_UNAVAILABLE of sysexits.h
+
+
+class PublishFailed(NbagentError):
+    """The web assets of an image could not be published: the target refuses them, or no program can upload them."""
+
+    code = "publish-failed"
+    title = "Assets not published"
+    http_status = 502
+    exit_status = 69
 
 
 def _tree(root: type[NbagentError]) -> dict[str, type[NbagentError]]:

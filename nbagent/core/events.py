@@ -11,9 +11,13 @@ Callers emit an event after it happened, never before.
 from __future__ import annotations
 
 import enum
+import functools
 import re
 import sys
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from nbagent.core.journald import Journal
 
 # Control characters, line and paragraph separators, changes of the writing direction, and surrogates, which UTF-8 lacks.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -82,11 +86,19 @@ class Event(enum.Enum):
     IMAGE_UNREADABLE = Kind("0bc63350b4844358b8076fa893514ce8", Priority.WARNING, "image %(image)s skipped: cannot be read: %(text)s")
     IMAGE_REMOVED = Kind("76a3d4bb762d4e53947351833104a45f", Priority.INFO, "image %(digest)s removed from the store: no slot uses it")
     SYSTEMD_LOST = Kind("9a70c5d2b1e84f3795f6a0d48e2c17b3", Priority.WARNING, "the connection to systemd ended; it is opened again")
+    ENTRIES_LOST = Kind("3d1c9b74e05a4f2f9a6e8b7d50c2f418", Priority.WARNING, "%(count)s journal entries of this service were lost, because journald did not read them")
     HEALTH_LOST = Kind("d2b5f0a8c4714e9da36f7e1c95b80d42", Priority.WARNING, "%(part)s fails, so this host offers fewer slots: %(text)s")
     HEALTH_RESTORED = Kind("8f9c1e5a3d6047b2b4e8a7c60d15f293", Priority.NOTICE, "%(part)s works again")
     NETWORK_FAILED = Kind("941fcad1b56e411ca4f64dcb31e8503c", Priority.WARNING, "failed to set up the slot network: %(text)s")
     NETWORK_RESTORED = Kind("c56a026931784bdfb4bbe6f67097d3fa", Priority.WARNING, "nftables table inet nbagent was removed by another program; restored")
     NETWORK_REPAIRED = Kind("8c0cfee49b7d46e99ad3eb0ffbab620f", Priority.WARNING, "slot network restored after a change by another program: %(text)s")
+    DNS_PUBLISHED = Kind("f5e34eec98d34b0aac9f762fe89f29aa", Priority.INFO, "records of %(name)s published: %(text)s")
+    DNS_WITHDRAWN = Kind("3054e0a53eec4436873ace4c59051623", Priority.NOTICE, "records of %(name)s withdrawn: %(text)s")
+    DNS_RESTORED = Kind("bf8608e7d3f64c1dbfc452caed54faf1", Priority.WARNING, "records of %(name)s were changed by another program; published again: %(text)s")
+    DNS_FAILED = Kind("23ff37d4c2b64018af98f2eda61ca45e", Priority.WARNING, "records of %(name)s not changed, next attempt in %(wait_s)s s: %(text)s")
+    DNS_HOST_REMOVED = Kind("b7e58209bc8f4cdaac16f52737dbe1af", Priority.WARNING, "records of %(name)s removed: no response from the host for %(wait_s)s s")
+    DNS_HOSTS_KEPT = Kind("5a2629ef24a04be69e209f54b54101f0", Priority.WARNING, "records of hosts without a response kept, because fewer than half of the hosts respond to this gateway: %(text)s")
+    TERMINATION_NOTICED = Kind("05dcd1e9dd8b4abea7a6b1fe3371dcdf", Priority.NOTICE, "%(provider)s ends this machine: %(text)s; the host drains")
 
 
 def entry(event: Event, **fields: object) -> dict[str, str]:
@@ -110,12 +122,16 @@ def _escaped(text: str) -> str:
     return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
+@functools.cache
+def _journal() -> Journal:
+    # Imported here because the init of every slot imports this module, and keeps its memory small.
+    from nbagent.core import journald
+
+    return journald.Journal(lambda count: entry(Event.ENTRIES_LOST, count=count))
+
+
 def emit(event: Event, **fields: object) -> None:
     """Write `event` to the journal, and its text to standard error as well if that is a terminal."""
-    # Imported here because the init of every slot imports this module without having python3-systemd.
-    from systemd import journal
-
-    # journal.send() would read source files for CODE_LINE=, and would record the line of this call only.
-    journal.sendv(*(f"{name}={value}" for name, value in entry(event, **fields).items()))
+    _journal().send(entry(event, **fields))
     if sys.stderr.isatty():
         print(entry(event, **fields)["MESSAGE"], file=sys.stderr)

@@ -14,6 +14,7 @@ HOST_SETTINGS = ETC / "nbagent.toml"
 GATEWAY_SETTINGS = ETC / "gateway.toml"
 TOKEN = ETC / "token"
 LANDING_TOKEN = ETC / "landing-token"
+DNS_KEY = ETC / "dns-key"
 REGISTRY_AUTH = ETC / "registry-auth.json"
 
 IMAGES = Path("/var/lib/nbagent/images")
@@ -22,6 +23,8 @@ IMAGE_BUILDER = Path("/usr/lib/nbagent/build-image")
 
 RUN = Path("/run/nbagent")
 SLOTS = RUN / "slots"
+# The end of each session, for its page.
+SESSIONS = RUN / "sessions"
 # Empty on the host. Each slot mounts its root over it, in a mount namespace of its own.
 SANDBOX = RUN / "sandbox"
 # The files below /sys of all slots.

@@ -11,6 +11,7 @@ import http.client
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
@@ -101,6 +102,9 @@ def total(hosts: Mapping[str, Figures]) -> Figures:
     images = {host.get("container_image") for host in up}
     if len(images) == 1:
         figures["container_image"] = images.pop()
+    # During a roll-out hosts have different images.
+    assets = Counter(address for host in up if isinstance(address := host.get("assets"), str))
+    figures["assets"] = assets.most_common(1)[0][0] if assets else None
     figures["claim_ms"] = {"p50": _median_of_medians(up), "p99": max(_times(up, "p99"), default=None)}
     return figures
 

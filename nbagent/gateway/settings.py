@@ -16,11 +16,13 @@ from pathlib import Path
 
 from nbagent.config.host_config import LandingSettings
 from nbagent.config.schema import (
+    DnsServer,
     Network,
     Origin,
     Reader,
     auto_or,
     dns_domain,
+    dns_server,
     matching,
     networks,
     number,
@@ -167,6 +169,21 @@ class FleetSettings:
 
 
 @dataclass(frozen=True)
+class GatewayDnsSettings:
+    """`[dns]`: removal of the records of dead hosts by nbagent-gateway-dns.service, if hosts publish their records."""
+
+    server: DnsServer | None = setting(  # noqa: RUF009  setting() returns a field
+        "none", word_or("none", dns_server),
+        "DNS server that accepts updates of the zone (RFC 2136), with a port if it is not 53. Its TSIG key is in "
+        "/etc/nbagent/dns-key.",
+    )
+    zone: str | None = setting("none", word_or("none", dns_domain), "Zone of the names of fleet.srv.")
+    dead_after: float = setting(
+        "5min", positive_duration, "Time without a response after which the records of a host are removed."
+    )
+
+
+@dataclass(frozen=True)
 class LogSettings:
     """`[log]`: requests in the journal. Claims are always logged; query strings, which may have tokens, never are."""
 
@@ -198,6 +215,7 @@ class GatewaySettings:
     tls: TlsSettings = field(default_factory=TlsSettings)
     fleet: FleetSettings = field(default_factory=FleetSettings)
     landing: LandingSettings = field(default_factory=LandingSettings)
+    dns: GatewayDnsSettings = field(default_factory=GatewayDnsSettings)
     log: LogSettings = field(default_factory=LogSettings)
     hosts: Mapping[str, FleetHostSettings] = tables(FleetHostSettings, LABEL, LABEL_EXPECTED, "hosts")
 
@@ -237,8 +255,18 @@ def parse(document: Mapping[str, object], origin: Origin | None = None) -> Gatew
     for label in settings.hosts:
         if (other := numbers[ring_number(label)]) != label:
             raise reader.error(("hosts", label), f"another label, because {label} and {other} have the same CRC-32")
+    if settings.dns.server is not None:
+        _check_dns(settings, reader)
     if settings.fleet.srv and settings.hosts:
         raise reader.error(("hosts",), "no hosts, because fleet.srv is set and finds them by DNS")
     if not settings.listen.http and not (settings.listen.https and settings.tls.certificates):
         raise reader.error(("listen", "http"), "an address, because there is none for HTTPS")
     return settings
+
+
+def _check_dns(settings: GatewaySettings, reader: Reader) -> None:
+    srv, zone = settings.fleet.srv, settings.dns.zone
+    if srv is None or not srv.startswith("_nbagent._tcp."):
+        raise reader.error(("fleet", "srv"), "_nbagent._tcp.DOMAIN, where hosts publish, because dns.server is set")
+    if zone is None or not srv.endswith(f".{zone}"):
+        raise reader.error(("dns", "zone"), f"the zone of {srv}, because dns.server is set")

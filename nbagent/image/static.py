@@ -2,8 +2,9 @@
 """Copies of an image's web assets, which the router serves without a request to a slot.
 
 They are copied, because nginx runs on the host and would follow a link of a hostile image out of its tree. Only regular
-files are copied. Beside each file that compression makes smaller is a `.gz` for nginx's `gzip_static`. Both have the
-file's own time, so that ETag and Last-Modified are equal on every host of a fleet.
+files are copied. Beside each file that compression makes smaller is a `.gz` for nginx's `gzip_static`, and, if
+python3-brotli is installed, a `.br`. They have the file's own time, so that ETag and Last-Modified
+are equal on every host of a fleet.
 
 The router serves one tree at two addresses: below each slot's `static/`, where a file that is not in the tree is
 requested from the slot; and at /assets/DIGEST/, which is the same for all slots of the image, so that a browser or a
@@ -25,6 +26,11 @@ from nbagent.untrusted.tar import Parts
 from nbagent.untrusted.tree import NotInTree, Tree
 from nbagent.wire.assets import EXTENSIONS, PROGRAM
 
+try:
+    import brotli
+except ImportError:  # python3-brotli is not installed
+    brotli = None
+
 _COMPRESSIBLE = {
     *(".css", ".htm", ".html", ".js", ".json", ".map", ".md", ".mjs", ".svg", ".txt", ".wasm", ".xml"),
     *(".eot", ".ico", ".otf", ".ttf"),
@@ -32,7 +38,9 @@ _COMPRESSIBLE = {
 # A response below the size of a packet needs no round trip less when it is compressed; compare nginx's gzip_min_length.
 _COMPRESS_FROM_BYTES = 1024
 _COMPRESS_UP_TO_BYTES = 64 << 20
-_LEVEL = 6
+_LEVEL = 9
+# The highest: half a minute of processor time for JupyterLab, once for each image.
+_BROTLI_QUALITY = 11
 _DOCUMENTS = (".htm", ".html", ".xht", ".xhtml", ".xml")
 
 
@@ -138,10 +146,15 @@ def _worth_compressing(path: Path) -> bool:
 
 def _compress(path: Path) -> None:
     content = path.read_bytes()
-    packed = gzip.compress(content, _LEVEL, mtime=0)
-    if len(packed) >= len(content):
+    _put_beside(path, ".gz", gzip.compress(content, _LEVEL, mtime=0), len(content))
+    if brotli is not None:
+        _put_beside(path, ".br", brotli.compress(content, quality=_BROTLI_QUALITY), len(content))
+
+
+def _put_beside(path: Path, suffix: str, packed: bytes, content_bytes: int) -> None:
+    if len(packed) >= content_bytes:
         return
-    beside = path.with_name(path.name + ".gz")
+    beside = path.with_name(path.name + suffix)
     try:
         with beside.open("xb") as file:
             file.write(packed)

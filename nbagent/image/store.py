@@ -38,13 +38,14 @@ from nbagent.core import paths
 from nbagent.core.errors import ImageInvalid, ImageNotFound
 from nbagent.core.events import Event, emit
 from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
-from nbagent.image import adaptation, ids, oci, static
+from nbagent.image import adaptation, ahead, ids, oci, static
 from nbagent.image import archive as archives
 from nbagent.image import manifest as manifests
 from nbagent.image.manifest import Manifest, Program
 from nbagent.image.passwd import account
 from nbagent.image.tree import open_tree
 from nbagent.untrusted.tree import NotInTree
+from nbagent.wire.assets import ROUTER_PATH
 
 DEFAULT_PATH = paths.IMAGES
 
@@ -72,6 +73,11 @@ class Image(Program):
     assets: tuple[str, ...] = ()
     id_base: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def assets_path(self) -> str | None:
+        """The path of its web assets on the router, None without any part of JupyterLab."""
+        return f"{ROUTER_PATH}{self.digest}" if self.assets else None
 
 
 @dataclass(frozen=True)
@@ -246,7 +252,7 @@ class ImageStore:
         """
         with self._locked():
             kept = {link.readlink().name for link in self._links()}
-            unwanted = [digest for digest in self._digests() if digest not in kept and digest not in in_use]
+            unwanted = [digest for digest in self.digests() if digest not in kept and digest not in in_use]
             for digest in unwanted:
                 # Renamed before it is deleted, because an incomplete tree would look like an image.
                 (self.path / digest).rename(self.path / f"{_STAGING}{digest}-{secrets.token_hex(4)}")
@@ -279,7 +285,8 @@ class ImageStore:
     def _names(self) -> builtins.list[str]:
         return _matching(self.path / "names", IMAGE_NAME)
 
-    def _digests(self) -> builtins.list[str]:
+    def digests(self) -> builtins.list[str]:
+        """The digests of all images, also of those without a name."""
         return _matching(self.path, _DIGEST)
 
     def _resolve(self, reference: str) -> str:
@@ -288,10 +295,10 @@ class ImageStore:
             return self._link("names", reference).readlink().name
         found = []
         if match := _PREFIX.fullmatch(reference):
-            found = [digest for digest in self._digests() if digest.startswith(f"sha256-{match[1]}")]
+            found = [digest for digest in self.digests() if digest.startswith(f"sha256-{match[1]}")]
         if len(found) == 1:
             return found[0]
-        stored = ", ".join([*self._names(), *self._digests()]) or "none"
+        stored = ", ".join([*self._names(), *self.digests()]) or "none"
         count = "more than one image" if found else "no image"
         raise ImageNotFound(f"{reference!r} matches {count} of the store; expected one of: {stored}", image=reference)
 
@@ -323,6 +330,8 @@ class ImageStore:
         limits = self._limits
         prefixes = static.jupyterlab_prefixes(staging / "rootfs", record.manifest.static)
         static.publish(staging / "rootfs", prefixes, assets, limits.unpacked_bytes, limits.entries)
+        if static.published(assets):
+            ahead.write(assets)
         record.save(staging)
         # nginx and the slots open files below by paths that they know; a listing would show which images there are.
         staging.chmod(0o711)
@@ -334,7 +343,7 @@ class ImageStore:
             self._point(name, record.digest)
 
     def _free_id_base(self, reserved: Collection[range]) -> int:
-        used = [_id_base(_document(self.path / digest)) for digest in self._digests()]
+        used = [_id_base(_document(self.path / digest)) for digest in self.digests()]
         # The names of staging directories contain the base of the image that is being added.
         staged = [path.name.removeprefix(_STAGING).partition("-")[0] for path in self.path.glob(f"{_STAGING}*")]
         used += [int(number) for number in staged if number.isdigit()]

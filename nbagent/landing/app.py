@@ -45,11 +45,14 @@ from nbagent.web.tokens import bearer_token
 GATEWAY_HEADER = "X-Nbagent-Gateway"
 # The first segments of tmpnb's links, and JupyterLab's.
 LINK_PREFIXES = ("lab", "tree", "notebooks", "files")
-# The pages load nothing from other origins, and other origins may not frame them.
+# The pages load nothing from other origins, except the image's web files into the cache, and other origins may not
+# frame them.
 POLICY = (
-    "default-src 'none'; base-uri 'none'; connect-src 'self'; frame-ancestors 'self'; script-src 'nonce-{nonce}'; "
+    "default-src 'none'; base-uri 'none'; connect-src {connect}; frame-ancestors 'self'; script-src 'nonce-{nonce}'; "
     "style-src 'unsafe-inline'"
 )
+# The address of an image's web files, in the figures of a host.
+_ASSETS = re.compile(r"(https?://[A-Za-z0-9.:\[\]-]+)?(?:/[A-Za-z0-9._~-]+)+")
 # The characters of a request target in RFC 3986, and the percent sign. Browsers leave some others unencoded.
 _TARGET_CHARACTERS = "/%!$&'()*+,;=:@?._~-"
 _SLOT_PREFIX = re.compile(r"/+(?:spawn/+)?user/+[^/?]*/*")
@@ -117,7 +120,7 @@ class _Views:
         # A crawler may run the script that presses the button.
         at_once = self.settings.start == "at once" and not _from_robot(request)
         return self._page(
-            "home.html", 200, slot_path=_slot_path(request), at_once=at_once, figures=self._figures()
+            "home.html", 200, slot_path=_slot_path(request), at_once=at_once, figures=self._figures(), ahead=not at_once
         )
 
     def ended_slot_page(self) -> AnyResponse:
@@ -126,7 +129,9 @@ class _Views:
         if _wants_json(request):
             raise SlotNotFound("no slot of this id runs here; it has ended or never existed")
         # The token of the ended slot is of no use for a new one.
-        return self._page("ended.html", 404, slot_path=_without_token(slot_path))
+        return self._page(
+            "ended.html", 404, slot_path=_without_token(slot_path), ahead=self.settings.access == "public"
+        )
 
     def status_page(self) -> AnyResponse:
         """A page that draws the figures and refreshes them."""
@@ -233,7 +238,7 @@ class _Views:
         elif isinstance(error, Full):
             figures = self._figures()
             response = self._page("full.html", error.http_status, slot_path=_slot_path(request), figures=figures,
-                                  retry_s=retry_delay_s(figures, retry_after_s))
+                                  retry_s=retry_delay_s(figures, retry_after_s), ahead=True)
         else:
             kind = "refused" if isinstance(error, (BadRequest, Forbidden)) else "failed"
             response = self._page("failed.html", error.http_status, slot_path=_slot_path(request), kind=kind,
@@ -271,14 +276,24 @@ class _Views:
             add_preflight_headers(response, "GET, POST, OPTIONS")
         return response
 
-    def _page(self, template: str, status: int, **values: object) -> Response:
+    def _page(self, template: str, status: int, ahead: bool = False, **values: object) -> Response:
+        """A page. With `ahead` its browser loads the image's web files while the visitor reads."""
         nonce = secrets.token_urlsafe(16)
+        assets, origin = self._assets() if ahead else ("", "")
         page = render_template(
             template, nonce=nonce, key=secrets.token_urlsafe(24), title=self.settings.title, text=self.settings.text,
-            is_public=self.settings.access == "public", **values,
+            is_public=self.settings.access == "public", assets=assets, **values,
         )
+        policy = POLICY.format(nonce=nonce, connect=f"'self' {origin}".strip())
         return Response(page, status, headers={
-            "Content-Security-Policy": POLICY.format(nonce=nonce), "Content-Type": "text/html; charset=utf-8"})
+            "Content-Security-Policy": policy, "Content-Type": "text/html; charset=utf-8"})
+
+    def _assets(self) -> tuple[str, str]:
+        """The address of the image's web files and its origin, "" for this page's; "" for a browser that saves data."""
+        if request.headers.get("Save-Data", "").lower() == "on":
+            return "", ""
+        match = _ASSETS.fullmatch(str(self._figures().get("assets") or ""))
+        return (match[0], match[1] or "") if match else ("", "")
 
 
 def duration(seconds: float) -> str:

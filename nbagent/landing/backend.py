@@ -36,7 +36,8 @@ def public_figures(stats: Stats) -> PublicFigures:
     """The part of the supervisor's stats that is not confidential."""
     return {
         "available": stats["available"], "capacity": stats["capacity"], "version": stats["version"],
-        "container_image": stats["container_image"], "label": stats["label"], "warm": stats["warm"],
+        "container_image": stats["container_image"], "assets": stats.get("assets"), "label": stats["label"],
+        "warm": stats["warm"],
         "starting": stats["starting"], "draining": stats["draining"], "free_percent": stats["free_percent"],
         "ready": stats["ready"], "next_end_s": stats["next_end_s"], "uptime_s": stats["uptime_s"],
         "in_use": stats["claimed"],

@@ -9,7 +9,6 @@ starts it again. Its processes move into the scopes of slots, so that they go on
 
 from __future__ import annotations
 
-import contextlib
 import os
 import selectors
 import socket
@@ -18,6 +17,8 @@ import subprocess
 from systemd import daemon
 
 from nbagent.launch import requests
+from nbagent.systemd.watchdog import Watchdog
+from nbagent.wire.accepting import accept_now
 
 
 def main() -> None:
@@ -32,11 +33,12 @@ def main() -> None:
 
         selector.register(listener, selectors.EVENT_READ)
         daemon.notify("READY=1")
+        watchdog = Watchdog()
         while True:
-            for key, _ in selector.select():
+            for key, _ in selector.select(watchdog.notify()):
                 if key.data is None:
-                    with contextlib.suppress(BlockingIOError):
-                        requests.serve(listener.accept()[0], spawned)
+                    if (connection := accept_now(listener)) is not None:
+                        requests.serve(connection, spawned)
                 else:
                     selector.unregister(key.fd)
                     os.close(key.fd)

@@ -11,8 +11,8 @@ kernel notifies it (nbagent.network.watch).
 
 from __future__ import annotations
 
-import contextlib
 import json
+import math
 import selectors
 import socket
 import sys
@@ -25,6 +25,8 @@ from nbagent.core.events import Event, emit
 from nbagent.network import requests, watch
 from nbagent.network.netlink import HostNetwork
 from nbagent.network.rules import RULES_PATH, Rules
+from nbagent.systemd.watchdog import Watchdog
+from nbagent.wire.accepting import accept_now
 
 # From the first notification to its check, because one command of an administrator or one start of a slot has many.
 SETTLE_S = 0.2
@@ -50,12 +52,13 @@ def main() -> None:
         if RULES_PATH.exists():
             _apply(kernel)
         daemon.notify("READY=1")
-        changes, due_s, repaired_s = watch.Changes(), 0.0, 0.0
+        changes, due_s, repaired_s, watchdog = watch.Changes(), 0.0, 0.0, Watchdog()
         while True:
-            for key, _ in selector.select(max(0.0, due_s - time.monotonic()) if changes else None):
+            wait_s = max(0.0, due_s - time.monotonic()) if changes else math.inf
+            for key, _ in selector.select(min(wait_s, watchdog.notify())):
                 if key.fileobj is listener:
-                    with contextlib.suppress(BlockingIOError):
-                        requests.serve(kernel, listener.accept()[0], lambda: _apply(kernel))
+                    if (connection := accept_now(listener)) is not None:
+                        requests.serve(kernel, connection, lambda: _apply(kernel))
                     continue
                 due_s = due_s if changes else max(time.monotonic() + SETTLE_S, repaired_s + INTERVAL_S)
                 watch.read(rules_events if key.fileobj is rules_events else state_events, changes)

@@ -19,12 +19,15 @@ import contextlib
 import errno
 import os
 import time
-from typing import Dict, Optional
+from typing import Dict, Optional, Tuple
 
 from nbagent.wire.fields import MalformedMessage
 
-# A request is answered while the zygote still closes its copies of the slot's descriptors.
+# A request is answered while the zygote still closes its copies of the slot's descriptors. On a busy host that takes
+# seconds, as a fork does.
 SETTLE_S = 0.2
+KEPT_MAX_S = 5.0
+LOOK_AGAIN_S = 1.0
 INTERVAL_S = 10.0
 # A fork of a slot is in the zygote's unit until the supervisor has moved it, which takes milliseconds; the supervisor
 # gives up after slots.start_timeout, 60 s by default.
@@ -32,6 +35,8 @@ UNPLACED_MAX_S = 60.0
 # Processor time that a zygote may have used since it was ready: a fork takes 3 to 10 ms, and with three times slower
 # processors 30 ms.
 CPU_FIRST_S, CPU_FORK_S, CPU_PER_S = 5.0, 0.2, 0.02
+# The link of a descriptor, the device and the inode.
+_File = Tuple[str, int, int]
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _CGROUP_ROOTS = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup")
 
@@ -48,7 +53,8 @@ class Inspection:
         self._cgroup = _unit_cgroup()
         self._processes = {os.getpid(), pid}
         self._unplaced: Dict[int, float] = {}
-        self._kept = False
+        # The files that it did not have when it was ready, with the time at which each was seen first.
+        self._kept: Dict[_File, float] = {}
         self._ready_s = time.monotonic()
         self._cpu_s = _cpu_s(pid)
 
@@ -63,11 +69,12 @@ class Inspection:
         now_s = time.monotonic()
         if (threads := len(os.listdir(f"/proc/{self.pid}/task"))) != 1:
             return f"it runs {threads} threads, where a fork copies one"
-        added = [name for name, link in _descriptors(self.pid).items() if self._descriptors.get(name) != link]
-        # Twice, because the first time can be within SETTLE_S of a request.
-        kept, self._kept = self._kept and bool(added), bool(added)
+        added = {file: name for name, file in _descriptors(self.pid).items() if self._descriptors.get(name) != file}
+        # By file, because the next request's descriptors have the same numbers.
+        self._kept = {file: self._kept.get(file, now_s) for file in added}
+        kept = [added[file] for file, since_s in self._kept.items() if now_s - since_s > KEPT_MAX_S]
         if kept:
-            return f"it keeps descriptors that it did not have when it was ready: {', '.join(added)}"
+            return f"it keeps descriptors that it did not have when it was ready: {', '.join(kept)}"
         allowed_s = CPU_FIRST_S + CPU_FORK_S * forks + CPU_PER_S * (now_s - self._ready_s)
         if (used_s := _cpu_s(self.pid) - self._cpu_s) > allowed_s:
             return f"it used {used_s:.0f} s of processor time for {forks} slots"
@@ -82,7 +89,7 @@ class Inspection:
     @property
     def again_s(self) -> float:
         """The time until the next inspection, in seconds."""
-        return SETTLE_S if self._kept else INTERVAL_S
+        return LOOK_AGAIN_S if self._kept else INTERVAL_S
 
 
 def check_fork(pidfd: int, parent: int, pidns_fd: int) -> None:
@@ -118,12 +125,15 @@ def _ended() -> ProcessLookupError:
     return ProcessLookupError(errno.ESRCH, "the slot's program exited before it was in its scope")
 
 
-def _descriptors(pid: int) -> Dict[str, str]:
-    """The open files of a process: the link of each descriptor, such as socket:[4711]."""
+def _descriptors(pid: int) -> Dict[str, _File]:
+    """The open files of a process by descriptor: the link, such as socket:[4711], and the inode, because the links of
+    memfds of one name are equal."""
     found = {}
     for name in os.listdir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
-            found[name] = os.readlink(f"/proc/{pid}/fd/{name}")
+            path = f"/proc/{pid}/fd/{name}"
+            status = os.stat(path)
+            found[name] = (os.readlink(path), status.st_dev, status.st_ino)
     return found
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import pwd
 import signal
 import socket
@@ -33,6 +32,7 @@ from nbagent.supervisor.records import Records
 from nbagent.supervisor.server import ControlServer, serve_check
 from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.zygotes import Zygotes
+from nbagent.systemd.watchdog import Watchdog
 
 
 def main() -> int:
@@ -70,7 +70,7 @@ async def _serve(
     servers = [asyncio.ensure_future(ControlServer(calls, sockets["control"], {0, _api_uid()}).serve())]
     if "check" in sockets:
         servers.append(asyncio.ensure_future(serve_check(calls, sockets["check"])))
-    loops = (agent.run(), supervisor.health.run(), supervisor.memory_guard.run(), _watchdog())
+    loops = (agent.run(), supervisor.health.run(), supervisor.memory_guard.run(), Watchdog().run())
     tasks = [*map(asyncio.ensure_future, loops), *servers]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -105,14 +105,6 @@ def _reload(supervisor: Supervisor) -> None:
         emit(Event.CONFIG_REFUSED, text=str(error))
         supervisor.images.refresh()
     daemon.notify("READY=1")
-
-
-async def _watchdog() -> None:
-    """Notifies systemd's watchdog, three times in its interval."""
-    interval_s = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6 / 3
-    while True:
-        daemon.notify("WATCHDOG=1")
-        await asyncio.sleep(interval_s or 3600)
 
 
 def _activated(named: Mapping[int, str]) -> dict[str, socket.socket]:

@@ -15,6 +15,7 @@ from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot, reattach
+from nbagent.supervisor.sessions import Sessions
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
@@ -27,7 +28,7 @@ class Adoption:
 
     def __init__(
         self, slots: Slots, pools: Pools, records: Records, systemd: Systemd, monitor: Monitor, compressor: Compressor,
-        interfaces: Interfaces, counters: Counters, tasks: Tasks,
+        interfaces: Interfaces, counters: Counters, sessions: Sessions, tasks: Tasks,
     ) -> None:
         self._slots = slots
         self._pools = pools
@@ -37,11 +38,12 @@ class Adoption:
         self._compressor = compressor
         self._interfaces = interfaces
         self._counters = counters
+        self._sessions = sessions
         self._tasks = tasks
 
     async def run(self) -> int:
         """Adopts every complete slot that runs, and removes all other files and scopes. Returns the number of slots."""
-        scopes, has_interfaces = set(self._systemd.scopes()), self._interfaces.allowed
+        scopes, has_interfaces = set(await self._systemd.scopes()), self._interfaces.allowed
         for name, slot in list(self._records.load()):
             scope = f"nbagent-{name}.scope"
             has_interfaces |= slot is not None and bool(slot.addresses)
@@ -49,7 +51,7 @@ class Adoption:
             scopes.discard(scope)
             live = await reattach(slot) if slot is not None and slot.state in COMPLETE and runs else None
             if live is not None:
-                self._adopt(live)
+                await self._adopt(live)
                 reach(Point.SLOT_ADOPTED)
                 continue
             await self._systemd.stop(scope, at_once=True)
@@ -60,27 +62,28 @@ class Adoption:
             await self._systemd.stop(scope, at_once=True)
             name = scope.removeprefix("nbagent-").removesuffix(".scope")
             emit(Event.SLOT_REMOVED, slot=name, text=f"{scope} has no slot.json")
+        self._sessions.open({name: live.slot for name, live in self._slots.items()})
         if has_interfaces:
             self._tasks.spawn(self._interfaces.set_up(sweep=True))
         return len(self._slots)
 
-    def _adopt(self, live: RunningSlot) -> None:
-        self._apply_limits(live.slot)
+    async def _adopt(self, live: RunningSlot) -> None:
+        await self._apply_limits(live.slot)
         live.publish(live.slot.limits)
         self._slots.add(live)
         self._monitor.watch(live)
         self._pools.adopt(live)
         self._monitor.add(live, now())
-        self._compressor.adopt(live)
+        await self._compressor.adopt(live)
         self._counters.add("adopted")
         emit(Event.SLOT_ADOPTED, slot=live.slot.id, state=live.slot.state.value)
 
-    def _apply_limits(self, slot: Slot) -> None:
+    async def _apply_limits(self, slot: Slot) -> None:
         """Gives a scope the limits of its record, if the former supervisor ended between the two."""
         try:
-            changes = _changes(self._systemd.scope_limits(slot.scope), slot.limits)
+            changes = _changes(await self._systemd.scope_limits(slot.scope), slot.limits)
             if changes:
-                self._systemd.set_limits(slot.scope, slot.limits)
+                await self._systemd.set_limits(slot.scope, slot.limits)
                 emit(Event.SLOT_LIMITS_MENDED, slot=slot.id, text=", ".join(changes))
         except OSError as error:
             emit(Event.SLOT_LIMITS_MENDED, slot=slot.id, text=f"not possible: {error}")

@@ -72,13 +72,13 @@ class Calls:
         """One slot, with its usage now. Raises SlotNotFound."""
         return _document(self._find(slot_id))
 
-    def update(self, slot_id: str, given: Mapping[str, object], client: str) -> Document:
+    async def update(self, slot_id: str, given: Mapping[str, object], client: str) -> Document:
         """Changes the limits of a claimed slot, or its life counted from now.
 
         Raises SlotNotFound, InvalidField, IllegalMove or RecordFailed.
         """
         live = self._find(slot_id)
-        self._updates.update(live, given, client)
+        await self._updates.update(live, given, client)
         return _document(live)
 
     def release(self, slot_id: str, client: str) -> Document:

@@ -27,6 +27,7 @@ from nbagent.supervisor.network import INTERNET
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.preparation import Preparation
 from nbagent.supervisor.records import Records
+from nbagent.supervisor.sessions import Sessions
 from nbagent.supervisor.slots import Slots
 
 
@@ -54,7 +55,8 @@ class Claims:
 
     def __init__(
         self, config: CurrentConfig, slots: Slots, pools: Pools, records: Records, load: HostLoad,
-        allocator: Allocator, preparation: Preparation, counters: Counters, changed: asyncio.Event,
+        allocator: Allocator, preparation: Preparation, counters: Counters, sessions: Sessions,
+        changed: asyncio.Event,
     ) -> None:
         self._config = config
         self._slots = slots
@@ -64,6 +66,7 @@ class Claims:
         self._allocator = allocator
         self._preparation = preparation
         self._counters = counters
+        self._sessions = sessions
         self._changed = changed
         self._pending: dict[str, Pending] = {}
 
@@ -153,6 +156,7 @@ class Claims:
                 image=live.slot.image, network=request.network, **limits.document(),
             )
         )
+        asyncio.get_running_loop().call_soon(lambda: self._sessions.claimed(live.slot))
         self._changed.set()
         return live.slot
 

@@ -33,6 +33,7 @@ from nbagent.supervisor.network import Network
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.preparation import Preparation
 from nbagent.supervisor.records import Records
+from nbagent.supervisor.sessions import Sessions
 from nbagent.supervisor.slot_starter import SlotStarter
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
@@ -81,12 +82,13 @@ def compose(on: Surroundings) -> Supervisor:
     """A supervisor of the current event loop."""
     config, systemd, records, changed = on.config, on.systemd, on.records, on.changed
     slots, tasks, counters = Slots(), Tasks(), Counters()
+    sessions = Sessions(records.path.parent / paths.SESSIONS.name)
     pools = Pools(config, slots, records, changed)
     load = HostLoad(config, slots, on.zygotes, on.drain_file, on.memory)
-    health = Health(config, systemd, on.store, records, changed, on.router)
+    health = Health(config, systemd, on.store, records, changed, on.router, pools.resume)
     interfaces = Interfaces(on.network, slots)
     images = Images(on.store, slots, pools, on.zygotes, systemd, tasks, changed)
-    stopper = SlotStopper(config, slots, pools, records, systemd, interfaces, images, changed)
+    stopper = SlotStopper(config, slots, pools, records, systemd, interfaces, images, sessions, changed)
     compressor = Compressor(systemd, counters, tasks)
     monitor = Monitor(counters, stopper, compressor, tasks, LockGuard(stopper, tasks))
     starter = SlotStarter(
@@ -94,16 +96,16 @@ def compose(on: Surroundings) -> Supervisor:
     )
     allocator = Allocator(config, slots, pools, load, on.launcher, stopper)
     preparation = Preparation(config, slots, records, systemd, on.network, interfaces, stopper, tasks)
-    claims = Claims(config, slots, pools, records, load, allocator, preparation, counters, changed)
+    claims = Claims(config, slots, pools, records, load, allocator, preparation, counters, sessions, changed)
     return Supervisor(
         slots=slots,
         pools=pools,
         load=load,
         stopper=stopper,
         images=images,
-        adoption=Adoption(slots, pools, records, systemd, monitor, compressor, interfaces, counters, tasks),
+        adoption=Adoption(slots, pools, records, systemd, monitor, compressor, interfaces, counters, sessions, tasks),
         calls=Calls(
-            config, slots, pools, load, claims, Updates(config, records, systemd, load),
+            config, slots, pools, load, claims, Updates(config, records, systemd, load, sessions),
             Trials(config, pools, load, health, starter, on.router),
             Figures(config, slots, pools, load, health, on.zygotes, counters), stopper, counters, tasks, changed,
         ),

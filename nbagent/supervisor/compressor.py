@@ -49,10 +49,10 @@ class Compressor:
         if self._task is None or self._task.done():
             self._task = self._tasks.spawn(self._work())
 
-    def adopt(self, live: RunningSlot) -> None:
+    async def adopt(self, live: RunningSlot) -> None:
         """Sets MemorySwapMax=0 on a slot that a former supervisor was compressing when it ended."""
         if live.cgroup is not None and live.cgroup.may_swap():
-            self._allow_swap(live, 0)
+            await self._allow_swap(live, 0)
 
     async def _work(self) -> None:
         while self._waiting:
@@ -69,7 +69,7 @@ class Compressor:
     async def _compress(self, live: RunningSlot, group: Cgroup, since_s: float, began_s: float) -> None:
         before = group.usage()
         live.compressed_s = began_s
-        self._allow_swap(live, live.slot.limits.memory_bytes)
+        await self._allow_swap(live, live.slot.limits.memory_bytes)
         try:
             async with asyncio.timeout(LIMIT_TIMEOUT_S):
                 while not group.may_swap():
@@ -82,7 +82,7 @@ class Compressor:
             # The slot has ended, or the kernel is older than 5.19.
             return
         finally:
-            self._allow_swap(live, 0)
+            await self._allow_swap(live, 0)
         if live.slot.state not in ALIVE:
             return
         after = group.usage()
@@ -92,9 +92,9 @@ class Compressor:
             before=before.memory_bytes, after=after.memory_bytes, swapped=after.swapped_bytes,
         )
 
-    def _allow_swap(self, live: RunningSlot, size_bytes: int) -> None:
+    async def _allow_swap(self, live: RunningSlot, size_bytes: int) -> None:
         with contextlib.suppress(OSError):  # the slot has ended
-            self._systemd.set_swap(live.slot.scope, size_bytes)
+            await self._systemd.set_swap(live.slot.scope, size_bytes)
 
 
 def _rests(live: RunningSlot, since_s: float) -> bool:

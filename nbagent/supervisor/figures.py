@@ -64,6 +64,7 @@ class Figures:
                 default is not None and default.image is not None and not default.failures and self._health.may_start()
             ),
             "container_image": config.pool.image,
+            "assets": default.image.assets_path if default is not None and default.image is not None else None,
             "memory_available_bytes": host.memory_available_bytes,
             "free_percent": self._free_percent(host),
             "next_end_s": self._load.next_end_s(),

@@ -35,17 +35,21 @@ EXPECTED = (OSError, TimeoutError, JobFailed, StartFailed, ImageInvalid, ImageNo
 
 
 class Health:
-    """Tries the parts of the host. `faults` has the text of each part that fails; `changed` is set when it changes."""
+    """Tries the parts of the host. `faults` has the text of each part that fails; `changed` is set when it changes.
+
+    `restored` is called when a part works again.
+    """
 
     def __init__(
         self, config: CurrentConfig, systemd: Systemd, store: ImageStore, records: Records, changed: asyncio.Event,
-        router: Path = paths.ROUTER_CHECK_SOCKET,
+        router: Path = paths.ROUTER_CHECK_SOCKET, restored: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._store = store
         self._records = records
         self._changed = changed
         self._router = router
+        self._restored = restored
         self.faults: dict[str, str] = {}
         self._failing_s: dict[str, float] = {}
         self._reported: set[str] = set()
@@ -73,6 +77,8 @@ class Health:
         before = dict(self.faults)
         results = await asyncio.gather(*(self._try(name) for name in self._tries))
         news = [self._note(name, error) for name, error in zip(self._tries, results, strict=True)]
+        if before.keys() - self.faults.keys():
+            self._restored()
         if before.keys() != self.faults.keys():
             self._changed.set()
         return not any(news)

@@ -42,7 +42,6 @@ from nbagent.wire.limits_page import SlotLimits
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
 
 # The router's address of an image's files, in front of the digest.
-ASSETS_PATH = "/assets/"
 # Takes the place of a slot's id in the sandbox of a zygote.
 ZYGOTE_NAME = "zygote"
 # The allocators of polars and pyarrow start threads at their import without these, and a fork copies one thread.
@@ -135,7 +134,7 @@ def sandbox_spec(
     environment = limits | _environment(image, values) | identity
     notebook = [image.python, f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
     if notebook and image.assets:
-        environment[assets.VARIABLE] = " ".join([f"{assets_url}{ASSETS_PATH}{image.digest}", *image.assets])
+        environment[assets.VARIABLE] = " ".join([f"{assets_url}{image.assets_path}", *image.assets])
     return _image_spec(image, storage_bytes)._replace(
         slot=slot.id,
         uid=slot.uid,

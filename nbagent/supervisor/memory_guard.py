@@ -71,17 +71,15 @@ class MemoryGuard:
             for name, size in used.items()
         }
         for name, limit_bytes in policy.decide(host, looks).items():
-            self._set(lives[name], limit_bytes, memory.available_bytes)
-            # Each takes milliseconds, and claims go on.
-            await asyncio.sleep(0)
+            await self._set(lives[name], limit_bytes, memory.available_bytes)
 
-    def _set(self, live: RunningSlot, limit_bytes: int | None, available_bytes: int) -> None:
+    async def _set(self, live: RunningSlot, limit_bytes: int | None, available_bytes: int) -> None:
         slot = live.slot
         if slot.id not in self._slots:
             return
         limits = slot.limits if limit_bytes is None else dataclasses.replace(slot.limits, memory_bytes=limit_bytes)
         try:
-            self._systemd.set_limits(slot.scope, limits)
+            await self._systemd.set_limits(slot.scope, limits)
         except OSError as error:
             emit(Event.SLOT_NOT_HELD, slot=slot.id, text=str(error))
             return

@@ -155,6 +155,11 @@ class Pools(Mapping[str, ImagePool]):
         pool.not_before_s = now() + wait_s
         return wait_s
 
+    def resume(self) -> None:
+        """Ends all pauses, because their cause may be mended."""
+        for pool in self._pools.values():
+            pool.resume()
+
     def next_start_s(self, at_s: float, latest_s: float) -> float:
         """The end of the first pause that had not ended at `at_s`, at most `latest_s`."""
         return min([latest_s, *(pool.not_before_s for pool in self._pools.values() if pool.not_before_s > at_s)])

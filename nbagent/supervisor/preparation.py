@@ -50,14 +50,14 @@ class Preparation:
         self.record(live, SlotState.PREPARING, network=network)
         reach(Point.PREPARING)
         try:
-            self._set_limits(live, limits)
+            await self._set_limits(live, limits)
             reach(Point.LIMITS_SET)
             if network == INTERNET:
                 await self._network.open(live.slot)
             if content:
                 await self._deliver(live, content)
             if live.slot.state is not SlotState.PREPARING:
-                raise ContentFailed("the slot ended before its content was delivered")
+                raise ContentFailed("the slot ended while it was prepared for the claim")
         except BaseException as error:
             cancelled = isinstance(error, asyncio.CancelledError)
             text = "the caller closed its connection" if cancelled else str(error) or repr(error)
@@ -76,11 +76,11 @@ class Preparation:
             self._stopper.end(live, Event.SLOT_NOT_PREPARED, text)
             raise RecordFailed(text, errno=error.errno) from error
 
-    def _set_limits(self, live: RunningSlot, limits: Limits) -> None:
+    async def _set_limits(self, live: RunningSlot, limits: Limits) -> None:
         if limits == live.slot.limits:
             return
         try:
-            self._systemd.set_limits(live.slot.scope, limits)
+            await self._systemd.set_limits(live.slot.scope, limits)
             live.publish(limits)
         except OSError as error:
             text = f"systemd did not change the limits of {live.slot.scope}: {error}"

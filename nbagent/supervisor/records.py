@@ -11,7 +11,7 @@ socket has the router's group without a right to change groups.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import json
 import os
 import shutil
@@ -23,6 +23,7 @@ from nbagent.core.model import Slot
 
 BACKLOG = 1024
 RECORD_BYTES = 4096
+_FILES = ("slot.json", "slot.json.new", "http.sock", "static")
 
 
 class Records:
@@ -78,6 +79,18 @@ class Records:
         return self.path / slot.id / "http.sock"
 
     def remove(self, name: str) -> None:
-        """Removes the slot's directory, if it exists; from then on the router responds that the slot has ended."""
-        with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(self.path / name)
+        """Removes the slot's directory, if it exists; from then on the router responds that the slot has ended.
+
+        By names, because rmtree() fails while the process has no descriptor left. Raises OSError.
+        """
+        directory = self.path / name
+        for file in _FILES:
+            (directory / file).unlink(missing_ok=True)
+        try:
+            directory.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY:
+                raise
+            shutil.rmtree(directory)

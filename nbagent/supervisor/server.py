@@ -21,7 +21,8 @@ from typing import TypeVar
 from nbagent.core.errors import BadRequest, Forbidden, NbagentError
 from nbagent.supervisor.calls import Calls
 from nbagent.wire import control, operations
-from nbagent.wire.aio import ACCEPT_PAUSE_S, EXHAUSTED, accept, receive
+from nbagent.wire.accepting import ACCEPT_PAUSE_S, EXHAUSTED
+from nbagent.wire.aio import accept, receive
 from nbagent.wire.channel import Channel, Message
 from nbagent.wire.fields import MalformedMessage, mapping, text
 from nbagent.wire.operations import Arguments, Operation

@@ -15,6 +15,7 @@ from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.sessions import Sessions
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
@@ -25,13 +26,16 @@ END_MAX_S = 60.0
 # Between two attempts to stop a scope, when systemd is not reachable or refuses.
 STOP_PAUSE_S, STOP_PAUSE_MAX_S = 0.5, 30.0
 
+# For the page of a user, who must not learn the address of the caller.
+REASONS = {Event.SLOT_RELEASED: "released by the service that started it"}
+
 
 class SlotStopper:
     """Ends slots. `finish` waits for the ends that are under way."""
 
     def __init__(
         self, config: CurrentConfig, slots: Slots, pools: Pools, records: Records, systemd: Systemd,
-        interfaces: Interfaces, images: Images, changed: asyncio.Event,
+        interfaces: Interfaces, images: Images, sessions: Sessions, changed: asyncio.Event,
     ) -> None:
         self._config = config
         self._slots = slots
@@ -40,6 +44,7 @@ class SlotStopper:
         self._systemd = systemd
         self._interfaces = interfaces
         self._images = images
+        self._sessions = sessions
         self._changed = changed
         self._cleanups = Tasks()
         self._finishing = False
@@ -57,7 +62,9 @@ class SlotStopper:
         self._slots.move(live, state, reason=event.name.lower())
         self._pools.remove(live)
         # If the supervisor ends before the scope does, the next supervisor stops the scope because it has no file.
-        self._records.remove(live.slot.id)
+        with contextlib.suppress(OSError):  # _clean tries again
+            self._records.remove(live.slot.id)
+        self._sessions.ended(live.slot, REASONS.get(event) or text or event.name.lower())
         reach(Point.ROUTE_REMOVED)
         emit(event, slot=live.slot.id, **({} if text is None else {"text": text}), **facts)
         self._cleanups.spawn(self._clean(live, at_once or live.slot.claimed_s is None))
@@ -68,14 +75,16 @@ class SlotStopper:
         await self._cleanups.finish()
 
     async def _stop(self, slot: Slot, at_once: bool) -> bool:
-        """Stops the slot's scope, and tries again until systemd has done it; False when the supervisor ends before.
+        """Stops the slot's scope and removes its record, and tries again until both are done; False when the supervisor
+        ends before.
 
-        The next supervisor stops the scope then, because it has no record.
+        The next supervisor does it then, because the slot has no record, or no scope.
         """
         pause_s = STOP_PAUSE_S
         while not self._finishing:
             try:
                 await self._systemd.stop(slot.scope, at_once=at_once)
+                self._records.remove(slot.id)
                 return True
             except OSError as error:
                 emit(Event.SLOT_STOP_FAILED, slot=slot.id, wait_s=f"{pause_s:g}", text=str(error))

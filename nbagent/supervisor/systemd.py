@@ -1,21 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """systemd as the supervisor uses it: by the units service (nbagent.units), which alone has access to it.
 
-Calls that change a limit block the event loop until the service responds, about 2 ms. Others are awaited.
+Every call is awaited, so that claims of warm slots, releases and figures go on while PID 1 or the service does not
+respond.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import Mapping, Sequence
 
 from nbagent.core import paths
-from nbagent.core.model import Limits
+from nbagent.core.model import Limits, now
 from nbagent.systemd.job import JobFailed
 from nbagent.units.requests import JOB, restore_limits
 from nbagent.wire import fields
-from nbagent.wire.channel import Channel, Message
+from nbagent.wire.channel import Message
 from nbagent.wire.failure import StepFailed
 from nbagent.wire.multiplex import Requests
 
@@ -30,13 +32,15 @@ PID_MAX = 1 << 22  # the kernel's PID_MAX_LIMIT
 RESPONSE_MAX_BYTES = 1 << 20
 # The service may be restarted at any moment, and every request may be repeated but the start of a scope.
 TRIES = 3
+# While PID 1 executes itself anew (an upgrade of systemd or of the C library), the service connects to it again.
+RECONNECT_MAX_S, RECONNECT_PAUSE_S = 5.0, 0.1
 
 
 class Systemd:
     """The units of slots and zygotes."""
 
     def __init__(self) -> None:
-        self._requests = Requests(str(paths.UNITS_SOCKET))
+        self._requests = Requests(str(paths.UNITS_SOCKET), RESPONSE_MAX_BYTES)
 
     def close(self) -> None:
         """Closes the connection."""
@@ -67,25 +71,25 @@ class Systemd:
         await asyncio.sleep(0)
         await self._request("attach", unit=name, pids=list(pids))
 
-    def set_limits(self, name: str, limits: Limits) -> None:
+    async def set_limits(self, name: str, limits: Limits) -> None:
         """Changes the limits of a running scope, or of a zygote's service, which may be inactive. Raises OSError."""
-        _call("set_limits", unit=name, limits=limits.document())
+        await self._ask("set_limits", unit=name, limits=limits.document())
 
-    def scope_limits(self, name: str) -> Limits:
+    async def scope_limits(self, name: str) -> Limits:
         """The limits of a running scope. Raises OSError."""
-        return restore_limits(_call("scope_limits", unit=name), "ok")
+        return restore_limits(await self._ask("scope_limits", unit=name), "ok")
 
-    def main_pid(self, name: str) -> int:
+    async def main_pid(self, name: str) -> int:
         """The main process of a zygote's service. Raises FileNotFoundError when it has none, and OSError."""
-        return fields.integer(_call("main_pid", unit=name), "ok", 1, PID_MAX)
+        return fields.integer(await self._ask("main_pid", unit=name), "ok", 1, PID_MAX)
 
-    def set_swap(self, name: str, size_bytes: int) -> None:
+    async def set_swap(self, name: str, size_bytes: int) -> None:
         """Changes MemorySwapMax of a running scope, which starts with 0. Raises OSError."""
-        _call("set_swap", unit=name, size_bytes=size_bytes)
+        await self._ask("set_swap", unit=name, size_bytes=size_bytes)
 
-    def set_cpu_weight(self, name: str, weight: int) -> None:
+    async def set_cpu_weight(self, name: str, weight: int) -> None:
         """Changes CPUWeight of a zygote's service, which may be inactive. Raises OSError."""
-        _call("set_cpu_weight", unit=name, weight=weight)
+        await self._ask("set_cpu_weight", unit=name, weight=weight)
 
     async def reclaim(self, name: str, pid: int, size_bytes: int) -> bool:
         """Reclaims memory of the scope in which `pid` is, as Cgroup.reclaim. Raises OSError."""
@@ -111,32 +115,44 @@ class Systemd:
         """Returns when PID 1 has responded. Raises OSError."""
         await self._request("zygotes")
 
-    def scopes(self) -> list[str]:
+    async def scopes(self) -> list[str]:
         """The names of all slots' scopes that are neither inactive nor failed. Raises OSError."""
-        return fields.texts(_call("scopes"), "ok")
+        return fields.texts(await self._ask("scopes"), "ok")
 
-    def zygotes(self) -> list[str]:
+    async def zygotes(self) -> list[str]:
         """The names of all zygotes' services that are neither inactive nor failed. Raises OSError."""
-        return fields.texts(_call("zygotes"), "ok")
+        return fields.texts(await self._ask("zygotes"), "ok")
+
+    async def _ask(self, op: str, **arguments: object) -> Mapping[str, object]:
+        """The response to a request that takes PID 1 milliseconds. Raises OSError, TimeoutError among them."""
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                return await self._request(op, **arguments)
+        except TimeoutError:
+            raise TimeoutError(f"nbagent-units: {op}: no response within {TIMEOUT_S:g} s") from None
 
     async def _request(self, op: str, **arguments: object) -> Mapping[str, object]:
         """The response; other tasks run meanwhile. Raises JobFailed or OSError."""
+        until_s = now() + RECONNECT_MAX_S
+        while True:
+            try:
+                return await self._request_once(op, **arguments)
+            except OSError as error:
+                # After a connection that ended during the start of a scope, the scope may exist.
+                is_reset = error.errno == errno.ECONNRESET and op != "start_scope"
+                may_repeat = error.errno == errno.ENOTCONN or is_reset
+                if not may_repeat or now() >= until_s:
+                    raise
+            await asyncio.sleep(RECONNECT_PAUSE_S)
+
+    async def _request_once(self, op: str, **arguments: object) -> Mapping[str, object]:
         for _ in range(1 if op == "start_scope" else TRIES):
-            with contextlib.suppress(ConnectionError):
-                return _result(await self._requests.request({"op": op, **arguments}))
+            try:
+                response = await self._requests.request({"op": op, **arguments})
+            except ConnectionError:
+                continue
+            return _result(response)
         raise _unavailable(op)
-
-
-def _call(op: str, **arguments: object) -> Mapping[str, object]:
-    """The response; the event loop waits. Raises OSError."""
-    for _ in range(TRIES):
-        with contextlib.suppress(ConnectionError), Channel.unconnected(RESPONSE_MAX_BYTES) as channel:
-            channel.socket.settimeout(TIMEOUT_S)
-            channel.socket.connect(str(paths.UNITS_SOCKET))
-            channel.send({"number": 0, "op": op, **arguments})
-            if (response := channel.receive()) is not None:
-                return _result(response)
-    raise _unavailable(op)
 
 
 def _unavailable(op: str) -> OSError:
@@ -151,5 +167,5 @@ def _result(response: Message) -> Mapping[str, object]:
             step, number, text = error.failure
             if step == JOB:
                 raise JobFailed(text) from None
-            raise (OSError(number, text) if number else OSError(text)) from None
+            raise (OSError(number, text.removeprefix(f"[Errno {number}] ")) if number else OSError(text)) from None
         return response.body

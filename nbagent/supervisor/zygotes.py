@@ -58,8 +58,9 @@ PATIENCE_S = 300.0
 CPU_WEIGHT, CPU_WEIGHT_GIVING_WAY = 100, 1
 # The errors that the start of a zygote has by design; any other is a fault of the supervisor.
 EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
-# A start in all. Its budget is slots.start_timeout of processor time, because on a busy host it takes minutes.
-START_MAX_S = 600.0
+# The budget of a start is slots.start_timeout of processor time, because on a busy host it takes minutes; in all it may
+# take this many times as long.
+START_MAX_FACTOR = 10
 BUDGET_CHECK_S = 1.0
 NOTHING_KEPT: Mapping[str, int] = {}
 _AGE_MAX_S, _FORKS_MAX = 10 ** 9, 10 ** 12
@@ -147,7 +148,7 @@ class Zygotes:
                 self._discard(former)
             self._kept[name] = zygote
         adopted = {unit_of(zygote.instance) for zygote in self._kept.values()}
-        for unit in set(self._systemd.zygotes()) - adopted:
+        for unit in set(await self._systemd.zygotes()) - adopted:
             # By a stop job, so that the end of a unit that was starting is not counted as a failure.
             with contextlib.suppress(OSError):
                 await self._systemd.stop(unit)
@@ -374,14 +375,14 @@ class Zygotes:
         """
         unit, gives_way = unit_of(instance), pool.zygote is not None
         weight = CPU_WEIGHT_GIVING_WAY if gives_way else CPU_WEIGHT
-        self._systemd.set_limits(unit, replace(self._limits(), cpu_weight=weight))
+        await self._systemd.set_limits(unit, replace(self._limits(), cpu_weight=weight))
         made = asyncio.ensure_future(self._made(pool.image, instance))
         no_zygote = asyncio.ensure_future(pool.no_zygote.wait())
         try:
             if gives_way:
                 await asyncio.wait({made, no_zygote}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
-                self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
-            async with asyncio.timeout(START_MAX_S):
+                await self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
+            async with asyncio.timeout(START_MAX_FACTOR * self.config.value.slots.start_timeout):
                 return await made
         finally:
             made.cancel()
@@ -438,7 +439,7 @@ class Zygotes:
         if connected.done():
             return connected.result()
         try:
-            pidfd = os.pidfd_open(self._systemd.main_pid(unit))
+            pidfd = os.pidfd_open(await self._systemd.main_pid(unit))
         except (FileNotFoundError, ProcessLookupError):
             raise ended from None
         end = asyncio.ensure_future(readable(pidfd))

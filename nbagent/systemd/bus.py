@@ -32,6 +32,8 @@ from nbagent.core.model import Limits
 from nbagent.systemd.job import JobFailed
 
 SLICE = "nbagent-slots.slice"
+# Waits for users at a shutdown, if it is enabled; slots are stopped after it.
+DRAIN = "nbagent-drain.service"
 INFINITY = 2**64 - 1
 # The signals for which the units service has handlers, and which therefore interrupt a call.
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -165,6 +167,7 @@ class Systemd:
         self, name: str, pids: Sequence[int], description: str, limits: Limits, **settings: float
     ) -> None:
         properties: dict[bytes, Value] = {
+            b"Before": [DRAIN.encode()],
             b"CollectMode": b"inactive-or-failed",
             b"CPUAccounting": True,
             # Delegation without controllers, because AttachProcessesToUnit accepts only delegated units. The slot's
@@ -281,6 +284,8 @@ class Systemd:
             raise FileNotFoundError(str(error)) from error
         except dbusexc.DBusBaseError as error:
             self._loop.call_soon(self._process)
+            if self._has_ended():
+                raise OSError(errno.ECONNRESET, "the connection to systemd ended during a call") from error
             raise OSError(_text(error)) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

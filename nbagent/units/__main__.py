@@ -20,8 +20,10 @@ from systemd import daemon
 
 from nbagent.linux.cgroup import MigrationPrimer
 from nbagent.systemd.bus import Systemd
+from nbagent.systemd.watchdog import Watchdog
 from nbagent.units import requests
 from nbagent.wire import multiplex
+from nbagent.wire.aio import accept
 from nbagent.wire.channel import Channel
 from nbagent.wire.failure import Failure
 
@@ -33,7 +35,7 @@ async def serve(
     loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
     listener.setblocking(False)
     while True:
-        connection, _ = await loop.sock_accept(listener)
+        connection = await accept(listener)
         connection.setblocking(False)
         task = loop.create_task(_serve_one(manager, Channel(connection, requests.REQUEST_MAX_BYTES), prime))
         tasks.add(task)
@@ -64,8 +66,10 @@ async def _run(listener: socket.socket) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
     daemon.notify("READY=1")
+    watchdog = asyncio.ensure_future(Watchdog().run())
     with contextlib.suppress(asyncio.CancelledError):
         await serving
+    watchdog.cancel()
     systemd.close()
 
 

@@ -4,15 +4,11 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import socket
 from typing import Optional
 
+from nbagent.wire.accepting import ACCEPT_PAUSE_S, EXHAUSTED
 from nbagent.wire.channel import Channel, Message
-
-# The errors of accept(2) while no descriptor or no memory is left; any other is a fault of the listening socket itself.
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-ACCEPT_PAUSE_S = 0.1
 
 
 async def readable(fd: int) -> None:

@@ -8,3 +8,5 @@ from __future__ import annotations
 
 VARIABLE = "NBAGENT_ASSETS"
 PROGRAM, EXTENSIONS = "lab", "lab-extensions"
+# Below it, the router serves the web assets of an image by its digest.
+ROUTER_PATH = "/assets/"

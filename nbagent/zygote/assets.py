@@ -15,13 +15,16 @@ import os
 import re
 from typing import Any, Dict, FrozenSet, Iterable, Mapping, Optional, Tuple
 
-from nbagent.wire.assets import EXTENSIONS, PROGRAM, VARIABLE
+from nbagent.wire.assets import EXTENSIONS, PROGRAM, ROUTER_PATH, VARIABLE
 
 # By part: the name in JupyterLab's page configuration, and the path below the slot that it has otherwise.
 NAMES = {
     PROGRAM: ("fullStaticUrl", "static/lab"),
     EXTENSIONS: ("fullLabextensionsUrl", "lab/extensions"),
 }
+
+# The key of a page's configuration with the entries for the router, when the others are those of a CDN.
+FALLBACK = "nbagentFallback"
 
 Extensions = FrozenSet[Tuple[str, str]]
 
@@ -33,7 +36,7 @@ class Assets:
         self._index, self._extensions = os.path.join(program, "index.html"), extensions
         self._index_state = _state(self._index)
 
-    def addresses(self, config: Mapping[str, Any], base_url: str, origin: str, variable: str) -> Dict[str, str]:
+    def addresses(self, config: Mapping[str, Any], base_url: str, origin: str, variable: str) -> Dict[str, Any]:
         """The entries of the page configuration to replace. One that the image or the user has set is left as it is."""
         url, *parts = variable.split() or [""]
         usable = set(parts)
@@ -41,11 +44,17 @@ class Assets:
             usable.discard(PROGRAM)
         if not _listed(config) <= self._extensions:
             usable.discard(EXTENSIONS)
-        return {
-            name: f"{origin if url.startswith('/') else ''}{url}/{part}"
-            for part, (name, path) in NAMES.items()
+        replaced = {
+            name: part for part, (name, path) in NAMES.items()
             if part in usable and str(config.get(name, "")).rstrip("/") == base_url + path
         }
+        found: Dict[str, Any] = {
+            name: f"{origin if url.startswith('/') else ''}{url}/{part}" for name, part in replaced.items()
+        }
+        if found and not url.startswith("/"):
+            digest = url.rpartition("/")[2]
+            found[FALLBACK] = {name: f"{origin}{ROUTER_PATH}{digest}/{part}" for name, part in replaced.items()}
+        return found
 
 
 def install(server: Any, program: str) -> None:

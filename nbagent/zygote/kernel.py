@@ -155,6 +155,7 @@ def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers:
             for _ in range(warmup.ROUNDS):
                 warmup.warm_up(server, _run_warmup_kernel)
         _shell = _ready_shell()
+    entropy.find_generators()
     gc.collect()
     openers.check_threads()
     return left_out

@@ -51,7 +51,7 @@ from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
 from nbagent.wire.limits_page import LimitVariables
-from nbagent.zygote import answers, assets, full_storage, kernel_end, provisioner
+from nbagent.zygote import answers, assets, full_storage, kernel_end, page, provisioner
 from nbagent.zygote.acts import is_act
 from nbagent.zygote.kept_loop import KeptLoop
 from nbagent.zygote.kernel_watch import DELIMITER, PARENT, KernelWatch
@@ -299,8 +299,6 @@ def configuration(base_url: str, token: str) -> Config:
     config.AsyncMappingKernelManager.kernel_manager_class = f"{__name__}.SlotKernelManager"
     server.kernel_manager_class = SlotKernels
     server.kernel_websocket_connection_class = SlotKernelConnection
-    # An upload widget sends a file as one message; tornado's own limit is 10 MiB.
-    server.tornado_settings = {"websocket_max_message_size": MESSAGE_MAX_BYTES}
     provisioner.register()
     config.KernelProvisionerFactory.default_provisioner_name = provisioner.NAME
     # JupyterLab shows no trash, so that deleted files would use the slot's storage until it ends.
@@ -330,8 +328,12 @@ def initialise(base_url: str, token: str) -> Any:
     if shutil.which("node") is None:
         # JupyterLab cannot be built, and the check for a due build fails; so the page need not request it.
         server.web_app.settings.setdefault("page_config_data", {})["buildCheck"] = False
+    # An upload widget sends a file as one message; tornado's own limit is 10 MiB. Not in the configuration, where it
+    # would replace the tornado_settings of the image.
+    server.web_app.settings.setdefault("websocket_max_message_size", MESSAGE_MAX_BYTES)
     _note_requests(server)
     assets.install(server, next(iter(server.extension_manager.extension_apps["jupyterlab"])).static_dir)
+    page.install(server.web_app.settings)
     full_storage.answer()
     _keep_out_of_log(server.log, server.web_app.settings)
     return server

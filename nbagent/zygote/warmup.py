@@ -28,7 +28,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Awaitable
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Set, Tuple
 
 from jupyter_server.services.kernels.connection.base import deserialize_msg_from_ws_v1, serialize_msg_to_ws_v1
 from jupyterlab_server.handlers import LabHandler
@@ -77,6 +77,8 @@ MESSAGES: Tuple[Tuple[str, Dict[str, Any]], ...] = (
 
 # A page takes less than a second on an idle machine.
 RESPONSE_TIMEOUT_S = 10.0
+# The pages without a response, which the next sessions leave out.
+_unresponsive: Set[str] = set()
 
 # Runs a kernel in the calling thread until it is shut down or stopped. Arguments: the connection file; a function to
 # call when the kernel listens; a function to call with another one, which stops the kernel from any thread.
@@ -249,15 +251,19 @@ def _headers(server: Any) -> Dict[str, str]:
 
 
 async def _request(server: Any, path: str, method: str, page: str, body: bytes = b"") -> bytes:
-    """The body of the response, for any status; empty when there is none within RESPONSE_TIMEOUT_S."""
+    """The body of the response, for any status; empty when there is none within RESPONSE_TIMEOUT_S, now or before."""
+    if page in _unresponsive:
+        return b""
     reader, writer = await asyncio.open_unix_connection(path)
     headers = {"Host": "localhost", "Connection": "close", "Content-Length": str(len(body)), **_headers(server)}
     head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     writer.write(f"{method} {server.base_url}{page} HTTP/1.1\r\n{head}\r\n".encode() + body)
     response = b""
     # A handler of an extension that does not respond costs its own page, and not the zygote.
-    with contextlib.suppress(asyncio.TimeoutError):
+    try:
         response = await asyncio.wait_for(reader.read(), RESPONSE_TIMEOUT_S)
+    except asyncio.TimeoutError:
+        _unresponsive.add(page)
     writer.close()
     await writer.wait_closed()
     return response.partition(b"\r\n\r\n")[2]

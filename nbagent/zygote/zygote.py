@@ -168,7 +168,6 @@ class Zygote:
         failed = kernel.prepare(self.server, memory, preload, openers)
         plan.left_out.update(failed)
         self.loop = notebook_server.release_loop(self.server)
-        entropy.find_generators()
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
         entropy.reseed()
         self.places = PlaceholderSubstitution(BASE_URL, TOKEN)

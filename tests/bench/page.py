@@ -5,10 +5,12 @@
     tests/bench/page.py [--rounds N] [--throttle] [--host NAME] [--out DIRECTORY]
 
 Chromium opens lab/tree/Welcome.ipynb, by turns: in a fresh profile, and a second and a third time in the same
-profile. On the side of nbagent each visit is to a new slot. The bare server is one process for all visits, as warm as
-a server can be; its kernels and workspaces are removed between two visits. Browser and servers are in one network
-namespace, without a forwarder between. With --throttle the browser's network has 30 Mbit/s and a latency of 20 ms.
-The figures are medians; ratios are those of the medians of one run, because the speed of the machine changes.
+profile. On the side of nbagent each visit is to a new slot, and there is a fourth visit, in a fresh profile: the
+landing page is open for five seconds, and the times begin at the press of its button. The bare server is one process
+for all visits, as warm as a server can be; its kernels and workspaces are removed between two visits. Browser and
+servers are in one network namespace, without a forwarder between. With --throttle the browser's network has 30 Mbit/s
+and a latency of 20 ms. The figures are medians; ratios are those of the medians of one run, because the speed of the
+machine changes.
 """
 
 from __future__ import annotations
@@ -42,6 +44,8 @@ from testhost_driver import Host, netns
 
 OURS, BARE = "nbagent", "jupyter lab"
 VISITS = ("first", "second", "third")
+CLICK = "click"
+READ_S = 5.0
 EVENTS = ("shell", "notebook", "kernel", "result")
 COUNTS = ("requests", "cached", "kbytes")
 DEADLINE_S = 120
@@ -56,7 +60,7 @@ class PageBench:
     def __init__(self, host: Host, client: Client, options: argparse.Namespace) -> None:
         self.host, self.client, self.options, self.api = host, client, options, product.Api(host)
         self.samples: dict[str, dict[str, dict[str, list[float]]]] = {
-            side: {visit: {} for visit in VISITS} for side in (OURS, BARE)
+            OURS: {visit: {} for visit in (*VISITS, CLICK)}, BARE: {visit: {} for visit in VISITS}
         }
         self.traces: dict[str, list[dict[str, Any]]] = {}
         image = sides.image(host, "minimal")
@@ -72,6 +76,8 @@ class PageBench:
             for side in (OURS, BARE) if number % 2 else (BARE, OURS):
                 say(f"round {number} of {self.options.rounds}: {side}")
                 self.turn(side, VISITS, self.samples[side])
+                if side == OURS:
+                    self.turn(side, (CLICK,), self.samples[side])
 
     def turn(self, side: str, visits: tuple[str, ...], into: dict[str, dict[str, list[float]]] | None) -> None:
         """A fresh profile with some visits."""
@@ -82,7 +88,7 @@ class PageBench:
             if self.options.throttle:
                 page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", THROTTLED)
             for visit in visits:
-                with self.server(side) as url:
+                with self.clicked(page) if visit == CLICK else self.server(side) as url:
                     found = self.visit(page, url)
                     self.traces[f"{side}, {visit}"] = found.pop("trace")
                 if into is not None:
@@ -102,6 +108,18 @@ class PageBench:
         self.api.delete(f"/slots/{claim['slot']}")
         product.wait_warm(self.host, 3)
 
+    @contextlib.contextmanager
+    def clicked(self, page: browser.Page) -> Iterator[None]:
+        """A window in which the landing page has been read."""
+        page.open(f"http://127.0.0.1:{product.ROUTER_PORT}/{NOTEBOOK}")
+        page.see("button")
+        time.sleep(READ_S)
+        yield None
+        for slot in self.api.get("/slots").json():
+            if slot["state"] == "claimed":
+                self.api.delete(f"/slots/{slot['slot']}")
+        product.wait_warm(self.host, 3)
+
     async def forget(self, server: Server) -> None:
         """Ends the sessions of a server and deletes its workspace, so that the next visit is a person's first one."""
         async with self.client.http.get(f"{server.url}api/sessions", headers=server.headers) as answer:
@@ -110,10 +128,13 @@ class PageBench:
             async with self.client.http.delete(server.url + path, headers=server.headers) as answer:
                 await answer.read()
 
-    def visit(self, page: browser.Page, url: str) -> dict[str, Any]:
-        """Opens a url; the times in milliseconds, and what was transferred until the result was there."""
+    def visit(self, page: browser.Page, url: str | None) -> dict[str, Any]:
+        """Opens a url, or presses the button; the times in milliseconds, and what was transferred until the result."""
         page.driver.get_log("performance")
-        page.open(url)
+        if url is None:
+            page.see("button")[0].click()
+        else:
+            page.open(url)
         deadline_s = time.monotonic() + DEADLINE_S
         while "result" not in (marks := page.driver.execute_script("return window.benchMarks ?? {}")):
             if time.monotonic() > deadline_s:
@@ -157,11 +178,12 @@ def transfers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(found: PageBench) -> list[list[str]]:
-    """A line for each visit of each side, and the ratio of the results' times to the bare server's same visit."""
+    """A line for each visit of each side, and the ratio of the results' times to the bare server's same visit; of a
+    click, to its first."""
     rows = [["visit", *(f"{event}, s" for event in EVENTS), "result / bare", "requests", "from the cache", "kB"]]
-    for visit in VISITS:
-        base = statistics.median(found.samples[BARE][visit]["result"])
-        for side in (BARE, OURS):
+    for visit in (*VISITS, CLICK):
+        base = statistics.median(found.samples[BARE][VISITS[0] if visit == CLICK else visit]["result"])
+        for side in (OURS,) if visit == CLICK else (BARE, OURS):
             values = {name: statistics.median(values) for name, values in found.samples[side][visit].items()}
             rows.append([
                 f"{side}, {visit}", *(f"{values[event] / 1000:.2f}" for event in EVENTS),

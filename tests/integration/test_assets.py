@@ -5,6 +5,7 @@ import gzip
 import re
 from urllib.parse import urlsplit
 
+import brotli
 import pytest
 from test_origins import DOMAIN, curl, run_notebook, tls  # noqa: F401  a fixture
 
@@ -46,7 +47,8 @@ def hostile(agent, digest):
     agent.run("install", "-d", "-m", "755", directory)
     for name, content in HOSTILE.items():
         agent.host.run(["tee", f"{directory}/{name}"], input=content)
-    agent.run("ln", "-s", "/etc/passwd", f"{directory}/link.txt")
+    for link in ("link.txt", "hostile.xml.br"):
+        agent.run("ln", "-s", "/etc/passwd", f"{directory}/{link}")
     yield f"/assets/{digest}/hostile"
     agent.run("rm", "-r", directory)
 
@@ -79,15 +81,42 @@ def test_no_cache_keeps_the_error_for_a_wrong_path(agent, digest, hostile, path)
     assert "root:" not in body and "id_base" not in body
 
 
+def test_a_browser_that_accepts_brotli_gets_it_where_a_file_has_it(agent, digest, hostile, tmp_path):
+    plain = HOSTILE["hostile.js"].encode()
+    bodies = {"br": brotli.compress(plain), "gzip": gzip.compress(plain), None: plain}
+    for suffix, encoding in ((".br", "br"), (".gz", "gzip")):
+        (tmp_path / f"hostile.js{suffix}").write_bytes(bodies[encoding])
+        agent.host.copy_in(tmp_path / f"hostile.js{suffix}", f"/var/lib/nbagent/images/{digest}/static/hostile/")
+    for accepted, encoding in (("gzip, deflate, br, zstd", "br"), ("br;q=0.5", "br"), ("gzip, br;q=0", "gzip"),
+                               ("xbr", None)):
+        answer = agent.router.get(f"{hostile}/hostile.js", **{"Accept-Encoding": accepted})
+        assert (answer.headers.get("content-encoding"), answer.headers["vary"]) == (encoding, "Accept-Encoding")
+        assert answer.body == bodies[encoding] and answer.headers["cache-control"] == FOR_EVER
+        assert answer.headers["content-type"].startswith("text/javascript")
+    # One has no Brotli copy, and the other a link in its place.
+    for name in ("hostile.svg", "hostile.xml"):
+        without = agent.router.get(f"{hostile}/{name}", **{"Accept-Encoding": "br"})
+        assert (without.status, without.headers.get("content-encoding")) == (200, None)
+        assert without.body == HOSTILE[name].encode()
+
+
 def test_no_cache_keeps_the_error_for_a_wrong_request(agent, digest):
     address = f"/assets/{digest}/favicon.ico"
     for path, arguments, expected in (
         (f"/assets/sha256-{'0' * 64}/favicon.ico", (), 404), ("/assets/sha256-0/favicon.ico", (), 404),
-        (f"/assets/{digest.upper()}/favicon.ico", (), 404), (address, ("-H", "Range: bytes=99999999-"), 416),
+        (f"/assets/{digest.upper()}/favicon.ico", (), 404),
         (address, ("-X", "POST"), 405), (address, ("-H", "Service-Worker: script"), 404),
     ):
         status, headers, _ = curl(agent, path, *arguments)
         assert (status, "Cache-Control: no-store" in headers) == (expected, True), path
+    slot = agent.claim()["slot"]
+    size = len(agent.router.get(address).body)
+    for path in (address, f"/user/{slot}/static/favicon.ico"):
+        for first, expected in ((0, 206), (9, 206), (size - 1, 206), (size, 416), (size + 1, 416), (10 * size, 416)):
+            only_headers = ("-o", "/dev/null", "-D", "-")
+            status, headers, _ = curl(agent, path, *only_headers, "-H", f"Range: bytes={first}-")
+            (found,) = [line for line in headers if line.startswith("Cache-Control: ")]
+            assert (status, found == "Cache-Control: no-store") == (expected, expected == 416), (path, first)
 
 
 @pytest.fixture
@@ -118,17 +147,31 @@ def transferred(page):
     return {urlsplit(name).path: size for name, size in entries if "/assets/sha256-" in name}
 
 
-def test_the_next_slot_has_its_assets_from_the_browsers_cache(agent, page):
+LOADED = "return performance.getEntriesByType('resource').filter(one => one.responseEnd > 0).map(one => one.name)"
+
+
+def test_the_landing_page_and_the_slot_before_leave_the_assets_in_the_browsers_cache(agent, page, digest):
     origin = f"http://127.0.0.1:{agent.host.forward(product.ROUTER_PORT, 0)}"
+    ahead = [f"/assets/{digest}/{path}" for path in agent.router.get(f"/assets/{digest}/ahead.json").json()]
+    assert len(ahead) > 20 and any("lab-extensions" in path for path in ahead)
+    page.open(f"{origin}/")
+    page.wait(lambda driver: {origin + path for path in ahead} <= set(driver.execute_script(LOADED)), "the files ahead")
+    page.see("button")[0].click()
     found = []
     for _ in range(2):
-        claim = agent.claim()
-        page.open(f"{origin}{claim['path']}?token={claim['token']}")
         page.see(".jp-Launcher")
+        # The sign of progress ends with the start of JupyterLab.
+        sign = page.see("#nbagent-sign")[0]
+        assert sign.get_attribute("textContent").startswith("Your notebook is opening") and not sign.is_displayed()
         found.append(transferred(page))
         assert page.complaints() == []
+        claim = agent.claim()
+        page.open(f"{origin}{claim['path']}?token={claim['token']}")
     first, second = found
-    assert len(first) > 20 and any("lab-extensions" in path for path in first)
+    listed = {path.partition("?")[0] for path in ahead}
+    assert [path for path in first if path in listed and first[path]] == []
+    # All that JupyterLab loads before it shows the launcher, except what plug-ins request later.
+    assert len(listed & first.keys()) > 0.9 * len(listed) and len(first.keys() - listed) < 0.2 * len(first)
     assert [path for path in second if path in first and second[path]] == []
 
 

@@ -40,7 +40,10 @@ def count(agent, name):
 def test_an_idle_slot_is_ended_and_the_reason_is_logged(impatient):
     agent = impatient
     before = count(agent, "culled_idle")
-    slot = agent.claim()["slot"]
+    claim = agent.claim()
+    slot = claim["slot"]
+    session = agent.router.get(f"/user/{slot}/nbagent/session").json()
+    assert (session["state"], session["expires_at"]) == ("claimed", claim["expires_at"])
     at_s, text = culled(agent, slot)
     assert text.startswith("idle for ") and 4 <= int(text.split()[2]) < 60
     assert at_s - logged(agent, slot, Event.SLOT_CLAIMED)[0] >= 4
@@ -48,6 +51,9 @@ def test_an_idle_slot_is_ended_and_the_reason_is_logged(impatient):
     assert count(agent, "culled_idle") == before + 1
     page = agent.router.get(f"/user/{slot}/lab", Accept="text/html")
     assert page.status == 404 and b"no longer running" in page.body
+    session = agent.router.get(f"/user/{slot}/nbagent/session").json()
+    assert (session["state"], session["reason"]) == ("ended", text)
+    assert agent.router.get(f"/user/{slot[:-1]}/nbagent/session").status == 404
 
 
 def test_a_warm_slot_is_never_idle(impatient):

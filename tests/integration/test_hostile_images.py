@@ -14,7 +14,11 @@ import textwrap
 import forked
 import pytest
 
+from nbagent.core.events import Event
+
 IMAGE = "hostile"
+# Modules that the image preloads beside the one whose source most tests replace.
+THREAD, FILE = "starts_a_thread", "opens_a_file"
 # Without pauses between the zygotes that fail.
 SETTINGS = f'[pool]\nbackoff = "0.1s"\nbackoff_max = "0.2s"\n[images.{IMAGE}]\nwarm = 0\n'
 # Hostile modules.
@@ -63,9 +67,10 @@ HANG = """
 @pytest.fixture(scope="module")
 def module(shared, packages, tmp_path_factory):
     """The path on the host of the module that the image preloads."""
-    added = forked.add_image(shared, packages, tmp_path_factory.mktemp("image"), IMAGE, 'preload = ["hostile"]\n')
+    manifest = f'preload = ["hostile", "{THREAD}", "{FILE}"]\n'
+    added = forked.add_image(shared, packages, tmp_path_factory.mktemp("image"), IMAGE, manifest)
     path = shared.run("sh", "-c", f"ls -d {added['root']}/usr/local/lib/python3.*/dist-packages").strip()
-    shared.run("sh", "-c", f"echo pass > {path}/hostile.py")
+    shared.run("sh", "-c", f"for name in hostile {THREAD} {FILE}; do echo pass > {path}/$name.py; done")
     yield f"{path}/hostile.py"
     shared.run("nbagent", "image", "remove", IMAGE)
     deletes = ("systemctl", "show", "-P", "ActiveState", "nbagent-sweep.service")
@@ -100,8 +105,7 @@ def entries(agent):
 
 def ready(agent, seen):
     """Waits for a zygote that is ready after `seen` entries; returns its unit."""
-    found = agent.wait(lambda: [e for e in entries(agent)[seen:] if "is ready after" in e["MESSAGE"]],
-                       "a ready zygote", timeout=300)
+    found = agent.wait(lambda: [e for e in entries(agent)[seen:] if "is ready after" in e["MESSAGE"]], "a ready zygote")
     return f"nbagent-zygote@{found[-1]['NBAGENT_ZYGOTE']}.service"
 
 
@@ -111,7 +115,10 @@ def failure(agent, seen, pattern):
         texts = [entry.get("NBAGENT_TEXT", "") for entry in entries(agent)[seen:] if "failed" in entry["MESSAGE"]]
         return next((text for text in texts if re.search(pattern, text)), None)
 
-    return agent.wait(found, f"a failed zygote: {pattern}")
+    try:
+        return agent.wait(found, f"a failed zygote: {pattern}")
+    except AssertionError as error:
+        raise AssertionError(f"{error}; the journal has {[e['MESSAGE'] for e in entries(agent)[seen:]]}") from error
 
 
 def by_fork(agent, slot):
@@ -126,7 +133,7 @@ def by_fork(agent, slot):
          if os.fork() == 0:
              time.sleep(600)
              os._exit(0)
-     """, "Resource temporarily unavailable"),
+     """, "can't start new thread"),
     ("import socket; socket.socket(fileno=3).send(b'x' * 150_000)", "a packet of more than 65536 bytes"),
     ("""
      import socket; socket.socket(fileno=3).send(b'{"failure": {"step": "x", "errno": 1e999, "text": ""}}')
@@ -140,8 +147,13 @@ def test_a_zygote_that_exceeds_what_it_may_is_ended_and_slots_start_by_exec(agen
     assert not by_fork(agent, agent.claim(image=IMAGE)["slot"])
 
 
-def test_a_zygote_has_the_limits_of_a_slot(agent, attack):
-    unit = ready(agent, attack("pass"))
+def test_a_zygote_has_the_limits_of_a_slot_and_its_output_a_budget(agent, attack):
+    seen = attack("""
+        import sys
+        for number in range(600):
+            sys.stderr.write("<0>" + "x" * 16000 + "\\n")
+    """)
+    unit = ready(agent, seen)
     shown = agent.run("systemctl", "show", unit, "-p", "MemoryMax,MemorySwapMax,TasksMax,CPUWeight").split()
     claimed = agent.claim(image=IMAGE)["slot"]
     limits = next(slot["limits"] for slot in agent.slots() if slot["slot"] == claimed)
@@ -150,15 +162,6 @@ def test_a_zygote_has_the_limits_of_a_slot(agent, attack):
     }
     # An image that is hostile no longer has its slots by fork again.
     assert by_fork(agent, claimed)
-
-
-def test_the_output_of_a_zygote_has_a_budget_and_no_priority_of_its_own(agent, attack):
-    seen = attack("""
-        import sys
-        for number in range(600):
-            sys.stderr.write("<0>" + "x" * 16000 + "\\n")
-    """)
-    unit = ready(agent, seen)
     printed = [entry for entry in agent.journal(f"_SYSTEMD_UNIT={unit}") if "xxxx" in entry["MESSAGE"]]
     assert printed and sum(len(entry["MESSAGE"]) for entry in printed) < 2 << 20
     assert {entry["PRIORITY"] for entry in printed} == {"6"}
@@ -188,23 +191,11 @@ def test_a_zygote_that_serves_a_slot_itself_is_ended_with_all_its_processes(agen
     assert not agent.run("pgrep", "-fx", "sleep 600", check=False)
 
 
-@pytest.mark.parametrize(("source", "reason"), [
-    ("raise RuntimeError('ü' * 60_000)", r"its import failed: RuntimeError\('ü"),
-    ("import threading, time; threading.Thread(target=time.sleep, args=[600], daemon=True).start()", "1 threads run"),
-    ("""
-     import mmap, os
-     database, memory = open("/home/jovyan/common.db", "a"), mmap.mmap(-1, 4096)
-     """, "is open"),
-], ids=["failure", "thread", "file"])
-def test_a_module_that_a_fork_would_break_is_left_out_and_named(agent, attack, source, reason):
-    unit = ready(agent, attack(source))
-    zygote = unit[len("nbagent-zygote@"):-len(".service")]
-    notes = agent.journal("-t", "nbagent", f"NBAGENT_ZYGOTE={zygote}", "MESSAGE_ID=72c55a31cf2e44a494e977140c97a9da")
-    assert re.match(f"the module hostile is not preloaded: .*{reason}", notes[0]["NBAGENT_TEXT"])
-    assert len(notes) == 1 and len(notes[0]["NBAGENT_TEXT"]) <= 300
-    assert by_fork(agent, agent.claim(image=IMAGE)["slot"])
-
-
+STARTS_A_THREAD = "import threading, time; threading.Thread(target=time.sleep, args=[600], daemon=True).start()"
+OPENS_A_FILE = """
+    import mmap
+    database, memory = open("/home/jovyan/common.db", "a"), mmap.mmap(-1, 4096)
+"""
 EXTENSION = """
 import os
 from jupyter_server.base.handlers import JupyterHandler
@@ -229,26 +220,40 @@ def _load_jupyter_server_extension(server):
 """
 
 
-def test_an_extension_that_opens_a_file_is_loaded_in_each_slot(agent, attack, module):
+def test_modules_and_extensions_that_a_fork_would_break_are_left_out_and_named(agent, attack, module):
     packages = module.rpartition("/")[0]
-    enabled = f"{packages[:packages.rindex('/lib/')]}/etc/jupyter/jupyter_server_config.d/opened.json"
-    agent.run("sh", "-c", f"mkdir -p $(dirname {enabled}); cat > {packages}/opened.py", input=EXTENSION)
-    agent.run("sh", "-c", f"cat > {enabled}", input='{"ServerApp": {"jpserver_extensions": {"opened": true}}}')
+    prefix = packages[:packages.rindex("/lib/")]
+    extension = f"{prefix}/etc/jupyter/jupyter_server_config.d/opened.json"
+    files = {
+        f"{packages}/opened.py": EXTENSION, extension: '{"ServerApp": {"jpserver_extensions": {"opened": true}}}',
+        f"{packages}/{THREAD}.py": STARTS_A_THREAD, f"{packages}/{FILE}.py": OPENS_A_FILE,
+    }
     try:
-        ready(agent, attack("pass"))
-        messages = [entry["MESSAGE"] for entry in entries(agent)]
-        notes = [message for message in messages if "the extension opened is loaded in each" in message]
-        assert "/home/jovyan/.local/share/jupyter/opened.db is open" in notes[-1]
+        for path, text in files.items():
+            agent.run("sh", "-c", f"cat > {path}", input=textwrap.dedent(text))
+        unit = ready(agent, attack("raise RuntimeError('ü' * 60_000)"))
+        zygote = unit[len("nbagent-zygote@"):-len(".service")]
+        left_out = f"MESSAGE_ID={Event.ZYGOTE_LEFT_OUT.value.message_id}"
+        notes = [entry["NBAGENT_TEXT"] for entry in agent.journal(f"NBAGENT_ZYGOTE={zygote}", left_out)]
+        assert len(notes) == 4 and all(len(note) <= 300 for note in notes), notes
+        for pattern in (
+            r"the module hostile is not preloaded: its import failed: RuntimeError\('ü",
+            rf"the module {THREAD} is not preloaded: .*1 threads run",
+            rf"the module {FILE} is not preloaded: .*common.db is open",
+            "the extension opened is loaded in each slot after the fork: .*/.local/share/jupyter/opened.db is open",
+        ):
+            assert sum(bool(re.match(pattern, note)) for note in notes) == 1, (pattern, notes)
         for notebook in (agent.open(image=IMAGE), agent.open(image=IMAGE)):
             assert by_fork(agent, notebook.slot)
             found = notebook.get("opened")
             assert found["loaded"] == found["serves"] and found["base"] == notebook.base and found["owner"] > 0
             assert notebook.get("opened")["ticks"] == [1]
     finally:
-        agent.run("rm", enabled, f"{packages}/opened.py")
+        agent.run("rm", "-f", extension, f"{packages}/opened.py")
+        agent.run("sh", "-c", f"for name in {THREAD} {FILE}; do echo pass > {packages}/$name.py; done")
 
 
-def test_an_image_whose_slots_would_share_open_files_starts_by_exec_and_the_reason_is_shown(agent, attack):
+def test_an_image_whose_slots_would_share_open_files_starts_by_exec(agent, attack):
     seen = attack("""
         import gc
         opened = []

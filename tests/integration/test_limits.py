@@ -128,15 +128,17 @@ def test_busy_slots_share_processors_by_weight_and_a_quota_is_enforced(any_agent
             assert kernel.run("1", timeout=180).text == "1"
         for kernel in (first, second):
             assert kernel.run(BURN, timeout=180).status == "ok"
-    # Longer measurements compensate for other load on the machine.
+    # Without weights the ratio is 1. An emulated processor stands still while the machine runs other programs, and the
+    # slot that has it then pays for that time. Longer measurements compensate for load.
+    tolerance = 0.4 if agent.host.driver == "vm" else 0.15
     for seconds in (6, 12, 24, 48):
         before, _ = used(agent, light.slot, heavy.slot)
         time.sleep(seconds)
         after, _ = used(agent, light.slot, heavy.slot)
         ratio = (after[1] - before[1]) / (after[0] - before[0])
-        if 3 * 0.85 <= ratio <= 3 * 1.15:
+        if abs(ratio - 3) <= 3 * tolerance:
             break
-    assert 3 * 0.85 <= ratio <= 3 * 1.15
+    assert abs(ratio - 3) <= 3 * tolerance
 
     assert agent.api.patch(f"/slots/{heavy.slot}", {"cpu_quota": "25%"}).status == 200
     (before,), began = used(agent, heavy.slot)

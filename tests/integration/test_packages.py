@@ -26,11 +26,13 @@ ON_DEMAND = ("nbagent-network.service", "nbagent-dns.service", "nbagent-launch.s
 # The most that `systemd-analyze security` may report for each service as it is loaded on the host, drop-ins included.
 EXPOSURE_MAX = {
     "nbagent-api.service": 0.9,
+    "nbagent-dns-update.service": 1.2,
     "nbagent-dns.service": 1.6,
     "nbagent-launch.service": 4.0,
     "nbagent-network.service": 1.3,
     "nbagent-router.service": 1.1,
     "nbagent-sweep.service": 0.9,
+    "nbagent-termination@x:0.service": 1.2,
     "nbagent-token.service": 0.8,
     "nbagent-units.service": 1.0,
     "nbagent-zygote@x:0.service": 3.4,
@@ -38,7 +40,7 @@ EXPOSURE_MAX = {
 }
 # Files that other programs of the host changed. Paths of our files contain "nbagent".
 # A oneshot copy of nbagent.service has none of these.
-OTHER_DIRECTIVES = re.compile(r"(Exec\w+|Type|Sockets|WatchdogSec|Restart\w*|Wants|After|WantedBy)=|\[Install\]|#")
+OTHER_DIRECTIVES = re.compile(r"(Exec\w+|Type|Sockets|Watchdog\w+|Restart\w*|Wants|After|WantedBy)=|\[Install\]|#")
 OTHER_FILES = re.compile(r"file /(etc|usr|var|run)/(?!.*nbagent)")
 
 
@@ -132,7 +134,8 @@ def test_a_supervisor_that_is_taken_over_reaches_nothing_of_the_host(installed):
 
 
 def test_systemd_accepts_the_units(installed):
-    units = (*SERVICES, *ON_DEMAND, *SOCKETS, "nbagent-router-check.socket", "nbagent-slots.slice")
+    units = (*SERVICES, *ON_DEMAND, *SOCKETS, "nbagent-router-check.socket", "nbagent-slots.slice",
+             "nbagent-dns-update.service", "nbagent-termination@aws.service")
     done = installed.host.run(["systemd-analyze", "verify", *units], check=False)
     assert done.returncode == 0, done.stderr
     assert "nbagent" not in done.stderr, done.stderr

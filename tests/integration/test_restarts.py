@@ -317,6 +317,25 @@ def test_a_stop_is_quick_and_leaves_every_slot(session, agent):
     session.check()
 
 
+def test_at_a_shutdown_slots_end_before_the_router(agent):
+    # Its SIGTERM takes slots.stop_timeout.
+    notebook = agent.open()
+    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    kernel = notebook.kernel()
+    assert kernel.run(ignore).status == "ok"
+    agent.wait(lambda: not agent.slots("starting"), "a quiet pool")
+    # Its stop has begun when the others are requested, as in the transaction of a shutdown.
+    slots = "nbagent-slots.slice"
+    agent.run("systemctl", "stop", slots, SUPERVISOR, API, ROUTER)
+    ended, began = (
+        int(agent.run("systemctl", "show", "-P", name, unit))
+        for unit, name in ((slots, "InactiveEnterTimestampMonotonic"), (ROUTER, "ActiveExitTimestampMonotonic"))
+    )
+    agent.run("systemctl", "start", ROUTER, API, SUPERVISOR)
+    assert 0 < ended <= began
+    kernel.close()
+
+
 @pytest.mark.parametrize("fault", [
     ["systemctl", "kill", "-s", "KILL", "dbus.service"], ["systemctl", "daemon-reexec"],
 ], ids=["dbus-daemon", "daemon-reexec"])

@@ -167,12 +167,15 @@ def traces():
     found |= {f"file {name}" for name in os.listdir("/run/nbagent/sandbox")}
     for top in ("/etc", "/root", "/home", "/var/lib/nbagent", "/tmp", "/dev/shm"):
         for directory, directories, files in os.walk(top):
-            if directory.endswith("/images"):
+            is_images = directory.endswith("/images")
+            if is_images:
+                found |= {f"file {directory}/{name}" for name in directories}
                 directories.clear()
             # systemd makes and removes these whenever a service with PrivateTmp= starts or ends, so neither they nor
-            # the size and time of /tmp itself are traces of a slot.
+            # the size and time of /tmp itself are traces of a slot. Nor is the time of the store, from which
+            # nbagent-sweep.service may be deleting the image of an earlier test.
             directories[:] = [name for name in directories if not name.startswith("systemd-private-")]
-            for name in (files if directory == "/tmp" else (".", *files)):
+            for name in (files if is_images or directory == "/tmp" else (".", *files)):
                 status = os.lstat(os.path.join(directory, name))
                 facts = (status.st_mode, status.st_uid, status.st_gid, status.st_size, status.st_mtime_ns)
                 found.add(f"file {directory}/{name} {facts}")

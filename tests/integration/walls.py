@@ -479,7 +479,7 @@ def to_change_the_hosts_kernel(decoys):
         if os.path.isdir(path) and not set(os.listdir(path)) <= known:
             yield path
     for path in ("/sys", "/sys/fs/cgroup"):
-        if os.path.isdir(path) and not os.statvfs(path).f_flag & os.ST_RDONLY:
+        if os.path.isdir(path) and os.listdir(path) and not os.statvfs(path).f_flag & os.ST_RDONLY:
             yield f"{path} is not read-only"
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from nbagent.core.journald import Journal
+
 TEST_TIMEOUT_S = 30
 # A run of the unit tests has the same examples each time. The profile "deep" is that of `make fuzz`.
 _COMMON = {
@@ -132,8 +134,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.fixture(autouse=True)
 def journal(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     """The entries that a test would write to the journal, which gets none."""
-    from systemd import journal as library
-
     entries: list[dict[str, str]] = []
-    monkeypatch.setattr(library, "sendv", lambda *fields: entries.append(dict(f.split("=", 1) for f in fields)))
+    monkeypatch.setattr(Journal, "send", lambda _, fields: entries.append(dict(fields)))
     return entries

@@ -82,19 +82,19 @@ class FakeSystemd:
     async def attach(self, name: str, pids: Sequence[int]) -> None:
         self.calls.append(("attach", name))
 
-    def set_limits(self, name: str, limits: Limits) -> None:
+    async def set_limits(self, name: str, limits: Limits) -> None:
         if self.limits_error is not None:
             raise self.limits_error
         self.limits[name] = limits
 
-    def scope_limits(self, name: str) -> Limits:
+    async def scope_limits(self, name: str) -> Limits:
         return self.limits.get(name, Limits(1 << 30, 100, None, 256))
 
     async def check(self) -> None:
         if self.check_error is not None:
             raise self.check_error
 
-    def set_swap(self, name: str, size_bytes: int) -> None:
+    async def set_swap(self, name: str, size_bytes: int) -> None:
         self.calls.append(("set_swap", name, size_bytes))
 
     async def stop(self, name: str, *, at_once: bool = False) -> None:
@@ -104,7 +104,7 @@ class FakeSystemd:
             raise self.stop_error
         self.end(name)
 
-    def scopes(self) -> Iterable[str]:
+    async def scopes(self) -> list[str]:
         return list(self.units)
 
     def stopped(self) -> list[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,7 +78,7 @@ def page(*extensions: tuple[str, str], **more: str) -> dict[str, object]:
 
 
 def addresses(assets: Assets, config: dict[str, object], origin: str = "",
-              variable: str = f"{URL} lab lab-extensions") -> dict[str, str]:
+              variable: str = f"{URL} lab lab-extensions") -> dict[str, Any]:
     found = assets.addresses(config, BASE, origin, variable)
     json.dumps(found)
     return found
@@ -100,7 +101,8 @@ def test_another_origin_precedes_a_path_and_not_the_address_of_a_cdn(program: Pa
     other = "https://assets.nb.test"
     assert addresses(assets, page(), other, f"{URL} lab") == {"fullStaticUrl": f"{other}{URL}/lab"}
     assert addresses(assets, page(), other, f"https://cdn.test/n{URL} lab") == {
-        "fullStaticUrl": f"https://cdn.test/n{URL}/lab"}
+        "fullStaticUrl": f"https://cdn.test/n{URL}/lab",
+        "nbagentFallback": {"fullStaticUrl": f"{other}{URL}/lab"}}
 
 
 @pytest.mark.parametrize("installed", [("y", "static/remoteEntry.2.js"), ("x", "static/remoteEntry.2.js")])

@@ -48,7 +48,7 @@ class Host:
         self.lives[slot.scope] = live
         return live
 
-    def set_swap(self, name, size_bytes):
+    async def set_swap(self, name, size_bytes):
         self.requests.append((name, size_bytes))
         if (live := self.lives.get(name)) is None:
             raise FileNotFoundError(name)
@@ -173,7 +173,7 @@ def test_a_slot_that_ends_while_it_is_compressed_is_no_error(host):
 def test_swap_that_a_former_supervisor_allowed_is_refused_again(host):
     strict, open_ = host.slot(1), host.slot(2, limit_bytes=LIMIT_BYTES)
     for live in (strict, open_):
-        host.compressor.adopt(live)
+        asyncio.run(host.compressor.adopt(live))
     assert host.requests == [(open_.slot.scope, 0)]
 
 

@@ -229,13 +229,19 @@ def test_a_kernel_limit_that_is_too_low_for_the_capacity_is_a_warning(tmp_path: 
     assert doctor.check_limit(tmp_path, doctor.LIMITS[-1], settings).found == "not in use"
 
 
-def test_file_max_must_be_more_than_one_slot_can_open(tmp_path: Path) -> None:
+def test_file_max_is_judged_by_what_users_open(tmp_path: Path) -> None:
     (limit,) = (known for known in doctor.LIMITS if known.each_bytes)
-    settings = host_config.parse({"slots": {"capacity": 100, "memory_max": "1G"}})
-    host(tmp_path, {"proc/sys/fs/file-max": "2000000\n", **MEMINFO})
-    assert doctor.check_limit(tmp_path, limit, settings).status == "warn"
+    settings = host_config.parse({"slots": {"capacity": 1305, "memory_max": "4G"}})
+    # The value of a machine with 24 GiB, for a host that is a container of it.
+    host(tmp_path, {"proc/sys/fs/file-max": "2466177\n", **MEMINFO})
+    finding = doctor.check_limit(tmp_path, limit, settings)
+    assert finding.status == "ok" and finding.found.endswith("may take 22369621")
     host(tmp_path, {"proc/sys/fs/file-max": f"{2**63 - 1}\n"})
-    assert doctor.check_limit(tmp_path, limit, settings).status == "ok"
+    finding = doctor.check_limit(tmp_path, limit, settings)
+    assert finding.status == "ok" and finding.found.endswith("open files")
+    host(tmp_path, {"proc/sys/fs/file-max": "300000\n"})
+    finding = doctor.check_limit(tmp_path, limit, settings)
+    assert finding.status == "warn" and "too few for 1305 slots" in finding.found
 
 
 def test_a_refused_configuration_does_not_stop_the_other_checks(tmp_path: Path) -> None:

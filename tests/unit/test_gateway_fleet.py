@@ -58,6 +58,12 @@ def test_figures_of_a_fleet_are_sums_and_minima_of_its_hosts() -> None:
     assert figures["claim_ms"] == {"p50": 4.0, "p99": 20.0}
 
 
+def test_a_fleet_with_two_images_has_the_address_of_most_hosts() -> None:
+    hosts = {f"http://{number}": {**A, "assets": f"/assets/{digest}"} for number, digest in enumerate("xyy")}
+    assert total(hosts)["assets"] == "/assets/y"
+    assert total({"http://a": A, "http://b": {**A, "assets": 5}})["assets"] is None
+
+
 def test_a_fleet_without_a_host_that_is_up_has_figures() -> None:
     figures = total({"http://a": DOWN})
     assert (figures["available"], figures["capacity"], figures["next_end_s"]) == (0, 0, None)

@@ -188,3 +188,20 @@ def test_no_trial_takes_the_last_room(tmp_path):
                 await host.calls.try_start()
 
     asyncio.run(run())
+
+
+def test_a_pool_that_pauses_starts_at_once_when_the_fault_is_mended(tmp_path):
+    async def run():
+        async with Host(tmp_path, pool={"warm": 1, "backoff": "60s"}) as host:
+            await warm(host)
+            host.systemd.check_error = host.systemd.scope_error = OSError("no PID 1")
+            await twice(host)
+            await host.claim()
+            while not host.supervisor.pools["minimal"].failures:
+                await asyncio.sleep(0.01)
+            assert host.supervisor.pools["minimal"].not_before_s > 0
+            host.systemd.check_error = host.systemd.scope_error = None
+            await host.supervisor.health.check()
+            await host.until_states("warm", "claimed")
+
+    asyncio.run(run())

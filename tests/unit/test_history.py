@@ -61,7 +61,7 @@ async def release(tmp_path):
         await host.until_states("warm")
         slot = (await host.claim(memory="2G", cpu_quota="50%"))["slot"]
         await turns()
-        host.calls.update(slot, {"memory": "1G"}, "192.0.2.7")
+        await host.calls.update(slot, {"memory": "1G"}, "192.0.2.7")
         host.calls.release(slot, "192.0.2.8")
         await host.gone(slot)
         return slot

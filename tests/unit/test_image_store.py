@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import brotli
 import pytest
 
 from archives import MANIFEST, Archive, Layers
@@ -406,9 +407,10 @@ def test_static_files_are_published_with_a_compressed_twin(store: ImageStore) ->
     image = add(store, Archive.with_image())
     main = image.static / "lab/main.js"
     twin = image.static / "lab/main.js.gz"
-    assert gzip.decompress(twin.read_bytes()) == main.read_bytes()
+    smaller = image.static / "lab/main.js.br"
+    assert gzip.decompress(twin.read_bytes()) == brotli.decompress(smaller.read_bytes()) == main.read_bytes()
     assert not (image.static / "lab/tiny.js.gz").exists()
-    for path in (main, twin):
+    for path in (main, twin, smaller):
         assert stat.S_IMODE(path.stat().st_mode) == 0o644
         assert path.stat().st_uid == os.geteuid()
         assert path.stat().st_mtime == 1_000_000_000
@@ -422,6 +424,7 @@ def test_static_files_never_come_from_outside_the_image(store: ImageStore, tmp_p
     archive.add("usr/share/lab/dir", type=tarfile.SYMTYPE, linkname=str(tmp_path))
     assert sorted(p.name for p in (add(store, archive).static / "lab").iterdir()) == [
         "main.js",
+        "main.js.br",
         "main.js.gz",
         "tiny.js",
     ]

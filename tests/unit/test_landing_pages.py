@@ -17,6 +17,7 @@ from werkzeug.test import TestResponse
 from nbagent.api.backend import HostBackend
 from nbagent.config import host_config
 from nbagent.core.errors import StartFailed
+from nbagent.image.store import Image
 from nbagent.landing.app import create_app, duration
 from nbagent.landing.backend import quantile_ms, retry_delay_s
 from nbagent.wire.control import ControlClient
@@ -366,3 +367,43 @@ def test_retry_delay(figures: dict[str, Any], retry_after_s: float | None, expec
 ])
 def test_duration_in_words(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+ASSETS = "/assets/sha256-" + "0" * 64
+
+
+@pytest.fixture
+def assets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the default image web files."""
+    monkeypatch.setattr(Image, "assets_path", ASSETS)
+
+
+@pytest.mark.usefixtures("assets")
+@pytest.mark.parametrize(("router", "address", "connect"), [
+    ({}, ASSETS, "'self'"),
+    ({"assets_url": "https://cdn.example.net/n"}, f"https://cdn.example.net/n{ASSETS}", "'self' https://cdn.example.net"),
+    ({"url_mode": "subdomain", "domain": "nb.test", "public_url": "https://nb.test"},
+     f"https://assets.nb.test{ASSETS}", "'self' https://assets.nb.test"),
+])
+def test_pages_with_a_button_load_the_images_files_ahead(
+    supervisor: FakeSupervisor, router: dict[str, Any], address: str, connect: str
+) -> None:
+    landing = client_of(supervisor, router=router)
+    for target in ("/", "/lab/tree/a.ipynb", "/user/c07-0123456789ab/lab"):
+        response = send(landing, "GET", target)
+        assert f'const ASSETS = "{address}"' in response.text, target
+        assert f"connect-src {connect};" in response.headers["Content-Security-Policy"]
+
+
+@pytest.mark.usefixtures("assets")
+def test_nothing_is_loaded_ahead_for_a_browser_that_saves_data_or_a_page_that_starts_at_once(
+    supervisor: FakeSupervisor
+) -> None:
+    response = send(client_of(supervisor), "GET", "/", {**PERSON, "Save-Data": "on"})
+    assert "ASSETS" not in response.text and "connect-src 'self';" in response.headers["Content-Security-Policy"]
+    assert "ASSETS" not in send(client_of(supervisor, landing={"start": "at once"}), "GET", "/").text
+
+
+def test_an_image_without_web_files_has_nothing_to_load_ahead(landing: FlaskClient) -> None:
+    assert "ASSETS" not in send(landing, "GET", "/").text
+    assert send(landing, "GET", "/api/stats").json["assets"] is None

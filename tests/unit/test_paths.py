@@ -30,4 +30,4 @@ def test_no_other_module_has_a_path_literal() -> None:
 def test_tmpfiles_creates_the_directories() -> None:
     lines = (TOP / "packaging/nbagent.tmpfiles").read_text().splitlines()
     created = {Path(line.split()[1]) for line in lines if line.startswith("d ")}
-    assert {paths.RUN, paths.SLOTS, paths.SANDBOX, paths.IMAGES} <= created
+    assert {paths.RUN, paths.SLOTS, paths.SESSIONS, paths.SANDBOX, paths.IMAGES} <= created

@@ -124,9 +124,9 @@ async def test_the_record_of_a_slot_is_incomplete_while_its_limits_change(tmp_pa
         await host.until_states("warm")
         states, set_limits = [], host.systemd.set_limits
 
-        def note(name, limits):
+        async def note(name, limits):
             states.extend(slot.state for _, slot in host.records.load() if slot.scope == name)
-            set_limits(name, limits)
+            await set_limits(name, limits)
 
         monkeypatch.setattr(host.systemd, "set_limits", note)
         claim = await host.claim(memory="64M")
@@ -158,7 +158,7 @@ async def test_a_key_gives_its_slot_again(tmp_path):
     async with Host(tmp_path) as host:
         await host.until_states("warm")
         first = await host.claim("k1", ttl=60)
-        host.calls.update(first["slot"], {"cpu_weight": 7}, "192.0.2.1")
+        await host.calls.update(first["slot"], {"cpu_weight": 7}, "192.0.2.1")
         again = await host.claim("k1", ttl=60)
         assert (again["slot"], again["token"]) == (first["slot"], first["token"])
         assert again["limits"]["cpu_weight"] == 7

@@ -236,6 +236,40 @@ async def test_a_slot_that_systemd_cannot_stop_is_stopped_when_it_can(tmp_path, 
         await host.gone(name)
 
 
+async def test_a_record_that_cannot_be_removed_is_removed_when_it_can(tmp_path, journal, monkeypatch):
+    monkeypatch.setattr(slot_stopper, "STOP_PAUSE_S", 0.01)
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+
+        def refuse(path):
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rmdir", refuse)
+            host.calls.release(name, "192.0.2.1")
+            await until(lambda: Event.SLOT_STOP_FAILED in kinds(journal))
+            assert host.states()[name] == "stopping"
+        await host.gone(name)
+        assert name not in os.listdir(host.records.path)
+
+
+async def test_a_slot_ends_while_the_supervisor_has_no_descriptor_left(tmp_path, monkeypatch):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+
+        def exhausted(*arguments, **options):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        with monkeypatch.context() as patch:
+            for call in ("open", "listdir", "scandir"):
+                patch.setattr(os, call, exhausted)
+            host.calls.release(name, "192.0.2.1")
+        await host.gone(name)
+        assert name not in os.listdir(host.records.path)
+
+
 async def test_the_supervisor_ends_although_systemd_stops_no_slot(tmp_path, journal, monkeypatch):
     monkeypatch.setattr(slot_stopper, "STOP_PAUSE_S", 0.01)
     host = Host(tmp_path)
@@ -294,7 +328,7 @@ async def test_after_a_reload_with_another_label_slots_keep_their_ids_and_new_on
         labels = {name.partition("-")[0] for name in host.slots}
         assert labels == {"c07", "d08"} and host.calls.stats()["label"] == "d08"
         assert host.calls.slot(old)["slot"] == old
-        assert host.calls.update(old, {"ttl": 60}, "192.0.2.1")["slot"] == old
+        assert (await host.calls.update(old, {"ttl": 60}, "192.0.2.1"))["slot"] == old
         assert (await host.claim("k1"))["slot"] == old
         assert host.calls.release(old, "192.0.2.1")["slot"] == old
 
@@ -342,22 +376,54 @@ async def test_an_update_changes_limits_and_life_of_a_claimed_slot_alone(tmp_pat
     async with Host(tmp_path) as host:
         warm, = await host.until_states("warm")
         with pytest.raises(IllegalMove, match="only a claimed slot"):
-            host.calls.update(warm, {"ttl": 60}, "192.0.2.1")
+            await host.calls.update(warm, {"ttl": 60}, "192.0.2.1")
         name = (await host.claim())["slot"]
-        document = host.calls.update(name, {"memory": "512M", "ttl": 60}, "192.0.2.1")
+        document = await host.calls.update(name, {"memory": "512M", "ttl": 60}, "192.0.2.1")
         assert document["limits"]["memory_bytes"] == 512 << 20
         assert host.systemd.limits[f"nbagent-{name}.scope"].memory_bytes == 512 << 20
         assert 59 <= host.slots[name].slot.ttl_s <= 61
         with pytest.raises(InvalidField, match="ttl"):
-            host.calls.update(name, {"ttl": "25h"}, "192.0.2.1")
+            await host.calls.update(name, {"ttl": "25h"}, "192.0.2.1")
         with pytest.raises(InvalidField):
-            host.calls.update(name, {"image": "minimal"}, "192.0.2.1")
+            await host.calls.update(name, {"image": "minimal"}, "192.0.2.1")
         host.systemd.limits_error = OSError("no such unit")
         with pytest.raises(IllegalMove, match="no such unit"):
-            host.calls.update(name, {"memory": "256M"}, "192.0.2.1")
+            await host.calls.update(name, {"memory": "256M"}, "192.0.2.1")
         assert host.slots[name].slot.limits.memory_bytes == 512 << 20
         assert dict(host.records.load())[name].limits.memory_bytes == 512 << 20
         assert Event.SLOT_UPDATED in kinds(journal)
+
+
+async def test_a_slot_that_is_released_during_its_update_ends(tmp_path, monkeypatch):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+
+        async def release(scope, limits):
+            host.calls.release(name, "192.0.2.1")
+
+        monkeypatch.setattr(host.systemd, "set_limits", release)
+        document = await host.calls.update(name, {"memory": "512M"}, "192.0.2.1")
+        assert document["state"] == "stopping"
+        await host.gone(name)
+
+
+async def test_two_updates_at_a_time_are_both_made(tmp_path, monkeypatch):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim())["slot"]
+
+        async def later(scope, limits):
+            await asyncio.sleep(0.01)
+            host.systemd.limits[scope] = limits
+
+        monkeypatch.setattr(host.systemd, "set_limits", later)
+        await asyncio.gather(
+            host.calls.update(name, {"memory": "512M"}, "192.0.2.1"),
+            host.calls.update(name, {"cpu_weight": 7}, "192.0.2.1"),
+        )
+        for limits in (host.slots[name].slot.limits, host.systemd.limits[f"nbagent-{name}.scope"]):
+            assert (limits.memory_bytes, limits.cpu_weight) == (512 << 20, 7)
 
 
 async def test_an_update_that_cannot_be_recorded_changes_nothing(tmp_path, monkeypatch):
@@ -371,7 +437,7 @@ async def test_an_update_that_cannot_be_recorded_changes_nothing(tmp_path, monke
 
         monkeypatch.setattr(host.records, "save", full)
         with pytest.raises(RecordFailed, match="No space left on device"):
-            host.calls.update(name, {"memory": "512M", "ttl": 60}, "192.0.2.1")
+            await host.calls.update(name, {"memory": "512M", "ttl": 60}, "192.0.2.1")
         assert host.slots[name].slot == before
         assert host.systemd.limits[before.scope].memory_bytes == before.limits.memory_bytes
 

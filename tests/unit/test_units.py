@@ -23,13 +23,17 @@ SERVICES = [unit for unit in UNITS if unit.suffix == ".service"]
 # The most that `systemd-analyze security` may report for each service. A service that is not listed fails.
 EXPOSURE_MAX = {
     "nbagent-api.service": 1.1,
+    "nbagent-dns-update.service": 1.4,
     "nbagent-dns.service": 1.8,
+    "nbagent-drain.service": 1.5,
+    "nbagent-gateway-dns.service": 1.4,
     "nbagent-gateway-status.service": 1.4,
     "nbagent-gateway.service": 1.7,
     "nbagent-launch.service": 4.0,
     "nbagent-network.service": 1.5,
     "nbagent-router.service": 1.2,
     "nbagent-sweep.service": 1.1,
+    "nbagent-termination@.service": 1.3,
     "nbagent-token.service": 0.8,
     "nbagent-units.service": 1.0,
     "nbagent-zygote@.service": 3.4,

@@ -6,9 +6,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import os
 import socket
 import threading
+import time
 
 import pytest
 
@@ -31,14 +33,15 @@ RESULTS = {"scopes": [SCOPE], "zygotes": [SCOPE], "scope_limits": LIMITS, "main_
 
 
 class Manager:
-    """Records the calls; `error` is raised by each."""
+    """Records the calls; `error` is raised by each, after `blocks_s`, for which nothing else is done."""
 
     def __init__(self):
-        self.calls, self.error = [], None
+        self.calls, self.error, self.blocks_s = [], None, 0.0
 
     def __getattr__(self, name):
         def record(*arguments, **settings):
             self.calls.append((name, *arguments, *settings.values()))
+            time.sleep(self.blocks_s)
             if self.error is not None:
                 raise self.error
             return RESULTS.get(name)
@@ -90,14 +93,14 @@ async def test_every_call_arrives_with_its_arguments(service):
     with contextlib.closing(Systemd()) as systemd:
         await systemd.start_scope(SCOPE, [10, 11], "Notebook slot", LIMITS, runtime_max_s=60, stop_timeout_s=3.5)
         await systemd.attach(SCOPE, [11])
-        systemd.set_limits(SCOPE, dataclasses.replace(LIMITS, cpu_quota=None))
-        systemd.set_swap(SCOPE, 0)
-        systemd.set_cpu_weight(ZYGOTE, 1)
+        await systemd.set_limits(SCOPE, dataclasses.replace(LIMITS, cpu_quota=None))
+        await systemd.set_swap(SCOPE, 0)
+        await systemd.set_cpu_weight(ZYGOTE, 1)
         await systemd.start(ZYGOTE)
         await systemd.start("nbagent-dns.service", anew=True)
         await systemd.stop(SCOPE, at_once=True)
         await systemd.stop(ZYGOTE)
-        assert systemd.scopes() == systemd.zygotes() == [SCOPE]
+        assert await systemd.scopes() == await systemd.zygotes() == [SCOPE]
         assert service.manager.calls == [
             ("start_scope", SCOPE, [10, 11], "Notebook slot", LIMITS, 60.0, 3.5), ("attach", SCOPE, [11]),
             ("set_limits", SCOPE, Limits(1 << 30, 100, None, 256)), ("set_swap", SCOPE, 0),
@@ -116,15 +119,11 @@ async def test_a_unit_that_is_not_a_slots_is_refused(service, name):
         for call in (
             lambda: systemd.start(name), lambda: systemd.stop(name, at_once=True), lambda: systemd.attach(name, [10]),
             lambda: systemd.start_scope(name, [10], "x", LIMITS, runtime_max_s=1, stop_timeout_s=1),
-        ):
-            with pytest.raises(PermissionError, match="does not belong to a slot"):
-                await call()
-        for call in (
             lambda: systemd.set_limits(name, LIMITS), lambda: systemd.set_swap(name, 1),
             lambda: systemd.set_cpu_weight(name, 1),
         ):
             with pytest.raises(PermissionError, match="does not belong to a slot"):
-                call()
+                await call()
         assert service.manager.calls == []
 
 
@@ -137,12 +136,12 @@ async def test_a_scope_is_not_started_by_its_name(service):
 
 async def test_limits_are_of_scopes_and_zygotes_and_main_processes_of_zygotes(service):
     with contextlib.closing(Systemd()) as systemd:
-        systemd.set_limits(ZYGOTE, LIMITS)
-        assert systemd.scope_limits(SCOPE) == LIMITS
-        assert systemd.main_pid(ZYGOTE) == 4711
+        await systemd.set_limits(ZYGOTE, LIMITS)
+        assert await systemd.scope_limits(SCOPE) == LIMITS
+        assert await systemd.main_pid(ZYGOTE) == 4711
         for call in (lambda: systemd.scope_limits(ZYGOTE), lambda: systemd.main_pid("ssh.service")):
             with pytest.raises(PermissionError, match="does not belong to a slot"):
-                call()
+                await call()
 
 
 @pytest.mark.parametrize("pid", [12, 13, 14, 15])
@@ -183,10 +182,41 @@ async def test_failures_keep_their_kind(service):
         # As nbagent.systemd.bus raises it.
         service.manager.error = FileNotFoundError("it has no main process")
         with pytest.raises(FileNotFoundError, match="it has no main process"):
-            systemd.main_pid(ZYGOTE)
+            await systemd.main_pid(ZYGOTE)
         service.manager.error = ValueError("unexpected")
         with pytest.raises(OSError, match="unexpected"):
-            systemd.set_swap(SCOPE, 0)
+            await systemd.set_swap(SCOPE, 0)
+
+
+async def test_a_request_without_a_response_fails_after_a_time_and_other_tasks_run_meanwhile(service, monkeypatch):
+    monkeypatch.setattr("nbagent.supervisor.systemd.TIMEOUT_S", 0.2)
+    service.manager.blocks_s = 0.6
+    with contextlib.closing(Systemd()) as systemd:
+        waiting = asyncio.ensure_future(systemd.set_limits(SCOPE, LIMITS))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        with pytest.raises(TimeoutError, match=r"set_limits: no response within 0\.2 s"):
+            await waiting
+
+
+@pytest.mark.parametrize(("number", "op", "is_repeated"), [
+    (errno.ENOTCONN, "set_limits", True), (errno.ENOTCONN, "start_scope", True),
+    (errno.ECONNRESET, "set_limits", True), (errno.ECONNRESET, "start_scope", False),
+])
+async def test_requests_go_on_while_pid_1_executes_itself(service, number, op, is_repeated):
+    service.manager.error = OSError(number, "the connection to systemd ended")
+    with contextlib.closing(Systemd()) as systemd:
+        arguments = ([10], "x", LIMITS) if op == "start_scope" else (LIMITS,)
+        settings = {"runtime_max_s": 1, "stop_timeout_s": 1} if op == "start_scope" else {}
+        request = asyncio.ensure_future(getattr(systemd, op)(SCOPE, *arguments, **settings))
+        await asyncio.sleep(0.15)
+        service.manager.error = None
+        if is_repeated:
+            await request
+            assert len(service.manager.calls) > 1
+        else:
+            with pytest.raises(ConnectionResetError, match="the connection to systemd ended"):
+                await request
 
 
 async def test_a_process_that_is_added_while_its_scope_starts_is_added_after_the_start(service):

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from nbagent.runtime import zygote_inspection
-from nbagent.runtime.zygote_inspection import INTERVAL_S, SETTLE_S, Inspection
+from nbagent.runtime.zygote_inspection import INTERVAL_S, LOOK_AGAIN_S, Inspection
 
 # Runs each line that it reads, and responds.
 ZYGOTE = "import os, sys, threading, time\nfor line in sys.stdin:\n    exec(line)\n    print('done', flush=True)\n"
@@ -47,11 +47,26 @@ def test_a_zygote_that_sleeps_has_no_fault(zygote):
     assert inspection.again_s == INTERVAL_S
 
 
-def test_a_descriptor_that_is_kept_is_found_the_second_time(zygote):
+def test_a_descriptor_that_is_kept_for_longer_than_a_fork_may_take_is_found(zygote, monkeypatch):
     made, inspection, _ = zygote
     made.run("kept = os.pipe()")
-    assert inspection.find(1) is None and inspection.again_s == SETTLE_S
+    assert inspection.find(1) is None and inspection.again_s == LOOK_AGAIN_S
+    assert inspection.find(1) is None
+    # Under another number too.
+    made.run("moved = [os.dup(fd) for fd in kept]; [os.close(fd) for fd in kept]")
+    monkeypatch.setattr(zygote_inspection, "KEPT_MAX_S", 0.0)
     assert "it keeps descriptors" in inspection.find(1)
+
+
+@pytest.mark.parametrize("make", ["os.pipe()", "[os.memfd_create('nbagent-config')]"], ids=["pipe", "memfd"])
+def test_descriptors_of_one_request_after_another_are_none_that_is_kept(zygote, monkeypatch, make):
+    monkeypatch.setattr(zygote_inspection, "KEPT_MAX_S", 0.0)
+    made, inspection, _ = zygote
+    for _ in range(5):
+        # The numbers are the same each time.
+        made.run(f"kept = {make}")
+        assert inspection.find(1) is None
+        made.run("[os.close(fd) for fd in kept]")
 
 
 def test_a_descriptor_of_a_request_that_is_closed_soon_is_none(zygote):
@@ -62,8 +77,9 @@ def test_a_descriptor_of_a_request_that_is_closed_soon_is_none(zygote):
     assert inspection.find(1) is None and inspection.again_s == INTERVAL_S
 
 
-def test_another_file_under_a_known_number_is_found(zygote):
+def test_another_file_under_a_known_number_is_found(zygote, monkeypatch):
     made, inspection, _ = zygote
+    monkeypatch.setattr(zygote_inspection, "KEPT_MAX_S", 0.0)
     made.run("os.dup2(os.open('/dev/zero', os.O_RDWR), 2); os.close(3)")
     assert inspection.find(0) is None
     assert "it keeps descriptors that it did not have when it was ready: 2" in inspection.find(0)

@@ -30,13 +30,13 @@ class Units:
         self.active = {unit_of(instance) for instance in instances}
         self.started: list[str] = []
 
-    def zygotes(self) -> list[str]:
+    async def zygotes(self) -> list[str]:
         return sorted(self.active)
 
-    def set_limits(self, name: str, limits: Limits) -> None:
+    async def set_limits(self, name: str, limits: Limits) -> None:
         pass
 
-    def set_cpu_weight(self, name: str, weight: int) -> None:
+    async def set_cpu_weight(self, name: str, weight: int) -> None:
         pass
 
     async def start(self, name: str) -> None:

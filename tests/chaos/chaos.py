@@ -1,0 +1,241 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
+"""`make chaos`: random faults on a real host under users and claims, by a seed that is printed.
+
+    tests/chaos/chaos.py [--faults 200] [--seed N] [--users 6] [--claimers 2] [--keep]
+
+plan.py has the kinds of faults. After each fault more slots than the warm pool has are claimed; the time until all are
+there is the recovery. After every ten, and at the end, the host has to come to rest with nothing lost, doubled or left
+behind: slots, records, scopes, cgroups, processes, mounts, namespaces, interfaces, user ids, descriptors. The figures
+go to standard output and to $NBAGENT_CACHE/chaos. The exit status is 1 when anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import plan
+from at_rest import REST_S, SETTINGS, WARM, differences, summary
+from inside_host import Inside
+from people import Book, Caller, Claimer, User
+
+import product
+from product import Api, say
+from testhost_driver import Host
+
+NAME = "chaos"
+CENSUS_EVERY = 10
+
+
+class Chaos:
+    """One run."""
+
+    def __init__(self, host: Host, inside: Inside, options: argparse.Namespace) -> None:
+        self.host, self.inside, self.options = host, inside, options
+        self.api, self.book, self.stop = Api(host, timeout=60), Book(), threading.Event()
+        self.caller = Caller(host, self.book)
+        self.closings = 0
+        self.recoveries: list[tuple[plan.Fault, float, float]] = []
+        self.users = [
+            User(host, self.book, number, self.stop, lambda: self.closings, 1.0) for number in range(options.users)
+        ]
+        self.claimers = [
+            Claimer(host, self.book, number, self.stop, options.seed, 2.0) for number in range(options.claimers)
+        ]
+        self.pids: dict[str, Any] = {}
+
+    def run(self) -> None:
+        self.rest("before the first fault", set())
+        self.forked()
+        before = self.inside.census()
+        for user in self.users:
+            user.start()
+        for user in self.users:
+            user.ready.wait(120)
+        self.pids = {name: record["pid"] for name, record in self.inside.census()["records"].items() if record}
+        for claimer in self.claimers:
+            claimer.start()
+        with ThreadPoolExecutor(WARM + 1) as threads:
+            for fault in plan.faults(self.options.seed, self.options.faults):
+                self.inflict(fault, threads)
+                if fault.number % CENSUS_EVERY == 0 or self.options.faults == fault.number:
+                    self.pause(lambda fault=fault: self.rest(f"after fault {fault.number}", self.held()))
+        self.stop.set()
+        for thread in (*self.claimers, *self.users):
+            thread.join(300)
+        self.check_users()
+        for user in self.users:
+            if user.claimed:
+                self.caller.release(user.slot)
+        self.rest("at the end", set())
+        self.forked()
+        self.compare(before, self.inside.census())
+        self.check_descriptors()
+        self.check_journal()
+
+    def inflict(self, fault: plan.Fault, threads: ThreadPoolExecutor) -> None:
+        time.sleep(fault.pause_s)
+        began_s = time.monotonic()
+        try:
+            # Before and after it, because a user notices it meanwhile, and may open a websocket meanwhile.
+            self.closings += fault.closes_websockets
+            hit = self.inside.begin(fault)
+            self.closings += fault.closes_websockets
+            if fault.held_s:
+                time.sleep(fault.held_s)
+                self.inside.end(fault)
+        except RuntimeError as error:
+            self.book.problem(f"fault {fault} was not done: {error}")
+            return
+        ended_s = time.monotonic()
+        claims = list(threads.map(lambda _: self.caller.claim(), range(WARM + 1)))
+        recovered_s = time.monotonic() - ended_s
+        self.recoveries.append((fault, recovered_s, time.monotonic() - began_s))
+        threads_release = [threads.submit(self.caller.release, claim["slot"]) for claim in claims if claim]
+        for released in threads_release:
+            released.result()
+        problems = len(self.book.problems)
+        say(f"{fault}: {recovered_s:.2f} s, {problems} problems; hit {str(hit)[:60].strip()}")
+        for text in self.book.problems[self.told:]:
+            say(f"    PROBLEM {text}")
+        self.told = problems
+
+    told = 0
+
+    def held(self) -> set[str]:
+        return {user.slot for user in self.users if user.claimed}
+
+    def pause(self, act: Callable[[], None]) -> None:
+        """Does something while no claimer has a slot."""
+        for claimer in self.claimers:
+            claimer.turn.acquire()
+        try:
+            act()
+        finally:
+            for claimer in self.claimers:
+                claimer.turn.release()
+
+    def rest(self, when: str, held: set[str]) -> None:
+        """Waits until the host is at rest with exactly these slots claimed; the differences are a problem."""
+        until_s, found = time.monotonic() + REST_S, ["not looked at"]
+        while found and time.monotonic() < until_s:
+            time.sleep(0.5)
+            try:
+                slots = self.api.get("/slots").json()
+            except (OSError, ValueError) as error:
+                found = [str(error)]
+                continue
+            found = differences(slots, self.inside.census(), held)
+        if found:
+            self.book.problem(f"{when} not at rest in {REST_S:g} s: {'; '.join(found)}")
+
+    def forked(self) -> None:
+        """Replaces warm slots by forked ones, because one that was started by exec has other namespaces."""
+        self.api.delete("/api/pool")
+        time.sleep(1)
+        self.rest("with a new pool", set())
+
+    def check_users(self) -> None:
+        """The first process of each user's slot is the same, and the user was served to the end."""
+        census = self.inside.census()
+        for user in self.users:
+            record = census["records"].get(user.slot)
+            if record is None or record["state"] != "claimed" or record["pid"] != self.pids.get(user.slot):
+                self.book.problem(f"the slot {user.slot} of {user.name} is lost: {record}")
+
+    def compare(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """Fails when the host has more or less than before the first user."""
+        for name in ("mounts", "netns", "namespaces", "files", "half", "failed"):
+            if before[name] != after[name]:
+                self.book.problem(f"{name} were {before[name]} and are {after[name]}")
+
+    def check_descriptors(self) -> None:
+        """A supervisor that has run through faults has no more descriptors than a new one with the same slots."""
+        old = self.inside.census()["supervisor"]
+        self.host.run(["systemctl", "restart", plan.SUPERVISOR])
+        self.rest("after the last restart", set())
+        new = self.inside.census()["supervisor"]
+        more = {kind: (new.get(kind, 0), count) for kind, count in old.items() if count > new.get(kind, 0) + 2}
+        if more:
+            self.book.problem(f"descriptors of a new and of the old supervisor: {more}")
+
+    def check_journal(self) -> None:
+        """No service has reported an error that it does not expect."""
+        pattern = "Traceback|unexpected error|never retrieved"
+        found = self.host.run(["journalctl", "--no-pager", "-o", "short", "--grep", pattern], check=False)
+        lines = found.stdout.splitlines()
+        ours = [line for line in lines if "nbagent" in line or "gunicorn" in line]
+        if ours:
+            self.book.problem(f"{len(ours)} errors in the journal, the first: {ours[0][:300]}")
+
+
+def report(run: Chaos, took_s: float) -> dict[str, Any]:
+    """The figures of a run."""
+    recoveries = [recovered_s for _, recovered_s, _ in run.recoveries]
+    kinds: dict[str, list[float]] = {}
+    for fault, recovered_s, _ in run.recoveries:
+        kinds.setdefault(f"{fault.kind} {fault.target}", []).append(recovered_s)
+    book = run.book
+    return {
+        "seed": run.options.seed, "faults": len(run.recoveries), "took_s": round(took_s),
+        "faults_by_kind": dict(Counter(fault.kind for fault, _, _ in run.recoveries)),
+        "recovery_s": summary(recoveries),
+        "recovery_s_by_kind": {name: summary(values) for name, values in sorted(kinds.items())},
+        "claims": len(book.claim_s), "claim_s": summary(book.claim_s), "refusals": dict(book.refusals),
+        "cells": book.counts["cells"], "cell_s": summary(book.cell_s),
+        "websockets_opened_again": book.counts["websockets opened again"],
+        "releases": book.counts["releases"], "slots": len(book.owners), "problems": book.problems,
+    }
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--users", type=int, default=6)
+    parser.add_argument("--claimers", type=int, default=2)
+    parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    options = parse()
+    say(f"seed {options.seed}: CHAOS=\"--faults {options.faults} --seed {options.seed}\"")
+    host = Host.up(name=NAME, say=say)
+    try:
+        host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
+        host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)
+        product.add_changed(host, product.build(say), say)
+        host.run(["systemctl", "restart", plan.SUPERVISOR])
+        product.wait_warm(host, WARM)
+        began_s = time.monotonic()
+        with Inside(host) as inside:
+            run = Chaos(host, inside, options)
+            run.run()
+        found = report(run, time.monotonic() - began_s)
+    finally:
+        if not options.keep:
+            host.down(now=True)
+    out = product.DIST.parent / "chaos"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"chaos-{options.seed}.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+    if found["problems"]:
+        raise SystemExit(f"{len(found['problems'])} problems")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The part of `make chaos` that runs on the host, as root: carries out faults, and counts what there is.
+
+    python3 -u inside.py        one JSON request a line on standard input, one JSON response a line
+
+    {"do": "begin" or "end", "kind": str, "target": str}       a fault of plan.py
+    {"do": "census"}                                            everything of nbagent on the host, by kind
+    {"do": "load"}                                              use of the processes of nbagent, by unit
+
+Standard library only.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+RUN, SLOTS = Path("/run"), Path("/run/nbagent/slots")
+# Services whose descriptors, memory and tasks are counted.
+SERVICES = ("nbagent", "nbagent-api", "nbagent-router", "nbagent-units", "nbagent-launch", "nbagent-network")
+CGROUPS = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")
+# Left for the processes of the host itself.
+FREE_DESCRIPTORS, FREE_TASKS = 3, 2
+
+
+def run(*argv):
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=False)
+    return done.stdout
+
+
+def unit_of(pid):
+    """The last unit in the cgroup of a process; "" when it has ended."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
+            number, names, path = line.split(":", 2)
+            if names == "name=systemd" or (number == "0" and path != "/"):
+                return path.rstrip("/").rpartition("/")[2]
+    return ""
+
+
+def processes():
+    """All processes of the host by unit."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal() and (unit := unit_of(entry)):
+            found.setdefault(unit, []).append(int(entry))
+    return found
+
+
+def command(pid):
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""
+
+
+def parent(pid):
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def zygotes():
+    return [unit for unit in processes() if unit.startswith("nbagent-zygote@")]
+
+
+def warm():
+    """The first process of a slot that is warm by its record, [] when there is none."""
+    for file in SLOTS.glob("*/slot.json"):
+        with contextlib.suppress(OSError, ValueError):
+            slot = json.loads(file.read_text())
+            if slot["state"] == "warm":
+                return [slot["pid"]]
+    return []
+
+
+def targets(target):
+    """The processes of a target of plan.py."""
+    found = processes()
+    if target == "all services of nbagent at once":
+        return [pid for name in SERVICES for pid in found.get(f"{name}.service", [])]
+    if target == "the first process of a warm slot":
+        return warm()
+    if target == "one worker of the router":
+        pids = found.get("nbagent-router.service", [])
+        return [pid for pid in pids if parent(pid) in pids][:1]
+    if target.startswith("zygote"):
+        pids = [pid for unit in found if unit.startswith("nbagent-zygote@") for pid in found[unit]]
+        services = [pid for pid in pids if "zygote_service" in command(pid) and parent(pid) not in pids]
+        return {"zygote": pids, "zygote-service": services}.get(target, [pid for pid in pids if pid not in services])
+    return found.get(target, [])
+
+
+def send(pids, number):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+    return pids
+
+
+def limit_descriptors(target):
+    """Lets processes open few descriptors more than they have open; returns the former limits."""
+    before = {}
+    for pid in targets(target):
+        with contextlib.suppress(OSError):
+            used = max(map(int, os.listdir(f"/proc/{pid}/fd")), default=0)
+            soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(hard, used + 1 + FREE_DESCRIPTORS), hard))
+            before[pid] = (soft, hard)
+    return before
+
+
+def restore_descriptors(before):
+    for pid, limits in before.items():
+        with contextlib.suppress(OSError):
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+def limit_tasks(unit):
+    """Sets TasksMax= of a unit to what it has."""
+    now = run("systemctl", "show", "-P", "TasksCurrent", unit).strip()
+    most = int(now) + FREE_TASKS if now.isdecimal() else 1
+    run("systemctl", "set-property", "--runtime", unit, f"TasksMax={most}")
+
+
+def fill(target):
+    """Lowers the limits of /run to what it has, which takes no memory. Returns its former size and inodes."""
+    status = os.statvfs(RUN)
+    page = resource.getpagesize()
+    blocks = (status.f_blocks - status.f_bfree) * status.f_frsize // page
+    if target.startswith("blocks"):
+        # The unused part of the last pages of files remains.
+        run("mount", "-o", f"remount,size={(blocks + 1) * page}", str(RUN))
+    else:
+        run("mount", "-o", f"remount,nr_inodes={status.f_files - status.f_ffree + 1}", str(RUN))
+    return status.f_blocks * status.f_frsize, status.f_files
+
+
+def empty(before):
+    size, inodes = before
+    run("mount", "-o", f"remount,size={size},nr_inodes={inodes}", str(RUN))
+
+
+class Faults:
+    """The faults that last."""
+
+    def __init__(self):
+        self.held = {}
+
+    def begin(self, kind, target):
+        """Returns what was hit."""
+        if kind == "kill":
+            return send(targets(target), signal.SIGKILL)
+        if kind == "freeze":
+            self.held["freeze"] = send(targets(target), signal.SIGSTOP)
+            return self.held["freeze"]
+        if kind == "restart":
+            return run("systemctl", "restart", target)
+        if kind == "reload":
+            return run("systemctl", "daemon-reload") if "systemd" in target else run("systemctl", "reload", target)
+        if kind == "reexec":
+            return run("systemctl", "daemon-reexec")
+        if kind == "full":
+            self.held["full"] = fill(target)
+            return self.held["full"]
+        if kind == "descriptors":
+            self.held["descriptors"] = limit_descriptors(target)
+            return list(self.held["descriptors"])
+        if kind == "tasks":
+            self.held["tasks"] = target
+            return limit_tasks(target)
+        raise ValueError(kind)
+
+    def end(self, kind):
+        held = self.held.pop(kind, None)
+        if kind == "freeze":
+            send(held, signal.SIGCONT)
+        elif kind == "full":
+            empty(held)
+        elif kind == "descriptors":
+            restore_descriptors(held)
+        elif kind == "tasks":
+            most = {"nbagent.slice": "infinity"}.get(held, "8192")
+            run("systemctl", "set-property", "--runtime", held, f"TasksMax={most}")
+            run("systemctl", "revert", held)
+
+
+def cgroups():
+    """The cgroups of slots and zygotes by name."""
+    names = set()
+    for tree in CGROUPS:
+        for path in Path(tree).glob("**/nbagent*.slice/**/"):
+            if path.name.startswith(("nbagent-zygote@",)) or path.name.endswith(".scope"):
+                names.add(path.name)
+    return sorted(names)
+
+
+def records():
+    found = {}
+    for directory in SLOTS.iterdir():
+        if not directory.is_dir():
+            continue
+        try:
+            slot = json.loads((directory / "slot.json").read_text())
+            found[directory.name] = {
+                "state": slot["state"], "key": slot.get("key"), "pid": slot.get("pid"),
+                "uid": [slot["id_base"], slot["uid"]], "addresses": slot.get("addresses"),
+                "memory": slot["limits"]["memory_bytes"],
+            }
+        except (OSError, ValueError, KeyError):
+            found[directory.name] = None
+    return found
+
+
+def namespaces():
+    """The number of namespaces of each kind in which processes are."""
+    found = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            for kind in ("mnt", "net", "pid", "ipc", "uts", "user", "cgroup"):
+                with contextlib.suppress(OSError):
+                    found.setdefault(kind, set()).add(os.readlink(f"/proc/{entry}/ns/{kind}"))
+    return {kind: len(those) for kind, those in found.items()}
+
+
+def descriptors():
+    """The number of open descriptors of each service, of all of its processes."""
+    found, by_unit = {}, processes()
+    for name in SERVICES:
+        total = 0
+        for pid in by_unit.get(f"{name}.service", []):
+            with contextlib.suppress(OSError):
+                total += len(os.listdir(f"/proc/{pid}/fd"))
+        found[name] = total
+    return found
+
+
+def kinds_of_descriptors(pid):
+    found = {}
+    for entry in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            link = re.sub(r"\d+", "N", os.readlink(f"/proc/{pid}/fd/{entry}"))
+            link = re.sub(r"/slots/[a-zN-]+", "/slots/SLOT", link)
+            found[link] = found.get(link, 0) + 1
+    return found
+
+
+def census():
+    scopes = run("systemctl", "list-units", "--all", "--plain", "--no-legend", "nbagent-*.scope")
+    by_unit = processes()
+    mine = {}
+    for unit, pids in by_unit.items():
+        if unit.startswith("nbagent"):
+            mine[unit] = len(pids)
+    supervisor = [pid for pid in by_unit.get("nbagent.service", []) if "nbagent.supervisor" in command(pid)]
+    strays = [
+        f"{pid} in {unit}: {text}" for unit, pids in by_unit.items() for pid in pids
+        if not unit.startswith("nbagent") and re.search(r"nbagent\.(runtime|content)|jupyter", text := command(pid))
+    ]
+    links = [line.split()[1].partition("@")[0].rstrip(":") for line in run("ip", "-o", "link").splitlines()]
+    return {
+        "records": records(),
+        "files": sorted(str(path.relative_to(SLOTS)) for path in SLOTS.glob("*") if not path.is_dir()),
+        "half": sorted(str(path.relative_to(SLOTS)) for path in SLOTS.glob("*/*.new")),
+        "scopes": sorted(line.split()[0] for line in scopes.splitlines()),
+        "cgroups": cgroups(),
+        "processes": mine,
+        "strays": strays,
+        "mounts": [
+            line.split()[4] for line in Path("/proc/1/mountinfo").read_text().splitlines() if "/nbagent" in line
+        ],
+        "links": sorted(link for link in links if link.startswith("nb-")),
+        "netns": run("ip", "netns", "list").split(),
+        "namespaces": namespaces(),
+        "descriptors": descriptors(),
+        "supervisor": kinds_of_descriptors(supervisor[0]) if supervisor else {},
+        "stored": run("systemctl", "show", "-P", "NFileDescriptorStore", "nbagent.service").strip(),
+        "failed": run("systemctl", "list-units", "--failed", "--plain", "--no-legend", "nbagent*").splitlines(),
+        "transient": sorted(
+            path.name for tree in ("/run/systemd/transient", "/run/systemd/system.control")
+            for path in Path(tree).glob("nbagent*")
+        ),
+        "units": int(run("systemctl", "show", "-P", "NNames").strip() or 0),
+    }
+
+
+def load():
+    """Memory, tasks and descriptors by service, and counts of the host."""
+    found, by_unit = {}, processes()
+    for name in SERVICES:
+        rss = tasks = files = 0
+        for pid in by_unit.get(f"{name}.service", []):
+            with contextlib.suppress(OSError, ValueError):
+                # Not PSS, which grows while processes of a fork write to pages that they shared.
+                text = Path(f"/proc/{pid}/status").read_text()
+                rss += int(re.search(r"^VmRSS:\s+(\d+)", text, re.M)[1])
+                tasks += len(os.listdir(f"/proc/{pid}/task"))
+                files += len(os.listdir(f"/proc/{pid}/fd"))
+        found[name] = {"rss_kib": rss, "tasks": tasks, "descriptors": files}
+    pid1 = Path("/proc/1/status").read_text()
+    found["pid 1"] = {
+        "rss_kib": int(re.search(r"VmRSS:\s+(\d+)", pid1)[1]), "descriptors": len(os.listdir("/proc/1/fd")),
+    }
+    status = os.statvfs(RUN)
+    journal_kib = sum(path.stat().st_blocks for path in (RUN / "log").rglob("*")) // 2
+    found["host"] = {
+        "cgroups": sum(1 for tree in CGROUPS for _ in Path(tree).glob("**/nbagent*")),
+        "mounts": len(Path("/proc/1/mountinfo").read_text().splitlines()),
+        # Without those of the last sessions, whose number is bounded.
+        "run_files": status.f_files - status.f_ffree - len(os.listdir("/run/nbagent/sessions")),
+        "run_kib": (status.f_blocks - status.f_bfree) * status.f_frsize // 1024 - journal_kib,
+        "processes": sum(map(len, by_unit.values())),
+        "units": int(run("systemctl", "show", "-P", "NNames").strip() or 0),
+    }
+    return found
+
+
+def main():
+    faults = Faults()
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if request["do"] == "begin":
+                result = faults.begin(request["kind"], request["target"])
+            elif request["do"] == "end":
+                result = faults.end(request["kind"])
+            else:
+                result = {"census": census, "load": load}[request["do"]]()
+            response = {"ok": result}
+        except Exception:
+            response = {"error": traceback.format_exc()}
+        print(json.dumps(response), flush=True)
+
+
+if __name__ == "__main__":
+    main()

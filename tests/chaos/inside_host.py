@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The program inside.py on a test host, as an object."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+from plan import Fault
+
+from testhost_driver import Host
+
+PROGRAM = Path(__file__).with_name("inside.py")
+
+
+class Inside:
+    """A context with the program running. Threads may share it. Methods raise RuntimeError."""
+
+    def __init__(self, host: Host) -> None:
+        host.copy_in(PROGRAM, "/root/")
+        self._lock = threading.Lock()
+        self._process = host.popen(
+            ["python3", "-u", "/root/inside.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __enter__(self) -> Inside:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.kill()
+        self._process.wait()
+
+    def begin(self, fault: Fault) -> Any:
+        """Begins a fault."""
+        return self._do({"do": "begin", "kind": fault.kind, "target": fault.target})
+
+    def end(self, fault: Fault) -> None:
+        """Ends a fault that lasts."""
+        self._do({"do": "end", "kind": fault.kind, "target": fault.target})
+
+    def census(self) -> dict[str, Any]:
+        """Everything of nbagent on the host."""
+        return self._do({"do": "census"})
+
+    def load(self) -> dict[str, Any]:
+        """Use of the processes of nbagent."""
+        return self._do({"do": "load"})
+
+    def _do(self, request: dict[str, str]) -> Any:
+        with self._lock:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            response = json.loads(self._process.stdout.readline())
+        if "error" in response:
+            raise RuntimeError(response["error"])
+        return response["ok"]
