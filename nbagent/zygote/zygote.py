@@ -95,6 +95,14 @@ class ZygotePlan:
               for name, reason in self.after_fork.items() if reason),
         ]
 
+    def saved(self) -> Dict[str, Any]:
+        """The arguments of the same plan, with reasons as long as a note, because execve(2) takes at most 128 KiB."""
+        reasons = {
+            key: {name: reason[:NOTE_MAX_CHARACTERS] for name, reason in getattr(self, key).items()}
+            for key in ("after_fork", "left_out")
+        }
+        return {**vars(self), **reasons}
+
     def without(self, error: Inherited) -> bool:
         """Leaves out what caused the error; False when that is not possible, or was not enough twice."""
         found = {name for name in error.modules if name not in self.left_out}
@@ -322,7 +330,7 @@ def main() -> None:
             print(f"zygote: {error}; started again without that", flush=True)
             for fd in (CONTROL_FD, nowhere):
                 os.set_inheritable(fd, True)
-            again = json.dumps({"nowhere": nowhere, **vars(wanted)})
+            again = json.dumps({"nowhere": nowhere, **wanted.saved()})
             os.execv(sys.executable, [sys.executable, *sys.argv, AGAIN_OPTION + again])
         control.send(Failure(INHERITED_STEP, 0, str(error)).save())
         raise
