@@ -23,6 +23,7 @@ as_execd.record()
 
 import asyncio
 import os
+import signal
 import socket
 import unittest
 
@@ -94,6 +95,9 @@ def become_user():
     os.setgroups([])
     os.setresgid(USER, USER, USER)
     os.setresuid(USER, USER, USER)
+    # A shell starts a command in the background with these ignored, and a kernel that is started by exec inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 def suite(directory):
