@@ -253,7 +253,17 @@ def test_modules_and_extensions_that_a_fork_would_break_are_left_out_and_named(a
         agent.run("sh", "-c", f"for name in {THREAD} {FILE}; do echo pass > {packages}/$name.py; done")
 
 
+def test_image_check_names_a_handler_that_hangs(agent, attack):
+    ready(agent, attack(HANG))
+    done = agent.host.run(["nbagent", "image", "check", IMAGE], check=False, timeout=300)
+    assert done.returncode == 1, done
+    assert re.search(r"^launch +ok +fork$", done.stdout, re.MULTILINE), done.stdout
+    pattern = r"^handlers +fail +GET api/status of jupyter_server\S+: no response in 10 s"
+    assert re.search(pattern, done.stdout, re.MULTILINE), done.stdout
+
+
 def test_an_image_whose_slots_would_share_open_files_starts_by_exec(agent, attack):
+    """The last test of the image, because no zygote of it is started afterwards."""
     seen = attack("""
         import gc
         opened = []
@@ -275,12 +285,3 @@ def test_an_image_whose_slots_would_share_open_files_starts_by_exec(agent, attac
     assert not by_fork(agent, one) and not by_fork(agent, other)
     slot = agent.api.get(f"/slots/{one}").json()
     assert (slot["launch"], reason in slot["launch_reason"]) == ("exec", True)
-
-
-def test_image_check_names_a_handler_that_hangs(agent, attack):
-    ready(agent, attack(HANG))
-    done = agent.host.run(["nbagent", "image", "check", IMAGE], check=False, timeout=300)
-    assert done.returncode == 1, done
-    assert re.search(r"^launch +ok +fork$", done.stdout, re.MULTILINE), done.stdout
-    pattern = r"^handlers +fail +GET api/status of jupyter_server\S+: no response in 10 s"
-    assert re.search(pattern, done.stdout, re.MULTILINE), done.stdout
