@@ -240,11 +240,6 @@ def test_a_changed_setting_and_a_new_kernel_are_in_the_next_answer(agent):
     assert set(notebook.get("api/kernelspecs")["kernelspecs"]) == {"python3", "other"}
 
 
-def test_jupyter_lsp_answers(agent):
-    """It is initialised by a callback of the event loop, which a forked server has not run."""
-    assert set(agent.open().get("lsp/status")) >= {"version", "specs"}
-
-
 def test_answers_of_the_api_are_compressed_and_pages_with_the_token_are_not(agent):
     claim = agent.claim()
     fetched = {"Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty"}

@@ -287,8 +287,8 @@ def test_what_the_user_configures_counts(slot: Slot) -> None:
             kernel.run("os.unlink(d + '/ipython_kernel_config.py'); os.unlink(d + '/startup/s.py')")
 
 
-def test_what_an_extension_schedules_when_it_loads_runs_in_the_fork(slots: list[Slot]) -> None:
-    """jupyter_lsp looks for language servers by a callback of the loop; until then this request waits."""
+def test_jupyter_lsp_has_looked_for_language_servers(slots: list[Slot]) -> None:
+    """It does by a callback of the loop, which runs in the zygote or in the slot; until then this request waits."""
     for slot in slots:
         assert slot.call("GET", "/lsp/status")["version"] == 2
 

@@ -2,6 +2,7 @@
 """A zygote's event loop runs in its forks, with all that was scheduled before the fork."""
 
 import asyncio
+import functools
 import json
 import os
 
@@ -46,6 +47,40 @@ def test_callbacks_timers_and_tasks_run_in_each_fork_after_the_servers_own():
     assert not kept.restore() or loop.run_until_complete(running) is None
     loop.close()
     asyncio.set_event_loop(None)
+
+
+def test_the_zygote_runs_the_coroutines_of_one_module_and_nothing_else():
+    loop, ran = asyncio.new_event_loop(), []
+    kept = KeptLoop(loop)
+
+    async def same():
+        loop.call_later(3600, ran.append, "its timer")
+        await loop.run_in_executor(None, ran.append, "same")
+
+    async def fails():
+        raise OSError("no network here")
+
+    async def lasts():
+        await asyncio.sleep(3600)
+
+    async def other():
+        ran.append("other")
+
+    def by_tornado(call):
+        loop.create_task(call())
+
+    same.__module__ = fails.__module__ = lasts.__module__ = "of_the_image"
+    for function in (same, fails, lasts, other):
+        loop.call_later(0, by_tornado, functools.partial(function))
+    loop.call_soon(ran.append, "callback")
+    errors = kept.run(("of_the_image",), 0.05)
+    assert ran == ["same"] and [type(error) for error in errors] == [OSError, asyncio.TimeoutError]
+    left = [handle for handle in [*loop._ready, *loop._scheduled] if not handle.cancelled()]
+    assert len(left) == 5  # those of fails, lasts, other and the callback, and the timer
+    loop._default_executor.shutdown()
+    for handle in left:
+        handle.cancel()
+    loop.close()
 
 
 async def _until(ran, number):
