@@ -49,7 +49,7 @@ class KeptLoop:
                     queue.remove(handle)
                 except Exception as error:  # noqa: BLE001  of an extension
                     errors.append(error)
-                # What it has scheduled itself.
+                # The callbacks that it has scheduled itself.
                 kept[0].extend(loop._ready)
                 kept[1].extend(timer for timer in loop._scheduled if not timer.cancelled())
         heapq.heapify(kept[1])
