@@ -25,8 +25,6 @@ from nbagent.supervisor.zygotes import Zygotes
 MEMORY_AGE_S = 0.1
 # The use of all slots is read once a second, and its growth is that of the last ten.
 USE_AGE_S, GROWTH_READS = 1.0, 10
-# A full host refuses many claims a second, and each needs the first end among a thousand slots.
-NEXT_END_AGE_S = 1.0
 RETRY_MAX_S = 60
 
 
@@ -65,8 +63,6 @@ class HostLoad:
         self._read_memory = memory
         self._memory, self._memory_read_s = Memory(0, 0), -math.inf
         self._uses: deque[_Read] = deque(maxlen=GROWTH_READS)
-        self._next_end_s: float | None = None
-        self._next_end_read_s = -math.inf
         # os.cpu_count() reads a file at each call.
         self.cpus = os.cpu_count() or 1
 
@@ -132,12 +128,9 @@ class HostLoad:
         return admission.room(host, self._zygotes.launch(image))
 
     def next_end_s(self) -> float | None:
-        """Seconds until the time of the first claimed slot is up, None without one; at most a second old."""
-        at_s = now()
-        if at_s >= self._next_end_read_s + NEXT_END_AGE_S:
-            ends = [live.slot.expires_s for live in self._slots.values() if live.slot.expires_s is not None]
-            self._next_end_s, self._next_end_read_s = min(ends, default=None), at_s
-        return None if self._next_end_s is None else max(0.0, round(self._next_end_s - at_s, 1))
+        """Seconds until the time of the first claimed slot is up, None without one."""
+        ends = [live.slot.expires_s for live in self._slots.values() if live.slot.expires_s is not None]
+        return max(0.0, round(min(ends) - now(), 1)) if ends else None
 
     def retry_after_s(self) -> int:
         """When a refused claim has a chance again."""

@@ -375,7 +375,9 @@ def test_slowhttptest_finds_the_service_available(agent, target, mode):
     done = subprocess.run(["ip", "netns", "exec", netns.name_of(agent.host.name), *command.split()],
                           capture_output=True, text=True, timeout=60, check=True)
     output = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
-    assert re.findall(r"connected: +(\d+)", output)[-1] == "400", output
+    # On a busy machine the four seconds are longer than the server's deadline, which closes the first connections.
+    ends = [int(re.findall(rf"{end}: +(\d+)", output)[-1]) for end in ("connected", "closed")]
+    assert sum(ends) == 400, output
     assert set(re.findall(r"service available: +(\w+)", output)) == {"YES"}, output
 
 
