@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from nbagent.api.hostnames import assets_address, host_of, slot_origin
 from nbagent.config.host_config import HostConfig
 from nbagent.core.documents import Claim, HostFigures
+from nbagent.core.errors import Full, SupervisorUnavailable
 from nbagent.landing.backend import public_figures, slot_defaults
 from nbagent.wire.control import ControlClient
-from nbagent.wire.operations import CLAIM, STATS, ClaimArguments, own_key
+from nbagent.wire.operations import CLAIM, GIVE_BACK, KEEP, LEND, STATS, ClaimArguments, LentArguments, own_key
 
 # The figures need no permission, so their rate of calls to the supervisor has to be limited.
 FIGURES_AGE_S = 1.0
@@ -45,6 +46,21 @@ class HostBackend:
         """
         landing_key = None if key is None else f"landing {client} {key}"
         return self.client.call(CLAIM, ClaimArguments(options, landing_key or own_key(), client))
+
+    def lend(self, options: Mapping[str, object], client: str) -> Claim | None:
+        """Lends a slot of this host; None if it lends none now."""
+        try:
+            return self.probe.call(LEND, ClaimArguments(options, own_key(), client))
+        except (Full, SupervisorUnavailable):
+            return None
+
+    def keep(self, slot: str, token: str, client: str) -> None:
+        """Makes a lent slot a claimed one. Raises SlotNotFound."""
+        self.client.call(KEEP, LentArguments(slot, token, client))
+
+    def give_back(self, slot: str, token: str, client: str) -> None:
+        """Ends a slot that is still lent. Raises SlotNotFound."""
+        self.probe.call(GIVE_BACK, LentArguments(slot, token, client))
 
     def origin(self, slot: str, host: str, scheme: str) -> str:
         """The origin of a slot by [router] of the settings, else the one that the visitor's request was sent to."""

@@ -33,6 +33,8 @@ _GAUGES: dict[_Gauge, tuple[str, str]] = {
 }
 _COUNTERS = {
     "claims": "Slots handed out.",
+    "lent": "Slots lent to visitors of the landing page.",
+    "lent_kept": "Lent slots that were claimed; claims counts them too.",
     "claims_refused": "Claims refused because the host was full or draining.",
     "starts": "Slots started.",
     "start_failures": "Slots that did not become ready.",

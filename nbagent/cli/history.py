@@ -23,6 +23,7 @@ _ENDS = {
     Event.SLOT_RELEASED: "released by",
     Event.SLOT_CULLED: "culled:",
     Event.SLOT_RETIRED: "retired:",
+    Event.SLOT_RETURNED: "lent only:",
     Event.SLOT_FAILED: "did not start:",
     Event.SLOT_DIED: "ended unexpectedly:",
     Event.SLOT_NOT_PREPARED: "content or network failed:",

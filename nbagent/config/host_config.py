@@ -26,6 +26,7 @@ from nbagent.config.schema import (
     auto_or,
     dns_domain,
     dns_server,
+    flag,
     matching,
     networks,
     number,
@@ -224,6 +225,11 @@ class LandingSettings:
     )
     rate: int = setting(
         60, number(1, 100000, int), "Slots that one client address may start in a minute; for IPv6, one /64 network."
+    )
+    prerender: bool = setting(
+        True, flag,
+        "Whether a visitor's browser loads the notebook before the click, in a slot that is lent to it for a minute. A "
+        "host that is half full lends none.",
     )
     banned: tuple[Network, ...] = setting([], networks, "Networks whose requests are refused.")
     allowed_origins: tuple[str, ...] = setting(

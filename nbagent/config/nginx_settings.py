@@ -58,6 +58,8 @@ def _landing(landing: LandingSettings, domain: str | None, api: ApiSettings) -> 
     # The burst is the rate of a minute, because a class starts its notebooks at the same moment from one address.
     yield f"limit_req_zone $claim_key zone=claim_rate:8m rate={landing.rate}r/m;\n"
     yield f"limit_req zone=claim_rate burst={landing.rate} nodelay;\nlimit_req_status 429;\n"
+    yield f"limit_req_zone $lend_key zone=lend_rate:8m rate={landing.rate}r/m;\n"
+    yield f"limit_req zone=lend_rate burst={landing.rate} nodelay;\n"
     # The landing page has as many threads of its own.
     connections = api.workers * api.threads
     yield f"upstream landing {{ zone landing 64k; server unix:{paths.LANDING_SOCKET} max_conns={connections}; }}\n"

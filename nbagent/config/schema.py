@@ -66,6 +66,13 @@ def matching(pattern: str, expected: str) -> Callable[[object], str]:
     return parse
 
 
+def flag(value: object) -> bool:
+    """A parser of true and false."""
+    if isinstance(value, bool):
+        return value
+    raise ValueError("true or false")
+
+
 def number(low: float, high: float, kind: type[T]) -> Callable[[object], T]:
     """A parser of numbers from `low` to `high`, both included."""
     def parse(value: object) -> T:

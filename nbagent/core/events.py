@@ -51,6 +51,8 @@ class Event(enum.Enum):
     SLOT_STARTING = Kind("af5ca35bdfcc4e77b18755ac1e49e4a2", Priority.INFO, "slot %(slot)s starts from image %(image)s")
     SLOT_WARM = Kind("e8cd4fce160c4598b8e4b61949266185", Priority.INFO, "slot %(slot)s is warm after %(took_ms)s ms")
     SLOT_CLAIMED = Kind("12ed30e6088e42ccb653d32788675081", Priority.INFO, "slot %(slot)s claimed by %(client)s for %(ttl_s)s s")
+    SLOT_LENT = Kind("29acb44752aa39b3e983a5fe06cd0793", Priority.INFO, "slot %(slot)s lent to %(client)s for %(ttl_s)s s")
+    SLOT_RETURNED = Kind("c389bd7cd2bb5fb4ab2f3d737a93015a", Priority.INFO, "lent slot %(slot)s removed: %(text)s")
     CONTENT_DELIVERED = Kind("be7eb579348a41f392980cecde64f025", Priority.INFO, "content of the claim delivered to slot %(slot)s after %(took_ms)s ms: %(text)s")
     SLOT_NOT_PREPARED = Kind("60ac41d29c47403b95636687bf284c72", Priority.NOTICE, "slot %(slot)s ended because the claim's content or network could not be set up: %(text)s")
     SLOT_UPDATED = Kind("b4e6291587384e9886220ed915f4aeb4", Priority.INFO, "slot %(slot)s updated by %(client)s: %(text)s")

@@ -83,7 +83,7 @@ class Slot:
     `ends_s` is when PID 1 ends the scope, because systemd does not change RuntimeMaxSec= of a running scope.
     `addresses` are those of its interface, IPv4 and perhaps IPv6, and empty where it has none. `network` is a mode of
     the configuration, and decides whether the interface is open. `launch` is "fork" or "exec" once it has started, and
-    `launch_reason` why it was not "fork".
+    `launch_reason` why it was not "fork". `lent_to` is the client of a slot that is lent and not yet claimed.
     """
 
     id: str
@@ -108,6 +108,7 @@ class Slot:
     reason: str = ""
     launch: str = ""
     launch_reason: str = ""
+    lent_to: str | None = None
 
     @property
     def scope(self) -> str:
@@ -132,7 +133,10 @@ class Slot:
 
     def save(self) -> dict[str, object]:
         """The slot as the content of its file."""
-        return {**vars(self), "state": self.state.value, "limits": self.limits.document()}
+        saved = {**vars(self), "state": self.state.value, "limits": self.limits.document()}
+        if self.lent_to is None:
+            del saved["lent_to"]  # a version without the field refuses the record, and ends the slot
+        return saved
 
     @classmethod
     def restore(cls, saved: Mapping[str, Any]) -> Slot:

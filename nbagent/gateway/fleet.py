@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 from nbagent import __version__
-from nbagent.core.errors import Full
+from nbagent.core.errors import Full, SlotNotFound
 from nbagent.gateway.runtime import GatewayDown, HaproxyServer
 
 # Clients may request the figures at any rate; the hosts get one request in this time.
@@ -70,6 +70,17 @@ class FleetBackend:
             f"{figures['in_use']} of {figures['capacity']} slots of the fleet are in use",
             retry_after_s=figures.get("next_end_s"),
         )
+
+    def lend(self, options: Mapping[str, Any], client: str) -> None:
+        """Lends no slot, because this is called only if no host responds."""
+
+    def keep(self, slot: str, token: str, client: str) -> NoReturn:
+        """Raises SlotNotFound, because a host of the fleet has the slot."""
+        raise SlotNotFound("no host of the fleet responds for this slot", slot=slot)
+
+    def give_back(self, slot: str, token: str, client: str) -> NoReturn:
+        """Raises SlotNotFound, because a host of the fleet has the slot."""
+        self.keep(slot, token, client)
 
     def origin(self, slot: str, host: str, scheme: str) -> str:
         """Part of SlotBackend; not used, because no slot is handed out."""

@@ -296,6 +296,9 @@ def _routes(settings: GatewaySettings) -> Iterator[str]:
         yield "    use_backend acme if { path_beg /.well-known/acme-challenge/ }"
     yield "    use_backend assets if { path_beg /assets/ }"
     yield "    use_backend users if at_slot"
+    if settings.landing.access == "public":
+        # A host lends a slot or sends 204; another one is not tried.
+        yield "    use_backend claims if { path /api/lend } METH_POST !robot"
     yield "    use_backend by_%[var(txn.way)] if claim"
     yield "    default_backend status"
 

@@ -23,6 +23,7 @@ from nbagent.config.schema import (
     auto_or,
     dns_domain,
     dns_server,
+    flag,
     matching,
     networks,
     number,
@@ -87,12 +88,6 @@ def _paths(value: object) -> tuple[str, ...]:
     if isinstance(value, list) and all(isinstance(v, str) and re.fullmatch(r"/[^\s\"'\\]+", v) for v in value):
         return tuple(value)
     raise ValueError(expected)
-
-
-def _flag(value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise ValueError("true or false")
 
 
 _PORT = number(1, 65535, int)
@@ -204,7 +199,7 @@ class FleetHostSettings:
         100, number(1, 256, int),
         "Size of the host relative to others; its share of claims is proportional to this and to its free part."
     )
-    drain: bool = setting(False, _flag, "Whether claims are no longer sent to the host; its users stay.")
+    drain: bool = setting(False, flag, "Whether claims are no longer sent to the host; its users stay.")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,9 @@
     POST /spawn, /spawn/PATH?QUERY                     the same for the button, which may be pressed twice
     GET  /spawn/user/SLOT/PATH, /user/SLOT/PATH        "no longer running", with a button for PATH in a new slot
     POST /api/spawn                                    {"url": …}, or 429 {"status": "full"}
+    POST /api/lend                                     for the front page's script: {"url": …, "slot": …, "token": …} of
+                                                       a slot in which the browser prerenders the notebook, or 204
+    POST /user/SLOT/nbagent/keep, …/return             the script claims a lent slot, or gives it back
     GET  /api/stats, /info                             the figures as JSON, and as a page that refreshes itself
 
 Requests arrive through a proxy, which puts the address of the visitor into X-Real-IP. No address is
@@ -56,6 +59,7 @@ _ASSETS = re.compile(r"(https?://[A-Za-z0-9.:\[\]-]+)?(?:/[A-Za-z0-9._~-]+)+")
 # The characters of a request target in RFC 3986, and the percent sign. Browsers leave some others unencoded.
 _TARGET_CHARACTERS = "/%!$&'()*+,;=:@?._~-"
 _SLOT_PREFIX = re.compile(r"/+(?:spawn/+)?user/+[^/?]*/*")
+NO_FIGURES: Mapping[str, object] = {}
 _LOG = logging.getLogger(__name__)
 
 
@@ -87,6 +91,9 @@ def create_app(settings: LandingSettings, backend: SlotBackend, token_matches: C
         return Response(status=204) if request.method == "OPTIONS" else None
 
     serve("/api/spawn", views.spawn_by_api, "POST")
+    serve("/api/lend", views.lend, "POST")
+    for name, view in (("keep", views.keep), ("return", views.give_back)):
+        app.add_url_rule(f"/user/<slot>/nbagent/{name}", name, view, methods=["POST"], provide_automatic_options=False)
     serve("/api/stats", views.stats, "GET")
     serve("/stats", views.legacy_stats, "GET")
     serve("/user", views.ended_slot_page, "GET", below=True)
@@ -120,7 +127,7 @@ class _Views:
         # A crawler may run the script that presses the button.
         at_once = self.settings.start == "at once" and not _from_robot(request)
         return self._page(
-            "home.html", 200, slot_path=_slot_path(request), at_once=at_once, figures=self._figures(), ahead=not at_once
+            "home.html", 200, self._figures(), ahead=not at_once, slot_path=_slot_path(request), at_once=at_once
         )
 
     def ended_slot_page(self) -> AnyResponse:
@@ -128,9 +135,11 @@ class _Views:
         slot_path = _SLOT_PREFIX.sub("", _request_target(request), count=1)
         if _wants_json(request):
             raise SlotNotFound("no slot of this id runs here; it has ended or never existed")
+        is_public = self.settings.access == "public"
         # The token of the ended slot is of no use for a new one.
         return self._page(
-            "ended.html", 404, slot_path=_without_token(slot_path), ahead=self.settings.access == "public"
+            "ended.html", 404, self._figures() if is_public else {}, ahead=is_public,
+            slot_path=_without_token(slot_path),
         )
 
     def status_page(self) -> AnyResponse:
@@ -178,6 +187,33 @@ class _Views:
         # The base path and not the image's start page, because tmpnb's clients append paths of Jupyter's API.
         base = f"/user/{claim['slot']}/"
         return json_response({"url": self._slot_url(claim, claim_link({**claim, "path": base}))})
+
+    # Lent slots
+
+    def _lends(self) -> bool:
+        # A browser prerenders no page of another origin.
+        return self.settings.prerender and self.settings.access == "public" and not self.backend.has_origins()
+
+    def lend(self) -> AnyResponse:
+        """Lends a slot to a visitor's browser; 204 if none is lent now, and to a browser that saves data."""
+        self._check_origin()
+        claim = None
+        if self._lends() and not _from_robot(request) and not _saves_data(request):
+            path = request.form.get("path", "")
+            claim = self.backend.lend({"path": path} if path else {}, _client_address(request))
+        if claim is None:
+            return Response(status=204)
+        return json_response({"url": claim_link(claim), "slot": claim["slot"], "token": claim["token"]})
+
+    def keep(self, slot: str) -> AnyResponse:
+        """Claims a lent slot for the visitor who has pressed the button; 404 if it has ended."""
+        self.backend.keep(slot, request.form.get("token", ""), _client_address(request))
+        return Response(status=204)
+
+    def give_back(self, slot: str) -> AnyResponse:
+        """Ends a lent slot, because the visitor has left the page."""
+        self.backend.give_back(slot, request.form.get("token", ""), _client_address(request))
+        return Response(status=204)
 
     def _spawn(self, status: int, key: str | None) -> AnyResponse:
         slot_path = _slot_path(request)
@@ -237,8 +273,8 @@ class _Views:
             response = problems.problem(error.code, error.title, error.http_status, str(error))
         elif isinstance(error, Full):
             figures = self._figures()
-            response = self._page("full.html", error.http_status, slot_path=_slot_path(request), figures=figures,
-                                  retry_s=retry_delay_s(figures, retry_after_s), ahead=True)
+            response = self._page("full.html", error.http_status, figures, ahead=True, slot_path=_slot_path(request),
+                                  retry_s=retry_delay_s(figures, retry_after_s))
         else:
             kind = "refused" if isinstance(error, (BadRequest, Forbidden)) else "failed"
             response = self._page("failed.html", error.http_status, slot_path=_slot_path(request), kind=kind,
@@ -276,24 +312,34 @@ class _Views:
             add_preflight_headers(response, "GET, POST, OPTIONS")
         return response
 
-    def _page(self, template: str, status: int, ahead: bool = False, **values: object) -> Response:
-        """A page. With `ahead` its browser loads the image's web files while the visitor reads."""
+    def _page(
+        self, template: str, status: int, figures: Mapping[str, object] = NO_FIGURES, ahead: bool = False,
+        **values: object,
+    ) -> Response:
+        """A page. With `ahead` its browser loads the notebook, or the image's web files, while the visitor reads; not a
+        browser that saves data.
+        """
         nonce = secrets.token_urlsafe(16)
-        assets, origin = self._assets() if ahead else ("", "")
+        ahead = ahead and not _saves_data(request)
+        assets, origin = _assets(figures) if ahead else ("", "")
         page = render_template(
             template, nonce=nonce, key=secrets.token_urlsafe(24), title=self.settings.title, text=self.settings.text,
-            is_public=self.settings.access == "public", assets=assets, **values,
+            is_public=self.settings.access == "public", figures=figures, assets=assets,
+            lends=ahead and status != 503 and self._lends(), **values,
         )
         policy = POLICY.format(nonce=nonce, connect=f"'self' {origin}".strip())
         return Response(page, status, headers={
             "Content-Security-Policy": policy, "Content-Type": "text/html; charset=utf-8"})
 
-    def _assets(self) -> tuple[str, str]:
-        """The address of the image's web files and its origin, "" for this page's; "" for a browser that saves data."""
-        if request.headers.get("Save-Data", "").lower() == "on":
-            return "", ""
-        match = _ASSETS.fullmatch(str(self._figures().get("assets") or ""))
-        return (match[0], match[1] or "") if match else ("", "")
+
+def _assets(figures: Mapping[str, object]) -> tuple[str, str]:
+    """The address of the image's web files, "" if there are none, and its origin, "" for that of the page."""
+    match = _ASSETS.fullmatch(str(figures.get("assets") or ""))
+    return (match[0], match[1] or "") if match else ("", "")
+
+
+def _saves_data(request: Request) -> bool:
+    return request.headers.get("Save-Data", "").lower() == "on"
 
 
 def duration(seconds: float) -> str:

@@ -25,6 +25,15 @@ class SlotBackend(Protocol):
         Raises Full with `retry_after_s`.
         """
 
+    def lend(self, options: Mapping[str, object], client: str) -> Claim | None:
+        """Lends a slot to the address `client` for a minute; None if no slot is lent now."""
+
+    def keep(self, slot: str, token: str, client: str) -> None:
+        """Makes a lent slot a claimed one. Raises SlotNotFound."""
+
+    def give_back(self, slot: str, token: str, client: str) -> None:
+        """Ends a slot that is still lent. Raises SlotNotFound."""
+
     def origin(self, slot: str, host: str, scheme: str) -> str:
         """The origin of a slot, such as `https://nb.example.org`, for a visitor who reached `host` by `scheme`."""
 

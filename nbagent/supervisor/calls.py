@@ -14,7 +14,7 @@ from nbagent.supervisor.claims import Claims
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.figures import Figures
 from nbagent.supervisor.host_load import HostLoad
-from nbagent.supervisor.pools import Pools
+from nbagent.supervisor.lending import Lending
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
@@ -32,15 +32,15 @@ class Calls:
     """The operations."""
 
     def __init__(
-        self, config: CurrentConfig, slots: Slots, pools: Pools, load: HostLoad, claims: Claims, updates: Updates,
+        self, config: CurrentConfig, slots: Slots, load: HostLoad, claims: Claims, lending: Lending, updates: Updates,
         trials: Trials, figures: Figures, stopper: SlotStopper, counters: Counters, tasks: Tasks,
         changed: asyncio.Event,
     ) -> None:
         self._config = config
         self._slots = slots
-        self._pools = pools
         self._load = load
         self._claims = claims
+        self._lending = lending
         self._updates = updates
         self._trials = trials
         self._figures = figures
@@ -56,6 +56,18 @@ class Calls:
     async def claim(self, given: Mapping[str, object], key: str, client: str) -> Document:
         """Claims a slot, as Claims.claim does; its document has the token."""
         return (await self._claims.claim(given, key, client)).claim_document()
+
+    async def lend(self, given: Mapping[str, object], key: str, client: str) -> Document:
+        """Lends a slot, as Lending.lend does; its document has the token."""
+        return (await self._lending.lend(given, key, client)).claim_document()
+
+    def keep(self, slot_id: str, token: str, client: str) -> Document:
+        """Makes a lent slot a claimed one. Raises SlotNotFound or RecordFailed."""
+        return self._lending.keep(slot_id, token, client).claim_document()
+
+    def give_back(self, slot_id: str, token: str, client: str) -> Document:
+        """Ends a lent slot. Raises SlotNotFound."""
+        return self._lending.give_back(slot_id, token, client).document(now())
 
     def abandon(self, slot_id: str) -> None:
         """Ends a claimed slot whose response did not reach the caller."""
@@ -108,11 +120,9 @@ class Calls:
 
     def recycle_pool(self) -> Document:
         """Ends every warm slot, and the pools start others. tmpnb calls it draining the pool."""
-        warm = self._pools.warm_slots()
-        for live in warm:
-            self._stopper.end(live, Event.SLOT_RETIRED, "the pool was recycled")
+        count = self._stopper.retire_warm("the pool was recycled")
         self._changed.set()
-        return {"drained": len(warm)}
+        return {"drained": count}
 
     async def try_start(self) -> Document:
         """Starts a slot of the default image, requests it through the router, and ends it.

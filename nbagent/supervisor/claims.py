@@ -19,6 +19,7 @@ from nbagent.core import urls
 from nbagent.core.errors import Draining, Full, IdempotencyMismatch, ImageNotFound, InvalidField, NbagentError
 from nbagent.core.events import Event, emit
 from nbagent.core.model import CLAIM_FIELDS, Bounds, Options, Slot, SlotState, now, parse_options
+from nbagent.policy.lending import LENT_S
 from nbagent.supervisor.allocator import Allocator
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.crash_points import Point, reach
@@ -41,6 +42,7 @@ class Request(NamedTuple):
     key: str
     fingerprint: str
     client: str
+    lent: bool = False
 
 
 class Pending(NamedTuple):
@@ -86,6 +88,10 @@ class Claims:
             raise
         self._counters.claim_seconds.observe(now() - began_s)
         return slot
+
+    async def lend(self, given: Mapping[str, object], key: str, client: str) -> Slot:
+        """Claims a slot with the life of a lent one. Raises what `claim` raises."""
+        return await self._claim_once(self._request(given, key, client)._replace(lent=True))
 
     def _request(self, given: Mapping[str, object], key: str, client: str) -> Request:
         config = self._config.value
@@ -143,17 +149,19 @@ class Claims:
         await self._preparation.prepare(live, limits, request.network, options.content)
         self._preparation.record(
             live, SlotState.CLAIMED,
-            limits=limits, claimed_s=claimed_s, ttl_s=request.ttl_s, path=options.path or live.slot.path,
-            key=request.key, fingerprint=request.fingerprint, network=request.network,
+            limits=limits, claimed_s=claimed_s, ttl_s=LENT_S if request.lent else request.ttl_s,
+            path=options.path or live.slot.path, key=request.key, fingerprint=request.fingerprint,
+            network=request.network, lent_to=request.client if request.lent else None,
         )
         reach(Point.CLAIM_RECORDED)
         self._preparation.close_interface(live)
-        self._counters.add("claims")
+        self._counters.add("lent" if request.lent else "claims")
         # In the loop's next turn, as is the start of the slot's replacement, so that the response is sent first.
         asyncio.get_running_loop().call_soon(
             partial(
-                emit, Event.SLOT_CLAIMED, slot=live.slot.id, client=request.client, ttl_s=f"{request.ttl_s:g}",
-                image=live.slot.image, network=request.network, **limits.document(),
+                emit, Event.SLOT_LENT if request.lent else Event.SLOT_CLAIMED, slot=live.slot.id,
+                client=request.client, ttl_s=f"{live.slot.ttl_s:g}", image=live.slot.image, network=request.network,
+                **limits.document(),
             )
         )
         asyncio.get_running_loop().call_soon(lambda: self._sessions.claimed(live.slot))

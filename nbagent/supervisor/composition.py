@@ -26,6 +26,7 @@ from nbagent.supervisor.host_load import HostLoad, Memory, read_memory
 from nbagent.supervisor.images import Images
 from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.launcher import Launcher
+from nbagent.supervisor.lending import Lending
 from nbagent.supervisor.lock_guard import LockGuard
 from nbagent.supervisor.memory_guard import MemoryGuard
 from nbagent.supervisor.monitor import Monitor
@@ -105,7 +106,9 @@ def compose(on: Surroundings) -> Supervisor:
         images=images,
         adoption=Adoption(slots, pools, records, systemd, monitor, compressor, interfaces, counters, sessions, tasks),
         calls=Calls(
-            config, slots, pools, load, claims, Updates(config, records, systemd, load, sessions),
+            config, slots, load, claims,
+            Lending(config, slots, pools, records, load, claims, stopper, counters, sessions),
+            Updates(config, records, systemd, load, sessions),
             Trials(config, pools, load, health, starter, on.router),
             Figures(config, slots, pools, load, health, on.zygotes, counters), stopper, counters, tasks, changed,
         ),

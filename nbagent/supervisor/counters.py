@@ -13,7 +13,7 @@ BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 3
 COUNTERS = (
     "claims", "claims_refused", "starts", "start_failures", "released", "died", "oom_kills",
     "culled_idle", "culled_age", "culled_memory", "compressed", "held",
-    "starts_fork", "starts_exec", "adopted", "removed",
+    "starts_fork", "starts_exec", "adopted", "removed", "lent", "lent_kept",
 )
 
 

@@ -34,6 +34,9 @@ CONNECTIONS_MAX = 4096
 # Connections of callers that are not allowed. They are accepted so that the response has the reason.
 REFUSED_MAX = 16
 
+# The operations that hand out a slot.
+HANDS_OUT = (operations.CLAIM.name, operations.LEND.name)
+
 A = TypeVar("A", bound=Arguments)
 R = TypeVar("R")
 # Reads an operation's arguments from a request, and calls the supervisor with them.
@@ -44,6 +47,9 @@ def handlers(calls: Calls) -> dict[str, Handler]:
     """The operations of nbagent.wire.operations, each with the call that it is."""
     return dict([
         _handler(operations.CLAIM, lambda args: calls.claim(args.options, args.key, args.client)),
+        _handler(operations.LEND, lambda args: calls.lend(args.options, args.key, args.client)),
+        _handler(operations.KEEP, lambda args: calls.keep(args.id, args.token, args.client)),
+        _handler(operations.GIVE_BACK, lambda args: calls.give_back(args.id, args.token, args.client)),
         _handler(operations.SLOTS, lambda _: calls.list_slots()),
         _handler(operations.SLOT, lambda args: calls.slot(args.id)),
         _handler(operations.UPDATE, lambda args: calls.update(args.id, args.options, args.client)),
@@ -150,7 +156,7 @@ class ControlServer:
             name = text(request.body, "op")
             if (handler := self._handlers.get(name)) is None:
                 raise BadRequest(f"unknown operation {name[:40]!r}")
-            is_lost = name == operations.CLAIM.name and _has_own_key(request)
+            is_lost = name in HANDS_OUT and _has_own_key(request)
             with _cancelled_with(channel) if is_lost else contextlib.nullcontext():
                 result = handler(request)
                 if inspect.isawaitable(result):

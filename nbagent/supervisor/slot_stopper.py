@@ -69,6 +69,13 @@ class SlotStopper:
         emit(event, slot=live.slot.id, **({} if text is None else {"text": text}), **facts)
         self._cleanups.spawn(self._clean(live, at_once or live.slot.claimed_s is None))
 
+    def retire_warm(self, text: str) -> int:
+        """Ends every warm slot; returns their number."""
+        warm = self._pools.warm_slots()
+        for live in warm:
+            self.end(live, Event.SLOT_RETIRED, text)
+        return len(warm)
+
     async def finish(self) -> None:
         """Waits until every slot that is ending has ended, or systemd has refused once more to stop it."""
         self._finishing = True

@@ -84,6 +84,25 @@ class ReleaseArguments(NamedTuple):
         return cls(fields.text(args, "id"), fields.line(args, "client", CLIENT_MAX_CHARACTERS))
 
 
+class LentArguments(NamedTuple):
+    """A lent slot, its token, which shows that the client has it, and the address of the client."""
+
+    id: str
+    token: str
+    client: str
+
+    def save(self) -> JsonObject:
+        return self._asdict()
+
+    def descriptors(self) -> dict[str, int]:
+        return {}
+
+    @classmethod
+    def restore(cls, args: JsonObject, request: Message) -> LentArguments:
+        client = fields.line(args, "client", CLIENT_MAX_CHARACTERS)
+        return cls(fields.text(args, "id"), fields.text(args, "token"), client)
+
+
 class UpdateArguments(NamedTuple):
     """The slot, the options to change (core.model.UPDATE_FIELDS), and the address of the client."""
 
@@ -179,6 +198,9 @@ class Operation(Generic[A, R_co]):
 
 
 CLAIM = Operation("claim", ClaimArguments.restore, Claim)
+LEND = Operation("lend", ClaimArguments.restore, Claim, is_repeatable=False)
+KEEP = Operation("keep", LentArguments.restore, Claim)
+GIVE_BACK = Operation("give_back", LentArguments.restore, SlotStatus)
 SLOTS = Operation("slots", NoArguments.restore, list[SlotStatus])
 SLOT = Operation("slot", SlotArguments.restore, SlotStatus)
 UPDATE = Operation("update", UpdateArguments.restore, SlotStatus, is_repeatable=False)
@@ -190,4 +212,6 @@ TRY_START = Operation("try_start", NoArguments.restore, Trial, is_repeatable=Fal
 STATS = Operation("stats", NoArguments.restore, Stats)
 IMAGES = Operation("images", NoArguments.restore, list[ImageStatus])
 
-OPERATIONS = (CLAIM, SLOTS, SLOT, UPDATE, RELEASE, DRAIN, UNDRAIN, RECYCLE_POOL, TRY_START, STATS, IMAGES)
+OPERATIONS = (
+    CLAIM, LEND, KEEP, GIVE_BACK, SLOTS, SLOT, UPDATE, RELEASE, DRAIN, UNDRAIN, RECYCLE_POOL, TRY_START, STATS, IMAGES,
+)

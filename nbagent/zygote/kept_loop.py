@@ -29,7 +29,7 @@ class KeptLoop:
         )
         self._released_s = 0.0
 
-    def run(self, modules: Tuple[str, ...], timeout_s: float) -> List[BaseException]:
+    def run(self, modules: Tuple[str, ...], timeout_s: float) -> List[Exception]:
         """Runs the coroutine functions of `modules` that are scheduled, and nothing else; returns what they raised.
 
         One that fails, or takes longer than `timeout_s`, stays scheduled, so that forks run it.
@@ -47,7 +47,7 @@ class KeptLoop:
                 try:
                     loop.run_until_complete(asyncio.wait_for(call(), timeout_s))
                     queue.remove(handle)
-                except Exception as error:  # noqa: BLE001  of an extension
+                except Exception as error:
                     errors.append(error)
                 # The callbacks that it has scheduled itself.
                 kept[0].extend(loop._ready)

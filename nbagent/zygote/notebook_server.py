@@ -347,7 +347,7 @@ def release_loop(server: Any) -> KeptLoop:
     """Closes the descriptors of the server's event loop before a fork, because forked processes would share them."""
     loop = KeptLoop(server.io_loop.asyncio_loop)
     for error in loop.run(RUN_IN_ZYGOTE, RUN_TIMEOUT_S):
-        server.log.warning("a callback that an extension has scheduled failed, and runs in each slot instead: %r", error)
+        server.log.warning("a callback of an extension failed, and runs in each slot instead: %r", error)
     loop.release()
     return loop
 

@@ -82,8 +82,8 @@ def test_slots_of_an_ordinary_image_are_forked(of_a_zygote):
 
 
 def test_a_forked_slot_has_done_nothing_that_its_zygote_could_have_done(of_a_zygote):
-    """A slot's server has read a dozen times when it is warm. A callback that an extension has scheduled, which reads the
-    metadata of all packages in each slot, took 0.2 s of a processor: a burst then had 8 slots a second and not 50.
+    """A slot's server has read a dozen times when it is warm. A callback of an extension that reads the metadata of all
+    packages in each slot takes 0.2 s of a processor: a burst then has 8 slots a second and not 50.
     """
     agent = of_a_zygote
     warm = next(slot["slot"] for slot in agent.slots("warm") if is_forked(agent, slot["slot"]))

@@ -6,7 +6,7 @@ import contextlib
 import html
 import re
 import time
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import pytest
 
@@ -15,6 +15,8 @@ import product
 
 HTML = "text/html,application/xhtml+xml,*/*;q=0.8"
 SLOT = re.compile(r"/user/([a-z0-9]+-[a-z0-9]{12})/")
+# Init, fork server and notebook server; a kernel is one more.
+SERVER_PROCESSES = 3
 SERVICES = ("nbagent-api.service", "nbagent-router.service")
 
 
@@ -279,6 +281,97 @@ def test_full_host_sends_retry_after(agent, configure, landing):
     assert (response.status, response.json()) == (429, {"status": "full"})
     agent.release(claim["slot"])
     assert slot_of(landing.get("/spawn"))
+
+
+def claimed_slots(agent):
+    return {slot["slot"] for slot in agent.slots("claimed")}
+
+
+def wait_gone(agent, slot):
+    agent.wait(lambda: slot not in {one["slot"] for one in agent.slots()}, f"the end of {slot}")
+
+
+def lend(landing, path="", **headers):
+    body = urlencode({"path": path} if path else {}).encode()
+    return landing.call("POST", "/api/lend", body, {"Content-Type": "application/x-www-form-urlencoded", **headers})
+
+
+def settle(landing, lent, act):
+    """Keeps or returns a lent slot, as the landing page's script does."""
+    body = urlencode({"token": lent["token"]}).encode()
+    return landing.call("POST", f"/user/{lent['slot']}/nbagent/{act}", body,
+                        {"Content-Type": "application/x-www-form-urlencoded", "Accept": "application/json"}).status
+
+
+def test_a_lent_slot_is_kept_or_given_back(agent, configure, landing):
+    configure("[pool]\nwarm = 4\n")
+    agent.wait(lambda: len(agent.slots("warm")) == 4, "four warm slots")
+    kept = lend(landing, "lab/tree/a%20b.ipynb").json()
+    assert kept["url"] == f"/user/{kept['slot']}/lab/tree/a%20b.ipynb?token={kept['token']}"
+    assert landing.get(kept["url"], Accept=HTML).status == 200
+    assert settle(landing, {**kept, "token": "x"}, "keep") == 404
+    assert settle(landing, kept, "keep") == settle(landing, kept, "keep") == 204
+    # From now on it is a claimed slot with the life of one, which is not given back.
+    assert settle(landing, kept, "return") == 204
+    assert kept["slot"] in claimed_slots(agent)
+    returned = lend(landing).json()
+    assert settle(landing, returned, "return") == 204
+    wait_gone(agent, returned["slot"])
+    ends = [entry["MESSAGE"] for entry in agent.journal(f"NBAGENT_SLOT={returned['slot']}")]
+    assert any("given back by" in end for end in ends)
+    agent.release(kept["slot"])
+
+
+def test_a_client_that_asks_often_is_lent_little(agent, configure, landing):
+    configure("[pool]\nwarm = 4\n[slots]\ncapacity = 100\n[landing]\nrate = 30\n")
+    agent.wait(lambda: len(agent.slots("warm")) == 4, "four warm slots")
+    statuses = [lend(landing).status for _ in range(100)]
+    assert {200, 204, 429} >= set(statuses) and statuses.count(429) > 30
+    assert 1 <= statuses.count(200) <= 4 and len(agent.slots("claimed")) <= 4
+    for slot in agent.slots("claimed"):
+        agent.release(slot["slot"])
+
+
+def test_a_host_that_is_half_full_lends_nothing(agent, configure, landing):
+    claims = [agent.claim() for _ in range(2)]
+    configure("[pool]\nwarm = 2\n[slots]\ncapacity = 8\n[landing]\nrate = 1000\n")
+    agent.wait(lambda: len(agent.slots("warm")) == 2, "two warm slots")
+    assert lend(landing).status == 204
+    configure("[pool]\nwarm = 2\n[slots]\ncapacity = 50\n[landing]\nrate = 1000\nprerender = false\n")
+    assert lend(landing).status == 204
+    configure("[pool]\nwarm = 2\n[slots]\ncapacity = 50\n[landing]\nrate = 1000\n")
+    assert lend(landing, Origin="https://other.example").status == 403
+    lent = lend(landing)
+    assert lent.status == 200
+    for slot in (*(claim["slot"] for claim in claims), lent.json()["slot"]):
+        agent.release(slot)
+
+
+def test_the_click_shows_a_notebook_that_has_booted(agent, configure, page):
+    configure("[pool]\nwarm = 4\n")
+    agent.wait(lambda: len(agent.slots("warm")) == 4, "four warm slots")
+    page.open(f"{page.origin}/lab/tree/Welcome.ipynb")
+    page.see("button")
+    slot, = agent.wait(lambda: claimed_slots(agent), "a lent slot")
+    agent.wait(lambda: len(agent.processes(slot)) > SERVER_PROCESSES, "the kernel of the prerendered page")
+    page.see("button")[0].click()
+    page.wait_for_kernel()
+    began_ms = page.driver.execute_script("return performance.getEntriesByType('navigation')[0].activationStart")
+    assert began_ms > 0, "the page was not prerendered"
+    assert slot in page.driver.current_url
+    assert any("claimed by" in entry["MESSAGE"] for entry in agent.journal(f"NBAGENT_SLOT={slot}"))
+    page.select_first_cell()
+    page.run_cell()
+    page.read(".jp-CodeCell .jp-OutputArea-output", "Hello from Python 3.13")
+    page.shoot("prerendered")
+    assert page.complaints() == []
+    # A visitor who leaves the page returns the slot.
+    page.open(f"{page.origin}/lab/tree/Welcome.ipynb")
+    page.see("button")
+    other, = agent.wait(lambda: claimed_slots(agent) - {slot}, "a lent slot")
+    page.open("about:blank")
+    wait_gone(agent, other)
+    agent.release(slot)
 
 
 def test_button_of_an_ended_notebook_starts_a_new_one_at_the_same_path(agent, landing):

@@ -72,6 +72,18 @@ class RecordedCalls:
         self._record("claim", options=options, key=key, client=client)
         return await self._calls.claim(options, key, client)
 
+    async def lend(self, options: Mapping[str, Any], key: str, client: str) -> Any:
+        self._record("lend", options=options, client=client)
+        return await self._calls.lend(options, key, client)
+
+    def keep(self, slot: str, token: str, client: str) -> Any:
+        self._record("keep", slot=slot)
+        return self._calls.keep(slot, token, client)
+
+    def give_back(self, slot: str, token: str, client: str) -> Any:
+        self._record("give_back", slot=slot)
+        return self._calls.give_back(slot, token, client)
+
     def list_slots(self) -> Any:
         self._record("slots")
         return self._calls.list_slots()

@@ -20,6 +20,7 @@ from nbagent.core.errors import StartFailed
 from nbagent.image.store import Image
 from nbagent.landing.app import create_app, duration
 from nbagent.landing.backend import quantile_ms, retry_delay_s
+from nbagent.policy import lending
 from nbagent.wire.control import ControlClient
 
 PERSON = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8", "X-Real-IP": "192.0.2.7", "Host": "nb.example.org"}
@@ -407,3 +408,74 @@ def test_nothing_is_loaded_ahead_for_a_browser_that_saves_data_or_a_page_that_st
 def test_an_image_without_web_files_has_nothing_to_load_ahead(landing: FlaskClient) -> None:
     assert "ASSETS" not in send(landing, "GET", "/").text
     assert send(landing, "GET", "/api/stats").json["assets"] is None
+
+
+# Lent slots
+
+
+@pytest.fixture
+def roomy(tmp_path: Path) -> Iterator[FakeSupervisor]:
+    with FakeSupervisor(tmp_path / "control.sock", capacity=30) as running:
+        yield running
+
+
+SCRIPT = {"Accept": "application/json", "X-Real-IP": "192.0.2.7", "Host": "nb.example.org",
+          "Origin": "https://nb.example.org"}
+
+
+def test_a_visitor_keeps_the_slot_that_was_lent(roomy: FakeSupervisor) -> None:
+    landing = client_of(roomy)
+    lent = send(landing, "POST", "/api/lend", SCRIPT, data={"path": "lab/tree/x%20y.ipynb"})
+    slot = lent.get_json()["slot"]
+    assert lent.get_json()["url"] == f"/user/{slot}/lab/tree/x%20y.ipynb?token={lent.get_json()['token']}"
+    assert lent.headers["Cache-Control"] == "no-store"
+    token = {"token": lent.get_json()["token"]}
+    assert send(landing, "POST", f"/user/{slot}/nbagent/keep", SCRIPT, data={"token": "x"}).status_code == 404
+    assert send(landing, "POST", f"/user/{slot}/nbagent/keep", SCRIPT, data=token).status_code == 204
+    assert send(landing, "POST", f"/user/{slot}/nbagent/return", SCRIPT, data=token).status_code == 204
+    assert slot in roomy.slots
+
+
+def test_a_visitor_who_leaves_gives_the_slot_back(roomy: FakeSupervisor) -> None:
+    landing = client_of(roomy)
+    lent = send(landing, "POST", "/api/lend", SCRIPT).get_json()
+    target = f"/user/{lent['slot']}/nbagent/return"
+    assert send(landing, "POST", target, SCRIPT, data={"token": lent["token"]}).status_code == 204
+    assert lent["slot"] not in roomy.slots
+    assert send(landing, "POST", target, SCRIPT, data={"token": lent["token"]}).status_code == 404
+
+
+@pytest.mark.parametrize("headers", [{"Save-Data": "on"}, {"User-Agent": "Googlebot/2.1"}])
+def test_robots_and_browsers_that_save_data_get_no_slot(roomy: FakeSupervisor, headers: dict[str, str]) -> None:
+    assert send(client_of(roomy), "POST", "/api/lend", SCRIPT | headers).status_code == 204
+    assert not roomy.slots
+
+
+@pytest.mark.parametrize("tables", [
+    {"landing": {"prerender": False}}, {"landing": {"access": "token"}},
+    {"router": {"url_mode": "subdomain", "domain": "nb.example.org"}},
+])
+def test_a_host_that_does_not_lend_says_so_to_its_page(roomy: FakeSupervisor, tables: dict[str, Any]) -> None:
+    landing = client_of(roomy, **tables)
+    assert send(landing, "POST", "/api/lend", SCRIPT).status_code == 204
+    assert not roomy.slots and "speculationrules" not in send(landing, "GET", "/").text
+
+
+def test_a_page_of_another_site_gets_no_lent_slot(roomy: FakeSupervisor) -> None:
+    response = send(client_of(roomy), "POST", "/api/lend", SCRIPT | {"Origin": "https://evil.example"})
+    assert response.status_code == 403 and not roomy.slots
+
+
+def test_a_script_that_asks_a_thousand_times_gets_few_slots(roomy: FakeSupervisor) -> None:
+    landing = client_of(roomy)
+    statuses = [send(landing, "POST", "/api/lend", SCRIPT).status_code for _ in range(50)]
+    assert 1 <= statuses.count(200) <= lending.CLIENT_MAX and statuses.count(204) == 50 - statuses.count(200)
+
+
+def test_only_the_front_page_and_an_ended_slots_page_prerender(roomy: FakeSupervisor) -> None:
+    landing = client_of(roomy)
+    assert "speculationrules" in send(landing, "GET", "/lab/tree/x.ipynb").text
+    assert "speculationrules" in send(landing, "GET", "/user/c07-a5xtk71naa24/lab").text
+    assert "speculationrules" not in send(landing, "GET", "/", PERSON | {"Save-Data": "on"}).text
+    roomy.capacity = 0
+    assert "speculationrules" not in send(landing, "GET", "/spawn").text
