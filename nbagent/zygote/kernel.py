@@ -52,8 +52,8 @@ MODULES_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "modules
 NO_PARENT_POLL = 1
 # A kernel that has run a cell has 68 descriptors.
 DESCRIPTORS = 256
-# The control thread of a warm-up kernel that was not shut down, because the warm-up failed, never ends.
-CONTROL_THREAD_TIMEOUT_S = 5.0
+# A request on the control channel, such as the debugger's, that does not end.
+CONTROL_THREAD_TIMEOUT_S = 2.0
 # The server's applications; they make their loggers the parents of tornado's.
 APPLICATIONS = frozenset({"ServerApp", "LabApp"})
 
@@ -293,15 +293,27 @@ def _run_warmup_kernel(
         app.config.HistoryManager.enabled = False
         app.initialize([])
         app.start()
-        # The control thread still sends the reply to the shutdown request, so its sockets must not be closed yet.
-        if (control := getattr(app, "control_thread", None)) is not None:
-            control.join(CONTROL_THREAD_TIMEOUT_S)
+        _join_control_thread(app)
         app.close()
         atexit.unregister(app.close)
         atexit.unregister(app.iopub_thread.stop)
         atexit.unregister(app.shell.atexit_operations)
         set_stop(lambda: None)
         loop.close(all_fds=True)
+
+
+def _join_control_thread(app: Any) -> None:
+    """Ends the control thread after the request that it handles: a shutdown's, whose reply it still sends.
+
+    Otherwise app.close() first ends the IOPub thread, for which the flush at the end of that request waits 10 s, while
+    jupyter_client sends SIGTERM after 2.5 s, before the data of the user's files is written.
+    """
+    control = getattr(app, "control_thread", None)
+    if control is None:
+        return
+    with contextlib.suppress(Exception):
+        control.io_loop.add_callback(control.io_loop.stop)
+    control.join(CONTROL_THREAD_TIMEOUT_S)
 
 
 # In the fork.
@@ -323,6 +335,7 @@ def run(order: Mapping[str, Any], bound: Callable[[], None]) -> NoReturn:
         app.start()
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    _join_control_thread(app)
     # The steps of the interpreter's own exit, which cannot run because the zygote's frames are below this one.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
