@@ -50,6 +50,11 @@ class Page:
         """Opens `url` without waiting for the end of loading, because a test waits for visible elements."""
         self.driver.get(url)
 
+    def without_prerendering(self):
+        """Makes pages find a browser without Speculation Rules, as Firefox and Safari are."""
+        script = "HTMLScriptElement.supports = undefined"
+        self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+
     def close_others(self):
         """Closes every other window, because Chromium suspends pages in the background."""
         own = self.driver.current_window_handle

@@ -204,6 +204,7 @@ def test_the_landing_page_loads_ahead_from_the_edge(host: Host, router: int, edg
     use_assets_url(host, edge.url)
     ahead = {f"{edge.url}/assets/{digest}/{path}" for path in edge.get(f"/assets/{digest}/ahead.json").json()}
     with tempfile.TemporaryDirectory() as directory, browser.chromium(Path(directory)) as page:
+        page.without_prerendering()
         page.open(f"http://127.0.0.1:{router}/")
         page.wait(lambda driver: ahead <= {name for name, _ in driver.execute_script(TRANSFERRED)}, "the files ahead")
         before = edge.requests_of_browsers()

@@ -154,6 +154,7 @@ def test_the_landing_page_and_the_slot_before_leave_the_assets_in_the_browsers_c
     origin = f"http://127.0.0.1:{agent.host.forward(product.ROUTER_PORT, 0)}"
     ahead = [f"/assets/{digest}/{path}" for path in agent.router.get(f"/assets/{digest}/ahead.json").json()]
     assert len(ahead) > 20 and any("lab-extensions" in path for path in ahead)
+    page.without_prerendering()
     page.open(f"{origin}/")
     page.wait(lambda driver: {origin + path for path in ahead} <= set(driver.execute_script(LOADED)), "the files ahead")
     page.see("button")[0].click()

@@ -131,8 +131,8 @@ def test_an_ended_notebook_is_explained_on_a_page(page, claim):
     page.read("h1", "This notebook is no longer running")
     page.shoot("gone")
     loaded = page.driver.execute_script("return performance.getEntriesByType('resource').map((one) => one.name)")
-    # It needs no file but those of JupyterLab that it loads ahead.
-    assert all("/assets/sha256-" in url for url in loaded), loaded
+    # It needs no file but those of JupyterLab that it loads ahead, and the slot that it borrows.
+    assert all("/assets/sha256-" in url or url.endswith("/api/lend") for url in loaded), loaded
     assert claimed["token"] not in page.driver.find_element(By.TAG_NAME, "body").text
     page.see("button")[0].click()
     page.see(".jp-Launcher")

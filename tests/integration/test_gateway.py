@@ -196,6 +196,25 @@ def test_a_link_keeps_path_and_query(fleet):
     assert where.path.endswith("/lab/tree/Welcome.ipynb") and parse_qs(where.query)["reset"] == ["1"]
 
 
+def test_a_gateway_lends_a_slot_of_a_host_that_keep_claims(fleet):
+    front, form = fleet.gateways[0].api, {"Content-Type": "application/x-www-form-urlencoded"}
+    lent = front.call("POST", "/api/lend", b"path=lab/tree/Welcome.ipynb", form).json()
+    assert fleet.in_use() == [lent["slot"]] and lent["url"].startswith(f"/user/{lent['slot']}/lab/tree/Welcome.ipynb?")
+    # A second gateway has the same route to the host.
+    token = f"token={lent['token']}".encode()
+    kept = fleet.gateways[1].api.call("POST", f"/user/{lent['slot']}/nbagent/keep", token, form)
+    assert kept.status == 204
+    page = front.get("/", Accept="text/html")
+    assert b"speculationrules" in page.body
+    # The gateway tries one host, and that of the first slot is half full.
+    agent = fleet.gateways[0].agent
+    answer = agent.wait(lambda: (got := front.call("POST", "/api/lend", b"", form)).status == 200 and got, "a lent slot")
+    other = answer.json()
+    token = f"token={other['token']}".encode()
+    assert front.call("POST", f"/user/{other['slot']}/nbagent/return", token, form).status == 204
+    agent.wait(lambda: fleet.in_use() == [lent["slot"]], "the end of the other slot")
+
+
 def test_any_gateway_serves_any_user_and_a_reload_keeps_the_websocket(fleet):
     one, two = fleet.gateways
     claim = one.spawn()
@@ -366,7 +385,7 @@ def test_with_a_certificate_http_is_redirected_to_https(fleet, settings):
 def test_one_click_opens_jupyterlab_over_https_and_a_cell_runs(fleet, settings, tmp_path):
     gateway = fleet.gateways[0].host
     gateway.run(["sh", "-c", CERTIFICATE])
-    settings('[tls]\ncertificates = ["/root/live"]\n[log]\nrequests = "all"\n')
+    settings('[tls]\ncertificates = ["/root/live"]\n[log]\nrequests = "all"\n[landing]\nprerender = false\n')
     front = f"https://127.0.0.1:{gateway.forward(443, 0)}"
     with browser.chromium(tmp_path, "--ignore-certificate-errors") as page:
         page.open(f"{front}/lab/tree/Welcome.ipynb")
