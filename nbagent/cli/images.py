@@ -231,6 +231,7 @@ def _document(images: ImageStore, found: Image) -> dict[str, str | int | list[st
         "former": images.former(found.name),
         "launch": found.launch,
         "share_memory": found.share_memory,
+        "activate": found.activate,
         "root": str(found.root),
         "static": str(found.static),
         "id_base": found.id_base,

@@ -20,10 +20,15 @@ SOME = ("test_create_untitled or test_mkdir or test_upload_b64 or test_copy_put_
         " or test_download or test_kernel_handler or test_main_kernel_handler or test_connection")
 
 
+ACTIVATE = """
+sed -i '1i activate = "export ACTIVATED=$(id -u); unset LANG; exec 5<&-"' etc/nbagent-image.toml
+"""
+
+
 @pytest.fixture
 def execd(agent):
-    """The name of an image whose slots start by exec."""
-    with execd_image(agent) as name:
+    """The name of an image whose slots start by exec, after a script."""
+    with execd_image(agent, ACTIVATE) as name:
         yield name
 
 
@@ -44,7 +49,10 @@ def test_a_part_of_the_suite_of_jupyter_server_passes(agent, execd):
         failed = {name: text for name, (outcome, text) in results.items() if outcome not in ("passed", "skipped")}
         assert not failed and passed(results) >= 40, (options, passed(results), failed)
     # test_culling.py has this by fork. It is here because adding an image takes longer than the check.
-    check_waits(agent, agent.open(image=execd))
+    notebook = agent.open(image=execd)
+    check_waits(agent, notebook)
+    found = notebook.run("import os; print(os.environ['ACTIVATED'] == str(os.getuid()), 'LANG' in os.environ)").stream
+    assert found.split() == ["True", "False"]
 
 
 @pytest.mark.skipif(not ALL, reason="by make conformance")
