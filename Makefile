@@ -10,7 +10,7 @@ PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
 .PHONY: up up-fleet down test unit host test-vms test-ansible test-monitoring uncharged conformance fuzz \
     check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
-    image debs repo tools clean test-dns test-release sbom test-upgrade chaos soak
+    image debs repo tools clean test-dns test-release sbom test-ui test-upgrade chaos soak
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -64,6 +64,9 @@ soak: tools debs     ## thousands of claims and idle connections leave no trace;
 
 conformance: tools   ## jupyter_server's own API tests in slots and with a plain server; make test runs a part
 	NBAGENT_CONFORMANCE=all $(PYTEST) -s tests/integration/test_conformance.py
+
+test-ui: tools       ## JupyterLab's own tests of its user interface, with Chromium, by turns; UI="all" or files
+	NBAGENT_CONFORMANCE=ui $(PYTEST) -s tests/integration/test_conformance.py
 
 fuzz: tools          ## fuzzes the decoders of untrusted bytes, 60 s each; FUZZ="--seconds 600 tar"
 	@tests/fuzz $(FUZZ)

@@ -122,10 +122,10 @@ def slot(notebook: Notebook) -> Server:
 
 
 @contextmanager
-def plain(host: Host) -> Iterator[Server]:
-    """A plain `jupyter lab` with the files of the image, in a tmpfs of the test host."""
+def plain(host: Host, root: str) -> Iterator[Server]:
+    """A plain `jupyter lab` with the files of an image, in a tmpfs of the test host."""
     script = f"""
-        root=$(dirname /var/lib/nbagent/images/sha256-*/rootfs/usr)
+        root={root}
         mkdir -p {PLAIN}
         mount -t tmpfs -o mode=755 conformance {PLAIN}
         cp -a $root/. {PLAIN}
