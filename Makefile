@@ -62,7 +62,7 @@ test-upgrade: tools debs  ## upgrades, a downgrade, reloads and restarts under u
 soak: tools debs     ## thousands of claims and idle connections leave no trace; CHAOS="--claims 10000"
 	$(PYTHON) tests/chaos/soak.py $(CHAOS)
 
-conformance: tools   ## jupyter_server's own API tests in slots and with a plain server; make test runs a part
+conformance: tools   ## jupyter_server's and ipykernel's own tests in slots and with a plain server; make test runs a part
 	NBAGENT_CONFORMANCE=all $(PYTEST) -s tests/integration/test_conformance.py
 
 test-ui: tools       ## JupyterLab's own tests of its user interface, with Chromium, by turns; UI="all" or files

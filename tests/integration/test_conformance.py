@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "conformance"))
 
+import kernels
 import suite
 import ui
 from execd import execd_image
@@ -76,6 +77,18 @@ def test_the_suite_of_jupyter_server_passes_as_with_a_plain_server(agent, execd)
     assert passed(results["plain"]) >= 190
     for kind in ("fork", "exec"):
         assert not suite.differences(results["plain"], results[kind]), kind
+
+
+@pytest.mark.skipif(WANTED != "all", reason="by make conformance")
+def test_the_suite_of_ipykernel_passes_as_with_kernels_of_a_plain_server(agent, execd):
+    with suite.plain(agent.host, root_of(agent, "minimal")) as plain:
+        results = {"plain": kernels.run(plain)}
+    for kind, options in (("fork", {}), ("exec", {"image": execd})):
+        results[kind] = kernels.run(suite.slot(agent.open(memory="1G", **options)))
+    print(kernels.table(results))
+    assert passed(results["plain"]) >= 80
+    for kind in ("fork", "exec"):
+        assert not suite.differences(results["plain"], results[kind], kernels.DIFFERENCES), kind
 
 
 @pytest.mark.skipif(WANTED != "ui", reason="by make test-ui")
