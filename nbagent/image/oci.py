@@ -232,7 +232,8 @@ def notes_of(config: ImageConfig, manifest: Manifest) -> tuple[str, ...]:
         return ()
     text = (
         f"slots start JupyterLab by {manifest.python} and not by the image's entry point"
-        f" ({plain(' '.join(config.command))}); a manifest can set its variables (environment) or run its scripts (activate)"
+        f" ({plain(' '.join(config.command))}); a manifest can set its variables (environment) or run its scripts"
+        " (activate)"
     )
     return (text,)
 

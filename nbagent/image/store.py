@@ -204,13 +204,13 @@ class ImageStore:
                     raise OSError(f"{source} cannot be linked: {done.stderr.strip()[-500:]}")
             # The ids are those of the files, which both trees share.
             digest, rootfs, found, notes = source, staging / "rootfs", manifest or record.manifest, record.notes
-            file = None if layer is None else stack.enter_context(layer.open("rb"))
+            file = stack.enter_context(layer.open("rb")) if layer is not None else None
             if file is not None:
                 digest = _derived(digest, hashlib.file_digest(file, "sha256").hexdigest())
             if manifest is not None:
                 digest = _with_manifest(digest, manifest)
             if not self._known(digest, name):
-                if file is not None:
+                if layer is not None and file is not None:
                     before = os.fstat(file.fileno())
                     layers = [file.fileno()]
                     left_out = archives.extract_layers(

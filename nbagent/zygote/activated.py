@@ -121,7 +121,8 @@ def _receive(read_fd: int, until_s: float) -> bytes:
         sent += more
         if len(sent) > ENVIRONMENT_MAX_BYTES:
             raise ActivationFailed(
-                f"the environment after the script activate of the manifest is larger than {ENVIRONMENT_MAX_BYTES} bytes"
+                "the environment after the script activate of the manifest is larger than"
+                f" {ENVIRONMENT_MAX_BYTES} bytes"
             )
     return sent[:-2]
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from suite import CACHE, IMAGE, Server
+
 from testhost_driver import netns
 
 OWN = Path(__file__).resolve().parent / "ui"

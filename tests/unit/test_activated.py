@@ -26,8 +26,8 @@ def after(script):
 
 
 def test_the_environment_has_what_the_script_exports():
-    made = after("export GDAL_DATA=/opt/gdal PATH=/opt/bin:$PATH; kept=inside; export LINES=$'a\\nb=c' EMPTY=\nunset LANG")
-    assert made["GDAL_DATA"] == "/opt/gdal" and made["PATH"] == "/opt/bin:" + os.environ["PATH"]
+    made = after("export GDAL=/opt/gdal PATH=/opt/bin:$PATH; kept=inside\nexport LINES=$'a\\nb=c' EMPTY=\nunset LANG")
+    assert made["GDAL"] == "/opt/gdal" and made["PATH"] == "/opt/bin:" + os.environ["PATH"]
     assert (made["LINES"], made["EMPTY"]) == ("a\nb=c", "")
     assert "kept" not in made and "LANG" not in made
 

@@ -37,13 +37,14 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "integration")]
 
+from waits import check_waits
+
 import product
 from archives import Archive, Layers
 from conftest import Agent
 from notebook import Notebook
 from product import say
 from testhost_driver import Host, aptsources
-from waits import check_waits
 
 CACHE = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / "versions"
 NAME = "versions"
@@ -52,9 +53,12 @@ KNOWN_S = 60.0
 PACKAGES = "bash ca-certificates libstdc++6 procps python3 python3-venv tini"
 # Of an interpreter by pyenv.
 LIBRARIES = "libbz2-1.0 libffi8 liblzma5 libncursesw6 libreadline8 libsqlite3-0 libssl3 libuuid1 zlib1g"
-VERSIONS = "import importlib.metadata as m, json, sys; " \
-    "found = {d.metadata['Name'].lower().replace('-', '_'): d.version for d in m.distributions()}; " \
-    "print(json.dumps({'python': '.'.join(map(str, sys.version_info[:3])), **found}))"
+# A cell.
+VERSIONS = """
+import importlib.metadata, json, sys
+found = {one.metadata["Name"].lower().replace("-", "_"): one.version for one in importlib.metadata.distributions()}
+print(json.dumps({"python": ".".join(map(str, sys.version_info[:3])), **found}))
+"""
 
 
 @dataclass(frozen=True)
@@ -150,8 +154,8 @@ def install(root: Path, version: Version, wheels: Path) -> None:
     else:
         within(root, "python3", "-m", "venv", version.prefix)
         python = f"{version.prefix}/bin/python3"
-    within(root, python, "-m", "pip", "install", "-qq", "--no-index", "--find-links=/opt/.wheels", "--no-warn-script-location",
-           "--root-user-action=ignore", *version.requirements)
+    within(root, python, "-m", "pip", "install", "-qq", "--no-index", "--find-links=/opt/.wheels",
+           "--no-warn-script-location", "--root-user-action=ignore", *version.requirements)
     shutil.rmtree(root / "opt/.wheels")
 
 
@@ -179,8 +183,8 @@ def layout(version: Version, path: Path) -> None:
     """Writes the image as an OCI layout."""
     packed, mine = layer(version).read_bytes(), {"uid": 1000, "gid": 100}
     if version.form == "python":
-        config = {"Env": [f"PATH={version.prefix}/bin:/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8"], "Cmd": ["python3"]}
-        Layers(**config).layer(packed, bytes).save(path).close()
+        variables = [f"PATH={version.prefix}/bin:/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8"]
+        Layers(Env=variables, Cmd=["python3"]).layer(packed, bytes).save(path).close()
         return
     upper = Archive().add("etc/passwd", PASSWD).add("home/jovyan", type=tarfile.DIRTYPE, mode=0o2775, **mine)
     upper.add("home/jovyan/.bashrc", b"# conda\n", **mine).add("opt/conda", type=tarfile.DIRTYPE, mode=0o2775, **mine)

@@ -12,8 +12,8 @@ module.exports = {
   workers: Number(process.env.UI_WORKERS ?? 2),
   retries: 1,
   // JupyterLab's own values are 60 s and 5 s, on machines that do nothing else.
-  timeout: 180000,
-  expect: { timeout: 30000 },
+  timeout: 90000,
+  expect: { timeout: 15000 },
   reporter: [['line'], ['json', { outputFile: process.env.UI_RESULTS }]],
   outputDir: 'output',
   use: {

@@ -58,25 +58,30 @@ test('a file is uploaded and downloaded', async ({ page, tmpPath }) => {
   expect(readFileSync(await (await download).path()).equals(content)).toBe(true);
 });
 
-test('a cell runs, is interrupted, and a restart forgets its names', async ({ page }) => {
-  await page.notebook.createNew();
-  const output = page.locator('.jp-Cell-outputArea').first();
-  await page.notebook.setCell(0, 'code', 'kept = 6 * 7; kept');
-  await page.notebook.runCell(0, true);
-  await expect(output).toHaveText(/42/);
-  await page.notebook.setCell(0, 'code', 'import time\nprint("begun", flush=True)\ntime.sleep(900)');
-  await page.notebook.runCell(0, { inplace: true, wait: false });
-  await expect(output).toHaveText(/begun/);
-  await page.menu.clickMenuItem('Kernel>Interrupt Kernel');
-  await expect(output).toHaveText(/KeyboardInterrupt/);
-  await page.notebook.setCell(0, 'code', 'print(kept)');
-  await page.notebook.runCell(0, true);
-  await expect(output).toHaveText('42');
-  await page.menu.clickMenuItem('Kernel>Restart Kernel…');
-  await page.locator('.jp-Dialog .jp-mod-accept').click();
-  await expect(page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')).toBeVisible();
-  await page.notebook.runCell(0, true);
-  await expect(output).toHaveText(/NameError/);
+test.describe('a kernel', () => {
+  // Galata's own handler of these requests expects JSON in the response to an interrupt, which has none.
+  test.use({ kernels: null });
+
+  test('a cell runs, is interrupted, and a restart forgets its names', async ({ page }) => {
+    await page.notebook.createNew();
+    const output = page.locator('.jp-Cell-outputArea').first();
+    await page.notebook.setCell(0, 'code', 'kept = 6 * 7; kept');
+    await page.notebook.runCell(0, true);
+    await expect(output).toHaveText(/42/);
+    await page.notebook.setCell(0, 'code', 'import time\nprint("begun", flush=True)\ntime.sleep(900)');
+    await page.notebook.runCell(0, { inplace: true, wait: false });
+    await expect(output).toHaveText(/begun/);
+    await page.menu.clickMenuItem('Kernel>Interrupt Kernel');
+    await expect(output).toHaveText(/KeyboardInterrupt/);
+    await page.notebook.setCell(0, 'code', 'print(kept)');
+    await page.notebook.runCell(0, true);
+    await expect(output).toHaveText('42');
+    await page.menu.clickMenuItem('Kernel>Restart Kernel…');
+    await page.locator('.jp-Dialog .jp-mod-accept').click();
+    await expect(page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]')).toBeVisible();
+    await page.notebook.runCell(0, true);
+    await expect(output).toHaveText(/NameError/);
+  });
 });
 
 test('an ended kernel is started again by the page', async ({ page }) => {
@@ -93,12 +98,16 @@ test('an ended kernel is started again by the page', async ({ page }) => {
 
 test('a terminal runs a program', async ({ page }) => {
   await page.menu.clickMenuItem('File>New>Terminal');
-  const terminal = page.locator('.jp-Terminal');
-  await terminal.locator('.xterm-screen').click();
-  await expect(terminal.locator('.xterm-rows')).toContainText('$');
-  await page.keyboard.type('expr 1000 + 234');
+  await page.locator('.jp-Terminal .xterm-screen').click();
+  await expect(page.locator('.jp-Terminal [aria-label="Terminal input"]')).toBeFocused();
+  // The terminal draws its text, so the result goes to a file.
+  await page.keyboard.type('expr 1000 + 234 > ~/terminal.txt');
   await page.keyboard.press('Enter');
-  await expect(terminal.locator('.xterm-rows')).toContainText('1234');
+  await expect(async () => {
+    const file = await page.contents.getContentMetadata('terminal.txt', 'file');
+    expect(file.size).toBe('1234\n'.length);
+  }).toPass();
+  await page.contents.deleteFile('terminal.txt');
 });
 
 test.describe('what the server keeps', () => {
