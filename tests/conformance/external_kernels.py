@@ -58,11 +58,17 @@ class ServersKernel(Configurable):
         pytest.skip(f"{name} is of a manager in the test's process")
 
 
+class Client(BlockingKernelClient):
+    # By the heartbeat a kernel counts as dead whose start takes some seconds, on a busy machine.
+    async def _async_is_alive(self):
+        return True
+
+
 def start_new_kernel(startup_timeout=60, **options):
     if options.get("extra_arguments"):
         pytest.skip("the kernel's program gets arguments")
     kernel = ServersKernel(id=call("POST", "api/kernels")["id"])
-    client = BlockingKernelClient(parent=kernel)
+    client = Client(parent=kernel)
     client.load_connection_file(os.path.join(jupyter_runtime_dir(), f"kernel-{kernel.id}.json"))
     client.start_channels()
     client.wait_for_ready(timeout=startup_timeout)
@@ -80,6 +86,11 @@ def run_kernel(**options):
 
 
 manager.start_new_kernel, manager.run_kernel = start_new_kernel, run_kernel
+
+
+def pytest_addoption(parser):
+    # Of pytest-cov, by which some tests skip themselves.
+    parser.addoption("--cov", action="append", default=[])
 
 
 def pytest_runtest_logreport(report):
