@@ -33,7 +33,7 @@ def run(server: Server, files: tuple[str, ...] = FILES, select: str = "test") ->
         server.inside("sh", "-c", f"cat > {PLACE}/{name}", input=(HERE / name).read_text())
     address, socket = urllib.parse.urlsplit(server.url), f"{PLACE}/server"
     relay = ["python3", f"{PLACE}/relay.py", socket, str(address.port)]
-    host.run(["systemd-run", "-q", f"--unit={RELAY_UNIT}", *enter, *relay])
+    host.run(["systemd-run", "-q", "--collect", f"--unit={RELAY_UNIT}", *enter, *relay])
     try:
         server.inside("sh", "-c", f"for n in $(seq 100); do [ -S {socket} ] && exit; sleep .1; done; exit 1")
         variables = {

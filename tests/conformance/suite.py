@@ -151,7 +151,7 @@ def plain(host: Host, root: str) -> Iterator[Server]:
         environment = [f"HOME={HOME}", "PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8", "SHELL=/bin/bash"]
         argv = ["env", "-i", f"--chdir={HOME}", *environment, "jupyter-lab", "--no-browser", "--ip=127.0.0.1",
                 f"--port={PLAIN_PORT}", "--port-retries=0", f"--IdentityProvider.token={PLAIN_TOKEN}"]
-        host.run(["systemd-run", "-q", f"--unit={PLAIN_UNIT}", *enter, *argv])
+        host.run(["systemd-run", "-q", "--collect", f"--unit={PLAIN_UNIT}", *enter, *argv])
         probe = f"for n in $(seq 300); do curl -sf 127.0.0.1:{PLAIN_PORT}/api && exit; sleep .1; done; exit 1"
         host.run(["sh", "-c", probe])
         yield Server(host, f"http://127.0.0.1:{PLAIN_PORT}/", PLAIN_TOKEN, enter)
