@@ -10,7 +10,7 @@ PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 
 .PHONY: up up-fleet down test unit host test-vms test-ansible test-monitoring uncharged conformance fuzz \
     check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
-    image debs repo tools clean test-dns test-release sbom test-upgrade chaos soak
+    image debs repo tools clean test-dns test-release sbom test-ui test-upgrade versions chaos soak
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -62,8 +62,14 @@ test-upgrade: tools debs  ## upgrades, a downgrade, reloads and restarts under u
 soak: tools debs     ## thousands of claims and idle connections leave no trace; CHAOS="--claims 10000"
 	$(PYTHON) tests/chaos/soak.py $(CHAOS)
 
-conformance: tools   ## jupyter_server's own API tests in slots and with a plain server; make test runs a part
+conformance: tools   ## jupyter_server's and ipykernel's own tests in slots and with a plain server; make test runs a part
 	NBAGENT_CONFORMANCE=all $(PYTEST) -s tests/integration/test_conformance.py
+
+test-ui: tools       ## JupyterLab's own tests of its user interface, with Chromium, by turns; UI="all" or files
+	NBAGENT_CONFORMANCE=ui $(PYTEST) -s tests/integration/test_conformance.py
+
+versions: tools debs  ## images with versions of Python and Jupyter are imported, forked and tried; VERSIONS="--only NAME"
+	$(PYTHON) tests/versions/versions.py $(VERSIONS)
 
 fuzz: tools          ## fuzzes the decoders of untrusted bytes, 60 s each; FUZZ="--seconds 600 tar"
 	@tests/fuzz $(FUZZ)

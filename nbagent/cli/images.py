@@ -109,18 +109,23 @@ def build(name: str, recipe: Path, store: Path, as_json: bool) -> None:
 
 @image.command()
 @_MANIFEST
+@click.option("--layer", type=_FILE, help="A tar archive whose files replace those of IMAGE or are added to them.")
 @click.argument("name")
 @click.argument("reference", metavar="IMAGE")
 @_STORE
 @_JSON
-def use(name: str, reference: str, manifest: Path | None, store: Path, as_json: bool) -> None:
+def use(
+    name: str, reference: str, manifest: Path | None, layer: Path | None, store: Path, as_json: bool
+) -> None:
     """Switch NAME to another IMAGE of the store, given by its name or by the first digits of its digest.
 
-    With --manifest, to the files of IMAGE with another manifest, which takes seconds and no space for the files.
-    The previous image is kept, so that you can switch back; "nbagent image list" shows it.
+    With --manifest, to the files of IMAGE with another manifest, and with --layer, to the files of IMAGE with some
+    others, which takes seconds and no space for the files of IMAGE. The previous image is kept, so that you can switch
+    back; "nbagent image list" shows it.
     """
     images = _open(store)
-    _changed(images, images.use(name, reference, _parsed(manifest)), as_json)
+    found = images.use(name, reference, _parsed(manifest), layer)
+    (_added if layer else _changed)(images, found, as_json)
 
 
 @image.command("list")
@@ -231,6 +236,7 @@ def _document(images: ImageStore, found: Image) -> dict[str, str | int | list[st
         "former": images.former(found.name),
         "launch": found.launch,
         "share_memory": found.share_memory,
+        "activate": found.activate,
         "root": str(found.root),
         "static": str(found.static),
         "id_base": found.id_base,

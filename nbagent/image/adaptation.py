@@ -10,7 +10,6 @@ The tree is private to the caller, so no file of it is replaced meanwhile.
 from __future__ import annotations
 
 import os
-import posixpath
 import stat
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -56,10 +55,11 @@ def adapt(tree: Tree, id_base: int, account: Account, manifest: Manifest, left_o
             " copies into its memory when it starts; put what users do not change into another directory, such as"
             " /srv, and link it from the home"
         )
-    if manifest.python and (scripts := _activation(tree, manifest.python)):
+    if manifest.python and (scripts := jupyter.activation(tree, manifest.python)):
         notes.append(
-            f"{scripts} is not run, because no shell starts JupyterLab; set its variables in [environment] of a"
-            " manifest"
+            f"{scripts} is run once for all slots, by activate of the manifest; of its effects the variables are kept"
+            if manifest.activate else
+            f"{scripts} is not run, because the manifest has no script activate"
         )
     return tuple(notes)
 
@@ -140,16 +140,6 @@ def _widen(name: str, directory_fd: int, status: os.stat_result, id_base: int, a
         return 0
     os.chmod(name, wider, dir_fd=directory_fd)
     return 1
-
-
-def _activation(tree: Tree, python: str) -> str | None:
-    """The directory of conda's scripts that a shell runs when it activates the interpreter's environment."""
-    directory = posixpath.join(posixpath.dirname(posixpath.dirname(python)), "etc/conda/activate.d")
-    try:
-        with os.scandir(tree.directory_fd(tree.resolve(name_parts(directory)))) as found:
-            return directory if any(entry.name.endswith(".sh") for entry in found) else None
-    except (OSError, Refused):
-        return None
 
 
 def _is_directory(tree: Tree, parts: Parts) -> bool:

@@ -27,7 +27,7 @@ import os
 import stat
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Protocol
@@ -80,14 +80,18 @@ def extract(
 
 
 def extract_layers(
-    layer_fds: Sequence[int], root: Path, id_base: int, limits: ImageArchiveLimits, chown: Chown = os.chown
+    layer_fds: Sequence[int], root: Path, id_base: int, limits: ImageArchiveLimits, chown: Chown = os.chown,
+    *, over: bool = False,
 ) -> list[str]:
     """As `extract`, from the layers of an image, the lowest first; `limits` are for all of them together.
+
+    `over`: `root` has an image already, over which the layers are unpacked. Its files are replaced and never written
+    to, because they may be hard links to those of another image.
 
     Each layer is read twice, because a whiteout concerns the lower layers only, at whatever place in the layer it is.
     """
     with _refused(), open_tree(root) as tree:
-        extraction = _Extraction(tree, id_base, limits, chown, layered=True)
+        extraction = _Extraction(tree, id_base, limits, chown, layered=True, over=over)
         # The first pass over a layer reads the same entries without writing them.
         skipped = Budget(limits.unpacked_bytes, limits.entries)
         left_bytes = limits.unpacked_bytes
@@ -197,12 +201,13 @@ class _Directory:
 
 class _Extraction:
     def __init__(
-        self, tree: Tree, id_base: int, limits: ImageArchiveLimits, chown: Chown, *, layered: bool = False
+        self, tree: Tree, id_base: int, limits: ImageArchiveLimits, chown: Chown, *, layered: bool = False,
+        over: bool = False,
     ) -> None:
         self._tree, self._id_base, self._chown = tree, id_base, chown
-        self._layered = layered
+        self._layered, self._over = layered, over
         self.written = Budget(limits.unpacked_bytes, limits.entries)
-        self._root = _Directory()
+        self._root = self._directory(())
         self.left_out: list[str] = []
 
     def apply_whiteout(self, entry: Entry) -> None:
@@ -299,12 +304,22 @@ class _Extraction:
     def _create_parent(self, parts: Parts) -> _Directory:
         """Create the directories above an entry for which the archive has no entries; the innermost one."""
         directory = self._root
-        for part in parts[:-1]:
+        for depth, part in enumerate(parts[:-1], 1):
             if (below := directory.below.get(part)) is None:
                 self.written.spend_entry()
-                below = directory.below[part] = _Directory()
+                below = directory.below[part] = self._directory(parts[:depth])
             directory = below
         self._tree.directory_fd(parts[:-1], create=True)
+        return directory
+
+    def _directory(self, parts: Parts) -> _Directory:
+        """A directory without an entry, with the attributes that it has in the image below."""
+        directory = _Directory()
+        if self._over:
+            with suppress(FileNotFoundError):
+                status = os.fstat(self._tree.directory_fd(parts))
+                owner = status.st_uid - self._id_base, status.st_gid - self._id_base
+                directory.attributes = (*owner, stat.S_IMODE(status.st_mode), int(status.st_mtime))
         return directory
 
     def _add_directory(self, parts: Parts, entry: Entry) -> None:

@@ -16,8 +16,10 @@ form of the files is read; no program of the image is run.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
+import shlex
 
 from nbagent.image import manifest as manifests
 from nbagent.untrusted.refusal import Refused
@@ -31,6 +33,7 @@ _BESIDE = ("python3", "python")
 # The first word after exec, quoted or not. 'exec' is quoted in a script that is Python too.
 _EXEC = re.compile(r"""^\s*(?:'''exec'|exec)\s+(?:"([^"$`\n]+)"|'([^'\n]+)'|([^\s"'$`]+))""", re.MULTILINE)
 _WRAPPERS_MAX = 5
+_ACTIVATE = "etc/conda/activate.d"
 
 
 def interpreter(tree: Tree, path: str) -> str | None:
@@ -41,6 +44,26 @@ def interpreter(tree: Tree, path: str) -> str | None:
             if found is not None and _is_plain(found):
                 return found
     return None
+
+
+def activation(tree: Tree, python: str) -> str | None:
+    """The directory of conda's scripts that a shell runs when it activates the interpreter's environment."""
+    directory = posixpath.join(_prefix(python), _ACTIVATE)
+    try:
+        with os.scandir(tree.directory_fd(tree.resolve(name_parts(directory)))) as found:
+            return directory if any(entry.name.endswith(".sh") for entry in found) else None
+    except (OSError, Refused):
+        return None
+
+
+def activate_script(python: str) -> str:
+    """A script that runs those scripts as `conda activate` does, without conda, which takes a second."""
+    prefix = shlex.quote(_prefix(python))
+    return f'export CONDA_PREFIX={prefix}\nfor script in {prefix}/{_ACTIVATE}/*.sh; do . "$script"; done'
+
+
+def _prefix(python: str) -> str:
+    return posixpath.dirname(posixpath.dirname(python))
 
 
 def resolved(tree: Tree, path: str) -> Parts | None:

@@ -49,7 +49,8 @@ class Program:
     responds, and `url` is the target of a claim's link. `preload` are modules that the notebook server of `launch`
     "fork" and its kernels import before there is a slot, `extensions_after_fork` are extensions of that server that
     each slot loads itself, and `share_memory` prepares that server's memory so that its
-    slots share most of it. `python`, `home` and `directory` are paths inside the image.
+    slots share most of it. `activate` is a script of a shell that sets variables before the notebook server starts.
+    `python`, `home` and `directory` are paths inside the image.
     """
 
     python: str | None
@@ -65,6 +66,7 @@ class Program:
     environment: Mapping[str, str]
     share_memory: bool = True
     extensions_after_fork: tuple[str, ...] = ()
+    activate: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +131,14 @@ def from_mapping(data: Mapping[str, object]) -> Manifest:
     if not share_memory and launch != "fork":
         raise _wrong("share_memory", 'expected launch = "fork", because only forked slots share the memory of a server')
     command = () if python else _command(data["command"])
+    activate = data.get("activate", "")
+    if not isinstance(activate, str) or not _is_argument(activate):
+        raise _wrong("activate", 'expected a script of a shell, such as ". /opt/course/setup.sh", without NUL')
+    if activate and not python:
+        raise _wrong("activate", "expected python, because a command sets its variables itself")
     environment = _environment(data.get("environment", {}))
-    if sum(map(len, (*command, *environment, *environment.values()))) > _PROGRAM_MAX_BYTES:
-        raise _wrong("environment", f"longer than {_PROGRAM_MAX_BYTES} characters, the command included")
+    if sum(map(len, (*command, activate, *environment, *environment.values()))) > _PROGRAM_MAX_BYTES:
+        raise _wrong("environment", f"longer than {_PROGRAM_MAX_BYTES} characters, command and activate included")
     return Manifest(
         python=python,
         command=command,
@@ -145,6 +152,7 @@ def from_mapping(data: Mapping[str, object]) -> Manifest:
         preload=preload,
         share_memory=share_memory,
         extensions_after_fork=extensions_after_fork,
+        activate=activate,
         environment=environment,
         static=_static(data.get("static", {})),
     )

@@ -28,9 +28,9 @@ from types import TracebackType
 from typing import NamedTuple, Protocol
 
 from nbagent.core.errors import ImageInvalid
+from nbagent.image import jupyter
 from nbagent.image import manifest as manifests
 from nbagent.image.archive import ImageArchiveLimits
-from nbagent.image.jupyter import interpreter
 from nbagent.image.manifest import Manifest
 from nbagent.image.passwd import account
 from nbagent.image.tree import open_tree
@@ -205,7 +205,8 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
     """
     with open_tree(rootfs) as tree:
         user, home = _user(tree, config.user)
-        python = interpreter(tree, config.environment.get("PATH", _PATH))
+        python = jupyter.interpreter(tree, config.environment.get("PATH", _PATH))
+        scripts = jupyter.activation(tree, python) if python else None
     home = _normal(config.environment.get("HOME", ""), home) if user != _USER else home
     mapping: dict[str, object] = {
         "user": user,
@@ -214,7 +215,7 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
         "environment": {"PATH": _PATH, **config.environment, "HOME": home},
     }
     if python:
-        mapping |= {"python": python}
+        mapping |= {"python": python} | ({"activate": jupyter.activate_script(python)} if scripts else {})
     elif config.command:
         mapping |= {"command": list(config.command)} | ({"port": config.port} if config.port else {})
     else:
@@ -231,7 +232,8 @@ def notes_of(config: ImageConfig, manifest: Manifest) -> tuple[str, ...]:
         return ()
     text = (
         f"slots start JupyterLab by {manifest.python} and not by the image's entry point"
-        f" ({plain(' '.join(config.command))}); set the variables that it sets in [environment] of a manifest"
+        f" ({plain(' '.join(config.command))}); a manifest can set its variables (environment) or run its scripts"
+        " (activate)"
     )
     return (text,)
 

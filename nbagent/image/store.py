@@ -175,22 +175,26 @@ class ImageStore:
                 self._publish(staging, _Record(digest, id_base, found, notes), name)
         return self.get(name)
 
-    def use(self, name: str, reference: str, manifest: Manifest | None = None) -> Image:
+    def use(
+        self, name: str, reference: str, manifest: Manifest | None = None, layer: Path | None = None
+    ) -> Image:
         """Point `name` to an image of the store, given by another name or by the first digits of its digest.
 
         With a `manifest`, to the same files with this manifest: a tree of its own, whose files are hard links to those
-        of the image, so that neither depends on the other. The previous image of the name is kept for one step back.
-        Raises ImageNotFound, ImageInvalid.
+        of the image, so that neither depends on the other. With a `layer`, the tree also gets the files of this
+        archive over the others, as of a container image's uppermost layer. The previous image of the name is kept for
+        one step back. Raises ImageNotFound, ImageInvalid.
         """
         _check_name(name)
-        if manifest is not None:
-            return self._use_with_manifest(name, reference, manifest)
+        if manifest is not None or layer is not None:
+            return self._use_changed(name, reference, manifest, layer)
         with self._locked():
             self._point(name, self._resolve(reference))
         return self.get(name)
 
-    def _use_with_manifest(self, name: str, reference: str, manifest: Manifest) -> Image:
-        with self._staged() as (staging, _):
+    def _use_changed(self, name: str, reference: str, manifest: Manifest | None, layer: Path | None) -> Image:
+        with ExitStack() as stack:
+            staging, _ = stack.enter_context(self._staged())
             with self._locked():
                 source = self._resolve(reference)
                 record = _Record.load(self.path / source)
@@ -198,10 +202,25 @@ class ImageStore:
                 command = ["cp", "--archive", "--link", "--", str(self.path / source / "rootfs"), str(staging)]
                 if (done := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
                     raise OSError(f"{source} cannot be linked: {done.stderr.strip()[-500:]}")
-            digest = _with_manifest(source, manifest)
+            # The ids are those of the files, which both trees share.
+            digest, rootfs, found, notes = source, staging / "rootfs", manifest or record.manifest, record.notes
+            file = stack.enter_context(layer.open("rb")) if layer is not None else None
+            if file is not None:
+                digest = _derived(digest, hashlib.file_digest(file, "sha256").hexdigest())
+            if manifest is not None:
+                digest = _with_manifest(digest, manifest)
             if not self._known(digest, name):
-                # The ids are those of the files, which both trees share.
-                self._publish(staging, replace(record, digest=digest, manifest=manifest), name)
+                if layer is not None and file is not None:
+                    before = os.fstat(file.fileno())
+                    layers = [file.fileno()]
+                    left_out = archives.extract_layers(
+                        layers, rootfs, record.id_base, self._limits, self._chown, over=True
+                    )
+                    _unchanged(layer, before, file.fileno())
+                    found = manifest or _find_manifest(rootfs) or found
+                    # Of the image below, the notes about its files are contained in those about all files.
+                    notes = _adapt(rootfs, record.id_base, found.user, found, left_out)
+                self._publish(staging, replace(record, digest=digest, manifest=found, notes=notes), name)
         return self.get(name)
 
     def get(self, name: str) -> Image:
@@ -434,7 +453,10 @@ def _unchanged(archive: Path, before: os.stat_result, fd: int) -> None:
 
 def _with_manifest(digest: str, manifest: Manifest) -> str:
     """The digest of an image's files and a manifest that replaces the image's own."""
-    text = json.dumps(manifests.to_mapping(manifest), sort_keys=True)
+    return _derived(digest, json.dumps(manifests.to_mapping(manifest), sort_keys=True))
+
+
+def _derived(digest: str, text: str) -> str:
     return "sha256-" + hashlib.sha256(f"{digest}\n{text}".encode()).hexdigest()
 
 

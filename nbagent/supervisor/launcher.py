@@ -132,7 +132,7 @@ def sandbox_spec(
     limits = {} if image.python else _limit_variables(slot.limits)
     identity = {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
     environment = limits | _environment(image, values) | identity
-    notebook = [image.python, f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
+    notebook = [*_activated(image), image.python, f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
     if notebook and image.assets:
         environment[assets.VARIABLE] = " ".join([f"{assets_url}{image.assets_path}", *image.assets])
     return _image_spec(image, storage_bytes)._replace(
@@ -159,11 +159,18 @@ def zygote_spec(image: Image, storage_bytes: int, limits: Limits) -> SandboxSpec
     environment = PRELOAD_VARIABLES | _limit_variables(limits) | _environment(image, values)
     return _image_spec(image, storage_bytes)._replace(
         user="root",
-        command=[image.python, f"{CODE_PATH}/zygote/zygote.py",
+        command=[*_activated(image), image.python, f"{CODE_PATH}/zygote/zygote.py",
                  *([] if image.share_memory else [PRIVATE_MEMORY_OPTION])],
         environment=environment | {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": ZYGOTE_NAME},
         syscall_filter=forking_filter(),
     )
+
+
+def _activated(image: Image) -> list[str]:
+    """The program that runs the image's script `activate`, and then the one that follows."""
+    if not image.activate or image.python is None:
+        return []
+    return [image.python, "-I", "-S", f"{CODE_PATH}/zygote/activated.py", image.activate]
 
 
 def _image_spec(image: Image, storage_bytes: int) -> SandboxSpec:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The zygote: a notebook server that is initialised up to its listening socket, and forks slots.
 
-    python3 zygote.py [--private-memory]
+    python3 zygote.py [--private-memory] [--activated=NAMES]
 
 Runs inside an image, under the image's own Python, in a root of its own, as root of the image's user namespace
 with the few capabilities that a fork of a slot takes (nbagent.sandbox.plan). Over the channel at CONTROL_FD it
@@ -53,7 +53,7 @@ from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
 from nbagent.wire import fields
 from nbagent.wire.channel import Channel, Message, report_failure
 from nbagent.wire.failure import INHERITED_STEP, NOTE_MAX_CHARACTERS, NOTES_MAX, Failure
-from nbagent.zygote import entropy, forkserver, kernel, notebook_server, provisioner
+from nbagent.zygote import activated, entropy, forkserver, kernel, notebook_server, provisioner
 from nbagent.zygote.inherited import IMPORTED, Inherited, Openers, descriptors
 
 CONTROL_FD = LISTEN_FD
@@ -164,6 +164,8 @@ class Zygote:
 
     def __init__(self, control: Channel, nowhere: int, plan: ZygotePlan) -> None:
         self.control, self.nowhere, self.plan = control, nowhere, plan
+        # Before the imports below, which may set variables of their own.
+        self.activated = activated.values(sys.argv, os.environ)
         # Libraries that support fork, such as OpenBLAS, end their threads by a pthread_atfork(3) handler before a fork
         # and start them again on first use.
         self.fds, openers = descriptors(), Openers(memory.fork_noop)
@@ -243,6 +245,7 @@ class Zygote:
         print_fd = request.take("output")
         listen_fd, activity_fd, config_fd = (request.take(name) for name in ("listen", "activity", "config"))
         environment = cast(Dict[str, str], fields.mapping(slot, "environment"))
+        activated.apply(self.activated, environment)
         os.setsid()
 
         def begin_fork_server() -> None:

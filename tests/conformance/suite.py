@@ -21,9 +21,10 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from nbagent.sandbox.plan import RUNTIME_PATH
 from notebook import Notebook
 from testhost_driver import Host
 
@@ -48,16 +49,17 @@ DIFFERENCES = {
 }
 
 
-def version() -> str:
-    """The image's version of jupyter_server."""
-    found = re.search(r"^jupyter-server==(\S+)", (IMAGE / "requirements.txt").read_text(), re.MULTILINE)
+def version(project: str = "jupyter_server") -> str:
+    """The image's version of a project."""
+    name = project.replace("_", "-")
+    found = re.search(rf"^{name}==(\S+)", (IMAGE / "requirements.txt").read_text(), re.MULTILINE)
     assert found
     return found[1]
 
 
-def material() -> Path:
-    """A tar archive with the tests and pytest, downloaded once."""
-    recipe = (HERE / "requirements.txt").read_bytes() + version().encode()
+def material(project: str = "jupyter_server", more: Sequence[str] = ()) -> Path:
+    """A tar archive with the tests of a project, pytest, and `more` packages, downloaded once."""
+    recipe = (HERE / "requirements.txt").read_bytes() + version(project).encode() + " ".join(more).encode()
     cached = CACHE / f"conformance-{hashlib.sha256(recipe).hexdigest()[:16]}.tar"
     if cached.exists():
         return cached
@@ -66,12 +68,12 @@ def material() -> Path:
         made = Path(directory)
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
         wheels = ["--no-deps", "--only-binary=:all:", "--python-version=3.13", "--target", str(made / "packages")]
-        subprocess.run([*pip, "install", *wheels, "-r", HERE / "requirements.txt"], check=True)
-        source = ["--no-deps", "--no-binary=jupyter_server", "-d", str(made), f"jupyter_server=={version()}"]
+        subprocess.run([*pip, "install", *wheels, "-r", HERE / "requirements.txt", *more], check=True)
+        source = ["--no-deps", f"--no-binary={project}", "-d", str(made), f"{project}=={version(project)}"]
         subprocess.run([*pip, "download", *source], check=True, stdout=subprocess.DEVNULL)
-        (archive,) = made.glob("jupyter_server-*.tar.gz")
+        (archive,) = made.glob(f"{project}-*.tar.gz")
         subprocess.run(["tar", "-xf", archive, "-C", made, "--wildcards", "*/tests"], check=True)
-        (tests,) = made.glob("jupyter_server-*/tests")
+        (tests,) = made.glob(f"{project}-*/tests")
         with tarfile.open(made / "made.tar", "w") as tar:
             tar.add(tests, "tests")
             tar.add(made / "packages", "packages")
@@ -81,19 +83,21 @@ def material() -> Path:
 
 @dataclass(frozen=True)
 class Server:
-    """A server to test: its address from the test host, and the command that runs a program beside it."""
+    """A server to test: its address from the test host, and the command that runs a program beside it.
+
+    `variables` are of the environment of its kernels.
+    """
 
     host: Host
     url: str
     token: str
     enter: Sequence[str]
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     def run(self, files: Sequence[str] = FILES, select: str = WITHOUT, timeout: float = 1200) -> dict[str, list[str]]:
         """Runs the tests; returns {test: [outcome, text]}."""
-        self._inside("rm", "-rf", PLACE)
-        self._inside("mkdir", PLACE)
-        self.host.run([*self.enter, "tar", "-xf", "-", "-C", PLACE], input=material().read_bytes(), text=False)
-        self._inside("sh", "-c", f"cat > {PLACE}/external.py", input=(HERE / "external.py").read_text())
+        self.unpack(material())
+        self.inside("sh", "-c", f"cat > {PLACE}/external.py", input=(HERE / "external.py").read_text())
         variables = {
             "CONFORMANCE_URL": self.url, "CONFORMANCE_TOKEN": self.token, "CONFORMANCE_ROOT": HOME, "HOME": HOME,
             "CONFORMANCE_RESULTS": f"{PLACE}/results", "PYTHONPATH": f"{PLACE}:{PLACE}/packages",
@@ -104,11 +108,17 @@ class Server:
                 "-k", select, *(f"tests/{file}" for file in files)]
         done = self.host.run([*self.enter, *argv], check=False, timeout=timeout)
         assert done.returncode in (0, 1), f"{shlex.join(argv)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
-        found: dict[str, list[str]] = json.loads(self._inside("cat", f"{PLACE}/results"))
-        self._inside("rm", "-rf", PLACE)
+        found: dict[str, list[str]] = json.loads(self.inside("cat", f"{PLACE}/results"))
+        self.inside("rm", "-rf", PLACE)
         return found
 
-    def _inside(self, *argv: str, input: str | None = None) -> str:  # noqa: A002 - as subprocess.run has it
+    def unpack(self, archive: Path) -> None:
+        """Makes PLACE with the content of a tar archive."""
+        self.inside("rm", "-rf", PLACE)
+        self.inside("mkdir", PLACE)
+        self.host.run([*self.enter, "tar", "-xf", "-", "-C", PLACE], input=archive.read_bytes(), text=False)
+
+    def inside(self, *argv: str, input: str | None = None) -> str:  # noqa: A002 - as subprocess.run has it
         return str(self.host.run([*self.enter, *argv], input=input).stdout)
 
 
@@ -118,14 +128,15 @@ def slot(notebook: Notebook) -> Server:
     uid = str(record["uid"])
     # Without the network namespace, so that the tests reach the router.
     enter = ["nsenter", "-t", str(record["pid"]), "-U", "-m", "-p", "-S", uid, "-G", uid]
-    return Server(notebook.host, f"http://127.0.0.1:8000{notebook.base}", notebook.token, enter)
+    variables = {"JUPYTER_RUNTIME_DIR": RUNTIME_PATH}
+    return Server(notebook.host, f"http://127.0.0.1:8000{notebook.base}", notebook.token, enter, variables)
 
 
 @contextmanager
-def plain(host: Host) -> Iterator[Server]:
-    """A plain `jupyter lab` with the files of the image, in a tmpfs of the test host."""
+def plain(host: Host, root: str) -> Iterator[Server]:
+    """A plain `jupyter lab` with the files of an image, in a tmpfs of the test host."""
     script = f"""
-        root=$(dirname /var/lib/nbagent/images/sha256-*/rootfs/usr)
+        root={root}
         mkdir -p {PLAIN}
         mount -t tmpfs -o mode=755 conformance {PLAIN}
         cp -a $root/. {PLAIN}
@@ -140,7 +151,7 @@ def plain(host: Host) -> Iterator[Server]:
         environment = [f"HOME={HOME}", "PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8", "SHELL=/bin/bash"]
         argv = ["env", "-i", f"--chdir={HOME}", *environment, "jupyter-lab", "--no-browser", "--ip=127.0.0.1",
                 f"--port={PLAIN_PORT}", "--port-retries=0", f"--IdentityProvider.token={PLAIN_TOKEN}"]
-        host.run(["systemd-run", "-q", f"--unit={PLAIN_UNIT}", *enter, *argv])
+        host.run(["systemd-run", "-q", "--collect", f"--unit={PLAIN_UNIT}", *enter, *argv])
         probe = f"for n in $(seq 300); do curl -sf 127.0.0.1:{PLAIN_PORT}/api && exit; sleep .1; done; exit 1"
         host.run(["sh", "-c", probe])
         yield Server(host, f"http://127.0.0.1:{PLAIN_PORT}/", PLAIN_TOKEN, enter)
@@ -148,22 +159,30 @@ def plain(host: Host) -> Iterator[Server]:
         host.run(["sh", "-c", f"systemctl stop {PLAIN_UNIT}; umount -R {PLAIN}; rmdir {PLAIN}"], check=False)
 
 
-def differences(plain: Mapping[str, list[str]], other: Mapping[str, list[str]]) -> dict[str, str]:
-    """Tests that pass with the plain server and not with the other, without those in DIFFERENCES."""
+def differences(
+    plain: Mapping[str, list[str]], other: Mapping[str, list[str]], known: Mapping[str, str] = DIFFERENCES
+) -> dict[str, str]:
+    """Tests that pass with the plain server and not with the other, without those in `known`."""
     missing = ["missing", ""]
     return {
         name: ": ".join(other.get(name, missing))
         for name, (outcome, _) in plain.items()
-        if outcome == "passed" and other.get(name, missing)[0] != "passed" and name not in DIFFERENCES
+        if outcome == "passed" and other.get(name, missing)[0] != "passed" and name not in known
     }
 
 
 def table(results: Mapping[str, Mapping[str, list[str]]]) -> str:
     """The passed tests of each file by server, and what differs, as text."""
+    return columns("jupyter_server " + version(), results, FILES, DIFFERENCES)
+
+
+def columns(
+    title: str, results: Mapping[str, Mapping[str, list[str]]], files: Sequence[str], known: Mapping[str, str]
+) -> str:
     counts = {kind: Counter(name.split("::")[0] for name, (outcome, _) in found.items() if outcome == "passed")
               for kind, found in results.items()}
-    lines = [f"{'passed tests of jupyter_server ' + version():45}" + "".join(f"{kind:>8}" for kind in results)]
-    for file in FILES:
+    lines = [f"{'passed tests of ' + title:45}" + "".join(f"{kind:>8}" for kind in results)]
+    for file in files:
         lines.append(f"{file:45}" + "".join(f"{counts[kind]['tests/' + file]:8}" for kind in results))
     lines.append(f"{'all':45}" + "".join(f"{counts[kind].total():8}" for kind in results))
-    return "\n".join([*lines, *(f"{name}: {reason}" for name, reason in DIFFERENCES.items())])
+    return "\n".join([*lines, *(f"{name}: {reason}" for name, reason in known.items())])

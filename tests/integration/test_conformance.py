@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""jupyter_server's own API tests pass in a slot, by fork and by exec: some here, all by `make conformance`."""
+"""jupyter_server's own API tests pass in a slot, by fork and by exec: some here, all by `make conformance`.
 
+`make test-ui` has JupyterLab's own tests of its user interface.
+"""
+
+import json
 import os
 import sys
 from pathlib import Path
@@ -9,21 +13,29 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "conformance"))
 
+import kernels
 import suite
+import ui
 from execd import execd_image
 from waits import check_waits
 
-ALL = "NBAGENT_CONFORMANCE" in os.environ
+# "all", "ui", or "" for the part that is in make test.
+WANTED = os.environ.get("NBAGENT_CONFORMANCE", "")
 # Some of each kind, in a few seconds.
 SOME = ("test_create_untitled or test_mkdir or test_upload_b64 or test_copy_put_400 or test_copy_dir_400 or test_rename"
         " or test_delete or test_checkpoints or test_default_kernels or test_modify_kernel or test_terminal_create"
         " or test_download or test_kernel_handler or test_main_kernel_handler or test_connection")
 
 
+ACTIVATE = """
+sed -i '1i activate = "export ACTIVATED=$(id -u); unset LANG; exec 5<&-"' etc/nbagent-image.toml
+"""
+
+
 @pytest.fixture
 def execd(agent):
-    """The name of an image whose slots start by exec."""
-    with execd_image(agent) as name:
+    """The name of an image whose slots start by exec, after a script."""
+    with execd_image(agent, ACTIVATE) as name:
         yield name
 
 
@@ -33,23 +45,31 @@ def of_slot(agent, select, **options):
     return server.run(select=select)
 
 
+def root_of(agent, name):
+    return next(image["root"] for image in json.loads(agent.run("nbagent", "image", "list", "--json"))
+                if image["name"] == name)
+
+
 def passed(results):
     return sum(outcome == "passed" for outcome, _ in results.values())
 
 
-@pytest.mark.skipif(ALL, reason="the other test has all")
+@pytest.mark.skipif(WANTED != "", reason="the other tests have all")
 def test_a_part_of_the_suite_of_jupyter_server_passes(agent, execd):
     for options in ({}, {"image": execd}):
         results = of_slot(agent, f"({SOME}) and {suite.WITHOUT}", **options)
         failed = {name: text for name, (outcome, text) in results.items() if outcome not in ("passed", "skipped")}
         assert not failed and passed(results) >= 40, (options, passed(results), failed)
     # test_culling.py has this by fork. It is here because adding an image takes longer than the check.
-    check_waits(agent, agent.open(image=execd))
+    notebook = agent.open(image=execd)
+    check_waits(agent, notebook)
+    found = notebook.run("import os; print(os.environ['ACTIVATED'] == str(os.getuid()), 'LANG' in os.environ)").stream
+    assert found.split() == ["True", "False"]
 
 
-@pytest.mark.skipif(not ALL, reason="by make conformance")
+@pytest.mark.skipif(WANTED != "all", reason="by make conformance")
 def test_the_suite_of_jupyter_server_passes_as_with_a_plain_server(agent, execd):
-    with suite.plain(agent.host) as plain:
+    with suite.plain(agent.host, root_of(agent, "minimal")) as plain:
         results = {"plain": plain.run()}
     results["fork"] = of_slot(agent, suite.WITHOUT)
     results["exec"] = of_slot(agent, suite.WITHOUT, image=execd)
@@ -57,3 +77,34 @@ def test_the_suite_of_jupyter_server_passes_as_with_a_plain_server(agent, execd)
     assert passed(results["plain"]) >= 190
     for kind in ("fork", "exec"):
         assert not suite.differences(results["plain"], results[kind]), kind
+
+
+@pytest.mark.skipif(WANTED != "all", reason="by make conformance")
+def test_the_suite_of_ipykernel_passes_as_with_kernels_of_a_plain_server(agent, execd):
+    with suite.plain(agent.host, root_of(agent, "minimal")) as plain:
+        results = {"plain": kernels.run(plain)}
+    for kind, options in (("fork", {}), ("exec", {"image": execd})):
+        results[kind] = kernels.run(suite.slot(agent.open(memory="1G", **options)))
+    print(kernels.table(results))
+    assert passed(results["plain"]) >= 80
+    for kind in ("fork", "exec"):
+        assert not suite.differences(results["plain"], results[kind], kernels.DIFFERENCES), kind
+
+
+@pytest.mark.skipif(WANTED != "ui", reason="by make test-ui")
+def test_the_tests_of_jupyterlabs_user_interface_pass_as_with_a_plain_server(agent, tmp_path):
+    wanted = os.environ.get("UI", "").split() or ui.FILES
+    places = () if wanted == ["all"] else wanted
+    with ui.images(agent) as roots, suite.plain(agent.host, roots["galata"]) as plain:
+        results = {"plain": ui.run(plain, places)}
+        for kind, image in (("fork", "galata"), ("exec", "galata-exec")):
+            agent.wait(lambda: image in {one["name"] for one in agent.api.get("/images").json()}, "the image")  # noqa: B023
+            slot = suite.slot(agent.open(image=image, memory="2G"))
+            found = results[kind] = ui.run(slot, places, tmp_path / kind)
+            # A test that fails once by the time that a busy machine takes passes the second time, alone.
+            if different := ui.differences(results["plain"], found):
+                found |= ui.run(slot, [results["plain"][name].place for name in different], tmp_path / kind)
+    print(ui.table(results))
+    assert all(outcome.passed for name, outcome in results["plain"].items() if name.startswith(ui.STEPS))
+    for kind in ("fork", "exec"):
+        assert not ui.differences(results["plain"], results[kind]), (kind, tmp_path)

@@ -290,26 +290,31 @@ def test_an_image_in_the_manner_of_docker_stacks_is_forked(agent, images, packag
     upper.add("etc/passwd", b"root:x:0:0::/root:/bin/bash\nnb:x:1000:100::/home/nb:/bin/bash\n")
     upper.add("bin/course", b"#!/bin/sh\necho through the link\n", mode=0o755)
     upper.add("usr/local/bin/jupyter-lab", **link, linkname="/opt/course/bin/jupyter-lab")
+    # As of a package of conda, whose process in the background may not stay beside the zygote.
+    upper.add("usr/etc/conda/activate.d/course.sh",
+              b"export COURSE=$((COURSE + 1)) BY=$(id -u) AT=$CONDA_PREFIX\nunset GONE\nsetsid sleep 6543 &\n")
     script = b"#!/bin/sh\n'''exec' \"/usr/bin/python3\" \"$0\" \"$@\"\n' '''\n"
     upper.add("opt/course/bin/jupyter-lab", script, mode=0o755)
     upper.add("srv/private", b"for the user", mode=0o600, **mine).add("home/nb/own", b"at home", mode=0o600, **mine)
     config = {"User": "1000:100", "WorkingDir": "/home/nb", "Entrypoint": ["tini", "-g", "--"], "Cmd": ["start.sh"],
-              "Env": ["PATH=/usr/local/bin:/usr/bin:/bin", "COURSE=1"]}
+              "Env": ["PATH=/usr/local/bin:/usr/bin:/bin", "COURSE=1", "GONE=1"]}
     Layers(**config).layer(minimal.read_bytes(), bytes).layer(upper).save(tmp_path / "layout").close()
     agent.host.copy_in(str(tmp_path / "layout"), "/root/stacks")
     try:
         done = agent.host.run(["nbagent", "image", "import", "--name", "stacks", "oci:/root/stacks"], timeout=300)
     finally:
         agent.run("rm", "-rf", "/root/stacks")
-    for part in ("dev/console", "tini -g -- start.sh", "2 files and directories"):
+    for part in ("dev/console", "tini -g -- start.sh", "2 files and directories", "/usr/etc/conda/activate.d is run"):
         assert part in done.stderr
     agent.wait(lambda: "stacks" in known(agent), "the image to be known")
     status, results = checked(agent, "stacks")
     assert (status, results["launch"]["found"]) == (0, "fork"), results
     files = "open('/srv/private').read(), open('own').read()"
-    cell = f"import os; print({files}, os.environ['COURSE'], os.popen('course').read())"
+    variables = "*(os.environ.get(name) for name in ('COURSE', 'BY', 'AT', 'GONE', 'HOME'))"
+    cell = f"import os; print({files}, {variables}, os.popen('course').read())"
     output = Notebook(agent.host, agent.claim(image="stacks")).run(cell).stream
-    assert output.split() == "for the user at home 1 through the link".split()
+    assert output.split() == "for the user at home 2 65533 /usr None /home/nb through the link".split()
+    assert agent.run("pgrep", "-fx", "sleep 6543", check=False) == ""
 
 
 def test_a_hostile_image_is_refused_from_every_source(agent, images, tmp_path):

@@ -426,6 +426,17 @@ def test_an_import_tells_what_is_different_from_a_container(store: ImageStore) -
     for part in ("dev/console", "tini start.sh", "/home/nb has 2,001 files of 2 MB", "/opt/conda/etc/conda/activate.d"):
         assert part in text
     assert store.get("mine").notes == image.notes
+    assert image.activate == (
+        'export CONDA_PREFIX=/opt/conda\nfor script in /opt/conda/etc/conda/activate.d/*.sh; do . "$script"; done'
+    )
+
+
+def test_condas_scripts_that_a_given_manifest_does_not_run_are_named(store: ImageStore) -> None:
+    layer = Archive().add("opt/conda/bin/python", b"").add("opt/conda/etc/conda/activate.d/gdal.sh")
+    text = 'python = "/opt/conda/bin/python"\nuser = "nb"\nhome = "/home/nb"\n'
+    image = import_image(store, Layers().layer(layer), manifest.parse(text.encode()))
+    (note,) = image.notes
+    assert note == "/opt/conda/etc/conda/activate.d is not run, because the manifest has no script activate"
 
 
 def test_another_images_entry_point_is_its_command(store: ImageStore) -> None:

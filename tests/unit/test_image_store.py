@@ -498,6 +498,40 @@ def test_an_archive_is_added_with_a_manifest_of_its_own(store: ImageStore, tmp_p
     assert store.add(archive, "again", OTHER).digest == image.digest
 
 
+def test_an_image_gets_another_file_without_a_copy_of_the_others(store: ImageStore, tmp_path: Path) -> None:
+    lower = Archive.with_image().add("home/jovyan", type=tarfile.DIRTYPE, mode=0o750, uid=1000, gid=100)
+    lower.add("home/jovyan/one.ipynb", b"one", uid=1000, gid=100).add("home/jovyan/old.ipynb", b"old")
+    first = store.add(lower.save(tmp_path / "x.tar"), "mine")
+    layer = Archive().add("home/jovyan/one.ipynb", b"new", mode=0o640, uid=1000, gid=100)
+    layer.add("home/jovyan/.wh.old.ipynb").add("srv/data/added", b"added")
+    second = store.use("mine", "mine", layer=layer.save(tmp_path / "layer.tar"))
+    home = second.root / "home/jovyan"
+    assert [path.name for path in home.iterdir()] == ["one.ipynb"] and (home / "one.ipynb").read_text() == "new"
+    assert (second.root / "srv/data/added").read_text() == "added"
+    assert (second.root / "usr/share/lab/main.js").samefile(first.root / "usr/share/lab/main.js")
+    # Directories keep their modes, and get them where they are new.
+    modes = {name: stat.S_IMODE((second.root / name).stat().st_mode) for name in ("home/jovyan", "srv/data")}
+    assert modes == {"home/jovyan": 0o750, "srv/data": 0o755}
+    assert sorted(path.name for path in (first.root / "home/jovyan").iterdir()) == ["old.ipynb", "one.ipynb"]
+    assert (first.root / "home/jovyan/one.ipynb").read_text() == "one"
+    assert (second.home, second.digest != first.digest, store.former("mine")) == (first.home, True, first.digest)
+    again = store.use("mine", first.digest.removeprefix("sha256-"), layer=tmp_path / "layer.tar")
+    assert again.digest == second.digest
+    with_manifest = store.use("mine", "mine", OTHER, tmp_path / "layer.tar")
+    assert with_manifest.home == "/home/other"
+
+
+@pytest.mark.parametrize("layer", [
+    Archive().add("../x", b""), Archive().add("dev/x", type=tarfile.CHRTYPE).add("x", type=tarfile.CHRTYPE),
+    Archive().add("x", b"", uid=70000),
+])
+def test_a_hostile_layer_is_refused_and_leaves_the_image(store: ImageStore, tmp_path: Path, layer: Archive) -> None:
+    first = store.add(Archive.with_image().save(tmp_path / "x.tar"), "mine")
+    with pytest.raises(ImageInvalid):
+        store.use("mine", "mine", layer=layer.save(tmp_path / "layer.tar"))
+    assert store.get("mine").digest == first.digest and store.digests() == [first.digest]
+
+
 def test_an_image_gets_another_manifest_without_a_copy_of_its_files(store: ImageStore, tmp_path: Path) -> None:
     first = store.add(Archive.with_image().save(tmp_path / "x.tar"), "mine")
     second = store.use("mine", "mine", OTHER)
