@@ -32,12 +32,12 @@ warm = 1
 class Site:
     """The machines of a site by name, and its inventory."""
 
-    def __init__(self, prefix):
+    def __init__(self, prefix, labels=LABELS):
         self.prefix, self.gateway_name = prefix, f"{prefix}-gw"
         self.machines = {}
         self.hosts = {
             self.name(label): {"nbagent_host_label": label, "nbagent_host_address": host_address(number)}
-            for number, label in enumerate(LABELS)
+            for number, label in enumerate(labels)
         }
 
     def name(self, label):
@@ -53,10 +53,10 @@ class Site:
     def gateway(self):
         return self.machines[self.gateway_name]
 
-    def inventory(self, ansible, **variables):
-        gateways = {self.gateway_name: {"nbagent_gateway_address": gateway_address(0)}}
+    def inventory(self, ansible, gateways=None, more=None, **variables):
+        gateways = gateways or {self.gateway_name: {"nbagent_gateway_address": gateway_address(0)}}
         variables = {"nbagent_host_settings": SETTINGS, "nbagent_host_drain_wait": "1s"} | variables
-        ansible.inventory(self.hosts, gateways, **variables)
+        ansible.inventory(self.hosts, gateways, more, **variables)
 
     def spawn(self):
         """A notebook by a claim at the gateway, which the test keeps open."""
