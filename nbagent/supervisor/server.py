@@ -43,7 +43,7 @@ Handler = Callable[[Message], object]
 def handlers(calls: Calls) -> dict[str, Handler]:
     """The operations of nbagent.wire.operations, each with the call that it is."""
     return dict([
-        _handler(operations.CLAIM, lambda args: calls.claim(args.options, args.key, args.client)),
+        _handler(operations.CLAIM, lambda args: calls.claim(args.options, args.key, args.client, args.trace)),
         _handler(operations.SLOTS, lambda _: calls.list_slots()),
         _handler(operations.SLOT, lambda args: calls.slot(args.id)),
         _handler(operations.UPDATE, lambda args: calls.update(args.id, args.options, args.client)),

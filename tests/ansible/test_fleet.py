@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -118,9 +119,11 @@ def test_check_mode_changes_nothing_on_bare_machines(site, ansible):
 
 
 def test_bare_machines_become_a_fleet_that_serves_a_cell(site, ansible):
+    began_s = time.monotonic()
     ansible["debian"].must("site")
     notebook = site.spawn()
     assert notebook.run("print(6 * 7)").stream == "42\n"
+    product.say(f"from bare machines to a served cell: {time.monotonic() - began_s:.0f} s")
     site.release(notebook)
 
 

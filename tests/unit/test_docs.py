@@ -26,7 +26,7 @@ TEST = re.compile(r"`(test_\w+)`")
 TESTS = {
     name
     for file in (ROOT / "tests").glob("*/test_*.py")
-    for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)
+    for name in re.findall(r"^(?:async )?def (test_\w+)", file.read_text(), re.MULTILINE)
 }
 SETTINGS = {
     f"{section.name}.{setting.name}"
