@@ -17,6 +17,7 @@ import product
 COLLECTION = product.TOP / "packaging/ansible"
 REQUIREMENTS = product.TOP / "tests/requirements-ansible.txt"
 VERSIONS = ("debian", "pypi")
+VERSION = (product.TOP / "packaging/debian/changelog").read_text().partition("(")[2].partition(")")[0]
 
 
 def tools(version: str) -> Path:
@@ -75,6 +76,8 @@ class Ansible:
             "ansible_ssh_executable": str(product.TOP / "tests/ansible/ssh"),
             "ansible_python_interpreter": "/usr/bin/python3",
             "nbagent_packages_directory": str(product.DIST),
+            # The directory may have packages of other versions too.
+            "nbagent_packages_version": VERSION,
         }
         members = {"nbagent_hosts": hosts, "nbagent_gateways": gateways, **(more or {})}
         groups = {group: {"hosts": names} for group, names in members.items()}

@@ -21,6 +21,7 @@ from testhost_driver import Host
 from testhost_driver.lan import Lan
 
 LABELS = ("a", "b")
+PACKAGES = tuple(dict.fromkeys((*product.HOST, *product.GATEWAY)))
 SETTINGS = """
 [slots]
 capacity = 4
@@ -76,7 +77,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    product.build(product.say, tuple(dict.fromkeys((*product.HOST, *product.GATEWAY))))
+    product.build(product.say, PACKAGES)
     found = Site(f"an{os.getpid() % 10000}")
     lan = Lan(found.prefix)
     try:
@@ -99,7 +100,7 @@ def ansible(site, tmp_path_factory):
 
 def newer(directory, suffix):
     """Copies of the packages with a higher version."""
-    for package in product.DIST.glob("*.deb"):
+    for package in product.build(product.say, PACKAGES):
         tree = directory / package.stem
         subprocess.run(["dpkg-deb", "-R", package, tree], check=True)
         control = tree / "DEBIAN/control"
@@ -139,7 +140,7 @@ def test_an_upgrade_loses_no_session_and_a_second_one_does_nothing(site, ansible
     notebook = site.spawn()
     kernel = notebook.kernel()
     kernel.run("x = 41")
-    site.inventory(ansible["pypi"], nbagent_packages_directory=str(tmp_path))
+    site.inventory(ansible["pypi"], nbagent_packages_directory=str(tmp_path), nbagent_packages_version="")
     ansible["pypi"].must("upgrade")
     assert {site.version(label) for label in LABELS} == {f"{before}+a"}
     # By a new websocket, because Jupyter closes one whose client, as this one meanwhile, sends no pong for 90 s.
@@ -149,7 +150,7 @@ def test_an_upgrade_loses_no_session_and_a_second_one_does_nothing(site, ansible
 
 
 def test_an_image_is_rolled_out_and_back(site, ansible, tmp_path):
-    deb = next(product.DIST.glob("nbagent-image-minimal_*.deb"))
+    deb, = product.build(product.say, ["nbagent-image-minimal"])
     subprocess.run(["dpkg-deb", "-x", deb, tmp_path], check=True)
     archive = next(tmp_path.rglob("*.tar.zst"))
     first = image(site, "a")
@@ -194,7 +195,7 @@ def test_a_host_with_users_is_not_rebooted(site, ansible):
 
 def test_an_upgrade_stops_at_a_host_that_died(site, ansible, tmp_path):
     newer(tmp_path, "+b")
-    site.inventory(ansible["pypi"], nbagent_packages_directory=str(tmp_path))
+    site.inventory(ansible["pypi"], nbagent_packages_directory=str(tmp_path), nbagent_packages_version="")
     before = site.version("b")
     # The first host cannot start after its upgrade, so that the second must not be upgraded.
     first = site.machines[site.name("a")]
