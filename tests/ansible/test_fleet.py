@@ -193,9 +193,27 @@ def test_a_host_with_users_is_not_rebooted(site, ansible):
     site.release(notebook)
 
 
-def test_an_upgrade_stops_at_a_host_that_died(site, ansible, tmp_path):
-    newer(tmp_path, "+b")
-    site.inventory(ansible["pypi"], nbagent_packages_directory=str(tmp_path), nbagent_packages_version="")
+@pytest.fixture(scope="module")
+def second_upgrade(site, ansible, tmp_path_factory):
+    """Packages that are newer than those of test_an_upgrade_loses_no_session_and_a_second_one_does_nothing."""
+    directory = tmp_path_factory.mktemp("newer")
+    newer(directory, "+b")
+    site.inventory(ansible["pypi"], nbagent_packages_directory=str(directory), nbagent_packages_version="")
+
+
+def test_a_full_disk_stops_an_upgrade_while_the_host_serves(site, ansible, second_upgrade):
+    before, host = site.version("a"), site.machines[site.name("a")]
+    host.run(["mount", "-t", "tmpfs", "-o", "size=1M", "full", "/var/cache/nbagent-packages"])
+    try:
+        done = ansible["pypi"].run("upgrade")
+    finally:
+        host.run(["umount", "/var/cache/nbagent-packages"])
+    assert done.status != 0 and "No space left on device" in done.output
+    assert {site.version(label) for label in LABELS} == {before}
+    assert Api(host).get("/stats").json()["draining"] is False
+
+
+def test_an_upgrade_stops_at_a_host_that_died(site, ansible, second_upgrade):
     before = site.version("b")
     # The first host cannot start after its upgrade, so that the second must not be upgraded.
     first = site.machines[site.name("a")]
