@@ -124,3 +124,11 @@ def test_a_host_that_is_removed_and_added_changes_its_records(site, ansible):
     ansible.must("add_host", nbagent_target=site.name("a"))
     assert site.offers() == {f"a.{ZONE}."}
     wait(lambda: Api(site.gateway, HTTP_PORT).get("/api/stats").json()["available"] > 0)
+
+
+def test_a_dead_host_does_not_prevent_the_monitoring(site, ansible):
+    site.machines[site.name("a")].down(now=True)
+    ansible.must("site", "--limit", site.services, nbagent_monitoring_scrape_interval="2s")
+    prometheus = Api(site.machines[site.services], 9090)
+    wait(lambda: site.up() == {("nbagent-gateway", site.gateway_name)})
+    assert "scrape_interval: 2s" in prometheus.get("/api/v1/status/config").json()["data"]["yaml"]
