@@ -225,7 +225,7 @@ class AcmeServer:
         }}))
 
     def start(self) -> None:
-        command = [programs() / "usr/bin/pebble", "-strict", "-config", self.directory / "pebble.json",
+        command = [programs() / "usr/bin/pebble", "-config", self.directory / "pebble.json",
                    "-dnsserver", self.dns_server]
         settings = {"PEBBLE_VA_NOSLEEP": "1", "PEBBLE_AUTHZREUSE": "0"}
         with self.log.open("ab") as output:

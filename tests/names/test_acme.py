@@ -210,7 +210,10 @@ def renew(site: Site, name: str) -> None:
     before = site.tls().serial()
     site.due(name)
     site.gateway.run(["systemctl", "start", "certbot.service"], timeout=180)
-    assert site.tls().serial() != before
+    deadline_s = time.monotonic() + 20
+    while site.tls().serial() == before:
+        assert time.monotonic() < deadline_s, "the gateway still has the former certificate"
+        time.sleep(0.1)
 
 
 def test_a_certificate_by_http_through_each_gateway_and_a_cell_over_it(site: Site) -> None:
@@ -232,8 +235,7 @@ def test_a_wrong_key_of_the_dns_changes_nothing(site: Site) -> None:
     before = site.tls().serial()
     wrong = credentials(site, base64.b64encode(bytes(32)).decode())
     done = site.certbot("--dns-rfc2136", "--dns-rfc2136-credentials", wrong, "-d", f"*.{SITE}", check=False)
-    assert done.returncode != 0 and "BADSIG" in done.stdout + done.stderr + site.gateway.run(
-        ["cat", "/var/log/letsencrypt/letsencrypt.log"]).stdout
+    assert done.returncode != 0 and "signature" in done.stderr, done.stdout + done.stderr
     assert site.tls().serial() == before
 
 
