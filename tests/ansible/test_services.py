@@ -103,7 +103,7 @@ def test_check_mode_passes_before_nbagent_is_installed(site, ansible):
 
 def test_hosts_are_found_by_the_dns_and_watched(site, ansible):
     ansible.must("site")
-    assert site.offers() == {f"a.{ZONE}."}
+    wait(lambda: site.offers() == {f"a.{ZONE}."})
     wait(lambda: Api(site.gateway, HTTP_PORT).get("/api/stats").json()["available"] > 0)
     notebook = site.spawn()
     assert notebook.run("print(6 * 7)").stream == "42\n"
@@ -122,7 +122,7 @@ def test_a_host_that_is_removed_and_added_changes_its_records(site, ansible):
     ansible.must("remove_host", nbagent_target=site.name("a"))
     assert site.offers() == set()
     ansible.must("add_host", nbagent_target=site.name("a"))
-    assert site.offers() == {f"a.{ZONE}."}
+    wait(lambda: site.offers() == {f"a.{ZONE}."})
     wait(lambda: Api(site.gateway, HTTP_PORT).get("/api/stats").json()["available"] > 0)
 
 
