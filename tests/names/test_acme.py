@@ -40,7 +40,7 @@ ZONES = {
         f"@ A {gateway_address(0)}\ngw1 A {gateway_address(1)}\n* CNAME @\n_acme-challenge NS ns\n", "",
     ),
     f"_acme-challenge.{SITE}": (
-        f"$TTL 60\n@ SOA ns.{SITE}. hostmaster 1 3600 600 86400 5\n@ NS ns.{SITE}.\n",
+        f"$TTL 60\n@ SOA ns.{SITE}. hostmaster.{SITE}. 1 3600 600 86400 5\n@ NS ns.{SITE}.\n",
         f"update-policy {{ grant {ACME_KEY} zonesub TXT; }};",
     ),
 }
