@@ -69,9 +69,7 @@ class Ansible:
         self, hosts: Mapping[str, Mapping[str, Any]], gateways: Mapping[str, Mapping[str, Any]],
         more: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None, **variables: Any,
     ) -> None:
-        """Writes the inventory: the variables of hosts, of gateways and of `more` groups by the names of the test hosts,
-        and of all.
-        """
+        """Writes the inventory: the variables of hosts, gateways and `more` groups by the hosts' names, and of all."""
         common = {
             "ansible_ssh_executable": str(product.TOP / "tests/ansible/ssh"),
             "ansible_python_interpreter": "/usr/bin/python3",

@@ -257,5 +257,5 @@ _KEY_PARAMETER: Schema = {
 }
 _TRACE_PARAMETER: Schema = {
     "name": trace.HEADER, "in": "header", "required": False, "schema": {"type": "string"},
-    "description": "The trace of the caller (W3C Trace Context), whose ids are in the journal with the event of the claim.",
+    "description": "The caller's trace (W3C Trace Context), whose ids are in the journal with the event of the claim.",
 }

@@ -468,8 +468,8 @@ def _list(name: str, fetch: str, networks: Iterable[Network]) -> Iterator[str]:
 
 
 def _log_format(kind: str) -> str:
-    """A log format of names and values, without query strings, which may have tokens, and without client headers but the
-    trace id of a well-formed traceparent."""
+    """A log format of names and values, without query strings, which may have tokens, and of the client's headers only
+    the trace id of a well-formed traceparent."""
     host = "host=%s" if kind == "claim" else "backend=%b server=%s"
     trace = " trace=%[var(txn.trace)]" if kind == "claim" else ""
     return (

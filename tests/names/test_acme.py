@@ -20,7 +20,7 @@ import pytest
 from servers import HOST_KEY, KEY, AcmeServer, DnsProgram, running
 
 import product
-from fleet import Fleet, gateway_address, host_address
+from fleet import Fleet, gateway_address
 from notebook import Notebook
 from product import Api
 from testhost_driver import Host
@@ -36,8 +36,8 @@ APPLY = "nbagent gateway apply"
 SETTINGS = "[slots]\ncapacity = 4\nmemory = \"512M\"\n[pool]\nwarm = 1\n"
 ZONES = {
     SITE: (
-        f"$TTL 60\n@ SOA ns hostmaster 1 3600 600 86400 5\n@ NS ns\nns A 10.77.0.254\n"
-        f"@ A {gateway_address(0)}\ngw1 A {gateway_address(1)}\n* CNAME @\n_acme-challenge NS ns\n", "",
+        ("$TTL 60\n@ SOA ns hostmaster 1 3600 600 86400 5\n@ NS ns\nns A 10.77.0.254\n"
+         f"@ A {gateway_address(0)}\ngw1 A {gateway_address(1)}\n* CNAME @\n_acme-challenge NS ns\n"), "",
     ),
     f"_acme-challenge.{SITE}": (
         f"$TTL 60\n@ SOA ns.{SITE}. hostmaster.{SITE}. 1 3600 600 86400 5\n@ NS ns.{SITE}.\n",
@@ -83,8 +83,8 @@ class Site:
     def certbot(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs certbot for a new certificate."""
         return self.gateway.run(
-            ["certbot", "certonly", "-n", "--agree-tos", "--register-unsafely-without-email", "--server", self.acme.url,
-             "--deploy-hook", APPLY, *arguments], check=check, timeout=180,
+            ["certbot", "certonly", "-n", "--agree-tos", "--register-unsafely-without-email",
+             "--server", self.acme.url, "--deploy-hook", APPLY, *arguments], check=check, timeout=180,
         )
 
     def settings(self, text: str) -> None:
@@ -97,7 +97,8 @@ class Site:
     def due(self, name: str) -> None:
         """Makes the certificate due for a renewal, which certbot decides by the time that is left."""
         conf = f"/etc/letsencrypt/renewal/{name}.conf"
-        self.gateway.run(["sed", "-i", "-e", "1i renew_before_expiry = 20 years", "-e", "/^renew_before_expiry/d", conf])
+        edits = ("1i renew_before_expiry = 20 years", "/^renew_before_expiry/d")
+        self.gateway.run(["sed", "-i", *(word for edit in edits for word in ("-e", edit)), conf])
 
     def spawn(self) -> Notebook:
         tls = self.tls()
@@ -240,8 +241,8 @@ def test_a_wrong_key_of_the_dns_changes_nothing(site: Site) -> None:
 
 
 def test_a_wildcard_by_dns_in_a_zone_of_the_challenge(site: Site) -> None:
-    site.certbot("--dns-rfc2136", "--dns-rfc2136-credentials", credentials(site), "--dns-rfc2136-propagation-seconds", "1",
-                 "--cert-name", "wild", "-d", SITE, "-d", f"*.{SITE}")
+    site.certbot("--dns-rfc2136", "--dns-rfc2136-credentials", credentials(site),
+                 "--dns-rfc2136-propagation-seconds", "1", "--cert-name", "wild", "-d", SITE, "-d", f"*.{SITE}")
     with pytest.raises(ssl.SSLCertVerificationError):
         site.tls(f"assets.{SITE}").connect(HTTPS_PORT)
     site.use("wild")

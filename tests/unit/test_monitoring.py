@@ -152,4 +152,4 @@ def test_panels_of_the_dashboard_do_not_overlap() -> None:
 def test_the_collection_has_the_same_rules() -> None:
     """A copy, because ansible-core 2.19 installs a link that leads out of a collection as it is."""
     copy = ROOT / "packaging/ansible/roles/nbagent_monitoring/files/nbagent.rules.yml"
-    assert copy.read_bytes() == (MONITORING / copy.name).read_bytes(), f"copy packaging/monitoring/{copy.name} to {copy}"
+    assert copy.read_bytes() == (MONITORING / copy.name).read_bytes(), f"copy {MONITORING / copy.name} to {copy}"

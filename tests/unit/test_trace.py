@@ -16,8 +16,9 @@ def test_a_trace_is_that_of_the_header(header: str) -> None:
 
 
 @pytest.mark.parametrize("header", [
-    "", TRACE, f"ff-{TRACE}-{SPAN}-01", f"00-{'0' * 32}-{SPAN}-01", f"00-{TRACE}-{'0' * 16}-01", f"00-{TRACE.upper()}-{SPAN}-01",
-    f"00-{TRACE}-{SPAN}-01\nNBAGENT_SLOT=x", f"00-{TRACE}-{SPAN}-1", f"00-{TRACE}{SPAN}-01",
+    "", TRACE, f"ff-{TRACE}-{SPAN}-01", f"00-{'0' * 32}-{SPAN}-01", f"00-{TRACE}-{'0' * 16}-01",
+    f"00-{TRACE.upper()}-{SPAN}-01", f"00-{TRACE}-{SPAN}-01\nNBAGENT_SLOT=x", f"00-{TRACE}-{SPAN}-1",
+    f"00-{TRACE}{SPAN}-01",
 ])
 def test_a_malformed_header_is_ignored(header: str) -> None:
     assert trace_of({"traceparent": header}) == ""
