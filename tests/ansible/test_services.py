@@ -52,7 +52,7 @@ class SiteWithServices(Site):
             {"nbagent_dns_servers": {self.services: {"nbagent_dns_server_address": SERVICES}},
              "nbagent_monitoring": {self.services: {}}},
             nbagent_dns_server=SERVICES, nbagent_dns_zone=ZONE, nbagent_dns_key=KEY,
-            nbagent_monitoring_scrape_interval="1s", **variables)
+            nbagent_monitoring_scrape_interval="5s", **variables)
 
     def offers(self):
         """The targets of the SRV records."""
@@ -62,10 +62,13 @@ class SiteWithServices(Site):
             found = dns.query.tcp(query, SERVICES, 5, sock=connection)
         return {rdata.to_text().split()[3] for rrset in found.answer for rdata in rrset}
 
-    def up(self):
-        """The instances that Prometheus scrapes."""
-        answer = Api(self.machines[self.services], 9090).get("/api/v1/query?query=up==1")
-        return {(one["metric"]["job"], one["metric"]["instance"]) for one in answer.json()["data"]["result"]}
+    def targets(self):
+        """The targets of Prometheus as (job, instance), each with the error of its last scrape or ""."""
+        answer = Api(self.machines[self.services], 9090).get("/api/v1/targets?state=active")
+        found = {(target["labels"]["job"], target["labels"]["instance"]): target["lastError"] or target["health"]
+                 for target in answer.json()["data"]["activeTargets"]}
+        print(found)
+        return {target: "" if state == "up" else state for target, state in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +111,7 @@ def test_hosts_are_found_by_the_dns_and_watched(site, ansible):
     notebook = site.spawn()
     assert notebook.run("print(6 * 7)").stream == "42\n"
     site.release(notebook)
-    wait(lambda: site.up() == {("nbagent", "a"), ("nbagent-gateway", site.gateway_name)})
+    wait(lambda: site.targets() == {("nbagent", "a"): "", ("nbagent-gateway", site.gateway_name): ""}, 120)
     rules = Api(site.machines[site.services], 9090).get("/api/v1/rules").json()["data"]["groups"]
     assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"} and rules
 
@@ -128,7 +131,7 @@ def test_a_host_that_is_removed_and_added_changes_its_records(site, ansible):
 
 def test_a_dead_host_does_not_prevent_the_monitoring(site, ansible):
     site.machines[site.name("a")].down(now=True)
-    ansible.must("site", "--limit", site.services, nbagent_monitoring_scrape_interval="2s")
+    ansible.must("site", "--limit", site.services, nbagent_monitoring_scrape_interval="10s")
     prometheus = Api(site.machines[site.services], 9090)
-    wait(lambda: site.up() == {("nbagent-gateway", site.gateway_name)})
-    assert "scrape_interval: 2s" in prometheus.get("/api/v1/status/config").json()["data"]["yaml"]
+    wait(lambda: site.targets()["nbagent", "a"] and not site.targets()["nbagent-gateway", site.gateway_name], 120)
+    assert "scrape_interval: 10s" in prometheus.get("/api/v1/status/config").json()["data"]["yaml"]
