@@ -138,13 +138,14 @@ def test_an_upgrade_loses_no_session_and_a_second_one_does_nothing(site, ansible
     newer(tmp_path, "+a")
     before = site.version("a")
     notebook = site.spawn()
-    kernel = notebook.kernel()
-    kernel.run("x = 41")
+    with notebook.kernel() as kernel:
+        kernel.run("x = 41")
     site.inventory(ansible["pypi"], nbagent_packages_directory=str(tmp_path), nbagent_packages_version="")
     ansible["pypi"].must("upgrade")
     assert {site.version(label) for label in LABELS} == {f"{before}+a"}
     # By a new websocket, because Jupyter closes one whose client, as this one meanwhile, sends no pong for 90 s.
-    assert Kernel(notebook, kernel.id).run("print(x + 1)").stream == "42\n"
+    with Kernel(notebook, kernel.id) as again:
+        assert again.run("print(x + 1)").stream == "42\n"
     site.release(notebook)
     assert not any(ansible["pypi"].must("upgrade").values())
 
