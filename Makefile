@@ -37,7 +37,7 @@ test-vms: tools      ## what depends on the kernel, on virtual machines with Deb
 test-ansible: tools  ## the playbooks of packaging/ansible install and change a fleet of test hosts
 	$(PYTEST) -x tests/ansible
 
-test-dns: tools debs  ## hosts publish their records with Debian's BIND and Knot, and a gateway follows
+test-dns: tools debs  ## records of hosts with BIND and Knot, a gateway that follows, and certificates by certbot from Pebble
 	$(PYTEST) -x tests/names
 
 test-monitoring: tools debs  ## alert rules and dashboard with Debian's Prometheus, which scrapes a fleet of test hosts

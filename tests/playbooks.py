@@ -17,6 +17,7 @@ import product
 COLLECTION = product.TOP / "packaging/ansible"
 REQUIREMENTS = product.TOP / "tests/requirements-ansible.txt"
 VERSIONS = ("debian", "pypi")
+VERSION = (product.TOP / "packaging/debian/changelog").read_text().partition("(")[2].partition(")")[0]
 
 
 def tools(version: str) -> Path:
@@ -65,15 +66,19 @@ class Ansible:
         }
 
     def inventory(
-        self, hosts: Mapping[str, Mapping[str, Any]], gateways: Mapping[str, Mapping[str, Any]], **variables: Any,
+        self, hosts: Mapping[str, Mapping[str, Any]], gateways: Mapping[str, Mapping[str, Any]],
+        more: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None, **variables: Any,
     ) -> None:
-        """Writes the inventory: the variables of hosts and of gateways by the names of the test hosts, and of all."""
+        """Writes the inventory: the variables of hosts, gateways and `more` groups by the hosts' names, and of all."""
         common = {
             "ansible_ssh_executable": str(product.TOP / "tests/ansible/ssh"),
             "ansible_python_interpreter": "/usr/bin/python3",
             "nbagent_packages_directory": str(product.DIST),
+            # The directory may have packages of other versions too.
+            "nbagent_packages_version": VERSION,
         }
-        groups = {"nbagent_hosts": {"hosts": hosts}, "nbagent_gateways": {"hosts": gateways}}
+        members = {"nbagent_hosts": hosts, "nbagent_gateways": gateways, **(more or {})}
+        groups = {group: {"hosts": names} for group, names in members.items()}
         document = {"all": {"vars": common | variables, "children": groups}}
         (self.directory / "inventory.json").write_text(json.dumps(document))
 

@@ -113,6 +113,19 @@ def add(host: Host, packages: list[Path]) -> None:
     host.run(["apt-get", "-q", "install", "-y", "--reinstall", *names], timeout=900)
 
 
+def debian_packages(host: Host, names: Sequence[str], directory: Path) -> list[Path]:
+    """Packages of Debian, with those of their dependencies that the host, which has no network, does not have."""
+    status = directory / f"{host.name}.status"
+    host.copy_out("/var/lib/dpkg/status", status)
+    cache = directory / f"{host.name}.debs"
+    (cache / "partial").mkdir(parents=True)
+    subprocess.run(
+        ["apt-get", "-q", "-y", "--no-install-recommends", "--download-only", f"-oDir::State::status={status}",
+         f"-oDir::Cache::archives={cache}", "install", *names], check=True, capture_output=True,
+    )
+    return sorted(cache.glob("*.deb"))
+
+
 def add_changed(host: Host, packages: list[Path], log: Callable[[str], None]) -> None:
     """Installs the packages unless the host has files with the same hashes."""
     wanted = "\n".join(f"{hashlib.sha256(package.read_bytes()).hexdigest()}  {package.name}" for package in packages)

@@ -38,14 +38,14 @@ class HostBackend:
                 self._fetched_s = time.monotonic()
             return self._figures
 
-    def claim(self, options: Mapping[str, object], key: str | None, client: str) -> Claim:
+    def claim(self, options: Mapping[str, object], key: str | None, client: str, trace: str) -> Claim:
         """Claims a slot. The key is valid for the landing page and the address `client` only.
 
         Otherwise a visitor could get the slot of another one by guessing a key. The spaces keep the key apart
         from keys of the control API, which contain none.
         """
         landing_key = None if key is None else f"landing {client} {key}"
-        return self.client.call(CLAIM, ClaimArguments(options, landing_key or own_key(), client))
+        return self.client.call(CLAIM, ClaimArguments(options, landing_key or own_key(), client, trace))
 
     def lend(self, options: Mapping[str, object], client: str) -> Claim | None:
         """Lends a slot of this host; None if it lends none now."""

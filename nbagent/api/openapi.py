@@ -17,6 +17,7 @@ from nbagent.core import claim_content
 from nbagent.core.errors import Forbidden, InvalidField, NbagentError, Unauthenticated
 from nbagent.core.model import ID_EXPECTED, IMAGE_NAME, MEMORY_MIN_BYTES, PATH_EXPECTED, SlotState
 from nbagent.core.quantities import DURATION_EXPECTED, QUOTA_EXPECTED, SIZE_EXPECTED
+from nbagent.web import trace
 from nbagent.web.keys import HEADER, KEY_EXPECTED
 from nbagent.web.problems import HTTP_CODES, MEDIA_TYPE, TYPE_PREFIX
 
@@ -62,7 +63,7 @@ def _operation(route: Route) -> Schema:
         "summary": route.summary,
         "responses": {"200": _success(route), **_problems(route)},
     }
-    parameters = [_KEY_PARAMETER] if route.takes_key else []
+    parameters = [_KEY_PARAMETER, _TRACE_PARAMETER] if route.takes_key else []
     parameters += [
         {"name": name, "in": "query", "schema": OPTIONS[name], "required": False}
         for name in route.fields if name != "files"
@@ -253,4 +254,8 @@ _KEY_PARAMETER: Schema = {
     "name": HEADER, "in": "header", "required": False,
     "schema": {"type": "string", "minLength": 1, "maxLength": 255},
     "description": f"A claim that is sent again with the same key gets the same slot: {KEY_EXPECTED}.",
+}
+_TRACE_PARAMETER: Schema = {
+    "name": trace.HEADER, "in": "header", "required": False, "schema": {"type": "string"},
+    "description": "The caller's trace (W3C Trace Context), whose ids are in the journal with the event of the claim.",
 }

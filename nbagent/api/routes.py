@@ -32,12 +32,15 @@ from nbagent.core.errors import (
     SupervisorUnavailable,
 )
 from nbagent.core.model import CLAIM_FIELDS, UPDATE_FIELDS, claim_link
+from nbagent.web.trace import trace_of
 from nbagent.wire import operations
 from nbagent.wire.operations import ClaimArguments, ReleaseArguments, UpdateArguments, own_key
 
 
 def _claim(service: Service, call: Call) -> object:
-    claim = service.client.call(operations.CLAIM, ClaimArguments(call.options, call.key or own_key(), _client(call)))
+    claim = service.client.call(operations.CLAIM, ClaimArguments(
+        call.options, call.key or own_key(), _client(call), trace_of(call.request.headers)
+    ))
     origin = slot_origin(service.config.router, claim["slot"], call.request.headers.get("Host", ""))
     return {name: value for name, value in claim.items() if name != "query"} | {"url": origin + claim_link(claim)}
 

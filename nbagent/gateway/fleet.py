@@ -63,7 +63,7 @@ class FleetBackend:
         # Keys have labels instead of addresses, because the figures are public.
         return {f"http://{host.label}": found or DOWN for host, found in zip(hosts, figures, strict=True)}
 
-    def claim(self, options: Mapping[str, Any], key: str | None, client: str) -> NoReturn:
+    def claim(self, options: Mapping[str, Any], key: str | None, client: str, trace: str) -> NoReturn:
         """Raises Full, because every host has refused the claim before."""
         figures = self.stats()
         raise Full(

@@ -58,6 +58,11 @@ BUFFER_BYTES = 32768
 CLAIM_MAX_BYTES = 8192
 RATE_WINDOW_S = 60
 _WORDS_A_LINE = 50  # HAProxy allows 64
+# The line of a claim has the trace id of the client's traceparent (W3C); HAProxy forwards the header to the host.
+_TRACE = (
+    "http-request set-var(txn.trace) req.hdr(traceparent),field(2,-) "
+    "if { req.hdr(traceparent) -m reg ^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?$ }"
+)
 _CHECK = "check inter 2s fastinter 500ms downinter 1s fall 2 rise 1"
 
 
@@ -346,7 +351,8 @@ listen {name}
     retry-on 503 conn-failure empty-response
     retries {settings.fleet.retries}
     option redispatch 1
-    http-request set-header X-Nbagent-Gateway 1"""
+    http-request set-header X-Nbagent-Gateway 1
+    {_TRACE}"""
     keys = {"clicked": "req.body_param(key)", "keyed": "req.hdr(Idempotency-Key)"}
     if name in keys:
         yield f"    balance hash {keys[name]}"
@@ -465,9 +471,11 @@ def _list(name: str, fetch: str, networks: Iterable[Network]) -> Iterator[str]:
 
 
 def _log_format(kind: str) -> str:
-    """A log format of names and values, without query strings, which may have tokens, and without client headers."""
+    """A log format of names and values, without query strings, which may have tokens, and of the client's headers only
+    the trace id of a well-formed traceparent."""
     host = "host=%s" if kind == "claim" else "backend=%b server=%s"
+    trace = " trace=%[var(txn.trace)]" if kind == "claim" else ""
     return (
         f"{kind} client=%ci method=%HM path=%HPO version=%HV status=%ST bytes=%B {host} retries=%rc "
-        "wait_ms=%TR connect_ms=%Tc answer_ms=%Tr total_ms=%Ta end=%tsc"
+        f"wait_ms=%TR connect_ms=%Tc answer_ms=%Tr total_ms=%Ta end=%tsc{trace}"
     )

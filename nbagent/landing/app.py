@@ -42,6 +42,7 @@ from nbagent.web import keys, problems
 from nbagent.web.cors import AllowedOrigins, add_preflight_headers
 from nbagent.web.responses import forbid_caching_and_sniffing, json_response
 from nbagent.web.tokens import bearer_token
+from nbagent.web.trace import trace_of
 
 # A request header of the fleet's gateway. The gateway tries the next host when the status is 503, and its visitors
 # need absolute URLs because it has another origin than this host.
@@ -177,7 +178,8 @@ class _Views:
             raise Forbidden("send the landing page's token as 'Authorization: token TOKEN'")
         self._check_origin()
         try:
-            claim = self.backend.claim({}, keys.check_key(request.headers.get(keys.HEADER)), _client_address(request))
+            key = keys.check_key(request.headers.get(keys.HEADER))
+            claim = self.backend.claim({}, key, _client_address(request), trace_of(request.headers))
         except Full as error:
             if GATEWAY_HEADER in request.headers:
                 raise
@@ -218,7 +220,7 @@ class _Views:
     def _spawn(self, status: int, key: str | None) -> AnyResponse:
         slot_path = _slot_path(request)
         options = {"path": slot_path} if slot_path else {}
-        claim = self.backend.claim(options, key, _client_address(request))
+        claim = self.backend.claim(options, key, _client_address(request), trace_of(request.headers))
         return redirect(self._slot_url(claim, claim_link(claim)), status)
 
     def _slot_url(self, claim: Claim, path: str) -> str:

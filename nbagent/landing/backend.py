@@ -19,8 +19,8 @@ class SlotBackend(Protocol):
     def stats(self) -> Mapping[str, object]:
         """HostFigures; of a fleet the sums of its hosts, and under `hosts` the figures of each."""
 
-    def claim(self, options: Mapping[str, object], key: str | None, client: str) -> Claim:
-        """Claims a slot for the address `client`; the same `key` gets the same slot.
+    def claim(self, options: Mapping[str, object], key: str | None, client: str, trace: str) -> Claim:
+        """Claims a slot for the address `client`; the same `key` gets the same slot. `trace` is that of web.trace.
 
         Raises Full with `retry_after_s`.
         """

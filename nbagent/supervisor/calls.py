@@ -53,9 +53,9 @@ class Calls:
         """Starts a task that serves a caller; the end of the supervisor cancels it."""
         self._tasks.spawn(work)
 
-    async def claim(self, given: Mapping[str, object], key: str, client: str) -> Document:
+    async def claim(self, given: Mapping[str, object], key: str, client: str, trace: str = "") -> Document:
         """Claims a slot, as Claims.claim does; its document has the token."""
-        return (await self._claims.claim(given, key, client)).claim_document()
+        return (await self._claims.claim(given, key, client, trace)).claim_document()
 
     async def lend(self, given: Mapping[str, object], key: str, client: str) -> Document:
         """Lends a slot, as Lending.lend does; its document has the token."""

@@ -42,6 +42,7 @@ class Request(NamedTuple):
     key: str
     fingerprint: str
     client: str
+    trace: str
     lent: bool = False
 
 
@@ -72,15 +73,15 @@ class Claims:
         self._changed = changed
         self._pending: dict[str, Pending] = {}
 
-    async def claim(self, given: Mapping[str, object], key: str, client: str) -> Slot:
-        """Claims a slot; the same one for the same key, as long as it lives.
+    async def claim(self, given: Mapping[str, object], key: str, client: str, trace: str = "") -> Slot:
+        """Claims a slot; the same one for the same key, as long as it lives. `trace` is that of web.trace.
 
         Raises InvalidField, ImageNotFound, Draining, Full, StartFailed, RecordFailed, ContentFailed or
         IdempotencyMismatch.
         """
         began_s = now()
         try:
-            slot = await self._claim_once(self._request(given, key, client))
+            slot = await self._claim_once(self._request(given, key, client, trace))
         except NbagentError as error:
             self._counters.add("claims_refused")
             if isinstance(error, Full):
@@ -91,16 +92,16 @@ class Claims:
 
     async def lend(self, given: Mapping[str, object], key: str, client: str) -> Slot:
         """Claims a slot with the life of a lent one. Raises what `claim` raises."""
-        return await self._claim_once(self._request(given, key, client)._replace(lent=True))
+        return await self._claim_once(self._request(given, key, client, "")._replace(lent=True))
 
-    def _request(self, given: Mapping[str, object], key: str, client: str) -> Request:
+    def _request(self, given: Mapping[str, object], key: str, client: str, trace: str) -> Request:
         config = self._config.value
         options = parse_options(given, CLAIM_FIELDS, bounds(config, self._load.cpus))
         image = self._image(options)
         network = options.network or config.network_mode(image)
         _check_network(options, network, config.network.allow)
         fingerprint = hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()
-        return Request(image, options, network, options.ttl_s or config.slots.ttl, key, fingerprint, client)
+        return Request(image, options, network, options.ttl_s or config.slots.ttl, key, fingerprint, client, trace)
 
     def _image(self, options: Options) -> str:
         name = options.image or self._config.value.pool.image
@@ -161,7 +162,7 @@ class Claims:
             partial(
                 emit, Event.SLOT_LENT if request.lent else Event.SLOT_CLAIMED, slot=live.slot.id,
                 client=request.client, ttl_s=f"{live.slot.ttl_s:g}", image=live.slot.image, network=request.network,
-                **limits.document(),
+                **limits.document(), **_trace_fields(request.trace),
             )
         )
         asyncio.get_running_loop().call_soon(lambda: self._sessions.claimed(live.slot))
@@ -173,6 +174,12 @@ def bounds(config: HostConfig, cpus: int) -> Bounds:
     """The bounds of the options of a claim or an update."""
     slots = config.slots
     return Bounds(slots.memory_max, slots.ttl_max, cpus, config.network.allow, config.claims.archives)
+
+
+def _trace_fields(trace: str) -> dict[str, str]:
+    """The fields of an event for a trace, by the names of OpenTelemetry."""
+    trace_id, _, parent_id = trace.partition("-")
+    return {"trace_id": trace_id, "parent_span_id": parent_id} if trace else {}
 
 
 def _check_fingerprint(request: Request, fingerprint: str) -> None:

@@ -46,7 +46,7 @@ Handler = Callable[[Message], object]
 def handlers(calls: Calls) -> dict[str, Handler]:
     """The operations of nbagent.wire.operations, each with the call that it is."""
     return dict([
-        _handler(operations.CLAIM, lambda args: calls.claim(args.options, args.key, args.client)),
+        _handler(operations.CLAIM, lambda args: calls.claim(args.options, args.key, args.client, args.trace)),
         _handler(operations.LEND, lambda args: calls.lend(args.options, args.key, args.client)),
         _handler(operations.KEEP, lambda args: calls.keep(args.id, args.token, args.client)),
         _handler(operations.GIVE_BACK, lambda args: calls.give_back(args.id, args.token, args.client)),

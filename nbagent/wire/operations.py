@@ -24,6 +24,8 @@ from nbagent.wire.channel import Message
 Options = Mapping[str, object]
 # An Idempotency-Key of 255 characters with a prefix and an address; an IPv6 address with its zone.
 KEY_MAX_CHARACTERS, CLIENT_MAX_CHARACTERS = 400, 64
+# Ids of a trace and a span in hexadecimal, with a hyphen.
+TRACE_MAX_CHARACTERS = 49
 JsonObject = dict[str, object]
 
 
@@ -124,7 +126,7 @@ class UpdateArguments(NamedTuple):
 
 @dataclass(frozen=True)
 class ClaimArguments:
-    """The options of a claim (core.model.CLAIM_FIELDS), its Idempotency-Key, and the address of the client.
+    """The options of a claim (core.model.CLAIM_FIELDS), its Idempotency-Key, the address of the client, and its trace.
 
     In the API the option "files" is a tuple of File; in the supervisor it is a FileBundle, whose descriptor belongs to
     the request.
@@ -133,10 +135,11 @@ class ClaimArguments:
     options: Options
     key: str
     client: str
+    trace: str = ""
 
     def save(self) -> JsonObject:
         options = {name: value for name, value in self.options.items() if name != "files"}
-        args: JsonObject = {"options": options, "key": self.key, "client": self.client}
+        args: JsonObject = {"options": options, "key": self.key, "client": self.client, "trace": self.trace}
         if files := self._files():
             entries = [[file.path, len(file.data)] for file in files]
             digest = hashlib.sha256(json.dumps(entries).encode())
@@ -160,7 +163,9 @@ class ClaimArguments:
             entries = checked_entries(sent.get("entries"), memfd.size(fd, FILES_MAX_BYTES))
             options["files"] = FileBundle(entries, fields.text(sent, "digest"), fd)
         return cls(
-            options, fields.line(args, "key", KEY_MAX_CHARACTERS), fields.line(args, "client", CLIENT_MAX_CHARACTERS)
+            options, fields.line(args, "key", KEY_MAX_CHARACTERS), fields.line(args, "client", CLIENT_MAX_CHARACTERS),
+            # An API of an earlier version sends none.
+            fields.line(args, "trace", TRACE_MAX_CHARACTERS) if "trace" in args else "",
         )
 
     def _files(self) -> tuple[File, ...]:

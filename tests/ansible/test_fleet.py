@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 
 import pytest
 
@@ -20,6 +21,7 @@ from testhost_driver import Host
 from testhost_driver.lan import Lan
 
 LABELS = ("a", "b")
+PACKAGES = tuple(dict.fromkeys((*product.HOST, *product.GATEWAY)))
 SETTINGS = """
 [slots]
 capacity = 4
@@ -32,12 +34,12 @@ warm = 1
 class Site:
     """The machines of a site by name, and its inventory."""
 
-    def __init__(self, prefix):
+    def __init__(self, prefix, labels=LABELS):
         self.prefix, self.gateway_name = prefix, f"{prefix}-gw"
         self.machines = {}
         self.hosts = {
             self.name(label): {"nbagent_host_label": label, "nbagent_host_address": host_address(number)}
-            for number, label in enumerate(LABELS)
+            for number, label in enumerate(labels)
         }
 
     def name(self, label):
@@ -53,10 +55,10 @@ class Site:
     def gateway(self):
         return self.machines[self.gateway_name]
 
-    def inventory(self, ansible, **variables):
-        gateways = {self.gateway_name: {"nbagent_gateway_address": gateway_address(0)}}
+    def inventory(self, ansible, gateways=None, more=None, **variables):
+        gateways = gateways or {self.gateway_name: {"nbagent_gateway_address": gateway_address(0)}}
         variables = {"nbagent_host_settings": SETTINGS, "nbagent_host_drain_wait": "1s"} | variables
-        ansible.inventory(self.hosts, gateways, **variables)
+        ansible.inventory(self.hosts, gateways, more, **variables)
 
     def spawn(self):
         """A notebook by a claim at the gateway, which the test keeps open."""
@@ -75,7 +77,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    product.build(product.say, tuple(dict.fromkeys((*product.HOST, *product.GATEWAY))))
+    product.build(product.say, PACKAGES)
     found = Site(f"an{os.getpid() % 10000}")
     lan = Lan(found.prefix)
     try:
@@ -98,7 +100,7 @@ def ansible(site, tmp_path_factory):
 
 def newer(directory, suffix):
     """Copies of the packages with a higher version."""
-    for package in product.DIST.glob("*.deb"):
+    for package in product.build(product.say, PACKAGES):
         tree = directory / package.stem
         subprocess.run(["dpkg-deb", "-R", package, tree], check=True)
         control = tree / "DEBIAN/control"
@@ -118,9 +120,11 @@ def test_check_mode_changes_nothing_on_bare_machines(site, ansible):
 
 
 def test_bare_machines_become_a_fleet_that_serves_a_cell(site, ansible):
+    began_s = time.monotonic()
     ansible["debian"].must("site")
     notebook = site.spawn()
     assert notebook.run("print(6 * 7)").stream == "42\n"
+    product.say(f"from bare machines to a served cell: {time.monotonic() - began_s:.0f} s")
     site.release(notebook)
 
 
@@ -134,19 +138,20 @@ def test_an_upgrade_loses_no_session_and_a_second_one_does_nothing(site, ansible
     newer(tmp_path, "+a")
     before = site.version("a")
     notebook = site.spawn()
-    kernel = notebook.kernel()
-    kernel.run("x = 41")
-    site.inventory(ansible["pypi"], nbagent_packages_directory=str(tmp_path))
+    with notebook.kernel() as kernel:
+        kernel.run("x = 41")
+    site.inventory(ansible["pypi"], nbagent_packages_directory=str(tmp_path), nbagent_packages_version="")
     ansible["pypi"].must("upgrade")
     assert {site.version(label) for label in LABELS} == {f"{before}+a"}
     # By a new websocket, because Jupyter closes one whose client, as this one meanwhile, sends no pong for 90 s.
-    assert Kernel(notebook, kernel.id).run("print(x + 1)").stream == "42\n"
+    with Kernel(notebook, kernel.id) as again:
+        assert again.run("print(x + 1)").stream == "42\n"
     site.release(notebook)
     assert not any(ansible["pypi"].must("upgrade").values())
 
 
 def test_an_image_is_rolled_out_and_back(site, ansible, tmp_path):
-    deb = next(product.DIST.glob("nbagent-image-minimal_*.deb"))
+    deb, = product.build(product.say, ["nbagent-image-minimal"])
     subprocess.run(["dpkg-deb", "-x", deb, tmp_path], check=True)
     archive = next(tmp_path.rglob("*.tar.zst"))
     first = image(site, "a")
@@ -189,9 +194,27 @@ def test_a_host_with_users_is_not_rebooted(site, ansible):
     site.release(notebook)
 
 
-def test_an_upgrade_stops_at_a_host_that_died(site, ansible, tmp_path):
-    newer(tmp_path, "+b")
-    site.inventory(ansible["pypi"], nbagent_packages_directory=str(tmp_path))
+@pytest.fixture(scope="module")
+def second_upgrade(site, ansible, tmp_path_factory):
+    """Packages that are newer than those of test_an_upgrade_loses_no_session_and_a_second_one_does_nothing."""
+    directory = tmp_path_factory.mktemp("newer")
+    newer(directory, "+b")
+    site.inventory(ansible["pypi"], nbagent_packages_directory=str(directory), nbagent_packages_version="")
+
+
+def test_a_full_disk_stops_an_upgrade_while_the_host_serves(site, ansible, second_upgrade):
+    before, host = site.version("a"), site.machines[site.name("a")]
+    host.run(["mount", "-t", "tmpfs", "-o", "size=1M", "full", "/var/cache/nbagent-packages"])
+    try:
+        done = ansible["pypi"].run("upgrade")
+    finally:
+        host.run(["umount", "/var/cache/nbagent-packages"])
+    assert done.status != 0 and "No space left on device" in done.output
+    assert {site.version(label) for label in LABELS} == {before}
+    assert Api(host).get("/stats").json()["draining"] is False
+
+
+def test_an_upgrade_stops_at_a_host_that_died(site, ansible, second_upgrade):
     before = site.version("b")
     # The first host cannot start after its upgrade, so that the second must not be upgraded.
     first = site.machines[site.name("a")]

@@ -8,9 +8,9 @@ Chromium opens lab/tree/Welcome.ipynb, by turns: in a fresh profile, and a secon
 profile. On the side of nbagent each visit is to a new slot, and there is a fourth visit, in a fresh profile: the
 landing page, which prerenders the notebook, is open for five seconds, and the times begin at the press of its button.
 The bare server is one process for all visits, as warm as a server can be; its kernels and workspaces are removed
-between two visits. Browser and servers are in one network namespace, without a forwarder between. With --throttle the browser's network has 30 Mbit/s
-and a latency of 20 ms. The figures are medians; ratios are those of the medians of one run, because the speed of the
-machine changes.
+between two visits. Browser and servers are in one network namespace, without a forwarder between. With --throttle the
+browser's network has 30 Mbit/s and a latency of 20 ms. The figures are medians; ratios are those of the medians of one
+run, because the speed of the machine changes.
 """
 
 from __future__ import annotations

@@ -64,3 +64,17 @@ def test_a_playbook_for_one_host_requires_its_name(ansible):
     for target in ({}, {"nbagent_target": "absent"}):
         done = ansible.run("remove_host", **target)
         assert done.status != 0 and f"nbagent_target is {target.get('nbagent_target', 'not set')}" in done.output
+
+
+def test_a_malformed_key_of_the_dns_is_named_and_not_shown(ansible):
+    ansible.inventory({}, {}, {"nbagent_dns_servers": {"ns": {"nbagent_dns_server_address": "192.0.2.53"}}},
+                      nbagent_dns_zone="hosts.test", nbagent_dns_key="hosts:c2VjcmV0")
+    done = ansible.run("site")
+    assert done.status != 0 and "nbagent_dns_key of ns: expected ALGORITHM:NAME:SECRET" in done.output
+    assert "c2VjcmV0" not in done.output
+
+
+def test_a_gateway_without_an_address_for_its_metrics_is_named(ansible):
+    ansible.inventory({}, GATEWAY, {"nbagent_monitoring": {"m": {}}})
+    done = ansible.run("site", "--limit", "m")
+    assert done.status != 0 and "nbagent_gateway_metrics of gw is not set: expected ADDRESS:PORT" in done.output

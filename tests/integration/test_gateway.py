@@ -208,8 +208,8 @@ def test_a_gateway_lends_a_slot_of_a_host_that_keep_claims(fleet):
     assert b"speculationrules" in page.body
     # The gateway tries one host, and that of the first slot is half full.
     agent = fleet.gateways[0].agent
-    answer = agent.wait(lambda: (got := front.call("POST", "/api/lend", b"", form)).status == 200 and got, "a lent slot")
-    other = answer.json()
+    other = agent.wait(
+        lambda: (got := front.call("POST", "/api/lend", b"", form)).status == 200 and got.json(), "a lent slot")
     token = f"token={other['token']}".encode()
     assert front.call("POST", f"/user/{other['slot']}/nbagent/return", token, form).status == 204
     agent.wait(lambda: fleet.in_use() == [lent["slot"]], "the end of the other slot")
@@ -414,6 +414,8 @@ def test_the_journal_has_every_claim_with_its_client_and_no_token(fleet):
     front.api.get(f"/user/zz-0123456789ab/lab?token={claim['token']}")
     redirect = fleet.call(PERSON, "GET", f"/spawn/lab?token={claim['token']}")
     assert redirect.status == 302
+    trace, span = "4b" * 16, "00f0" * 4
+    traced = front.spawn(traceparent=f"00-{trace}-{span}-01")["slot"]
 
     def lines():
         journal = front.agent.journal("-u", "nbagent-gateway.service", "-u", "nbagent-gateway-status.service")
@@ -422,6 +424,10 @@ def test_the_journal_has_every_claim_with_its_client_and_no_token(fleet):
     pattern = rf"claim client={PERSON} method=GET path=/spawn/lab .* status=302 .* host=[abc] "
     front.agent.wait(lambda: any(re.match(pattern, line) for line in lines()), "the line of the claim", 5)
     assert not any("token" in line or claim["token"] in line for line in lines())
+    # From the gateway to the slot by the trace of the caller.
+    front.agent.wait(lambda: any(line.endswith(f" trace={trace}") for line in lines()), "the line of the trace", 5)
+    (event,) = fleet.hosts[traced.partition("-")[0]].journal(f"NBAGENT_TRACE_ID={trace}")
+    assert (event["NBAGENT_SLOT"], event["NBAGENT_PARENT_SPAN_ID"]) == (traced, span)
 
 
 def test_systemd_accepts_the_units(fleet):

@@ -68,9 +68,9 @@ class RecordedCalls:
     def draining(self) -> bool:
         return self._calls.draining
 
-    async def claim(self, options: Mapping[str, Any], key: str, client: str) -> Any:
-        self._record("claim", options=options, key=key, client=client)
-        return await self._calls.claim(options, key, client)
+    async def claim(self, options: Mapping[str, Any], key: str, client: str, trace: str = "") -> Any:
+        self._record("claim", options=options, key=key, client=client, **({"trace": trace} if trace else {}))
+        return await self._calls.claim(options, key, client, trace)
 
     async def lend(self, options: Mapping[str, Any], key: str, client: str) -> Any:
         self._record("lend", options=options, client=client)

@@ -347,9 +347,9 @@ class Host:
     def wake(self) -> None:
         self.changed.set()
 
-    async def claim(self, key: str = "", **options: Any) -> dict[str, Any]:
+    async def claim(self, key: str = "", trace: str = "", **options: Any) -> dict[str, Any]:
         """A claim, with a key of its own unless one is given."""
-        return await self.calls.claim(options, key or os.urandom(8).hex(), "192.0.2.1")
+        return await self.calls.claim(options, key or os.urandom(8).hex(), "192.0.2.1", trace)
 
     def states(self) -> dict[str, str]:
         return {name: live.slot.state.value for name, live in self.slots.items()}

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import http.server
 import json
+import re
 import secrets
 import socket
 import socketserver
@@ -312,6 +313,17 @@ def test_a_key_keeps_its_host_when_its_first_choice_becomes_free(
     time.sleep(1.5)
     assert {key: gateway.claim(key) for key in slots} == slots
     assert by_host(hosts) == {"a": 0, "b": 0, "c": 10}
+
+
+def test_the_trace_of_a_claim_is_forwarded_and_logged(gateway: Gateway, hosts: list[FakeHost]) -> None:
+    trace = f"00-{'4b' * 16}-{'00f0' * 4}-01"
+    for header in (trace, f"{trace}\tspan", "token"):
+        assert gateway.call("POST", "/api/spawn", headers={"traceparent": header})[0] == 200
+    assert gateway.call("POST", "/api/spawn")[0] == 200
+    sent = [headers.get("traceparent") for host in hosts for headers in host.headers]
+    assert Counter(sent) == {trace: 1, f"{trace}\tspan": 1, "token": 1, None: 1}
+    gateway.wait(lambda: gateway.log.read_text().count(" trace=") == 4)
+    assert re.findall(r" trace=(.*)$", gateway.log.read_text(), re.MULTILINE) == ["4b" * 16, "-", "-", "-"]
 
 
 def test_two_clicks_on_the_button_are_one_claim(gateway: Gateway, hosts: list[FakeHost]) -> None:

@@ -78,7 +78,7 @@ def test_hosts_that_are_down_or_do_not_respond_are_listed_and_not_counted() -> N
 
 def test_a_refused_claim_has_the_slots_in_use_and_retry_after() -> None:
     with pytest.raises(Full, match="37 of 40 slots of the fleet are in use") as caught:
-        backend({"a": A, "b": B}).claim({}, None, "192.0.2.1")
+        backend({"a": A, "b": B}).claim({}, None, "192.0.2.1", "")
     assert caught.value.details["retry_after_s"] == 30
 
 

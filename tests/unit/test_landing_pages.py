@@ -59,6 +59,13 @@ def claims(supervisor: FakeSupervisor) -> list[dict[str, Any]]:
     return [request["args"] for request in supervisor.asked if request["op"] == "claim"]
 
 
+def test_a_claim_has_the_trace_of_the_request(landing: FlaskClient, supervisor: FakeSupervisor) -> None:
+    trace, span = "4b" * 16, "00f0" * 4
+    for target, method, status in (("/api/spawn", "POST", 200), ("/spawn", "GET", 302)):
+        assert send(landing, method, target, PROGRAM | {"traceparent": f"00-{trace}-{span}-01"}).status_code == status
+    assert [claim["trace"] for claim in claims(supervisor)] == [f"{trace}-{span}"] * 2
+
+
 @pytest.mark.parametrize(("target", "slot_path"), [
     ("/spawn", "lab"),
     ("/spawn/", "lab"),

@@ -147,3 +147,9 @@ def test_panels_of_the_dashboard_do_not_overlap() -> None:
              for x in range(where["x"], where["x"] + where["w"]) for y in range(where["y"], where["y"] + where["h"])]
     assert len(cells) == len(set(cells)) and max(x for x, _ in cells) < 24
     assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
+
+
+def test_the_collection_has_the_same_rules() -> None:
+    """A copy, because ansible-core 2.19 installs a link that leads out of a collection as it is."""
+    copy = ROOT / "packaging/ansible/roles/nbagent_monitoring/files/nbagent.rules.yml"
+    assert copy.read_bytes() == (MONITORING / copy.name).read_bytes(), f"copy {MONITORING / copy.name} to {copy}"

@@ -41,6 +41,17 @@ async def test_a_claim_takes_the_warm_slot_and_the_pool_starts_another(tmp_path,
         assert kinds(journal).count(Event.SLOT_CLAIMED) == 1
 
 
+async def test_a_claim_has_the_trace_of_its_caller_in_the_journal(tmp_path, journal):
+    async with Host(tmp_path, pool={"warm": 2}) as host:
+        await host.until_states("warm", "warm")
+        await host.claim(trace=f"{'4b' * 16}-{'00f0' * 4}")
+        await host.claim()
+        await turns()
+    traced, plain = (entry for entry in journal if kinds([entry]) == [Event.SLOT_CLAIMED])
+    assert (traced["NBAGENT_TRACE_ID"], traced["NBAGENT_PARENT_SPAN_ID"]) == ("4b" * 16, "00f0" * 4)
+    assert "NBAGENT_TRACE_ID" not in plain and "NBAGENT_PARENT_SPAN_ID" not in plain
+
+
 async def test_a_claim_of_an_empty_pool_waits_for_a_start(tmp_path):
     async with Host(tmp_path, pool={"warm": 0, "starts": 4}) as host:
         gate = host.launcher.hold()

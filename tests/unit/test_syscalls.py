@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import seccomp as libseccomp
 
-from nbagent.linux import seccomp
+from nbagent.linux import mounts, openat2, seccomp
 from nbagent.sandbox import syscalls
 from nbagent.supervisor import launcher
 
@@ -55,7 +56,7 @@ def test_no_call_is_both_allowed_and_refused():
 PROGRAM = """
 import base64, ctypes, os, resource, socket, sys, threading
 sys.path.insert(0, sys.argv[1])
-from nbagent.linux import seccomp
+from nbagent.linux import mounts, openat2, seccomp
 from nbagent.linux.process import PR_SET_NO_NEW_PRIVS, prctl
 prctl(PR_SET_NO_NEW_PRIVS, 1)
 for program in sys.stdin.read().split():
@@ -137,3 +138,31 @@ def test_the_errno_of_a_filtered_call(expression, expected, launch):
 def test_a_zygotes_filter_permits_setns_but_not_mount():
     assert after_filters("libc.setns(-1, 0)", [launcher.forking_filter()]) == errno.EBADF
     assert after_filters("libc.mount(b'x', b'/mnt', b'tmpfs', 0, None)", [launcher.forking_filter()]) == errno.EPERM
+
+
+# Calls that arm64 does not have, each with the one by which its C library does the same.
+WITHOUT_ON_ARM64 = {
+    "access": "faccessat", "alarm": "setitimer", "chmod": "fchmodat", "chown": "fchownat", "creat": "openat",
+    "dup2": "dup3", "epoll_create": "epoll_create1", "epoll_ctl_old": "epoll_ctl", "epoll_wait": "epoll_pwait",
+    "epoll_wait_old": "epoll_pwait", "eventfd": "eventfd2", "fork": "clone", "futimesat": "utimensat",
+    "getdents": "getdents64", "getpgrp": "getpgid", "inotify_init": "inotify_init1", "lchown": "fchownat",
+    "link": "linkat", "lstat": "newfstatat", "mkdir": "mkdirat", "mknod": "mknodat", "open": "openat",
+    "pause": "ppoll", "pipe": "pipe2", "poll": "ppoll", "readlink": "readlinkat", "rename": "renameat",
+    "rmdir": "unlinkat", "select": "pselect6", "signalfd": "signalfd4", "stat": "newfstatat", "symlink": "symlinkat",
+    "time": "clock_gettime", "unlink": "unlinkat", "utime": "utimensat", "utimes": "utimensat", "vfork": "clone",
+}
+# Of x86 only: registers of threads.
+OF_X86 = {"arch_prctl", "get_thread_area", "set_thread_area"}
+
+
+def test_programs_on_arm64_may_do_the_same():
+    permitted = {*syscalls.ALLOWED, *(name for name, _ in syscalls.EQUAL), *syscalls.WITHOUT}
+    arm64 = {name for name in permitted if libseccomp.resolve_syscall(libseccomp.Arch.AARCH64, name) >= 0}
+    assert permitted - arm64 == {*WITHOUT_ON_ARM64, *OF_X86}
+    assert set(WITHOUT_ON_ARM64.values()) <= arm64
+
+
+def test_numbers_of_system_calls_are_those_of_libseccomp():
+    for machine, arch in (("x86_64", libseccomp.Arch.X86_64), ("aarch64", libseccomp.Arch.AARCH64)):
+        assert mounts._NR_PIVOT_ROOT[machine] == libseccomp.resolve_syscall(arch, "pivot_root")
+        assert libseccomp.resolve_syscall(arch, "openat2") == openat2._NR_OPENAT2

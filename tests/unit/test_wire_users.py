@@ -86,7 +86,7 @@ class FakeCalls:
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
 
-    async def claim(self, options, key, client):
+    async def claim(self, options, key, client, trace):
         files = options.get("files")
         content = os.pread(files.fd, 1 << 20, 0) if files else None
         self.received.append((options, key, client, content))
