@@ -75,12 +75,19 @@ def decide(pools: Sequence[Pool], host: Host, now_s: float, max_age_s: float, li
     missing = {pool.image: _missing(pool, len(fresh[pool.image])) for pool in pools if pool.paused_s <= 0}
     waiting = {pool.image: pool.waiting for pool in pools}
     launches = {pool.image: pool.launch for pool in pools}
+    # Starts under way are for claims that wait first.
+    for_claims = {pool.image: max(0, pool.waiting - pool.starting) for pool in pools}
+    under_way, most = sum(pool.starting for pool in pools), admission.pool_starts(host)
     start: list[str] = []
     while True:
         image = max(missing, key=lambda name: (waiting[name] > 0, missing[name]), default=None)
         if image is None or missing[image] <= 0 or not admission.may_start(host, launches[image]):
             break
+        if for_claims[image] <= 0 and most is not None and under_way >= most:
+            break
         start.append(image)
+        under_way += 1
+        for_claims[image] -= 1
         host = admission.started(host, launches[image])
         missing[image] -= 1
         waiting[image] -= 1
