@@ -97,6 +97,45 @@ def test_the_oom_killer_kills_the_jupyter_kernel_and_not_the_server(any_agent):
     assert agent.run("systemctl", "is-active", f"nbagent-{notebook.slot}.scope") == "active\n"
 
 
+# Lines "UNIT ADJUSTMENT PID-IN-ITS-NAMESPACE COMMAND" of all processes of nbagent.
+SCORES = """
+import os, re
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        cgroups, inner = open(f"/proc/{pid}/cgroup").read(), open(f"/proc/{pid}/status").read()
+        unit = re.search(r"/(nbagent[^/]*[.](?:service|scope))$", cgroups, re.M)
+        if unit:
+            inner = re.search(r"^NSpid:.*?(\\d+)$", inner, re.M)[1]
+            command = open(f"/proc/{pid}/cmdline").read().replace(chr(0), " ")
+            print(unit[1], open(f"/proc/{pid}/oom_score_adj").read().strip(), inner, command)
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+"""
+
+
+def test_the_services_have_lower_oom_scores_than_slots(any_agent):
+    agent = any_agent
+    notebook = opened(agent)
+    with notebook.kernel() as kernel:
+        assert kernel.run("6 * 7", timeout=180).text == "42"
+        lines = [line.split(" ", 3) for line in agent.run("python3", "-c", SCORES).splitlines()]
+    services: dict[str, list[int]] = {}
+    slots, zygotes, protected = [], [], []
+    for unit, score, inner, command in lines:
+        if unit.endswith(".scope"):
+            # The first process runs no code of the image, and its end would end the slot.
+            if inner != "1":
+                slots.append(int(score))
+        elif unit.startswith("nbagent-zygote@"):
+            (protected if "nbagent.runtime.zygote_service" in command else zygotes).append(int(score))
+        elif unit != "nbagent-dns.service":
+            services.setdefault(unit, []).append(int(score))
+    assert {"nbagent.service", "nbagent-api.service", "nbagent-router.service", "nbagent-units.service"} <= set(services)
+    assert max(max(scores) for scores in services.values()) <= -500, services
+    assert min(slots) >= 0 and max(slots) == 500
+    assert protected and set(protected) == {-800} and min(zygotes) >= 0
+
+
 def test_the_units_service_may_write_to_its_own_cgroup(any_agent):
     pid = any_agent.run("systemctl", "show", "-P", "MainPID", "nbagent-units.service").strip()
     own = any_agent.run("sed", "-n", "s/^0:://p", f"/proc/{pid}/cgroup").strip()
