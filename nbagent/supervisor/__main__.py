@@ -70,7 +70,8 @@ async def _serve(
     servers = [asyncio.ensure_future(ControlServer(calls, sockets["control"], {0, _api_uid()}).serve())]
     if "check" in sockets:
         servers.append(asyncio.ensure_future(serve_check(calls, sockets["check"])))
-    loops = (agent.run(), supervisor.health.run(), supervisor.memory_guard.run(), Watchdog().run())
+    clock = supervisor.sessions.follow_clock(lambda: [live.slot for live in supervisor.slots.values()])
+    loops = (agent.run(), supervisor.health.run(), supervisor.memory_guard.run(), clock, Watchdog().run())
     tasks = [*map(asyncio.ensure_future, loops), *servers]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

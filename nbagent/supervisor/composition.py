@@ -78,6 +78,7 @@ class Supervisor:
     agent: Agent
     health: Health
     memory_guard: MemoryGuard
+    sessions: Sessions
 
 
 def compose(on: Surroundings) -> Supervisor:
@@ -116,4 +117,5 @@ def compose(on: Surroundings) -> Supervisor:
             config, pools, load, on.zygotes, images, monitor, starter, stopper, interfaces, tasks, changed
         ),
         memory_guard=MemoryGuard(config, slots, systemd, counters, on.memory),
+        sessions=sessions,
     )

@@ -5,10 +5,10 @@
     tests/chaos/chaos.py [--faults 200] [--seed N] [--users 6] [--claimers 2] [--machine vm] [--only KIND] [--keep]
 
 plan.py has the kinds of faults; --only has one of them, and may be repeated. `--machine vm` is an emulated machine with
-Debian 13 and cgroup v2, whose clock is stepped too. After each fault more slots than the warm pool has are claimed; the time until all are
-there is the recovery. After every ten, and at the end, the host has to come to rest with nothing lost, doubled or left
-behind: slots, records, scopes, cgroups, processes, mounts, namespaces, interfaces, user ids, descriptors. The figures
-go to standard output and to $NBAGENT_CACHE/chaos. The exit status is 1 when anything was wrong.
+Debian 13 and cgroup v2, whose clock is stepped too. After each fault more slots than the warm pool has are claimed; the
+time until all are there is the recovery. After every ten, and at the end, the host has to come to rest with nothing
+lost, doubled or left behind: slots, records, scopes, cgroups, processes, mounts, namespaces, interfaces, user ids,
+descriptors. The figures go to standard output and to $NBAGENT_CACHE/chaos. The exit status is 1 when anything was wrong.
 """
 
 from __future__ import annotations
@@ -231,7 +231,8 @@ def main() -> None:
     options = parse()
     say(f"seed {options.seed}: CHAOS=\"--faults {options.faults} --seed {options.seed}\"")
     suite = "trixie" if options.machine == "vm" else "bookworm"
-    host = Host.up(name=NAME if options.machine == "nspawn" else f"{NAME}-vm", driver=options.machine, suite=suite, say=say)
+    name = NAME if options.machine == "nspawn" else f"{NAME}-vm"
+    host = Host.up(name=name, driver=options.machine, suite=suite, say=say)
     try:
         host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
         host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)
