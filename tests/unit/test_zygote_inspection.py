@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -41,6 +42,12 @@ def zygote(tmp_path, monkeypatch):
     made.process.stdout.close()
 
 
+def keep_none(monkeypatch):
+    """No descriptor may be kept from one inspection to the next."""
+    for name in ("KEPT_MAX_S", "KEPT_ASLEEP_S"):
+        monkeypatch.setattr(zygote_inspection, name, 0.0)
+
+
 def test_a_zygote_that_sleeps_has_no_fault(zygote):
     _, inspection, _ = zygote
     assert [inspection.find(forks) for forks in (0, 5, 1000)] == [None] * 3
@@ -54,13 +61,27 @@ def test_a_descriptor_that_is_kept_for_longer_than_a_fork_may_take_is_found(zygo
     assert inspection.find(1) is None
     # Under another number too.
     made.run("moved = [os.dup(fd) for fd in kept]; [os.close(fd) for fd in kept]")
-    monkeypatch.setattr(zygote_inspection, "KEPT_MAX_S", 0.0)
+    keep_none(monkeypatch)
+    assert "it keeps descriptors" in inspection.find(1)
+
+
+def test_a_zygote_that_sleeps_has_closed_the_descriptors_and_one_that_runs_may_be_about_to(zygote, monkeypatch):
+    made, inspection, _ = zygote
+    monkeypatch.setattr(zygote_inspection, "KEPT_ASLEEP_S", 0.0)
+    made.run("kept = os.pipe()")
+    made.process.stdin.write("while time.process_time() < 1: pass\n")
+    while zygote_inspection._sleep(made.process.pid) is not None:
+        time.sleep(0.01)
+    assert [inspection.find(1) for _ in range(3)] == [None] * 3
+    made.process.stdout.readline()
+    while zygote_inspection._sleep(made.process.pid) is None:
+        time.sleep(0.01)
     assert "it keeps descriptors" in inspection.find(1)
 
 
 @pytest.mark.parametrize("make", ["os.pipe()", "[os.memfd_create('nbagent-config')]"], ids=["pipe", "memfd"])
 def test_descriptors_of_one_request_after_another_are_none_that_is_kept(zygote, monkeypatch, make):
-    monkeypatch.setattr(zygote_inspection, "KEPT_MAX_S", 0.0)
+    keep_none(monkeypatch)
     made, inspection, _ = zygote
     for _ in range(5):
         # The numbers are the same each time.
@@ -79,7 +100,7 @@ def test_a_descriptor_of_a_request_that_is_closed_soon_is_none(zygote):
 
 def test_another_file_under_a_known_number_is_found(zygote, monkeypatch):
     made, inspection, _ = zygote
-    monkeypatch.setattr(zygote_inspection, "KEPT_MAX_S", 0.0)
+    keep_none(monkeypatch)
     made.run("os.dup2(os.open('/dev/zero', os.O_RDWR), 2); os.close(3)")
     assert inspection.find(0) is None
     assert "it keeps descriptors that it did not have when it was ready: 2" in inspection.find(0)
