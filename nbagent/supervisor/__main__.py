@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import pwd
 import signal
 import socket
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from systemd import daemon
 
@@ -46,7 +48,17 @@ def main() -> int:
     return 0
 
 
+def end_without_memory(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Logs an unexpected error. After a MemoryError it ends the process, because the error may have interrupted any
+    task between two of its steps, and the next supervisor adopts all that is complete and removes the rest.
+    """
+    loop.default_exception_handler(context)
+    if isinstance(context.get("exception"), MemoryError):
+        os._exit(1)
+
+
 async def _run(config: host_config.HostConfig) -> None:
+    asyncio.get_running_loop().set_exception_handler(end_without_memory)
     system_files.make(paths.SYSTEM_FILES)
     named = daemon.listen_fds_with_names()
     with contextlib.closing(Systemd()) as systemd:
