@@ -62,16 +62,16 @@ async def _run(config: host_config.HostConfig) -> None:
     system_files.make(paths.SYSTEM_FILES)
     named = daemon.listen_fds_with_names()
     with contextlib.closing(Systemd()) as systemd:
-        await _serve(config, _activated(named), fd_store.kept(named), systemd)
+        await _serve(config, _activated(named), named, systemd)
 
 
 async def _serve(
-    config: host_config.HostConfig, sockets: dict[str, socket.socket], kept: Mapping[str, int], systemd: Systemd
+    config: host_config.HostConfig, sockets: dict[str, socket.socket], named: Mapping[int, str], systemd: Systemd
 ) -> None:
     records = Records(paths.SLOTS)
     current, changed = CurrentConfig(config), asyncio.Event()
     zygotes = Zygotes(current, systemd, changed.set)
-    await zygotes.open(kept)
+    await zygotes.open(fd_store.kept(named), fd_store.begun(named))
     supervisor = compose(Surroundings(
         current, systemd, ImageStore(paths.IMAGES), ForkLauncher(zygotes), zygotes, records,
         Network(current, systemd), paths.DRAIN, changed,
