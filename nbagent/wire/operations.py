@@ -181,8 +181,9 @@ class Operation(Generic[A, R_co]):
 CLAIM = Operation("claim", ClaimArguments.restore, Claim)
 SLOTS = Operation("slots", NoArguments.restore, list[SlotStatus])
 SLOT = Operation("slot", SlotArguments.restore, SlotStatus)
-UPDATE = Operation("update", UpdateArguments.restore, SlotStatus, is_repeatable=False)
-RELEASE = Operation("release", ReleaseArguments.restore, SlotStatus, is_repeatable=False)
+UPDATE = Operation("update", UpdateArguments.restore, SlotStatus)
+# A repetition finds no slot if the supervisor ended after it had begun to end the slot.
+RELEASE = Operation("release", ReleaseArguments.restore, SlotStatus)
 DRAIN = Operation("drain", NoArguments.restore, Drain)
 UNDRAIN = Operation("undrain", NoArguments.restore, Drain)
 RECYCLE_POOL = Operation("recycle_pool", NoArguments.restore, Recycled, is_repeatable=False)
