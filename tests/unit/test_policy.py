@@ -142,6 +142,16 @@ def test_a_pool_with_failed_starts_pauses_and_others_go_on():
     assert decide([failed, other], HOST, 100).start == ("other",)
 
 
+def test_while_a_pool_pauses_one_start_is_tried_for_a_claim_that_waits():
+    """The cause of the failures may have been mended, and a pause takes up to a minute."""
+    paused = make_pool(wanted=5, waiting=3, paused_s=50.0, failed_ago_s=pool.TRY_S)
+    assert decide([paused], HOST, 100).start == ("minimal",)
+    for changes in ({"failed_ago_s": pool.TRY_S - 0.1}, {"waiting": 0}, {"starting": 1}, {"digest": None}):
+        assert decide([dataclasses.replace(paused, **changes)], HOST, 100).start == ()
+    other = make_pool(image="other", wanted=1)
+    assert decide([dataclasses.replace(paused, failed_ago_s=0.0), other], HOST, 100).start == ("other",)
+
+
 def test_the_pause_doubles_and_is_bounded():
     assert [pool.backoff(n, 1.0, 60.0) for n in (0, 1, 2, 3, 7, 500)] == [0.0, 1.0, 2.0, 4.0, 60.0, 60.0]
 
