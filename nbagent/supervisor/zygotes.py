@@ -62,6 +62,9 @@ EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
 # take this many times as long.
 START_MAX_FACTOR = 10
 BUDGET_CHECK_S = 1.0
+# So many slots by exec take as much processor time as the start of a zygote. Another is started at once after a zygote
+# that has forked them, however often it ends.
+PAID_FORKS = 10
 NOTHING_KEPT: Mapping[str, int] = {}
 _AGE_MAX_S, _FORKS_MAX = 10 ** 9, 10 ** 12
 # Why slots have no zygote: with JupyterLab, and with a command.
@@ -319,6 +322,9 @@ class Zygotes:
         pool = self._pools.get(zygote.image.name)
         if pool is None or pool.zygote is not zygote:
             return
+        # A zygote that has run for backoff_max, or has paid for its start, ends the series of failures.
+        if now() - zygote.born_s > self.config.value.pool.backoff_max or zygote.forks >= PAID_FORKS:
+            pool.failures = 0
         pool.zygote = None
         fd_store.forget(zygote.instance)
         pool.no_zygote.set()
@@ -523,9 +529,6 @@ class Zygotes:
                 text = str(error)
         fd_store.forget(zygote.instance)
         if pool.zygote is zygote:
-            # A zygote that has run for backoff_max ends the series of failures.
-            if now() - zygote.born_s > self.config.value.pool.backoff_max:
-                pool.failures = 0
             self.give_up(zygote, text)
 
     async def _accept(self, listener: socket.socket) -> None:

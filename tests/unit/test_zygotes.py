@@ -14,7 +14,7 @@ from nbagent.config import host_config
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event
-from nbagent.core.model import Limits
+from nbagent.core.model import Limits, now
 from nbagent.supervisor import fd_store, zygotes
 from nbagent.supervisor.launcher import default_limits, zygote_spec
 from nbagent.supervisor.zygotes import Zygotes, identity, unit_of
@@ -220,3 +220,23 @@ def test_a_zygote_that_starts_is_left_to_the_next_supervisor(image, events, stor
     service.responds = False
     _, launch, _ = adopt(image, {INSTANCE: service})
     assert launch == "exec" and not stored
+
+
+@pytest.mark.parametrize(("forks", "born_s", "failures"), [(10, 0.0, 1), (9, 0.0, 6), (0, -61.0, 1)])
+def test_a_zygote_that_has_paid_for_its_start_ends_the_series_of_failures(
+    image, events, stored, forks, born_s, failures
+):
+    async def run():
+        supervisor = Zygotes(CurrentConfig(host_config.parse({})), Units())
+        await supervisor.open(path=image.root / "zygote.sock")
+        ends = Channel.pair()
+        pool = supervisor._pools["minimal"] = zygotes.ZygotePool(image, failures=5)
+        pool.zygote = zygotes.Zygote(INSTANCE, image, ends[0], now() + born_s, forks)
+        supervisor.give_up(pool.zygote, "it ended")
+        found = pool.failures
+        await supervisor.close()
+        for end in ends:
+            end.close()
+        return found
+
+    assert asyncio.run(run()) == failures
