@@ -50,6 +50,8 @@ KINDS = (
     Kind("slow files", (SUPERVISOR, UNITS, LAUNCH), 2, held=True),
     Kind("failed allocations", (SUPERVISOR, API, UNITS, LAUNCH), 2, held=True),
 )
+# After these a service may report an error wherever it is.
+ANYWHERE = ("input/output errors", "failed allocations", "memory")
 # Containers have the clock of the machine that the tests run on.
 OF_A_MACHINE = (Kind("clock", ("an hour ahead", "an hour back", "ten years ahead"), 2, held=True),)
 
