@@ -2,8 +2,9 @@
 """systemd's file descriptor store of nbagent.service, which keeps the connections to zygotes over a restart.
 
 A connection is in the store from the moment its zygote service has connected, under one name while the zygote starts
-and under another when it is ready. systemd passes it to the next supervisor after a restart or a crash. It closes the store when the service is stopped, so that the zygotes end then; and it removes a
-connection whose other end was closed. See FDSTORE= in sd_notify(3) and FileDescriptorStoreMax= in systemd.service(5).
+and under another when it is ready. systemd passes it to the next supervisor after a restart or a crash. It closes the
+store when the service is stopped, so that the zygotes end then; and it removes a connection whose other end was closed.
+See FDSTORE= in sd_notify(3) and FileDescriptorStoreMax= in systemd.service(5).
 """
 
 from __future__ import annotations

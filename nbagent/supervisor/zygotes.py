@@ -171,7 +171,8 @@ class Zygotes:
                 fd_store.forget(instance)
             else:
                 self._begun[name] = Begun(instance, channel)
-        adopted = {unit_of(zygote.instance) for zygote in (*self._kept.values(), *self._begun.values())}
+        kept_units = {unit_of(zygote.instance) for zygote in self._kept.values()}
+        adopted = kept_units | {unit_of(starting.instance) for starting in self._begun.values()}
         for unit in set(await self._systemd.zygotes()) - adopted:
             # By a stop job, so that the end of a unit that was starting is not counted as a failure.
             with contextlib.suppress(OSError):
@@ -234,9 +235,10 @@ class Zygotes:
                 pool = self._pools[name] = ZygotePool(image)
                 if not self._adopt(pool):
                     pool.task = self._tasks.spawn(self._bring_up(pool, self._begun.pop(name, None)))
-        for rest in (self._kept, self._begun):
-            while rest:
-                self._discard(rest.popitem()[1])
+        while self._kept:
+            self._discard(self._kept.popitem()[1])
+        while self._begun:
+            self._discard(self._begun.popitem()[1])
 
     def _adopt(self, pool: ZygotePool) -> bool:
         """Makes the zygote of a former supervisor that of the pool, if it runs on the pool's image."""

@@ -8,7 +8,7 @@ plan.py has the kinds of faults; --only has one of them, and may be repeated. `-
 Debian 13 and cgroup v2, whose clock is stepped too. After each fault more slots than the warm pool has are claimed; the
 time until all are there is the recovery. After every ten, and at the end, the host has to come to rest with nothing
 lost, doubled or left behind: slots, records, scopes, cgroups, processes, mounts, namespaces, interfaces, user ids,
-descriptors. The figures go to standard output and to $NBAGENT_CACHE/chaos. The exit status is 1 when anything was wrong.
+descriptors. The figures go to standard output and to $NBAGENT_CACHE/chaos. The exit status is 1 after a problem.
 """
 
 from __future__ import annotations

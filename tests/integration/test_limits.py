@@ -130,7 +130,7 @@ def test_the_services_have_lower_oom_scores_than_slots(any_agent):
             (protected if "nbagent.runtime.zygote_service" in command else zygotes).append(int(score))
         elif unit != "nbagent-dns.service":
             services.setdefault(unit, []).append(int(score))
-    assert {"nbagent.service", "nbagent-api.service", "nbagent-router.service", "nbagent-units.service"} <= set(services)
+    assert {f"{name}.service" for name in ("nbagent", "nbagent-api", "nbagent-router", "nbagent-units")} <= set(services)
     assert max(max(scores) for scores in services.values()) <= -500, services
     assert min(slots) >= 0 and max(slots) == 500
     assert protected and set(protected) == {-800} and min(zygotes) >= 0

@@ -158,7 +158,9 @@ def test_the_pressure_on_memory_is_that_of_all_slots_and_the_other_that_of_the_h
     assert of_host.exists() or cgroup.pressure("cpu") == 0.0
 
 
-def test_the_host_has_the_pressure_of_the_last_two_seconds_and_what_starts_leave(tree: Tree, tmp_path: Path, clock) -> None:
+def test_the_host_has_the_pressure_of_the_last_seconds_and_what_starts_leave(
+    tree: Tree, tmp_path: Path, clock
+) -> None:
     read: list[Cgroup | None] = []
 
     def pressure(slots: Cgroup | None) -> Pressure:

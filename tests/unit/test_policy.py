@@ -96,8 +96,8 @@ def test_while_processes_wait_the_pool_is_filled_by_one_start_at_a_time_and_clai
         # Each of three claims has a start, and the pool none beside them.
         assert len(decide([make_pool(wanted=5, waiting=3)], strained, 100).start) == 3
         assert len(decide([make_pool(wanted=5, waiting=3, starting=1)], strained, 100).start) == 2
-        assert decide([make_pool(image="a", wanted=5), make_pool(image="b", wanted=0, waiting=2)], strained, 100).start \
-            == ("b", "b")
+        waited_for = make_pool(image="b", wanted=0, waiting=2)
+        assert decide([make_pool(image="a", wanted=5), waited_for], strained, 100).start == ("b", "b")
 
 
 def test_a_host_that_waits_for_memory_starts_slots_for_claims_only_and_offers_no_more():
