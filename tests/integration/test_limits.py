@@ -130,7 +130,8 @@ def test_the_services_have_lower_oom_scores_than_slots(any_agent):
             (protected if "nbagent.runtime.zygote_service" in command else zygotes).append(int(score))
         elif unit != "nbagent-dns.service":
             services.setdefault(unit, []).append(int(score))
-    assert {f"{name}.service" for name in ("nbagent", "nbagent-api", "nbagent-router", "nbagent-units")} <= set(services)
+    names = ("nbagent", "nbagent-api", "nbagent-router", "nbagent-units")
+    assert {f"{name}.service" for name in names} <= set(services)
     assert max(max(scores) for scores in services.values()) <= -500, services
     assert min(slots) >= 0 and max(slots) == 500
     assert protected and set(protected) == {-800} and min(zygotes) >= 0
