@@ -115,6 +115,8 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
 
 def test_the_services_have_lower_oom_scores_than_slots(any_agent):
     agent = any_agent
+    if agent.host.driver != "vm":
+        pytest.skip("without CAP_SYS_RESOURCE, as in a container of this machine, PID 1 cannot lower a score")
     notebook = opened(agent)
     with notebook.kernel() as kernel:
         assert kernel.run("6 * 7", timeout=180).text == "42"
