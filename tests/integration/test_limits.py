@@ -113,10 +113,15 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
 """
 
 
-def test_the_services_have_lower_oom_scores_than_slots(any_agent):
-    agent = any_agent
+def lowering(agent):
+    """A host on which PID 1 can lower a score."""
     if agent.host.driver != "vm":
-        pytest.skip("without CAP_SYS_RESOURCE, as in a container of this machine, PID 1 cannot lower a score")
+        pytest.skip("a container of this machine has no CAP_SYS_RESOURCE")
+    return agent
+
+
+def test_the_services_have_lower_oom_scores_than_slots(any_agent):
+    agent = lowering(any_agent)
     notebook = opened(agent)
     with notebook.kernel() as kernel:
         assert kernel.run("6 * 7", timeout=180).text == "42"
@@ -253,3 +258,17 @@ def test_systemd_ends_a_slot_at_its_maximum_age_without_an_agent(any_agent):
     entries = agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={Event.SLOT_REMOVED.value.message_id}")
     assert "ended while no supervisor ran" in entries[0]["MESSAGE"]
     assert agent.run("sh", "-c", f"ls -d /run/nbagent/slots/{slot} 2>/dev/null; true") == ""
+
+
+def test_a_slot_by_exec_cannot_take_the_oom_score_of_the_launch_service(any_agent):
+    agent = lowering(any_agent)
+    agent.expect(r"zygote \S+ failed|nbagent-zygote@\S+: (Main|Failed)|Consumed")
+    agent.run("systemctl", "kill", "-s", "KILL", "nbagent-zygote@*.service")
+    agent.wait(lambda: agent.api.get("/images").json()[0]["launch_now"] == "exec", "the end of the zygote")
+    agent.api.delete("/api/pool")
+    agent.wait(lambda: {slot["launch"] for slot in agent.slots("warm")} == {"exec"}, "warm slots by exec", timeout=300)
+    notebook = agent.open()
+    assert agent.api.get(f"/slots/{notebook.slot}").json()["launch"] == "exec"
+    with notebook.kernel() as kernel:
+        code = "open('/proc/self/oom_score_adj', 'w').write('-1')"
+        assert "PermissionError" in str(kernel.run(code, timeout=180))
