@@ -28,7 +28,7 @@ SERVICES = ("nbagent", "nbagent-api", "nbagent-router", "nbagent-units", "nbagen
 CGROUPS = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")
 # Left for the processes of the host itself.
 FREE_DESCRIPTORS, FREE_TASKS = 3, 2
-FREE_MEMORY = 512 << 10
+FREE_MEMORY = 64 << 10
 CHANGES = "mkdir,mkdirat,rename,renameat,renameat2,rmdir,symlink,symlinkat,unlink,unlinkat"
 # By strace(1). Every third opening fails too, so that files are neither read nor made at times.
 INJECTED = {

@@ -43,7 +43,7 @@ KINDS = (
     # One of each: the service may open a few descriptors more than it has open.
     Kind("descriptors", (SUPERVISOR, API, UNITS, LAUNCH, NETWORK, ZYGOTE_SERVICE), 3, held=True),
     Kind("tasks", ("nbagent.slice", LAUNCH), 2, held=True),
-    # The service may take half a MiB more than it has.
+    # The service may take 64 KiB more than it has.
     Kind("memory", (SUPERVISOR, API, UNITS, LAUNCH), 2, held=True),
     # By strace: calls that change files fail with EIO, or take longer; calls that take memory fail with ENOMEM.
     Kind("input/output errors", (SUPERVISOR, UNITS, LAUNCH), 2, held=True),
