@@ -95,6 +95,13 @@ async def _result(control: Channel, content: Content) -> Injected:
     try:
         response = await receive(control)
         if response is None:
+            # Python or the module was not loaded, which is no fault of the content.
+            text = "the process that delivers the content ended before it could begin"
+            raise StartFailed.at(ENTER, 0, text)
+        if "begun" in response.body:
+            response.close()
+            response = await receive(control)
+        if response is None:
             raise _failure(content)(
                 "the process that delivers the content was killed, most likely because the slot's memory ran out"
             )

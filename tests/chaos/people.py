@@ -110,7 +110,7 @@ class Caller:
         self.book.refused(f"{answer.status} {reason}")
         if answer.status not in (503,):
             text = answer.body[:300].decode(errors="replace")
-            self.book.problem(f"a claim with {options} was answered by {answer.status}: {text}")
+            self.book.problem(f"a claim with {sorted(options)} was answered by {answer.status}: {text}")
 
     def release(self, slot: str) -> None:
         """Ends a slot, by as many repetitions as it takes."""

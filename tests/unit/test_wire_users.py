@@ -289,7 +289,21 @@ def test_a_second_response_to_a_delivery_is_refused():
 
 def test_a_delivery_that_was_killed_is_a_content_failure():
     with pytest.raises(ContentFailed, match="memory ran out"):
+        asyncio.run(deliver(lambda peer: peer.send({"begun": True})))
+
+
+def test_a_delivery_that_did_not_begin_is_a_failure_of_the_host_and_the_claim_can_be_repeated():
+    with pytest.raises(StartFailed, match="before it could begin") as failed:
         asyncio.run(deliver(lambda peer: None))
+    assert failed.value.http_status == 503
+
+
+def test_a_delivery_that_has_begun_has_a_result():
+    def both(peer):
+        peer.send({"begun": True})
+        peer.send({"files": 1, "entries": 2})
+
+    assert asyncio.run(deliver(both)) == (1, 2)
 
 
 def test_files_without_a_bundle_are_never_dropped_silently(file):
