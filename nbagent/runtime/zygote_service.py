@@ -345,17 +345,19 @@ def _fork_protector() -> Callable[[], None]:
     The child keeps CAP_SYS_RESOURCE, which this process loses in the image's user namespace. The score is lowered after
     the start of the zygote, because slots would inherit it from there.
     """
+    # Opened now, because the child may not look up this process in /proc when it has the user ids of the image.
+    score_fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
     read_fd, write_fd = os.pipe()
-    service, pid = os.getpid(), os.fork()
+    pid = os.fork()
     if pid == 0:
         os.close(write_fd)
         # Without the capability, in a container for example, the score stays.
         with contextlib.suppress(OSError):
             if os.read(read_fd, 1):
-                with open(f"/proc/{service}/oom_score_adj", "w") as file:
-                    file.write(str(OOM_SCORE_ADJ))
+                os.write(score_fd, str(OOM_SCORE_ADJ).encode())
         os._exit(0)
-    os.close(read_fd)
+    for fd in (read_fd, score_fd):
+        os.close(fd)
 
     def protect() -> None:
         os.write(write_fd, b"1")

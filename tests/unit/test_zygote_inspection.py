@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from nbagent.runtime import zygote_inspection
 from nbagent.runtime.zygote_inspection import INTERVAL_S, LOOK_AGAIN_S, Inspection
 
+TOP = Path(__file__).resolve().parents[2]
 # Runs each line that it reads, and responds.
 ZYGOTE = "import os, sys, threading, time\nfor line in sys.stdin:\n    exec(line)\n    print('done', flush=True)\n"
 
@@ -146,3 +148,29 @@ def test_a_descriptor_that_is_no_pidfd_is_malformed():
     one, other = socket.socketpair()
     with one, other, pytest.raises(ValueError, match="is not a pidfd"):
         zygote_inspection.check_fork(one.fileno(), os.getpid(), other.fileno())
+
+
+def test_the_score_of_the_service_is_set_after_it_has_changed_its_user_and_not_that_of_an_earlier_child():
+    """A higher score, because a lower one takes CAP_SYS_RESOURCE, which the tests may not have."""
+    program = """
+import os
+from nbagent.linux.process import PR_SET_DUMPABLE, prctl
+from nbagent.runtime import zygote_service
+zygote_service.OOM_SCORE_ADJ = int(open("/proc/self/oom_score_adj").read()) + 7
+protect = zygote_service._fork_protector()
+os.setresuid(65534, 65534, 65534)
+prctl(PR_SET_DUMPABLE, 0)
+read_fd, write_fd = os.pipe()
+if os.fork() == 0:
+    os.close(write_fd)
+    os.read(read_fd, 1)
+    print(open("/proc/self/oom_score_adj").read().strip(), flush=True)
+    os._exit(0)
+protect()
+print(open("/proc/self/oom_score_adj").read().strip(), flush=True)
+os.close(write_fd)
+os.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=TOP)
+    service, child = map(int, done.stdout.split())
+    assert service == child + 7
