@@ -274,7 +274,7 @@ def test_no_object_of_the_supervisor_has_more_than_a_dozen_attributes(tmp_path):
 
 @pytest.mark.parametrize(("error", "status"), [("MemoryError()", 1), ("ValueError('x')", 7)])
 def test_a_task_without_memory_ends_the_supervisor_and_another_error_does_not(error, status):
-    """The next supervisor adopts what is complete; a task that ended between two steps may leave a slot half made."""
+    """The next supervisor adopts what is complete; a task that ended between two steps may leave a slot as it is."""
     program = f"""
 import asyncio, sys
 from nbagent.supervisor.__main__ import end_without_memory
