@@ -335,7 +335,7 @@ def test_files_that_are_not_delivered_in_time_are_a_failure_of_the_host_and_an_a
     monkeypatch.setattr(content_injector, "_HEAD_START_S", 0.01)
     monkeypatch.setattr(content_injector, "_order", lambda *_: Order(1, 2, "", [], None, [], 3, 4, 5.0))
     settings = dataclasses.replace(host_config.parse({}).claims, timeout=0.01)
-    with open("/dev/null") as file, pytest.raises(kind, match="not delivered within 0.01 s") as failed:
+    with open("/dev/null") as file, pytest.raises(kind, match="not delivered within") as failed:
         asyncio.run(content_injector.inject(None, file.fileno(), Content(archive=archive), settings, join_scope))
     assert failed.value.http_status == status
 
