@@ -58,6 +58,9 @@ FAULTS = {
     "router": "systemctl restart nbagent-router; journalctl -eu nbagent-router",
     "systemd": "systemctl restart nbagent-units; journalctl -eu nbagent-units; if systemctl fails too, reboot the host",
 }
+# The file systems that must not be full, and what for.
+ROOM = {paths.RUN: "the records of slots", paths.IMAGES: "images", Path("/var/log"): "the journal"}
+ROOM_MIN_PERCENT, USE_MAX = 5.0, 0.8
 # Use of a notebook server with two kernels: threads for pid_max, descriptors for nr_open.
 TASKS_PER_SLOT = 64
 FILES_PER_SLOT = 16
@@ -106,6 +109,8 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         *([functools.partial(check_token, root, "landing-token", "no client may start a slot on the landing page")]
           if settings.landing.access == "token" else []),
         functools.partial(check_images, root),
+        *(functools.partial(check_room, root, path, use) for path, use in ROOM.items()),
+        functools.partial(check_use, root),
         functools.partial(check_memory, root, settings),
         functools.partial(check_swap, root, settings),
         *(functools.partial(check_limit, root, limit, settings) for limit in LIMITS),
@@ -471,6 +476,36 @@ def check_images(root: Path) -> Finding:
     if found:
         return Finding("images", "ok", ", ".join(found))
     return Finding("images", "fail", "the store is empty", "apt install ./nbagent-image-minimal_*.deb")
+
+
+def check_room(root: Path, path: Path, use: str, read: Callable[[Path], os.statvfs_result] = os.statvfs) -> Finding:
+    """Whether a file system has blocks and inodes left."""
+    try:
+        status = read(_below(root, path))
+    except FileNotFoundError:
+        return Finding(f"room in {path}", "ok", "not in use")
+    counts = ((status.f_bavail, status.f_blocks, "blocks"), (status.f_favail, status.f_files, "inodes"))
+    # Some file systems have no number of inodes.
+    part, free, what = min((100 * free / total, free, what) for free, total, what in counts if total)
+    found = f"{part:.0f} % of the {what} are free ({free})"
+    if part >= ROOM_MIN_PERCENT:
+        return Finding(f"room in {path}", "ok", found)
+    return Finding(f"room in {path}", "fail" if part < 1 else "warn", f"{found}, for {use}", f"delete files of {path}")
+
+
+def check_use(root: Path) -> Finding:
+    """Whether the host's processes, threads and open files are far from their limits now."""
+    threads = int((_text(root / "proc/loadavg", "") or "0 0 0 0/0 0").split()[3].partition("/")[2])
+    limits = [int(text) for name in ("pid_max", "threads-max") if (text := _text(root / "proc/sys/kernel" / name, ""))]
+    # The open files, 0, and their limit.
+    files = (_text(root / "proc/sys/fs/file-nr", "") or "0 0 0").split()
+    uses = (("processes and threads", threads, min(limits, default=0)), ("open files", int(files[0]), int(files[2])))
+    found = ", ".join(f"{used} of {limit} {what}" for what, used, limit in uses)
+    for what, used, limit in uses:
+        if limit and used > USE_MAX * limit:
+            mend = "nbagent top names the slots that use most; lower slots.tasks or slots.capacity"
+            return Finding("use", "warn", f"{found}: nearly all {what}", mend)
+    return Finding("use", "ok", found)
 
 
 def check_memory(root: Path, settings: host_config.HostConfig) -> Finding:

@@ -113,6 +113,13 @@ class _StatsCollector(Collector):
             for image, zygote in stats["zygotes"].items():
                 zygotes.add_metric([image], zygote[zygote_gauge])
             yield zygotes
+        pressure = GaugeMetricFamily(
+            "nbagent_pressure_percent", "Part of the last ten seconds in which a process waited (PSI).",
+            labels=["resource"],
+        )
+        for resource, percent in stats["pressure"].items():
+            pressure.add_metric([resource], percent)
+        yield pressure
         works = GaugeMetricFamily(
             "nbagent_part_works", "0 when a part of the host that claims need fails.", labels=["part"]
         )

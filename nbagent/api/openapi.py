@@ -223,6 +223,8 @@ SCHEMAS: dict[str, Schema] = {
         "memory_available_bytes": _COUNT, "free_percent": _COUNT, "next_end_s": _MAYBE_AMOUNT, "uptime_s": _AMOUNT,
         "faults": {"type": "object", "additionalProperties": _TEXT,
                    "description": "The parts of the host that fail: systemd, router, image, records."},
+        "pressure": {"type": "object", "additionalProperties": _AMOUNT,
+                     "description": "Percent of the last ten seconds in which a process waited: cpu, memory, io."},
         "zygotes": {"type": "object", "additionalProperties": _ref("Zygote")},
         "pools": {"type": "object", "additionalProperties": _ref("Pool")},
         "counters": {"type": "object", "additionalProperties": _COUNT},

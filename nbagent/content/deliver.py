@@ -4,8 +4,8 @@
     python3 -I -m nbagent.content.deliver CONTROL_FD
 
 Over the control channel (nbagent.wire.channel) it receives {"order": Order}, with a pidfd of the slot's first process,
-"init", and, for a claim with files, a sealed memfd with their bytes, "content". It sends one response and exits:
-{"files": int, "entries": int}, or a failure of the step ENTER, WRITE or UNPACK.
+"init", and, for a claim with files, a sealed memfd with their bytes, "content". It sends {"begun": true} when it runs,
+then one response, and exits: {"files": int, "entries": int}, or a failure of the step ENTER, WRITE or UNPACK.
 
 Its first instruction runs in the slot's scope already, so that all memory it touches is charged to the slot. Before it
 enters, it imports all it will need and reads its order. The process that enters exits at once; its child is in the
@@ -81,6 +81,7 @@ def main() -> NoReturn:
 
 
 def _outside(control: Channel) -> NoReturn:
+    control.send({"begun": True})
     # When memory runs out, this process is to be killed rather than the slot's.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")

@@ -42,7 +42,8 @@ class Stats(TypedDict):
 
     `next_end_s` is the time until the first slot in use reaches its maximum age, None when no slot is in use. `faults`
     has the parts of the host that fail (supervisor.health), each with the error. `assets` is the path of the default
-    image's web files, None when it has none.
+    image's web files, None when it has none. `pressure` has the percent of the last ten seconds in which a process
+    waited, for "cpu", "memory" and "io".
     """
 
     version: str
@@ -62,6 +63,7 @@ class Stats(TypedDict):
     next_end_s: float | None
     uptime_s: float
     faults: dict[str, str]
+    pressure: dict[str, float]
     pools: dict[str, PoolStats]
     zygotes: dict[str, ZygoteStats]
     counters: dict[str, int]

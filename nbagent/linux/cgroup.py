@@ -80,6 +80,11 @@ class Cgroup:
         """The most memory at one time; 0 when the cgroup was removed, or by a kernel before 5.19 with cgroup v2."""
         return _number(f"{self.memory}/{'memory.peak' if self.unified else 'memory.max_usage_in_bytes'}")
 
+    def memory_pressure(self) -> float:
+        """Percent of the last ten seconds in which a process of this cgroup waited for memory (PSI); with cgroup v1 a
+        process of the host. 0 without PSI."""
+        return pressure("memory", f"{self.memory}/memory.pressure" if self.unified else None)
+
     def may_swap(self) -> bool:
         """Whether memory.swap.max lets the kernel swap out memory of this cgroup."""
         try:
@@ -101,6 +106,19 @@ class Cgroup:
         finally:
             os.close(fd)
         return True
+
+
+def pressure(kind: str, file: str | None = None) -> float:
+    """Percent of the last ten seconds in which a task waited for "cpu", "memory" or "io": of the host, or by `file`.
+
+    0 when the kernel does not measure it (CONFIG_PSI, psi=0), or the cgroup was removed.
+    """
+    try:
+        # some avg10=1.23 avg60=0.50 avg300=0.10 total=12345
+        first = _read(file or f"/proc/pressure/{kind}").split(b"\n", 1)[0]
+        return float(first.split()[1].removeprefix(b"avg10="))
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 def of_process(pid: int, root: Path = ROOT) -> Cgroup:

@@ -20,6 +20,11 @@ REST_BYTES, LEAST_BYTES = 15 << 20, 32 << 20
 # at most this part of the host. Growth is expected to go on for so long.
 BURST_SLOTS, BURST_MAX = 4, 1 / 6
 GROWTH_S = 60.0
+# Percent of the last ten seconds in which a task waited. From there on a pool is filled by one start at a time, because
+# users' processes wait as well. A claim that waits for a slot has its start in any case.
+CPU_STRAIN, IO_STRAIN = 70.0, 50.0
+# A few percent of waiting for memory mean that the kernel reclaims what processes still use.
+MEMORY_STRAIN = 10.0
 
 
 @dataclass(frozen=True)
@@ -37,11 +42,22 @@ COSTS = {"exec": Cost(1.0, 128 << 20), "fork": Cost(0.25, 24 << 20)}
 
 
 @dataclass(frozen=True)
+class Pressure:
+    """The pressure stall information of the kernel (avg10 of "some"): the percent of the last ten seconds in which at
+    least one task waited for a processor, for memory or for a disk. 0 with a kernel that does not measure it.
+    """
+
+    cpu: float = 0.0
+    memory: float = 0.0
+    io: float = 0.0
+
+
+@dataclass(frozen=True)
 class Host:
     """The host at one moment.
 
     `live` counts all slots until they are removed. `starts` is the cost of all starts under way, `starts_max` the
-    number of processors that they may use.
+    number of processors that they may use. `kept_bytes` is the memory that starts leave to users who grow.
     """
 
     capacity: int
@@ -51,6 +67,8 @@ class Host:
     memory_available_bytes: int
     memory_reserve_bytes: int
     draining: bool
+    pressure: Pressure = Pressure()
+    kept_bytes: int = 0
 
 
 def under_way(starting: Mapping[str, int]) -> Cost:
@@ -82,14 +100,18 @@ def promised(memory_bytes: int, slot_bytes: int, overcommit: float) -> int:
 
 
 def fitting(
-    live: int, use: MemoryUse, memory_bytes: int, available_bytes: int, reserve_bytes: int, slot_bytes: int
+    live: int, use: MemoryUse, memory_bytes: int, available_bytes: int, reserve_bytes: int, slot_bytes: int,
+    pressure: Pressure = Pressure(),
 ) -> int:
     """The number of slots that fit by what slots really use: the `live` ones, and more as the available memory allows.
 
     A host whose users all take their limit at once is short of memory nevertheless: nbagent.policy.memory_guard.
     """
     growth_bytes = round(use.growth_bytes_s * GROWTH_S)
-    spare_bytes = available_bytes - reserve_bytes - burst_bytes(memory_bytes, slot_bytes) - growth_bytes
+    kept_bytes = reserve_bytes + burst_bytes(memory_bytes, slot_bytes)
+    if is_short(pressure, available_bytes, kept_bytes):
+        return max(1, min(CAPACITY_MAX, live))
+    spare_bytes = available_bytes - kept_bytes - growth_bytes
     return max(1, min(CAPACITY_MAX, live + max(0, spare_bytes // expected_bytes(use))))
 
 
@@ -108,6 +130,22 @@ def most(memory_bytes: int, reserve_bytes: int, slot_bytes: int) -> int:
     """The number of slots that `fitting` reaches when all are at rest."""
     spare_bytes = memory_bytes - reserve_bytes - burst_bytes(memory_bytes, slot_bytes)
     return max(1, min(CAPACITY_MAX, spare_bytes // REST_BYTES))
+
+
+def is_short(pressure: Pressure, available_bytes: int, kept_bytes: int) -> bool:
+    """Whether processes wait for memory because the host has little.
+
+    A slot that uses all of its own limit waits for memory as well, on a host with plenty; so the pressure counts only
+    while less than twice the memory is available that starts leave.
+    """
+    return pressure.memory >= MEMORY_STRAIN and available_bytes < 2 * kept_bytes
+
+
+def pool_starts(host: Host) -> int | None:
+    """How many starts without a claim may be under way at a time; None: as many as `may_start` allows."""
+    if is_short(host.pressure, host.memory_available_bytes, host.kept_bytes):
+        return 0
+    return 1 if host.pressure.cpu >= CPU_STRAIN or host.pressure.io >= IO_STRAIN else None
 
 
 def room(host: Host, launch: str) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 
+from nbagent.policy import admission
 from nbagent.policy.admission import Host
 
 # How long a slot is lent. A page of JupyterLab loads in 2 to 6 s.
@@ -38,6 +39,8 @@ def obstacle(host: Host, stock: Stock) -> str | None:
         return f"{host.live} of {host.capacity} slots are in use"
     if host.memory_available_bytes <= host.memory_reserve_bytes:
         return "the host's memory is low"
+    if admission.pool_starts(host) is not None:
+        return "processes of the host wait for processors, memory or disks"
     if stock.warm <= stock.wanted // 2:
         return f"only {stock.warm} of {stock.wanted} warm slots are left"
     if stock.lent >= max(1, int(host.capacity * SHARE_MAX)):

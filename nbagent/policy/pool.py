@@ -8,12 +8,17 @@ have replaced it, so that the replacement of an image does not leave a pool empt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nbagent.core.model import Slot
 from nbagent.policy import admission
 from nbagent.policy.admission import Host
+
+# While a pool pauses and a claim waits, one start is tried so long after the last failure. A start by exec takes a
+# second of a processor, so that an image that never starts takes a quarter of one while there are claims.
+TRY_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class Pool:
 
     `launch` is "fork" or "exec". `warming`: the image's first zygote is being started; until it is ready slots start by
     exec, for claims that wait only, because a forked slot takes a tenth of the memory. `paused_s` are the seconds until
-    the next start may be tried.
+    the next start may be tried, and `failed_ago_s` those since the last one failed.
     """
 
     image: str
@@ -33,6 +38,7 @@ class Pool:
     starting: int
     waiting: int
     paused_s: float = 0.0
+    failed_ago_s: float = math.inf
     warming: bool = False
 
 
@@ -72,15 +78,25 @@ def decide(pools: Sequence[Pool], host: Host, now_s: float, max_age_s: float, li
         move for pool in pools
         for move in _retire(pool, fresh[pool.image], admission.room(host, pool.launch) == 0)
     ]
-    missing = {pool.image: _missing(pool, len(fresh[pool.image])) for pool in pools if pool.paused_s <= 0}
+    missing = {
+        pool.image: _missing(pool, len(fresh[pool.image])) if pool.paused_s <= 0 else 1
+        for pool in pools if pool.paused_s <= 0 or _may_try(pool)
+    }
     waiting = {pool.image: pool.waiting for pool in pools}
     launches = {pool.image: pool.launch for pool in pools}
+    # Starts under way are for claims that wait first.
+    for_claims = {pool.image: max(0, pool.waiting - pool.starting) for pool in pools}
+    under_way, most = sum(pool.starting for pool in pools), admission.pool_starts(host)
     start: list[str] = []
     while True:
         image = max(missing, key=lambda name: (waiting[name] > 0, missing[name]), default=None)
         if image is None or missing[image] <= 0 or not admission.may_start(host, launches[image]):
             break
+        if for_claims[image] <= 0 and most is not None and under_way >= most:
+            break
         start.append(image)
+        under_way += 1
+        for_claims[image] -= 1
         host = admission.started(host, launches[image])
         missing[image] -= 1
         waiting[image] -= 1
@@ -90,6 +106,11 @@ def decide(pools: Sequence[Pool], host: Host, now_s: float, max_age_s: float, li
 def backoff(failures: int, first_s: float, longest_s: float) -> float:
     """The pause after `failures` failed starts in a row: doubling, bounded."""
     return min(longest_s, first_s * 2.0 ** min(failures - 1, 32)) if failures else 0.0
+
+
+def _may_try(pool: Pool) -> bool:
+    """Whether one start is tried for a claim although the pool pauses, because the cause may have been mended."""
+    return pool.digest is not None and pool.waiting > 0 and pool.starting == 0 and pool.failed_ago_s >= TRY_S
 
 
 def _missing(pool: Pool, fresh: int) -> int:

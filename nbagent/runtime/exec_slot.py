@@ -46,7 +46,8 @@ def _outside(control: Channel, passed_fd: int) -> NoReturn:
     if (request := control.receive()) is None:  # the supervisor has ended
         os._exit(0)
     spec = SandboxSpec.restore(fields.mapping(request.body, "spec"))
-    # The supervisor has a lower score, because it is to be killed last when memory runs out.
+    # The launch service has a lower score, because the OOM killer has to choose a process of a slot. With
+    # CAP_SYS_RESOURCE this value becomes the lowest that the slot can set (oom_score_adj_min).
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("0")
     stream = move_fd(journal.stream(spec.slot, f"nbagent-{spec.slot}.scope").detach())

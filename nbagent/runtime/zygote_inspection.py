@@ -23,10 +23,10 @@ from typing import Dict, Optional, Tuple
 
 from nbagent.wire.fields import MalformedMessage
 
-# A request is answered while the zygote still closes its copies of the slot's descriptors. On a busy host that takes
-# seconds, as a fork does.
+# A request is answered while the zygote still closes its copies of the slot's descriptors. On a busy host it may wait
+# seconds for a processor, as a fork does. An honest zygote that sleeps has closed them.
 SETTLE_S = 0.2
-KEPT_MAX_S = 5.0
+KEPT_MAX_S, KEPT_ASLEEP_S = 5.0, 0.5
 LOOK_AGAIN_S = 1.0
 INTERVAL_S = 10.0
 # A fork of a slot is in the zygote's unit until the supervisor has moved it, which takes milliseconds; the supervisor
@@ -69,10 +69,13 @@ class Inspection:
         now_s = time.monotonic()
         if (threads := len(os.listdir(f"/proc/{self.pid}/task"))) != 1:
             return f"it runs {threads} threads, where a fork copies one"
+        slept = _sleep(self.pid)
         added = {file: name for name, file in _descriptors(self.pid).items() if self._descriptors.get(name) != file}
         # By file, because the next request's descriptors have the same numbers.
         self._kept = {file: self._kept.get(file, now_s) for file in added}
-        kept = [added[file] for file, since_s in self._kept.items() if now_s - since_s > KEPT_MAX_S]
+        # Asleep all the while that its descriptors were read.
+        allowed_s = KEPT_ASLEEP_S if slept is not None and slept == _sleep(self.pid) else KEPT_MAX_S
+        kept = [added[file] for file, since_s in self._kept.items() if now_s - since_s > allowed_s]
         if kept:
             return f"it keeps descriptors that it did not have when it was ready: {', '.join(kept)}"
         allowed_s = CPU_FIRST_S + CPU_FORK_S * forks + CPU_PER_S * (now_s - self._ready_s)
@@ -135,6 +138,14 @@ def _descriptors(pid: int) -> Dict[str, _File]:
             status = os.stat(path)
             found[name] = (os.readlink(path), status.st_dev, status.st_ino)
     return found
+
+
+def _sleep(pid: int) -> Optional[int]:
+    """The number of a process's sleep, None while it runs or waits for a processor or a lock of the kernel."""
+    with open(f"/proc/{pid}/status", "rb") as file:
+        fields = dict(line.split(b":", 1) for line in file)
+    is_asleep = fields[b"State"].split()[0] == b"S"
+    return int(fields[b"voluntary_ctxt_switches"]) if is_asleep else None
 
 
 def _cpu_s(pid: int) -> float:

@@ -85,6 +85,8 @@ ZYGOTE_PATH = "/run/nbagent/zygote.sock"
 PROTOCOL = "1 " + " ".join(SandboxSpec._fields)
 # SYSLOG_IDENTIFIER of what a zygote prints.
 ZYGOTE_IDENTIFIER = "nbagent-zygote"
+# As that of nbagent-launch.service.
+OOM_SCORE_ADJ = -800
 # A fork takes the kernel 2 ms, but a busy host may schedule the zygote late.
 FORK_TIMEOUT_S = 5.0
 # Per-user counts of the kernel that no resource limit bounds, for one slot. The host's own maximum is for all slots of
@@ -337,6 +339,34 @@ def _moved_socket(end: socket.socket) -> socket.socket:
     return socket.socket(family, kind, 0, move_fd(end.detach()))
 
 
+def _fork_protector() -> Callable[[], None]:
+    """Forks a child that lowers this process's oom_score_adj at the call of the result, and ends.
+
+    The child keeps CAP_SYS_RESOURCE, which this process loses in the image's user namespace. The score is lowered after
+    the start of the zygote, because slots would inherit it from there.
+    """
+    # Opened now, because the child may not look up this process in /proc when it has the user ids of the image.
+    score_fd = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    read_fd, write_fd = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(write_fd)
+        # Without the capability, in a container for example, the score stays.
+        with contextlib.suppress(OSError):
+            if os.read(read_fd, 1):
+                os.write(score_fd, str(OOM_SCORE_ADJ).encode())
+        os._exit(0)
+    for fd in (read_fd, score_fd):
+        os.close(fd)
+
+    def protect() -> None:
+        os.write(write_fd, b"1")
+        os.close(write_fd)
+        os.waitpid(pid, 0)
+
+    return protect
+
+
 def _start_zygote(spec: SandboxSpec, steps: Plan, print_fd: int) -> Tuple[Channel, int]:
     """Starts the zygote, with `print_fd` as its output; its channel and pid."""
     own, peer = Channel.pair()
@@ -377,6 +407,7 @@ def main() -> int:
     stream = journal.stream(ZYGOTE_IDENTIFIER, f"nbagent-zygote@{sys.argv[1]}.service")
     steps = zygote_plan(spec)
     output: Optional[init.Output] = None
+    protect = _fork_protector()
     try:
         run(steps.outside[:1])
         # After the change of user, so that the pipe belongs to the zygote's user, who may open /dev/stderr anew.
@@ -390,6 +421,7 @@ def main() -> int:
         identity = fields.mapping(request.body, "identity")
         service = ZygoteService(supervisor, output, identity, *_start_zygote(spec, steps, print_fd))
         os.close(print_fd)
+        protect()
         names = (fields.texts(request.body, key) for key in ("preload", "extensions_after_fork"))
         notes = service.begin(*names)
         # Forked processes get an empty bounding set here, which saves each of them 41 calls.

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import pwd
 import signal
 import socket
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from systemd import daemon
 
@@ -46,20 +48,30 @@ def main() -> int:
     return 0
 
 
+def end_without_memory(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Logs an unexpected error. After a MemoryError it ends the process, because the error may have interrupted any
+    task between two of its steps, and the next supervisor adopts all that is complete and removes the rest.
+    """
+    loop.default_exception_handler(context)
+    if isinstance(context.get("exception"), MemoryError):
+        os._exit(1)
+
+
 async def _run(config: host_config.HostConfig) -> None:
+    asyncio.get_running_loop().set_exception_handler(end_without_memory)
     system_files.make(paths.SYSTEM_FILES)
     named = daemon.listen_fds_with_names()
     with contextlib.closing(Systemd()) as systemd:
-        await _serve(config, _activated(named), fd_store.kept(named), systemd)
+        await _serve(config, _activated(named), named, systemd)
 
 
 async def _serve(
-    config: host_config.HostConfig, sockets: dict[str, socket.socket], kept: Mapping[str, int], systemd: Systemd
+    config: host_config.HostConfig, sockets: dict[str, socket.socket], named: Mapping[int, str], systemd: Systemd
 ) -> None:
     records = Records(paths.SLOTS)
     current, changed = CurrentConfig(config), asyncio.Event()
     zygotes = Zygotes(current, systemd, changed.set)
-    await zygotes.open(kept)
+    await zygotes.open(fd_store.kept(named), fd_store.begun(named))
     supervisor = compose(Surroundings(
         current, systemd, ImageStore(paths.IMAGES), ForkLauncher(zygotes), zygotes, records,
         Network(current, systemd), paths.DRAIN, changed,
@@ -70,7 +82,8 @@ async def _serve(
     servers = [asyncio.ensure_future(ControlServer(calls, sockets["control"], {0, _api_uid()}).serve())]
     if "check" in sockets:
         servers.append(asyncio.ensure_future(serve_check(calls, sockets["check"])))
-    loops = (agent.run(), supervisor.health.run(), supervisor.memory_guard.run(), Watchdog().run())
+    clock = supervisor.sessions.follow_clock(lambda: [live.slot for live in supervisor.slots.values()])
+    loops = (agent.run(), supervisor.health.run(), supervisor.memory_guard.run(), clock, Watchdog().run())
     tasks = [*map(asyncio.ensure_future, loops), *servers]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

@@ -13,6 +13,7 @@ from nbagent.core import paths
 from nbagent.image.store import ImageStore
 from nbagent.linux import cgroup
 from nbagent.linux.cgroup import Cgroup
+from nbagent.policy.admission import Pressure
 from nbagent.supervisor.adoption import Adoption
 from nbagent.supervisor.agent import Agent
 from nbagent.supervisor.allocator import Allocator
@@ -22,7 +23,7 @@ from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.figures import Figures
 from nbagent.supervisor.health import Health
-from nbagent.supervisor.host_load import HostLoad, Memory, read_memory
+from nbagent.supervisor.host_load import HostLoad, Memory, read_memory, read_pressure
 from nbagent.supervisor.images import Images
 from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.launcher import Launcher
@@ -59,6 +60,7 @@ class Surroundings:
     drain_file: Path
     changed: asyncio.Event
     memory: Callable[[], Memory] = read_memory
+    pressure: Callable[[Cgroup | None], Pressure] = read_pressure
     cgroup_of: Callable[[int], Cgroup] = cgroup.of_process
     router: Path = paths.ROUTER_CHECK_SOCKET
 
@@ -77,6 +79,7 @@ class Supervisor:
     agent: Agent
     health: Health
     memory_guard: MemoryGuard
+    sessions: Sessions
 
 
 def compose(on: Surroundings) -> Supervisor:
@@ -85,7 +88,7 @@ def compose(on: Surroundings) -> Supervisor:
     slots, tasks, counters = Slots(), Tasks(), Counters()
     sessions = Sessions(records.path.parent / paths.SESSIONS.name)
     pools = Pools(config, slots, records, changed)
-    load = HostLoad(config, slots, on.zygotes, on.drain_file, on.memory)
+    load = HostLoad(config, slots, on.zygotes, on.drain_file, on.memory, on.pressure)
     health = Health(config, systemd, on.store, records, changed, on.router, pools.resume)
     interfaces = Interfaces(on.network, slots)
     images = Images(on.store, slots, pools, on.zygotes, systemd, tasks, changed)
@@ -117,4 +120,5 @@ def compose(on: Surroundings) -> Supervisor:
             config, pools, load, on.zygotes, images, monitor, starter, stopper, interfaces, tasks, changed
         ),
         memory_guard=MemoryGuard(config, slots, systemd, counters, on.memory),
+        sessions=sessions,
     )

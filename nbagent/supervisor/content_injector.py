@@ -8,6 +8,7 @@ Its response comes from inside the slot and is untrusted: the channel bounds and
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -62,7 +63,11 @@ async def inject(
                 async with asyncio.timeout(settings.timeout + _HEAD_START_S):
                     return await _result(control, content)
             except TimeoutError:
-                raise _failure(content)(f"content was not delivered within {settings.timeout:g} s") from None
+                text = f"content was not delivered within {settings.timeout:g} s"
+                if content.archive is None:
+                    # A megabyte of files takes milliseconds, so that the host is busy.
+                    raise StartFailed.at(ENTER, errno.ETIMEDOUT, text) from None
+                raise ArchiveFailed(text) from None
             except OSError as error:
                 raise StartFailed.at(*Failure.of(error, ENTER)) from error
 
@@ -94,6 +99,13 @@ def _order(slot: Slot, content: Content, settings: ClaimSettings) -> Order:
 async def _result(control: Channel, content: Content) -> Injected:
     try:
         response = await receive(control)
+        if response is None:
+            # Python or the module was not loaded, which is no fault of the content.
+            text = "the process that delivers the content ended before it could begin"
+            raise StartFailed.at(ENTER, 0, text)
+        if "begun" in response.body:
+            response.close()
+            response = await receive(control)
         if response is None:
             raise _failure(content)(
                 "the process that delivers the content was killed, most likely because the slot's memory ran out"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import nbagent
@@ -60,6 +61,7 @@ class Figures:
             **{state: states[state] for state in ("warm", "starting", "claimed", "stopping")},
             "draining": host.draining,
             "faults": dict(self._health.faults),
+            "pressure": dataclasses.asdict(host.pressure),
             "ready": (
                 default is not None and default.image is not None and not default.failures and self._health.may_start()
             ),

@@ -9,22 +9,27 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import psutil
 
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.model import SlotState, now
+from nbagent.linux import cgroup
+from nbagent.linux.cgroup import Cgroup
 from nbagent.policy import admission
-from nbagent.policy.admission import MemoryUse
+from nbagent.policy.admission import MemoryUse, Pressure
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.zygotes import Zygotes
 
+T = TypeVar("T")
 # Reading /proc/meminfo takes longer than the rest of an event. Starts of the last 0.1 s have touched a few MiB that are
 # then counted neither as set aside nor as used.
 MEMORY_AGE_S = 0.1
 # The use of all slots is read once a second, and its growth is that of the last ten.
 USE_AGE_S, GROWTH_READS = 1.0, 10
+# The kernel computes its averages of pressure anew every two seconds.
+PRESSURE_AGE_S = 2.0
 RETRY_MAX_S = 60
 
 
@@ -41,6 +46,15 @@ def read_memory() -> Memory:
     return Memory(memory.total, memory.available)
 
 
+def read_pressure(slots: Cgroup | None) -> Pressure:
+    """The pressure on the host now; that on memory is of all slots together, `slots`, where cgroup v2 measures it.
+
+    The supervisor's own reclaim of idle slots (memory.reclaim) waits for memory too, and is not in that.
+    """
+    memory = cgroup.pressure("memory") if slots is None else slots.memory_pressure()
+    return Pressure(cgroup.pressure("cpu"), memory, cgroup.pressure("io"))
+
+
 class _Read(NamedTuple):
     """The memory of all slots at one time, and how many were claimed."""
 
@@ -49,19 +63,33 @@ class _Read(NamedTuple):
     memory_bytes: int
 
 
+class _Recent(Generic[T]):
+    """A value that is read again when it is older than `age_s`."""
+
+    def __init__(self, read: Callable[[], T], age_s: float) -> None:
+        self._read, self._age_s = read, age_s
+        self._value: T | None = None
+        self._read_s = -math.inf
+
+    def value(self) -> T:
+        if self._value is None or now() >= self._read_s + self._age_s:
+            self._value, self._read_s = self._read(), now()
+        return self._value
+
+
 class HostLoad:
     """The load of the host. The host drains while `drain_file` exists, so that it does over a restart as well."""
 
     def __init__(
         self, config: CurrentConfig, slots: Slots, zygotes: Zygotes, drain_file: Path,
-        memory: Callable[[], Memory] = read_memory,
+        memory: Callable[[], Memory] = read_memory, pressure: Callable[[Cgroup | None], Pressure] = read_pressure,
     ) -> None:
         self._config = config
         self._slots = slots
         self._zygotes = zygotes
         self._drain_file = drain_file
-        self._read_memory = memory
-        self._memory, self._memory_read_s = Memory(0, 0), -math.inf
+        self._memory = _Recent(memory, MEMORY_AGE_S)
+        self._pressure = _Recent(lambda: pressure(self._all_slots()), PRESSURE_AGE_S)
         self._uses: deque[_Read] = deque(maxlen=GROWTH_READS)
         # os.cpu_count() reads a file at each call.
         self.cpus = os.cpu_count() or 1
@@ -83,36 +111,41 @@ class HostLoad:
         config, starting = self._config.value, Counter[str]()
         for image, count in self._slots.count_by_image(SlotState.STARTING).items():
             starting[self._zygotes.launch(image)] += count
-        at_s = now()
-        if at_s >= self._memory_read_s + MEMORY_AGE_S:
-            self._memory, self._memory_read_s = self._read_memory(), at_s
+        reserve_bytes, memory = config.host.memory_reserve, self._memory.value()
         return admission.Host(
             capacity=self._capacity(),
             live=len(self._slots),
             starts=admission.under_way(starting),
             starts_max=config.pool.starts or self.cpus,
-            memory_available_bytes=self._memory.available_bytes,
-            memory_reserve_bytes=config.host.memory_reserve,
+            memory_available_bytes=memory.available_bytes,
+            memory_reserve_bytes=reserve_bytes,
             draining=self.draining,
+            pressure=self._pressure.value(),
+            kept_bytes=reserve_bytes + admission.burst_bytes(memory.total_bytes, config.slots.memory),
         )
 
     def _capacity(self) -> int:
-        slots, memory = self._config.value.slots, self._memory
+        slots, memory = self._config.value.slots, self._memory.value()
         if slots.capacity is not None:
             return slots.capacity
         if slots.overcommit is not None:
             return admission.promised(memory.total_bytes, slots.memory, slots.overcommit)
         return admission.fitting(
             len(self._slots), self._use(), memory.total_bytes, memory.available_bytes,
-            self._config.value.host.memory_reserve, slots.memory,
+            self._config.value.host.memory_reserve, slots.memory, self._pressure.value(),
         )
+
+    def _all_slots(self) -> Cgroup | None:
+        """The cgroup of all slots, None while there is none."""
+        groups = (live.cgroup for live in self._slots.values() if live.cgroup is not None)
+        slot = next(groups, None)
+        return None if slot is None else slot.parent()
 
     def _use(self) -> MemoryUse:
         at_s, uses = now(), self._uses
         if not uses or at_s >= uses[-1].at_s + USE_AGE_S:
-            groups = (live.cgroup for live in self._slots.values() if live.cgroup is not None)
-            slot = next(groups, None)
-            memory_bytes = slot.parent().unreclaimable_bytes() if slot is not None else 0
+            slots = self._all_slots()
+            memory_bytes = slots.unreclaimable_bytes() if slots is not None else 0
             uses.append(_Read(at_s, self._slots.count(SlotState.CLAIMED), memory_bytes))
         first, last = uses[0], uses[-1]
         use = MemoryUse(last.claimed, last.memory_bytes)

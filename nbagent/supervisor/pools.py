@@ -8,6 +8,7 @@ takes them out.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,11 +34,16 @@ class ImagePool:
     waiting: deque[asyncio.Future[RunningSlot]] = field(default_factory=deque)
     failures: int = 0
     not_before_s: float = 0.0
+    failed_s: float = -math.inf
     last_failure: StartFailed | None = None
 
     def count_waiting(self) -> int:
         """The claims that wait for a slot."""
         return sum(not claim.done() for claim in self.waiting)
+
+    def next_start_s(self) -> float:
+        """When the next start may begin after failed ones: earlier when a claim waits."""
+        return min(self.not_before_s, self.failed_s + policy.TRY_S) if self.count_waiting() else self.not_before_s
 
     def resume(self) -> None:
         """Ends the pause after failed starts."""
@@ -152,7 +158,8 @@ class Pools(Mapping[str, ImagePool]):
         pool.failures += 1
         pool.last_failure = error
         wait_s = policy.backoff(pool.failures, settings.backoff, settings.backoff_max)
-        pool.not_before_s = now() + wait_s
+        pool.failed_s = now()
+        pool.not_before_s = pool.failed_s + wait_s
         return wait_s
 
     def resume(self) -> None:
@@ -162,7 +169,8 @@ class Pools(Mapping[str, ImagePool]):
 
     def next_start_s(self, at_s: float, latest_s: float) -> float:
         """The end of the first pause that had not ended at `at_s`, at most `latest_s`."""
-        return min([latest_s, *(pool.not_before_s for pool in self._pools.values() if pool.not_before_s > at_s)])
+        starts = (pool.next_start_s() for pool in self._pools.values())
+        return min([latest_s, *(start_s for start_s in starts if start_s > at_s)])
 
     def snapshot(self, zygotes: Zygotes) -> list[policy.Pool]:
         """The pools as the policy takes them."""
@@ -178,6 +186,7 @@ class Pools(Mapping[str, ImagePool]):
                 starting=self._slots.count(SlotState.STARTING, name),
                 waiting=pool.count_waiting(),
                 paused_s=pool.not_before_s - at_s,
+                failed_ago_s=at_s - pool.failed_s,
             )
             for name, pool in self._pools.items()
         ]

@@ -9,15 +9,20 @@ because each client that knows a slot's id may read it. The last files of ended 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
+import time
 from collections import deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from nbagent.core.model import Slot, SlotState, now, wall
 
 ENDED_MAX = 500
+# The wall clock is compared with the time since boot so often; a step by more than this makes the files wrong.
+CLOCK_READ_S, CLOCK_STEP_S = 5.0, 1.0
 _CLAIMED, _ENDED = "claimed", "ended"
 LOST = "its processes ended"
 
@@ -29,6 +34,22 @@ class Sessions:
         self._path = path
         # The names of ended slots, the oldest first.
         self._ended: deque[str] = deque()
+        self._booted_s = _booted_s()
+
+    async def follow_clock(self, slots: Callable[[], Iterable[Slot]]) -> None:
+        """Looks for steps of the wall clock until cancelled."""
+        while True:
+            await asyncio.sleep(CLOCK_READ_S)
+            self.review(slots())
+
+    def review(self, slots: Iterable[Slot]) -> None:
+        """Writes the files of claimed slots again if the wall clock was set, because they have wall times."""
+        booted_s = _booted_s()
+        if abs(booted_s - self._booted_s) < CLOCK_STEP_S:
+            return
+        self._booted_s = booted_s
+        for slot in slots:
+            self.claimed(slot)
 
     def open(self, live: dict[str, Slot]) -> None:
         """Reads the files of a former supervisor. `live` are the slots that it left, by id."""
@@ -78,6 +99,11 @@ class Sessions:
             with open(fd, "wb", buffering=0) as stream:
                 stream.write(json.dumps(document).encode() + b"\n")
             os.rename(f"{file}.new", file)
+
+
+def _booted_s() -> float:
+    """The wall time of the host's boot, by its clock now."""
+    return time.time() - now()
 
 
 def _changed_s(file: Path) -> float:

@@ -62,10 +62,20 @@ EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
 # take this many times as long.
 START_MAX_FACTOR = 10
 BUDGET_CHECK_S = 1.0
+# So many slots by exec take as much processor time as the start of a zygote. Another is started at once after a zygote
+# that has forked them, however often it ends.
+PAID_FORKS = 10
 NOTHING_KEPT: Mapping[str, int] = {}
 _AGE_MAX_S, _FORKS_MAX = 10 ** 9, 10 ** 12
 # Why slots have no zygote: with JupyterLab, and with a command.
 _EXEC_REASONS = ('launch = "exec" in the manifest', "its program is a command")
+
+
+class Begun(NamedTuple):
+    """A zygote that a former supervisor was starting."""
+
+    instance: str
+    channel: Channel
 
 
 class Kept(NamedTuple):
@@ -133,12 +143,18 @@ class Zygotes:
         self._by_exec: dict[str, str] = {}
         self._expected: dict[str, asyncio.Future[Channel]] = {}
         self._kept: dict[str, Kept] = {}
+        self._begun: dict[str, Begun] = {}
+        self._leaving = False
         self._tasks = Tasks()
         self._listener: socket.socket | None = None
 
-    async def open(self, kept: Mapping[str, int] = NOTHING_KEPT, path: Path = Path(ZYGOTE_PATH)) -> None:
-        """Looks up the zygotes of a former supervisor, by the connections in `kept`, which it takes over; stops those
-        that it cannot adopt; and listens for zygote services. `want` adopts the others.
+    async def open(
+        self, kept: Mapping[str, int] = NOTHING_KEPT, begun: Mapping[str, int] = NOTHING_KEPT,
+        path: Path = Path(ZYGOTE_PATH),
+    ) -> None:
+        """Looks up the zygotes of a former supervisor by their connections, which it takes over: `kept` are ready, and
+        `begun` are starting. Stops those that it cannot adopt, and listens for zygote services. `want` adopts the
+        others.
         """
         found = await asyncio.gather(*(self._describe(instance, fd) for instance, fd in kept.items()))
         for zygote in sorted(filter(None, found), key=lambda zygote: zygote.born_s):
@@ -147,7 +163,16 @@ class Zygotes:
             if (former := self._kept.get(name)) is not None:
                 self._discard(former)
             self._kept[name] = zygote
-        adopted = {unit_of(zygote.instance) for zygote in self._kept.values()}
+        for instance, fd in begun.items():
+            channel, name = Channel.from_fd(fd), instance.partition(":")[0]
+            channel.socket.setblocking(False)
+            if name in self._kept or name in self._begun:
+                channel.close()
+                fd_store.forget(instance)
+            else:
+                self._begun[name] = Begun(instance, channel)
+        kept_units = {unit_of(zygote.instance) for zygote in self._kept.values()}
+        adopted = kept_units | {unit_of(starting.instance) for starting in self._begun.values()}
         for unit in set(await self._systemd.zygotes()) - adopted:
             # By a stop job, so that the end of a unit that was starting is not counted as a failure.
             with contextlib.suppress(OSError):
@@ -165,6 +190,7 @@ class Zygotes:
 
     async def close(self) -> None:
         """Leaves the zygotes to the next supervisor; without one systemd closes their connections, which ends them."""
+        self._leaving = True
         await self._tasks.cancel()
         if self._listener is not None:
             self._listener.close()
@@ -192,7 +218,7 @@ class Zygotes:
         fd_store.forget(instance)
         return None
 
-    def _discard(self, kept: Kept) -> None:
+    def _discard(self, kept: Kept | Begun) -> None:
         kept.channel.close()
         fd_store.forget(kept.instance)
 
@@ -208,9 +234,11 @@ class Zygotes:
             if name not in self._pools:
                 pool = self._pools[name] = ZygotePool(image)
                 if not self._adopt(pool):
-                    pool.task = self._tasks.spawn(self._bring_up(pool))
+                    pool.task = self._tasks.spawn(self._bring_up(pool, self._begun.pop(name, None)))
         while self._kept:
             self._discard(self._kept.popitem()[1])
+        while self._begun:
+            self._discard(self._begun.popitem()[1])
 
     def _adopt(self, pool: ZygotePool) -> bool:
         """Makes the zygote of a former supervisor that of the pool, if it runs on the pool's image."""
@@ -296,6 +324,9 @@ class Zygotes:
         pool = self._pools.get(zygote.image.name)
         if pool is None or pool.zygote is not zygote:
             return
+        # A zygote that has run for backoff_max, or has paid for its start, ends the series of failures.
+        if now() - zygote.born_s > self.config.value.pool.backoff_max or zygote.forks >= PAID_FORKS:
+            pool.failures = 0
         pool.zygote = None
         fd_store.forget(zygote.instance)
         pool.no_zygote.set()
@@ -327,14 +358,14 @@ class Zygotes:
         with contextlib.suppress(OSError):
             await self._systemd.stop(zygote.unit)
 
-    async def _bring_up(self, pool: ZygotePool) -> None:
-        """Starts a zygote, again after each failure, and replaces the former one by it."""
+    async def _bring_up(self, pool: ZygotePool, begun: Begun | None = None) -> None:
+        """Starts a zygote, again after each failure, and replaces the former one by it. The first may have `begun`."""
         while True:
             settings = self.config.value.pool
             await asyncio.sleep(backoff(pool.failures, settings.backoff, settings.backoff_max))
-            began_s, instance = now(), f"{pool.image.name}:{secrets.token_hex(3)}"
+            began_s, instance = now(), begun.instance if begun else f"{pool.image.name}:{secrets.token_hex(3)}"
             try:
-                channel = await self._start(pool, instance)
+                channel = await (self._continue(pool, begun) if begun else self._start(pool, instance))
             except Exception as error:
                 text = str(error) or f"not ready after {now() - began_s:.0f} s"
                 if not isinstance(error, EXPECTED):
@@ -345,6 +376,7 @@ class Zygotes:
                 fails_always = isinstance(error, StartFailed) and error.details.get("step") == INHERITED_STEP
                 if fails_always:
                     text += "; no zygote is started again before the image changes"
+                begun = None
                 pool.failures += 1
                 self._log_failure(pool, instance, text)
                 with contextlib.suppress(OSError):
@@ -400,6 +432,7 @@ class Zygotes:
                 "spec": self._spec(image).save(), "preload": list(image.preload),
                 "extensions_after_fork": list(image.extensions_after_fork), "identity": self._identity(image),
             })
+            fd_store.begin(instance, channel.fileno())
             response = await self._response(channel)
             if response is None:
                 raise StartFailed("the zygote service ended", step="zygote")
@@ -407,16 +440,45 @@ class Zygotes:
                 response.raise_failure()
                 if "ready" not in response.body:
                     raise MalformedMessage("expected ready or a failure")
-                for note in fields.texts(response.body, "notes")[:NOTES_MAX]:
-                    text = printable(note, NOTE_MAX_CHARACTERS)
-                    emit(Event.ZYGOTE_LEFT_OUT, zygote=instance, image=image.name, text=text)
-        except StepFailed as error:
-            channel.close()
-            raise StartFailed.at(*error.failure) from error
-        except BaseException:
-            channel.close()
+                _report_notes(response, instance, image)
+        except BaseException as error:
+            self._abandon(instance, channel)
+            if isinstance(error, StepFailed):
+                raise StartFailed.at(*error.failure) from error
             raise
         return channel
+
+    async def _continue(self, pool: ZygotePool, begun: Begun) -> Channel:
+        """Waits until a zygote that a former supervisor was starting is ready. Raises as `_start`.
+
+        Its service responds to the description when the zygote is ready. Before that the service has sent that it is
+        ready, which the former supervisor may have received.
+        """
+        channel, token = begun.channel, secrets.token_hex(8)
+        try:
+            channel.send({"describe": token})
+            async with asyncio.timeout(START_MAX_FACTOR * self.config.value.slots.start_timeout):
+                while (response := await self._response(channel)) is not None:
+                    with response:
+                        response.raise_failure()
+                        if "ready" in response.body:
+                            _report_notes(response, begun.instance, pool.image)
+                        elif response.body.get("described") == token:
+                            if fields.mapping(response.body, "identity") == self._identity(pool.image):
+                                return channel
+                            raise StartFailed("it was started by another version or with other settings", step="zygote")
+            raise StartFailed("the zygote service ended", step="zygote")
+        except BaseException as error:
+            self._abandon(begun.instance, channel)
+            if isinstance(error, StepFailed):
+                raise StartFailed.at(*error.failure) from error
+            raise
+
+    def _abandon(self, instance: str, channel: Channel) -> None:
+        """Closes the connection to a zygote that is not ready, and ends it by that unless this supervisor ends."""
+        channel.close()
+        if not self._leaving:
+            fd_store.forget(instance)
 
     async def _response(self, channel: Channel) -> Message | None:
         """The message of the zygote service when its zygote is ready or has failed.
@@ -469,9 +531,6 @@ class Zygotes:
                 text = str(error)
         fd_store.forget(zygote.instance)
         if pool.zygote is zygote:
-            # A zygote that has run for backoff_max ends the series of failures.
-            if now() - zygote.born_s > self.config.value.pool.backoff_max:
-                pool.failures = 0
             self.give_up(zygote, text)
 
     async def _accept(self, listener: socket.socket) -> None:
@@ -501,6 +560,12 @@ class Zygotes:
     async def _prime(self) -> None:
         with contextlib.suppress(OSError):
             await self._systemd.prime()
+
+
+def _report_notes(response: Message, instance: str, image: Image) -> None:
+    for note in fields.texts(response.body, "notes")[:NOTES_MAX]:
+        text = printable(note, NOTE_MAX_CHARACTERS)
+        emit(Event.ZYGOTE_LEFT_OUT, zygote=instance, image=image.name, text=text)
 
 
 def _stats(pool: ZygotePool) -> dict[str, object]:

@@ -18,6 +18,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -27,6 +28,15 @@ SERVICES = ("nbagent", "nbagent-api", "nbagent-router", "nbagent-units", "nbagen
 CGROUPS = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")
 # Left for the processes of the host itself.
 FREE_DESCRIPTORS, FREE_TASKS = 3, 2
+FREE_MEMORY = 64 << 10
+CHANGES = "mkdir,mkdirat,rename,renameat,renameat2,rmdir,symlink,symlinkat,unlink,unlinkat"
+# By strace(1). Every third opening fails too, so that files are neither read nor made at times.
+INJECTED = {
+    "input/output errors": (f"{CHANGES}:error=EIO", "openat:error=EIO:when=3+3"),
+    "slow files": (f"{CHANGES},openat:delay_enter=50ms",),
+    "failed allocations": ("brk,mmap,mremap:error=ENOMEM",),
+}
+STEPS_S = {"an hour ahead": 3600, "an hour back": -3600, "ten years ahead": 10 * 365 * 86400}
 
 
 def run(*argv):
@@ -128,6 +138,42 @@ def limit_tasks(unit):
     run("systemctl", "set-property", "--runtime", unit, f"TasksMax={most}")
 
 
+def limit_memory(unit):
+    """Sets MemoryMax= of a unit to little more than it has."""
+    now = run("systemctl", "show", "-P", "MemoryCurrent", unit).strip()
+    most = int(now) + FREE_MEMORY if now.isdecimal() else FREE_MEMORY
+    run("systemctl", "set-property", "--runtime", unit, f"MemoryMax={most}")
+    return most
+
+
+def inject(kind, target):
+    """Starts strace, which changes system calls of the processes of a target and of their children."""
+    pids = targets(target)
+    if not pids:
+        return None
+    calls = [part for text in INJECTED[kind] for part in ("-e", f"inject={text}")]
+    traced = ",".join(dict.fromkeys(text.partition(":")[0] for text in INJECTED[kind]))
+    argv = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={traced}", *calls]
+    process = subprocess.Popen([*argv, *(part for pid in pids for part in ("-p", str(pid)))], stderr=subprocess.DEVNULL)
+    until_s = time.monotonic() + 10
+    while process.poll() is None and time.monotonic() < until_s and not all(map(is_traced, pids)):
+        time.sleep(0.02)
+    return process
+
+
+def is_traced(pid):
+    """Whether a process is traced, or has ended."""
+    with contextlib.suppress(OSError):
+        return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
+    return True
+
+
+def step_clock(seconds):
+    """Sets the wall clock of the machine."""
+    time.clock_settime(time.CLOCK_REALTIME, time.time() + seconds)
+    return seconds
+
+
 def fill(target):
     """Lowers the limits of /run to what it has, which takes no memory. Returns its former size and inodes."""
     status = os.statvfs(RUN)
@@ -174,6 +220,15 @@ class Faults:
         if kind == "tasks":
             self.held["tasks"] = target
             return limit_tasks(target)
+        if kind == "memory":
+            self.held["memory"] = target
+            return limit_memory(target)
+        if kind in INJECTED:
+            self.held[kind] = inject(kind, target)
+            return self.held[kind] and self.held[kind].args[-1]
+        if kind == "clock":
+            self.held["clock"] = step_clock(STEPS_S[target])
+            return self.held["clock"]
         raise ValueError(kind)
 
     def end(self, kind):
@@ -188,6 +243,14 @@ class Faults:
             most = {"nbagent.slice": "infinity"}.get(held, "8192")
             run("systemctl", "set-property", "--runtime", held, f"TasksMax={most}")
             run("systemctl", "revert", held)
+        elif kind == "memory":
+            run("systemctl", "set-property", "--runtime", held, "MemoryMax=infinity")
+            run("systemctl", "revert", held)
+        elif kind == "clock":
+            step_clock(-held)
+        elif kind in INJECTED and held is not None:
+            held.terminate()
+            held.wait(30)
 
 
 def cgroups():

@@ -41,6 +41,7 @@ class Book:
     claim_s: list[float] = field(default_factory=list)
     cell_s: list[float] = field(default_factory=list)
     owners: dict[str, str] = field(default_factory=dict)
+    deadline_s: float = DEADLINE_S
 
     def add(self, name: str, count: int = 1) -> None:
         with self.lock:
@@ -68,7 +69,7 @@ class Caller:
     def __init__(self, host: Host, book: Book) -> None:
         self.host, self.book = host, book
         # More than the deadline, so that a late response is seen as late and not as none.
-        self.api = Api(host, timeout=DEADLINE_S + 30)
+        self.api = Api(host, timeout=book.deadline_s + 30)
 
     def claim(self, wait_s: float = PATIENCE_S, **options: object) -> dict[str, object] | None:
         """A slot, by as many repetitions as it takes; None with a problem when there was none in time."""
@@ -82,7 +83,7 @@ class Caller:
                 self.book.refused(f"connection: {type(error).__name__}")
                 answer = None
             took_s = time.monotonic() - began_s
-            if took_s > DEADLINE_S:
+            if took_s > self.book.deadline_s:
                 status = answer.status if answer else "none"
                 self.book.problem(f"a claim was answered after {took_s:.1f} s: {status}")
             if answer is not None and answer.status == 200:
@@ -109,7 +110,7 @@ class Caller:
         self.book.refused(f"{answer.status} {reason}")
         if answer.status not in (503,):
             text = answer.body[:300].decode(errors="replace")
-            self.book.problem(f"a claim with {options} was answered by {answer.status}: {text}")
+            self.book.problem(f"a claim with {sorted(options)} was answered by {answer.status}: {text}")
 
     def release(self, slot: str) -> None:
         """Ends a slot, by as many repetitions as it takes."""
@@ -243,7 +244,7 @@ class Claimer(threading.Thread):
         """Requests the slot's API through the router, and its files."""
         path = f"/user/{claim['slot']}/api/contents"
         headers = {"Authorization": f"token {claim['token']}"}
-        until_s = time.monotonic() + DEADLINE_S
+        until_s = time.monotonic() + self.book.deadline_s
         status = None
         while time.monotonic() < until_s:
             with contextlib.suppress(*BROKEN):
@@ -256,4 +257,4 @@ class Claimer(threading.Thread):
                         self.book.problem(f"slot {claim['slot']} lacks {missing}")
                     return
             time.sleep(0.3)
-        self.book.problem(f"slot {claim['slot']} did not serve in {DEADLINE_S:g} s: {status}")
+        self.book.problem(f"slot {claim['slot']} did not serve in {self.book.deadline_s:g} s: {status}")

@@ -43,7 +43,17 @@ KINDS = (
     # One of each: the service may open a few descriptors more than it has open.
     Kind("descriptors", (SUPERVISOR, API, UNITS, LAUNCH, NETWORK, ZYGOTE_SERVICE), 3, held=True),
     Kind("tasks", ("nbagent.slice", LAUNCH), 2, held=True),
+    # The service may take 64 KiB more than it has.
+    Kind("memory", (SUPERVISOR, API, UNITS, LAUNCH), 2, held=True),
+    # By strace: calls that change files fail with EIO, or take longer; calls that take memory fail with ENOMEM.
+    Kind("input/output errors", (SUPERVISOR, UNITS, LAUNCH), 2, held=True),
+    Kind("slow files", (SUPERVISOR, UNITS, LAUNCH), 2, held=True),
+    Kind("failed allocations", (SUPERVISOR, API, UNITS, LAUNCH), 2, held=True),
 )
+# After these a service may report an error wherever it is.
+ANYWHERE = ("input/output errors", "failed allocations", "memory")
+# Containers have the clock of the machine that the tests run on.
+OF_A_MACHINE = (Kind("clock", ("an hour ahead", "an hour back", "ten years ahead"), 2, held=True),)
 
 
 class Fault(NamedTuple):
@@ -64,16 +74,16 @@ class Fault(NamedTuple):
         return self.kind in ("kill", "restart") and self.target in (ROUTER, ALL, "one worker of the router")
 
 
-def faults(seed: int, count: int) -> list[Fault]:
+def faults(seed: int, count: int, kinds: Sequence[Kind] = KINDS) -> list[Fault]:
     """The faults of a run. Each pair of kind and target comes once before the rest, so that a short run has all.
 
     A longer run of a seed begins as a shorter one.
     """
     source = random.Random(seed)
-    pairs = [(kind, target) for kind in KINDS for target in kind.targets]
+    pairs = [(kind, target) for kind in kinds for target in kind.targets]
     chosen = source.sample(pairs, len(pairs))
     while len(chosen) < count:
-        kind = source.choices(KINDS, [kind.weight for kind in KINDS])[0]
+        kind = source.choices(kinds, [kind.weight for kind in kinds])[0]
         chosen.append((kind, source.choice(kind.targets)))
     return [_fault(seed, number, *pair) for number, pair in enumerate(chosen[:count], 1)]
 

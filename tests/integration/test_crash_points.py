@@ -40,9 +40,10 @@ def crashing(agent):
 def provoke(agent, point, victim):
     """Makes the supervisor pass the point; returns the claims that were answered by a slot."""
     if point in (Point.ROUTE_REMOVED, Point.STOPPED):
-        assert agent.api.delete(f"/slots/{victim}").status in (200, 503)
+        # The repeated call finds that the slot has ended.
+        assert agent.api.delete(f"/slots/{victim}").status in (200, 404)
     elif point is Point.UPDATE_RECORDED:
-        assert agent.api.patch(f"/slots/{victim}", {"memory": "640M"}).status == 503
+        assert agent.api.patch(f"/slots/{victim}", {"memory": "640M"}).status == 200
     elif point is Point.SLOT_ADOPTED:
         agent.run("systemctl", "restart", SUPERVISOR, check=False)
     elif point is Point.IMAGE_REPLACED:

@@ -97,6 +97,53 @@ def test_the_oom_killer_kills_the_jupyter_kernel_and_not_the_server(any_agent):
     assert agent.run("systemctl", "is-active", f"nbagent-{notebook.slot}.scope") == "active\n"
 
 
+# Lines "UNIT ADJUSTMENT PID-IN-ITS-NAMESPACE COMMAND" of all processes of nbagent.
+SCORES = """
+import os, re
+for pid in filter(str.isdigit, os.listdir("/proc")):
+    try:
+        cgroups, inner = open(f"/proc/{pid}/cgroup").read(), open(f"/proc/{pid}/status").read()
+        unit = re.search(r"/(nbagent[^/]*[.](?:service|scope))$", cgroups, re.M)
+        if unit:
+            inner = re.search(r"^NSpid:.*?(\\d+)$", inner, re.M)[1]
+            command = open(f"/proc/{pid}/cmdline").read().replace(chr(0), " ")
+            print(unit[1], open(f"/proc/{pid}/oom_score_adj").read().strip(), inner, command)
+    except (FileNotFoundError, ProcessLookupError):
+        pass
+"""
+
+
+def lowering(agent):
+    """A host on which PID 1 can lower a score."""
+    if agent.host.driver != "vm":
+        pytest.skip("a container of this machine has no CAP_SYS_RESOURCE")
+    return agent
+
+
+def test_the_services_have_lower_oom_scores_than_slots(any_agent):
+    agent = lowering(any_agent)
+    notebook = opened(agent)
+    with notebook.kernel() as kernel:
+        assert kernel.run("6 * 7", timeout=180).text == "42"
+        lines = [line.split(" ", 3) for line in agent.run("python3", "-c", SCORES).splitlines()]
+    services: dict[str, list[int]] = {}
+    slots, zygotes, protected = [], [], []
+    for unit, score, inner, command in lines:
+        if unit.endswith(".scope"):
+            # The first process runs no code of the image, and its end would end the slot.
+            if inner != "1":
+                slots.append(int(score))
+        elif unit.startswith("nbagent-zygote@"):
+            (protected if "nbagent.runtime.zygote_service" in command else zygotes).append(int(score))
+        elif unit != "nbagent-dns.service":
+            services.setdefault(unit, []).append(int(score))
+    names = ("nbagent", "nbagent-api", "nbagent-router", "nbagent-units")
+    assert {f"{name}.service" for name in names} <= set(services)
+    assert max(max(scores) for scores in services.values()) <= -500, services
+    assert min(slots) >= 0 and max(slots) == 500
+    assert protected and set(protected) == {-800} and min(zygotes) >= 0
+
+
 def test_the_units_service_may_write_to_its_own_cgroup(any_agent):
     pid = any_agent.run("systemctl", "show", "-P", "MainPID", "nbagent-units.service").strip()
     own = any_agent.run("sed", "-n", "s/^0:://p", f"/proc/{pid}/cgroup").strip()
@@ -211,3 +258,17 @@ def test_systemd_ends_a_slot_at_its_maximum_age_without_an_agent(any_agent):
     entries = agent.journal(f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={Event.SLOT_REMOVED.value.message_id}")
     assert "ended while no supervisor ran" in entries[0]["MESSAGE"]
     assert agent.run("sh", "-c", f"ls -d /run/nbagent/slots/{slot} 2>/dev/null; true") == ""
+
+
+def test_a_slot_by_exec_cannot_take_the_oom_score_of_the_launch_service(any_agent):
+    agent = lowering(any_agent)
+    agent.expect(r"zygote \S+ failed|nbagent-zygote@\S+: (Main|Failed)|Consumed")
+    agent.run("systemctl", "kill", "-s", "KILL", "nbagent-zygote@*.service")
+    agent.wait(lambda: "exec" in {image["launch_now"] for image in agent.api.get("/images").json()}, "no zygote")
+    agent.api.delete("/api/pool")
+    agent.wait(lambda: {slot["launch"] for slot in agent.slots("warm")} == {"exec"}, "warm slots by exec", timeout=300)
+    notebook = agent.open()
+    assert agent.api.get(f"/slots/{notebook.slot}").json()["launch"] == "exec"
+    with notebook.kernel() as kernel:
+        code = "open('/proc/self/oom_score_adj', 'w').write('-1')"
+        assert "PermissionError" in str(kernel.run(code, timeout=180))

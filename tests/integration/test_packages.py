@@ -29,14 +29,14 @@ EXPOSURE_MAX = {
     "nbagent-dns-update.service": 1.2,
     "nbagent-dns.service": 1.6,
     "nbagent-drain.service": 1.5,
-    "nbagent-launch.service": 4.0,
+    "nbagent-launch.service": 4.1,
     "nbagent-network.service": 1.3,
     "nbagent-router.service": 1.1,
     "nbagent-sweep.service": 0.9,
     "nbagent-termination@x:0.service": 1.2,
     "nbagent-token.service": 0.8,
     "nbagent-units.service": 1.0,
-    "nbagent-zygote@x:0.service": 3.4,
+    "nbagent-zygote@x:0.service": 3.5,
     "nbagent.service": 0.9,
 }
 # Files that other programs of the host changed. Paths of our files contain "nbagent".

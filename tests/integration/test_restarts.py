@@ -171,6 +171,22 @@ def test_zygotes_end_when_the_supervisor_is_stopped(agent, zygote):
     agent.run("systemctl", "start", SUPERVISOR)
 
 
+@pytest.mark.parametrize("how", [restart, kill], ids=["restart", "kill-9"])
+def test_a_zygote_that_is_starting_outlives_the_supervisor(agent, how):
+    agent.run("systemctl", "stop", SUPERVISOR)
+    agent.wait(lambda: not zygotes(agent), "the end of the zygotes")
+    agent.run("systemctl", "start", SUPERVISOR)
+    stored = ["systemctl", "show", "-P", "NFileDescriptorStore", SUPERVISOR]
+    agent.wait(lambda: agent.run(*stored).strip() == "1", "the connection to a zygote that starts")
+    starting = zygotes(agent)
+    how(agent, SUPERVISOR)
+    agent.wait(
+        lambda: agent.api.get("/stats").json()["zygotes"]["minimal"]["state"] == "ready", "the zygote", timeout=300,
+    )
+    assert zygotes(agent) == starting and len(starting) == 1
+    assert agent.run(*stored).strip() == "1"
+
+
 def test_a_supervisor_that_stops_while_slots_start_leaves_no_failed_scope(agent, workers):
     def failed():
         return [entry for entry in agent.journal("-p", "warning") if FAILED_SCOPE.search(str(entry["MESSAGE"]))]

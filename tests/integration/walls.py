@@ -282,6 +282,18 @@ def to_open_files_without_end(decoys):
         yield f"RLIMIT_NOFILE is {resource.getrlimit(resource.RLIMIT_NOFILE)}"
 
 
+@attempt
+def to_be_spared_by_the_oom_killer(decoys):
+    for pid in numbered():
+        with contextlib.suppress(OSError, ValueError):
+            before = int(text(f"/proc/{pid}/oom_score_adj"))
+            if before < 0 and pid == os.getpid():
+                yield f"oom_score_adj is {before}"
+            with open(f"/proc/{pid}/oom_score_adj", "w") as file:
+                file.write("-1")
+            yield f"oom_score_adj of pid {pid} was {before} and is -1"
+
+
 # --- other processes ---
 
 

@@ -22,6 +22,7 @@ from nbagent.core.events import Event
 from nbagent.core.model import Limits, Slot
 from nbagent.image.store import Image
 from nbagent.linux.cgroup import Cgroup
+from nbagent.policy.admission import Pressure
 from nbagent.sandbox.spec import Uplink
 from nbagent.supervisor.calls import Calls
 from nbagent.supervisor.composition import Supervisor, Surroundings, compose
@@ -292,7 +293,7 @@ class Host:
         for name, text in CGROUP.items():
             (path / "cgroup" / name).write_text(text)
         self.records = Records(path / "slots")
-        self.memory = Memory(64 << 30, 32 << 30)
+        self.memory, self.pressure = Memory(64 << 30, 32 << 30), Pressure()
         self.changed: asyncio.Event
         self.supervisor: Supervisor
         self._loop: asyncio.Task[None]
@@ -310,7 +311,7 @@ class Host:
         self.changed = asyncio.Event()
         self.supervisor = compose(Surroundings(
             self.config, self.systemd, self.store, self.launcher, self.zygotes, self.records, self.network,
-            self.path / "drain", self.changed, lambda: self.memory, self._cgroup_of,
+            self.path / "drain", self.changed, lambda: self.memory, lambda _: self.pressure, self._cgroup_of,
             self.path / "router-check.sock",
         ))
         await self.supervisor.adoption.run()

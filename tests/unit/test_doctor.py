@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from fake_supervisor import FakeSupervisor
 
 from nbagent import doctor
 from nbagent.config import host_config
+from nbagent.core import paths
 from nbagent.policy import admission
 
 SETTINGS = host_config.HostConfig()
@@ -68,6 +70,44 @@ def test_a_missing_controller_fails(tmp_path: Path) -> None:
 def test_a_kernel_without_psi_is_a_warning(tmp_path: Path) -> None:
     assert doctor.check_pressure(tmp_path).status == "warn"
     assert doctor.check_pressure(host(tmp_path, {"proc/pressure/memory": "some"})).status == "ok"
+
+
+@pytest.mark.parametrize(("blocks", "inodes", "status", "found"), [
+    ((50, 100), (9, 10), "ok", "50 % of the blocks are free (50)"),
+    ((4, 100), (9, 10), "warn", "4 % of the blocks are free (4), for images"),
+    ((50, 100), (0, 1000), "fail", "0 % of the inodes are free (0), for images"),
+    ((50, 100), (0, 0), "ok", "50 % of the blocks are free (50)"),  # btrfs
+])
+def test_a_file_system_without_room_is_found(
+    tmp_path: Path, blocks: tuple[int, int], inodes: tuple[int, int], status: str, found: str
+) -> None:
+    def read(path: Path) -> os.statvfs_result:
+        assert path == tmp_path / "var/lib/nbagent/images"
+        return os.statvfs_result((4096, 4096, blocks[1], blocks[0], blocks[0], inodes[1], inodes[0], inodes[0], 0, 255))
+
+    finding = doctor.check_room(tmp_path, paths.IMAGES, "images", read)
+    assert (finding.status, finding.found) == (status, found)
+
+
+def test_a_directory_that_does_not_exist_needs_no_room(tmp_path: Path) -> None:
+    assert doctor.check_room(tmp_path, paths.IMAGES, "images").status == "ok"
+    tmp_path.joinpath("var/lib/nbagent/images").mkdir(parents=True)
+    found = doctor.check_room(tmp_path, paths.IMAGES, "images").found
+    assert re.search(r"\d+ % of the (blocks|inodes) are free", found)
+
+
+def test_the_use_of_processes_and_open_files_is_compared_with_their_limits(tmp_path: Path) -> None:
+    limits = {"proc/sys/kernel/pid_max": "32768\n", "proc/sys/kernel/threads-max": "192000\n"}
+    host(tmp_path, {**limits, "proc/loadavg": "1 1 1 3/1000 4711\n", "proc/sys/fs/file-nr": "5000\t0\t100000\n"})
+    finding = doctor.check_use(tmp_path)
+    assert (finding.status, finding.found) == (
+        "ok", "1000 of 32768 processes and threads, 5000 of 100000 open files",
+    )
+    host(tmp_path, {"proc/loadavg": "1 1 1 3/30000 4711\n"})
+    assert "nearly all processes and threads" in doctor.check_use(tmp_path).found
+    host(tmp_path, {"proc/loadavg": "1 1 1 3/10 4711\n", "proc/sys/fs/file-nr": "90000\t0\t100000\n"})
+    assert "nearly all open files" in doctor.check_use(tmp_path).found
+    assert doctor.check_use(tmp_path / "elsewhere").status == "ok"
 
 
 def test_forbidden_user_namespaces_fail(tmp_path: Path) -> None:

@@ -12,9 +12,11 @@ from fakes import FakeSystemd, FakeZygotes
 from nbagent.config import host_config
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.model import Limits, Slot, SlotState
+from nbagent.linux import cgroup
 from nbagent.linux.cgroup import Cgroup
+from nbagent.policy.admission import Pressure
 from nbagent.supervisor.counters import Counters
-from nbagent.supervisor.host_load import HostLoad, Memory
+from nbagent.supervisor.host_load import HostLoad, Memory, read_pressure
 from nbagent.supervisor.memory_guard import MemoryGuard
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slots import Slots
@@ -122,7 +124,8 @@ async def test_a_slot_that_ended_is_forgotten(tree: Tree, clock) -> None:
 
 def test_admission_gets_the_memory_of_the_slice_without_cache_and_its_growth(tree: Tree, tmp_path: Path, clock) -> None:
     load = HostLoad(
-        CurrentConfig(host_config.parse({})), tree.slots, FakeZygotes(), tmp_path / "drain", tree.memory
+        CurrentConfig(host_config.parse({})), tree.slots, FakeZygotes(), tmp_path / "drain", tree.memory,
+        lambda _: Pressure(),
     )
     empty = load.host().capacity
     assert 100 < empty < 250
@@ -138,3 +141,44 @@ def test_admission_gets_the_memory_of_the_slice_without_cache_and_its_growth(tre
         tree.use(f"c07-{number}", 60 * MIB)
     clock.advance(1)
     assert load.host().capacity < 0.7 * at_rest
+
+
+def test_the_pressure_on_memory_is_that_of_all_slots_and_the_other_that_of_the_host(tree: Tree, tmp_path: Path) -> None:
+    """With slots on cgroup v2; a kernel without PSI has no such files."""
+    live = tree.add("c07-0", 20 * MIB)
+    slots = live.cgroup.parent()
+    (tree.path / "memory.pressure").write_text(
+        "some avg10=12.34 avg60=5.00 avg300=1.00 total=123\nfull avg10=7.00 avg60=0.00 avg300=0.00 total=45\n"
+    )
+    assert slots.memory_pressure() == read_pressure(slots).memory == 12.34
+    (tree.path / "memory.pressure").unlink()
+    assert slots.memory_pressure() == 0.0
+    of_host = Path("/proc/pressure/cpu")
+    assert 0.0 <= cgroup.pressure("cpu") <= 100.0
+    assert of_host.exists() or cgroup.pressure("cpu") == 0.0
+
+
+def test_the_host_has_the_pressure_of_the_last_seconds_and_what_starts_leave(
+    tree: Tree, tmp_path: Path, clock
+) -> None:
+    read: list[Cgroup | None] = []
+
+    def pressure(slots: Cgroup | None) -> Pressure:
+        read.append(slots)
+        return Pressure(memory=20.0)
+
+    tree.available_bytes = 8 * GIB
+    config = CurrentConfig(host_config.parse({"host": {"memory_reserve": "1G"}}))
+    load = HostLoad(config, tree.slots, FakeZygotes(), tmp_path / "drain", tree.memory, pressure)
+    host = load.host()
+    assert read == [None] and host.pressure.memory == 20.0 and host.kept_bytes == 5 * GIB
+    assert host.capacity == 1
+    live = tree.add("c07-0", 20 * MIB)
+    load.host()
+    assert len(read) == 1
+    clock.advance(2)
+    load.host()
+    assert read == [None, live.cgroup.parent()]
+    tree.available_bytes = 16 * GIB
+    clock.advance(2)
+    assert load.host().capacity > 10

@@ -47,6 +47,7 @@ class SimulatedHost:
     reserve_bytes: int = 512 * MIB
     slot_bytes: int = GIB
     pages_bytes_s: float = 2 * GIB
+    overcommit: float | None = None
     at_s: float = 0.0
     users: list[User] = field(default_factory=list)
     least_bytes: float = float("inf")
@@ -58,6 +59,8 @@ class SimulatedHost:
         return self.memory_bytes - self.system_bytes - sum(user.used_bytes for user in self.users)
 
     def capacity(self) -> int:
+        if self.overcommit is not None:
+            return admission.promised(self.memory_bytes, self.slot_bytes, self.overcommit)
         use = MemoryUse(len(self.users), round(sum(user.used_bytes for user in self.users)))
         return admission.fitting(
             len(self.users), use, self.memory_bytes, round(self.available_bytes), self.reserve_bytes, self.slot_bytes
@@ -176,6 +179,37 @@ def test_when_everyone_grows_at_once_only_those_who_grow_lose_their_kernel(
     assert host.least_bytes > 0, "the kernel's OOM killer would have chosen a process of anyone"
     assert host.deaths(works) == host.deaths(rests) == 0
     assert host.deaths(hostile) > 0
+
+
+@pytest.mark.parametrize("overcommit", [1.0, 4.0])
+def test_with_a_promise_by_limits_only_those_who_grow_lose_their_kernel(overcommit: float) -> None:
+    host = SimulatedHost(overcommit=overcommit)
+    host.admit(works, 3)
+    host.run(5)
+    host.admit(rests, 5)
+    while host.at_s < GROWS_S:
+        host.admit(fills, 20)
+        host.run(10)
+    assert len(host.users) == 24 * overcommit
+    host.run(90)
+    assert host.least_bytes > 0
+    assert host.deaths(works) == host.deaths(rests) == 0
+    # Of each kernel that would exceed its limit, one is killed at its own limit in any case.
+    assert host.deaths(fills) > 0
+
+
+def test_users_who_come_and_fill_their_memory_one_after_another_leave_room_for_each_other() -> None:
+    """A queue of hostile users: each begins to grow when it has come, so that the host sees growth at every claim."""
+    host = SimulatedHost()
+    host.admit(works, 3)
+    host.run(5)
+    came = 0
+    for _ in range(200):
+        begins_s = host.at_s
+        came += host.admit(lambda at_s, begins_s=begins_s: 20 * MIB + (at_s - begins_s) / 60 * GIB, 2)
+        host.run(2)
+    assert came > 15
+    assert host.least_bytes > 0 and host.deaths(works) == 0
 
 
 def test_limits_are_restored_when_the_host_has_memory_again() -> None:

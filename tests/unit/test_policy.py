@@ -7,7 +7,7 @@ import pytest
 
 from nbagent.core.model import Limits, Slot, SlotState
 from nbagent.policy import admission, compress, cull, limit_alerts, pool
-from nbagent.policy.admission import COSTS, Cost
+from nbagent.policy.admission import COSTS, Cost, Pressure
 from nbagent.policy.cull import ActivitySample
 from nbagent.policy.limit_alerts import Storage
 from nbagent.policy.pool import Pool, Retire
@@ -85,6 +85,33 @@ def test_starts_by_fork_are_more_at_a_time_and_set_aside_less_memory():
     assert decide([make_pool()], host(memory_available_bytes=enough_for_five - 1), 100).start == ()
 
 
+def test_while_processes_wait_the_pool_is_filled_by_one_start_at_a_time_and_claims_have_theirs():
+    for pressure in (Pressure(cpu=90.0), Pressure(io=60.0)):
+        strained = host(pressure=pressure)
+        assert len(decide([make_pool(wanted=5)], HOST, 100).start) == 4
+        assert len(decide([make_pool(wanted=5)], strained, 100).start) == 1
+        assert decide([make_pool(wanted=5, starting=1)], strained, 100).start == ()
+        two = [make_pool(image="a", wanted=5), make_pool(image="b", wanted=5, launch="fork")]
+        assert len(decide(two, strained, 100).start) == 1
+        # Each of three claims has a start, and the pool none beside them.
+        assert len(decide([make_pool(wanted=5, waiting=3)], strained, 100).start) == 3
+        assert len(decide([make_pool(wanted=5, waiting=3, starting=1)], strained, 100).start) == 2
+        waited_for = make_pool(image="b", wanted=0, waiting=2)
+        assert decide([make_pool(image="a", wanted=5), waited_for], strained, 100).start == ("b", "b")
+
+
+def test_a_host_that_waits_for_memory_starts_slots_for_claims_only_and_offers_no_more():
+    short = host(pressure=Pressure(memory=20.0), kept_bytes=5 * GIB)
+    assert decide([make_pool(wanted=5)], short, 100).start == ()
+    assert len(decide([make_pool(wanted=5, waiting=2)], short, 100).start) == 2
+    # A slot at its own limit waits for memory too, on a host that has plenty.
+    assert len(decide([make_pool(wanted=2)], host(pressure=Pressure(memory=99.0), kept_bytes=GIB), 100).start) == 2
+    use, of_host = admission.MemoryUse(3, 60 << 20), (24 * GIB, 8 * GIB, GIB, GIB)
+    assert admission.fitting(3, use, *of_host) > 10
+    assert admission.fitting(3, use, *of_host, Pressure(memory=20.0)) == 3
+    assert admission.fitting(3, use, 24 * GIB, 20 * GIB, GIB, GIB, Pressure(memory=20.0)) > 10
+
+
 def test_a_small_start_does_not_overtake_a_large_one_that_is_more_urgent():
     waited_for = make_pool(image="slow", wanted=0, waiting=1)
     low = make_pool(image="fast", launch="fork", wanted=9)
@@ -113,6 +140,16 @@ def test_a_claim_that_waits_comes_before_a_pool_that_is_low():
 def test_a_pool_with_failed_starts_pauses_and_others_go_on():
     failed, other = make_pool(image="failed", paused_s=3.0), make_pool(image="other", wanted=1)
     assert decide([failed, other], HOST, 100).start == ("other",)
+
+
+def test_while_a_pool_pauses_one_start_is_tried_for_a_claim_that_waits():
+    """The cause of the failures may have been mended, and a pause takes up to a minute."""
+    paused = make_pool(wanted=5, waiting=3, paused_s=50.0, failed_ago_s=pool.TRY_S)
+    assert decide([paused], HOST, 100).start == ("minimal",)
+    for changes in ({"failed_ago_s": pool.TRY_S - 0.1}, {"waiting": 0}, {"starting": 1}, {"digest": None}):
+        assert decide([dataclasses.replace(paused, **changes)], HOST, 100).start == ()
+    other = make_pool(image="other", wanted=1)
+    assert decide([dataclasses.replace(paused, failed_ago_s=0.0), other], HOST, 100).start == ("other",)
 
 
 def test_the_pause_doubles_and_is_bounded():

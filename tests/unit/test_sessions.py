@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import stat
+import time
 
 from fakes import Host, turns
 
@@ -72,3 +73,20 @@ def test_a_file_that_cannot_be_written_is_left_out(tmp_path):
     sessions.open({})
     (tmp_path / "sessions").rmdir()
     sessions._note_end("h-1", "idle for 60 s")
+
+
+async def test_a_step_of_the_wall_clock_moves_the_end_that_the_page_reads(tmp_path, monkeypatch):
+    """A host may boot with a wrong clock, which is set when the network is up."""
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        claim = await host.claim(ttl="1h")
+        await turns()
+        slots = [live.slot for live in host.supervisor.slots.values()]
+        host.supervisor.sessions.review(slots)
+        assert read(host, claim["slot"])["expires_at"] == claim["expires_at"]
+        wall_s = time.time
+        monkeypatch.setattr(time, "time", lambda: wall_s() + 7200)
+        host.supervisor.sessions.review(slots)
+        listed = host.calls.slot(claim["slot"])
+        assert read(host, claim["slot"])["expires_at"] == listed["expires_at"] != claim["expires_at"]
+        assert read(host, claim["slot"])["state"] == "claimed"

@@ -12,7 +12,8 @@ from fakes import Host, kinds, make_image, turns, until
 
 from nbagent.core.errors import IllegalMove, InvalidField, RecordFailed, SlotNotFound, StartFailed
 from nbagent.core.events import Event
-from nbagent.core.model import SlotState
+from nbagent.core.model import SlotState, now
+from nbagent.policy.pool import TRY_S
 from nbagent.supervisor import slot_stopper
 from nbagent.supervisor.systemd import JobFailed
 
@@ -67,6 +68,24 @@ async def test_a_start_that_fails_leaves_nothing_and_pauses_the_pool(tmp_path, j
         await host.until_states("warm")
         assert host.calls.stats()["pools"]["minimal"]["failures"] == 0 and host.calls.stats()["ready"]
         assert host.calls.free_percent() > 0
+
+
+async def test_a_claim_has_a_slot_soon_after_the_cause_of_failed_starts_is_mended(tmp_path, journal, clock):
+    async with Host(tmp_path, pool={"warm": 1, "starts": 4, "backoff": "60s", "claim_timeout": "600s"}) as host:
+        host.launcher.error = StartFailed("nbagent-network: no response", step="network")
+        await until(lambda: Event.POOL_BACKOFF in kinds(journal) and not host.slots)
+        claim = asyncio.ensure_future(host.claim())
+        await turns()
+        host.launcher.error = None
+        clock.advance(TRY_S - 0.5)
+        host.wake()
+        await turns()
+        assert len(host.launcher.launched) == 1
+        assert now() < host.supervisor.pools.next_start_s(now(), now() + 10) <= now() + 0.5
+        clock.advance(1)
+        host.wake()
+        assert (await claim)["slot"]
+        assert host.calls.stats()["pools"]["minimal"]["failures"] == 0
 
 
 @pytest.mark.parametrize("error", [ValueError("x" * 200_000), OverflowError(), KeyError("fds"), AssertionError()])

@@ -6,6 +6,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from fakes import FakeZygotes, cancelled, make_image, turns
@@ -23,6 +26,7 @@ from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.tasks import Tasks
 
+TOP = Path(__file__).resolve().parents[2]
 GIB = 1 << 30
 SLOT = Slot(
     id="c07-1", image="minimal", digest="sha256-0", id_base=1 << 20, uid=2000, state=SlotState.WARM,
@@ -266,3 +270,26 @@ def test_no_object_of_the_supervisor_has_more_than_a_dozen_attributes(tmp_path):
     assert {"Agent", "Calls", "Claims", "Allocator", "Pools", "SlotStarter", "SlotStopper", "HostLoad"} <= set(counts)
     assert max(counts.values()) <= 12, counts
     assert Supervisor.__name__ not in counts
+
+
+@pytest.mark.parametrize(("error", "status"), [("MemoryError()", 1), ("ValueError('x')", 7)])
+def test_a_task_without_memory_ends_the_supervisor_and_another_error_does_not(error, status):
+    """The next supervisor adopts what is complete; a task that ended between two steps may leave a slot as it is."""
+    program = f"""
+import asyncio, sys
+from nbagent.supervisor.__main__ import end_without_memory
+from nbagent.supervisor.tasks import Tasks
+
+async def fail():
+    raise {error}
+
+async def main():
+    asyncio.get_running_loop().set_exception_handler(end_without_memory)
+    Tasks().spawn(fail())
+    await asyncio.sleep(0.1)
+
+asyncio.run(main())
+sys.exit(7)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=TOP, capture_output=True, text=True, check=False)
+    assert done.returncode == status and "unexpected error" in done.stderr

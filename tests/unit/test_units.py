@@ -29,14 +29,14 @@ EXPOSURE_MAX = {
     "nbagent-gateway-dns.service": 1.4,
     "nbagent-gateway-status.service": 1.4,
     "nbagent-gateway.service": 1.7,
-    "nbagent-launch.service": 4.0,
+    "nbagent-launch.service": 4.1,
     "nbagent-network.service": 1.5,
     "nbagent-router.service": 1.2,
     "nbagent-sweep.service": 1.1,
     "nbagent-termination@.service": 1.3,
     "nbagent-token.service": 0.8,
     "nbagent-units.service": 1.0,
-    "nbagent-zygote@.service": 3.4,
+    "nbagent-zygote@.service": 3.5,
     "nbagent.service": 0.9,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from nbagent.config import host_config
 from nbagent.content.deliver import ENTER, UNPACK, WRITE, Order
 from nbagent.core.claim_content import Content, File, FileBundle
 from nbagent.core.errors import (
@@ -289,7 +291,61 @@ def test_a_second_response_to_a_delivery_is_refused():
 
 def test_a_delivery_that_was_killed_is_a_content_failure():
     with pytest.raises(ContentFailed, match="memory ran out"):
+        asyncio.run(deliver(lambda peer: peer.send({"begun": True})))
+
+
+def test_a_delivery_that_did_not_begin_is_a_failure_of_the_host_and_the_claim_can_be_repeated():
+    with pytest.raises(StartFailed, match="before it could begin") as failed:
         asyncio.run(deliver(lambda peer: None))
+    assert failed.value.http_status == 503
+
+
+class SilentProcess:
+    """A process that delivers nothing, with its end of the channel."""
+
+    pidfd = -1
+
+    def __init__(self, fd):
+        self.fd = os.dup(fd)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.fd)
+
+    def release(self):
+        pass
+
+
+@pytest.mark.parametrize(("archive", "kind", "status"), [
+    (None, StartFailed, 503), ("https://data.example.org/a.tar", ArchiveFailed, 502),
+])
+def test_files_that_are_not_delivered_in_time_are_a_failure_of_the_host_and_an_archive_is_one_of_its_server(
+    monkeypatch, archive, kind, status
+):
+    async def spawn(_what, fd):
+        return SilentProcess(fd)
+
+    async def join_scope(_pid):
+        pass
+
+    monkeypatch.setattr(content_injector.launch_service, "spawn", spawn)
+    monkeypatch.setattr(content_injector, "pid_of", lambda _pidfd, _slot: 7)
+    monkeypatch.setattr(content_injector, "_HEAD_START_S", 0.01)
+    monkeypatch.setattr(content_injector, "_order", lambda *_: Order(1, 2, "", [], None, [], 3, 4, 5.0))
+    settings = dataclasses.replace(host_config.parse({}).claims, timeout=0.01)
+    with open("/dev/null") as file, pytest.raises(kind, match="not delivered within") as failed:
+        asyncio.run(content_injector.inject(None, file.fileno(), Content(archive=archive), settings, join_scope))
+    assert failed.value.http_status == status
+
+
+def test_a_delivery_that_has_begun_has_a_result():
+    def both(peer):
+        peer.send({"begun": True})
+        peer.send({"files": 1, "entries": 2})
+
+    assert asyncio.run(deliver(both)) == (1, 2)
 
 
 def test_files_without_a_bundle_are_never_dropped_silently(file):

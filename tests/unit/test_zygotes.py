@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
@@ -13,12 +14,13 @@ from nbagent.config import host_config
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event
-from nbagent.core.model import Limits
+from nbagent.core.model import Limits, now
 from nbagent.supervisor import fd_store, zygotes
 from nbagent.supervisor.launcher import default_limits, zygote_spec
 from nbagent.supervisor.zygotes import Zygotes, identity, unit_of
 from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel
+from nbagent.wire.failure import Failure
 
 INSTANCE = "minimal:0a1b2c"
 
@@ -71,6 +73,14 @@ def events(monkeypatch):
 
 
 @pytest.fixture
+def stored(monkeypatch):
+    """The messages to systemd about its descriptor store."""
+    seen: list[str] = []
+    monkeypatch.setattr(fd_store.daemon, "notify", lambda text, fds=None: seen.append(text))
+    return seen
+
+
+@pytest.fixture
 def image(tmp_path):
     return make_image(tmp_path, launch="fork")
 
@@ -82,16 +92,35 @@ def made_of(image, **changes):
     return identity(spec, image, limits) | changes
 
 
-def adopt(image, services, wanted=None, then=None):
+class Starting(Service):
+    """A zygote service whose zygote is being started; it responds when that is ready, or has failed."""
+
+    def __init__(self, made_of: dict[str, Any], ready: bool = True, fails: bool = False) -> None:
+        super().__init__(made_of, age_s=0)
+        self.ready, self.fails = ready, fails
+
+    async def run(self) -> None:
+        await asyncio.sleep(0.02)
+        with contextlib.suppress(BrokenPipeError):
+            if self.fails:
+                self.channel.send(Failure("zygote", 0, "no module named x").save())
+            elif self.ready:
+                self.channel.send({"ready": True, "notes": ["module y is left out"]})
+        await super().run()
+
+
+def adopt(image, services, wanted=None):
     """A supervisor that starts beside these services, by instance; returns its units and how the image starts."""
 
     async def run():
         units = Units(*services, "minimal:dead01")
         running = [asyncio.ensure_future(service.run()) for service in services.values()]
         supervisor = Zygotes(CurrentConfig(host_config.parse({})), units)
-        await supervisor.open({name: service.fd for name, service in services.items()}, image.root / "zygote.sock")
+        kept = {name: service.fd for name, service in services.items() if not isinstance(service, Starting)}
+        begun = {name: service.fd for name, service in services.items() if isinstance(service, Starting)}
+        await supervisor.open(kept, begun, image.root / "zygote.sock")
         supervisor.want({"minimal": wanted or image})
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.1)
         launch = supervisor.launch("minimal")
         ended = [task.done() for task in running]
         await supervisor.close()
@@ -145,5 +174,69 @@ def test_a_response_to_a_supervisor_that_was_killed_is_skipped(image, events):
 
 
 def test_names_in_the_store_lead_back_to_instances():
-    names = {3: "control", 5: "zygote/minimal/0a1b2c", 6: "check"}
+    names = {3: "control", 5: "zygote/minimal/0a1b2c", 6: "check", 7: "begun-zygote/minimal/0a1b2d"}
     assert fd_store.kept(names) == {INSTANCE: 5}
+    assert fd_store.begun(names) == {"minimal:0a1b2d": 7}
+
+
+@pytest.mark.parametrize("ready", [True, False], ids=["ready later", "ready before"])
+def test_a_zygote_that_was_starting_when_the_supervisor_ended_is_adopted_when_it_is_ready(
+    image, events, stored, monkeypatch, ready
+):
+    monkeypatch.setattr(zygotes.cgroup, "of_process", lambda pid: None)
+    units, launch, ended = adopt(image, {INSTANCE: Starting(made_of(image), ready)})
+    assert launch == "fork" and ended == [False]
+    assert units.active == {unit_of(INSTANCE)} and not units.started
+    assert [event for event, _ in events] == [*([Event.ZYGOTE_LEFT_OUT] if ready else []), Event.ZYGOTE_READY]
+    assert stored[:2] == [
+        "FDSTOREREMOVE=1\nFDNAME=begun-zygote/minimal/0a1b2c", "FDSTORE=1\nFDNAME=zygote/minimal/0a1b2c",
+    ]
+
+
+@pytest.mark.parametrize(("changes", "fails"), [({"version": "0.2.0"}, False), ({}, True)])
+def test_a_zygote_that_was_starting_in_another_version_or_fails_ends_and_another_is_started(
+    image, events, stored, monkeypatch, changes, fails
+):
+    monkeypatch.setattr(zygotes.cgroup, "of_process", lambda pid: None)
+    starting = Starting(made_of(image, **changes), fails=fails)
+    monkeypatch.setattr(zygotes, "backoff", lambda *_: 0.0)
+    units, launch, ended = adopt(image, {INSTANCE: starting})
+    assert launch == "exec" and ended == [True]
+    assert unit_of(INSTANCE) not in units.active and units.started
+    assert "FDSTOREREMOVE=1\nFDNAME=begun-zygote/minimal/0a1b2c" in stored
+
+
+def test_beside_a_zygote_that_is_ready_one_that_is_starting_ends(image, events, stored):
+    services = {INSTANCE: Service(made_of(image)), "minimal:ffffff": Starting(made_of(image))}
+    units, launch, ended = adopt(image, services)
+    assert launch == "fork" and ended == [False, True]
+    assert units.active == {unit_of(INSTANCE)}
+
+
+def test_a_zygote_that_starts_is_left_to_the_next_supervisor(image, events, stored, monkeypatch):
+    monkeypatch.setattr(zygotes.cgroup, "of_process", lambda pid: None)
+
+    service = Starting(made_of(image), ready=False)
+    service.responds = False
+    _, launch, _ = adopt(image, {INSTANCE: service})
+    assert launch == "exec" and not stored
+
+
+@pytest.mark.parametrize(("forks", "born_s", "failures"), [(10, 0.0, 1), (9, 0.0, 6), (0, -61.0, 1)])
+def test_a_zygote_that_has_paid_for_its_start_ends_the_series_of_failures(
+    image, events, stored, forks, born_s, failures
+):
+    async def run():
+        supervisor = Zygotes(CurrentConfig(host_config.parse({})), Units())
+        await supervisor.open(path=image.root / "zygote.sock")
+        ends = Channel.pair()
+        pool = supervisor._pools["minimal"] = zygotes.ZygotePool(image, failures=5)
+        pool.zygote = zygotes.Zygote(INSTANCE, image, ends[0], now() + born_s, forks)
+        supervisor.give_up(pool.zygote, "it ended")
+        found = pool.failures
+        await supervisor.close()
+        for end in ends:
+            end.close()
+        return found
+
+    assert asyncio.run(run()) == failures
