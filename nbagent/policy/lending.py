@@ -39,8 +39,9 @@ def obstacle(host: Host, stock: Stock) -> str | None:
         return f"{host.live} of {host.capacity} slots are in use"
     if host.memory_available_bytes <= host.memory_reserve_bytes:
         return "the host's memory is low"
-    if admission.pool_starts(host) is not None:
-        return "processes of the host wait for processors, memory or disks"
+    # Pressure on processors needs no rule, because it slows the pool, so that few slots are warm.
+    if admission.is_short(host.pressure, host.memory_available_bytes, host.kept_bytes):
+        return "processes of the host wait for memory"
     if stock.warm <= stock.wanted // 2:
         return f"only {stock.warm} of {stock.wanted} warm slots are left"
     if stock.lent >= max(1, int(host.capacity * SHARE_MAX)):

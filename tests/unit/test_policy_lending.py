@@ -26,7 +26,7 @@ def test_a_host_with_plenty_of_room_lends():
     ({"live": 50}, {}, "50 of 100 slots are in use"),
     ({"live": 1, "capacity": 1}, {}, "1 of 1 slots are in use"),
     ({"memory_available_bytes": 1 << 30}, {}, "memory is low"),
-    ({"pressure": admission.Pressure(cpu=100)}, {}, "wait for processors"),
+    ({"pressure": admission.Pressure(memory=100), "kept_bytes": 7 << 30}, {}, "wait for memory"),
     ({}, {"warm": 4}, "only 4 of 8 warm slots"),
     ({}, {"warm": 0, "wanted": 0}, "only 0 of 0 warm slots"),
     ({}, {"lent": 10}, "10 slots are lent"),
