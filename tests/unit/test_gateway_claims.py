@@ -175,7 +175,7 @@ class Gateway:
         self.wait(lambda: self.call("GET", "/")[0] == ready)
 
     def wait(self, what: Any) -> None:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 if what():
