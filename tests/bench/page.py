@@ -36,6 +36,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import figures
 import sides
 from client import Client, Server
+from selenium.common.exceptions import WebDriverException
 
 import browser
 import product
@@ -140,10 +141,7 @@ class PageBench:
         else:
             page.open(url)
         deadline_s = time.monotonic() + DEADLINE_S
-        while "result" not in (marks := page.driver.execute_script(MARKS)):
-            # Devtools run no script in a page that the browser prerenders.
-            if not marks and f":{product.ROUTER_PORT}/user/" in page.driver.current_url:
-                page.driver.execute_script(SCRIPT)
+        while "result" not in (marks := marks_of(page)):
             if time.monotonic() > deadline_s:
                 page.driver.save_screenshot(str(self.options.out / "page-in-vain.png"))
                 raise TimeoutError(f"no result of a cell within {DEADLINE_S} s; the page has {marks}")
@@ -154,6 +152,18 @@ class PageBench:
             "requests": len(trace), "cached": sum(entry["cached"] for entry in trace), "trace": trace,
             "kbytes": sum(entry["bytes"] for entry in trace) / 1000,
         }
+
+
+def marks_of(page: browser.Page) -> dict[str, float]:
+    """The times that page.js has noted."""
+    # Fails while the window changes from the landing page to the page that it has prerendered.
+    with contextlib.suppress(WebDriverException):
+        marks: dict[str, float] = page.driver.execute_script(MARKS)
+        # Devtools run no script in a page that the browser prerenders.
+        if not marks and f":{product.ROUTER_PORT}/user/" in page.driver.current_url:
+            page.driver.execute_script(SCRIPT)
+        return marks
+    return {}
 
 
 def transfers(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
