@@ -129,6 +129,16 @@ async def test_a_key_survives_a_restart(tmp_path, processes):
         assert (await host.claim("k1", ttl=601))["slot"] != claim["slot"]
 
 
+async def test_a_lent_slot_outlives_the_supervisor_and_is_kept_by_the_next_one(tmp_path, processes):
+    host = Host(tmp_path)
+    pid = processes.start("nbagent-c07-lent.scope")
+    slot = record(host, "c07-lent", pid, SlotState.CLAIMED, lent_to="192.0.2.7")
+    async with host:
+        assert host.slots["c07-lent"].slot.lent_to == "192.0.2.7"
+        host.calls.keep("c07-lent", slot.token, "192.0.2.7")
+        assert host.slots["c07-lent"].slot.lent_to is None
+
+
 async def test_an_adopted_slot_whose_process_ends_is_removed(tmp_path, processes, journal):
     host = Host(tmp_path)
     pid = processes.start("nbagent-c07-claimed.scope")
