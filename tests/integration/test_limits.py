@@ -41,6 +41,8 @@ EAGAIN = 11
 
 
 ZRAM = "modprobe zram; echo 1G >/sys/block/zram0/disksize; mkswap -q /dev/zram0; swapon /dev/zram0"
+# udev opens a device for a moment when a program has closed it, and the module is in use meanwhile.
+NO_ZRAM = "for _ in $(seq 30); do udevadm settle; modprobe -r zram && exit; sleep 1; done; exit 1"
 DISK = "fallocate -l 64M /swapfile; chmod 600 /swapfile; mkswap -q /swapfile; swapon /swapfile"
 
 
@@ -54,7 +56,7 @@ def swapping(any_agent):
         any_agent.run("sh", "-ec", f"{DISK}; {ZRAM}", timeout=60)
         yield any_agent
     finally:
-        any_agent.run("sh", "-c", "swapoff -a; rm -f /swapfile; modprobe -r zram", timeout=120)
+        any_agent.run("sh", "-c", f"swapoff -a; rm -f /swapfile; {NO_ZRAM}", timeout=180)
 
 
 def used(agent, *slots):

@@ -182,9 +182,18 @@ def configure(agent, settings):
 
 
 def reconfigure(slot, settings, name, expected):
-    """Adds settings and waits until a name resolves to `expected` in the slot, which shows that they are applied."""
+    """Adds settings that change the resolver, and waits until a new one listens and a name resolves to `expected`."""
+    before = resolver(slot.agent)
     configure(slot.agent, SETTINGS + settings)
+    slot.agent.wait(lambda: resolver(slot.agent) not in ("", before), "a new resolver")
     slot.agent.wait(lambda: slot.eval(f"names({name!r})") == {name: expected}, f"{name} to be {expected}")
+
+
+def resolver(agent):
+    """The pid of the slots' resolver; "" while it does not listen."""
+    return agent.run("sh", "-c", """
+        pid=$(systemctl show -P MainPID nbagent-dns); ss -Hulnp "sport = :53" | grep -qF "pid=$pid," && echo "$pid"
+        true""").strip()
 
 
 def from_host(agent, *addresses, port=80):
