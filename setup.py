@@ -27,7 +27,7 @@ setup(
         "gateway": ["flask", "gunicorn", "h11"],
     },
     packages=find_packages(include=["nbagent", "nbagent.*"]),
-    package_data={"nbagent": ["py.typed", "**/*.json", "**/*.html"]},
+    package_data={"nbagent": ["py.typed", "**/*.js", "**/*.json", "**/*.html"]},
     entry_points={"console_scripts": ["nbagent = nbagent.cli:main"]},
     zip_safe=False,
 )

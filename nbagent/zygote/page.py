@@ -13,6 +13,7 @@ Runs under the image's own Python, 3.9 and up.
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any, Callable, Optional, Tuple
 
@@ -42,7 +43,15 @@ _SIGN = (
     "body:has(>#main) #nbagent-sign,body:has(>#jupyterlab-splash) #nbagent-sign{display:none}</style>"
     '<div id="nbagent-sign" role="status">Your notebook is opening …<i></i></div>'
 )
-_ADDITIONS = ((re.compile(r"<head\b[^>]*>"), _OTHER_ADDRESS), (re.compile(r"<body\b[^>]*>"), _SIGN))
+_BOOT_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "boot.js")
+with open(_BOOT_PATH, encoding="utf-8") as _file:
+    # Without the comments, which each page would contain. A regular expression finds only those of whole lines.
+    _BOOT = "<script>" + re.sub(r"(?m)^\s*(//.*)?\n", "", _file.read()) + "</script>"
+_ADDITIONS = (
+    (re.compile(r"<head\b[^>]*>"), _OTHER_ADDRESS),
+    (re.compile(r"<body\b[^>]*>"), _SIGN),
+    (re.compile(re.escape(_PAGE) + r".*?</script>", re.DOTALL), _BOOT),
+)
 
 Source = Tuple[str, Optional[str], Optional[Callable[[], bool]]]
 

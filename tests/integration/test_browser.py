@@ -124,6 +124,23 @@ def test_a_new_notebook_from_the_launcher_computes_and_shows_a_table(page, claim
     assert "token=" not in page.driver.current_url
 
 
+def test_only_windows_of_one_slot_have_different_workspaces(page, claim):
+    """JupyterLab does not let two windows save into one workspace; it loads the second one again with another name."""
+    slots = [claim("?path=lab/tree/Welcome.ipynb") for _ in range(2)]
+    opened = []
+    for claimed in (slots[0], slots[1], slots[0]):
+        page.driver.switch_to.new_window("window")
+        page.open(claimed["url"])
+        page.read(".jp-Notebook", "Welcome to your notebook")
+        page.see(".jp-NotebookPanel-toolbar")
+        opened.append(urlsplit(page.driver.current_url).path.replace(claimed["slot"], "SLOT"))
+    assert opened[:2] == ["/user/SLOT/lab/tree/Welcome.ipynb"] * 2
+    assert re.fullmatch("/user/SLOT/lab/workspaces/auto-[a-zA-Z0-9]/tree/Welcome.ipynb", opened[2])
+    # The page's way into JupyterLab is closed again.
+    assert page.driver.execute_script("return 'jupyterapp' in window") is False
+    assert page.complaints() == []
+
+
 def test_an_ended_notebook_is_explained_on_a_page(page, claim):
     claimed = claim()
     release(claimed)

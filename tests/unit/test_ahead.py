@@ -78,4 +78,7 @@ def test_a_page_of_jupyterlab_begins_with_a_sign_of_progress() -> None:
     added_to = page.add(source)
     assert '<body class="jp-ThemedContainer"><style>#nbagent-sign' in added_to
     assert added_to.index("addEventListener") < added_to.index("jupyter-config-data\">")
+    # After the configuration, which it changes, and without the marks of Jinja, because it is a part of a template.
+    assert added_to.index("jupyter-config-data") < added_to.index("openWhenRestored") < added_to.index("<body")
+    assert "{{" not in added_to and "{%" not in added_to and "{#" not in added_to and "\n  //" not in added_to
     assert page.add("<head></head><body>a login page</body>") == "<head></head><body>a login page</body>"
