@@ -382,7 +382,7 @@ class ImageStore:
         for directory in (self.path, self.path / "names", self.path / "former"):
             directory.mkdir(0o711, parents=True, exist_ok=True)
             directory.chmod(0o711)
-        with (self.path / ".lock").open("w") as lock:
+        with (self.path / ".lock").open("a") as lock:  # without a change of its time
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
