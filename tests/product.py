@@ -216,5 +216,5 @@ class Api:
 
 
 def say(line: str) -> None:
-    """Prints progress on standard error."""
-    print(f"· {line}", file=sys.stderr, flush=True)
+    """Prints progress on standard error, by one write, because steps that run side by side print at the same time."""
+    sys.stderr.write(f"· {line}\n")

@@ -61,7 +61,7 @@ DEFAULT_NAME = "host"
 
 
 def say_on_stderr(line: str) -> None:
-    print(f"testhost: {line}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"testhost: {line}\n")
 
 
 class Host:
