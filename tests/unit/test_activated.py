@@ -3,13 +3,16 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+import nbagent
 from nbagent.core.errors import ImageInvalid
 from nbagent.core.model import Limits
 from nbagent.image import manifest
@@ -75,16 +78,27 @@ def test_a_zygotes_variables_become_those_of_a_slot():
     assert slot == {"A": "own", "B": "x"}
 
 
-def program(script, *arguments, **options):
-    """The program as it runs in a slot, under Python's flags there."""
+@pytest.fixture(scope="module")
+def program():
+    """Runs the program as in a slot, with a script and arguments, under Python's flags there."""
+    # A copy, because the user of the slot may not be permitted to read the checkout, as below /root.
+    with tempfile.TemporaryDirectory() as directory:
+        os.chmod(directory, 0o755)
+        package = Path(nbagent.__file__).parent
+        shutil.copytree(package, f"{directory}/nbagent", ignore=shutil.ignore_patterns("__pycache__"))
+        file = f"{directory}/nbagent/{Path(activated.__file__).relative_to(package)}"
+        yield lambda script, *arguments, **options: run_as_user(file, script, *arguments, **options)
+
+
+def run_as_user(file, script, *arguments, **options):
     # Not as root, because then it behaves as in a zygote.
     environment = {"HOME": "/nonexistent", "PATH": os.environ["PATH"], "A": "1", "PYTHONHASHSEED": "7"}
-    command = [sys.executable, "-I", "-S", activated.__file__, script, sys.executable, "-c", SHOW, *arguments]
+    command = [sys.executable, "-I", "-S", file, script, sys.executable, "-c", SHOW, *arguments]
     as_user = ["setpriv", "--reuid=65533", "--regid=65533", "--clear-groups"] if os.getuid() == 0 else []
     return subprocess.run([*as_user, *command], env=environment, capture_output=True, text=True, check=False, **options)
 
 
-def test_the_program_follows_with_the_environment_and_its_descriptors():
+def test_the_program_follows_with_the_environment_and_its_descriptors(program):
     with open(os.devnull) as inherited:
         done = program("export B=2; unset A; exec 9<&0", "argument", pass_fds=[inherited.fileno()])
         assert done.returncode == 0, done.stderr
@@ -95,7 +109,7 @@ def test_the_program_follows_with_the_environment_and_its_descriptors():
     assert environment["HOME"] == "/nonexistent" and arguments == ["argument"]
 
 
-def test_a_failed_script_ends_the_program_with_the_reason():
+def test_a_failed_script_ends_the_program_with_the_reason(program):
     done = program("exit 4")
     assert done.returncode == 1 and "activate: the script activate of the manifest ended before" in done.stdout
 
