@@ -193,7 +193,7 @@ class _Views:
     # Lent slots
 
     def _lends(self) -> bool:
-        # A browser prerenders no page of another origin.
+        # A browser prerenders a page of another origin only within one registrable domain, which is unknown here.
         return self.settings.prerender and self.settings.access == "public" and not self.backend.has_origins()
 
     def lend(self) -> AnyResponse:
