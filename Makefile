@@ -7,6 +7,7 @@ DIST := $(NBAGENT_CACHE)/dist
 REPO ?= $(NBAGENT_CACHE)/repo
 REPO_URL ?= file:$(REPO)
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
+UNIT := $(PYTEST) -n auto --dist loadfile tests/unit  # a process of pytest-xdist for each processor
 
 .PHONY: up up-fleet down test unit host test-vms test-ansible test-monitoring uncharged conformance fuzz \
     check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
@@ -22,11 +23,11 @@ down:                ## removes the hosts of up and up-fleet
 	@tests/up --down
 
 test: tools check    ## lint, unit tests and integration tests
-	$(PYTEST) tests/unit
+	$(UNIT)
 	@tests/run-integration $(PYTEST)
 
 unit: tools          ## unit tests; no systemd host is needed
-	$(PYTEST) tests/unit
+	$(UNIT)
 
 host: tools          ## integration tests on real systemd hosts
 	@tests/run-integration $(PYTEST)

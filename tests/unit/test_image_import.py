@@ -243,7 +243,9 @@ def test_layers_of_every_packing_and_empty_ones(store: ImageStore) -> None:
     assert (import_image(store, image).root / "plain").read_text() == "x"
 
 
-@pytest.mark.parametrize("content", [b"", b"no tar", gzip.compress(b"no tar"), gzip.compress(bytes(4096))[:20]])
+@pytest.mark.parametrize("content", [
+    b"", b"no tar", gzip.compress(b"no tar"), gzip.compress(bytes(4096))[:20],
+], ids=["empty", "no tar", "no tar in gzip", "a part of gzip"])
 def test_a_blob_that_is_not_a_tar_archive_is_refused(store: ImageStore, content: bytes) -> None:
     refused(store, over().layer(content, bytes))
 
