@@ -53,6 +53,7 @@ _COUNTERS = {
     "zygotes_failed": "Zygotes that did not start, or failed.",
     "zygotes_adopted": "Zygotes of the former supervisor that were adopted.",
     "held": "How often a slot was kept from growing because the host's memory was short.",
+    "gave_way": "How often the CPU weight of a slot was lowered because it computed while no processor was free.",
 }
 _POOL_GAUGES: dict[_PoolGauge, str] = {
     "wanted": "Warm slots that the pool should hold.",

@@ -256,6 +256,11 @@ class SlotSettings:
         "Size of a slot's writable file system, which is in its memory; auto: half of `memory`."
     )
     cpu_weight: int = setting(100, number(1, 10000, int), "CPUWeight= of a slot.")
+    cpu_weight_busy: float = setting(
+        0.05, number(0.0001, 1, float),
+        "Part of its CPU weight that a slot keeps while it computes for more than about a second and no processor of "
+        "the host is free, so that cells of others run at once; 1: all of it.",
+    )
     cpu_quota: str = setting(
         "none", _quota, 'CPUQuota= of a slot: "1/32" of the host, "50%" of one processor, or "none".'
     )

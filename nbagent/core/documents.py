@@ -104,7 +104,9 @@ class Claim(TypedDict):
 
 
 class SlotStatus(TypedDict):
-    """One slot, without its token. The resources it uses are further fields (api.openapi)."""
+    """One slot, without its token. The resources it uses, and the limits in force while its host has lowered some, are
+    further fields (api.openapi).
+    """
 
     slot: str
     state: str

@@ -75,6 +75,25 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Lowered:
+    """The limits of a slot that its host has lowered for a time: `memory_bytes` is the limit at which the slot is held
+    while the host's memory is short, and `cpu_part` the part of its CPU weight that it has while it gives way.
+    """
+
+    memory_bytes: int | None = None
+    cpu_part: float = 1.0
+
+    def of(self, limits: Limits) -> Limits:
+        """The limits in force of a slot whose own are `limits`."""
+        held_bytes = limits.memory_bytes if self.memory_bytes is None else self.memory_bytes
+        return dataclasses.replace(
+            limits,
+            memory_bytes=min(limits.memory_bytes, held_bytes),
+            cpu_weight=max(1, round(limits.cpu_weight * self.cpu_part)),
+        )
+
+
+@dataclass(frozen=True)
 class Slot:
     """One slot; every change makes a new object.
 

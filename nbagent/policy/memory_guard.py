@@ -37,18 +37,18 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class SlotMemory:
-    """A slot at one look. `held_bytes` is the limit at which it is held, None when it has its own."""
+    """A slot at one look. `limit_bytes` is its own limit, `held_bytes` the one at which it is held, or None."""
 
     used_bytes: int
     grown_bytes: int
     limit_bytes: int
     held_bytes: int | None = None
 
-
     @property
     def free_bytes(self) -> int:
-        """The memory that the slot can still take."""
-        return max(0, (self.held_bytes or self.limit_bytes) - self.used_bytes)
+        """The memory that the slot can still take. An update can set the own limit of a held slot below the other."""
+        limit_bytes = self.limit_bytes if self.held_bytes is None else min(self.held_bytes, self.limit_bytes)
+        return max(0, limit_bytes - self.used_bytes)
 
 
 class Growth:

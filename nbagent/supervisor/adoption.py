@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 
 from nbagent.core.events import Event, emit
-from nbagent.core.model import Limits, Slot, SlotState, now
+from nbagent.core.model import Limits, Lowered, Slot, SlotState, now
 from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.crash_points import Point, reach
@@ -79,12 +79,13 @@ class Adoption:
         emit(Event.SLOT_ADOPTED, slot=live.slot.id, state=live.slot.state.value)
 
     async def _apply_limits(self, slot: Slot) -> None:
-        """Gives a scope the limits of its record, if the former supervisor ended between the two."""
+        """Gives a scope the limits of its record, after which the former supervisor ended or lowered some."""
         try:
-            changes = _changes(await self._systemd.scope_limits(slot.scope), slot.limits)
-            if changes:
+            found = await self._systemd.scope_limits(slot.scope)
+            if changes := _changes(found, slot.limits):
                 await self._systemd.set_limits(slot.scope, slot.limits)
-                emit(Event.SLOT_LIMITS_MENDED, slot=slot.id, text=", ".join(changes))
+                event = Event.SLOT_LIMITS_RESTORED if _is_lowered(found, slot.limits) else Event.SLOT_LIMITS_MENDED
+                emit(event, slot=slot.id, text=", ".join(changes))
         except OSError as error:
             emit(Event.SLOT_LIMITS_MENDED, slot=slot.id, text=f"not possible: {error}")
 
@@ -95,6 +96,12 @@ def _changes(found: Limits, recorded: Limits) -> list[str]:
     after = dataclasses.replace(recorded, cpu_quota=None if quota is None else round(quota, 6)).document()
     before = found.document()
     return [f"{name} from {before[name]} to {after[name]}" for name in after if before[name] != after[name]]
+
+
+def _is_lowered(found: Limits, own: Limits) -> bool:
+    """Whether a guard of the former supervisor can have lowered limits to those that were found."""
+    lowered = Lowered(found.memory_bytes, min(1.0, found.cpu_weight / own.cpu_weight))
+    return not _changes(found, lowered.of(own))
 
 
 def _refusal(slot: Slot | None) -> str:

@@ -34,7 +34,9 @@ from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.preparation import Preparation
+from nbagent.supervisor.processor_guard import ProcessorGuard, read_idle
 from nbagent.supervisor.records import Records
+from nbagent.supervisor.scope_limits import ScopeLimits
 from nbagent.supervisor.sessions import Sessions
 from nbagent.supervisor.slot_starter import SlotStarter
 from nbagent.supervisor.slot_stopper import SlotStopper
@@ -63,6 +65,7 @@ class Surroundings:
     pressure: Callable[[Cgroup | None], Pressure] = read_pressure
     cgroup_of: Callable[[int], Cgroup] = cgroup.of_process
     router: Path = paths.ROUTER_CHECK_SOCKET
+    idle: Callable[[], float] = read_idle
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,14 @@ class Supervisor:
     agent: Agent
     health: Health
     memory_guard: MemoryGuard
+    processor_guard: ProcessorGuard
     sessions: Sessions
 
 
 def compose(on: Surroundings) -> Supervisor:
     """A supervisor of the current event loop."""
     config, systemd, records, changed = on.config, on.systemd, on.records, on.changed
-    slots, tasks, counters = Slots(), Tasks(), Counters()
+    slots, tasks, counters, limits = Slots(), Tasks(), Counters(), ScopeLimits(systemd)
     sessions = Sessions(records.path.parent / paths.SESSIONS.name)
     pools = Pools(config, slots, records, changed)
     load = HostLoad(config, slots, on.zygotes, on.drain_file, on.memory, on.pressure)
@@ -99,7 +103,7 @@ def compose(on: Surroundings) -> Supervisor:
         config, slots, pools, records, systemd, on.launcher, on.network, monitor, counters, stopper, tasks, on.cgroup_of
     )
     allocator = Allocator(config, slots, pools, load, on.launcher, stopper)
-    preparation = Preparation(config, slots, records, systemd, on.network, interfaces, stopper, tasks)
+    preparation = Preparation(config, slots, records, systemd, limits, on.network, interfaces, stopper, tasks)
     claims = Claims(config, slots, pools, records, load, allocator, preparation, counters, sessions, changed)
     return Supervisor(
         slots=slots,
@@ -111,7 +115,7 @@ def compose(on: Surroundings) -> Supervisor:
         calls=Calls(
             config, slots, load, claims,
             Lending(config, slots, pools, records, load, claims, stopper, counters, sessions),
-            Updates(config, records, systemd, load, sessions),
+            Updates(config, records, limits, load, sessions),
             Trials(config, pools, load, health, starter, on.router),
             Figures(config, slots, pools, load, health, on.zygotes, counters), stopper, counters, tasks, changed,
         ),
@@ -119,6 +123,7 @@ def compose(on: Surroundings) -> Supervisor:
         agent=Agent(
             config, pools, load, on.zygotes, images, monitor, starter, stopper, interfaces, tasks, changed
         ),
-        memory_guard=MemoryGuard(config, slots, systemd, counters, on.memory),
+        memory_guard=MemoryGuard(config, slots, limits, counters, on.memory),
+        processor_guard=ProcessorGuard(config, slots, limits, counters, load.cpus, on.idle),
         sessions=sessions,
     )

@@ -12,7 +12,7 @@ from nbagent.core.model import now
 BUCKETS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 COUNTERS = (
     "claims", "claims_refused", "starts", "start_failures", "released", "died", "oom_kills",
-    "culled_idle", "culled_age", "culled_memory", "compressed", "held",
+    "culled_idle", "culled_age", "culled_memory", "compressed", "held", "gave_way",
     "starts_fork", "starts_exec", "adopted", "removed", "lent", "lent_kept",
 )
 

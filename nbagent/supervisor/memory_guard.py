@@ -8,7 +8,6 @@ the host twice a second, and the memory of the slots only while less is availabl
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Callable
 
 from nbagent.config.host_config import CurrentConfig
@@ -21,8 +20,8 @@ from nbagent.policy.memory_guard import Growth, HostMemory, SlotMemory
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.host_load import Memory, read_memory
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.scope_limits import ScopeLimits
 from nbagent.supervisor.slots import Slots
-from nbagent.supervisor.systemd import Systemd
 
 LOOK_S = 0.5
 
@@ -31,17 +30,17 @@ class MemoryGuard:
     """The guard of one host. `memory` reads the host's memory."""
 
     def __init__(
-        self, config: CurrentConfig, slots: Slots, systemd: Systemd, counters: Counters,
+        self, config: CurrentConfig, slots: Slots, limits: ScopeLimits, counters: Counters,
         memory: Callable[[], Memory] = read_memory,
     ) -> None:
         self._config = config
         self._slots = slots
-        self._systemd = systemd
+        self._limits = limits
         self._counters = counters
         self._read_memory = memory
         self._growth = Growth()
-        # The limits at which slots are held, in bytes by id.
-        self._held: dict[str, int] = {}
+        # The ids of the slots that are held.
+        self._held: set[str] = set()
         self._before: tuple[float, int] | None = None
 
     async def run(self) -> None:
@@ -57,7 +56,7 @@ class MemoryGuard:
         self._before = (at_s, memory.available_bytes)
         settings = self._config.value
         kept_bytes = settings.host.memory_reserve + admission.burst_bytes(memory.total_bytes, settings.slots.memory)
-        self._held = {name: size for name, size in self._held.items() if name in self._slots}
+        self._held = {name for name in self._held if name in self._slots}
         # Twice as much as is kept, so that the growth of slots is known when it matters.
         if memory.available_bytes > 2 * kept_bytes and not self._held:
             return
@@ -67,27 +66,27 @@ class MemoryGuard:
         used = {name: live.cgroup.memory_bytes() for name, live in lives.items() if live.cgroup is not None}
         grown = self._growth.grown(at_s, used)
         looks = {
-            name: SlotMemory(size, grown[name], lives[name].slot.limits.memory_bytes, self._held.get(name))
+            name: SlotMemory(size, grown[name], lives[name].slot.limits.memory_bytes, lives[name].lowered.memory_bytes)
             for name, size in used.items()
         }
         for name, limit_bytes in policy.decide(host, looks).items():
             await self._set(lives[name], limit_bytes, memory.available_bytes)
 
     async def _set(self, live: RunningSlot, limit_bytes: int | None, available_bytes: int) -> None:
-        slot = live.slot
-        if slot.id not in self._slots:
+        if not _may_be_held(live):
             return
-        limits = slot.limits if limit_bytes is None else dataclasses.replace(slot.limits, memory_bytes=limit_bytes)
         try:
-            await self._systemd.set_limits(slot.scope, limits)
+            await self._limits.lower(live, memory_bytes=limit_bytes)
         except OSError as error:
-            emit(Event.SLOT_NOT_HELD, slot=slot.id, text=str(error))
+            if _may_be_held(live):
+                emit(Event.SLOT_NOT_HELD, slot=live.slot.id, text=str(error))
             return
+        slot = live.slot
         if limit_bytes is None:
-            self._held.pop(slot.id, None)
+            self._held.discard(slot.id)
             emit(Event.SLOT_FREED, slot=slot.id, text=format_size(slot.limits.memory_bytes))
         else:
-            self._held[slot.id] = limit_bytes
+            self._held.add(slot.id)
             self._counters.add("held")
             own, available = format_size(slot.limits.memory_bytes), format_size(available_bytes)
             text = f"{format_size(limit_bytes)} instead of {own}, because the host has only {available} available"

@@ -17,6 +17,7 @@ from nbagent.supervisor.interfaces import Interfaces
 from nbagent.supervisor.network import INTERNET, Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.scope_limits import ScopeLimits
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.systemd import Systemd
@@ -27,13 +28,14 @@ class Preparation:
     """Prepares slots; a slot whose preparation fails is ended, because it can be neither claimed nor warm again."""
 
     def __init__(
-        self, config: CurrentConfig, slots: Slots, records: Records, systemd: Systemd, network: Network,
-        interfaces: Interfaces, stopper: SlotStopper, tasks: Tasks,
+        self, config: CurrentConfig, slots: Slots, records: Records, systemd: Systemd, limits: ScopeLimits,
+        network: Network, interfaces: Interfaces, stopper: SlotStopper, tasks: Tasks,
     ) -> None:
         self._config = config
         self._slots = slots
         self._records = records
         self._systemd = systemd
+        self._limits = limits
         self._network = network
         self._interfaces = interfaces
         self._stopper = stopper
@@ -80,8 +82,7 @@ class Preparation:
         if limits == live.slot.limits:
             return
         try:
-            await self._systemd.set_limits(live.slot.scope, limits)
-            live.publish(limits)
+            await self._limits.set(live, limits)
         except OSError as error:
             text = f"systemd did not change the limits of {live.slot.scope}: {error}"
             raise StartFailed(text, step="limits") from error

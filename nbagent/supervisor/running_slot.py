@@ -8,10 +8,10 @@ import contextlib
 import errno
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nbagent.core.model import Limits, Slot, now
+from nbagent.core.model import Limits, Lowered, Slot, now
 from nbagent.linux import cgroup
 from nbagent.linux.cgroup import Cgroup, Usage
 from nbagent.policy import limit_alerts
@@ -26,6 +26,7 @@ from nbagent.wire.limits_page import SlotLimits
 
 NOTHING_USED = Usage(0, 0, 0.0, 0, 0, 0)
 NO_TROUBLE = Trouble()
+NOTHING_LOWERED = Lowered()
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class RunningSlot:
 
     `reading` is the last usage that was read, for a document or a sample; `usage`, `trouble` and `sampled_s` are those
     of the last sample. `compressed_s` is when its memory was compressed last. `task` starts the slot, and then waits
-    for the end of its first process.
+    for the end of its first process. `lowered` is changed by supervisor.scope_limits, under `limits_lock`.
     """
 
     slot: Slot
@@ -78,6 +79,13 @@ class RunningSlot:
     compressed_s: float | None = None
     task: asyncio.Task[None] | None = None
     root_fd: int = -1
+    lowered: Lowered = NOTHING_LOWERED
+    limits_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def limits_in_force(self) -> Limits:
+        """The limits of its scope."""
+        return self.lowered.of(self.slot.limits)
 
     def attach(self, launched: Launched) -> None:
         """Takes over the descriptors of a launch."""
@@ -182,6 +190,7 @@ class RunningSlot:
         if self.slot.claimed_s is not None and self.activity_fd >= 0:
             idle_s = round(now_s - self.rests_since(now_s), 1)
         return self.slot.document(now_s) | {
+            "limits_in_force": self.limits_in_force.document(),
             "idle_s": idle_s,
             "memory_bytes": usage.memory_bytes,
             "swapped_bytes": usage.swapped_bytes,

@@ -17,19 +17,19 @@ from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.host_load import HostLoad
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.scope_limits import ScopeLimits
 from nbagent.supervisor.sessions import Sessions
-from nbagent.supervisor.systemd import Systemd
 
 
 class Updates:
     """Changes slots."""
 
     def __init__(
-        self, config: CurrentConfig, records: Records, systemd: Systemd, load: HostLoad, sessions: Sessions,
+        self, config: CurrentConfig, records: Records, limits: ScopeLimits, load: HostLoad, sessions: Sessions,
     ) -> None:
         self._config = config
         self._records = records
-        self._systemd = systemd
+        self._limits = limits
         self._load = load
         self._sessions = sessions
         # Each update depends on the limits that the one before has left.
@@ -65,14 +65,13 @@ class Updates:
         reach(Point.UPDATE_RECORDED)
         try:
             if slot.limits != before.limits:
-                await self._systemd.set_limits(slot.scope, slot.limits)
-                live.publish(slot.limits)
+                await self._limits.set(live, slot.limits)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._records.save(before)
             raise IllegalMove(f"systemd did not change slot {slot.id}: {error}") from error
         # The slot can have been released meanwhile, so its state is kept.
-        live.slot = dataclasses.replace(live.slot, limits=slot.limits, ttl_s=slot.ttl_s)
+        live.slot = dataclasses.replace(live.slot, ttl_s=slot.ttl_s)
         self._sessions.claimed(live.slot)
 
     def _updated_ttl_s(self, live: RunningSlot, claimed_s: float, from_now_s: float) -> float:

@@ -6,7 +6,8 @@
 
 On a host of its own: for nbagent by fork, systemd-run and podman with the same limits (MemoryMax=1G, no swap,
 CPUWeight=100, TasksMax=256), N users run a cell a second, at phases spread over the second. The latency is measured on
-the quiet host, and then during each load of noises.py, which another user of the same side runs. That user's server is
+the quiet host, and then during each load of noises.py, which another user of the same side runs. The users' client has
+SCHED_FIFO, so that its own delay beside a load is not measured. The loading user's server is
 ended after the load, and quiet windows alternate with the loads because the speed of the machine changes. Prints the
 median over the rounds of p50, p99 and their ratio to the quiet windows of the same round, and writes neighbour.txt,
 neighbour.md and neighbour.json, with every sample, to DIRECTORY (default: $NBAGENT_CACHE/bench). One round of one side
@@ -220,7 +221,7 @@ def main() -> None:
     packages = product.build(say)
     with Host.up(name=f"near-{os.getpid()}", packages=sides.PACKAGES) as host:
         product.install(host, packages, sides.SETTINGS)
-        with Client(host) as client:
+        with Client(host, at_once=True) as client:
             found = Neighbour(host, client, options)
             found.run()
     write(found, time.monotonic() - began_s)
@@ -232,7 +233,8 @@ def write(found: Neighbour, took_s: float) -> None:
     about = (
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} processors, "
         f"Linux {platform.release()}; {options.users} users, rounds: {options.rounds}, {options.seconds:.0f} s of each "
-        f"load, in {took_s:.0f} s; load average at the quiet windows {min(found.loads):.1f} to {max(found.loads):.1f}."
+        f"load, in {took_s:.0f} s; load average at the quiet windows {min(found.loads):.1f} to {max(found.loads):.1f}; "
+        f"the users' client has {found.client.policy}."
     )
     rows = table(found)
     below = "\n".join(f"{found.names[key]}: {how}" for key, how in found.how.items())

@@ -15,9 +15,10 @@ pytestmark = pytest.mark.cgroup2
 # one slot would share a processor at times, so that the other slot has the other one, whatever the weights are.
 BURN = """
 import os, subprocess
+burning = []
 for number in os.sched_getaffinity(0):
     code = f"import os; os.sched_setaffinity(0, [{number}])\\nwhile True: pass"
-    subprocess.Popen(["python3", "-ISc", code], start_new_session=True)
+    burning.append(subprocess.Popen(["python3", "-ISc", code], start_new_session=True))
 """
 BOMB = """
 import subprocess
@@ -195,6 +196,53 @@ def test_busy_slots_share_processors_by_weight_and_a_quota_is_enforced(any_agent
     time.sleep(6)
     (after,), ended = used(agent, heavy.slot)
     assert 0.05 < (after - before) / (ended - began) <= 0.25 * 1.15
+
+
+def kernels_weight(agent, pid):
+    """The weight that the kernel has for the cgroup of a process, by the scale of CPUWeight=."""
+    for line in agent.run("cat", f"/proc/{pid}/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "cpu" in controllers.split(","):
+            return round(int(agent.run("cat", f"/sys/fs/cgroup/cpu{path}/cpu.shares")) * 100 / 1024)
+        unified = path
+    return int(agent.run("cat", f"/sys/fs/cgroup{unified}/cpu.weight"))
+
+
+def test_a_slot_that_computes_on_a_full_host_gives_way_until_it_rests(any_agent):
+    agent = any_agent
+    notebook = opened(agent, cpu_weight=200)
+    rests, scope = opened(agent), f"nbagent-{notebook.slot}.scope"
+    pid = agent.processes(notebook.slot)[0]
+
+    def state():
+        return agent.api.get(f"/slots/{notebook.slot}").json()
+
+    def at_weight(weight):
+        return state()["limits_in_force"]["cpu_weight"] == weight == kernels_weight(agent, pid)
+
+    def count():
+        return int(re.search(r"^nbagent_gave_way_total (\d+)", agent.api.get("/metrics").text, re.M)[1])
+
+    before = count()
+    with notebook.kernel() as kernel:
+        assert kernel.run(BURN, timeout=180).status == "ok"
+        agent.wait(lambda: at_weight(10), "the lower weight", 60)
+        assert state()["limits"]["cpu_weight"] == 200 and count() > before
+        # A slot at rest has its weight, and an update and the guard do not undo each other.
+        assert agent.api.get(f"/slots/{rests.slot}").json()["limits_in_force"]["cpu_weight"] == 100
+        assert agent.api.patch(f"/slots/{notebook.slot}", {"cpu_weight": 400}).status == 200
+        assert agent.run("systemctl", "show", "-P", "CPUWeight", scope) == "20\n" and at_weight(20)
+        # The next supervisor gives the slot its own weight, and lowers it again if it still computes.
+        agent.run("systemctl", "restart", "nbagent.service")
+        kind = Event.SLOT_LIMITS_RESTORED.value.message_id
+        entry, = agent.wait(lambda: agent.journal(f"NBAGENT_SLOT={notebook.slot}", f"MESSAGE_ID={kind}"), "the entry")
+        assert entry["NBAGENT_TEXT"] == "cpu_weight from 20 to 400" and entry["PRIORITY"] == "6"
+        agent.wait(lambda: at_weight(20), "the lower weight", 60)
+        kernel.run("[process.kill() for process in burning]", timeout=180)
+        agent.wait(lambda: at_weight(400), "the slot's own weight", 60)
+    kind = Event.SLOT_GIVES_WAY.value.message_id
+    entries = agent.journal(f"NBAGENT_SLOT={notebook.slot}", f"MESSAGE_ID={kind}")
+    assert entries[0]["NBAGENT_TEXT"] == "10 instead of 200"
 
 
 def test_an_idle_slot_is_compressed_and_keeps_its_memory(swapping):

@@ -220,4 +220,6 @@ def test_purge_with_a_running_slot_leaves_no_file(installed):
     # Purge also removes the settings that this test wrote to /etc/nbagent.
     assert ours(after - installed.before) == []
     assert ours(installed.before - after) == []
+    # Among them the sweep of the image that was removed, which the supervisor starts.
+    assert installed.run("systemctl", "list-units", "--all", "--plain", "--no-legend", "nbagent*") == ""
     assert installed.run("systemctl", "is-system-running").strip() == "running"

@@ -19,6 +19,7 @@ from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.host_load import HostLoad, Memory, read_pressure
 from nbagent.supervisor.memory_guard import MemoryGuard
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.scope_limits import ScopeLimits
 from nbagent.supervisor.slots import Slots
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -62,7 +63,7 @@ def tree(tmp_path: Path) -> Tree:
 
 async def test_slots_that_grow_on_a_short_host_are_held_and_freed(tree: Tree, clock, journal) -> None:
     systemd, counters = FakeSystemd(), Counters()
-    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, systemd, counters, tree.memory)
+    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, ScopeLimits(systemd), counters, tree.memory)
     for name in ("c07-grows", "c07-rests"):
         tree.add(name, 100 * MIB)
     tree.add("c07-warm", 100 * MIB, SlotState.WARM)
@@ -94,7 +95,7 @@ async def test_slots_that_grow_on_a_short_host_are_held_and_freed(tree: Tree, cl
 
 async def test_a_limit_that_systemd_refuses_is_tried_again(tree: Tree, clock) -> None:
     systemd, counters = FakeSystemd(), Counters()
-    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, systemd, counters, tree.memory)
+    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, ScopeLimits(systemd), counters, tree.memory)
     tree.add("c07-grows", 100 * MIB)
     tree.available_bytes = 300 * MIB
     await guard.look()
@@ -109,7 +110,7 @@ async def test_a_limit_that_systemd_refuses_is_tried_again(tree: Tree, clock) ->
 
 async def test_a_slot_that_ended_is_forgotten(tree: Tree, clock) -> None:
     systemd = FakeSystemd()
-    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, systemd, Counters(), tree.memory)
+    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, ScopeLimits(systemd), Counters(), tree.memory)
     live = tree.add("c07-grows", 100 * MIB)
     tree.available_bytes = 300 * MIB
     await guard.look()
@@ -119,7 +120,50 @@ async def test_a_slot_that_ended_is_forgotten(tree: Tree, clock) -> None:
     systemd.limits.clear()
     tree.available_bytes = 20 * GIB
     await guard.look()
-    assert systemd.limits == {} and guard._held == {}
+    assert systemd.limits == {} and not guard._held
+
+
+async def test_an_update_of_a_held_slot_keeps_it_held_and_is_in_force_when_it_is_freed(tree: Tree, clock) -> None:
+    systemd, scope = FakeSystemd(), "nbagent-c07-grows.scope"
+    limits = ScopeLimits(systemd)
+    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, limits, Counters(), tree.memory)
+    live = tree.add("c07-grows", 100 * MIB)
+    tree.available_bytes = 300 * MIB
+    await guard.look()
+    tree.use("c07-grows", 200 * MIB)
+    await guard.look()
+    assert systemd.limits[scope] == live.limits_in_force == dataclasses.replace(LIMITS, memory_bytes=232 * MIB)
+    larger = Limits(2 * GIB, 50, 0.5, 256)
+    await limits.set(live, larger)
+    assert systemd.limits[scope] == dataclasses.replace(larger, memory_bytes=232 * MIB)
+    smaller = dataclasses.replace(larger, memory_bytes=220 * MIB)
+    await limits.set(live, smaller)
+    assert systemd.limits[scope] == smaller
+    await limits.set(live, larger)
+    clock.advance(0.5)
+    await guard.look()
+    assert systemd.limits[scope].memory_bytes == 232 * MIB
+    tree.available_bytes = 20 * GIB
+    await guard.look()
+    assert systemd.limits[scope] == live.limits_in_force == live.slot.limits == larger
+    assert live.document(0.0, 0.0)["limits_in_force"] == larger.document()
+
+
+async def test_a_slot_that_ends_while_its_limit_is_set_is_no_warning(tree: Tree, clock, journal, monkeypatch) -> None:
+    systemd = FakeSystemd()
+    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, ScopeLimits(systemd), Counters(), tree.memory)
+    live = tree.add("c07-grows", 100 * MIB)
+    tree.available_bytes = 300 * MIB
+    await guard.look()
+    tree.use("c07-grows", 200 * MIB)
+
+    async def set_limits(name: str, limits: Limits) -> None:
+        live.slot = live.slot.to(SlotState.STOPPING)
+        raise FileNotFoundError("Unit nbagent-c07-grows.scope not loaded.")
+
+    monkeypatch.setattr(systemd, "set_limits", set_limits)
+    await guard.look()
+    assert not journal and not guard._held
 
 
 def test_admission_gets_the_memory_of_the_slice_without_cache_and_its_growth(tree: Tree, tmp_path: Path, clock) -> None:

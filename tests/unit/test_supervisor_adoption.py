@@ -89,19 +89,28 @@ async def test_warm_and_claimed_slots_are_adopted(tmp_path, processes, journal):
         assert (await host.claim())["slot"] == "c07-warm"
 
 
-@pytest.mark.parametrize(("in_scope", "changes"), [
-    (Limits(1 << 30, 100, None, 256), None),
-    (Limits(64 << 20, 100, None, 256), f"memory_bytes from {64 << 20} to {1 << 30}"),
-    (Limits(2 << 30, 50, 0.5, 8), "cpu_weight from 50 to 100, cpu_quota from 0.5 to None, tasks from 8 to 256"),
+@pytest.mark.parametrize(("in_scope", "event", "changes"), [
+    (Limits(1 << 30, 100, None, 256), None, ""),
+    (Limits(64 << 20, 100, None, 256), Event.SLOT_LIMITS_RESTORED, f"memory_bytes from {64 << 20} to {1 << 30}"),
+    (Limits(1 << 30, 5, None, 256), Event.SLOT_LIMITS_RESTORED, "cpu_weight from 5 to 100"),
+    (Limits(1 << 30, 200, None, 256), Event.SLOT_LIMITS_MENDED, "cpu_weight from 200 to 100"),
+    (Limits(2 << 30, 100, None, 256), Event.SLOT_LIMITS_MENDED, f"memory_bytes from {2 << 30} to {1 << 30}"),
+    (Limits(1 << 29, 5, None, 8), Event.SLOT_LIMITS_MENDED, "tasks from 8 to 256"),
+    (
+        Limits(2 << 30, 50, 0.5, 8), Event.SLOT_LIMITS_MENDED,
+        "cpu_weight from 50 to 100, cpu_quota from 0.5 to None, tasks from 8 to 256",
+    ),
 ])
-async def test_an_adopted_scope_has_the_limits_of_its_record(tmp_path, processes, journal, in_scope, changes):
+async def test_an_adopted_scope_has_the_limits_of_its_record(tmp_path, processes, journal, in_scope, event, changes):
     host = Host(tmp_path)
     slot = record(host, "c07-warm", processes.start("nbagent-c07-warm.scope"))
     host.systemd.limits[slot.scope] = in_scope
     async with host:
         assert host.systemd.limits[slot.scope] == slot.limits
-        mended = [entry["NBAGENT_TEXT"] for entry in journal if kinds([entry]) == [Event.SLOT_LIMITS_MENDED]]
-        assert len(mended) == (0 if changes is None else 1) and all(changes in text for text in mended)
+        mends = (Event.SLOT_LIMITS_MENDED, Event.SLOT_LIMITS_RESTORED)
+        mended = [entry for entry in journal if kinds([entry])[0] in mends]
+        assert kinds(mended) == ([] if event is None else [event])
+        assert all(changes in entry["NBAGENT_TEXT"] for entry in mended)
 
 
 async def test_a_key_survives_a_restart(tmp_path, processes):

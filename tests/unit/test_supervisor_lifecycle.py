@@ -445,6 +445,24 @@ async def test_two_updates_at_a_time_are_both_made(tmp_path, monkeypatch):
             assert (limits.memory_bytes, limits.cpu_weight) == (512 << 20, 7)
 
 
+async def test_an_update_does_not_undo_what_guards_have_lowered_and_their_end_restores_the_update(tmp_path):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim(memory="1G"))["slot"]
+        live, guards = host.slots[name], host.supervisor.memory_guard._limits
+        await guards.lower(live, memory_bytes=256 << 20)
+        await guards.lower(live, cpu_part=0.05)
+        document = await host.calls.update(name, {"memory": "2G", "cpu_weight": 400}, "192.0.2.1")
+        in_force = host.systemd.limits[f"nbagent-{name}.scope"]
+        assert (in_force.memory_bytes, in_force.cpu_weight) == (256 << 20, 20)
+        assert document["limits_in_force"] == in_force.document()
+        assert (document["limits"]["memory_bytes"], document["limits"]["cpu_weight"]) == (2 << 30, 400)
+        await guards.lower(live, memory_bytes=None)
+        await guards.lower(live, cpu_part=1.0)
+        recorded = dict(host.records.load())[name].limits
+        assert host.systemd.limits[f"nbagent-{name}.scope"] == live.slot.limits == recorded
+
+
 async def test_an_update_that_cannot_be_recorded_changes_nothing(tmp_path, monkeypatch):
     async with Host(tmp_path) as host:
         await host.until_states("warm")

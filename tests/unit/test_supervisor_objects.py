@@ -259,7 +259,8 @@ def test_no_object_of_the_supervisor_has_more_than_a_dozen_attributes(tmp_path):
         async with Host(tmp_path) as host:
             supervisor = host.supervisor
             agent, calls = supervisor.agent, supervisor.calls
-            tops = (agent, calls, supervisor.adoption, agent._starter, calls._claims)
+            guards = (supervisor.memory_guard, supervisor.processor_guard)
+            tops = (agent, calls, supervisor.adoption, agent._starter, calls._claims, *guards)
             objects = {id(one): one for top in tops for one in (top, *vars(top).values())}
             return {
                 type(one).__name__: len(vars(one)) for one in objects.values()

@@ -97,6 +97,20 @@ def test_the_supervisor_has_no_cap_sys_admin() -> None:
     assert "CAP_SYS_ADMIN" not in " ".join(granted).split()
 
 
+def test_a_removal_stops_the_services_that_the_supervisor_starts_after_it() -> None:
+    """A stop that comes first is overtaken by a start of the supervisor, whose last slots end meanwhile."""
+    script = (TOP / "packaging/debian/nbagent.prerm").read_text().replace("\\\n", " ")
+    steps = [line.split()[2:] for line in script.splitlines() if line.strip().startswith("deb-systemd-invoke stop")]
+    step = {name: number for number, names in enumerate(steps) for name in names if name.startswith("nbagent")}
+    ours = {unit.name for unit in UNITS if "gateway" not in unit.name and "@" not in unit.name}
+    assert ours - set(step) == {"nbagent-drain.service"}
+    used = ("dns", "launch", "network", "sweep", "units")
+    assert all(step["nbagent.service"] < step[f"nbagent-{name}.service"] for name in used)
+    assert step["nbagent-units.service"] < min(step["nbagent-dns.service"], step["nbagent-sweep.service"])
+    assert all(step[name] <= step[name.replace("socket", "service")] for name in step if name.endswith(
+        ("api.socket", "launch.socket", "network.socket", "router.socket", "units.socket", "nbagent.socket")))
+
+
 @pytest.mark.parametrize(("kind", "file"), [
     ("toml", "nbagent.toml"), ("man", "man/nbagent.toml.5"),
     ("gateway-toml", "gateway.toml"), ("gateway-man", "man/nbagent-gateway.toml.5"),

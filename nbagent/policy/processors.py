@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The choice of the slots that give way, because they compute while no processor of the host is free. Pure.
+
+A slot that computes for long does not notice a delay of milliseconds, and one whose user has just run a cell does.
+The kernel divides processors by CPU weight, so with equal weights a woken cell waits while others compute. The rule: a
+slot that has used about a second of processor time while no processor was free has a fraction of its weight until it
+rests. A weight limits nothing while a processor is free, so such a slot loses no time then.
+
+The use of a slot is a leaky bucket: it fills with processor time and leaks at a rate that interactive work does not
+exceed. Where many slots compute, each gets little of the processors, so the rate is at most half of an equal share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+# No processor is free when all together were idle for less than this part of the time, or less than this of one.
+FREE_PART, FREE_PROCESSORS = 1 / 50, 0.1
+# The use of all slots is followed for so long after no processor was free.
+FOLLOW_S = 2.0
+# The content of a bucket, in seconds of processor time, at which its slot gives way.
+FULL_S = 1.0
+# The leak in processors. A cell a second is a hundredth of a processor, and an idle server a thousandth.
+LEAK = 0.1
+# A slot rests when it has used less than half the leak for so long.
+REST_S, REST_PART = 1.0, 1 / 2
+# The content of the bucket of a slot that rested: it gives way sooner than one that never did.
+RESTED_S = FULL_S / 2
+
+
+def sharers(used: Iterable[float]) -> float:
+    """The number of slots that share the processors: N when N use the same, and less for each that uses less (the
+    inverse of Simpson's index).
+    """
+    parts = list(used)
+    squares = sum(part * part for part in parts)
+    return sum(parts) ** 2 / squares if squares else 1.0
+
+
+class Processors:
+    """The processors of a host and what its slots used of them, at looks a fraction of a second apart."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._looked_s: float | None = None
+        self._idle_s = 0.0
+        self._past_s = 0.0
+        self._busy_s: float | None = None
+        self._busy = False
+        # By slot: the processor time at the last look, the content of the bucket, and the time since which it rests.
+        self._used_s: Mapping[str, float] = {}
+        self._content_s: dict[str, float] = {}
+        self._rests_s: dict[str, float] = {}
+
+    def look(self, at_s: float, idle_s: float) -> bool:
+        """Begins a look, and returns whether `decide` needs the use of all slots. `idle_s` is that of all processors
+        together since the boot.
+        """
+        self._past_s = 0.0 if self._looked_s is None else at_s - self._looked_s
+        free = (idle_s - self._idle_s) / self._past_s if self._past_s > 0 else self._count
+        self._busy = free < max(FREE_PROCESSORS, FREE_PART * self._count)
+        self._looked_s, self._idle_s = at_s, idle_s
+        if self._busy:
+            self._busy_s = at_s
+        return self._busy_s is not None and at_s - self._busy_s <= FOLLOW_S
+
+    def decide(self, used_s: Mapping[str, float], giving: Collection[str]) -> dict[str, bool]:
+        """The changes by slot: True when it has to give way, False when it has rested.
+
+        `used_s` is the processor time of slots since their start, of those in `giving`, which give way, at least.
+        """
+        if self._past_s <= 0:
+            return {}
+        used = {
+            name: max(0.0, size_s - self._used_s[name]) / self._past_s
+            for name, size_s in used_s.items() if name in self._used_s
+        }
+        self._used_s = dict(used_s)
+        leak = LEAK
+        if self._busy:
+            leak = min(LEAK, self._count / 2 / sharers(used.values()))
+        self._fill(used, leak)
+        return dict(self._changes(used, leak, giving))
+
+    def _fill(self, used: Mapping[str, float], leak: float) -> None:
+        """Only time in which no processor was free fills the buckets."""
+        parts = used if self._busy else {}
+        content_s = {
+            name: self._content_s.get(name, 0.0) + (parts.get(name, 0.0) - leak) * self._past_s
+            for name in {*parts, *self._content_s}
+        }
+        self._content_s = {name: min(FULL_S, size_s) for name, size_s in content_s.items() if size_s > 0}
+
+    def _changes(self, used: Mapping[str, float], leak: float, giving: Collection[str]) -> Iterator[tuple[str, bool]]:
+        at_s = self._looked_s or 0.0
+        rests_s = self._rests_s
+        self._rests_s = {
+            name: rests_s.get(name, at_s - self._past_s)
+            for name in giving if used.get(name, leak) < REST_PART * leak
+        }
+        for name, since_s in self._rests_s.items():
+            if at_s - since_s >= REST_S:
+                self._content_s[name] = RESTED_S
+                yield name, False
+        # Those that use most first, because each change takes milliseconds.
+        for name in sorted(used, key=lambda name: used[name], reverse=True):
+            if name not in giving and self._busy and self._content_s.get(name, 0.0) >= FULL_S:
+                yield name, True
