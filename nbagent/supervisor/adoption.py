@@ -11,6 +11,7 @@ from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.interfaces import Interfaces
+from nbagent.supervisor.lending import Lending
 from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.records import Records
@@ -28,7 +29,7 @@ class Adoption:
 
     def __init__(
         self, slots: Slots, pools: Pools, records: Records, systemd: Systemd, monitor: Monitor, compressor: Compressor,
-        interfaces: Interfaces, counters: Counters, sessions: Sessions, tasks: Tasks,
+        interfaces: Interfaces, counters: Counters, sessions: Sessions, lending: Lending, tasks: Tasks,
     ) -> None:
         self._slots = slots
         self._pools = pools
@@ -39,6 +40,7 @@ class Adoption:
         self._interfaces = interfaces
         self._counters = counters
         self._sessions = sessions
+        self._lending = lending
         self._tasks = tasks
 
     async def run(self) -> int:
@@ -63,6 +65,7 @@ class Adoption:
             name = scope.removeprefix("nbagent-").removesuffix(".scope")
             emit(Event.SLOT_REMOVED, slot=name, text=f"{scope} has no slot.json")
         self._sessions.open({name: live.slot for name, live in self._slots.items()})
+        self._lending.adopt()
         if has_interfaces:
             self._tasks.spawn(self._interfaces.set_up(sweep=True))
         return len(self._slots)

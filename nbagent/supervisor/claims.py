@@ -19,7 +19,7 @@ from nbagent.core import urls
 from nbagent.core.errors import Draining, Full, IdempotencyMismatch, ImageNotFound, InvalidField, NbagentError
 from nbagent.core.events import Event, emit
 from nbagent.core.model import CLAIM_FIELDS, Bounds, Options, Slot, SlotState, now, parse_options
-from nbagent.policy.lending import LENT_S
+from nbagent.policy import lending
 from nbagent.supervisor.allocator import Allocator
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.crash_points import Point, reach
@@ -150,7 +150,7 @@ class Claims:
         await self._preparation.prepare(live, limits, request.network, options.content)
         self._preparation.record(
             live, SlotState.CLAIMED,
-            limits=limits, claimed_s=claimed_s, ttl_s=LENT_S if request.lent else request.ttl_s,
+            limits=limits, claimed_s=claimed_s, ttl_s=lending.LENT_S if request.lent else request.ttl_s,
             path=options.path or live.slot.path, key=request.key, fingerprint=request.fingerprint,
             network=request.network, lent_to=request.client if request.lent else None,
         )

@@ -105,16 +105,18 @@ def compose(on: Surroundings) -> Supervisor:
     allocator = Allocator(config, slots, pools, load, on.launcher, stopper)
     preparation = Preparation(config, slots, records, systemd, limits, on.network, interfaces, stopper, tasks)
     claims = Claims(config, slots, pools, records, load, allocator, preparation, counters, sessions, changed)
+    lending = Lending(config, slots, pools, records, load, claims, stopper, counters, sessions)
     return Supervisor(
         slots=slots,
         pools=pools,
         load=load,
         stopper=stopper,
         images=images,
-        adoption=Adoption(slots, pools, records, systemd, monitor, compressor, interfaces, counters, sessions, tasks),
+        adoption=Adoption(
+            slots, pools, records, systemd, monitor, compressor, interfaces, counters, sessions, lending, tasks
+        ),
         calls=Calls(
-            config, slots, load, claims,
-            Lending(config, slots, pools, records, load, claims, stopper, counters, sessions),
+            config, slots, load, claims, lending,
             Updates(config, records, limits, load, sessions),
             Trials(config, pools, load, health, starter, on.router),
             Figures(config, slots, pools, load, health, on.zygotes, counters), stopper, counters, tasks, changed,

@@ -51,8 +51,13 @@ class Lending:
         if obstacle is not None:
             raise Full(f"no slot is lent: {obstacle}", retry_after_s=RETRY_MAX_S)
         slot = await self._claims.lend(given, key, client)
-        asyncio.get_running_loop().call_later(lending.LENT_S, self._end, slot.id)
+        self._end_in_time(slot.id)
         return slot
+
+    def adopt(self) -> None:
+        """Ends the slots that a former supervisor has lent at the times that are in their records."""
+        for live in list(self._slots.values()):
+            self._end_in_time(live.slot.id)
 
     def _stock(self, client: str) -> lending.Stock:
         image = self._config.value.pool.image
@@ -62,10 +67,16 @@ class Lending:
         warm = self._slots.count(SlotState.WARM, image)
         return lending.Stock(warm, self._pools.wanted(image), len(lent), of_client)
 
-    def _end(self, slot_id: str) -> None:
+    def _end_in_time(self, slot_id: str) -> None:
+        """Ends a slot that is still lent when its life is over: now, or by a timer."""
         live = self._slots.get(slot_id)
-        if live is not None and live.slot.lent_to is not None:
-            self._stopper.end(live, Event.SLOT_RETURNED, f"not claimed within {lending.LENT_S:g} s")
+        if live is None or live.slot.lent_to is None or live.slot.expires_s is None:
+            return
+        left_s = live.slot.expires_s - now()
+        if left_s > 0:
+            asyncio.get_running_loop().call_later(left_s, self._end_in_time, slot_id)
+        else:
+            self._stopper.end(live, Event.SLOT_RETURNED, f"not claimed within {live.slot.ttl_s:g} s")
 
     def keep(self, slot_id: str, token: str, client: str) -> Slot:
         """Makes a lent slot a claimed one, whose life begins now; a repetition changes nothing.

@@ -16,6 +16,7 @@ from nbagent.core.events import Event
 from nbagent.core.model import Limits, Slot, SlotState, now
 from nbagent.launch import requests
 from nbagent.linux import cgroup
+from nbagent.policy.lending import LENT_S
 from nbagent.sandbox.spec import ACTIVITY_FD
 from nbagent.supervisor import launch_service
 from nbagent.wire import activity
@@ -64,10 +65,11 @@ def processes(monkeypatch):
 def record(host, name, pid, state=SlotState.WARM, **changes):
     """Writes a slot's file as a former supervisor has left it; returns the slot."""
     claimed = {"claimed_s": now(), "ttl_s": 600.0} if state is SlotState.CLAIMED else {}
+    changes = claimed | changes
     slot = Slot(
         id=name, image="minimal", digest="sha256-0", id_base=1 << 20, uid=2001, state=state,
         limits=Limits(1 << 30, 100, None, 256), token="secret", created_s=now(), ends_s=now() + 10**6, pid=pid,
-        **claimed, **changes,
+        **changes,
     )
     (host.records.path / name).mkdir()
     host.records.save(slot)
@@ -146,6 +148,21 @@ async def test_a_lent_slot_outlives_the_supervisor_and_is_kept_by_the_next_one(t
         assert host.slots["c07-lent"].slot.lent_to == "192.0.2.7"
         host.calls.keep("c07-lent", slot.token, "192.0.2.7")
         assert host.slots["c07-lent"].slot.lent_to is None
+
+
+@pytest.mark.parametrize("left_s", [0.2, -1.0], ids=["it has time left", "its time is over"])
+async def test_an_adopted_lent_slot_ends_at_the_time_of_its_record(tmp_path, processes, journal, left_s):
+    host = Host(tmp_path)
+    pid, lent_s = processes.start("nbagent-c07-lent.scope"), now() + left_s - LENT_S
+    slot = record(host, "c07-lent", pid, SlotState.CLAIMED, lent_to="192.0.2.7", claimed_s=lent_s, ttl_s=LENT_S)
+    async with host:
+        if left_s > 0:
+            assert host.states()["c07-lent"] == "claimed"
+        await until(lambda: host.states()["c07-lent"] == "stopping")
+        assert now() >= slot.expires_s
+        processes.end(pid)
+        await host.gone("c07-lent")
+        assert Event.SLOT_RETURNED in kinds(journal) and Event.SLOT_CULLED not in kinds(journal)
 
 
 async def test_an_adopted_slot_whose_process_ends_is_removed(tmp_path, processes, journal):
