@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Public bug reports about notebooks on servers of others, tried on slots and on a plain `jupyter lab`.
 
-Each function does what a report says, as a user's page does it, and fails where the complaint is true. What it returns
-has to be the same in a slot as with the plain server. packaging/docs/conformance.md lists the reports.
+Each function repeats the steps of a report, as a user's page does them, and fails where the complaint is true. Its
+value has to be the same in a slot as with the plain server. packaging/docs/conformance.md lists the reports.
 """
 
 from __future__ import annotations
@@ -473,12 +473,13 @@ def the_time_of_a_saved_file_is_that_of_the_next_request(user: Notebook) -> None
 @reports("jupyterhub/binderhub#871", "jupyterlab/jupyterlab#489", "jupyterhub/jupyterhub#1993", "jupyter/notebook#2457")
 def terminals_and_notebooks_have_the_same_programs(user: Notebook) -> Any:
     """A terminal's PATH or Python is another than the notebook's, it is sh, or does not read .bashrc."""
+    programs = "for name in python3 jupyter pip; do command -v $name; done"
     with kernel_of(user) as kernel:
         cell(kernel, "open('.bashrc', 'a').write('export FROM_BASHRC=yes\\n')")
         terminal = Terminal(user)
-        found = terminal.run("echo $FROM_BASHRC/$0/$TERM/$LANG; which python3 jupyter pip").split()
+        found = terminal.run(f"echo $FROM_BASHRC/$0/$TERM/$LANG; {programs}").split()
         terminal.end()
-        inside = cell(kernel, "!which python3 jupyter pip").split()
+        inside = cell(kernel, f"!{programs}").split()
         cell(kernel, "import os; os.remove('.bashrc')")
     assert found[1:] == inside, (found, inside)
     return found[0]
@@ -543,7 +544,7 @@ def an_interrupt_ends_programs_of_a_cell(user: Notebook) -> Any:
 
 @reports("ipython/ipykernel#110", "jupyter/notebook#3078", "jupyterlab/jupyterlab#7365")
 def output_of_libraries_and_programs_is_shown(user: Notebook) -> None:
-    """What a C library or a child writes to descriptors 1 and 2 is not in the cell's output."""
+    """The output of a C library or a child, to descriptors 1 and 2, is not in the cell's output."""
     with kernel_of(user) as kernel:
         found = cell(kernel, """
             import ctypes, os, subprocess, sys, time
