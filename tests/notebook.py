@@ -64,11 +64,11 @@ class Notebook:
 
 
 class Kernel:
-    """One kernel's websocket."""
+    """One kernel's websocket. With the `session` of a former one, it gets the output that is kept for that."""
 
-    def __init__(self, notebook: Notebook, kernel_id: str) -> None:
+    def __init__(self, notebook: Notebook, kernel_id: str, session: str = "") -> None:
         self.notebook, self.id = notebook, kernel_id
-        self.session = uuid.uuid4().hex
+        self.session = session or uuid.uuid4().hex
         self.socket = websocket.create_connection(
             f"ws://127.0.0.1:{notebook.router.port}{notebook.base}api/kernels/{kernel_id}/channels?session_id={self.session}",
             socket=notebook.host.connect(notebook.router.port),

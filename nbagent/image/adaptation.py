@@ -2,19 +2,25 @@
 """Adapts an unpacked image to slots, and names what is different from a container, for the person who imports it.
 
 The user of a slot has an id of its own, and no process of a slot is the image's user or root. So files that the image's
-user may read become readable for all users of the image, by `open_files`. Nothing becomes writable.
+user may read become readable for all users of the image, by `open_files`. Nothing becomes writable. `keep_path` lets
+login shells have the PATH of the manifest.
 
 The tree is private to the caller, so no file of it is replaced meanwhile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import shlex
 import stat
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from nbagent.image import jupyter
+from nbagent.image import manifest as manifests
+from nbagent.image.archive import Chown
 from nbagent.image.manifest import Manifest
 from nbagent.image.passwd import Account
 from nbagent.untrusted.refusal import Refused, plain
@@ -26,6 +32,11 @@ _SOFTWARE = (("usr",), ("opt",), ("srv",))
 # A home that takes a slot longer to copy than the rest of its start, as measured on two processors.
 _HOME_BYTES, _HOME_ENTRIES = 20 << 20, 2000
 _NAMES_SHOWN = 3
+_PROFILE, _PROFILES = ("etc", "profile"), ("etc", "profile.d")
+# A login shell reads it before the image's other scripts there, which may add directories to PATH.
+_PATH_SCRIPT = "00-nbagent-path.sh"
+_PATH_LINES = "# Written by nbagent, because /etc/profile replaces the PATH of the image.\nPATH={}\n"
+_SETS_PATH = re.compile(rb"^\s*(export\s+)?PATH=", re.MULTILINE)
 
 
 class Size(NamedTuple):
@@ -83,6 +94,30 @@ def open_files(tree: Tree, id_base: int, account: Account, python: str | None) -
                 status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
                 opened += _widen(name, directory_fd, status, id_base, account, 0o5)
     return opened
+
+
+def keep_path(tree: Tree, id_base: int, manifest: Manifest, chown: Chown = os.chown) -> None:
+    """Adds a script that sets the manifest's PATH in login shells, if /etc/profile sets another, as Debian's does.
+
+    JupyterLab's terminals are login shells when the server has no terminal. They would find other programs than
+    notebooks do, such as Debian's Python instead of the one in /opt/conda.
+    """
+    path = manifest.environment.get("PATH")
+    # Not in an image whose directory is a link or missing, or has a directory of this name.
+    with contextlib.suppress(OSError):
+        if path is None or (file := tree.open_regular(_PROFILE)) is None:
+            return
+        with file:
+            if not _SETS_PATH.search(file.read(manifests.MAX_BYTES)):
+                return
+        script = (*_PROFILES, _PATH_SCRIPT)
+        with tree.directory(_PROFILES) as directory_fd:
+            # The file may be a hard link of another image's.
+            tree.remove_file(script)
+            with open(tree.create_file(script, 0o644), "w") as output:
+                os.fchmod(output.fileno(), 0o644)
+                output.write(_PATH_LINES.format(shlex.quote(path)))
+            chown(_PATH_SCRIPT, id_base, id_base, dir_fd=directory_fd, follow_symlinks=False)
 
 
 def home_size(tree: Tree, home: str) -> Size:

@@ -344,6 +344,8 @@ class ImageStore:
 
     def _publish(self, staging: Path, record: _Record, name: str) -> None:
         """Turns the staged tree into an image, and points `name` to it."""
+        with open_tree(staging / "rootfs") as tree:
+            adaptation.keep_path(tree, record.id_base, record.manifest, self._chown)
         assets = staging / "static"
         assets.mkdir(0o755)
         limits = self._limits

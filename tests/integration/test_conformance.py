@@ -14,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "conformance"))
 
 import kernels
+import reports
 import suite
 import ui
 from execd import execd_image
@@ -89,6 +90,18 @@ def test_the_suite_of_ipykernel_passes_as_with_kernels_of_a_plain_server(agent, 
     assert passed(results["plain"]) >= 80
     for kind in ("fork", "exec"):
         assert not suite.differences(results["plain"], results[kind], kernels.DIFFERENCES), kind
+
+
+@pytest.mark.skipif(WANTED != "all", reason="by make conformance")
+def test_no_public_report_is_true_of_a_slot(agent):
+    with suite.plain(agent.host, root_of(agent, "minimal")) as plain:
+        results = {"plain": reports.run(plain)}
+    results["fork"] = reports.run(suite.slot(agent.open(memory="1G")))
+    with execd_image(agent) as execd:
+        results["exec"] = reports.run(suite.slot(agent.open(memory="1G", image=execd)))
+    print(reports.table(results))
+    for kind in ("fork", "exec"):
+        assert not reports.faults(results["plain"], results[kind]), kind
 
 
 @pytest.mark.skipif(WANTED != "ui", reason="by make test-ui")

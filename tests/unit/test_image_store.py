@@ -548,3 +548,34 @@ def test_an_image_gets_another_manifest_without_a_copy_of_its_files(store: Image
     assert second.digest in store.retire(set())
     store.sweep()
     assert (store.get("other").root / file).exists()
+
+
+def with_path(path: str) -> str:
+    return MANIFEST.replace("[environment]", f'[environment]\nPATH = "{path}"')
+
+
+def test_login_shells_have_the_path_of_the_manifest(store: ImageStore, owners: Owners, tmp_path: Path) -> None:
+    archive = Archive.with_image(with_path("/opt/x/bin:/a b"))
+    archive.add("etc/profile", b'if [ 1 ]; then\n  PATH="/usr/bin"\nfi\n')
+    archive.add("etc/profile.d", type=tarfile.DIRTYPE, mode=0o755)
+    first = add(store, archive)
+    second = store.use("other", "minimal", manifest.parse(with_path("/opt/y/bin").encode()))
+    for root, path in ((first.root, "/opt/x/bin:/a b"), (second.root, "/opt/y/bin")):
+        script = root / "etc/profile.d/00-nbagent-path.sh"
+        command = ["sh", "-c", '. "$1"; echo "$PATH"', "sh", script]
+        assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == path + "\n"
+        assert owners.recorded[script.name, script.stat().st_ino] == first.id_base
+        assert stat.S_IMODE(script.stat().st_mode) == 0o644
+
+
+def test_no_script_for_login_shells_is_written_without_need_or_through_a_link(store: ImageStore) -> None:
+    mine = with_path("/opt/x/bin")
+    archives = {
+        "without": Archive.with_image(mine).add("etc/profile", b"umask 0\n").add("etc/profile.d", type=tarfile.DIRTYPE),
+        "flat": Archive.with_image(mine).add("etc/profile", b"PATH=/usr/bin\n"),
+        "linked": Archive.with_image(mine).add("etc/profile", b"PATH=/usr/bin\n").add("srv", type=tarfile.DIRTYPE)
+        .add("etc/profile.d", type=tarfile.SYMTYPE, linkname="../srv"),
+        "plain": Archive.with_image().add("etc/profile", b"PATH=/x\n").add("etc/profile.d", type=tarfile.DIRTYPE),
+    }
+    for name, archive in archives.items():
+        assert not list(add(store, archive, name).root.rglob("*nbagent-path*")), name

@@ -9,7 +9,8 @@ Each image is an OCI layout in one of two forms. `stacks` is like those of jupyt
 `python` is like python:3.x: root, an interpreter in /usr/local or /usr/bin, and packages by pip. They are made of
 Debian's and PyPI's packages, and, for Python 3.12, of an interpreter that pyenv has built on this machine; where there
 is none, the image is left out. A row passes if `nbagent image check` does, if an interrupt ends a cell that waits for
-input or at a breakpoint, and if slots are forked, or not for the reason that the row names.
+input or at a breakpoint, if terminals find the programs of notebooks, and if slots are forked, or not for the reason
+that the row names.
 
 Layers are cached by a hash of their recipe. The table goes to standard output.
 """
@@ -35,8 +36,9 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / "integration"), str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent / name) for name in ("integration", "conformance", ".")]
 
+import reports
 from waits import check_waits
 
 import product
@@ -244,6 +246,10 @@ def tried(agent: Agent, version: Version) -> tuple[list[str], list[str]]:
         activated = notebook.run("import os; print(os.environ['FROM_ACTIVATE'])").stream.strip()
         if activated != "/opt/conda":
             wrong.append(f"activate.d: {activated!r}")
+    try:
+        reports.terminals_and_notebooks_have_the_same_programs(notebook)
+    except AssertionError as error:
+        wrong.append(f"terminal: {error}")
     try:
         check_waits(agent, notebook)
     except AssertionError as error:

@@ -5,6 +5,8 @@ import { readFileSync } from 'fs';
 import { expect, test } from '@jupyterlab/galata';
 
 const listed = (page, name) => page.locator('.jp-DirListing-item', { hasText: name });
+// A slot has no trash.
+const DELETE = /^(Delete|Move to Trash)$/;
 
 async function choose(page, name, entry) {
   await listed(page, name).click({ button: 'right' });
@@ -20,7 +22,7 @@ test('a file is created, renamed, copied and deleted', async ({ page, tmpPath })
   await expect(listed(page, 'untitled.txt')).toHaveCount(0);
   await choose(page, 'one.txt', 'Duplicate');
   await expect(listed(page, 'one-Copy1.txt')).toBeVisible();
-  await choose(page, 'one.txt', 'Delete');
+  await choose(page, 'one.txt', DELETE);
   await page.locator('.jp-Dialog .jp-mod-accept').click();
   await expect(listed(page, /^one\.txt/)).toHaveCount(0);
   expect(await page.contents.fileExists(`${tmpPath}/one.txt`)).toBe(false);
@@ -39,7 +41,7 @@ test('a directory is created, filled by cut and paste, and deleted with its file
   await expect(listed(page, 'moved.txt')).toBeVisible();
   await page.filebrowser.openDirectory(tmpPath);
   await expect(listed(page, 'moved.txt')).toHaveCount(0);
-  await choose(page, 'place', 'Delete');
+  await choose(page, 'place', DELETE);
   await page.locator('.jp-Dialog .jp-mod-accept').click();
   await expect(listed(page, 'place')).toHaveCount(0);
   expect(await page.contents.directoryExists(`${tmpPath}/place`)).toBe(false);
@@ -56,6 +58,53 @@ test('a file is uploaded and downloaded', async ({ page, tmpPath }) => {
   const download = page.waitForEvent('download');
   await choose(page, 'up.bin', 'Download');
   expect(readFileSync(await (await download).path()).equals(content)).toBe(true);
+});
+
+test('a notebook is copied into a directory', async ({ page, tmpPath }) => {
+  await page.contents.createDirectory(`${tmpPath}/place`);
+  await page.contents.uploadContent('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}', 'text',
+    `${tmpPath}/copied.ipynb`);
+  await choose(page, 'copied.ipynb', 'Copy');
+  await page.filebrowser.openDirectory(`${tmpPath}/place`);
+  await page.locator('.jp-DirListing-content').click({ button: 'right', position: { x: 50, y: 200 } });
+  await page.getByRole('menu').getByText('Paste', { exact: true }).click();
+  await expect(listed(page, 'copied.ipynb')).toBeVisible();
+  expect(await page.contents.fileExists(`${tmpPath}/copied.ipynb`)).toBe(true);
+});
+
+test('all cells run, the table of contents has their headings, and text is found and replaced', async ({ page }) => {
+  await page.notebook.createNew();
+  await page.notebook.setCell(0, 'markdown', '# First\n\n## Second');
+  await page.notebook.addCell('code', 'found = "need" + "le"');
+  await page.notebook.addCell('code', 'print(found)');
+  await page.menu.clickMenuItem('Run>Run All Cells');
+  await expect(page.locator('.jp-OutputArea-output')).toHaveText('needle');
+  await page.sidebar.openTab('table-of-contents');
+  await page.getByRole('treeitem', { name: 'Second', exact: true }).click();
+  await page.notebook.selectCells(1);
+  await page.keyboard.press('Control+f');
+  await page.fill('[placeholder="Find"]', 'found');
+  await page.locator('text=/\/2$/').waitFor();
+  await page.click('button[title="Show Replace"]');
+  await page.fill('[placeholder="Replace"]', 'other');
+  await page.click('button:has-text("Replace All")');
+  await expect.poll(() => page.notebook.getCellTextInput(2)).toBe('print(other)');
+});
+
+test('the debugger stops at a breakpoint and shows a variable', async ({ page }) => {
+  await page.notebook.createNew();
+  await page.notebook.setCell(0, 'code', 'stopped = 40 + 1\nstopped += 1\nprint(stopped)');
+  await page.debugger.switchOn();
+  await page.notebook.waitForCellGutter(0);
+  await page.notebook.clickCellGutter(0, 2);
+  await page.debugger.waitForBreakPoints();
+  await page.notebook.runCell(0, { inplace: true, wait: false });
+  await page.debugger.waitForCallStack();
+  await page.debugger.waitForVariables();
+  await expect(await page.debugger.getVariablesPanelLocator()).toContainText('stopped');
+  await page.click('jp-button[title^=Continue]');
+  await expect(page.locator('.jp-OutputArea-output')).toHaveText('42');
+  await page.debugger.switchOff();
 });
 
 test.describe('a kernel', () => {
