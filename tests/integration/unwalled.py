@@ -182,7 +182,9 @@ def traces():
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
-                found.add(f"namespace {os.readlink(f'/proc/{name}/ns/user')}")
+                # Not of the agent's own processes, because its pool may be starting slots.
+                if "/nbagent" not in Path(f"/proc/{name}/cgroup").read_text():
+                    found.add(f"namespace {os.readlink(f'/proc/{name}/ns/user')}")
             except OSError:
                 pass
     return found
