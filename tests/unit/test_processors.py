@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which slots give way, by traces of a host whose processors are divided as the kernel does."""
+"""The slots that give way, by traces of a host whose processors are divided as the kernel does."""
 
 from __future__ import annotations
 
