@@ -22,7 +22,7 @@ class ScopeLimits:
         self._systemd = systemd
 
     async def set(self, live: RunningSlot, limits: Limits) -> None:
-        """Gives a slot other limits of its own. A limit that is lowered stays lowered."""
+        """Gives a slot other limits of its own. Limits that are lowered stay so."""
         async with live.limits_lock:
             await self._apply(live, limits, live.lowered)
             # The slot can have been released meanwhile, so its state is kept.

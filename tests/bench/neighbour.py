@@ -58,6 +58,25 @@ subprocess.Popen(["python3", "-c", {source!r}, {name!r}, "{seconds}"], start_new
 """
 
 
+class SameWeight(Ours):
+    """This project with slots.cpu_weight_busy = 1, so that a slot that computes keeps its weight."""
+
+    file = "/etc/nbagent/conf.d/70-weight.toml"
+
+    def __init__(self, host: Host, client: Client) -> None:
+        super().__init__(host, client, "fork", "minimal")
+        self.key, self.name = "same-weight", "nbagent, cpu_weight_busy = 1"
+
+    def open(self, count: int) -> None:
+        self.host.run(["tee", self.file], input="[slots]\ncpu_weight_busy = 1\n")
+        super().open(count)
+        self._wait_zygote()
+
+    def close(self) -> None:
+        self.host.run(["rm", "-f", self.file])
+        super().close()
+
+
 class Neighbour:
     """One run on one host. `samples_ms` has, by side and round, the latencies by load."""
 
@@ -76,6 +95,7 @@ class Neighbour:
         user = self.host.run(["stat", "-c", "%u", f"{root}/home/jovyan"]).stdout.strip()
         makers = {
             "fork": lambda: Ours(self.host, self.client, "fork", "minimal"),
+            "same-weight": lambda: SameWeight(self.host, self.client),
             "systemd-run": lambda: sides.SystemdRun(self.host, self.client, root, user, self.options.users + 1),
             "podman": lambda: sides.Podman(self.host, self.client, root, base),
         }
@@ -203,7 +223,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--users", type=int, default=10, metavar="N", help="users who run cells; default: 10")
     parser.add_argument("--seconds", type=float, default=10, metavar="N", help="measured of each load; default: 10")
     parser.add_argument("--only", type=words, default=["fork", "systemd-run", "podman"], metavar="KEY,…",
-                        help="only these sides: fork, systemd-run, podman")
+                        help="only these sides: fork, systemd-run, podman; or same-weight, which is fork without "
+                        "slots.cpu_weight_busy")
     parser.add_argument("--noises", type=words, default=list(noises.NOISES), metavar="NAME,…",
                         help=f"only these loads: {', '.join(noises.NOISES)}")
     parser.add_argument("--out", type=Path, default=sides.OUT, help="where the files go")

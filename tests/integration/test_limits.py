@@ -221,7 +221,7 @@ def test_a_slot_that_computes_on_a_full_host_gives_way_until_it_rests(any_agent)
         return state()["limits_in_force"]["cpu_weight"] == weight == kernels_weight(agent, pid)
 
     def count():
-        return int(re.search(r"^nbagent_gave_way_total (\d+)", agent.api.get("/metrics").text, re.M)[1])
+        return int(re.search(r"^nbagent_gave_way_total (\d+)", agent.api.get("/metrics").body.decode(), re.M)[1])
 
     before = count()
     with notebook.kernel() as kernel:

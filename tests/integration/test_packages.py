@@ -8,10 +8,10 @@ import json
 import os
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import taken_over
+from restrictions import attempts_of
 
 import product
 from conftest import SETTINGS, Agent
@@ -40,8 +40,6 @@ EXPOSURE_MAX = {
     "nbagent.service": 0.9,
 }
 # Files that other programs of the host changed. Paths of our files contain "nbagent".
-# A oneshot copy of nbagent.service has none of these.
-OTHER_DIRECTIVES = re.compile(r"(Exec\w+|Type|Sockets|Watchdog\w+|Restart\w*|Wants|After|WantedBy)=|\[Install\]|#")
 OTHER_FILES = re.compile(r"file /(etc|usr|var|run)/(?!.*nbagent)")
 
 
@@ -116,22 +114,29 @@ def test_every_service_of_the_package_has_a_limit_of_its_exposure(installed):
 
 def test_a_supervisor_that_is_taken_over_reaches_nothing_of_the_host(installed):
     """The attempts of taken_over.py under the restrictions of nbagent.service, and without them."""
-    program = "/usr/local/lib/taken_over.py"
-    installed.host.copy_in(str(Path(__file__).with_name("taken_over.py")), program)
-    free = installed.run("python3", program).splitlines()
+    free, log = attempts_of(installed.host, "nbagent.service", "supervisor")
     assert free == [*(f"succeeded: {name}" for name in taken_over.ATTEMPTS), "complete"]
-    lines = installed.run("systemctl", "cat", "nbagent.service").splitlines()
-    kept = [line for line in lines if not OTHER_DIRECTIVES.match(line)]
-    unit = "\n".join([*kept, "[Service]", f"ExecStart=/usr/bin/python3 -I {program}", "Type=oneshot", ""])
-    installed.run("tee", "/run/systemd/system/taken-over.service", input=unit)
-    try:
-        installed.run("systemctl", "daemon-reload")
-        installed.run("systemctl", "start", "taken-over.service")
-        log = installed.run("journalctl", "-u", "taken-over.service", "-o", "cat", "_COMM=python3").splitlines()
-    finally:
-        installed.run("rm", "/run/systemd/system/taken-over.service", program)
-        installed.run("systemctl", "daemon-reload")
     assert log == ["complete"]
+
+
+# The attempts that succeed in a service that is taken over, because it has to be able to make them.
+OF_API = {"an operation of the supervisor"}
+OF_ROUTER = {
+    "a network socket", "the server of a slot", "the landing page by an address of choice",
+    "the control API as a program of the host",
+}
+
+
+@pytest.mark.parametrize(("unit", "allowed"), [("nbagent-api.service", OF_API), ("nbagent-router.service", OF_ROUTER)])
+def test_an_api_or_a_router_that_is_taken_over_reaches_no_slot_but_by_its_service(installed, unit, allowed):
+    claim = installed.claim()
+    pid = installed.processes(claim["slot"])[-1]
+    words = ("service", claim["slot"], claim["token"], str(pid))
+    free, log = attempts_of(installed.host, unit, *words)
+    names = taken_over.OF_ANY_USER | taken_over.of_services(claim["slot"], claim["token"], pid)
+    assert free == [*(f"succeeded: {name}" for name in names), "complete"]
+    assert set(log) == {*(f"succeeded: {name}" for name in allowed), "complete"}
+    installed.release(claim["slot"])
 
 
 def test_systemd_accepts_the_units(installed):
