@@ -62,6 +62,7 @@ PROXY_TIMEOUT_S = 10.0
 # The remedy for each part of nbagent.supervisor.health.
 FAULTS = {
     "image": "nbagent image list; nbagent image import, or apt install --reinstall nbagent-image-minimal",
+    "network": "systemctl restart nbagent-network; journalctl -eu nbagent-network",
     "records": "df /run; df -i /run; free space in /run, whose size is a part of the memory",
     "router": "systemctl restart nbagent-router; journalctl -eu nbagent-router",
     "systemd": "systemctl restart nbagent-units; journalctl -eu nbagent-units; if systemctl fails too, reboot the host",

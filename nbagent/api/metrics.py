@@ -68,7 +68,7 @@ _ZYGOTE_GAUGES: dict[_ZygoteGauge, str] = {
     "age_s": "Time since the zygote was ready.",
 }
 # supervisor.health
-PARTS = ("systemd", "router", "image", "records")
+PARTS = ("systemd", "router", "image", "records", "network")
 _HISTOGRAMS: dict[_Histogram, str] = {
     "start_seconds": "Time from the decision to start a slot until it is warm.",
     "claim_seconds": "Time that a claim took in the supervisor.",

@@ -95,7 +95,7 @@ class Event(enum.Enum):
     HEALTH_LOST = Kind("d2b5f0a8c4714e9da36f7e1c95b80d42", Priority.WARNING, "%(part)s fails, so this host offers fewer slots: %(text)s")
     HEALTH_RESTORED = Kind("8f9c1e5a3d6047b2b4e8a7c60d15f293", Priority.NOTICE, "%(part)s works again")
     NETWORK_FAILED = Kind("941fcad1b56e411ca4f64dcb31e8503c", Priority.WARNING, "failed to set up the slot network: %(text)s")
-    NETWORK_RESTORED = Kind("c56a026931784bdfb4bbe6f67097d3fa", Priority.WARNING, "nftables table inet nbagent was removed by another program; restored")
+    NETWORK_RESTORED = Kind("c56a026931784bdfb4bbe6f67097d3fa", Priority.WARNING, "nftables table inet nbagent was changed by another program; restored")
     NETWORK_REPAIRED = Kind("8c0cfee49b7d46e99ad3eb0ffbab620f", Priority.WARNING, "slot network restored after a change by another program: %(text)s")
     DNS_PUBLISHED = Kind("f5e34eec98d34b0aac9f762fe89f29aa", Priority.INFO, "records of %(name)s published: %(text)s")
     DNS_WITHDRAWN = Kind("3054e0a53eec4436873ace4c59051623", Priority.NOTICE, "records of %(name)s withdrawn: %(text)s")

@@ -11,6 +11,7 @@ kernel notifies it (nbagent.network.watch).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import selectors
@@ -34,6 +35,74 @@ SETTLE_S = 0.2
 INTERVAL_S = 1.0
 # Repaired things named in one journal entry.
 SHOWN = 10
+FAILURES = (OSError, NetlinkError)
+
+
+class Upkeep:
+    """Keeps the kernel's state as the rules and the slots need it: checks it after notifications, and on request."""
+
+    def __init__(self, kernel: HostNetwork, *events: socket.socket) -> None:
+        self._kernel = kernel
+        self._events = events
+        self._changes = watch.Changes()
+        self._noted_s = self._repaired_s = -math.inf
+        # Why the last repair was not possible; "" when it was.
+        self._failure = ""
+
+    def start(self) -> None:
+        """Applies the rules of a former process of this service. A failure is repeated by `repair`."""
+        self._changes.table = RULES_PATH.exists()
+        with contextlib.suppress(*FAILURES):
+            self.apply()
+
+    def apply(self) -> None:
+        """Applies the rules, if there are any. Raises OSError or NetlinkError."""
+        if RULES_PATH.exists():
+            self._kernel.apply(Rules.restore(json.loads(RULES_PATH.read_text())))
+            # Other programs can have made changes while this service did not run.
+            self._changes.everything = True
+            self.repair()
+
+    def check(self) -> None:
+        """Repairs all that is known to have changed. Raises OSError while that is not possible."""
+        for events in self._events:
+            watch.read(events, self._changes)
+        if self._changes or self._kernel.has_stale:
+            self.repair()
+        if self._failure:
+            raise OSError(self._failure)
+
+    def read(self, events: socket.socket) -> None:
+        """Reads notifications."""
+        if not self._changes:
+            self._noted_s = time.monotonic()
+        watch.read(events, self._changes)
+
+    def due_s(self) -> float:
+        """When `repair` is due; infinity while nothing is known to have changed."""
+        if not self._changes and not self._kernel.has_stale:
+            return math.inf
+        # The table at once, because packets of slots pass without rules meanwhile.
+        settled_s = self._noted_s if self._changes.table else self._noted_s + SETTLE_S
+        return max(settled_s, self._repaired_s + INTERVAL_S)
+
+    def repair(self) -> None:
+        """Repairs what has changed. Changes whose repair fails are kept for the next time."""
+        self._repaired_s = time.monotonic()
+        try:
+            if self._changes.table and RULES_PATH.exists() and not self._kernel.is_intact():
+                self._kernel.apply(Rules.restore(json.loads(RULES_PATH.read_text())))
+                emit(Event.NETWORK_RESTORED)
+            found = self._kernel.repair(self._changes)
+        except FAILURES as error:
+            if str(error) != self._failure:
+                emit(Event.NETWORK_FAILED, text=str(error))
+            self._failure = str(error)
+            return
+        self._changes, self._failure = watch.Changes(), ""
+        if found:
+            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+            emit(Event.NETWORK_REPAIRED, text=", ".join(found[:SHOWN]) + more)
 
 
 def main() -> None:
@@ -49,42 +118,18 @@ def main() -> None:
     with listener, rules_events, state_events, selectors.DefaultSelector() as selector:
         for readable in (listener, rules_events, state_events):
             selector.register(readable, selectors.EVENT_READ)
-        if RULES_PATH.exists():
-            _apply(kernel)
+        upkeep, watchdog = Upkeep(kernel, rules_events, state_events), Watchdog()
+        upkeep.start()
         daemon.notify("READY=1")
-        changes, due_s, repaired_s, watchdog = watch.Changes(), 0.0, 0.0, Watchdog()
         while True:
-            wait_s = max(0.0, due_s - time.monotonic()) if changes else math.inf
+            wait_s = max(0.0, upkeep.due_s() - time.monotonic())
             for key, _ in selector.select(min(wait_s, watchdog.notify())):
-                if key.fileobj is listener:
-                    if (connection := accept_now(listener)) is not None:
-                        requests.serve(kernel, connection, lambda: _apply(kernel))
-                    continue
-                due_s = due_s if changes else max(time.monotonic() + SETTLE_S, repaired_s + INTERVAL_S)
-                watch.read(rules_events if key.fileobj is rules_events else state_events, changes)
-            if changes.table:  # at once, because packets of slots pass without rules meanwhile
-                _restore_table(kernel)
-                changes.table = False
-            if changes and time.monotonic() >= due_s:
-                _repair(kernel, changes)
-                changes, repaired_s = watch.Changes(), time.monotonic()
-
-
-def _restore_table(kernel: HostNetwork) -> None:
-    if RULES_PATH.exists() and not kernel.is_applied():
-        _apply(kernel)
-        emit(Event.NETWORK_RESTORED)
-
-
-def _repair(kernel: HostNetwork, changes: watch.Changes) -> None:
-    try:
-        found = kernel.repair(changes)
-    except (OSError, NetlinkError) as error:
-        emit(Event.NETWORK_FAILED, text=str(error))
-        return
-    if found:
-        more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        emit(Event.NETWORK_REPAIRED, text=", ".join(found[:SHOWN]) + more)
+                if key.fileobj is not listener:
+                    upkeep.read(rules_events if key.fileobj is rules_events else state_events)
+                elif (connection := accept_now(listener)) is not None:
+                    requests.serve(kernel, connection, upkeep)
+            if time.monotonic() >= upkeep.due_s():
+                upkeep.repair()
 
 
 def _activated() -> int:
@@ -92,12 +137,6 @@ def _activated() -> int:
     if len(fds) != 1:
         raise SystemExit("no listening socket from systemd: start nbagent-network.socket")
     return int(fds[0])
-
-
-def _apply(kernel: HostNetwork) -> None:
-    kernel.apply(Rules.restore(json.loads(RULES_PATH.read_text())))
-    # Other programs can have made changes while this service did not run.
-    _repair(kernel, watch.Changes(everything=True))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pyroute2 import IPRoute, NetlinkError
 
 from nbagent.linux import rtnetlink
 from nbagent.network.addresses import LABEL, PREFIX, gateway
-from nbagent.network.rules import COUNTED, PER_SLOT, TABLE, Rules, render
+from nbagent.network.rules import COUNTED, FIXED, GUARDED, PER_SLOT, TABLE, Rules, render
 from nbagent.network.watch import FLAGS, Changes
 
 # The MAC address of both ends of every veth pair. With it and IFF_NOARP no end resolves its neighbour, so that no slot
@@ -33,6 +33,8 @@ MTU = 1500
 PUBLIC = "8.8.8.8"
 SYSCTL = Path("/proc/sys/net")
 _SCOPE_HOST = 254
+# strerror(3) of ENOENT and EEXIST, which nft prints; this process sets no locale.
+MISSING, PRESENT = "No such file or directory", "File exists"
 
 
 class NftFailed(OSError):
@@ -48,10 +50,14 @@ class HostNetwork:
         # A copy of the set `guarded`, to restore it after another program flushed the host's ruleset.
         self._guarded: set[str] = set()
         self._rules: Rules | None = None
+        # The table without the elements of slots, as `apply` has left it.
+        self._applied = ""
+        # Whether the deletion of an element of a slot failed, so that `repair` deletes it.
+        self.has_stale = False
         # Interfaces of slots on which the host's settings disable IPv6.
         self._without_ipv6: set[int] = set()
-        if self.is_applied():
-            self._guarded = {name for name, in self._elements("guarded")}
+        if self._exists():
+            self._guarded = {name for name, in self._elements(GUARDED)}
 
     def close(self) -> None:
         """Closes the netlink socket."""
@@ -61,8 +67,12 @@ class HostNetwork:
 
     def apply(self, rules: Rules) -> None:
         """Creates or updates the nftables table, the resolver's address, and IPv4 forwarding of uplinks."""
-        self._rules = rules
-        self._command(render(rules))
+        self._rules, script = rules, render(rules)
+        try:
+            self._command(script)
+        except NftFailed:
+            # Another program or version has made a chain or set of the same name and of another kind.
+            self._command(f"table {TABLE}\ndelete table {TABLE}\n{script}")
         for name in self._guarded:
             self._guard(name)
         for _, name, state, addresses in self._interfaces():
@@ -70,6 +80,30 @@ class HostNetwork:
                 self._add_slot(name, addresses)
         self._set_resolver_address(gateway(rules.range4))
         self._enable_forwarding(self._uplinks())
+        self._applied = self._listed()
+
+    def is_intact(self) -> bool:
+        """Whether the rules and the elements that are the same for all slots are as `apply` has left them."""
+        try:
+            guarded = {name for name, in self._elements(GUARDED)}
+            return self._listed() == self._applied and guarded == self._guarded
+        except NftFailed:  # the table or a set is missing
+            return False
+
+    def _exists(self) -> bool:
+        return f"table {TABLE}\n" in self._command("list tables inet")
+
+    def _listed(self) -> str:
+        """The table without elements, and the elements of the sets that are the same for all slots."""
+        self._nft.set_stateless_output(True)
+        self._nft.set_terse_output(True)
+        try:
+            found = [self._command(f"list table {TABLE}")]
+            self._nft.set_terse_output(False)
+            return "".join(found + [self._command(f"list set {TABLE} {name}") for name in FIXED])
+        finally:
+            self._nft.set_terse_output(False)
+            self._nft.set_stateless_output(False)
 
     def repair(self, changes: Changes) -> list[str]:
         """Restores what another program changed; returns the texts of what was wrong."""
@@ -85,17 +119,20 @@ class HostNetwork:
         for name in sorted(names):
             if name.startswith(PREFIX) and _forward(name):
                 found.append(f"forwarding of {name}")
-        indexes = changes.links | (changes.ipv6 & self._without_ipv6)
+        if self.has_stale or changes.everything:
+            found += [f"element of {name}" for name in self._delete_stale()]
+        emptied = {index for name in changes.elements if (index := _index_of(name))}
+        indexes = changes.links | emptied | (changes.ipv6 & self._without_ipv6)
         links = {index for index in indexes if _name_of(index).startswith(PREFIX)}
         for selected in [()] if changes.everything else [(index,) for index in links]:
             found += self._repair_links(*selected)
         return found
 
     def _repair_links(self, *index: int) -> list[str]:
-        """Restores forwarding, flags and routes of one interface of a slot, or of all."""
+        """Restores forwarding, flags, routes and elements of one interface of a slot, or of all."""
         found = []
         with _missing_ignored():
-            for link, name, _, addresses in self._interfaces(*index):
+            for link, name, state, addresses in self._interfaces(*index):
                 with _missing_ignored():
                     found += [f"forwarding of {name}"] if _forward(name) else []
                     if link["flags"] & FLAGS != FLAGS:
@@ -103,6 +140,31 @@ class HostNetwork:
                         found.append(f"flags of {name}")
                     routed = [address for address in addresses if self._restore_route(link["index"], address)]
                     found += [f"route to {address} on {name}" for address in routed]
+                    added = [address for address in addresses if state == OPEN and self._restore_element(name, address)]
+                    found += [f"element {address} of {name}" for address in added]
+        return found
+
+    def _restore_element(self, name: str, address: str) -> bool:
+        """Adds a slot's address to its set; returns whether it was missing."""
+        try:
+            self._command(f"create {_element(name, address)}")
+        except NftFailed as error:
+            if PRESENT in str(error):
+                return False
+            raise
+        return True
+
+    def _delete_stale(self) -> set[str]:
+        """Deletes the elements of interfaces that do not exist; returns the names. Raises NftFailed."""
+        existing, found = {name for _, name in socket.if_nameindex()}, set()
+        self.has_stale = False
+        for set_name in PER_SLOT if self._exists() else ():
+            for element in self._elements(set_name):
+                if element[0] not in existing:
+                    self._delete_element(set_name, *element)
+                    found.add(element[0])
+        if self.has_stale:
+            raise NftFailed(f"elements of {', '.join(sorted(found)[:3])} were not deleted")
         return found
 
     def _restore_route(self, index: int, address: str) -> bool:
@@ -118,10 +180,6 @@ class HostNetwork:
             raise
         self._without_ipv6.discard(index)
         return True
-
-    def is_applied(self) -> bool:
-        """Whether the table exists; another program can have flushed the host's ruleset."""
-        return f"table {TABLE}\n" in self._command("list tables inet")
 
     def _uplinks(self) -> set[int]:
         """The interfaces of the default routes and of the routes to ranges that the operator named."""
@@ -141,7 +199,7 @@ class HostNetwork:
         if _is_router():
             # Another program made this host a router, so its packets for others must not be dropped.
             for name in self._guarded:
-                self._delete_element("guarded", name)
+                self._delete_element(GUARDED, name)
             self._guarded.clear()
             return []
         changed = []
@@ -163,7 +221,7 @@ class HostNetwork:
         for name in self._guarded if not _is_router() else ():
             with contextlib.suppress(OSError):
                 (SYSCTL / "ipv4/conf" / name / "forwarding").write_text("0")
-        if self.is_applied():
+        if self._exists():
             self._command(f"delete table {TABLE}")
         self._set_resolver_address(None)
 
@@ -203,38 +261,44 @@ class HostNetwork:
                 self._add_slot(name, addresses)
 
     def remove(self, name: str, addresses: Collection[str]) -> None:
-        """Deletes a slot's interface and its elements in all sets; any of them may be missing."""
-        for address in addresses:
-            self._delete_element(f"slots{6 if ':' in address else 4}", name, address)
-        for set_name in COUNTED:
-            self._delete_element(set_name, name)
+        """Deletes a slot's interface and its elements in all sets; any of them may be missing.
+
+        The interface comes first, because its packets add elements to the counted sets.
+        """
         with contextlib.suppress(OSError, NetlinkError):
             self._ip.link("del", index=socket.if_nametoindex(name))
+        for address in addresses:
+            self._delete_element(_set_of(address), name, address)
+        for set_name in COUNTED:
+            self._delete_element(set_name, name)
 
     def sweep(self, keep: Collection[str]) -> None:
         """Removes every interface of ours, and every element of one, that is not among `keep`."""
-        for set_name in PER_SLOT if self.is_applied() else ():
-            for element in self._elements(set_name):
-                if element[0] not in keep:
-                    self._delete_element(set_name, *element)
         for index, name in socket.if_nameindex():
             if name.startswith(PREFIX) and name not in keep:
                 with contextlib.suppress(NetlinkError):  # the kernel removed it with its network namespace
                     self._ip.link("del", index=index)
+        for set_name in PER_SLOT if self._exists() else ():
+            for element in self._elements(set_name):
+                if element[0] not in keep:
+                    self._delete_element(set_name, *element)
 
     # -- helpers -------------------------------------------------------------------------------
 
     def _add_slot(self, name: str, addresses: Iterable[str]) -> None:
         for address in addresses:
-            self._command(f'add element {TABLE} slots{6 if ":" in address else 4} {{ "{name}" . {address} }}')
+            self._command(f"add {_element(name, address)}")
 
     def _guard(self, name: str) -> None:
-        self._command(f'add element {TABLE} guarded {{ "{name}" }}')
+        self._command(f'add element {TABLE} {GUARDED} {{ "{name}" }}')
 
     def _delete_element(self, set_name: str, name: str, *rest: str) -> None:
-        """Deletes an element of a set, if there is one: nft's failure is ignored."""
+        """Deletes an element of a set, if there is one. Sets `has_stale` when that fails."""
         key = " . ".join((f'"{name}"', *rest))
-        self._nft.cmd(f"delete element {TABLE} {set_name} {{ {key} }}")
+        try:
+            self._command(f"delete element {TABLE} {set_name} {{ {key} }}")
+        except NftFailed as error:
+            self.has_stale = self.has_stale or MISSING not in str(error)
 
     def _elements(self, set_name: str) -> list[tuple[str, ...]]:
         """The elements of a set, each as the tuple of its concatenated fields."""
@@ -296,8 +360,25 @@ class HostNetwork:
     def _command(self, script: str) -> str:
         status, output, error = self._nft.cmd(script)
         if status:
-            raise NftFailed(0, f"nft: {str(error).strip()[:500]}")
+            # The message and the command; a longer script has one of each for every line.
+            raise NftFailed(f"nft: {' '.join(str(error).splitlines()[:2])[:300]}")
         return str(output)
+
+
+def _set_of(address: str) -> str:
+    return "slots6" if ":" in address else "slots4"
+
+
+def _element(name: str, address: str) -> str:
+    """The element of a slot's address, in nft's words."""
+    return f'element {TABLE} {_set_of(address)} {{ "{name}" . {address} }}'
+
+
+def _index_of(name: str) -> int:
+    """The index of an interface; 0 when it was removed."""
+    with contextlib.suppress(OSError):
+        return socket.if_nametoindex(name)
+    return 0
 
 
 def _name_of(index: int) -> str:

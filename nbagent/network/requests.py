@@ -7,6 +7,7 @@
     {"op": "open", "name": str}
     {"op": "remove", "name": str, "addresses": [str]}
     {"op": "sweep", "keep": [str]}      removes all interfaces but these
+    {"op": "check"}                     repairs what other programs have changed; fails while that is not possible
     {"op": "host"}                      responds {"ok": true, "ipv6": whether the host forwards it, "resolver": the
                                         text of its resolv.conf}
 
@@ -20,7 +21,6 @@ import errno
 import ipaddress
 import re
 import socket
-from collections.abc import Callable
 from typing import Protocol
 
 from nbagent.network.addresses import forwards_ipv6
@@ -50,8 +50,16 @@ class HostNetwork(Protocol):
     def sweep(self, keep: list[str]) -> None: ...
 
 
-def serve(network: HostNetwork, connection: socket.socket, apply_rules: Callable[[], None]) -> None:
-    """Serves one connection, and closes it. `apply_rules` does the request "rules"."""
+class Upkeep(Protocol):
+    """The operations of the service on all rules together (nbagent.network.__main__). Each raises OSError."""
+
+    def apply(self) -> None: ...
+
+    def check(self) -> None: ...
+
+
+def serve(network: HostNetwork, connection: socket.socket, upkeep: Upkeep) -> None:
+    """Serves one connection, and closes it."""
     with Channel(connection, REQUEST_MAX_BYTES) as channel, contextlib.suppress(OSError):
         channel.socket.settimeout(_TIMEOUT_S)
         try:
@@ -60,17 +68,19 @@ def serve(network: HostNetwork, connection: socket.socket, apply_rules: Callable
             with request:
                 if (uid := channel.peer_uid()) != 0:
                     raise PermissionError(errno.EPERM, f"user id {uid} may not use the network service")
-                response: dict[str, object] = {"ok": True, **_do(network, request, apply_rules)}
+                response: dict[str, object] = {"ok": True, **_do(network, request, upkeep)}
         except Exception as error:  # the service has to serve the other slots' requests
             response = Failure.of(error, "network").save()
         channel.send(response)
 
 
-def _do(network: HostNetwork, request: Message, apply_rules: Callable[[], None]) -> dict[str, object]:
+def _do(network: HostNetwork, request: Message, upkeep: Upkeep) -> dict[str, object]:
     body = request.body
     match body.get("op"):
         case "rules":
-            apply_rules()
+            upkeep.apply()
+        case "check":
+            upkeep.check()
         case "attach":
             inner, rate = fields.text(body, "inner"), fields.integer(body, "rate", 0, _RATE_MAX)
             network.attach(_name(body), inner, request.fds["netns"], _addresses(body), rate)

@@ -31,7 +31,11 @@ TABLE = "inet nbagent"
 RULES_PATH = paths.NETWORK_RULES
 # Sets whose elements begin with the name of a slot's interface. The rules themselves fill the counted ones.
 COUNTED = ("connections", "rates", "questions", "asking", "streams")
-PER_SLOT = ("slots4", "slots6", *COUNTED)
+OF_SLOTS = ("slots4", "slots6")
+PER_SLOT = (*OF_SLOTS, *COUNTED)
+# Sets whose elements are the same for all slots.
+FIXED = ("refused4", "refused6", "named4", "named6")
+GUARDED = "guarded"
 # An address that an allowed name resolved to stays reachable for this long after the last query.
 ANSWER_LIFE = "1d"
 # Queries to the resolver, a second and slot. A connection needs two (A and AAAA).

@@ -3,7 +3,8 @@
 
 An administrator's command, sysctl(8), systemd-networkd, Docker and `nft flush ruleset` change state that the network
 service sets once for a slot. Most notifications are about changes of this service itself, once or more for each slot
-that starts or ends. So a notification leads to a check only if it reports a state that a working slot never has.
+that starts or ends. So a notification leads to a check only if it reports a state that a working slot never has, or a
+change of the table's rules, which this service makes only when it applies settings.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from nbagent.network.addresses import LABEL, PREFIX
+from nbagent.network.rules import FIXED, GUARDED, OF_SLOTS, TABLE
 
 # IFF_UP and IFF_NOARP
 FLAGS = 0x1 | 0x80
 _NETLINK_NETFILTER = 12
 _NFNLGRP_NFTABLES = 7
-_NFT_DELTABLE = 10 << 8 | 2
+_NFNL_SUBSYS_NFTABLES = 10
+_NFPROTO_INET = 1
+# Numbers of linux/netfilter/nf_tables.h. The name of the table is attribute 1 in messages about any object.
+_NFTA_TABLE, _NFTA_SET_ELEM_LIST_SET, _NFTA_SET_ELEM_LIST_ELEMENTS = 1, 2, 3
+_NFTA_SET_ELEM_KEY, _NFTA_DATA_VALUE = 1, 1
+_IFNAMSIZ = 16
+# The flags of nested attributes and of byte order (linux/netlink.h).
+_NLA_TYPE_MASK = 0x3FFF
 # Numbers of linux/rtnetlink.h, linux/if_link.h and linux/netconf.h.
 _LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_ROUTE, _IPV4_NETCONF = 1, 5, 7, 11, 24
 _IFLA_IFNAME, _IFLA_IFALIAS = 3, 20
@@ -39,11 +48,27 @@ class _Kind(enum.IntEnum):
     NEWNETCONF = 80
 
 
+class _Rules(enum.IntEnum):
+    """Types of nftables' messages, without those of requests for objects."""
+
+    NEWTABLE = 0
+    DELTABLE = 2
+    NEWCHAIN = 3
+    DELCHAIN = 5
+    NEWRULE = 6
+    DELRULE = 8
+    NEWSET = 9
+    DELSET = 11
+    NEWSETELEM = 12
+    DELSETELEM = 14
+
+
 @dataclass
 class Changes:
     """A list of checks. Interfaces are given by index; most of them are not of slots."""
 
-    table: bool = False  # the nftables table may be missing
+    table: bool = False  # the nftables table may be missing, or its rules changed
+    elements: set[str] = field(default_factory=set)  # names of interfaces whose elements were deleted from sets
     everything: bool = False  # notifications were lost
     uplinks: bool = False
     resolver: bool = False
@@ -53,7 +78,7 @@ class Changes:
     ipv6: set[int] = field(default_factory=set)
 
     def __bool__(self) -> bool:
-        sets = self.forwarding or self.links or self.ipv6
+        sets = self.elements or self.forwarding or self.links or self.ipv6
         return bool(self.table or self.everything or self.uplinks or self.resolver or sets)
 
 
@@ -77,13 +102,39 @@ def read(events: socket.socket, changes: Changes) -> None:
             return
         except OSError:  # ENOBUFS: the socket's buffer overflowed and notifications are lost
             changes.table = changes.table or netfilter
-            changes.everything = changes.everything or not netfilter
+            changes.everything = True
             continue
         for kind, body in _messages(packet):
             if netfilter:
-                changes.table = changes.table or kind == _NFT_DELTABLE
+                add_rules(changes, kind, body)
             else:
                 add(changes, kind, body)
+
+
+def add_rules(changes: Changes, kind: int, body: bytes) -> None:
+    """Adds what to check after one message about nftables objects; `body` begins after its netlink header."""
+    found = _attributes(body, 4)
+    table = found.get(_NFTA_TABLE, b"").rstrip(b"\0").decode(errors="replace")
+    if kind >> 8 != _NFNL_SUBSYS_NFTABLES or body[:1] != bytes([_NFPROTO_INET]) or f"inet {table}" != TABLE:
+        return
+    match kind & 0xFF:
+        case (
+            _Rules.NEWTABLE | _Rules.DELTABLE | _Rules.NEWCHAIN | _Rules.DELCHAIN | _Rules.NEWRULE | _Rules.DELRULE
+            | _Rules.NEWSET | _Rules.DELSET
+        ):
+            changes.table = True
+        case _Rules.NEWSETELEM | _Rules.DELSETELEM as change:
+            name = found.get(_NFTA_SET_ELEM_LIST_SET, b"").rstrip(b"\0").decode(errors="replace")
+            changes.table = changes.table or name in (*FIXED, GUARDED)
+            if change == _Rules.DELSETELEM and name in OF_SLOTS:
+                changes.elements.update(_interfaces(found.get(_NFTA_SET_ELEM_LIST_ELEMENTS, b"")))
+
+
+def _interfaces(elements: bytes) -> Iterator[str]:
+    """The names of interfaces with which the keys of a list of set elements begin."""
+    for _, element in _each_attribute(elements, 0):
+        key = _attributes(_attributes(element, 0).get(_NFTA_SET_ELEM_KEY, b""), 0).get(_NFTA_DATA_VALUE, b"")
+        yield key[:_IFNAMSIZ].rstrip(b"\0").decode(errors="replace")
 
 
 def add(changes: Changes, kind: int, body: bytes) -> None:
@@ -150,12 +201,14 @@ def _messages(packet: bytes) -> Iterator[tuple[int, bytes]]:
 
 def _attributes(body: bytes, offset: int) -> dict[int, bytes]:
     """The attributes of a message by type, from `offset`, where its fixed part ends."""
-    found = {}
+    return dict(_each_attribute(body, offset))
+
+
+def _each_attribute(body: bytes, offset: int) -> Iterator[tuple[int, bytes]]:
     while offset + 4 <= len(body):
         length, kind = struct.unpack_from("=HH", body, offset)
-        found[kind] = body[offset + 4:offset + length]
+        yield kind & _NLA_TYPE_MASK, body[offset + 4:offset + length]
         offset += max(4, (length + 3) & ~3)
-    return found
 
 
 def _integer(value: bytes) -> int:

@@ -25,8 +25,9 @@ TRY_S = 3.0
 class Pool:
     """The pool of one image. `digest` is None when the store no longer has the image.
 
-    `launch` is "fork" or "exec". `warming`: the image's first zygote is being started; until it is ready slots start by
-    exec, for claims that wait only, because a forked slot takes a tenth of the memory. `paused_s` are the seconds until
+    `launch` is "fork" or "exec". `warming`: a zygote is being started, and none forks; until it is ready slots start by
+    exec, for claims that wait only, because a forked slot takes a tenth of the memory, and each start by exec as much
+    processor time as half of a quick zygote's. `paused_s` are the seconds until
     the next start may be tried, and `failed_ago_s` those since the last one failed.
     """
 

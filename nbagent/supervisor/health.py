@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tries every few seconds what a claim would find: PID 1, the router, the default image, and room for records.
+"""Tries every few seconds what a claim would find: PID 1, the router, the default image, network, room for records.
 
 A host that only counts its free slots attracts claims while its router does not serve or systemd does not respond. So
 each part is tried by a small request as a claim or its user makes it, and `faults` has the parts that failed twice in
@@ -19,6 +19,7 @@ from nbagent.core.events import Event, emit
 from nbagent.core.model import now
 from nbagent.image.store import ImageStore
 from nbagent.supervisor import readiness
+from nbagent.supervisor.network import INTERNET, Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.systemd import JobFailed, Systemd
 
@@ -41,8 +42,9 @@ class Health:
     """
 
     def __init__(
-        self, config: CurrentConfig, systemd: Systemd, store: ImageStore, records: Records, changed: asyncio.Event,
-        router: Path = paths.ROUTER_CHECK_SOCKET, restored: Callable[[], None] = lambda: None,
+        self, config: CurrentConfig, systemd: Systemd, store: ImageStore, records: Records, network: Network,
+        changed: asyncio.Event, router: Path = paths.ROUTER_CHECK_SOCKET,
+        restored: Callable[[], None] = lambda: None,
     ) -> None:
         self._config = config
         self._store = store
@@ -56,7 +58,7 @@ class Health:
         self._reading: asyncio.Future[None] | None = None
         self._tries: Mapping[str, Callable[[], Awaitable[object]]] = {
             "systemd": systemd.check, "router": self._try_router, "image": self._try_image,
-            "records": self._try_records,
+            "records": self._try_records, "network": network.check,
         }
 
     def may_start(self) -> bool:
@@ -65,7 +67,9 @@ class Health:
 
     def may_claim(self) -> bool:
         """Whether a claim of a warm slot can succeed, and its user can open it."""
-        return not NEEDED_BY_ALL & self.faults.keys()
+        config = self._config.value
+        needs_network = config.network_mode(config.pool.image) == INTERNET
+        return not (NEEDED_BY_ALL | ({"network"} if needs_network else set())) & self.faults.keys()
 
     async def run(self) -> None:
         """Tries all parts until cancelled."""

@@ -41,7 +41,7 @@ from nbagent.wire.channel import Channel, Message
 from nbagent.wire.failure import Failure, StepFailed, printable
 from nbagent.wire.fields import MalformedMessage
 from nbagent.wire.limits_page import SlotLimits
-from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, QUICK_OPTION
 
 # The router's address of an image's files, in front of the digest.
 # Takes the place of a slot's id in the sandbox of a zygote.
@@ -151,7 +151,7 @@ def sandbox_spec(
     )
 
 
-def zygote_spec(image: Image, storage_bytes: int, limits: Limits) -> SandboxSpec:
+def zygote_spec(image: Image, storage_bytes: int, limits: Limits, *, quick: bool = False) -> SandboxSpec:
     """The sandbox of a zygote of `image`: a slot's, but as root of the image's user namespace.
 
     The environment is for the imports only, because each fork replaces it by its slot's. The libraries that it loads
@@ -164,7 +164,7 @@ def zygote_spec(image: Image, storage_bytes: int, limits: Limits) -> SandboxSpec
     return _image_spec(image, storage_bytes)._replace(
         user="root",
         command=[*_activated(image), image.python, f"{CODE_PATH}/zygote/zygote.py",
-                 *([] if image.share_memory else [PRIVATE_MEMORY_OPTION])],
+                 *([] if image.share_memory else [PRIVATE_MEMORY_OPTION]), *([QUICK_OPTION] if quick else [])],
         environment=environment | {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": ZYGOTE_NAME},
         syscall_filter=forking_filter(),
     )

@@ -78,6 +78,14 @@ class Network:
                     raise StartFailed(f"{resolver.UNIT}: {error}", step="network") from error
                 self._resolver_text = text
 
+    async def check(self) -> None:
+        """Lets the service repair what other programs have changed, where a network is allowed.
+
+        Raises StartFailed while that is not possible.
+        """
+        if self.allowed:
+            await self._call("check")
+
     async def choose(self, taken: Container[str]) -> tuple[str, ...]:
         """Addresses for a new slot, none of them in `taken`; empty where no network is allowed. Raises StartFailed.
 

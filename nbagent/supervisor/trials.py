@@ -21,7 +21,7 @@ from nbagent.supervisor.slot_starter import SlotStarter
 
 ROUTER_MAX_S = 5.0
 # Parts of nbagent.supervisor.health without which a start waits until its timeout.
-NEEDED_BY_STARTS = frozenset({"records", "systemd"})
+NEEDED_BY_STARTS = frozenset({"network", "records", "systemd"})
 
 
 class Trials:

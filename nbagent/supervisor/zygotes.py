@@ -5,8 +5,9 @@ A zygote and its zygote service are one systemd unit, `nbagent-zygote@IMAGE:GENE
 the supervisor. When the connection is closed, the service and the zygote end, and no slot ends with them. Over a
 restart of the supervisor systemd keeps the connection (`fd_store`), so that the next supervisor adopts the zygote. A
 zygote that has forked many slots, is old, or was started by another version or with other settings is replaced when
-the next one is ready. After one that ended or did not respond, another is started, and slots start by exec until it is
-ready.
+the next one is ready. After one that ended or did not respond, a quick one is started, which has no warm-up: it takes a
+third of the processor time, and its slots more time and memory. Slots start by exec until it is ready, and are forked
+from it until the next one is, which is a complete one.
 
 A zygote runs the code of an image. Its unit has the limits of a slot, and pool.zygote_memory; what it sends is checked,
 and whatever goes wrong with it is a failure of the zygote and of nothing else.
@@ -90,13 +91,14 @@ class Kept(NamedTuple):
 
 @dataclass(eq=False)
 class Zygote:
-    """One zygote. `channel` leads to its zygote service."""
+    """One zygote. `channel` leads to its zygote service. One that is `quick` is replaced by a complete one."""
 
     instance: str
     image: Image
     channel: Channel
     born_s: float
     forks: int = 0
+    quick: bool = False
 
     @property
     def unit(self) -> str:
@@ -116,7 +118,8 @@ class ZygotePool:
     """The zygotes of one image. `zygote` is the one that forks; `task` starts the next.
 
     `failure` is the reason why the last one failed, "" when one forks.
-    `first_try_done`: the first has started or failed to start. `no_zygote` is set while there is none that forks.
+    `first_try_done`: the first has started or failed to start. `is_awaited`: none forks, and the start of one has not
+    failed. `no_zygote` is set while there is none that forks.
     """
 
     image: Image
@@ -125,6 +128,7 @@ class ZygotePool:
     failures: int = 0
     failure: str = ""
     first_try_done: bool = False
+    is_awaited: bool = True
     no_zygote: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -246,22 +250,24 @@ class Zygotes:
         if kept is None or kept.identity.get("digest") != pool.image.digest:
             return False
         del self._kept[pool.image.name]
-        pool.zygote = Zygote(kept.instance, pool.image, kept.channel, kept.born_s, kept.forks)
-        pool.first_try_done = True
+        quick = kept.identity == self._identity(pool.image, quick=True)
+        pool.zygote = Zygote(kept.instance, pool.image, kept.channel, kept.born_s, kept.forks, quick)
+        pool.first_try_done, pool.is_awaited = True, False
         pool.no_zygote.clear()
         self._tasks.spawn(self._watch(pool, pool.zygote))
         self.counts["zygotes_adopted"] += 1
         emit(Event.ZYGOTE_ADOPTED, zygote=kept.instance, image=pool.image.name, forks=kept.forks)
-        if kept.identity != self._identity(pool.image):
+        if not quick and kept.identity != self._identity(pool.image, quick=False):
             self._replace(pool, pool.zygote, "it was started by another version of nbagent or with other settings")
+        self._review(pool)
         return True
 
-    def _identity(self, image: Image) -> dict[str, object]:
-        return identity(self._spec(image), image, self._limits())
+    def _identity(self, image: Image, *, quick: bool) -> dict[str, object]:
+        return identity(self._spec(image, quick=quick), image, self._limits())
 
-    def _spec(self, image: Image) -> SandboxSpec:
+    def _spec(self, image: Image, *, quick: bool) -> SandboxSpec:
         slots = self.config.value.slots
-        return zygote_spec(image, slots.storage_bytes, default_limits(slots))
+        return zygote_spec(image, slots.storage_bytes, default_limits(slots), quick=quick)
 
     def _limits(self) -> Limits:
         settings = self.config.value
@@ -283,9 +289,9 @@ class Zygotes:
         return "" if pool.zygote else pool.failure or "its zygote is being started"
 
     def is_warming(self, image: str) -> bool:
-        """Whether the image's first zygote is being started, and has not failed yet."""
+        """Whether slots of the image are soon forked: a zygote is being started, the first or after an end."""
         pool = self._pools.get(image)
-        return pool is not None and not pool.first_try_done
+        return pool is not None and pool.is_awaited
 
     def stats(self) -> dict[str, dict[str, object]]:
         """The zygotes by image, for /stats. `state` is "none" when no zygote is started again."""
@@ -312,7 +318,9 @@ class Zygotes:
         if (zygote := pool.zygote) is None or pool.task is not None:
             return
         settings, age_s = self.config.value.pool, now() - zygote.born_s
-        if zygote.forks >= settings.zygote_slots or age_s >= settings.zygote_age:
+        if zygote.quick:
+            self._replace(pool, zygote, "it has no warm-up")
+        elif zygote.forks >= settings.zygote_slots or age_s >= settings.zygote_age:
             self._replace(pool, zygote, f"{zygote.forks} slots in {age_s:.0f} s")
 
     def _replace(self, pool: ZygotePool, zygote: Zygote, text: str) -> None:
@@ -324,13 +332,14 @@ class Zygotes:
         pool = self._pools.get(zygote.image.name)
         if pool is None or pool.zygote is not zygote:
             return
-        # A zygote that has run for backoff_max, or has paid for its start, ends the series of failures.
-        if now() - zygote.born_s > self.config.value.pool.backoff_max or zygote.forks >= PAID_FORKS:
-            pool.failures = 0
+        # A zygote that has run for backoff_max, or has paid for its start, ends the series of failures, so that the next
+        # one starts without a pause.
+        is_paid = now() - zygote.born_s > self.config.value.pool.backoff_max or zygote.forks >= PAID_FORKS
+        pool.failures = 0 if is_paid else pool.failures + 1
+        pool.is_awaited = is_paid
         pool.zygote = None
         fd_store.forget(zygote.instance)
         pool.no_zygote.set()
-        pool.failures += 1
         self._log_failure(pool, zygote.instance, text)
         self._tasks.spawn(self._stop(zygote))
         if pool.task is None:
@@ -347,7 +356,6 @@ class Zygotes:
 
     def _end(self, name: str) -> None:
         pool = self._pools.pop(name)
-        pool.first_try_done = True
         if pool.task is not None:
             pool.task.cancel()
         if pool.zygote is not None:
@@ -364,8 +372,12 @@ class Zygotes:
             settings = self.config.value.pool
             await asyncio.sleep(backoff(pool.failures, settings.backoff, settings.backoff_max))
             began_s, instance = now(), begun.instance if begun else f"{pool.image.name}:{secrets.token_hex(3)}"
+            quick = pool.first_try_done and pool.zygote is None
             try:
-                channel = await (self._continue(pool, begun) if begun else self._start(pool, instance))
+                if begun:
+                    channel, quick = await self._continue(pool, begun)
+                else:
+                    channel = await self._start(pool, instance, quick=quick)
             except Exception as error:
                 text = str(error) or f"not ready after {now() - began_s:.0f} s"
                 if not isinstance(error, EXPECTED):
@@ -381,13 +393,15 @@ class Zygotes:
                 self._log_failure(pool, instance, text)
                 with contextlib.suppress(OSError):
                     await self._systemd.stop(unit_of(instance))
-                pool.first_try_done = True
+                pool.first_try_done, pool.is_awaited = True, False
                 self.changed()
                 if fails_always:
                     pool.task = None
+                    if pool.zygote is not None:  # even a quick one is not replaced
+                        pool.zygote.quick = False
                     return
                 continue
-            former, pool.zygote = pool.zygote, Zygote(instance, pool.image, channel, now())
+            former, pool.zygote = pool.zygote, Zygote(instance, pool.image, channel, now(), quick=quick)
             reach(Point.ZYGOTE_READY)
             fd_store.keep(instance, channel.fileno())
             pool.no_zygote.clear()
@@ -397,18 +411,19 @@ class Zygotes:
             self._tasks.spawn(self._watch(pool, pool.zygote))
             if former is not None:
                 former.dismiss()
-            pool.first_try_done = True
+            pool.first_try_done, pool.is_awaited = True, False
+            self._review(pool)
             self.changed()
             return
 
-    async def _start(self, pool: ZygotePool, instance: str) -> Channel:
+    async def _start(self, pool: ZygotePool, instance: str, *, quick: bool) -> Channel:
         """Starts a zygote, and returns when it is ready. Raises OSError, JobFailed, TimeoutError,
         StartFailed or MalformedMessage.
         """
         unit, gives_way = unit_of(instance), pool.zygote is not None
         weight = CPU_WEIGHT_GIVING_WAY if gives_way else CPU_WEIGHT
         await self._systemd.set_limits(unit, replace(self._limits(), cpu_weight=weight))
-        made = asyncio.ensure_future(self._made(pool.image, instance))
+        made = asyncio.ensure_future(self._made(pool.image, instance, quick=quick))
         no_zygote = asyncio.ensure_future(pool.no_zygote.wait())
         try:
             if gives_way:
@@ -420,7 +435,7 @@ class Zygotes:
             made.cancel()
             no_zygote.cancel()
 
-    async def _made(self, image: Image, instance: str) -> Channel:
+    async def _made(self, image: Image, instance: str, *, quick: bool) -> Channel:
         connected = self._expected[instance] = asyncio.get_running_loop().create_future()
         try:
             await self._systemd.start(unit_of(instance))
@@ -429,8 +444,9 @@ class Zygotes:
             del self._expected[instance]
         try:
             channel.send({
-                "spec": self._spec(image).save(), "preload": list(image.preload),
-                "extensions_after_fork": list(image.extensions_after_fork), "identity": self._identity(image),
+                "spec": self._spec(image, quick=quick).save(), "preload": list(image.preload),
+                "extensions_after_fork": list(image.extensions_after_fork),
+                "identity": self._identity(image, quick=quick),
             })
             fd_store.begin(instance, channel.fileno())
             response = await self._response(channel)
@@ -448,8 +464,10 @@ class Zygotes:
             raise
         return channel
 
-    async def _continue(self, pool: ZygotePool, begun: Begun) -> Channel:
+    async def _continue(self, pool: ZygotePool, begun: Begun) -> tuple[Channel, bool]:
         """Waits until a zygote that a former supervisor was starting is ready. Raises as `_start`.
+
+        Returns also whether it is a quick one.
 
         Its service responds to the description when the zygote is ready. Before that the service has sent that it is
         ready, which the former supervisor may have received.
@@ -464,8 +482,10 @@ class Zygotes:
                         if "ready" in response.body:
                             _report_notes(response, begun.instance, pool.image)
                         elif response.body.get("described") == token:
-                            if fields.mapping(response.body, "identity") == self._identity(pool.image):
-                                return channel
+                            found = fields.mapping(response.body, "identity")
+                            for quick in (False, True):
+                                if found == self._identity(pool.image, quick=quick):
+                                    return channel, quick
                             raise StartFailed("it was started by another version or with other settings", step="zygote")
             raise StartFailed("the zygote service ended", step="zygote")
         except BaseException as error:

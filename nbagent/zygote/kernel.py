@@ -129,8 +129,10 @@ def _attach_to_process(shell: Any) -> None:
 # In the zygote.
 
 
-def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers: Openers) -> Dict[str, str]:
-    """Loads what kernels inherit, the modules `preload` included, and warms up server and kernels.
+def prepare(
+    server: Any, memory: MemorySharing, preload: Iterable[str], openers: Openers, *, quick: bool
+) -> Dict[str, str]:
+    """Loads what kernels inherit, the modules `preload` included, and warms up server and kernels unless `quick`.
 
     Afterwards the process has one thread and no zmq context. `openers` records which module opened a file that is still
     open. Returns the modules of `preload` whose import failed, with the reason. Raises Inherited if threads are left.
@@ -147,18 +149,23 @@ def prepare(server: Any, memory: MemorySharing, preload: Iterable[str], openers:
         with as_execd.note():
             _import(modules["kernel"])
             left_out = _preload(preload, openers)
-        with openers.during("a request or a kernel of the warm-up"):
-            # The first warm-up is not recorded, since much of its code runs only once in a process.
-            warmup.warm_up(server, _run_warmup_kernel)
-            with memory.arrange_code():
-                warmup.warm_up(server, _run_warmup_kernel)
-            for _ in range(warmup.ROUNDS):
-                warmup.warm_up(server, _run_warmup_kernel)
+        if not quick:
+            _warm_up(server, memory, openers)
         _shell = _ready_shell()
     entropy.find_generators()
     gc.collect()
     openers.check_threads()
     return left_out
+
+
+def _warm_up(server: Any, memory: MemorySharing, openers: Openers) -> None:
+    with openers.during("a request or a kernel of the warm-up"):
+        # The first warm-up is not recorded, since much of its code runs only once in a process.
+        warmup.warm_up(server, _run_warmup_kernel)
+        with memory.arrange_code():
+            warmup.warm_up(server, _run_warmup_kernel)
+        for _ in range(warmup.ROUNDS):
+            warmup.warm_up(server, _run_warmup_kernel)
 
 
 def _import(names: Iterable[str]) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The zygote: a notebook server that is initialised up to its listening socket, and forks slots.
 
-    python3 zygote.py [--private-memory] [--activated=NAMES]
+    python3 zygote.py [--private-memory] [--quick] [--activated=NAMES]
 
 Runs inside an image, under the image's own Python, in a root of its own, as root of the image's user namespace
 with the few capabilities that a fork of a slot takes (nbagent.sandbox.plan). Over the channel at CONTROL_FD it
@@ -33,10 +33,10 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [os.path.dirname(os.path.dirname(_HERE)), *(path for path in sys.path if path != _HERE)]
 gc.disable()
 
-from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, share_memory
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, QUICK_OPTION, share_memory
 
 # Before the imports below, so that the modules they load are in the shared memory.
-memory = share_memory(PRIVATE_MEMORY_OPTION not in sys.argv)
+memory = share_memory(not {PRIVATE_MEMORY_OPTION, QUICK_OPTION} & set(sys.argv))
 
 from nbagent.zygote import as_execd
 
@@ -175,7 +175,7 @@ class Zygote:
         openers.check_extensions()
         openers.check_threads()
         preload = [name for name in plan.preload if name not in plan.left_out]
-        failed = kernel.prepare(self.server, memory, preload, openers)
+        failed = kernel.prepare(self.server, memory, preload, openers, quick=QUICK_OPTION in sys.argv)
         plan.left_out.update(failed)
         self.loop = notebook_server.release_loop(self.server)
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.

@@ -256,7 +256,11 @@ def main() -> None:
     out = product.DIST.parent / "chaos"
     out.mkdir(parents=True, exist_ok=True)
     (out / f"chaos-{options.seed}.json").write_text(json.dumps(found, indent=1) + "\n")
+    by_kind = found.pop("recovery_s_by_kind")
     print(json.dumps(found, indent=1))
+    print("recovery in seconds by kind, the slowest first")
+    for name, figures in sorted(by_kind.items(), key=lambda item: -item[1]["p99"]):
+        print(f"{figures['p50']:8.2f} p50 {figures['p99']:8.2f} p99 {figures['count']:4}  {name}")
     if found["problems"]:
         raise SystemExit(f"{len(found['problems'])} problems")
 

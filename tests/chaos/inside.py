@@ -36,6 +36,13 @@ INJECTED = {
     "slow files": (f"{CHANGES},openat:delay_enter=50ms",),
     "failed allocations": ("brk,mmap,mremap:error=ENOMEM",),
 }
+# Commands of another program that change the slots' network.
+NETWORK = {
+    "the rules of nftables": "nft flush ruleset",
+    "the elements of slots": "nft flush set inet nbagent slots4; nft flush set inet nbagent refused4",
+    "the flags and routes of slots": """for link in $(ip -o link | grep -o 'nb-[0-9a-z]\\{12\\}'); do
+        ip link set $link down arp on; ip route flush dev $link; done""",
+}
 STEPS_S = {"an hour ahead": 3600, "an hour back": -3600, "ten years ahead": 10 * 365 * 86400}
 
 
@@ -223,6 +230,8 @@ class Faults:
         if kind == "memory":
             self.held["memory"] = target
             return limit_memory(target)
+        if kind == "network":
+            return run("sh", "-c", NETWORK[target])
         if kind in INJECTED:
             self.held[kind] = inject(kind, target)
             return self.held[kind] and self.held[kind].args[-1]
@@ -313,6 +322,23 @@ def kinds_of_descriptors(pid):
     return found
 
 
+def network():
+    """Faults of the network of slots: rules, elements of open slots, flags and routes of interfaces."""
+    found, rules = [], run("nft", "list", "table", "inet", "nbagent")
+    found += [f"no {text}" for text in ("iifname \"nb-*\" masquerade", "10.0.0.0/8") if text not in rules]
+    for link in json.loads(run("ip", "-j", "-details", "link", "show") or "[]"):
+        state, *addresses = (link.get("ifalias") or "").split() or [""]
+        if not link["ifname"].startswith("nb-") or state not in ("internet", "closed"):
+            continue
+        routes = run("ip", "route", "show", "dev", link["ifname"])
+        for address in (address for address in addresses if ":" not in address):
+            found += [f"no route to {address}"] if address not in routes else []
+            is_open = f'"{link["ifname"]}" . {address}' in rules
+            found += [f"{state} {link['ifname']} has element: {is_open}"] if is_open != (state == "internet") else []
+        found += [f"flags of {link['ifname']}"] if not {"UP", "NOARP"} <= set(link["flags"]) else []
+    return found
+
+
 def census():
     scopes = run("systemctl", "list-units", "--all", "--plain", "--no-legend", "nbagent-*.scope")
     by_unit = processes()
@@ -338,6 +364,7 @@ def census():
             line.split()[4] for line in Path("/proc/1/mountinfo").read_text().splitlines() if "/nbagent" in line
         ],
         "links": sorted(link for link in links if link.startswith("nb-")),
+        "network": network(),
         "netns": run("ip", "netns", "list").split(),
         "namespaces": namespaces(),
         "descriptors": descriptors(),

@@ -17,6 +17,7 @@ BUS, JOURNAL = "dbus.service", "systemd-journald.service"
 ZYGOTE, ZYGOTE_SERVICE, ZYGOTE_PROCESS = "zygote", "zygote-service", "zygote-process"
 OURS = (SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK)
 ALL = "all services of nbagent at once"
+RULESET, ELEMENTS, LINKS = "the rules of nftables", "the elements of slots", "the flags and routes of slots"
 # A service that does not respond for longer is ended by its watchdog, which is a kill.
 HELD_S = (0.5, 8.0)
 PAUSE_S = (0.0, 1.5)
@@ -42,9 +43,11 @@ KINDS = (
     Kind("full", ("blocks of /run", "inodes of /run"), 2, held=True),
     # One of each: the service may open a few descriptors more than it has open.
     Kind("descriptors", (SUPERVISOR, API, UNITS, LAUNCH, NETWORK, ZYGOTE_SERVICE), 3, held=True),
-    Kind("tasks", ("nbagent.slice", LAUNCH), 2, held=True),
+    Kind("tasks", ("nbagent.slice", SUPERVISOR, API, UNITS, LAUNCH), 2, held=True),
     # The service may take 64 KiB more than it has.
     Kind("memory", (SUPERVISOR, API, UNITS, LAUNCH), 2, held=True),
+    # Another program removes what the network service has made; it has to be there again without a restart.
+    Kind("network", (RULESET, ELEMENTS, LINKS), 2),
     # By strace: calls that change files fail with EIO, or take longer; calls that take memory fail with ENOMEM.
     Kind("input/output errors", (SUPERVISOR, UNITS, LAUNCH), 2, held=True),
     Kind("slow files", (SUPERVISOR, UNITS, LAUNCH), 2, held=True),

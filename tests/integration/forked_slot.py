@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Runs inside an image, as root of a chroot: a zygote that forks the servers of slots.
 
-    python3 forked_slot.py serve SOCKET COUNT [--private-memory]
+    python3 forked_slot.py serve SOCKET COUNT [--private-memory] [--quick]
     python3 forked_slot.py suite DIRECTORY
 
 `serve` forks COUNT slots, number n on the socket SOCKET.n with the token "token". `suite` forks one process that runs
@@ -12,10 +12,10 @@ import sys
 
 sys.path[0] = "/run/nbagent/lib"
 
-from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, share_memory
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, QUICK_OPTION, share_memory
 
 # Before the imports below, as in zygote.py.
-memory = share_memory(PRIVATE_MEMORY_OPTION not in sys.argv)
+memory = share_memory(not {PRIVATE_MEMORY_OPTION, QUICK_OPTION} & set(sys.argv))
 
 from nbagent.zygote import as_execd
 
@@ -142,7 +142,7 @@ def main():
     mode, where = sys.argv[1:3]
     provisioner.register()
     server = initialised()
-    kernel.prepare(server, memory, (), Openers())
+    kernel.prepare(server, memory, (), Openers(), quick=QUICK_OPTION in sys.argv)
     loop = KeptLoop(server.io_loop.asyncio_loop)
     loop.release()
     memory.freeze()

@@ -25,9 +25,10 @@ import pytest
 from forked import Slot
 
 import memory_checks
-from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
+from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, QUICK_OPTION
 
 KERNEL_TEST = "jupyter_kernel_test==0.7.0"
+VARIABLES = "PYTHONPATH=/srv/modules PYTHONHASHSEED=7"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def make_shared(shared: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def slots(tree: Path, shared: Path) -> Iterator[list[Slot]]:
-    with forked.slots(tree, shared, 2, variables="PYTHONPATH=/srv/modules PYTHONHASHSEED=7") as made:
+    with forked.slots(tree, shared, 2, variables=VARIABLES) as made:
         yield made
 
 
@@ -126,6 +127,15 @@ def facts_of(kernel: forked.Kernel) -> dict[str, Any]:
 
 def test_a_forked_kernel_shows_the_facts_of_one_that_was_started_by_exec(slot: Slot) -> None:
     """Both are of the same image; PYTHONPATH and PYTHONHASHSEED, of the image, count in both."""
+    compare_facts(slot)
+
+
+def test_a_kernel_of_a_quick_zygote_shows_the_same_facts(tree: Path, tmp_path: Path) -> None:
+    with forked.slots(tree, make_shared(tmp_path / "shared"), 1, QUICK_OPTION, variables=VARIABLES) as (slot,):
+        compare_facts(slot)
+
+
+def compare_facts(slot: Slot) -> None:
     spec = {"argv": ["/usr/bin/python3", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
             "display_name": "By exec", "language": "python", "env": {"LD_TEST": "a variable of a program's start"}}
     with slot.kernel() as kernel:

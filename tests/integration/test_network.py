@@ -495,12 +495,23 @@ def test_a_packet_with_a_forged_source_address_is_dropped(slot):
         assert slot.agent.run(*inside, "python3", "-c", spoof).strip() == "TimeoutError"
         # Without the chain `arrival` the packet arrives, so that chain is what drops it.
         before = slot.agent.run("python3", "-c", who)
+        freeze(slot.agent)
         slot.agent.run("nft", "flush", "chain", "inet", "nbagent", "arrival")
         slot.agent.run(*inside, "python3", "-c", spoof)
         assert len(slot.agent.run("python3", "-c", who).split()) == len(before.split()) + 1
     finally:
         slot.agent.run(*inside, "ip", "address", "delete", "198.18.255.9/32", "dev", "net0")
         restart(slot.agent)
+
+
+RESTORED = "nftables table inet nbagent was changed by another program; restored"
+FAILS = "network fails, so this host offers fewer slots"
+
+
+def freeze(agent):
+    """Stops the network service, so that it repairs nothing, until `restart`."""
+    agent.expect(FAILS)
+    agent.run("systemctl", "kill", "-s", "STOP", "nbagent-network.service")
 
 
 def restart(agent):
@@ -515,6 +526,7 @@ def restart(agent):
 def test_connections_succeed_without_the_rules(slot):
     """The rules are what refuses connections, so the tests above cannot pass by accident."""
     nft = ("nft", "flush", "chain", "inet", "nbagent")
+    freeze(slot.agent)
     try:
         slot.agent.run(*nft, "outward")
         assert connected(slot.reach("10.1.2.3", "169.254.169.254", "fd00:ec2::254"))
@@ -584,12 +596,86 @@ def test_no_connection_is_lost_by_restarts_or_a_flushed_ruleset(slot):
     agent.run("systemctl", "restart", "nbagent.service", "nbagent-dns.service")
     agent.wait(lambda: agent.api.get("/healthz").status == 200, "the API")
     assert slot.eval(echo) == "still"
-    agent.expect("nftables table inet nbagent was removed")
+    agent.expect(RESTORED)
     agent.run("nft", "flush", "ruleset")
     agent.wait(lambda: "slots4" in (rules := agent.run("nft", "list", "ruleset")) and slot.interface in rules, "rules")
     assert connected(slot.reach(PUBLIC4, PUBLIC6)) and refused_at_once(slot.reach("10.1.2.3", "5.5.5.1"))
     assert slot.eval(echo) == "still"
     agent.wait(lambda: slot.eval("names('other.example')") == {"other.example": [OTHER4]}, "names")
+
+
+# Changes of the table by another program; {element} is the element of a slot.
+TABLE_CHANGES = (
+    "flush chain inet nbagent outward",
+    "delete element inet nbagent slots4 {element}",
+    "flush set inet nbagent slots4; flush set inet nbagent slots6",
+    "flush set inet nbagent refused4",
+    "add element inet nbagent named4 {{ 10.0.0.0/8 }}",
+    "insert rule inet nbagent outward accept",
+    "flush set inet nbagent guarded",
+    "flush chain inet nbagent departure; delete chain inet nbagent departure",
+    """flush chain inet nbagent fragments; delete chain inet nbagent fragments
+    add chain inet nbagent fragments {{ type filter hook prerouting priority 300; policy accept; }}""",
+    "add table inet nbagent {{ flags dormant; }}",
+    "delete table inet nbagent",
+)
+
+
+def table(agent):
+    """The lines of the table, without the elements that packets add, in an order that is always the same."""
+    return agent.run("sh", "-c", """
+        nft -st list table inet nbagent
+        for name in slots4 slots6 refused4 refused6 named4 named6 guarded; do
+            nft list set inet nbagent $name | tr -d ' \t\n'; echo
+        done 2>&1 | sort""", check=False).splitlines()
+
+
+def test_changes_of_the_table_are_undone_within_seconds(slot):
+    agent = slot.agent
+    for pattern in (RESTORED, "slot network restored after a change by another program: element"):
+        agent.expect(pattern)
+    element = f'{{ "{slot.interface}" . {slot.addresses()[0]} }}'
+    wanted = sorted(table(agent))
+    for change in TABLE_CHANGES:
+        agent.host.run(["nft", "-f", "-"], input=change.format(element=element))
+        agent.wait(lambda: sorted(table(agent)) == wanted, f"repair after {change}", timeout=10)
+        time.sleep(1.1)  # repairs of one second are done together
+    assert connected(slot.reach(PUBLIC4, PUBLIC6)) and refused_at_once(slot.reach("10.1.2.3", "5.5.5.1"))
+    assert agent.api.get("/stats").json()["faults"] == {}
+
+
+def test_a_host_whose_rules_cannot_be_restored_says_so_until_they_are(slot):
+    """Only the process that made a table with the flag `owner` may change it; the table ends with the process."""
+    agent = slot.agent
+    for pattern in (RESTORED, FAILS, "failed to set up the slot network: nft: "):
+        agent.expect(pattern)
+    taken = "delete table inet nbagent\nadd table inet nbagent { flags owner; }"
+    agent.run("systemd-run", "-q", "--unit=owner", "sh", "-c", f"(printf '{taken}\\n'; sleep 600) | nft -i")
+    try:
+        agent.wait(lambda: "network" in agent.api.get("/stats").json()["faults"], "fault", timeout=15)
+        assert agent.api.get("/readyz").status == 503 and "nft" in agent.api.get("/readyz").json()["detail"]
+        assert int(agent.agent_check().removeprefix("ready ").removesuffix("%\n")) <= 20
+    finally:
+        agent.run("systemctl", "stop", "owner")
+    agent.wait(lambda: agent.api.get("/readyz").status == 200, "repaired network", timeout=15)
+    assert connected(slot.reach(PUBLIC4, PUBLIC6)) and refused_at_once(slot.reach("10.1.2.3"))
+
+
+def test_elements_whose_deletion_fails_are_deleted_later(internet):
+    internet.wait_warm()
+    claim = internet.claim(network="internet")
+    name = "nb-" + claim["slot"].rpartition("-")[2]
+    internet.expect("slot network restored after a change by another program: element")
+    pid = internet.run("systemctl", "show", "-P", "MainPID", "nbagent-network").strip()
+    # The first requests of the removal to nftables fail.
+    internet.run("systemd-run", "-q", "--unit=inject", "strace", "-qq", "-p", pid, "-o", "/dev/null",
+                 "-e", "trace=sendmsg", "-e", "inject=sendmsg:error=ENOBUFS:when=1..4")
+    try:
+        internet.wait(lambda: "TracerPid:\t0\n" not in internet.run("cat", f"/proc/{pid}/status"), "strace")
+        internet.release(claim["slot"])
+    finally:
+        internet.run("systemctl", "stop", "inject")
+    internet.wait(lambda: name not in remains(internet), "deletion", timeout=10)
 
 
 # For each change of the host by another program: the command, and a command that succeeds after the repair.
@@ -762,6 +848,7 @@ def test_fragments_of_a_slot_are_dropped_before_they_are_reassembled(slot):
     assert slot.eval(send) == ["TimeoutError", "TimeoutError"]
     assert reassembled(slot.agent) == before
     try:
+        freeze(slot.agent)
         slot.agent.run("nft", "flush", "chain", "inet", "nbagent", "fragments")
         slot.eval(send)
         assert reassembled(slot.agent) > before

@@ -213,6 +213,10 @@ class FakeNetwork:
     async def set_up(self) -> None:
         self._request("set_up")
 
+    async def check(self) -> None:
+        if self.allowed:
+            self._request("check")
+
     async def attach(self, slot: Slot, netns_fd: int) -> None:
         self._request("attach")
         self.interfaces[slot.id] = "closed"

@@ -112,6 +112,35 @@ def test_a_host_that_cannot_start_slots_offers_its_warm_ones(tmp_path, part):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("default", "available"), [("none", 1), ("internet", 0)])
+def test_a_host_whose_network_fails_offers_warm_slots_to_claims_without_it(tmp_path, default, available):
+    async def run():
+        allow = sorted({"none", default, "internet"})
+        async with Host(tmp_path, network={"allow": allow}, images={"minimal": {"network": default}}) as host:
+            await warm(host)
+            assert await twice(host) == {}
+            host.network.errors["check"] = StartFailed("no table", step="network")
+            assert await twice(host) == {"network": "no table"}
+            assert host.calls.stats()["available"] == available and not host.calls.stats()["ready"]
+            with pytest.raises(StartFailed, match="no table"):
+                await host.calls.try_start()
+            del host.network.errors["check"]
+            await host.supervisor.health.check()
+            assert host.calls.free_percent() == 100
+
+    asyncio.run(run())
+
+
+def test_a_host_without_networks_asks_no_network_service(tmp_path):
+    async def run():
+        async with Host(tmp_path) as host:
+            await warm(host)
+            host.network.errors["check"] = StartFailed("no table", step="network")
+            assert await twice(host) == {} and not host.network.calls
+
+    asyncio.run(run())
+
+
 def test_a_host_that_cannot_write_records_offers_nothing(tmp_path, monkeypatch):
     async def run():
         async with Host(tmp_path) as host:

@@ -9,9 +9,10 @@ import struct
 import pytest
 
 from nbagent.network.addresses import LABEL
-from nbagent.network.watch import FLAGS, Changes, add
+from nbagent.network.watch import FLAGS, Changes, add, add_rules
 
 NEWLINK, DELADDR, NEWROUTE, DELROUTE, NEWNETCONF = 16, 21, 24, 25, 80
+NEWTABLE, DELTABLE, DELCHAIN, NEWRULE, DELRULE, DELSET, NEWSETELEM, DELSETELEM, NEWGEN = 0, 2, 5, 6, 8, 11, 12, 14, 15
 IPV4, IPV6 = int(socket.AF_INET), int(socket.AF_INET6)
 
 
@@ -64,3 +65,39 @@ def test_a_notification_leads_to_a_check_of_the_state_that_it_reports(
     add(changes, kind, body)
     assert changes == expected
     assert bool(changes) == (expected != Changes())
+
+
+def about(table: str, family: int = 1, **attributes: bytes) -> bytes:
+    """The body of a message of nftables about an object of a table."""
+    return bytes([family, 0, 0, 0]) + attribute(1, table.encode() + b"\0") + b"".join(attributes.values())
+
+
+def elements(set_name: str, *names: str) -> bytes:
+    """The body of a message about elements that begin with the names of interfaces."""
+    keys = (attribute(0x8001, attribute(0x8001, attribute(1, name.encode().ljust(16, b"\0") + b"\xc6\x12\0\2")))
+            for name in names)
+    return about("nbagent", set=attribute(2, set_name.encode() + b"\0"), list=attribute(0x8003, b"".join(keys)))
+
+
+@pytest.mark.parametrize(("kind", "body", "expected"), [
+    *((kind, about("nbagent"), Changes(table=True)) for kind in (
+        NEWTABLE, DELTABLE, DELCHAIN, NEWRULE, DELRULE, DELSET)),
+    (DELTABLE, about("filter"), Changes()),
+    (DELTABLE, about("nbagent", family=2), Changes()),
+    (DELTABLE, about("nbagent-other"), Changes()),
+    (NEWGEN, bytes([0, 0, 0, 0]), Changes()),
+    (DELSETELEM, elements("slots4", "nb-x8q2m4k9w1ze", "nb-y8q2m4k9w1ze"),
+     Changes(elements={"nb-x8q2m4k9w1ze", "nb-y8q2m4k9w1ze"})),
+    (NEWSETELEM, elements("slots4", "nb-x8q2m4k9w1ze"), Changes()),  # of a slot that opens
+    (DELSETELEM, elements("connections", "nb-x8q2m4k9w1ze"), Changes()),  # of a slot that ends
+    (NEWSETELEM, elements("named4", "x"), Changes(table=True)),
+    (DELSETELEM, elements("refused6", "x"), Changes(table=True)),
+    (DELSETELEM, elements("guarded", "eth0"), Changes(table=True)),
+    (NEWSETELEM, elements("answers4", "x"), Changes()),  # by the resolver
+])
+def test_a_change_of_the_table_leads_to_a_check_unless_slots_make_it(
+    kind: int, body: bytes, expected: Changes
+) -> None:
+    changes = Changes()
+    add_rules(changes, 10 << 8 | kind, body)
+    assert changes == expected and bool(changes) == (expected != Changes())

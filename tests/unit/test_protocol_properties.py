@@ -239,7 +239,7 @@ class Kernel:
 
 NAME = "nb-0123456789ab"
 NETWORK_REQUESTS = [
-    {"op": "rules"}, {"op": "open", "name": NAME}, {"op": "sweep", "keep": [NAME]},
+    {"op": "rules"}, {"op": "check"}, {"op": "open", "name": NAME}, {"op": "sweep", "keep": [NAME]},
     {"op": "remove", "name": NAME, "addresses": ["198.18.0.2", "fd00::2"]},
     {"op": "attach", "name": NAME, "inner": "net0", "addresses": ["198.18.0.2"], "rate": 5},
 ]
@@ -255,13 +255,13 @@ def test_the_network_service_responds_to_every_request(sent: Packet, end: str, e
         with other:
             sent.send(other.socket)
             if end == "keep" and sent.payload:
-                requests.serve(Kernel(error), one.socket, lambda: None)
+                requests.serve(Kernel(error), one.socket, Kernel(error))
                 with contextlib.suppress(BlockingIOError):
                     response = other.receive(wait=False)
                     assert response is None or response.body == {"ok": True} or "failure" in response.body
             else:
                 with ended(other.socket, "close"):
-                    requests.serve(Kernel(error), one.socket, lambda: None)
+                    requests.serve(Kernel(error), one.socket, Kernel(error))
 
 
 @given(st.binary(min_size=12, max_size=12), st.floats(0, 1e9))

@@ -20,7 +20,7 @@ from nbagent.supervisor.launcher import default_limits, zygote_spec
 from nbagent.supervisor.zygotes import Zygotes, identity, unit_of
 from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel
-from nbagent.wire.failure import Failure
+from nbagent.wire.failure import INHERITED_STEP, Failure
 
 INSTANCE = "minimal:0a1b2c"
 
@@ -85,10 +85,10 @@ def image(tmp_path):
     return make_image(tmp_path, launch="fork")
 
 
-def made_of(image, **changes):
+def made_of(image, quick=False, **changes):
     settings = host_config.parse({})
     limits = Limits(settings.pool.zygote_memory, 100, None, settings.slots.tasks)
-    spec = zygote_spec(image, settings.slots.storage_bytes, default_limits(settings.slots))
+    spec = zygote_spec(image, settings.slots.storage_bytes, default_limits(settings.slots), quick=quick)
     return identity(spec, image, limits) | changes
 
 
@@ -135,6 +135,67 @@ def test_a_zygote_of_the_same_version_and_image_is_adopted_and_no_other_is_start
     assert launch == "fork" and ended == [False]
     assert units.active == {unit_of(INSTANCE)} and not units.started
     assert events == [(Event.ZYGOTE_ADOPTED, {"zygote": INSTANCE, "image": "minimal", "forks": 7})]
+
+
+@pytest.mark.parametrize("service", [Service, Starting])
+def test_a_quick_zygote_is_adopted_and_replaced(image, events, service):
+    units, launch, ended = adopt(image, {INSTANCE: service(made_of(image, quick=True))})
+    assert launch == "fork" and ended == [False]
+    assert len(units.started) == 1 and unit_of(INSTANCE) not in units.started
+    assert (Event.ZYGOTE_REPLACED, {"zygote": INSTANCE, "text": "it has no warm-up"}) in events
+
+
+class Recorded(Zygotes):
+    """Zygotes whose starts succeed at once, or fail with `error` when they are complete; `quick` has the order."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.quick: list[bool] = []
+        self.peers: list[Channel] = []
+        self.error: StartFailed | None = None
+
+    async def _start(self, pool, instance, *, quick):
+        self.quick.append(quick)
+        if self.error is not None and not quick:
+            raise self.error
+        channel, peer = Channel.pair()
+        channel.socket.setblocking(False)
+        self.peers.append(peer)
+        return channel
+
+
+async def after_an_end(image, **errors):
+    """The starts of a zygote that ends unexpectedly, as Recorded has them, and whether one forks afterwards."""
+    supervisor = Recorded(CurrentConfig(host_config.parse({"pool": {"backoff": "10ms"}})), Units())
+    await supervisor.open(path=image.root / "zygote.sock")
+    supervisor.want({"minimal": image})
+    await asyncio.sleep(0.02)
+    assert supervisor.quick == [False] and not supervisor.is_warming("minimal")
+    supervisor.error = errors.get("error")
+    supervisor.peers[0].close()
+    await asyncio.sleep(0.2)
+    forks = supervisor.launch("minimal") == "fork"
+    await supervisor.close()
+    for peer in supervisor.peers:
+        peer.close()
+    return supervisor.quick, forks
+
+
+async def test_after_the_end_of_a_zygote_a_quick_one_is_first_and_a_complete_one_replaces_it(image, events):
+    assert await after_an_end(image) == ([False, True, False], True)
+    assert [event for event, _ in events] == [
+        Event.ZYGOTE_READY, Event.ZYGOTE_ENDED, Event.ZYGOTE_READY, Event.ZYGOTE_REPLACED, Event.ZYGOTE_READY,
+    ]
+
+
+async def test_a_quick_zygote_forks_on_while_the_complete_one_fails(image, events):
+    quick, forks = await after_an_end(image, error=StartFailed("no memory", step="zygote"))
+    assert forks and quick[:2] == [False, True] and len(quick) > 3 and not any(quick[2:])
+
+
+async def test_a_quick_zygote_is_not_replaced_when_the_complete_one_always_fails(image, events):
+    quick, forks = await after_an_end(image, error=StartFailed("an open file", step=INHERITED_STEP))
+    assert forks and quick == [False, True, False]
 
 
 @pytest.mark.parametrize("change", [{"version": "0.2.0"}, {"code": 0}, {"made_of": "other settings"}])
@@ -222,7 +283,7 @@ def test_a_zygote_that_starts_is_left_to_the_next_supervisor(image, events, stor
     assert launch == "exec" and not stored
 
 
-@pytest.mark.parametrize(("forks", "born_s", "failures"), [(10, 0.0, 1), (9, 0.0, 6), (0, -61.0, 1)])
+@pytest.mark.parametrize(("forks", "born_s", "failures"), [(10, 0.0, 0), (9, 0.0, 6), (0, -61.0, 0)])
 def test_a_zygote_that_has_paid_for_its_start_ends_the_series_of_failures(
     image, events, stored, forks, born_s, failures
 ):
@@ -233,10 +294,10 @@ def test_a_zygote_that_has_paid_for_its_start_ends_the_series_of_failures(
         pool = supervisor._pools["minimal"] = zygotes.ZygotePool(image, failures=5)
         pool.zygote = zygotes.Zygote(INSTANCE, image, ends[0], now() + born_s, forks)
         supervisor.give_up(pool.zygote, "it ended")
-        found = pool.failures
+        found = pool.failures, supervisor.is_warming("minimal")
         await supervisor.close()
         for end in ends:
             end.close()
         return found
 
-    assert asyncio.run(run()) == failures
+    assert asyncio.run(run()) == (failures, failures == 0)

@@ -27,6 +27,8 @@ from nbagent.zygote.memory import snapshot
 # The zygote's command-line option for share_memory = false. It is not part of the zygote's first message because that
 # is received only after json and socket are imported, whose memory belongs into the snapshot.
 PRIVATE_MEMORY_OPTION = "--private-memory"
+# The option of a zygote that is to be ready soon: without warm-up and with ordinary memory.
+QUICK_OPTION = "--quick"
 
 
 class MemorySharing:
