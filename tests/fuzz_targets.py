@@ -193,7 +193,7 @@ def _use(message: Message) -> None:
             with contextlib.suppress(MalformedMessage, BadRequest):
                 operation.restore(args, message)
     with contextlib.suppress(ValueError, KeyError):
-        requests._do(_Kernel(), message, lambda: None)
+        requests._do(_Kernel(), message, _Kernel())
     with contextlib.suppress(MalformedMessage):
         fields.integer(message.body, "pid", 1, 1 << 22)
     Content()
