@@ -14,8 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-# No processor is free when all together were idle for less than this part of the time, or less than this of one.
-FREE_PART, FREE_PROCESSORS = 1 / 50, 0.1
+# No processor is free when all together were idle for less than this, in processors, because each is then busy for a
+# part of the time and a woken task can meet a running one on each: one, or half of one where there is only one, or this
+# part of many.
+FREE_PROCESSORS, FREE_PART_OF_ONE, FREE_PART = 1.0, 1 / 2, 1 / 50
 # The use of all slots is followed for so long after no processor was free.
 FOLLOW_S = 2.0
 # The content of a bucket, in seconds of processor time, at which its slot gives way.
@@ -58,7 +60,7 @@ class Processors:
         """
         self._past_s = 0.0 if self._looked_s is None else at_s - self._looked_s
         free = (idle_s - self._idle_s) / self._past_s if self._past_s > 0 else self._count
-        self._busy = free < max(FREE_PROCESSORS, FREE_PART * self._count)
+        self._busy = free < max(min(FREE_PROCESSORS, FREE_PART_OF_ONE * self._count), FREE_PART * self._count)
         self._looked_s, self._idle_s = at_s, idle_s
         if self._busy:
             self._busy_s = at_s

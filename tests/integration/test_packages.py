@@ -219,6 +219,8 @@ def test_an_upgrade_from_version_0_2_keeps_slots_settings_and_the_landing_page(i
 def test_purge_with_a_running_slot_leaves_no_file(installed):
     slot = installed.open()
     slot.kernel().close()
+    # Its stop would wait for the user for half an hour.
+    installed.run("systemctl", "enable", "--now", "nbagent-drain.service")
     output = installed.purge()
     assert "warning" not in output.lower(), output
     after = product.listing(installed.host)

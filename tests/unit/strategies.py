@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import array
 import contextlib
 import fcntl
 import json
@@ -142,8 +143,10 @@ class Packet(NamedTuple):
                 fd = DESCRIPTORS[kind]()
                 stack.callback(os.close, fd)
                 fds_open.append(fd)
+            # Without socket.send_fds, whose flags have no effect in Python 3.11.
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds_open))] if fds_open else []
             with contextlib.suppress(OSError):
-                socket.send_fds(peer, [payload], fds_open, socket.MSG_DONTWAIT)
+                peer.sendmsg([payload], rights, socket.MSG_DONTWAIT)
 
 
 def packets(payload: st.SearchStrategy[bytes], *names: str) -> st.SearchStrategy[Packet]:

@@ -76,7 +76,7 @@ async def test_a_slot_that_computes_on_a_full_host_gives_way_until_it_rests(mach
     computes = machine.add("computes")
     machine.add("cells")
     machine.add("warm", SlotState.WARM)
-    await machine.run(3, computes=1.0, warm=0.1, cells=0.02)
+    await machine.run(3, computes=0.8, warm=0.1, cells=0.02)
     assert machine.systemd.limits == {} and not journal
     await machine.run(2, computes=1.9, warm=0.6, cells=0.02)
     assert machine.systemd.limits == {"nbagent-computes.scope": dataclasses.replace(LIMITS, cpu_weight=5)}
@@ -88,7 +88,7 @@ async def test_a_slot_that_computes_on_a_full_host_gives_way_until_it_rests(mach
         "its CPUWeight= is 5 instead of 100 until it rests"
     )
     # A free processor does not end it.
-    await machine.run(5, computes=1.0)
+    await machine.run(5, computes=0.8)
     assert machine.weight("computes") == 5
     await machine.run(2, computes=0.01)
     assert machine.weight("computes") == 100 and computes.limits_in_force == LIMITS
@@ -195,7 +195,7 @@ async def test_the_slots_of_a_host_with_a_free_processor_are_not_read(machine: M
         machine.add(f"s{number}")
     reads = []
     monkeypatch.setattr(Cgroup, "cpu_s", lambda self: reads.append(self) or 0.0)
-    await machine.run(5, s0=1.0)
+    await machine.run(5, s0=0.8)
     assert reads == []
     await machine.run(LOOK_S, s0=2.0)
     assert len(reads) == 2 * TURN

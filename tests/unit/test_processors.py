@@ -79,13 +79,23 @@ def test_a_slot_that_takes_all_processors_gives_way_within_a_second_and_until_it
     assert 0.5 <= began_s <= 1.25 and 20.5 <= ended_s <= 21.5
 
 
-def test_no_slot_gives_way_and_none_is_read_while_a_processor_is_free() -> None:
-    trace = Trace(2)
+@pytest.mark.parametrize(("processors", "computing"), [(1, 0.3), (2, 0.8), (4, 2.8), (64, 62)])
+def test_no_slot_gives_way_and_none_is_read_while_a_processor_is_free(processors: int, computing: float) -> None:
+    trace = Trace(processors)
     for number in range(100):
         trace.add(f"idle-{number}", always(0.001))
-    trace.add("computes", always(1))
+    trace.add("computes", always(computing))
     trace.run(60)
     assert trace.moves == [] and trace.reads == 0
+
+
+def test_a_slot_that_takes_one_of_two_processors_gives_way_because_cells_of_others_use_both() -> None:
+    trace = Trace(2)
+    trace.add("computes", always(1))
+    for number in range(10):
+        trace.add(f"cells-{number}", always(0.015))
+    trace.run(10)
+    assert trace.giving == {"computes"}
 
 
 def test_cells_and_pages_that_open_do_not_give_way_beside_a_slot_that_computes() -> None:
