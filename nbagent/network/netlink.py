@@ -102,7 +102,7 @@ class HostNetwork:
             found = [self._command(f"list table {TABLE}")]
             self._nft.set_terse_output(False)
             found += [self._command(f"list set {TABLE} {name}") for name in FIXED]
-            # nftables 1.1.3 and later count the elements of sets.
+            # As a comment, nftables after 1.1.3 prints the number of elements of a set.
             return re.sub(r"\s*# count \d+", "", "".join(found))
         finally:
             self._nft.set_terse_output(False)
