@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 import socket
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -100,7 +101,9 @@ class HostNetwork:
         try:
             found = [self._command(f"list table {TABLE}")]
             self._nft.set_terse_output(False)
-            return "".join(found + [self._command(f"list set {TABLE} {name}") for name in FIXED])
+            found += [self._command(f"list set {TABLE} {name}") for name in FIXED]
+            # As a comment, nftables after 1.1.3 prints the number of elements of a set.
+            return re.sub(r"\s*# count \d+", "", "".join(found))
         finally:
             self._nft.set_terse_output(False)
             self._nft.set_stateless_output(False)

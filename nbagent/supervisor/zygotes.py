@@ -332,7 +332,7 @@ class Zygotes:
         pool = self._pools.get(zygote.image.name)
         if pool is None or pool.zygote is not zygote:
             return
-        # A zygote that has run for backoff_max, or has paid for its start, ends the series of failures: the next one
+        # A zygote that has run for backoff_max, or has paid for its start, ends the series of failures; so the next one
         # starts without a pause.
         is_paid = now() - zygote.born_s > self.config.value.pool.backoff_max or zygote.forks >= PAID_FORKS
         pool.failures = 0 if is_paid else pool.failures + 1
