@@ -193,7 +193,11 @@ SCHEMAS: dict[str, Schema] = {
             "image": _TEXT, "created_at": _TIME, "claimed_at": _MAYBE_TIME, "expires_at": _MAYBE_TIME,
             "age_s": _AMOUNT, "idle_s": _MAYBE_AMOUNT, "launch": _TEXT, "launch_reason": _TEXT,
             **dict.fromkeys(_MEASURED, _USED),
-            "network": _TEXT, "limits": _ref("Limits"), "limits_in_force": _ref("Limits"),
+            "network": _TEXT, "limits": _ref("Limits"),
+            "limits_in_force": _ref("Limits") | {
+                "description": "Those that the slot has now: less memory while it grows and the host is short of it,"
+                " and less CPU weight while it computes and no processor is free."
+            },
         },
         required=("slot", "state", "image", "created_at", "claimed_at", "expires_at", "age_s", "network", "limits",
                   "limits_in_force", "launch", "launch_reason"),

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+import taken_over
+from restrictions import attempts_of
 
 import browser
 import product
@@ -480,6 +482,30 @@ def test_the_journals_have_no_unexpected_warning(fleet):
         front.agent.check_journal()
     for host in fleet.hosts.values():
         host.check_journal()
+
+
+# The attempts that succeed in a gateway that is taken over, because it has to be able to make them.
+OF_GATEWAY = {
+    "a network socket", "a copy of the private key", "the status service", "the router of a host",
+}
+
+
+def test_a_gateway_that_is_taken_over_reaches_no_other_service(fleet, settings):
+    front, address = fleet.gateways[0], host_address(0)
+    # Starts the status service.
+    assert front.figures()["capacity"]
+    front.host.run(["sh", "-c", CERTIFICATE])
+    settings('[tls]\ncertificates = ["/root/live"]\n')
+    # It belongs to root in an installation too (packaging/docs/dns.md).
+    front.host.run(["sh", "-c", "umask 077; echo secret > /etc/nbagent/dns-key"])
+    try:
+        free, log = attempts_of(front.host, "nbagent-gateway.service", "gateway", address)
+    finally:
+        front.host.run(["rm", "/etc/nbagent/dns-key"])
+    names = taken_over.OF_ANY_USER | taken_over.of_gateway(address)
+    # A host's control API refuses root of another machine too.
+    assert free == [*(f"succeeded: {name}" for name in names if name != "the control API of a host"), "complete"]
+    assert set(log) == {*(f"succeeded: {name}" for name in OF_GATEWAY), "complete"}
 
 
 def test_the_death_of_a_host_fails_no_claim(fleet):
