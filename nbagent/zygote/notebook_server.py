@@ -361,7 +361,9 @@ def serve(server: Any, application: Any, on_serving: Callable[[], None] = lambda
     listener.setblocking(False)  # tornado accepts connections until EAGAIN
     server._http_server = _http_server(server, application)
     server._http_server.add_socket(listener)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A handler without effect, because terminals and kernels by exec would inherit an ignored SIGINT: bash then starts
+    # all its programs with it ignored, so that Ctrl-C ends none of them.
+    signal.signal(signal.SIGINT, lambda *_: None)
     # Full collections need not traverse the objects that exist now, because these stay.
     gc.freeze()
     gc.enable()

@@ -24,7 +24,12 @@ from notebook import Kernel, Notebook
 TIMEOUT_S = 60
 # Of functions whose value differs by design, each with the reason.
 DIFFERENCES: dict[str, str] = {}
-HOME = "/home/jovyan"
+# In make test: those whose complaint was once true of slots, and some more, in two seconds.
+SOME = (
+    "a_terminal_has_job_control", "terminals_and_notebooks_have_the_same_programs",
+    "a_terminal_shows_its_former_output_to_a_page_that_is_reloaded", "a_directory_with_broken_links_is_listed",
+    "files_of_unusual_names_are_saved_renamed_and_downloaded", "output_arrives_after_a_lost_connection",
+)
 
 
 class Outcome(NamedTuple):

@@ -56,11 +56,14 @@ def passed(results):
 
 
 @pytest.mark.skipif(WANTED != "", reason="the other tests have all")
-def test_a_part_of_the_suite_of_jupyter_server_passes(agent, execd):
+def test_a_part_of_the_suite_of_jupyter_server_passes_and_some_reports_are_not_true(agent, execd):
     for options in ({}, {"image": execd}):
-        results = of_slot(agent, f"({SOME}) and {suite.WITHOUT}", **options)
+        server = suite.slot(agent.open(memory="1G", **options))
+        results = server.run(select=f"({SOME}) and {suite.WITHOUT}")
         failed = {name: text for name, (outcome, text) in results.items() if outcome not in ("passed", "skipped")}
         assert not failed and passed(results) >= 40, (options, passed(results), failed)
+        tried = reports.run(server, reports.SOME)
+        assert not any(outcome.error for outcome in tried.values()), (options, tried)
     # test_culling.py has this by fork. It is here because adding an image takes longer than the check.
     notebook = agent.open(image=execd)
     check_waits(agent, notebook)
