@@ -33,6 +33,7 @@ from nbagent.config import host_config, nginx_check, nginx_settings
 from nbagent.config.host_config import NETWORK_MODES
 from nbagent.core import paths
 from nbagent.core.errors import ConfigError, NbagentError, SlotNotFound, SupervisorUnavailable
+from nbagent.core.proxies import HttpProxy
 from nbagent.core.quantities import format_duration, parse_duration
 
 WAIT_INTERVAL_S = 1.0
@@ -343,6 +344,8 @@ def effective(settings: host_config.HostConfig) -> dict[str, object]:
     """All settings with their values as a JSON document, in which None is "auto"."""
 
     def plain(value: object) -> object:
+        if isinstance(value, HttpProxy):
+            return str(value)
         if isinstance(value, dict):
             return {name: plain(item) for name, item in value.items()}
         if isinstance(value, (list, tuple)):

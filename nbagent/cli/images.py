@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import click
 
 from nbagent.cli import tables
-from nbagent.core import paths
+from nbagent.config import host_config
+from nbagent.core import paths, proxies
 from nbagent.core.errors import FetchFailed
 
 if TYPE_CHECKING:
@@ -74,17 +75,19 @@ def import_image(
     """Import a container image into the store under a name.
 
     SOURCE is oci:DIR[:TAG], docker-archive:FILE or docker://NAME[:TAG]. This needs no Docker daemon. It needs skopeo,
-    except for a local OCI layout (oci:). For a registry it uses the proxies of the environment (HTTPS_PROXY, NO_PROXY)
-    and the mirrors in containers-registries.conf(5).
+    except for a local OCI layout (oci:). For a registry it uses the proxies of the environment (HTTPS_PROXY, NO_PROXY),
+    or else network.proxy, and the mirrors in containers-registries.conf(5).
     """
     from nbagent.image import fetch, logins
 
-    login = None
+    login, proxy = None, {}
     if user is not None:
         login = logins.of_password(source.removeprefix("docker://"), user, _password(user))
     elif source.startswith("docker:"):
         login = logins.found(auth_file)
-    images, found = _open(store), fetch.source(source, insecure=insecure, login=login)
+    if source.startswith("docker:"):
+        proxy = _proxy()
+    images, found = _open(store), fetch.source(source, insecure=insecure, login=login, proxy=proxy)
     _added(images, images.import_oci(found, name, _parsed(manifest)), as_json)
 
 
@@ -184,6 +187,12 @@ def remove(name: str, store: Path, as_json: bool) -> None:
     images.remove(name)
     _reload_agent(images)
     click.echo(json.dumps({"removed": name}) if as_json else f"{name} removed")
+
+
+def _proxy() -> dict[str, str]:
+    """The environment variables of the host's HTTP proxy."""
+    settings = host_config.load().network
+    return proxies.variables(settings.proxy, map(str, settings.also)) if settings.proxy else {}
 
 
 def _open(store: Path) -> ImageStore:

@@ -37,8 +37,9 @@ from nbagent.config.schema import (
     tables,
     word_or,
 )
-from nbagent.core import paths, urls
+from nbagent.core import paths, proxies, urls
 from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
+from nbagent.core.proxies import HttpProxy
 from nbagent.core.quantities import QUOTA_EXPECTED, parse_quota, parse_rate, parse_size
 
 DEFAULT_PATH = paths.HOST_SETTINGS
@@ -117,6 +118,12 @@ def _reach(value: object) -> tuple[str | Network, ...]:
                 raise ValueError(f"{expected}; {error}") from None
             found.append(item)
     return tuple(found)
+
+
+def _proxy(value: object) -> HttpProxy:
+    if isinstance(value, str):
+        return proxies.parse(value)
+    raise ValueError(proxies.EXPECTED)
 
 
 def _range(kind: type[N], shortest: int, longest: int) -> Callable[[object], N]:
@@ -343,6 +350,12 @@ class NetworkSettings:
         "resolve."
     )
     also: tuple[Network, ...] = setting([], networks, "Private networks that slots may reach.")
+    proxy: HttpProxy | None = setting(  # noqa: RUF009  setting() returns a field
+        "none", word_or("none", _proxy),
+        "IP address and port of an HTTP proxy, for a host that has no other way out. Slots that start from then on get "
+        "http_proxy, https_proxy and no_proxy if they have a network, and archives and images are downloaded by it. "
+        "The proxy has to refuse private networks, because the host does not see what it connects to.",
+    )
     up: int = setting("100Mbit", parse_rate, "Bits a second that one slot may send.")
     down: int = setting("100Mbit", parse_rate, "Bits a second that one slot may receive.")
     connections: int = setting(512, number(1, 60000, int), "Most connections of one slot at a time.")
@@ -468,6 +481,9 @@ def parse(tables: Mapping[str, object], origin: Origin | None = None) -> HostCon
         raise reader.error(("slots", "ttl"), f"at most slots.ttl_max, {config.slots.ttl_max:g} seconds")
     _check_origins(config.router, reader)
     _check_dns(config.dns, reader)
+    if config.network.proxy is not None and config.network.only:
+        expected = "an empty list, because network.proxy connects slots to every name and address that it permits"
+        raise reader.error(("network", "only"), expected)
     for name, image in config.images.items():
         if image.network not in (None, *config.network.allow):
             raise reader.error(("images", name, "network"), f"one of network.allow, {', '.join(config.network.allow)}")

@@ -26,9 +26,10 @@ import errno
 import os
 import signal
 import sys
-from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 from nbagent.content.beneath_writer import BeneathWriter
+from nbagent.core import proxies
 from nbagent.linux import namespaces as ns
 from nbagent.linux.process import PR_SET_DUMPABLE, prctl
 from nbagent.sandbox import plan
@@ -48,7 +49,8 @@ class Order(NamedTuple):
     """The content to deliver, and the user: `uid` in the slot, whose first process on the host is `pid`.
 
     `files` are pairs of a path and a size in bytes; `allowed` are prefixes of URLs. `timeout_s` is for all of it; the
-    supervisor ends the slot a little later.
+    supervisor ends the slot a little later. `proxy` is an HTTP proxy for all addresses but those in the networks
+    `direct`.
     """
 
     uid: int
@@ -60,6 +62,8 @@ class Order(NamedTuple):
     archive_bytes: int
     archive_entries: int
     timeout_s: float
+    proxy: Optional[str] = None
+    direct: Sequence[str] = ()
 
     def save(self) -> Dict[str, object]:
         """The order as JSON."""
@@ -147,7 +151,8 @@ def _fetcher() -> Fetch:
 
     def fetch(home: BeneathWriter, order: Order) -> int:
         limits = unpack.UnpackLimits(order.archive_bytes, order.archive_entries)
-        with download.get(str(order.archive), order.allowed, context) as body:
+        proxy = proxies.parse(order.proxy) if order.proxy is not None else None
+        with download.get(str(order.archive), order.allowed, context, proxy, order.direct) as body:
             return unpack.unpack(body, home, limits)
 
     return fetch

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Downloads an archive from a web server, with redirects to URLs that the operator allows.
 
-No proxy, no cookie, no password, because the slot's user could download no more. All modules and codecs are loaded with
+No cookie and no password, because the slot's user could download no more, and the HTTP proxy of the host's settings
+only, which the slot's user has as well. All modules and codecs are loaded with
 this one, because after the process has entered the slot, an import would load the image's files.
 
 Standard library only; Python 3.9 and up.
@@ -14,10 +15,11 @@ import contextlib
 import http.client
 import io
 import ssl
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 from urllib.parse import urljoin
 
 from nbagent.core import urls
+from nbagent.core.proxies import HttpProxy
 from nbagent.untrusted.refusal import Refused, shown
 
 REDIRECTS_MAX = 5
@@ -64,8 +66,12 @@ class Body:
 
 
 @contextlib.contextmanager
-def get(url: str, allowed: List[str], context: ssl.SSLContext) -> Iterator[Body]:
-    """The body of the response to a GET of `url`. Raises Refused."""
+def get(
+    url: str, allowed: List[str], context: ssl.SSLContext, proxy: Optional[HttpProxy] = None,
+    direct: Sequence[str] = (),
+) -> Iterator[Body]:
+    """The body of the response to a GET of `url`, by `proxy` unless its host is in the networks `direct`. Raises
+    Refused."""
     prefixes = [urls.parse(prefix) for prefix in allowed]
     with contextlib.ExitStack() as stack:
         for _ in range(REDIRECTS_MAX + 1):
@@ -75,9 +81,11 @@ def get(url: str, allowed: List[str], context: ssl.SSLContext) -> Iterator[Body]
                 raise Refused(f"redirected to {shown(url)}, which is not a valid URL for an archive") from None
             if not any(target.is_below(prefix) for prefix in prefixes):
                 raise Refused(f"redirected to {url}, which this host does not allow")
-            with _refused(target.host):
-                connection = stack.enter_context(contextlib.closing(_connection(target, context)))
-                connection.request("GET", target.target, headers=_HEADERS)
+            by = proxy if proxy is not None and proxy.serves(target.host, direct) else None
+            with _refused(f"{target.host} by the proxy {by}" if by else target.host):
+                connection = stack.enter_context(contextlib.closing(_connection(target, context, by)))
+                absolute = by is not None and target.scheme == "http"
+                connection.request("GET", target.absolute if absolute else target.target, headers=_HEADERS)
                 response = stack.enter_context(connection.getresponse())
             if response.status == 200:
                 yield Body(target.host, response)
@@ -89,12 +97,15 @@ def get(url: str, allowed: List[str], context: ssl.SSLContext) -> Iterator[Body]
         raise Refused(f"redirected more than {REDIRECTS_MAX} times")
 
 
-def _connection(url: urls.Url, context: ssl.SSLContext) -> http.client.HTTPConnection:
+def _connection(url: urls.Url, context: ssl.SSLContext, proxy: Optional[HttpProxy]) -> http.client.HTTPConnection:
     connection: http.client.HTTPConnection
+    host, port = proxy or (url.host, url.port)
     if url.scheme == "https":
-        connection = http.client.HTTPSConnection(url.host, url.port, timeout=SILENCE_S, context=context)
+        connection = http.client.HTTPSConnection(host, port, timeout=SILENCE_S, context=context)
+        if proxy is not None:
+            connection.set_tunnel(url.host, url.port)
     else:
-        connection = http.client.HTTPConnection(url.host, url.port, timeout=SILENCE_S)
+        connection = http.client.HTTPConnection(host, port, timeout=SILENCE_S)
     connection.response_class = _Response
     return connection
 

@@ -34,6 +34,13 @@ class Url(NamedTuple):
         """Whether `prefix` allows this URL: the same scheme, host and port, and a path below its path."""
         return self[:3] == prefix[:3] and self.segments[:len(prefix.segments)] == prefix.segments
 
+    @property
+    def absolute(self) -> str:
+        """The URL as the request target that HTTP proxies expect."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == PORTS[self.scheme] else f":{self.port}"
+        return f"{self.scheme}://{host}{port}{self.target}"
+
     def is_loopback(self) -> bool:
         """Whether the host is a loopback address. Every network namespace has its own loopback interface."""
         try:

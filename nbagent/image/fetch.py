@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from nbagent.core.errors import BadRequest, FetchFailed
 from nbagent.image import ids
@@ -34,7 +35,8 @@ EXPECTED = "oci:DIR[:TAG], docker-archive:FILE or docker://NAME[:TAG]"
 _REFERENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,499}")
 _TAG = "image"
 # Each in upper and lower case.
-_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY")
+_NO_PROXY = "NO_PROXY"
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", _NO_PROXY, "ALL_PROXY")
 _SIZE_CHECK_INTERVAL_S = 1.0
 # Its end has the reason of a failure.
 _OUTPUT_MAX_BYTES = 1 << 16
@@ -92,12 +94,13 @@ class Registry:
     """An image in a registry. `insecure` permits plain HTTP and certificates that cannot be verified.
 
     `login` is a document of `logins`, None for an anonymous import. Mirrors are those of containers-registries.conf(5),
-    and proxies those of the environment.
+    and proxies those of the environment, or else the variables `proxy`.
     """
 
     reference: str
     insecure: bool
     login: str | None = field(default=None, repr=False)
+    proxy: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def layout(self, staging: Path, id_base: int, limits: ImageArchiveLimits) -> Iterator[Layout]:
@@ -109,7 +112,7 @@ class Registry:
             secrets_of_run.append(login := inbox / "login.json")
             _write_secret(login, self.login, _owner(id_base))
             options.append(f"--authfile={login}")
-        if proxies := _proxies(os.environ):
+        if proxies := _proxies(os.environ, self.proxy):
             secrets_of_run.append(environment := staging / "environment")
             _write_secret(environment, proxies, (os.geteuid(), os.getegid()))
             properties.append(f"EnvironmentFile={environment}")
@@ -118,7 +121,9 @@ class Registry:
             yield found
 
 
-def source(text: str, *, insecure: bool = False, login: str | None = None) -> Source:
+def source(
+    text: str, *, insecure: bool = False, login: str | None = None, proxy: Mapping[str, str] = MappingProxyType({})
+) -> Source:
     """The source that `text` names; the options are for a registry. Raises BadRequest."""
     kind, _, rest = text.partition(":")
     if kind == "oci" and rest:
@@ -127,7 +132,7 @@ def source(text: str, *, insecure: bool = False, login: str | None = None) -> So
     if kind == "docker-archive" and rest:
         return DockerArchive(Path(rest))
     if kind == "docker" and rest.startswith("//") and _REFERENCE.fullmatch(rest[2:]):
-        return Registry(rest[2:], insecure, login)
+        return Registry(rest[2:], insecure, login, proxy)
     raise BadRequest(f"{text!r} is not a source of an image: expected {EXPECTED}", field="source", expected=EXPECTED)
 
 
@@ -151,8 +156,11 @@ def _write_secret(path: Path, content: str, owner: tuple[int, int]) -> None:
     shutil.chown(path, *owner)
 
 
-def _proxies(environment: Mapping[str, str]) -> str:
-    """The proxies of an environment, as a file for EnvironmentFile= (systemd.exec(5))."""
+def _proxies(environment: Mapping[str, str], otherwise: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The proxies of an environment, or else the variables `otherwise`, as a file for EnvironmentFile=
+    (systemd.exec(5))."""
+    if not any(environment.get(name) or environment.get(name.lower()) for name in _PROXIES if name != _NO_PROXY):
+        environment = {**otherwise, **environment}
     lines = []
     for name in _PROXIES:
         for spelled in (name, name.lower()):

@@ -72,6 +72,18 @@ def next_number(last: int, taken: Container[str], range4: Network) -> int:
     raise LookupError(f"no address is free in {range4}")
 
 
+def ipv6_uplink(root: Path = Path("/")) -> str:
+    """The interface of the host's default route of IPv6; empty without one."""
+    try:
+        routes = (root / "proc/net/ipv6_route").read_text().splitlines()
+    except OSError:
+        return ""
+    columns = (line.split() for line in routes)
+    # Columns: destination, its prefix length, source, …, device. Unreachable default routes are on lo.
+    found = (line[-1] for line in columns if set(line[0]) == {"0"} and line[1] == "00" and line[-1] != "lo")
+    return next(found, "")
+
+
 def forwards_ipv6(root: Path = Path("/")) -> bool:
     """Whether the host forwards IPv6 and has a default route.
 
@@ -81,9 +93,6 @@ def forwards_ipv6(root: Path = Path("/")) -> bool:
     try:
         if (root / "proc/sys/net/ipv6/conf/all/forwarding").read_text().strip() == "0":
             return False
-        routes = (root / "proc/net/ipv6_route").read_text().splitlines()
     except OSError:
         return False
-    columns = (line.split() for line in routes)
-    # Columns: destination, its prefix length, source, …, device. Unreachable default routes are on lo.
-    return any(set(line[0]) == {"0"} and line[1] == "00" and line[-1] != "lo" for line in columns)
+    return bool(ipv6_uplink(root))

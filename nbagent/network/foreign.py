@@ -55,17 +55,21 @@ class Chain:
         return f"{self.family} {self.table} {self.name} drops {self.packet.what}"
 
 
-def packets(version: int, uplink: str, slot: str, resolver: str) -> list[Packet]:
-    """The packets of a connection of a slot, and of a query to the host's resolver, which has an IPv4 address only."""
+def packets(
+    version: int, uplink: str, slot: str, resolver: str, to: tuple[str, int] | None = None
+) -> list[Packet]:
+    """The packets of a connection of a slot by `uplink`, if there is one, to the address and port `to`, and of a query
+    to the host's resolver, which has an IPv4 address only.
+    """
     through = ("prerouting", "forward", "postrouting")
-    public = _PUBLIC[version]
+    peer, port = to or (_PUBLIC[version], 443)
     tcp, udp = ("tcp", 6), ("udp", 17)
     found = [
         Packet(f"IPv{version} connections of slots", version, through,
-               _fields(version, tcp, (_SLOT, uplink), (slot, public), (40000, 443), "new")),
+               _fields(version, tcp, (_SLOT, uplink), (slot, peer), (40000, port), "new")),
         Packet(f"IPv{version} responses to slots", version, through,
-               _fields(version, tcp, (uplink, _SLOT), (public, slot), (443, 40000), "established")),
-    ]
+               _fields(version, tcp, (uplink, _SLOT), (peer, slot), (port, 40000), "established")),
+    ] if uplink else []
     if version == 4:
         found += [
             Packet("queries of slots to the host's resolver", 4, ("prerouting", "input"),

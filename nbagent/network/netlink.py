@@ -129,7 +129,12 @@ class HostNetwork:
         found = {route.get_attr("RTA_OIF") for route in routes} - {None}
         for network in self._rules.named if self._rules else ():
             found |= self._uplinks_to(str(network[0])) if network.version == 4 else set()
-        return found
+        return found | self._uplinks_to_proxy()
+
+    def _uplinks_to_proxy(self) -> set[int]:
+        """The interface by which the host sends to the HTTP proxy, which may be in a network of its own."""
+        proxy = self._rules.proxy if self._rules else None
+        return self._uplinks_to(proxy.address) if proxy is not None and proxy.version == 4 else set()
 
     def _enable_forwarding(self, uplinks: Iterable[int]) -> list[str]:
         """Enables IPv4 forwarding on the host's uplinks, for the slots' packets only; returns the changed ones."""
@@ -173,7 +178,7 @@ class HostNetwork:
             self.remove(name, addresses)  # a repeated request, whose first response was lost
         # Looked up for every slot, because the host's uplink can change. One RTM_GETROUTE for one address, not a dump
         # of all routes, because each slot adds a route.
-        uplinks = self._uplinks_to(PUBLIC)
+        uplinks = self._uplinks_to(PUBLIC) | self._uplinks_to_proxy()
         self._enable_forwarding(uplinks)
         mtu = self._mtu(uplinks)
         peer = {"ifname": inner, "address": MAC, "mtu": mtu, "net_ns_fd": netns_fd}

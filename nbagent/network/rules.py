@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nbagent.core import paths
+from nbagent.core.proxies import HttpProxy
 from nbagent.network.addresses import PREFIX, REFUSED4, REFUSED6, Network, gateway
 
 _OneFamily = TypeVar("_OneFamily", ipaddress.IPv4Network, ipaddress.IPv6Network)
@@ -47,7 +48,7 @@ class Rules:
     """The settings that the rules depend on.
 
     `named` are ranges that slots reach even when they are private. With `closed`, slots reach only these and the
-    addresses of allowed names.
+    addresses of allowed names. `proxy` is the address and the port of an HTTP proxy, which slots reach as well.
     """
 
     range4: ipaddress.IPv4Network
@@ -56,12 +57,14 @@ class Rules:
     closed: bool
     connections: int
     connection_rate: int
+    proxy: HttpProxy | None = None
 
     def save(self) -> dict[str, object]:
         """The fields as a JSON object."""
         return {
             "range4": str(self.range4), "range6": str(self.range6), "named": [str(n) for n in self.named],
             "closed": self.closed, "connections": self.connections, "connection_rate": self.connection_rate,
+            "proxy": self.proxy,
         }
 
     @classmethod
@@ -71,6 +74,8 @@ class Rules:
             ipaddress.IPv4Network(saved["range4"]), ipaddress.IPv6Network(saved["range6"]),
             tuple(ipaddress.ip_network(text) for text in saved["named"]),
             bool(saved["closed"]), int(saved["connections"]), int(saved["connection_rate"]),
+            # Not in the file of a former version.
+            HttpProxy(*saved["proxy"]) if saved.get("proxy") else None,
         )
 
 
@@ -93,9 +98,16 @@ def render(rules: Rules) -> str:
             "asking": ASKING,
             "streams": STREAMS,
             "questions": f"{QUESTION_RATE}/second burst {2 * QUESTION_RATE}",
+            "proxy": _proxy_rule(rules.proxy),
             "rest": _CLOSED if rules.closed else "goto counted",
         }
     )
+
+
+def _proxy_rule(proxy: HttpProxy | None) -> str:
+    if proxy is None:
+        return "# no proxy"
+    return f"ip{'' if proxy.version == 4 else 6} daddr {proxy.address} tcp dport {int(proxy.port)} goto counted"
 
 
 def _filled(name: str, networks: Iterable[_OneFamily]) -> str:
@@ -166,6 +178,7 @@ table inet nbagent {
         ct state invalid drop
         # A destination that another table rewrote, such as a published port of a container, is part of the host.
         ct status dnat goto refused
+        %(proxy)s
         ip daddr @named4 goto counted
         ip6 daddr @named6 goto counted
         ip daddr @refused4 goto refused

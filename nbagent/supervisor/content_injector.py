@@ -12,7 +12,7 @@ import errno
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
-from nbagent.config.host_config import ClaimSettings
+from nbagent.config.host_config import HostConfig
 from nbagent.content.deliver import ENTER, UNPACK, Order
 from nbagent.core.claim_content import FILES_MAX, Content, FileBundle
 from nbagent.core.errors import ArchiveFailed, ContentFailed, NbagentError, StartFailed
@@ -21,6 +21,7 @@ from nbagent.launch.requests import CONTENT
 from nbagent.supervisor import launch_service
 from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.launcher import pid_of, syscall_filter
+from nbagent.supervisor.network import direct
 from nbagent.wire import fields
 from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel, Message
@@ -41,17 +42,18 @@ class Injected(NamedTuple):
 
 
 async def inject(
-    slot: Slot, pidfd: int, content: Content, settings: ClaimSettings, join_scope: Callable[[int], Awaitable[None]]
+    slot: Slot, pidfd: int, content: Content, config: HostConfig, join_scope: Callable[[int], Awaitable[None]]
 ) -> Injected:
     """Delivers `content` into the slot whose first process is `pidfd`; `join_scope` moves a pid into its scope.
 
     Raises ContentFailed, ArchiveFailed or StartFailed. The slot must not be handed out then.
     """
     control, peer = Channel.pair()
+    timeout_s = config.claims.timeout
     with control:
         try:
             with peer:
-                control.send({"order": _order(slot, content, settings).save()}, _descriptors(pidfd, content))
+                control.send({"order": _order(slot, content, config).save()}, _descriptors(pidfd, content))
                 process = await launch_service.spawn(CONTENT, peer.fileno())
         except (OSError, StepFailed, MalformedMessage) as error:
             raise StartFailed.at(*Failure.of(error, ENTER)) from error
@@ -60,10 +62,10 @@ async def inject(
                 await join_scope(pid_of(process.pidfd, slot))
                 process.release()
                 reach(Point.CONTENT_STARTED)
-                async with asyncio.timeout(settings.timeout + _HEAD_START_S):
+                async with asyncio.timeout(timeout_s + _HEAD_START_S):
                     return await _result(control, content)
             except TimeoutError:
-                text = f"content was not delivered within {settings.timeout:g} s"
+                text = f"content was not delivered within {timeout_s:g} s"
                 if content.archive is None:
                     # A megabyte of files takes milliseconds, so that the host is busy.
                     raise StartFailed.at(ENTER, errno.ETIMEDOUT, text) from None
@@ -79,10 +81,10 @@ def _descriptors(pidfd: int, content: Content) -> dict[str, int]:
     return {"init": pidfd} | ({"content": files.fd} if isinstance(files, FileBundle) else {})
 
 
-def _order(slot: Slot, content: Content, settings: ClaimSettings) -> Order:
+def _order(slot: Slot, content: Content, config: HostConfig) -> Order:
     if slot.pid is None:
         raise ContentFailed(f"slot {slot.id} has no process")
-    files = content.files
+    files, settings, network = content.files, config.claims, config.network
     return Order(
         uid=slot.uid,
         pid=slot.pid,
@@ -93,6 +95,8 @@ def _order(slot: Slot, content: Content, settings: ClaimSettings) -> Order:
         archive_bytes=settings.archive_max,
         archive_entries=settings.archive_entries,
         timeout_s=settings.timeout,
+        proxy=str(network.proxy) if network.proxy is not None else None,
+        direct=direct(network),
     )
 
 

@@ -17,6 +17,7 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import nbagent
@@ -24,6 +25,7 @@ from nbagent.config.host_config import SlotSettings
 from nbagent.core import paths
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Limits, Slot
+from nbagent.core.proxies import without_given
 from nbagent.core.quantities import parse_quota
 from nbagent.image.store import Image
 from nbagent.launch.requests import SLOT
@@ -124,14 +126,16 @@ def forked_filter() -> str:
 
 def sandbox_spec(
     slot: Slot, image: Image, storage_bytes: int, start_timeout_s: float, uplink: Uplink | None = None,
-    assets_url: str = "",
+    assets_url: str = "", network: Mapping[str, str] = MappingProxyType({}),
 ) -> SandboxSpec:
-    """The sandbox of a slot of `image`, and the program in it. `assets_url` is `router.assets_url`."""
+    """The sandbox of a slot of `image`, and the program in it. `assets_url` is `router.assets_url`; `network` are the
+    variables of the host's HTTP proxy, unless the image has its own.
+    """
     values = {"base_path": slot.base_path.rstrip("/"), "port": str(image.port or ""), "token": slot.token}
     # JupyterLab's server sets them itself, before each kernel, because a claim may change the limits.
     limits = {} if image.python else _limit_variables(slot.limits)
     identity = {"USER": image.user, "LOGNAME": image.user, "NBAGENT_SLOT": slot.id}
-    environment = limits | _environment(image, values) | identity
+    environment = limits | without_given(network, image.environment) | _environment(image, values) | identity
     notebook = [*_activated(image), image.python, f"{CODE_PATH}/zygote/exec_main.py"] if image.python else []
     if notebook and image.assets:
         environment[assets.VARIABLE] = " ".join([f"{assets_url}{image.assets_path}", *image.assets])

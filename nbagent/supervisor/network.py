@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from nbagent.config.host_config import CurrentConfig, NetworkSettings
-from nbagent.core import paths
+from nbagent.core import paths, proxies
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Slot
 from nbagent.network import addresses, resolver
@@ -98,6 +98,10 @@ class Network:
         """The inner side of a slot's interface, None for a slot without one."""
         return uplink(self.settings, slot)
 
+    def variables(self, slot: Slot) -> dict[str, str]:
+        """The environment variables of the HTTP proxy, for a slot with an interface."""
+        return variables(self.settings, slot)
+
     async def attach(self, slot: Slot, netns_fd: int) -> None:
         """Makes a slot's interface, closed, and puts its inner end into the slot's network namespace."""
         await self.set_up()
@@ -175,7 +179,20 @@ def rules(settings: NetworkSettings) -> Rules:
         closed=bool(settings.only),
         connections=settings.connections,
         connection_rate=settings.connection_rate,
+        proxy=settings.proxy,
     )
+
+
+def variables(settings: NetworkSettings, slot: Slot) -> dict[str, str]:
+    """The environment variables of the HTTP proxy, for a slot with an interface."""
+    if settings.proxy is None or not slot.addresses:
+        return {}
+    return proxies.variables(settings.proxy, direct(settings))
+
+
+def direct(settings: NetworkSettings) -> list[str]:
+    """The networks that slots reach without the HTTP proxy."""
+    return [str(network) for network in settings.also]
 
 
 def resolver_text(settings: NetworkSettings, hosts_own: str) -> str:

@@ -94,7 +94,7 @@ class Preparation:
     async def _deliver(self, live: RunningSlot, content: Content) -> None:
         began_s, scope = now(), live.slot.scope
         injected = await content_injector.inject(
-            live.slot, live.pidfd, content, self._config.value.claims, lambda pid: self._systemd.attach(scope, [pid])
+            live.slot, live.pidfd, content, self._config.value, lambda pid: self._systemd.attach(scope, [pid])
         )
         text = f"{injected.files} files"
         if content.archive is not None:

@@ -144,9 +144,9 @@ class SlotStarter:
 
             reach(Point.RECORD_CREATED)
             scope = _SlotScope(self._systemd, slot, settings.stop_timeout)
-            uplink = self._network.uplink(slot)
+            uplink, variables = self._network.uplink(slot), self._network.variables(slot)
             spec = sandbox_spec(
-                slot, image, settings.storage_bytes, settings.start_timeout, uplink, router.assets_url or ""
+                slot, image, settings.storage_bytes, settings.start_timeout, uplink, router.assets_url or "", variables
             )
             launched = await self._launcher.launch(slot, spec, listener, scope, attach)
             live.attach(launched)

@@ -24,6 +24,7 @@ from nbagent.image.store import Image
 from nbagent.linux.cgroup import Cgroup
 from nbagent.policy.admission import Pressure
 from nbagent.sandbox.spec import Uplink
+from nbagent.supervisor import network
 from nbagent.supervisor.calls import Calls
 from nbagent.supervisor.composition import Supervisor, Surroundings, compose
 from nbagent.supervisor.host_load import Memory
@@ -202,6 +203,9 @@ class FakeNetwork:
 
     async def choose(self, taken: Collection[str]) -> tuple[str, ...]:
         return (f"198.18.0.{next(self._numbers)}",) if self.allowed else ()
+
+    def variables(self, slot: Slot) -> dict[str, str]:
+        return network.variables(self._config.value.network, slot)
 
     def uplink(self, slot: Slot) -> Any:
         return Uplink(list(slot.addresses), ["198.18.0.1"], 10**8) if slot.addresses else None

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,11 @@ from fake_supervisor import FakeSupervisor
 from nbagent import doctor
 from nbagent.config import host_config
 from nbagent.core import paths
+from nbagent.core.proxies import HttpProxy
 from nbagent.policy import admission
 
 SETTINGS = host_config.HostConfig()
+ROUTE_HEAD = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
 MEMINFO = {"proc/meminfo": "MemTotal: 8912896 kB\n"}
 MOUNT = "21 1 0:20 / /proc rw,nosuid - proc proc rw\n"
 
@@ -327,10 +330,92 @@ def test_a_network_without_a_default_route_is_a_warning(tmp_path: Path) -> None:
     assert doctor.check_network(tmp_path, SETTINGS).found == "slots have no network"
     opened = host_config.parse({"network": {"allow": ["none", "internet"]}})
     assert doctor.check_network(tmp_path, opened).status == "warn"
-    head = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
-    host(tmp_path, {"proc/net/route": head + "eth0\t00000000\t02050505\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"})
+    host(tmp_path, {"proc/net/route": ROUTE_HEAD + "eth0\t00000000\t02050505\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"})
     found = doctor.check_network(tmp_path, opened)
     assert found.status == "ok" and "IPv6 would require" in found.found
+
+
+NOTHING = "0" * 32
+ROUTE6 = f"{NOTHING} 00 {NOTHING} 00 {'2a' + '0' * 30} 00000400 00000003 00000000 00000003     eth6\n"
+FORWARDING6 = "proc/sys/net/ipv6/conf/all/forwarding"
+
+
+def test_a_host_with_ipv6_only_has_a_network_if_it_forwards(tmp_path: Path) -> None:
+    opened = host_config.parse({"network": {"allow": ["none", "internet"]}})
+    host(tmp_path, {"proc/net/route": ROUTE_HEAD, "proc/net/ipv6_route": ROUTE6, FORWARDING6: "0\n"})
+    found = doctor.check_network(tmp_path, opened)
+    assert found.status == "warn" and "does not forward IPv6" in found.found
+    assert found.mend.startswith("sysctl -w net.ipv6.conf.eth6.accept_ra=2 net.ipv6.conf.all.forwarding=1")
+    host(tmp_path, {FORWARDING6: "1\n"})
+    found = doctor.check_network(tmp_path, opened)
+    assert (found.status, found.mend) == ("ok", "") and "over IPv6 only" in found.found
+    # A firewall that drops IPv4, which the host does not have, is no fault, but the resolver of slots has IPv4.
+    assert firewall(tmp_path, rules(chain("ip", "filter", "f", **FORWARD, policy="drop"))).status == "ok"
+    drops6 = rules(chain("ip6", "filter", "f", **FORWARD, policy="drop"))
+    assert "IPv6 connections" in firewall(tmp_path, drops6).found
+    closed = rules(chain("ip", "filter", "i", type="filter", hook="input", prio=0, policy="drop"))
+    assert "queries of slots" in firewall(tmp_path, closed).found
+
+
+PROXIED = {"network": {"allow": ["none", "internet"], "proxy": "10.1.0.8:3128"}}
+
+
+def test_a_host_whose_only_way_out_is_a_proxy_has_a_network(tmp_path: Path) -> None:
+    settings = host_config.parse(PROXIED)
+    to_proxy = "eth1\t0000010A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n"
+    host(tmp_path, {"proc/net/route": ROUTE_HEAD + to_proxy})
+    found = doctor.check_network(tmp_path, settings)
+    assert (found.status, found.found) == ("ok", "slots may reach the internet by the proxy 10.1.0.8:3128 only")
+    closed = chain("inet", "filter", "f", **FORWARD, policy="drop")
+    assert doctor.check_firewall(tmp_path, settings.network, rules(closed)).status == "warn"
+    accepts = [
+        rule("inet", "filter", "f", match(IIF, "nb-*"), match(field("ip", "daddr"), "10.1.0.8"),
+             match(field("tcp", "dport"), 3128), match({"meta": {"key": "oifname"}}, "eth1"), ACCEPT),
+        rule("inet", "filter", "f", match({"ct": {"key": "state"}}, ["established", "related"], "in"), ACCEPT),
+    ]
+    assert doctor.check_firewall(tmp_path, settings.network, rules(closed, *accepts)).status == "ok"
+
+
+@pytest.mark.parametrize(("response", "archives", "status", "text"), [
+    (b"HTTP/1.1 503 Service Unavailable\r\n\r\n", [], "ok", "status 503 for http://nbagent.invalid/"),
+    (b"HTTP/1.1 403 Forbidden\r\n\r\n", [], "ok", "status 403"),
+    (b"HTTP/1.1 403 Forbidden\r\n\r\n", ["http://data.example/a/"], "warn", "refuse http://data.example/a/"),
+    (b"HTTP/1.1 200 OK\r\n\r\n", ["http://data.example/a/"], "ok", "status 200 for http://data.example/a/"),
+    (b"HTTP/1.1 407 Who\r\n\r\n", [], "fail", "requires a login"),
+    (b"HTTP/1.1 403 Filtered\r\n\r\n", ["https://data.example/a/"], "fail", "Tunnel connection failed: 403 Filtered"),
+    (b"SSH-2.0-OpenSSH\r\n", [], "fail", "no response"),
+])
+def test_the_proxy_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, response: bytes, archives: list[str], status: str, text: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        def respond() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(response)
+
+        thread = threading.Thread(target=respond)
+        thread.start()
+        settings = host_config.parse(PROXIED | {"claims": {"archives": archives}})
+        proxy = HttpProxy("127.0.0.1", server.getsockname()[1])
+        assert doctor.check_proxy(tmp_path, settings, proxy).found.endswith("which slots do not reach")
+        monkeypatch.setattr(doctor, "_is_own", lambda _: False)
+        found = doctor.check_proxy(tmp_path, settings, proxy)
+        thread.join()
+    assert found.status == status and text in found.found, found
+    assert bool(found.mend) == (status != "ok")
+
+
+def test_a_proxy_that_slots_or_the_host_do_not_reach_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = host_config.parse(PROXIED)
+    assert "does not forward IPv6" in doctor.check_proxy(tmp_path, settings, HttpProxy("2001:db8::8", 3128)).found
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    monkeypatch.setattr(doctor, "_is_own", lambda _: False)
+    found = doctor.check_proxy(tmp_path, settings, HttpProxy("127.0.0.1", port))
+    assert found.status == "fail" and "Connection refused" in found.found
 
 
 def rules(*items: dict[str, Any], text: str = "") -> Callable[[], tuple[str, str]]:
@@ -356,6 +441,8 @@ def field(protocol: str, name: str) -> dict[str, Any]:
 
 
 def firewall(root: Path, found: Callable[[], tuple[str, str]]) -> doctor.Finding:
+    if not (root / "proc/net/route").exists():
+        host(root, {"proc/net/route": ROUTE_HEAD + "eth0\t00000000\t02050505\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"})
     return doctor.check_firewall(root, host_config.NetworkSettings(), found)
 
 

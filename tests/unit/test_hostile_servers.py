@@ -15,6 +15,7 @@ import hostile
 from nbagent.content import deliver, download
 from nbagent.content.beneath_writer import BeneathWriter
 from nbagent.content.unpack import UnpackLimits, unpack
+from nbagent.core.proxies import HttpProxy
 from nbagent.untrusted.refusal import Refused
 
 LIMITS = UnpackLimits(1 << 20, 100)
@@ -43,12 +44,15 @@ class Server:
             self.connections += 1
             with connection:
                 try:
-                    connection.recv(65536)
+                    self.received(connection.recv(65536))
                     connection.sendall(self._first)
                     while self._again:
                         connection.sendall(self._again)
                 except OSError:
                     continue
+
+    def received(self, request: bytes) -> None:
+        """Called with each request."""
 
     def close(self) -> None:
         self._listener.shutdown(socket.SHUT_RDWR)
@@ -86,6 +90,52 @@ def fetch(server: Server, home: BeneathWriter) -> int:
 def test_an_archive_of_a_raw_server_is_unpacked(serve, home) -> None:
     """The others could fail because of the server."""
     assert fetch(serve(OK + b"\r\n" + ARCHIVE), home) == 1
+
+
+class Proxy(Server):
+    """An HTTP proxy that keeps the requests and gives `first` as the response to each."""
+
+    def __init__(self, first: bytes, again: bytes = b"") -> None:
+        self.requests: list[bytes] = []
+        super().__init__(first, again)
+
+    def received(self, request: bytes) -> None:
+        self.requests.append(request)
+
+
+def test_an_archive_is_fetched_by_the_proxy_and_never_around_it(home) -> None:
+    """The name of the server does not resolve here, so that only the proxy can have fetched it."""
+    server = Proxy(OK + b"\r\n" + ARCHIVE)
+    try:
+        # HttpProxy and not parse(), which refuses a proxy on loopback.
+        proxy, url = HttpProxy("127.0.0.1", server.port), "http://data.invalid:8080/a.tar?b=c"
+        with download.get(url, [url], CONTEXT, proxy) as body:
+            assert unpack(body, home, LIMITS) == 1
+        assert server.requests[0].startswith(b"GET http://data.invalid:8080/a.tar?b=c HTTP/1.1\r\n")
+        assert b"\r\nHost: data.invalid:8080\r\n" in server.requests[0]
+        direct = "http://127.0.0.1:1/a.tar"
+        with pytest.raises(Refused, match=r"^127\.0\.0\.1: "), download.get(direct, [direct], CONTEXT, proxy):
+            pass
+        assert len(server.requests) == 1
+    finally:
+        server.close()
+
+
+def test_a_proxy_that_refuses_a_tunnel_is_named(serve) -> None:
+    server = serve(b"HTTP/1.1 403 Filtered\r\n\r\n")
+    proxy, url = HttpProxy("127.0.0.1", server.port), "https://data.invalid/a.tar"
+    expected = rf"data\.invalid by the proxy 127\.0\.0\.1:{server.port}: Tunnel connection failed: 403 Filtered"
+    with pytest.raises(Refused, match=expected), download.get(url, [url], CONTEXT, proxy):
+        pass
+
+
+def test_a_redirect_by_the_proxy_to_anywhere_else_is_refused(serve) -> None:
+    server = serve(b"HTTP/1.1 302 Found\r\nLocation: http://meta.invalid/\r\n\r\n")
+    url = "http://data.invalid/a.tar"
+    with pytest.raises(Refused, match=r"redirected to http://meta\.invalid/, which this host does not allow"), \
+            download.get(url, [url], CONTEXT, HttpProxy("127.0.0.1", server.port)):
+        pass
+    assert server.connections == 1
 
 
 @pytest.mark.parametrize(("first", "again"), [

@@ -544,3 +544,12 @@ def test_proxies_are_quoted_for_systemd() -> None:
     assert fetch._proxies(given) == 'HTTPS_PROXY="http://u:a\\"b\\\\c@p:1"\nno_proxy="localhost,.example"\n'
     with pytest.raises(BadRequest, match="https_proxy"):
         fetch._proxies({"https_proxy": "x\nLD_PRELOAD=y"})
+
+
+def test_the_hosts_proxy_is_used_unless_the_environment_has_one() -> None:
+    configured = {"https_proxy": "http://10.1.0.8:3128", "no_proxy": "localhost"}
+    assert fetch._proxies({}, configured) == 'https_proxy="http://10.1.0.8:3128"\nno_proxy="localhost"\n'
+    assert fetch._proxies({"no_proxy": "a"}, configured) == 'https_proxy="http://10.1.0.8:3128"\nno_proxy="a"\n'
+    assert fetch._proxies({"http_proxy": "http://own:1"}, configured) == 'http_proxy="http://own:1"\n'
+    found = fetch.source("docker://r.example/a:1", proxy=configured)
+    assert isinstance(found, fetch.Registry) and found.proxy == configured

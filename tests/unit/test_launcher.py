@@ -172,3 +172,15 @@ def test_an_image_without_python_has_no_zygote():
 def test_a_slots_server_learns_the_address_of_its_images_assets(changes, url, expected):
     spec = sandbox_spec(SLOT, image(**changes), 1 << 20, 60.0, assets_url=url)
     assert spec.environment.get("NBAGENT_ASSETS") == expected
+
+
+@pytest.mark.parametrize(("own", "expected"), [
+    ({}, {"https_proxy": "http://10.1.0.8:3128", "no_proxy": "localhost"}),
+    ({"HTTPS_PROXY": "http://own:1"}, {"HTTPS_PROXY": "http://own:1", "no_proxy": "localhost"}),
+    ({"no_proxy": "*"}, {"https_proxy": "http://10.1.0.8:3128", "no_proxy": "*"}),
+    ({"https_proxy": ""}, {"https_proxy": "", "no_proxy": "localhost"}),
+])
+def test_a_slot_has_the_variables_of_the_proxy_unless_its_image_has_them_in_either_case(own, expected):
+    network = {"https_proxy": "http://10.1.0.8:3128", "no_proxy": "localhost"}
+    spec = sandbox_spec(SLOT, image(environment=own), 1 << 20, 60.0, network=network)
+    assert {name: value for name, value in spec.environment.items() if "proxy" in name.lower()} == expected

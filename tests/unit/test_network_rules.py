@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 from nbagent.config import host_config
+from nbagent.core import proxies
 from nbagent.core.errors import ConfigError, InvalidField
 from nbagent.core.model import CLAIM_FIELDS, Bounds, Slot, parse_options
 from nbagent.network import addresses, resolver, rules
@@ -90,9 +92,61 @@ def test_an_allow_list_refuses_all_other_addresses() -> None:
     assert outward.rstrip(" }\n").endswith("goto refused")
 
 
+@pytest.mark.parametrize(("proxy", "rule"), [
+    ("10.1.0.8:3128", "ip daddr 10.1.0.8 tcp dport 3128 goto counted"),
+    ("[2001:db8::8]:80", "ip6 daddr 2001:db8::8 tcp dport 80 goto counted"),
+])
+def test_only_the_port_of_a_proxy_is_reachable_before_private_ranges_are_refused(proxy: str, rule: str) -> None:
+    text = rendered(proxy=proxies.parse(proxy))
+    outward = text[text.index("chain outward"):text.index("chain counted")]
+    assert outward.count(rule) == 1 and outward.index(rule) < outward.index("@refused4 goto refused")
+    assert outward.index("ct status dnat goto refused") < outward.index(rule)
+    assert rule not in rendered()
+
+
 def test_rules_survive_serialization() -> None:
     expected = network.rules(dataclasses.replace(SETTINGS, only=("pip.example", ipaddress.ip_network("10.0.0.0/8"))))
     assert expected.closed and rules.Rules.restore(expected.save()) == expected
+    by_proxy = network.rules(dataclasses.replace(SETTINGS, proxy=proxies.parse("10.1.0.8:3128")))
+    assert rules.Rules.restore(json.loads(json.dumps(by_proxy.save()))) == by_proxy
+    former = {name: value for name, value in expected.save().items() if name != "proxy"}
+    assert rules.Rules.restore(former) == expected
+
+
+def test_a_slot_with_an_interface_has_the_variables_of_the_proxy() -> None:
+    settings = dataclasses.replace(
+        SETTINGS, proxy=proxies.parse("http://10.1.0.8:3128/"), also=(ipaddress.ip_network("10.2.0.0/16"),)
+    )
+    with_interface = Slot.__new__(Slot)
+    object.__setattr__(with_interface, "addresses", ("198.18.0.2",))
+    without = Slot.__new__(Slot)
+    object.__setattr__(without, "addresses", ())
+    url = "http://10.1.0.8:3128"
+    assert network.variables(settings, with_interface) == {
+        "http_proxy": url, "https_proxy": url, "no_proxy": "localhost,127.0.0.1,::1,10.2.0.0/16",
+    }
+    assert network.variables(settings, without) == network.variables(SETTINGS, with_interface) == {}
+
+
+@pytest.mark.parametrize("text", [
+    "", "none", "10.1.0.8", "10.1.0.8:", "10.1.0.8:0", "10.1.0.8:65536", "10.1.0:3128", "proxy.example:3128",
+    "http://proxy.example:3128", "https://10.1.0.8:3128", "http://user:pw@10.1.0.8:3128", "10.1.0.8:3128/path",
+    "2001:db8::8:3128", "[10.1.0.8]:3128x", "[fe80::1%eth0]:3128", "127.0.0.1:3128", "[::1]:3128", "0.0.0.0:3128",
+    "169.254.169.254:80", "224.0.0.1:80", "[::ffff:127.0.0.1]:3128", "10.1.0.8:3128\n", " 10.1.0.8:3128",
+])
+def test_a_proxy_is_an_address_of_another_machine_with_a_port(text: str) -> None:
+    with pytest.raises(ValueError, match="IP address and the port"):
+        proxies.parse(text)
+
+
+def test_the_proxy_serves_all_hosts_but_the_slot_itself_and_networks_that_slots_reach() -> None:
+    proxy = proxies.parse("[2001:DB8::8]:3128")
+    assert str(proxy) == "[2001:db8::8]:3128" and proxy.version == 6
+    direct = ["10.2.0.0/16", "fd00::/64"]
+    served = {host: proxy.serves(host, direct) for host in (
+        "data.example.org", "10.3.0.1", "10.2.0.1", "fd00::1", "fd01::1", "127.0.0.1", "127.9.9.9", "::1", "localhost",
+    )}
+    assert [host for host, by_proxy in served.items() if by_proxy] == ["data.example.org", "10.3.0.1", "fd01::1"]
 
 
 def test_the_resolver_serves_only_allowed_names_and_no_private_address() -> None:
@@ -133,6 +187,9 @@ def test_ipv6_is_used_where_the_host_forwards_it_and_has_a_route(tmp_path: Path)
     ({"network": {"only": ["*.pip.example"]}}, "network.only"),
     ({"network": {"only": ["pip.example/x\nserver=1.2.3.4"]}}, "network.only"),
     ({"network": {"also": ["intranet.example"]}}, "network.also"),
+    ({"network": {"proxy": "proxy.example:3128"}}, "network.proxy"),
+    ({"network": {"proxy": 3128}}, "network.proxy"),
+    ({"network": {"proxy": "10.1.0.8:3128", "only": ["pip.example"]}}, "network.only"),
     ({"network": {"up": "100"}}, "network.up"),
     ({"network": {"down": "1kbit"}}, "network.down"),
     ({"network": {"connections": 0}}, "network.connections"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import signal
 import socket
@@ -245,7 +244,7 @@ def test_a_malformed_request_is_a_bad_request_and_leaks_nothing(server, file, pa
 
 
 def test_an_order_for_content_is_restored_as_it_was_saved():
-    order = Order(1, 2, "", [("a", 1)], None, [], 3, 4, 5.0)
+    order = Order(1, 2, "", [("a", 1)], None, [], 3, 4, 5.0, "10.1.0.8:3128", ["10.2.0.0/16"])
     assert Order.restore(order.save()) == order
 
 
@@ -334,7 +333,7 @@ def test_files_that_are_not_delivered_in_time_are_a_failure_of_the_host_and_an_a
     monkeypatch.setattr(content_injector, "pid_of", lambda _pidfd, _slot: 7)
     monkeypatch.setattr(content_injector, "_HEAD_START_S", 0.01)
     monkeypatch.setattr(content_injector, "_order", lambda *_: Order(1, 2, "", [], None, [], 3, 4, 5.0))
-    settings = dataclasses.replace(host_config.parse({}).claims, timeout=0.01)
+    settings = host_config.parse({"claims": {"timeout": 0.01}})
     with open("/dev/null") as file, pytest.raises(kind, match="not delivered within") as failed:
         asyncio.run(content_injector.inject(None, file.fileno(), Content(archive=archive), settings, join_scope))
     assert failed.value.http_status == status
