@@ -570,6 +570,38 @@ def test_a_manifest_can_be_given_at_the_import(agent, images, layout):
     assert answer.body.decode().startswith(f"I am given at /user/{claim['slot']}/start")
 
 
+def test_a_layer_changes_files_of_an_image_in_place_of_a_new_build(agent, images, tmp_path):
+    layer = Archive().add("home/jovyan/data/one.csv", b"a,b\n", mode=0o644).add("home/jovyan/.wh.Welcome.ipynb")
+    agent.host.copy_in(str(layer.add("etc/issue", b"changed\n").save(tmp_path / "layer.tar")), "/root/")
+    agent.host.run(["tee", "/root/damaged.tar"], input="no archive")
+    minimal = json.loads(agent.run("nbagent", "image", "list", "--json"))[0]
+    try:
+        listed = agent.run("nbagent", "image", "list", "--json")
+        command = ["nbagent", "image", "use", "--layer", "/root/damaged.tar", "course", "minimal"]
+        refused = agent.host.run(command, check=False)
+        assert refused.returncode == 65 and "Traceback" not in refused.stderr, refused
+        assert agent.run("nbagent", "image", "list", "--json") == listed
+        began_s = time.monotonic()
+        changed = images("use", "--layer", "/root/layer.tar", "course", "minimal")
+        assert time.monotonic() - began_s < 60  # an import of the image takes minutes on a busy machine
+        assert images("use", "--layer", "/root/layer.tar", "course", "minimal")["digest"] == changed["digest"]
+    finally:
+        agent.run("rm", "/root/layer.tar", "/root/damaged.tar")
+    assert changed["digest"] != minimal["digest"] and changed["launch"] == minimal["launch"]
+    # The trees share the files that are in both, and the layer was not written into those of the image.
+    inodes = [agent.run("stat", "-c", "%i", f"{one['root']}/usr/lib/os-release") for one in (minimal, changed)]
+    assert inodes[0] == inodes[1]
+    assert "changed" not in agent.run("cat", f"{minimal['root']}/etc/issue")
+    with_layer, without = (Notebook(agent.host, agent.claim(image=image)) for image in ("course", "minimal"))
+    assert with_layer.get("api/contents/data/one.csv")["content"] == "a,b\n"
+    assert with_layer.run("print(open('/etc/issue').read(), end='')", 120).stream == "changed\n"
+    assert "Welcome.ipynb" not in [item["name"] for item in with_layer.get("api/contents")["content"]]
+    assert "Welcome.ipynb" in [item["name"] for item in without.get("api/contents")["content"]]
+    # Switched back by one command, for slots that start from then on.
+    assert images("use", "course", "minimal")["digest"] == minimal["digest"]
+    assert with_layer.get("api/contents/data/one.csv")["content"] == "a,b\n"
+
+
 KEY_OF = """
 import pathlib, sys
 from nbagent.imagebuild.recipe import read_recipe
