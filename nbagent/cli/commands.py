@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -191,6 +192,25 @@ def history_command(slot: str | None, since: str | None, every: bool, as_json: b
     else:
         now = _now()
         tables.show(history.COLUMNS, [one.row(now) for one in histories])
+
+
+@nbagent.command("traces")
+@click.option("--to", "url", required=True, metavar="URL",
+              help="The traces endpoint of a collector, such as http://collector.example:4318/v1/traces.")
+@click.option("--since", metavar="DURATION", help="Begin with the claims of this time, such as 1h, instead of now.")
+@click.option("--once", is_flag=True, help="Send what the journal has, and exit.")
+def traces_command(url: str, since: str | None, once: bool) -> None:
+    """Send spans of claims that have a traceparent header from this machine's journal to a collector, by OTLP/HTTP."""
+    from nbagent.cli import traces
+
+    if not re.fullmatch(r"https?://[^/\s]+/\S*", url):
+        raise click.UsageError(f"--to {url}: expected a URL such as http://collector.example:4318/v1/traces")
+    try:
+        back_s = parse_duration(since) if since is not None else 0.0
+    except ValueError as error:
+        raise click.UsageError(f"--since {since}: expected {error}") from None
+    sent = traces.export(url, time.time() - back_s, once=once, complain=lambda text: click.echo(text, err=True))
+    click.echo(f"{sent} spans sent to {url}")
 
 
 @nbagent.command("top")

@@ -58,9 +58,9 @@ BUFFER_BYTES = 32768
 CLAIM_MAX_BYTES = 8192
 RATE_WINDOW_S = 60
 _WORDS_A_LINE = 50  # HAProxy allows 64
-# The line of a claim has the trace id of the client's traceparent (W3C); HAProxy forwards the header to the host.
+# The line of a claim has TRACE-SPAN of the client's traceparent (W3C); HAProxy forwards the header to the host.
 _TRACE = (
-    "http-request set-var(txn.trace) req.hdr(traceparent),field(2,-) "
+    "http-request set-var(txn.trace) req.hdr(traceparent),bytes(3,49) "
     "if { req.hdr(traceparent) -m reg ^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?$ }"
 )
 _CHECK = "check inter 2s fastinter 500ms downinter 1s fall 2 rise 1"
@@ -472,7 +472,7 @@ def _list(name: str, fetch: str, networks: Iterable[Network]) -> Iterator[str]:
 
 def _log_format(kind: str) -> str:
     """A log format of names and values, without query strings, which may have tokens, and of the client's headers only
-    the trace id of a well-formed traceparent."""
+    the ids of a well-formed traceparent."""
     host = "host=%s" if kind == "claim" else "backend=%b server=%s"
     trace = " trace=%[var(txn.trace)]" if kind == "claim" else ""
     return (

@@ -144,6 +144,7 @@ class Claims:
     async def _claim(self, request: Request) -> Slot:
         if self._load.draining:
             raise Draining("the host is draining and hands out no slots", retry_after_s=RETRY_MAX_S)
+        began_s = now()
         live = await self._allocator.allocate(request.image, request.ttl_s, request.network)
         options, claimed_s = request.options, now()
         limits = options.limits(live.slot.limits)
@@ -159,12 +160,13 @@ class Claims:
         self._counters.add("lent" if request.lent else "claims")
         # Before the response, because a page may request the file as soon as the slot. It takes 40 us.
         self._sessions.claimed(live.slot)
+        trace = _trace_fields(request.trace, took_s=now() - began_s, waited_s=claimed_s - began_s)
         # In the loop's next turn, as is the start of the slot's replacement, so that the response is sent first.
         asyncio.get_running_loop().call_soon(
             partial(
                 emit, Event.SLOT_LENT if request.lent else Event.SLOT_CLAIMED, slot=live.slot.id,
                 client=request.client, ttl_s=f"{live.slot.ttl_s:g}", image=live.slot.image, network=request.network,
-                **limits.document(), **_trace_fields(request.trace),
+                **limits.document(), **trace,
             )
         )
         self._changed.set()
@@ -177,10 +179,13 @@ def bounds(config: HostConfig, cpus: int) -> Bounds:
     return Bounds(slots.memory_max, slots.ttl_max, cpus, config.network.allow, config.claims.archives)
 
 
-def _trace_fields(trace: str) -> dict[str, str]:
-    """The fields of an event for a trace, by the names of OpenTelemetry."""
+def _trace_fields(trace: str, *, took_s: float, waited_s: float) -> dict[str, str | int]:
+    """The fields of an event for a trace, by the names of OpenTelemetry, and its times for `nbagent traces`."""
+    if not trace:
+        return {}
     trace_id, _, parent_id = trace.partition("-")
-    return {"trace_id": trace_id, "parent_span_id": parent_id} if trace else {}
+    times = {"took_us": round(took_s * 1e6), "waited_us": round(waited_s * 1e6)}
+    return {"trace_id": trace_id, "parent_span_id": parent_id, **times}
 
 
 def _check_fingerprint(request: Request, fingerprint: str) -> None:

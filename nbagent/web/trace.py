@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The trace of a request: a claim's entry in the journal has the ids of the caller's traceparent header.
 
-The header is that of W3C's Trace Context, as OpenTelemetry sends it. A program that collects traces reads the ids from
-the journal; nbagent exports none itself. As the recommendation requires, a malformed header is ignored.
+The header is that of W3C's Trace Context, as OpenTelemetry sends it. Spans are made of the journal's entries by
+nbagent.cli.traces. As the recommendation requires, a malformed header is ignored.
 """
 
 from __future__ import annotations

@@ -425,9 +425,39 @@ def test_the_journal_has_every_claim_with_its_client_and_no_token(fleet):
     front.agent.wait(lambda: any(re.match(pattern, line) for line in lines()), "the line of the claim", 5)
     assert not any("token" in line or claim["token"] in line for line in lines())
     # From the gateway to the slot by the trace of the caller.
-    front.agent.wait(lambda: any(line.endswith(f" trace={trace}") for line in lines()), "the line of the trace", 5)
+    ended = f" trace={trace}-{span}"
+    front.agent.wait(lambda: any(line.endswith(ended) for line in lines()), "the line of the trace", 5)
     (event,) = fleet.hosts[traced.partition("-")[0]].journal(f"NBAGENT_TRACE_ID={trace}")
     assert (event["NBAGENT_SLOT"], event["NBAGENT_PARENT_SPAN_ID"]) == (traced, span)
+    # The gateway and the host each send their spans, which have the same parent.
+    sent = [*spans_of(front.agent.host), *spans_of(fleet.hosts[traced.partition("-")[0]].host)]
+    found = {(one["name"], one["parentSpanId"]) for one in sent if one["traceId"] == trace}
+    assert {("gateway", span), ("claim", span)} <= found and len(found) >= 5, sent
+
+
+COLLECTOR = """
+import http.server, threading
+class Received(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        print(self.rfile.read(int(self.headers["Content-Length"])).decode(), flush=True)
+        self.send_response(200)
+        self.end_headers()
+    def log_message(self, *_):
+        pass
+server = http.server.HTTPServer(("127.0.0.1", 4318), Received)
+threading.Thread(target=server.serve_forever).start()
+import subprocess
+command = ["nbagent", "traces", "--once", "--since", "1h", "--to", "http://127.0.0.1:4318/v1/traces"]
+subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+server.shutdown()
+"""
+
+
+def spans_of(host):
+    """The spans that `nbagent traces` on a machine sends to a collector there."""
+    requests = map(json.loads, host.run(["python3", "-ISc", COLLECTOR]).stdout.splitlines())
+    scopes = [scope for one in requests for resource in one["resourceSpans"] for scope in resource["scopeSpans"]]
+    return [span for scope in scopes for span in scope["spans"]]
 
 
 def test_systemd_accepts_the_units(fleet):

@@ -323,7 +323,9 @@ def test_the_trace_of_a_claim_is_forwarded_and_logged(gateway: Gateway, hosts: l
     sent = [headers.get("traceparent") for host in hosts for headers in host.headers]
     assert Counter(sent) == {trace: 1, f"{trace}\tspan": 1, "token": 1, None: 1}
     gateway.wait(lambda: gateway.log.read_text().count(" trace=") == 4)
-    assert re.findall(r" trace=(.*)$", gateway.log.read_text(), re.MULTILINE) == ["4b" * 16, "-", "-", "-"]
+    assert re.findall(r" trace=(.*)$", gateway.log.read_text(), re.MULTILINE) == [
+        f"{'4b' * 16}-{'00f0' * 4}", "-", "-", "-",
+    ]
 
 
 def test_two_clicks_on_the_button_are_one_claim(gateway: Gateway, hosts: list[FakeHost]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import datetime
 import errno
 
 import pytest
 from fakes import Host, cancelled, kinds, turns, until
 
+from nbagent.cli import traces
 from nbagent.core.errors import (
     ContentFailed,
     Draining,
@@ -49,7 +51,12 @@ async def test_a_claim_has_the_trace_of_its_caller_in_the_journal(tmp_path, jour
         await turns()
     traced, plain = (entry for entry in journal if kinds([entry]) == [Event.SLOT_CLAIMED])
     assert (traced["NBAGENT_TRACE_ID"], traced["NBAGENT_PARENT_SPAN_ID"]) == ("4b" * 16, "00f0" * 4)
-    assert "NBAGENT_TRACE_ID" not in plain and "NBAGENT_PARENT_SPAN_ID" not in plain
+    assert not {f"NBAGENT_{name}" for name in ("TRACE_ID", "PARENT_SPAN_ID", "TOOK_US", "WAITED_US")} & plain.keys()
+    at = {"_SYSTEMD_UNIT": "nbagent.service", "__REALTIME_TIMESTAMP": datetime.datetime.now(datetime.UTC)}
+    first, allocate, prepare = traces.spans(traced | at)
+    assert (first.trace, first.parent, first.name) == ("4b" * 16, "00f0" * 4, "claim")
+    assert allocate.parent == prepare.parent == first.id and allocate.end_ns == prepare.start_ns
+    assert first.start_ns == allocate.start_ns <= allocate.end_ns <= prepare.end_ns == first.end_ns
 
 
 async def test_a_claim_of_an_empty_pool_waits_for_a_start(tmp_path):
