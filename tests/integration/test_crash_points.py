@@ -2,9 +2,11 @@
 """The supervisor ends at each named point of a slot's life: no slot is lost, doubled or leaked, and claims go on."""
 
 import json
+import time
 
 import pytest
 
+from nbagent.core.events import Event
 from nbagent.supervisor.crash_points import Point
 
 SUPERVISOR = "nbagent.service"
@@ -99,6 +101,12 @@ def settled(agent):
     return slots if "warm" in slots.values() else None
 
 
+def removed(agent, since_s):
+    """The ids of incomplete slots that were removed since then."""
+    entries = agent.journal(f"MESSAGE_ID={Event.SLOT_REMOVED.value.message_id}", "--since", f"@{since_s:.3f}")
+    return [entry["NBAGENT_SLOT"] for entry in entries if "incomplete" in entry["MESSAGE"]]
+
+
 def test_a_supervisor_that_ends_at_any_point_loses_and_leaks_no_slot(crashing):
     agent = crashing
     user = agent.open()
@@ -108,6 +116,7 @@ def test_a_supervisor_that_ends_at_any_point_loses_and_leaks_no_slot(crashing):
         for point in Point:
             victim = agent.claim()["slot"]
             agent.wait(lambda: settled(agent), f"a host at rest before {point.name}", REST_S)
+            began_s = time.time()
             agent.host.run(["tee", POINT_FILE], input=point.name)
             claimed = {user.slot, victim, *provoke(agent, point, victim)}
             if point in (Point.ROUTE_REMOVED, Point.STOPPED):
@@ -120,6 +129,7 @@ def test_a_supervisor_that_ends_at_any_point_loses_and_leaks_no_slot(crashing):
             agent.wait(lambda: agent.api.get("/healthz").status == 200, f"a supervisor after {point.name}")
             slots = agent.wait(lambda: settled(agent), f"a host at rest after {point.name}", REST_S)
             assert {slot for slot, state in slots.items() if state == "claimed"} == claimed, point
+            assert removed(agent, began_s) or point not in BY_A_START - {Point.WARM_RECORDED}, point
             for slot in slots:
                 recorded = json.loads(agent.run("cat", f"/run/nbagent/slots/{slot}/slot.json"))["limits"]
                 assert recorded["memory_bytes"] == limit(agent, slot), (point, slot)

@@ -231,21 +231,6 @@ def test_a_warm_pool_is_adopted_and_not_made_anew(agent):
     assert notebook.run("6 * 7").text == "42"
 
 
-def test_an_incomplete_slot_is_removed(agent):
-    agent.expect(KILLED)
-    # A slot that is starting ends with the supervisor, before or after PID 1 has moved it into its scope.
-    agent.expect(FAILED_SCOPE.pattern)
-    agent.configure("[pool]\nwarm = 3\n")
-    half = agent.wait(lambda: agent.slots("starting"), "a slot that starts")[0]["slot"]
-    agent.run("systemctl", "kill", "-s", "KILL", SUPERVISOR)
-    removed = agent.wait(lambda: events(agent, half, Event.SLOT_REMOVED), "its removal")
-    assert "incomplete" in removed[0]["MESSAGE"]
-    assert agent.api.get(f"/slots/{half}").status == 404
-    assert agent.run("sh", "-c", f"ls -d /run/nbagent/slots/{half} 2>/dev/null; systemctl list-units --all --plain "
-                     f"--no-legend nbagent-{half}.scope; pgrep -f nbagent[.]runtime[.]exec_slo[t]; true") == ""
-    agent.wait_warm(3)
-
-
 def test_files_without_scope_and_scopes_without_file_are_removed(agent):
     broken, lost, kept = agent.claim()["slot"], agent.claim()["slot"], agent.open()
     agent.wait_warm()

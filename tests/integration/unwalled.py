@@ -169,11 +169,11 @@ def traces():
         for directory, directories, files in os.walk(top):
             is_images = directory.endswith("/images")
             if is_images:
-                found |= {f"file {directory}/{name}" for name in directories}
+                found |= {f"file {directory}/{name}" for name in directories if not name.startswith(".staging-")}
                 directories.clear()
             # systemd makes and removes these whenever a service with PrivateTmp= starts or ends, so neither they nor
-            # the size and time of /tmp itself are traces of a slot. Nor is the time of the store, from which
-            # nbagent-sweep.service may be deleting the image of an earlier test.
+            # the size and time of /tmp itself are traces of a slot. Nor are the time of the store, from which
+            # nbagent-sweep.service may be deleting the image of an earlier test, and that image.
             directories[:] = [name for name in directories if not name.startswith("systemd-private-")]
             for name in (files if is_images or directory == "/tmp" else (".", *files)):
                 status = os.lstat(os.path.join(directory, name))

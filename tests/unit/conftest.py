@@ -30,7 +30,7 @@ hypothesis.settings.register_profile("unit", max_examples=40, derandomize=True, 
 hypothesis.settings.register_profile("deep", max_examples=1000, **_COMMON)
 hypothesis.settings.load_profile(os.environ.get("NBAGENT_HYPOTHESIS", "unit"))
 # A thread that has been asked to end, or a socketpair that is collected, takes a moment.
-SETTLE_S = 2.0
+SETTLE_S = 10.0
 
 
 @pytest.hookimpl(tryfirst=True)
