@@ -13,6 +13,7 @@ exceed. Where many slots compute, each gets little of the processors, so the rat
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 # No processor is free when all together were idle for less than this, in processors, because each is then busy for a
 # part of the time and a woken task can meet a running one on each: one, or half of one where there is only one, or this
@@ -26,6 +27,8 @@ FULL_S = 1.0
 LEAK = 0.1
 # A slot rests when it has used less than half the leak for so long.
 REST_S, REST_PART = 1.0, 1 / 2
+# A slot that used less than this at the last reading is read once in so many seconds.
+CALM, CALM_S = REST_PART * LEAK, 1.0
 # The content of the bucket of a slot that rested: it gives way sooner than one that never did.
 RESTED_S = FULL_S / 2
 
@@ -39,8 +42,20 @@ def sharers(used: Iterable[float]) -> float:
     return sum(parts) ** 2 / squares if squares else 1.0
 
 
+class _Read(NamedTuple):
+    """The processor time of a slot at one look, and the processors that it used since the reading before."""
+
+    at_s: float
+    used_s: float
+    part: float = 0.0
+    is_first: bool = False
+
+
 class Processors:
-    """The processors of a host and what its slots used of them, at looks a fraction of a second apart."""
+    """The processors of a host and what its slots used of them, at looks a fraction of a second apart.
+
+    At each look `look` is called first, then `due` and `decide`.
+    """
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -49,14 +64,15 @@ class Processors:
         self._past_s = 0.0
         self._busy_s: float | None = None
         self._busy = False
-        # By slot: the processor time at the last look, the content of the bucket, and the time since which it rests.
-        self._used_s: Mapping[str, float] = {}
+        # By slot: the last reading, the content of the bucket, and the time since which it rests.
+        self._reads: dict[str, _Read] = {}
         self._content_s: dict[str, float] = {}
         self._rests_s: dict[str, float] = {}
 
     def look(self, at_s: float, idle_s: float) -> bool:
-        """Begins a look, and returns whether `decide` needs the use of all slots. `idle_s` is that of all processors
-        together since the boot.
+        """Begins a look, and returns whether the use of all slots is followed, or only that of those that give way.
+
+        `idle_s` is that of all processors together since the boot.
         """
         self._past_s = 0.0 if self._looked_s is None else at_s - self._looked_s
         free = (idle_s - self._idle_s) / self._past_s if self._past_s > 0 else self._count
@@ -66,45 +82,58 @@ class Processors:
             self._busy_s = at_s
         return self._busy_s is not None and at_s - self._busy_s <= FOLLOW_S
 
+    def due(self, names: Iterable[str], giving: Collection[str]) -> list[str]:
+        """Those of the slots that are followed whose use `decide` needs at this look."""
+        latest_s = (self._looked_s or 0.0) - CALM_S
+        return [
+            name for name in names
+            if name in giving or (read := self._reads.get(name)) is None
+            or read.is_first or read.part >= CALM or read.at_s <= latest_s
+        ]
+
     def decide(self, used_s: Mapping[str, float], giving: Collection[str]) -> dict[str, bool]:
         """The changes by slot: True when it has to give way, False when it has rested.
 
-        `used_s` is the processor time of slots since their start, of those in `giving`, which give way, at least.
+        `used_s` is the processor time of slots since their start, `giving` has those that give way.
         """
         if self._past_s <= 0:
             return {}
-        used = {
-            name: max(0.0, size_s - self._used_s[name]) / self._past_s
-            for name, size_s in used_s.items() if name in self._used_s
+        at_s = self._looked_s or 0.0
+        before = {name: read for name, read in self._reads.items() if at_s - read.at_s <= FOLLOW_S}
+        grown_s = {name: max(0.0, size_s - before[name].used_s) for name, size_s in used_s.items() if name in before}
+        self._reads = before | {
+            name: _Read(at_s, size_s, grown_s[name] / (at_s - before[name].at_s)) if name in grown_s
+            else _Read(at_s, size_s, is_first=True)
+            for name, size_s in used_s.items()
         }
-        self._used_s = dict(used_s)
         leak = LEAK
         if self._busy:
-            leak = min(LEAK, self._count / 2 / sharers(used.values()))
-        self._fill(used, leak)
-        return dict(self._changes(used, leak, giving))
+            leak = min(LEAK, self._count / 2 / sharers(read.part for read in self._reads.values()))
+        self._fill(grown_s, leak)
+        return dict(self._changes(grown_s, leak, giving))
 
-    def _fill(self, used: Mapping[str, float], leak: float) -> None:
+    def _fill(self, grown_s: Mapping[str, float], leak: float) -> None:
         """Only time in which no processor was free fills the buckets."""
-        parts = used if self._busy else {}
+        more_s = grown_s if self._busy else {}
         content_s = {
-            name: self._content_s.get(name, 0.0) + (parts.get(name, 0.0) - leak) * self._past_s
-            for name in {*parts, *self._content_s}
+            name: min(FULL_S, self._content_s.get(name, 0.0) + more_s.get(name, 0.0) - leak * self._past_s)
+            for name in {*more_s, *self._content_s}
         }
-        self._content_s = {name: min(FULL_S, size_s) for name, size_s in content_s.items() if size_s > 0}
+        self._content_s = {name: size_s for name, size_s in content_s.items() if size_s > 0}
 
-    def _changes(self, used: Mapping[str, float], leak: float, giving: Collection[str]) -> Iterator[tuple[str, bool]]:
-        at_s = self._looked_s or 0.0
-        rests_s = self._rests_s
+    def _changes(
+        self, grown_s: Mapping[str, float], leak: float, giving: Collection[str]
+    ) -> Iterator[tuple[str, bool]]:
+        at_s, rests_s = self._looked_s or 0.0, self._rests_s
         self._rests_s = {
             name: rests_s.get(name, at_s - self._past_s)
-            for name in giving if used.get(name, leak) < REST_PART * leak
+            for name in giving if name in grown_s and self._reads[name].part < REST_PART * leak
         }
         for name, since_s in self._rests_s.items():
             if at_s - since_s >= REST_S:
                 self._content_s[name] = RESTED_S
                 yield name, False
         # Those that use most first, because each change takes milliseconds.
-        for name in sorted(used, key=lambda name: used[name], reverse=True):
+        for name in sorted(grown_s, key=lambda name: self._reads[name].part, reverse=True):
             if name not in giving and self._busy and self._content_s.get(name, 0.0) >= FULL_S:
                 yield name, True

@@ -2,8 +2,8 @@
 """Lowers the CPU weight of slots that compute while no processor of the host is free (nbagent.policy.processors).
 
 The guard reads the idle time of the host four times a second, and the processor time of slots only while no processor
-was free lately, or of those that have a lower weight. It rests fifty times as long as a look takes, so that a thousand
-slots cost two percent of a processor, and only while the host has none free.
+was free lately, of those at rest once a second. It pauses fifty times as long as a look takes, so that a thousand slots
+cost at most two percent of a processor, and only while the host has none free.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class ProcessorGuard:
             lives = dict(self._giving)
             if self._policy.look(now(), self._read_idle()):
                 lives = {live.slot.id: live for live in self._slots.values() if _is_claimed(live)}
-            changes = self._policy.decide(await _used_s(lives), self._giving)
+            due = self._policy.due(lives, self._giving)
+            changes = self._policy.decide(await _used_s({name: lives[name] for name in due}), self._giving)
         else:
             lives, changes = self._giving, dict.fromkeys(self._giving, False)
         # After a reload with another part.

@@ -39,7 +39,8 @@ class Trace:
                 self.used_s[name] += part * LOOK_S
             self.idle_s += (self.processors - sum(got.values())) * LOOK_S
             reads_all = self.policy.look(self.at_s, self.idle_s)
-            used_s = {name: size for name, size in self.used_s.items() if reads_all or name in self.giving}
+            due = self.policy.due(self.used_s if reads_all else self.giving, self.giving)
+            used_s = {name: self.used_s[name] for name in due}
             self.reads += len(used_s)
             for name, gives_way in self.policy.decide(used_s, set(self.giving)).items():
                 self.moves.append((self.at_s, name, gives_way))
@@ -96,6 +97,21 @@ def test_a_slot_that_takes_one_of_two_processors_gives_way_because_cells_of_othe
         trace.add(f"cells-{number}", always(0.015))
     trace.run(10)
     assert trace.giving == {"computes"}
+
+
+def test_slots_at_rest_are_read_once_a_second_while_another_computes() -> None:
+    trace = Trace(2)
+    trace.add("computes", always(4))
+    for number in range(100):
+        trace.add(f"rests-{number}", always(0.001))
+    trace.run(100)
+    assert trace.giving == {"computes"} and 100 * 101 <= trace.reads < 100 * 110
+    # One that begins to compute gives way as soon as one that is read at each look.
+    began_s = trace.at_s
+    trace.slots["rests-7"] = always(4)
+    trace.run(began_s + 5)
+    (at_s, name, _), = trace.moves[1:]
+    assert name == "rests-7" and at_s - began_s <= 1.25
 
 
 def test_cells_and_pages_that_open_do_not_give_way_beside_a_slot_that_computes() -> None:
@@ -157,7 +173,7 @@ def test_a_slot_that_ends_leaves_nothing_behind() -> None:
     trace.giving.clear()
     trace.run(20)
     policy = trace.policy
-    assert not policy._content_s and not policy._rests_s and not policy._used_s
+    assert not policy._content_s and not policy._rests_s and not policy._reads
 
 
 PARTS = strategies.lists(strategies.floats(0, 4), min_size=1, max_size=40)
