@@ -266,9 +266,11 @@ def cgroups():
     """The cgroups of slots and zygotes by name."""
     names = set()
     for tree in CGROUPS:
-        for path in Path(tree).glob("**/nbagent*.slice/**/"):
-            if path.name.startswith(("nbagent-zygote@",)) or path.name.endswith(".scope"):
-                names.add(path.name)
+        # Without an error for a cgroup that is removed meanwhile, as os.walk() does it.
+        for path, directories, _ in os.walk(tree):
+            if ".slice" in path and "nbagent" in path:
+                names.update(name for name in directories if name.startswith("nbagent-zygote@")
+                             or (name.startswith("nbagent-") and name.endswith(".scope")))
     return sorted(names)
 
 
