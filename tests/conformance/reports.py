@@ -506,7 +506,7 @@ def a_terminal_has_job_control(user: Notebook) -> Any:
     terminal.type("\x1a")
     terminal.read("Stopped")
     assert "sleep 9876" in terminal.run("bg; jobs; kill %1; tty; stty size")
-    found = terminal.run(signals)
+    found = terminal.run(signals) + "\n"
     terminal.end()
     with kernel_of(user) as kernel:
         found += cell(kernel, f"""
