@@ -483,10 +483,11 @@ def terminals_and_notebooks_have_the_same_programs(user: Notebook) -> Any:
     with kernel_of(user) as kernel:
         cell(kernel, "open('.bashrc', 'a').write('export FROM_BASHRC=yes\\n')")
         terminal = Terminal(user)
-        found = terminal.run(f"echo $FROM_BASHRC/$0/$TERM/$LANG; {programs}").split()
+        found = terminal.run(f"echo $FROM_BASHRC/$0/$TERM/$LANG; {programs}; echo $JUPYTER_SERVER_URL").split()
         terminal.end()
         inside = cell(kernel, f"!{programs}").split()
         cell(kernel, "import os; os.remove('.bashrc')")
+    assert found.pop().endswith(user.base)
     assert found[1:] == inside, (found, inside)
     return found[0]
 
