@@ -21,11 +21,10 @@ import contextlib
 import gc
 import json
 import os
-import re
 import signal
 import sys
 import traceback
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, NoReturn, Tuple, cast
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, NoReturn, cast
 
 # Without -I, because the flags, the hash seed and the path of its Python are those of all kernels. The directory of
 # this file, whose modules are submodules, is not searched.
@@ -55,6 +54,7 @@ from nbagent.wire.channel import Channel, Message, report_failure
 from nbagent.wire.failure import INHERITED_STEP, NOTE_MAX_CHARACTERS, NOTES_MAX, Failure
 from nbagent.zygote import activated, entropy, forkserver, kernel, notebook_server, provisioner
 from nbagent.zygote.inherited import IMPORTED, Inherited, Openers, descriptors
+from nbagent.zygote.placeholders import PlaceholderSubstitution
 
 CONTROL_FD = LISTEN_FD
 # Placeholders of the same form as a slot's own values, so that values derived from them have the right form too.
@@ -132,33 +132,6 @@ def _without(method: str, names: Iterable[str]) -> Iterator[None]:
         setattr(ExtensionManager, method, original)
 
 
-class PlaceholderSubstitution:
-    """The places in the objects of this process where the strings `names` are, whole or as a part of a string."""
-
-    def __init__(self, *names: str) -> None:
-        self._names = names
-        self._found: List[Tuple[Any, Any]] = []
-        search = re.compile("|".join(map(re.escape, names))).search
-        for known in gc.get_objects():
-            if isinstance(known, dict):
-                items: Any = known.items()
-            elif isinstance(known, list):
-                items = enumerate(known)
-            else:
-                continue
-            if known is self.__dict__ or known is globals():
-                continue
-            self._found += [(known, key) for key, value in items if isinstance(value, str) and search(value)]
-
-    def fill(self, *values: str) -> None:
-        """Replaces the names by `values`, in the same order."""
-        for known, key in self._found:
-            text = known[key]
-            for name, value in zip(self._names, values):  # noqa: B905  strict= is of 3.10
-                text = text.replace(name, value)
-            known[key] = text
-
-
 class Zygote:
     """The process state that every slot begins with."""
 
@@ -180,7 +153,7 @@ class Zygote:
         self.loop = notebook_server.release_loop(self.server)
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
         entropy.reseed()
-        self.places = PlaceholderSubstitution(BASE_URL, TOKEN)
+        self.places = PlaceholderSubstitution(BASE_URL, TOKEN, without=globals())
         memory.freeze()
         openers.check(self.fds)
 

@@ -79,5 +79,11 @@ def test_names_paths_and_tests_of_a_page_exist(page: Path) -> None:
     assert not missing
 
 
+def test_the_page_lists_each_report_that_is_tried() -> None:
+    tried = re.findall(r'"([\w.-]+/[\w.-]+#\d+)"', (ROOT / "tests/conformance/reports.py").read_text())
+    listed = re.findall(r"[\w.-]+/[\w.-]+#\d+", (DOCS / "conformance.md").read_text())
+    assert len(tried) > 50 and not set(tried) - set(listed)
+
+
 def test_the_walks_name_functions() -> None:
     assert len(NAME.findall((DOCS / "architecture.md").read_text())) > 60
