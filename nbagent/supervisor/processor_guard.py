@@ -9,6 +9,7 @@ cost at most two percent of a processor, and only while the host has none free.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping
 
 from nbagent.config.host_config import CurrentConfig
@@ -34,8 +35,12 @@ def read_idle() -> float:
 
     /proc/stat has it too, but reading that counts the interrupts of every processor.
     """
-    with open("/proc/uptime", "rb") as file:
-        return float(file.read().split()[1])
+    # Without a file object, which takes twice the time.
+    fd = os.open("/proc/uptime", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return float(os.read(fd, 64).split()[1])
+    finally:
+        os.close(fd)
 
 
 class ProcessorGuard:
