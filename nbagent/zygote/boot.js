@@ -9,6 +9,7 @@
 
   // A link's notebook is opened after the command that loads the workspace. That command ends when the workspace has
   // been saved again, which takes place when it has not changed for half a second. The layout is restored long before.
+  // Not with one document (/doc), where JupyterLab adds the workspace's other documents if the link's is opened before.
   function openWhenRestored(app) {
     const { commands } = app;
     const { execute } = commands;
@@ -58,7 +59,7 @@
     set(app) {
       delete window.jupyterapp;
       if (exposed) window.jupyterapp = app;
-      openWhenRestored(app);
+      if (config.mode !== "single-document") openWhenRestored(app);
       takeName(app);
     },
   });

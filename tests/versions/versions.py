@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent / name) for name in ("integration", "conformance", ".")]
+sys.path[:0] = [str(HERE.parent / name) for name in ("integration", "conformance", ".", "..")]
 
 import reports
 from waits import check_waits
