@@ -31,11 +31,12 @@ from nbagent.core import model, paths, urls
 from nbagent.core.errors import ConfigError, Full, ImageNotFound, NbagentError
 from nbagent.core.proxies import HttpProxy
 from nbagent.core.quantities import format_size
-from nbagent.linux import swap
+from nbagent.linux import apparmor, swap
 from nbagent.network import foreign
 from nbagent.network.addresses import FIRST, forwards_ipv6, gateway, ipv6_uplink
 from nbagent.network.rules import TABLE
 from nbagent.policy import admission
+from nbagent.sandbox.spec import APPARMOR_PROFILE
 from nbagent.wire import control
 from nbagent.wire.operations import STATS, TRY_START
 
@@ -100,6 +101,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         functools.partial(check_controllers, root),
         functools.partial(check_pressure, root),
         functools.partial(check_user_namespaces, root, bounding_set),
+        functools.partial(check_apparmor, root),
         functools.partial(check_overlay, root),
         functools.partial(check_proc, root),
         *(functools.partial(check_unit, unit, unit_state) for unit in UNITS),
@@ -249,6 +251,22 @@ def _userns_drop_in(unit: str) -> str:
     directory = f"/etc/systemd/system/{unit}.d"
     lines = r"[Service]\nCapabilityBoundingSet=CAP_SYS_ADMIN\n"
     return f"mkdir -p {directory} && printf '{lines}' > {directory}/userns.conf"
+
+
+def check_apparmor(root: Path) -> Finding:
+    """Whether slots have their profile, on a host with AppArmor. It confines them beside all else that does."""
+    name, profile = "AppArmor", APPARMOR_PROFILE
+    if not apparmor.is_enabled(root):
+        return Finding(name, "ok", "not in this kernel, or disabled; slots are confined without it")
+    mode = apparmor.mode_of(profile, root)
+    if mode == "enforce":
+        return Finding(name, "ok", f"profile {profile} is enforced in slots")
+    file = f"/etc/apparmor.d/{profile}"
+    if mode is None:
+        load = f"apparmor_parser -r {file}"
+        mend = load if (root / "sbin/apparmor_parser").exists() else f"apt install apparmor && {load}"
+        return Finding(name, "warn", f"profile {profile} is not loaded, so slots have none", mend)
+    return Finding(name, "warn", f"profile {profile} is in mode {mode}", f"aa-enforce {file} (apparmor-utils)")
 
 
 def check_overlay(root: Path) -> Finding:

@@ -64,6 +64,7 @@ class Order(NamedTuple):
     timeout_s: float
     proxy: Optional[str] = None
     direct: Sequence[str] = ()
+    apparmor: str = ""
 
     def save(self) -> Dict[str, object]:
         """The order as JSON."""
@@ -114,7 +115,7 @@ def _inside(control: Channel, order: Order, request: Message, fetch: Optional[Fe
     for number in range(3):
         os.dup2(null, number)
     os.close(null)
-    for step in plan.last(order.uid, order.syscall_filter):
+    for step in plan.last(order.uid, order.syscall_filter, apparmor=order.apparmor):
         step.do()
     # The kernel clears it with the change of user, but not where fs.suid_dumpable is 1.
     prctl(PR_SET_DUMPABLE, 0)

@@ -247,7 +247,7 @@ def program(spec: SandboxSpec) -> Dict[str, object]:
     slot reads."""
     return {
         "uid": spec.uid, "directory": spec.directory, "environment": spec.environment,
-        "syscall_filter": spec.forked_filter,
+        "syscall_filter": spec.forked_filter, "apparmor": spec.apparmor,
     }
 
 

@@ -140,7 +140,7 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Resolver(uplink.gateways[0]),
         ),
         # The PID 1 of a forked slot inherits an empty bounding set from the zygote service.
-        last=last(spec.uid, spec.syscall_filter, () if spec.forked else None),
+        last=last(spec.uid, spec.syscall_filter, () if spec.forked else None, spec.apparmor),
     )
 
 
@@ -168,15 +168,18 @@ def zygote_plan(spec: SandboxSpec) -> Plan:
     )
 
 
-def last(uid: int, syscall_filter: str, held: Optional[Tuple[int, ...]] = None) -> Tuple[Step, ...]:
+def last(
+    uid: int, syscall_filter: str, held: Optional[Tuple[int, ...]] = None, apparmor: str = ""
+) -> Tuple[Step, ...]:
     """The steps that take all privileges from a process in the slot's namespaces: the end of every slot's plan.
 
     `held` are the capabilities that its bounding set can still contain; None means all. A child of a zygote has
     inherited the zygote's bounding set and system call filter, so that its own filter only has to refuse the calls
-    that `syscalls.FORKING` allows to a zygote.
+    that `syscalls.FORKING` allows to a zygote. `apparmor` is a profile, empty on a host without AppArmor.
     """
     return (
         steps.ResourceLimits(OPEN_FILES, PENDING_SIGNALS),
         steps.Unprivileged(uid, held),
+        *([steps.AppArmor(apparmor)] if apparmor else []),
         steps.SystemCalls(binascii.a2b_base64(syscall_filter)),
     )

@@ -12,6 +12,8 @@ CONFIG_FD = 5
 # The host ids of images (nbagent.image.ids.BASES), of which each has IDS.
 IDS = 65536
 HOST_IDS = range(0x70000000, 0x7FFE0000)
+# The profile of packaging/apparmor.
+APPARMOR_PROFILE = "nbagent-slots"
 
 
 class Uplink(NamedTuple):
@@ -40,6 +42,7 @@ class SandboxSpec(NamedTuple):
     `syscall_filter` is a seccomp program in base64; `uplink` is None for a slot with loopback only.
     `forked` means that the slot's PID 1 starts inside the image's user namespace and its own pid namespace;
     `forked_filter` is then the filter that its program and kernels load in addition to the zygote's.
+    `apparmor` is the AppArmor profile of the slot's processes, empty on a host without it.
     """
 
     slot: str
@@ -61,6 +64,7 @@ class SandboxSpec(NamedTuple):
     uplink: Optional[Uplink] = None
     forked: bool = False
     forked_filter: str = ""
+    apparmor: str = ""
 
     def save(self) -> Dict[str, object]:
         """The fields as a JSON object."""

@@ -24,7 +24,7 @@ import socket
 import stat
 from typing import Dict, List, NamedTuple, Optional, Protocol, Tuple
 
-from nbagent.linux import rtnetlink, seccomp
+from nbagent.linux import apparmor, rtnetlink, seccomp
 from nbagent.linux.mounts import (
     MNT_DETACH,
     MS_BIND,
@@ -532,6 +532,20 @@ class Forking(NamedTuple):
     def do(self) -> None:
         keep_capabilities(self.capabilities, last_capability())
         prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+class AppArmor(NamedTuple):
+    """The profile refuses mounts, changes of kernel settings, raw sockets, and signals to processes of the host and the
+    inspection of these, so that a fault in a namespace or in the filter is not enough. It follows the steps that it
+    would refuse; a process without a profile may enter one although no_new_privs is set."""
+
+    profile: str
+
+    def describe(self) -> str:
+        return f"AppArmor profile {self.profile}"
+
+    def do(self) -> None:
+        apparmor.change_profile(self.profile)
 
 
 class SystemCalls(NamedTuple):

@@ -20,7 +20,7 @@ from nbagent.core.model import Slot
 from nbagent.launch.requests import CONTENT
 from nbagent.supervisor import launch_service
 from nbagent.supervisor.crash_points import Point, reach
-from nbagent.supervisor.launcher import pid_of, syscall_filter
+from nbagent.supervisor.launcher import apparmor_profile, pid_of, syscall_filter
 from nbagent.supervisor.network import direct
 from nbagent.wire import fields
 from nbagent.wire.aio import receive
@@ -97,6 +97,7 @@ def _order(slot: Slot, content: Content, config: HostConfig) -> Order:
         timeout_s=settings.timeout,
         proxy=str(network.proxy) if network.proxy is not None else None,
         direct=direct(network),
+        apparmor=apparmor_profile(),
     )
 
 

@@ -29,11 +29,11 @@ from nbagent.core.proxies import without_given
 from nbagent.core.quantities import parse_quota
 from nbagent.image.store import Image
 from nbagent.launch.requests import SLOT
-from nbagent.linux import seccomp
+from nbagent.linux import apparmor, seccomp
 from nbagent.network import addresses
 from nbagent.sandbox import syscalls
 from nbagent.sandbox.plan import CODE_PATH, RUNTIME_PATH, Line
-from nbagent.sandbox.spec import SandboxSpec, Uplink
+from nbagent.sandbox.spec import APPARMOR_PROFILE, SandboxSpec, Uplink
 from nbagent.supervisor import launch_service
 from nbagent.wire import activity, assets, limits_page
 from nbagent.wire.aio import readable, receive
@@ -124,6 +124,14 @@ def forked_filter() -> str:
     return base64.b64encode(seccomp.compile_filter([], refused, 0, {}, {}, syscalls.LAST_FILTER)).decode()
 
 
+def apparmor_profile() -> str:
+    """The AppArmor profile of slots, if the kernel has it; empty otherwise.
+
+    It is read at each start, because the operator can load it at any time.
+    """
+    return APPARMOR_PROFILE if apparmor.mode_of(APPARMOR_PROFILE) is not None else ""
+
+
 def sandbox_spec(
     slot: Slot, image: Image, storage_bytes: int, start_timeout_s: float, uplink: Uplink | None = None,
     assets_url: str = "", network: Mapping[str, str] = MappingProxyType({}),
@@ -148,6 +156,7 @@ def sandbox_spec(
         listen_timeout_s=start_timeout_s * 0.9,
         environment=environment,
         uplink=uplink,
+        apparmor=apparmor_profile(),
     )
 
 

@@ -273,7 +273,7 @@ def _enter(slot: Mapping[str, object], init: Channel, print_fd: int, fds: List[i
     for number in range(LISTEN_FD, LISTEN_FD + len(fds)):
         os.set_inheritable(number, False)
     uid, syscall_filter = fields.integer(slot, "uid", 0, UID_MAX), fields.text(slot, "syscall_filter")
-    run(plan.last(uid, syscall_filter, plan.FORKING))
+    run(plan.last(uid, syscall_filter, plan.FORKING, fields.text(slot, "apparmor")))
     # SIGPIPE and SIGXFSZ stay ignored, as in every Python, so that a closed connection does not end the server.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.umask(0o022)

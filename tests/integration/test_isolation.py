@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Isolation of a slot: attempts of a hostile program in it (walls.py), with each step of the sandbox and without it."""
 
+import base64
 import json
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from wheels import wheel
 
 HERE = Path(__file__).parent
 WALLS = (HERE / "walls.py").read_text()
@@ -325,6 +329,96 @@ def test_a_malicious_image_is_isolated(agent, decoys):
         "to_make_a_system_call_that_nobody_needs": "setns",
         "to_make_the_kernel_compile_a_system_call_filter": "seccomp",
     }
+
+
+PROFILE = "nbagent-slots"
+# Each succeeds for root of the host, in the host's namespaces and without a filter, so that the profile refuses it.
+REFUSED_BY_PROFILE = {
+    "a mount": "mount -t tmpfs none /mnt && umount /mnt",
+    "a kernel setting": "value=$(cat /proc/sys/vm/swappiness); echo $value > /proc/sys/vm/swappiness",
+    "a file of sysfs": "value=$(cat /sys/class/net/lo/mtu); echo $value > /sys/class/net/lo/mtu",
+    "a capability": "touch /run/owned; chown 1:1 /run/owned",
+    "a signal to a process of the host": "/bin/kill -s 0 1",
+    "the environment of a process of the host": "cat /proc/1/environ > /dev/null",
+    "a raw socket": "python3 -ISc 'import socket; socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)'",
+    "a packet socket": "python3 -ISc 'import socket; socket.socket(socket.AF_PACKET, socket.SOCK_RAW, 0)'",
+    "another profile": "echo changeprofile man_groff > /proc/thread-self/attr/apparmor/current",
+    "no profile": "echo changeprofile unconfined > /proc/thread-self/attr/apparmor/current",
+}
+# The usual acts of a notebook: programs, output by /dev/stdout, ps, sockets, a package, multiprocessing, files.
+USUAL = """
+import json, multiprocessing, os, socket, subprocess, sys, tempfile
+def output_of(*command):
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return [done.returncode, (done.stdout + done.stderr)[-300:]]
+def label():
+    return open("/proc/self/attr/current").read().strip()
+found = {"kernel": label(), "child": output_of("cat", "/proc/self/attr/current"), "ps": output_of("ps", "-ef")[0]}
+found["stdout"] = output_of("sh", "-c", "echo through > /dev/stdout")
+with multiprocessing.get_context("spawn").Pool(1) as pool:
+    found["spawned"] = pool.apply(abs, (-5,))
+ends = socket.socketpair()
+ends[0].send(b"unix")
+found["sockets"] = ends[1].recv(10).decode()
+with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as client:
+    with server.accept()[0] as accepted:
+        client.send(b"tcp")
+        found["sockets"] += accepted.recv(10).decode()
+with tempfile.TemporaryFile() as file:
+    found["file"] = file.write(b"x" * 5000)
+found["pip"] = output_of(sys.executable, "-m", "pip", "install", "--no-index", "--user", WHEEL)
+found["imported"] = output_of(sys.executable, "-c", "import tiny_answer; print(tiny_answer.ANSWER)")
+print(json.dumps(found))
+"""
+
+
+def labels(agent, slot):
+    """The AppArmor label of each process of a slot. A login shell starts processes that end at once."""
+    files = " ".join(f"/proc/{pid}/attr/current" for pid in agent.processes(slot))
+    shown = agent.run("sh", "-c", f"for file in {files}; do cat $file; done 2> /dev/null; true")
+    return shown.replace("\0", "").splitlines()
+
+
+def denials(agent):
+    """The kernel's entries about refusals of the profile."""
+    return agent.run("sh", "-c", f"journalctl -k -o cat | grep DENIED | grep {PROFILE}; true")
+
+
+def test_apparmor_confines_the_processes_of_slots_on_a_host_that_has_it(any_agent):
+    """On the virtual machines, whose kernels are those of Debian."""
+    agent = any_agent
+    findings = json.loads(agent.host.run(["nbagent", "doctor", "--json"], check=False).stdout)
+    finding = next(finding for finding in findings if finding["name"] == "AppArmor")
+    if agent.host.driver != "vm":
+        assert finding["status"] == "ok", finding
+        return
+    assert (finding["status"], finding["found"]) == ("ok", f"profile {PROFILE} is enforced in slots")
+    before, (name, content) = denials(agent), wheel()
+    agent.wait_warm()
+    notebook = agent.open(files={name: {"base64": base64.b64encode(content).decode()}})
+    with notebook.kernel() as kernel:
+        result = kernel.run(USUAL.replace("WHEEL", repr(name)), timeout=600)
+        assert result.status == "ok", result
+        usual = json.loads(result.stream)
+        terminal = notebook.post("api/terminals")["name"]
+        agent.wait(lambda: notebook.get(f"api/terminals/{terminal}"), "the terminal")
+        # The slot's init, fork server, server, kernel, and the shell of the terminal.
+        found = agent.wait(lambda: len(all_of := labels(agent, notebook.slot)) >= 5 and all_of, "five processes")
+        assert set(found) == {f"{PROFILE} (enforce)"}
+    assert usual["kernel"] == f"{PROFILE} (enforce)" and usual["child"] == [0, f"{PROFILE} (enforce)\n"], usual
+    assert (usual["ps"], usual["stdout"], usual["spawned"]) == (0, [0, "through\n"], 5), usual
+    assert (usual["sockets"], usual["file"], usual["imported"]) == ("unixtcp", 5000, [0, "42\n"]), usual
+    # The kernel logged no refusal, so that nothing of the above met the profile.
+    assert denials(agent) == before
+    script = "\n".join(
+        f"sh -c {shlex.quote(tried)} >&2; echo $?; aa-exec -p {PROFILE} -- sh -c {shlex.quote(tried)} >&2; echo $?"
+        for tried in REFUSED_BY_PROFILE.values()
+    )
+    codes = list(map(int, agent.run("sh", "-c", script).split()))
+    assert dict(zip(REFUSED_BY_PROFILE, codes[::2], strict=True)) == dict.fromkeys(REFUSED_BY_PROFILE, 0)
+    assert [name for name, code in zip(REFUSED_BY_PROFILE, codes[1::2], strict=True) if code == 0] == []
+    shown = agent.run("aa-exec", "-p", PROFILE, "--", "cat", "/proc/self/attr/current")
+    assert shown.strip() == f"{PROFILE} (enforce)"
 
 
 # Commands that would leave the sandbox or gain privileges; the image has the programs from Debian.

@@ -321,6 +321,8 @@ def test_a_slot_by_exec_cannot_take_the_oom_score_of_the_launch_service(any_agen
     agent.wait(lambda: {slot["launch"] for slot in agent.slots("warm")} == {"exec"}, "warm slots by exec", timeout=300)
     notebook = agent.open()
     assert agent.api.get(f"/slots/{notebook.slot}").json()["launch"] == "exec"
+    profiles = {agent.run("cat", f"/proc/{pid}/attr/current") for pid in agent.processes(notebook.slot)}
+    assert {profile.strip("\0\n") for profile in profiles} == {"nbagent-slots (enforce)"}
     with notebook.kernel() as kernel:
         code = "open('/proc/self/oom_score_adj', 'w').write('-1')"
         assert "PermissionError" in str(kernel.run(code, timeout=180))

@@ -2,13 +2,12 @@
 """A slot on its host: limits, user, namespaces, files, descriptors, and complete removal."""
 
 import base64
-import hashlib
-import io
 import json
 import re
-import zipfile
 
 import pytest
+
+from wheels import wheel
 
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 # Descriptors of a slot's server: output, listening socket, activity page, event loop; of its fork server: the server.
@@ -414,26 +413,6 @@ def test_a_fork_bomb_stops_at_tasks_max_and_the_slot_stays_usable(agent):
     agent.wait(lambda: tasks() < 16, "the bomb to end with its kernel")
     assert "Welcome.ipynb" in [file["name"] for file in notebook.get("api/contents")["content"]]
     assert notebook.run("6 * 7").text == "42"
-
-
-def wheel():
-    """A package of one line as a wheel: (file name, bytes)."""
-    metadata = "tiny_answer-1.0.dist-info"
-    files = {
-        "tiny_answer.py": "ANSWER = 42\n",
-        f"{metadata}/METADATA": "Metadata-Version: 2.1\nName: tiny-answer\nVersion: 1.0\n",
-        f"{metadata}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    lines = []
-    for name, text in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
-        lines.append(f"{name},sha256={digest},{len(text)}\n")
-    files[f"{metadata}/RECORD"] = "".join([*lines, f"{metadata}/RECORD,,\n"])
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w") as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-    return "tiny_answer-1.0-py3-none-any.whl", content.getvalue()
 
 
 def test_an_uploaded_wheel_is_installed_by_a_cell_and_imported_by_the_next(agent):

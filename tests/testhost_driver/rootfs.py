@@ -38,7 +38,8 @@ COMMON_PACKAGES = [
 # fmt: on
 ROLE_PACKAGES = {
     "nspawn": [],
-    "vm": ["initramfs-tools", "linux-image-cloud-amd64", "openssh-server", "udev"],
+    # apparmor, because the kernel's package recommends it, so that every Debian has it.
+    "vm": ["apparmor", "initramfs-tools", "linux-image-cloud-amd64", "openssh-server", "udev"],
 }
 MMDEBSTRAP = ["mmdebstrap", "--mode=root", "--variant=apt", "--format=directory", "--verbose"]
 MKE2FS = ["mke2fs", "-q", "-t", "ext4", "-m", "0", "-L", "testhost"]

@@ -4,7 +4,7 @@
 import pytest
 
 from nbagent.image import ids
-from nbagent.sandbox.plan import plan
+from nbagent.sandbox.plan import plan, zygote_plan
 from nbagent.sandbox.spec import HOST_IDS, IDS, SandboxSpec
 from nbagent.sandbox.steps import UserNamespace
 
@@ -35,6 +35,15 @@ def test_the_order_of_the_steps_inside():
 
 def test_privileges_are_dropped_last():
     assert names(plan(SPEC).last) == ["ResourceLimits", "Unprivileged", "SystemCalls"]
+
+
+@pytest.mark.parametrize("forked", [False, True])
+def test_the_apparmor_profile_is_entered_when_no_step_needs_a_right_that_it_refuses(forked):
+    confined = plan(SPEC._replace(apparmor="nbagent-slots", forked=forked))
+    assert names(confined.last) == ["ResourceLimits", "Unprivileged", "AppArmor", "SystemCalls"]
+    assert confined.lines()[-2].step == "AppArmor profile nbagent-slots"
+    # A zygote makes and joins the namespaces of slots, which the profile refuses.
+    assert "AppArmor" not in names(zygote_plan(SPEC._replace(apparmor="nbagent-slots")).last)
 
 
 def test_no_process_of_a_slot_can_gain_a_capability():
