@@ -64,7 +64,7 @@ class _Read(NamedTuple):
 
 
 class _Recent(Generic[T]):
-    """A value that is read again when it is older than `age_s`."""
+    """A value that is read again when it is older than `age_s`. If that fails, the former one is still in force."""
 
     def __init__(self, read: Callable[[], T], age_s: float) -> None:
         self._read, self._age_s = read, age_s
@@ -73,7 +73,11 @@ class _Recent(Generic[T]):
 
     def value(self) -> T:
         if self._value is None or now() >= self._read_s + self._age_s:
-            self._value, self._read_s = self._read(), now()
+            try:
+                self._value, self._read_s = self._read(), now()
+            except OSError:  # no free descriptor, for example
+                if self._value is None:
+                    raise
         return self._value
 
 

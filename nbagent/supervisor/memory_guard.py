@@ -8,6 +8,7 @@ the host twice a second, and the memory of the slots only while less is availabl
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from nbagent.config.host_config import CurrentConfig
@@ -47,7 +48,9 @@ class MemoryGuard:
         """Looks until cancelled."""
         while True:
             await asyncio.sleep(LOOK_S)
-            await self.look()
+            # Without a free descriptor, for example, the next look decides.
+            with contextlib.suppress(OSError):
+                await self.look()
 
     async def look(self) -> None:
         """One look: sets the limits that the policy decides."""

@@ -9,6 +9,7 @@ cost at most two percent of a processor, and only while the host has none free.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 
@@ -65,7 +66,9 @@ class ProcessorGuard:
         """Looks until cancelled."""
         while True:
             began_s = now()
-            await self.look()
+            # Without a free descriptor, for example, the next look decides.
+            with contextlib.suppress(OSError):
+                await self.look()
             await asyncio.sleep(max(LOOK_S, PAUSE_PART * (now() - began_s)))
 
     async def look(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from nbagent.config.host_config import CurrentConfig
 from nbagent.core.events import Event
 from nbagent.core.model import Limits, Slot, SlotState
 from nbagent.linux.cgroup import Cgroup
+from nbagent.supervisor import host_load
 from nbagent.supervisor.counters import Counters
+from nbagent.supervisor.memory_guard import MemoryGuard
 from nbagent.supervisor.processor_guard import LOOK_S, RETRY_S, TOLD_S, TURN, ProcessorGuard, read_idle
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.scope_limits import ScopeLimits
@@ -199,6 +203,39 @@ async def test_the_slots_of_a_host_with_a_free_processor_are_not_read(machine: M
     assert reads == []
     await machine.run(LOOK_S, s0=2.0)
     assert len(reads) == 2 * TURN
+
+
+async def test_the_guards_go_on_when_a_file_of_the_host_cannot_be_read(machine: Machine) -> None:
+    looked = asyncio.Event()
+
+    def read() -> Any:
+        if failures:
+            raise OSError(errno.EMFILE, failures.pop())
+        looked.set()
+        raise OSError(errno.EIO, "again")
+
+    memory = MemoryGuard(machine.config, machine.slots, machine.limits, machine.counters, read)
+    processors = ProcessorGuard(machine.config, machine.slots, machine.limits, machine.counters, 2, read)
+    for guard in (memory, processors):
+        failures = ["no free descriptor"]
+        looked.clear()
+        task = asyncio.create_task(guard.run())
+        await asyncio.wait_for(looked.wait(), 30)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+def test_the_former_load_of_the_host_is_in_force_while_it_cannot_be_read(clock) -> None:
+    values: list[int] = [7]
+    recent = host_load._Recent(lambda: values.pop() if values else os.stat("/nonexistent").st_size, 1.0)
+    assert recent.value() == 7
+    clock.advance(2.0)
+    assert recent.value() == 7
+    values.append(8)
+    assert recent.value() == 8
+    with pytest.raises(FileNotFoundError):
+        host_load._Recent(lambda: os.stat("/nonexistent").st_size, 1.0).value()
 
 
 def test_the_idle_time_of_this_machine_grows_by_at_most_its_processors(clock) -> None:
