@@ -49,7 +49,7 @@ class HostNetwork:
         self._nft = Nftables()
         self._ip: Any = IPRoute()
         # A copy of the set `guarded`, to restore it after another program flushed the host's ruleset.
-        self._guarded: set[str] = set()
+        self._guarded = {name for name, in self._elements(GUARDED)}
         self._rules: Rules | None = None
         # The table without the elements of slots, as `apply` has left it.
         self._applied = ""
@@ -57,8 +57,6 @@ class HostNetwork:
         self.has_stale = False
         # Interfaces of slots on which the host's settings disable IPv6.
         self._without_ipv6: set[int] = set()
-        if self._exists():
-            self._guarded = {name for name, in self._elements(GUARDED)}
 
     def close(self) -> None:
         """Closes the netlink socket."""
@@ -88,7 +86,7 @@ class HostNetwork:
         try:
             guarded = {name for name, in self._elements(GUARDED)}
             return self._listed() == self._applied and guarded == self._guarded
-        except NftFailed:  # the table or a set is missing
+        except NftFailed:  # the table or a set of `FIXED` is missing
             return False
 
     def _exists(self) -> bool:
@@ -161,7 +159,7 @@ class HostNetwork:
         """Deletes the elements of interfaces that do not exist; returns the names. Raises NftFailed."""
         existing, found = {name for _, name in socket.if_nameindex()}, set()
         self.has_stale = False
-        for set_name in PER_SLOT if self._exists() else ():
+        for set_name in PER_SLOT:
             for element in self._elements(set_name):
                 if element[0] not in existing:
                     self._delete_element(set_name, *element)
@@ -281,7 +279,7 @@ class HostNetwork:
             if name.startswith(PREFIX) and name not in keep:
                 with contextlib.suppress(NetlinkError):  # the kernel removed it with its network namespace
                     self._ip.link("del", index=index)
-        for set_name in PER_SLOT if self._exists() else ():
+        for set_name in PER_SLOT:
             for element in self._elements(set_name):
                 if element[0] not in keep:
                     self._delete_element(set_name, *element)
@@ -304,10 +302,14 @@ class HostNetwork:
             self.has_stale = self.has_stale or MISSING not in str(error)
 
     def _elements(self, set_name: str) -> list[tuple[str, ...]]:
-        """The elements of a set, each as the tuple of its concatenated fields."""
+        """The elements of a set, each as the tuple of its concatenated fields; none if the set is missing."""
         self._nft.set_json_output(True)
         try:
             response = json.loads(self._command(f"list set {TABLE} {set_name}"))
+        except NftFailed as error:
+            if MISSING in str(error):
+                return []
+            raise
         finally:
             self._nft.set_json_output(False)
         found = []

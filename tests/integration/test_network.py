@@ -644,6 +644,16 @@ def test_changes_of_the_table_are_undone_within_seconds(slot):
     assert agent.api.get("/stats").json()["faults"] == {}
 
 
+def test_interfaces_are_removed_while_the_table_or_its_sets_are_missing(internet):
+    """Between a change by another program and its repair; in a network namespace without the service."""
+    for table in ("", "nft add table inet nbagent"):
+        left = internet.run("unshare", "-n", "sh", "-ec", f"""
+            ip link add nb-kept type veth peer name kept; ip link add nb-left type veth peer name left; {table}
+            python3 -c 'from nbagent.network.netlink import HostNetwork; HostNetwork().sweep(["nb-kept"])'
+            ip -br link""")
+        assert "nb-kept" in left and "nb-left" not in left
+
+
 def test_a_host_whose_rules_cannot_be_restored_says_so_until_they_are(slot):
     """Only the process that made a table with the flag `owner` may change it; the table ends with the process."""
     agent = slot.agent
