@@ -2,9 +2,8 @@
 """Copies of an image's web assets, which the router serves without a request to a slot.
 
 They are copied, because nginx runs on the host and would follow a link of a hostile image out of its tree. Only regular
-files are copied. Beside each file that compression makes smaller is a `.gz` for nginx's `gzip_static`, and, if
-python3-brotli is installed, a `.br`. They have the file's own time, so that ETag and Last-Modified
-are equal on every host of a fleet.
+files are copied, with their compressed copies. These have the file's own time, so that ETag and Last-Modified are equal
+on every host of a fleet.
 
 The router serves one tree at two addresses: below each slot's `static/`, where a file that is not in the tree is
 requested from the slot; and at /assets/DIGEST/, which is the same for all slots of the image, so that a browser or a
@@ -13,34 +12,17 @@ CDN has each file once. For the latter JupyterLab's federated extensions are in 
 
 from __future__ import annotations
 
-import gzip
 import os
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 
 from nbagent.core.errors import ImageInvalid
+from nbagent.image.compression import compress
 from nbagent.image.tree import open_tree
 from nbagent.untrusted.tar import Parts
 from nbagent.untrusted.tree import NotInTree, Tree
 from nbagent.wire.assets import EXTENSIONS, PROGRAM
 
-try:
-    import brotli
-except ImportError:  # python3-brotli is not installed
-    brotli = None
-
-_COMPRESSIBLE = {
-    *(".css", ".htm", ".html", ".js", ".json", ".map", ".md", ".mjs", ".svg", ".txt", ".wasm", ".xml"),
-    *(".eot", ".ico", ".otf", ".ttf"),
-}
-# A response below the size of a packet needs no round trip less when it is compressed; compare nginx's gzip_min_length.
-_COMPRESS_FROM_BYTES = 1024
-_COMPRESS_UP_TO_BYTES = 64 << 20
-_LEVEL = 9
-# The highest: half a minute of processor time for JupyterLab, once for each image.
-_BROTLI_QUALITY = 11
 _DOCUMENTS = (".htm", ".html", ".xht", ".xhtml", ".xml")
 
 
@@ -76,11 +58,8 @@ def publish(rootfs: Path, prefixes: Mapping[str, str], target: Path, limit_bytes
     copies, because several prefixes may name one directory, and a file may have many names.
     """
     left_bytes, left_files = limit_bytes, limit_files
-    pending: list[Future[None]] = []
-    with ExitStack() as stack:
-        tree = stack.enter_context(open_tree(rootfs))
-        # zlib releases the GIL, so threads use every processor.
-        workers = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+    copies = []
+    with open_tree(rootfs) as tree:
         for prefix, path in prefixes.items():
             for parts in _files(tree, tuple(path.strip("/").split("/")), prefix):
                 if (left_files := left_files - 1) < 0:
@@ -88,12 +67,21 @@ def publish(rootfs: Path, prefixes: Mapping[str, str], target: Path, limit_bytes
                 relative = parts[path.count("/") :]
                 copy = target.joinpath(*filter(None, prefix.split("/")), *relative)
                 left_bytes -= _copy(tree, parts, copy, left_bytes, prefix)
-                if _worth_compressing(copy):
-                    pending.append(workers.submit(_compress, copy))
-        for future in pending:
-            future.result()
+                copies.append(copy)
+    # After all are copied, because some may be compressed copies of others.
+    compress(path for path in copies if path.exists())
     for directory, _, _ in os.walk(target):
         os.chmod(directory, 0o755)  # noqa: S103  nginx reads here as its own user
+
+
+def web_files(rootfs: Path, prefixes: Mapping[str, str]) -> list[Path]:
+    """The regular files of the directories that `prefixes` names, which no link leads to. Raises ImageInvalid."""
+    found: list[Path] = []
+    with open_tree(rootfs) as tree:
+        for prefix, path in prefixes.items():
+            parts = tuple(path.strip("/").split("/"))
+            found += [rootfs.joinpath(*file) for file in _files(tree, parts, prefix)]
+    return [path for path in found if path.is_file()]
 
 
 def _files(tree: Tree, parts: Parts, prefix: str) -> Iterator[Parts]:
@@ -136,30 +124,3 @@ def _copy(tree: Tree, parts: Parts, copy: Path, limit_bytes: int, prefix: str) -
     os.utime(copy, ns=(status.st_mtime_ns, status.st_mtime_ns))
     return status.st_size
 
-
-def _worth_compressing(path: Path) -> bool:
-    return (
-        path.suffix.lower() in _COMPRESSIBLE
-        and _COMPRESS_FROM_BYTES < path.stat().st_size <= _COMPRESS_UP_TO_BYTES
-    )
-
-
-def _compress(path: Path) -> None:
-    content = path.read_bytes()
-    _put_beside(path, ".gz", gzip.compress(content, _LEVEL, mtime=0), len(content))
-    if brotli is not None:
-        _put_beside(path, ".br", brotli.compress(content, quality=_BROTLI_QUALITY), len(content))
-
-
-def _put_beside(path: Path, suffix: str, packed: bytes, content_bytes: int) -> None:
-    if len(packed) >= content_bytes:
-        return
-    beside = path.with_name(path.name + suffix)
-    try:
-        with beside.open("xb") as file:
-            file.write(packed)
-    except FileExistsError:  # the image contains one
-        return
-    beside.chmod(0o644)
-    time_ns = path.stat().st_mtime_ns
-    os.utime(beside, ns=(time_ns, time_ns))

@@ -28,6 +28,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nbagent.core.errors import ImageInvalid
+from nbagent.image import manifest, static
+from nbagent.image.compression import compress
 from nbagent.imagebuild import rootfs
 from nbagent.imagebuild.commands import fail, install_tools, progress
 from nbagent.imagebuild.pack import entries, pack
@@ -92,12 +95,26 @@ def build(recipe: Recipe, scratch: Path) -> Path:
     """The archive, built in the directory `scratch`, which the caller removes."""
     root = scratch / "root"
     rootfs.create(recipe, root, scratch)
+    _compress_web_files(root)
     progress("packing")
     archive = scratch / f"{recipe.name}.tar.zst"
     pack(root, archive, recipe.source_date_epoch)
     size = sum(path.lstat().st_size for _, path in entries(root))
     progress(f"{archive.name}: {archive.stat().st_size / 1e6:.0f} MB, {size / 1e6:.0f} MB unpacked")
     return archive
+
+
+def _compress_web_files(root: Path) -> None:
+    """Puts compressed copies beside the files that the router serves, by the image's manifest."""
+    document = root / manifest.PATH
+    if not document.exists():
+        return
+    progress("compressing web files")
+    try:
+        prefixes = static.jupyterlab_prefixes(root, manifest.parse(document.read_bytes()).static)
+        compress(static.web_files(root, prefixes))
+    except ImageInvalid as error:
+        fail(str(error))
 
 
 def digest_of(archive: Path) -> str:

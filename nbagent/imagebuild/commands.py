@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -34,11 +35,13 @@ def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> 
 
 
 def install_tools() -> None:
-    """Install by apt the programs that this machine lacks."""
+    """Install by apt the programs and modules that this machine lacks."""
     missing = [package for program, package in TOOLS.items() if shutil.which(program) is None]
-    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
-        missing.append("python3-pip")
+    for module in ("pip", "brotli"):
+        if importlib.util.find_spec(module) is None:
+            missing.append(f"python3-{module}")
     if missing:
         progress(f"installing {' '.join(missing)}")
         run(["apt-get", "-qq", "update"])
         run(["apt-get", "-qq", "install", "--no-install-recommends", *missing])
+        importlib.invalidate_caches()

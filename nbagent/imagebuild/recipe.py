@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from nbagent.image import compression
 from nbagent.imagebuild.commands import fail
 
 _BUILDER = Path(__file__).parent
@@ -42,7 +43,8 @@ class Recipe:
     def key(self) -> str:
         """Hash of everything that the archive depends on, except the packages that Debian serves at the time."""
         state = hashlib.sha256(platform.machine().encode())
-        for top, files in ((_BUILDER.parent, _BUILDER.glob("*.py")), (self.path.parent, self.path.rglob("*"))):
+        builder = (*_BUILDER.glob("*.py"), Path(compression.__file__))
+        for top, files in ((_BUILDER.parent, builder), (self.path.parent, self.path.rglob("*"))):
             for file in sorted(path for path in files if path.is_file() or path.is_symlink()):
                 content = str(file.readlink()).encode() if file.is_symlink() else file.read_bytes()
                 # The installed modules have other modes than those of a checkout.

@@ -417,6 +417,28 @@ def test_static_files_are_published_with_a_compressed_twin(store: ImageStore) ->
     assert stat.S_IMODE((image.static / "lab").stat().st_mode) == 0o755
 
 
+def test_compressed_files_of_an_image_are_used_unless_they_are_of_a_former_version(store: ImageStore) -> None:
+    def files(**times: int) -> Archive:
+        archive = Archive.with_image()
+        for suffix, time_s in times.items():
+            archive.add(f"usr/share/lab/main.js.{suffix}", b"the image's own", mtime=time_s)
+        return archive
+
+    lab = add(store, files(br=1_000_000_000, gz=1_000_000_000)).static / "lab"
+    assert (lab / "main.js.br").read_bytes() == (lab / "main.js.gz").read_bytes() == b"the image's own"
+    lab = add(store, files(br=999_999_999, gz=1_000_000_001)).static / "lab"
+    assert brotli.decompress((lab / "main.js.br").read_bytes()) == (lab / "main.js").read_bytes()
+    assert gzip.decompress((lab / "main.js.gz").read_bytes()) == (lab / "main.js").read_bytes()
+
+
+def test_files_beside_which_no_compressed_file_can_be_are_published(store: ImageStore) -> None:
+    archive = Archive.with_image()
+    archive.add("usr/share/lab/main.js.br/file", b"1")
+    archive.add(f"usr/share/lab/{'n' * 252}.js", b"x" * 5000)
+    lab = add(store, archive).static / "lab"
+    assert {path.name[:10] for path in lab.iterdir()} == {"main.js", "main.js.br", "main.js.gz", "n" * 10, "tiny.js"}
+
+
 def test_static_files_never_come_from_outside_the_image(store: ImageStore, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("s")
     archive = Archive.with_image()

@@ -11,9 +11,11 @@ import sys
 import tarfile
 from pathlib import Path
 
+import brotli
 import pytest
 
-from nbagent.imagebuild import pack, rootfs
+from archives import MANIFEST
+from nbagent.imagebuild import build, pack, rootfs
 from nbagent.imagebuild.recipe import Recipe, read_recipe
 
 TOP = Path(__file__).resolve().parents[2]
@@ -85,9 +87,7 @@ def test_the_cache_key_depends_on_every_file_of_the_recipe_and_not_on_its_place(
 
 
 def test_the_key_of_the_installed_builder_is_that_of_a_checkout(recipe: Recipe, tmp_path: Path) -> None:
-    shutil.copytree(TOP / "nbagent/imagebuild", tmp_path / "nbagent/imagebuild",
-                    ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "nbagent/__init__.py").touch()
+    shutil.copytree(TOP / "nbagent", tmp_path / "nbagent", ignore=shutil.ignore_patterns("__pycache__"))
     code = ("import sys, pathlib; from nbagent.imagebuild.recipe import read_recipe\n"
             "print(read_recipe(pathlib.Path(sys.argv[1])).key())")
     argv = [sys.executable, "-Bc", code, recipe.path]
@@ -177,3 +177,24 @@ def test_a_fifo_fails_the_build(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "root/pipe")
     with pytest.raises(SystemExit, match="/pipe is neither"):
         pack.pack(tmp_path / "root", tmp_path / "x.tar.zst", 0)
+
+
+def test_web_files_of_the_manifest_get_compressed_copies_with_their_times(tmp_path: Path) -> None:
+    lab = tmp_path / "usr/share/jupyter/lab/static"
+    other = tmp_path / "usr/share/other.js"
+    lab.mkdir(parents=True)
+    for path in (lab / "main.js", other):
+        path.write_text("let x = 1;\n" * 500)
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    build._compress_web_files(tmp_path)  # an image without a manifest
+    assert not (lab / "main.js.br").exists()
+    manifest = tmp_path / "etc/nbagent-image.toml"
+    manifest.parent.mkdir()
+    manifest.write_text(MANIFEST.replace("/usr/share/lab", "/usr/share/jupyter/lab/static"))
+    build._compress_web_files(tmp_path)
+    assert brotli.decompress((lab / "main.js.br").read_bytes()) == other.read_bytes()
+    assert {path.stat().st_mtime for path in lab.iterdir()} == {1_000_000_000} and len(list(lab.iterdir())) == 3
+    assert not other.with_name("other.js.br").exists()
+    manifest.write_text("user = 3\n")
+    with pytest.raises(SystemExit, match=r"nbagent-image\.toml: user"):
+        build._compress_web_files(tmp_path)
