@@ -41,7 +41,9 @@ allowed_origins = ["https://friend.example"]
 WAIT_TIMEOUT_S = 180.0
 # Virtual machines, which have cgroup v2. Each takes 15 minutes of an emulated processor, so that `make test` has one:
 # Debian 13, since the other hosts have Debian 12's userland. `make test-vms` has also Debian 12's kernel.
-MACHINES = ("vm-bookworm", "vm-trixie") if "NBAGENT_ALL_MACHINES" in os.environ else ("vm-trixie",)
+# `make test-vms`; `make test` tries on its one emulated machine what depends on the kernel only.
+ALL_MACHINES = "NBAGENT_ALL_MACHINES" in os.environ
+MACHINES = ("vm-bookworm", "vm-trixie") if ALL_MACHINES else ("vm-trixie",)
 # Warnings that tests provoke, or that this kind of host logs without nbagent.
 EXPECTED = re.compile(
     r"Failed to migrate controller cgroups"  # systemd 252 where cgroup v1 is mounted from outside
@@ -180,6 +182,8 @@ def made(packages: list[Path], name: str, driver: str, suite: str) -> Iterator[A
         yield agent
         agent.check_remains()
         agent.check_journal()
+        if driver == "vm" and not ALL_MACHINES:
+            return
         agent.purge()
         left = [line for line in product.listing(host) - before if "nbagent" in line and " /root/" not in line]
         assert not left, f"left by purge: {left}"
