@@ -68,10 +68,19 @@ def serve(network: HostNetwork, connection: socket.socket, upkeep: Upkeep) -> No
             with request:
                 if (uid := channel.peer_uid()) != 0:
                     raise PermissionError(errno.EPERM, f"user id {uid} may not use the network service")
-                response: dict[str, object] = {"ok": True, **_do(network, request, upkeep)}
+                response: dict[str, object] = {"ok": True, **_repaired(network, request, upkeep)}
         except Exception as error:  # the service has to serve the other slots' requests
             response = Failure.of(error, "network").save()
         channel.send(response)
+
+
+def _repaired(network: HostNetwork, request: Message, upkeep: Upkeep) -> dict[str, object]:
+    """Does a request, once more after a repair if it failed: another program may just have deleted the table."""
+    try:
+        return _do(network, request, upkeep)
+    except OSError:
+        upkeep.check()
+        return _do(network, request, upkeep)
 
 
 def _do(network: HostNetwork, request: Message, upkeep: Upkeep) -> dict[str, object]:

@@ -453,13 +453,20 @@ def test_a_malformed_message_of_a_fork_server_is_a_failed_fork(pair, file, paylo
 
 
 class FakeKernel:
-    """Records the calls of the network service."""
+    """Records the calls of the network service; the first fails with `error`, if there is one."""
 
     def __init__(self):
         self.calls = []
+        self.error = None
 
     def __getattr__(self, name):
-        return lambda *arguments: self.calls.append((name, *arguments))
+        def call(*arguments):
+            self.calls.append((name, *arguments))
+            if error := self.error:
+                self.error = None
+                raise error
+
+        return call
 
 
 @pytest.fixture
@@ -477,7 +484,7 @@ def network(tmp_path, monkeypatch):
                 connection = listener.accept()[0]
             except OSError:
                 return
-            requests.serve(kernel, connection, lambda: None)
+            requests.serve(kernel, connection, kernel)
 
     thread = threading.Thread(target=serve)
     thread.start()
@@ -498,6 +505,15 @@ def test_the_network_service_gets_typed_arguments_and_the_namespace(network, fil
     (op, name, inner, netns, addresses, rate), = kernel.calls
     assert (op, name, inner, addresses, rate) == ("attach", NAME, "net0", ["10.0.0.2"], 5) and netns > 2
     assert settles_at(len(before))
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="the network service serves root only")
+def test_a_request_of_the_network_is_repeated_after_a_repair(network):
+    """Another program deletes the nftables table, and the slot's addresses are added before the service knows."""
+    call, kernel, _ = network
+    kernel.error = OSError("nft: No such file or directory")
+    asyncio.run(call(None, "open", name=NAME))
+    assert kernel.calls == [("open", NAME), ("check",), ("open", NAME)]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="the network service serves root only")
