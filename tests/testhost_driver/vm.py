@@ -26,7 +26,8 @@ from testhost_driver.state import HostState, Process
 
 DEFAULT_MEMORY_BYTES = 4 << 30
 DEFAULT_CPUS = 2
-BOOT_TIMEOUT_S = 180
+# An emulated boot takes half a minute on an idle machine, and longer than three minutes beside five other hosts.
+BOOT_TIMEOUT_S = 900
 SHUTDOWN_TIMEOUT_S = 45
 READY = b"testhost-ready"  # what the guest's testhost-ready.service writes to its second serial port
 SSH_ADDRESS = "127.0.0.2"  # not 127.0.0.1, because all ports of that address are forwarded to the guest
