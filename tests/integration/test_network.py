@@ -638,7 +638,7 @@ def test_changes_of_the_table_are_undone_within_seconds(slot):
     wanted = sorted(table(agent))
     for change in TABLE_CHANGES:
         agent.host.run(["nft", "-f", "-"], input=change.format(element=element))
-        agent.wait(lambda: sorted(table(agent)) == wanted, f"repair after {change}", timeout=10)
+        agent.wait(lambda: sorted(table(agent)) == wanted, f"repair after {change}", timeout=60)
         time.sleep(1.1)  # repairs of one second are done together
     assert connected(slot.reach(PUBLIC4, PUBLIC6)) and refused_at_once(slot.reach("10.1.2.3", "5.5.5.1"))
     assert agent.api.get("/stats").json()["faults"] == {}
@@ -685,7 +685,7 @@ def test_elements_whose_deletion_fails_are_deleted_later(internet):
         internet.release(claim["slot"])
     finally:
         internet.run("systemctl", "stop", "inject")
-    internet.wait(lambda: name not in remains(internet), "deletion", timeout=10)
+    internet.wait(lambda: name not in remains(internet), "deletion", timeout=60)
 
 
 # For each change of the host by another program: the command, and a command that succeeds after the repair.
