@@ -177,12 +177,12 @@ def test_a_zygote_in_the_making_gives_way_while_another_forks(of_a_zygote):
     agent.configure("[pool]\nwarm = 1\nzygote_slots = 1\n")
     agent.claim()
     second = agent.wait(lambda: next(iter(zygotes(agent) - {first}), None), "one in the making")
-    agent.wait(lambda: cpu_weight(agent, second) == 1, "its weight", 5)
+    agent.wait(lambda: cpu_weight(agent, second) == 1, "its weight")
     assert cpu_weight(agent, first) == 100
     assert zygote(agent) == first
     # Without a ready zygote the new one gets its full weight.
     agent.run("systemctl", "kill", "-s", "KILL", first)
-    agent.wait(lambda: cpu_weight(agent, second) == 100, "its weight", 5)
+    agent.wait(lambda: cpu_weight(agent, second) == 100, "its weight")
     agent.wait(lambda: zygote(agent) == second, "the second")
     # systemd stores properties set at run time in a drop-in directory.
     assert f"{second}.d" in agent.run("ls", CONTROL)

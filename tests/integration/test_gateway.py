@@ -79,7 +79,7 @@ class Front:
             hosts = self.figures()["hosts"].items()
             return {name.removeprefix("http://") for name, host in hosts if not host.get("down")} == set(labels)
 
-        self.agent.wait(up, f"the hosts to be {labels}", 10)
+        self.agent.wait(up, f"the hosts to be {labels}")
 
 
 def claim_of(url):
@@ -174,7 +174,7 @@ def test_the_whole_capacity_is_handed_out_and_then_claims_are_refused(fleet):
     assert front.at(claims[0]).get("api/status")["kernels"] == 0
     slot = claims[0]["slot"]
     fleet.hosts[slot[0]].api.delete(f"/slots/{slot}")
-    front.agent.wait(lambda: front.api.post("/api/spawn").status == 200, "the free slot", 10)
+    front.agent.wait(lambda: front.api.post("/api/spawn").status == 200, "the free slot")
 
 
 def test_claims_are_spread_over_hosts(fleet):
@@ -229,7 +229,7 @@ def test_any_gateway_serves_any_user_and_a_reload_keeps_the_websocket(fleet):
     kernel.close()
     one.host.run(["systemctl", "restart", "nbagent-gateway.service"])
     # The gateway has no state, so a restart loses none.
-    one.agent.wait(lambda: one.api.get(f"/user/{claim['slot']}/api").status == 200, "the restarted gateway", 10)
+    one.agent.wait(lambda: one.api.get(f"/user/{claim['slot']}/api").status == 200, "the restarted gateway")
     again = type(kernel)(one.at(claim), kernel.id)
     assert again.run("3 * x").text == "63"
     again.end()
@@ -240,7 +240,7 @@ def test_requests_for_an_unknown_slot_get_404_at_once(fleet, path):
     began = time.monotonic()
     page = fleet.gateways[0].api.get(path, **HTML)
     problem = fleet.gateways[0].api.get(path.replace("/lab", "/api/kernels"))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
     assert page.status == problem.status == 404
     assert b"<h1>" in page.body and problem.headers["content-type"] == "application/problem+json"
 
@@ -284,7 +284,7 @@ def test_hosts_are_drained_removed_and_added_without_interrupting_users(fleet):
         assert kernel.run("x + 1").text == "2"
         assert "remove it from the file" in front.refused("remove-host", label)
         assert "gets claims again" in front.run("drain-host", label, "--off")
-        front.agent.wait(lambda: label in fleet.weights(front), "the host to get claims again", 10)
+        front.agent.wait(lambda: label in fleet.weights(front), "the host to get claims again")
     finally:
         front.host.run(["rm", "-f", f"/etc/nbagent/gateway.d/host-{label}.toml"])
     assert kernel.run("x + 2").text == "3"
@@ -297,9 +297,9 @@ def test_hosts_are_drained_removed_and_added_without_interrupting_users(fleet):
         front.wait_hosts(set(LABELS) - {label})
         assert front.run("add-host", label, address) == f"host {label} added"
         front.wait_hosts(LABELS)
-        front.agent.wait(lambda: label in fleet.weights(front), "the host to get claims", 10)
+        front.agent.wait(lambda: label in fleet.weights(front), "the host to get claims")
         assert front.at({"slot": notebook.slot, "token": notebook.token}).get("api/status")["kernels"] == 1
-        front.agent.wait(lambda: front.spawn()["slot"][0] == label, "a slot on the host that was added", 20)
+        front.agent.wait(lambda: front.spawn()["slot"][0] == label, "a slot on the host that was added")
         front.run("drain-host", label)
         assert "slots run on" in front.refused("remove-host", label)
         assert kernel.run("x + 3").text == "4"
@@ -349,12 +349,12 @@ def test_a_stopped_router_fails_no_claim_and_its_users_get_an_error(fleet):
     try:
         began = time.monotonic()
         lost = front.api.get(f"/user/{claim['slot']}/lab", **HTML)
-        assert lost.status == 503 and b"does not respond" in lost.body and time.monotonic() - began < 2
+        assert lost.status == 503 and b"does not respond" in lost.body and time.monotonic() - began < 5
         assert {front.spawn()["slot"][0] for _ in range(4)} <= {"a", "b"}
-        front.agent.wait(lambda: front.figures()["hosts"]["http://c"].get("down"), "the host to be known as down", 10)
+        front.agent.wait(lambda: front.figures()["hosts"]["http://c"].get("down"), "the host to be known as down")
     finally:
         dead.run(["systemctl", "start", "nbagent-router.socket", "nbagent-router.service"])
-    front.agent.wait(lambda: front.at(claim).get("api/status"), "its users to be served again", 10)
+    front.agent.wait(lambda: front.at(claim).get("api/status"), "its users to be served again")
 
 
 def test_figures_and_metrics_of_the_fleet(fleet):
@@ -424,11 +424,11 @@ def test_the_journal_has_every_claim_with_its_client_and_no_token(fleet):
         return [str(entry["MESSAGE"]) for entry in journal]
 
     pattern = rf"claim client={PERSON} method=GET path=/spawn/lab .* status=302 .* host=[abc] "
-    front.agent.wait(lambda: any(re.match(pattern, line) for line in lines()), "the line of the claim", 5)
+    front.agent.wait(lambda: any(re.match(pattern, line) for line in lines()), "the line of the claim")
     assert not any("token" in line or claim["token"] in line for line in lines())
     # From the gateway to the slot by the trace of the caller.
     ended = f" trace={trace}-{span}"
-    front.agent.wait(lambda: any(line.endswith(ended) for line in lines()), "the line of the trace", 5)
+    front.agent.wait(lambda: any(line.endswith(ended) for line in lines()), "the line of the trace")
     (event,) = fleet.hosts[traced.partition("-")[0]].journal(f"NBAGENT_TRACE_ID={trace}")
     assert (event["NBAGENT_SLOT"], event["NBAGENT_PARENT_SPAN_ID"]) == (traced, span)
     # The gateway and the host each send their spans, which have the same parent.
@@ -523,7 +523,7 @@ def test_the_death_of_a_host_fails_no_claim(fleet):
     assert set(claims) <= {"a", "b", "c"}
     lost = front.api.get(f"/user/{notebook.slot}/lab", **HTML)
     assert lost.status == 503 and b"does not respond" in lost.body
-    front.agent.wait(lambda: front.figures()["hosts"]["http://b"].get("down"), "the host to be known as down", 15)
+    front.agent.wait(lambda: front.figures()["hosts"]["http://b"].get("down"), "the host to be known as down")
     assert front.figures()["capacity"] == CAPACITY * 2
 
 
