@@ -116,6 +116,16 @@ OPTIONS = {
     41: (16, 17, 18, 19, 21, 23, 24, 26, 29, 45, 49, 50, 51, 52, 60, 62, 66, 67, 70, 72, 76, 78),
 }
 _POSIX_FADV_DONTNEED = 4
+# The kernel loads a module for these requests of ioctl(2), without a right: a line discipline of terminals (N_GSM
+# and N_HDLC have had faults that made their callers root), bridges and VLANs. TIOCSETD; SIOCGIFBR, SIOCSIFBR,
+# SIOCGIFVLAN, SIOCSIFVLAN, SIOCBRADDBR, SIOCBRDELBR, SIOCBRADDIF, SIOCBRDELIF.
+MODULE_REQUESTS = (0x5423, 0x8940, 0x8941, 0x8982, 0x8983, 0x89A0, 0x89A1, 0x89A2, 0x89A3)
+# Pages of hugetlb belong to the host's own pool and are charged to no memory cgroup.
+_MAP_HUGETLB, _MFD_HUGETLB, _SHM_HUGETLB = 0x40000, 0x4, 0o4000
+# KSM would compare a slot's pages with those of the host's virtual machines, and the time of a write shows the result.
+_MADV_MERGEABLE, _PR_SET_MEMORY_MERGE = 12, 67
+# A task with a cookie of core scheduling keeps the other threads of its processor's core idle.
+_PR_SCHED_CORE = 62
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _SECCOMP_SET_MODE_FILTER = 22, 2, 1
 
 
@@ -155,6 +165,14 @@ RULES: Tuple[Group, ...] = (
     # These affect files of the host: the page cache of an image's files, which all its slots share, and the writing of
     # the host's disks. A slot's own files are in memory. Programs do not expect them to fail.
     (0, (("fadvise64", ((3, INT, _POSIX_FADV_DONTNEED),)), ("sync", ()), ("syncfs", ()))),
+    (errno.EPERM, (
+        *(("ioctl", ((1, INT, request),)) for request in MODULE_REQUESTS),
+        ("mmap", ((3, _MAP_HUGETLB, _MAP_HUGETLB),)),
+        ("memfd_create", ((1, _MFD_HUGETLB, _MFD_HUGETLB),)),
+        ("shmget", ((2, _SHM_HUGETLB, _SHM_HUGETLB),)),
+        ("madvise", ((2, INT, _MADV_MERGEABLE),)),
+        *(("prctl", ((0, INT, option),)) for option in (_PR_SET_MEMORY_MERGE, _PR_SCHED_CORE)),
+    )),
 )
 # For the processes of a slot, but not for a zygote, whose children load a second filter: no further filter, because its
 # machine code is bounded by net.core.bpf_jit_limit too. EINVAL is the errno of a kernel without CONFIG_SECCOMP_FILTER.

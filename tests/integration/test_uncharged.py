@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import MACHINES
+
 SCRIPT = Path(__file__).parent / "uncharged.py"
 ALLOWANCE, ATTEMPTS = 6 << 20, 4
 NO_PROTOCOL, NO_OPTION = "refused: EPROTONOSUPPORT", "refused: ENOPROTOOPT"
@@ -27,29 +29,30 @@ KNOWN = ("locks of file ranges", "connections of TCP that are not accepted")
 PAGES = "error queues of UDP by a control message"
 
 
-# Tried in each test run, beside those that are refused; `make uncharged` tries every kind.
+# Tried in each test run, on one host, beside those that are refused. `make uncharged` tries every kind, on each kind of
+# host: cgroup v1, and virtual machines with cgroup v2.
 SHORT = ("netlink 2", "TIME_WAIT", "pipes")
+ALL = "NBAGENT_ALL_KINDS" in os.environ
+HOSTS = ["nspawn-bookworm", *(MACHINES if ALL else ())]
 
 
 def kinds():
     specification = importlib.util.spec_from_file_location("uncharged", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    if os.environ.get("NBAGENT_ALL_KINDS"):
-        return [*module.KINDS]
-    return [name for name in module.KINDS if name in REFUSED or name.startswith(SHORT)]
+    return [name for name in module.KINDS if ALL or name in REFUSED or name.startswith(SHORT)]
 
 
 @pytest.fixture(scope="module")
-def kernel(shared):
+def kernel(any_shared):
     """A kernel of a slot with more memory than any try takes."""
-    shared.wait_warm()
-    notebook = shared.open(memory="1G")
+    any_shared.wait_warm()
+    notebook = any_shared.open(memory="1G")
     with notebook.kernel() as kernel:
-        kernel.agent = shared
+        kernel.agent = any_shared
         assert kernel.run(SCRIPT.read_text()).status == "ok"
         yield kernel
-    shared.release(notebook.slot)
+    any_shared.release(notebook.slot)
 
 
 def held_and_charged(kernel):
@@ -76,6 +79,7 @@ def uncharged(kernel, name):
     return result.stream.strip(), held - charged
 
 
+@pytest.mark.parametrize("any_shared", HOSTS, indirect=True, scope="session")
 @pytest.mark.parametrize("name", kinds())
 def test_memory_of_the_kernel_is_charged_to_the_slot_or_refused(kernel, name):
     for _ in range(ATTEMPTS):

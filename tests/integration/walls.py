@@ -224,6 +224,44 @@ def to_keep_many_connections_in_time_wait(decoys):
 
 
 @attempt
+def to_have_the_kernel_load_a_module(decoys):
+    # TIOCSETD to the line discipline that a terminal has; SIOCGIFBR and SIOCSIFVLAN of sockets, by an invalid pointer.
+    with contextlib.ExitStack() as opened, contextlib.suppress(OSError):  # without a terminal
+        terminals = os.openpty()
+        for fd in terminals:
+            opened.callback(os.close, fd)
+        if not refused(call(16, terminals[1], 0x5423, ctypes.addressof(ctypes.c_int(0)))):
+            yield "a line discipline"
+    with socket.socket() as end:
+        for name, request in (("bridges", 0x8940), ("VLANs", 0x8983)):
+            if not refused(call(16, end.fileno(), request, 8)):
+                yield name
+
+
+@attempt
+def to_take_the_hosts_huge_pages(decoys):
+    # mmap(2) with MAP_HUGETLB, memfd_create(2) with MFD_HUGETLB, shmget(2) with SHM_HUGETLB
+    name = ctypes.create_string_buffer(b"huge")
+    for number, *arguments in ((9, 0, 2 << 20, 3, 0x40022, -1, 0), (319, ctypes.addressof(name), 4),
+                               (29, 0, 2 << 20, 0o5600)):
+        if not refused(call(number, *arguments)):
+            yield f"call {number}"
+
+
+@attempt
+def to_have_memory_compared_with_that_of_virtual_machines(decoys):
+    if not refused(call(28, 0, 0, 12)) or not refused(call(157, 67, 1, 0, 0, 0)):
+        yield "KSM"
+
+
+@attempt
+def to_keep_threads_of_a_core_idle(decoys):
+    # PR_SCHED_CORE_CREATE for this thread; ENODEV on a processor without such threads.
+    if not refused(call(157, 62, 1, 0, 0, 0)):
+        yield "a cookie of core scheduling"
+
+
+@attempt
 def to_set_a_memory_policy(decoys):
     if not refused(call(237, 0, 4096, 0, 0, 0, 0)) or not refused(call(238, 0, 0, 0)):
         yield "mbind or set_mempolicy"

@@ -119,6 +119,20 @@ def after_filters(expression, filters):
     ("os.sync() or 0", 0),
     ("libc.syncfs(-1)", 0),
     ("libc.syscall(237, 0, 4096, 0, None, 0, 0)", errno.EPERM),  # mbind
+    # Requests for which the kernel loads a module, the first also with high bits, which the kernel ignores.
+    *((f"libc.ioctl(socket.socket(2, 1).fileno(), ctypes.c_ulong({request}), bytes(64))", errno.EPERM)
+      for request in (0x8940, 0x8940 | 1 << 32, 0x8982, 0x8983, 0x89a0, 0x89a2)),
+    ("libc.ioctl(os.openpty()[1], 0x5423, bytes(4))", errno.EPERM),  # TIOCSETD to N_TTY, which it is
+    ("len(os.ttyname(os.openpty()[1])) and 0", 0),
+    ("libc.syscall(9, 0, 2 << 20, 3, 0x40022, -1, 0)", errno.EPERM),  # mmap with MAP_HUGETLB
+    ("libc.syscall(9, 0, 2 << 20, 3, 0x40022 | 21 << 26, -1, 0)", errno.EPERM),  # and with the size of pages
+    ("libc.syscall(9, 0, 2 << 20, 3, 0x22, -1, 0) and 0", 0),
+    ("libc.memfd_create(b'x', 4)", errno.EPERM),  # MFD_HUGETLB
+    ("libc.shmget(0, 4096, 0o5600)", errno.EPERM),  # SHM_HUGETLB
+    ("libc.syscall(28, 0, 0, 12)", errno.EPERM),  # madvise with MADV_MERGEABLE
+    ("libc.syscall(28, 0, 0, 4)", 0),
+    ("libc.prctl(62, 1, 0, 0, 0)", errno.EPERM),  # PR_SCHED_CORE
+    ("libc.prctl(67, 1, 0, 0, 0)", errno.EPERM),  # PR_SET_MEMORY_MERGE
     ("libc.prctl(22, 2, 0, 0, 0)", errno.EINVAL),
     ("libc.syscall(317, 1, 0, None)", errno.EINVAL),  # seccomp
     ("os.system('true')", 0),
