@@ -133,7 +133,8 @@ def open_slot(scope: str, pid: int) -> OpenedSlot:
             raise ProcessLookupError(errno.ESRCH, f"process {pid} is not in {scope}")
         opened = OpenedSlot(
             pidfd,
-            owned(os.open(f"/proc/{pid}/fd/{ACTIVITY_FD}", os.O_RDONLY | os.O_CLOEXEC)),
+            # Writable, because the supervisor writes the limits of a claim to it.
+            owned(os.open(f"/proc/{pid}/fd/{ACTIVITY_FD}", os.O_RDWR | os.O_CLOEXEC)),
             owned(os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)),
         )
         # The kernel may have given the pid to another process meanwhile, but only after this one ended.

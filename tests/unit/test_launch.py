@@ -19,10 +19,11 @@ from nbagent.launch import requests
 from nbagent.linux import cgroup
 from nbagent.sandbox.spec import ACTIVITY_FD
 from nbagent.supervisor import launch_service
-from nbagent.wire import activity
+from nbagent.wire import activity, limits_page
 from nbagent.wire.aio import readable
 from nbagent.wire.channel import Channel
 from nbagent.wire.failure import StepFailed
+from nbagent.wire.limits_page import SlotLimits
 
 pytestmark = pytest.mark.skipif(os.getuid() != 0, reason="the launch service serves root only")
 MALFORMED = [
@@ -115,6 +116,8 @@ async def test_the_descriptors_of_a_slot_are_those_of_its_first_process(service,
         opened = await launch_service.open_slot("nbagent-h-1.scope", pid)
         activity.write(page, 3)
         assert activity.read(opened.activity_fd, 1e12).busy == 3
+        limits_page.write(opened.activity_fd, SlotLimits(1 << 30, 2.0))
+        assert limits_page.read(page) == SlotLimits(1 << 30, 2.0)
         assert os.fstatvfs(opened.root_fd).f_blocks == os.statvfs("/").f_blocks
         for fd in opened:
             os.close(fd)
