@@ -63,6 +63,8 @@ EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
 # take this many times as long.
 START_MAX_FACTOR = 10
 BUDGET_CHECK_S = 1.0
+# From the end of processes of a zygote to the end of its connection, which the zygote service closes.
+END_SEEN_S = 1.0
 # So many slots by exec take as much processor time as the start of a zygote. Another is started at once after a zygote
 # that has forked them, however often it ends.
 PAID_FORKS = 10
@@ -91,7 +93,9 @@ class Kept(NamedTuple):
 
 @dataclass(eq=False)
 class Zygote:
-    """One zygote. `channel` leads to its zygote service. One that is `quick` is replaced by a complete one."""
+    """One zygote. `channel` leads to its zygote service. One that is `quick` is replaced by a complete one. `ended` is
+    set when it has ended or failed.
+    """
 
     instance: str
     image: Image
@@ -99,6 +103,7 @@ class Zygote:
     born_s: float
     forks: int = 0
     quick: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def unit(self) -> str:
@@ -329,6 +334,7 @@ class Zygotes:
 
     def give_up(self, zygote: Zygote, text: str) -> None:
         """Ends a zygote that failed, and starts another."""
+        zygote.ended.set()
         pool = self._pools.get(zygote.image.name)
         if pool is None or pool.zygote is not zygote:
             return
@@ -550,8 +556,15 @@ class Zygotes:
             except (OSError, MalformedMessage) as error:
                 text = str(error)
         fd_store.forget(zygote.instance)
+        zygote.ended.set()
         if pool.zygote is zygote:
             self.give_up(zygote, text)
+
+    async def has_ended(self, zygote: Zygote) -> bool:
+        """Whether a zygote has ended, after a start by it has failed; waits for an end that is not seen yet."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(zygote.ended.wait(), END_SEEN_S)
+        return zygote.ended.is_set()
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
