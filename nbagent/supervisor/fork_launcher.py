@@ -50,7 +50,8 @@ class ForkLauncher:
             self._under_way += 1
             try:
                 forked = spec._replace(forked=True, forked_filter=forked_filter())
-                return replace(await self._fork(zygote, slot, forked, listener, scope, attach), launch="fork")
+                launched = await self._fork(zygote, slot, forked, listener, scope, attach)
+                return replace(launched, launch="fork", launch_reason=zygote.reason)
             except ZygoteServiceFailed as error:
                 self.zygotes.give_up(zygote, str(error))
                 await scope.stop()

@@ -110,6 +110,11 @@ class Zygote:
         """The unit of the zygote and its service."""
         return unit_of(self.instance)
 
+    @property
+    def reason(self) -> str:
+        """Why its slots take more time and memory than those of a complete zygote; "" for a complete one."""
+        return "its zygote has no warm-up" if self.quick else ""
+
     def dismiss(self) -> None:
         """Makes it end after the forks that it was already requested to do."""
         # Not close, because the descriptor's number might be reused while _watch still waits for it.
@@ -288,10 +293,10 @@ class Zygotes:
         return "fork" if pool is not None and pool.zygote else "exec"
 
     def reason(self, image: str) -> str:
-        """Why slots of an image start by exec now; "" when they are forked."""
+        """Why slots of an image start by exec now, or by a quick zygote; "" when a complete one forks them."""
         if (pool := self._pools.get(image)) is None:
             return self._by_exec.get(image, "")
-        return "" if pool.zygote else pool.failure or "its zygote is being started"
+        return pool.zygote.reason if pool.zygote else pool.failure or "its zygote is being started"
 
     def is_warming(self, image: str) -> bool:
         """Whether slots of the image are soon forked: a zygote is being started, the first or after an end."""

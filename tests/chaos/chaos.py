@@ -67,7 +67,6 @@ class Chaos:
 
     def run(self) -> None:
         self.rest("before the first fault", set())
-        self.forked()
         chosen = [kind for kind in self.kinds() if not self.options.only or kind.name in self.options.only]
         before = self.inside.census()
         for user in self.users:
@@ -90,7 +89,6 @@ class Chaos:
             if user.claimed:
                 self.caller.release(user.slot)
         self.rest("at the end", set())
-        self.forked()
         self.compare(before, self.inside.census())
         self.check_descriptors()
         self.check_journal()
@@ -156,12 +154,6 @@ class Chaos:
             found = differences(slots, self.inside.census(), held)
         if found:
             self.book.problem(f"{when} not at rest in {REST_S:g} s: {'; '.join(found)}")
-
-    def forked(self) -> None:
-        """Replaces warm slots by forked ones, because one that was started by exec has other namespaces."""
-        self.api.delete("/api/pool")
-        time.sleep(1)
-        self.rest("with a new pool", set())
 
     def check_users(self) -> None:
         """The first process of each user's slot is the same, and the user was served to the end."""
