@@ -6,8 +6,8 @@
 
 A newer version is installed by apt, then an older one, and the newer one again; between them the settings are edited
 and all services reloaded, the image is replaced, PID 1 executes itself anew, and all services but the router are
-restarted as needrestart does. No cell and no claim may fail, and no websocket may close. The figures go to standard output and to
-$NBAGENT_CACHE/chaos.
+restarted as needrestart does. No cell and no claim may fail, and no websocket may close. The figures go to standard
+output and to $NBAGENT_CACHE/chaos.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ def changes(host: Host, newer: list[str], older: list[str]) -> dict[str, list[li
             ["systemctl", "reload", *services],
         ],
         "a new image": [
-            ["sh", "-c", "mkdir -p /root/layer/etc && date > /root/layer/etc/nbagent-layer && "
-             "tar -C /root/layer --owner 0 --group 0 -cf /root/layer.tar etc/nbagent-layer"],
+            ["sh", "-c", "cd /root && mkdir -p etc && date > etc/layer && tar -cf layer.tar etc/layer"],
             ["nbagent", "image", "use", "--layer", "/root/layer.tar", "minimal", "minimal"],
         ],
         "an older version": [[*apt, *older]],
