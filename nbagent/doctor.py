@@ -28,9 +28,10 @@ from urllib.parse import urlsplit
 
 from nbagent.config import host_config, nginx_check, nginx_settings
 from nbagent.core import model, paths, urls
-from nbagent.core.errors import ConfigError, Full, ImageNotFound, NbagentError
+from nbagent.core.errors import ConfigError, Full, ImageInvalid, ImageNotFound, NbagentError
 from nbagent.core.proxies import HttpProxy
 from nbagent.core.quantities import format_size
+from nbagent.image.store import ImageStore
 from nbagent.linux import apparmor, swap
 from nbagent.network import foreign
 from nbagent.network.addresses import FIRST, forwards_ipv6, gateway, ipv6_uplink
@@ -68,6 +69,8 @@ FAULTS = {
     "router": "systemctl restart nbagent-router; journalctl -eu nbagent-router",
     "systemd": "systemctl restart nbagent-units; journalctl -eu nbagent-units; if systemctl fails too, reboot the host",
 }
+# An archive that is in the store is not unpacked again.
+ADD_AGAIN = "nbagent image remove {0}; when no slot runs on it, nbagent image add ARCHIVE {0}, or reinstall its package"
 # The file systems that must not be full, and what for.
 ROOM = {paths.RUN: "the records of slots", paths.IMAGES: "images", Path("/var/log"): "the journal"}
 ROOM_MIN_PERCENT, USE_MAX = 5.0, 0.8
@@ -579,12 +582,25 @@ def check_token(root: Path, name: str, without: str) -> Finding:
 
 
 def check_images(root: Path) -> Finding:
-    """Whether the store has an image to start slots from."""
-    names = _below(root, paths.IMAGES) / "names"
+    """Whether the store has an image to start slots from, and whether the images' files are as they were added."""
+    store, names = ImageStore(_below(root, paths.IMAGES)), _below(root, paths.IMAGES) / "names"
     found = sorted(entry.name for entry in names.iterdir()) if names.is_dir() else []
-    if found:
-        return Finding("images", "ok", ", ".join(found))
-    return Finding("images", "fail", "the store is empty", "apt install ./nbagent-image-minimal_*.deb")
+    if not found:
+        return Finding("images", "fail", "the store is empty", "apt install ./nbagent-image-minimal_*.deb")
+    compared = []
+    for name in found:
+        try:
+            damaged = store.damaged(name)
+        except PermissionError:
+            raise
+        except (OSError, ImageInvalid, ImageNotFound) as error:
+            return Finding("images", "fail", f"image {name} cannot be read: {error}", ADD_AGAIN.format(name))
+        if damaged:
+            more = f" and {len(damaged) - 1} more" if damaged[1:] else ""
+            text = f"files of image {name} have changed since it was added: {damaged[0]!r}{more}"
+            return Finding("images", "fail", text, ADD_AGAIN.format(name))
+        compared.append(f"{name} (added without checksums)" if damaged is None else name)
+    return Finding("images", "ok", f"files are as they were added, by a sample: {', '.join(compared)}")
 
 
 def check_room(root: Path, path: Path, use: str, read: Callable[[Path], os.statvfs_result] = os.statvfs) -> Finding:

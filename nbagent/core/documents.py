@@ -137,7 +137,7 @@ class Recycled(TypedDict):
 
 class ImageStatus(TypedDict):
     """An image of the host, and its pool. `launch` is that of its manifest; `launch_now` is "exec" without a zygote,
-    and `launch_reason` is why."""
+    and `launch_reason` is why, or why a quick zygote forks."""
 
     name: str
     digest: str

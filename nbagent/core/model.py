@@ -102,7 +102,8 @@ class Slot:
     `ends_s` is when PID 1 ends the scope, because systemd does not change RuntimeMaxSec= of a running scope.
     `addresses` are those of its interface, IPv4 and perhaps IPv6, and empty where it has none. `network` is a mode of
     the configuration, and decides whether the interface is open. `launch` is "fork" or "exec" once it has started, and
-    `launch_reason` why it was not "fork". `lent_to` is the client of a slot that is lent and not yet claimed.
+    `launch_reason` why it was not "fork" of a complete zygote. `lent_to` is the client of a slot that is lent and not
+    yet claimed.
     """
 
     id: str

@@ -4,6 +4,7 @@
     PATH/sha256-DIGEST/rootfs/      the image, its owners shifted into the image's own range of host ids
     PATH/sha256-DIGEST/static/      its web assets, for the router
     PATH/sha256-DIGEST/image.json   its record; trusted, because the store writes it
+    PATH/sha256-DIGEST/files.json   the checksums of its files
     PATH/names/NAME                 a link to ../sha256-DIGEST
     PATH/former/NAME                a link to the previous image of NAME, so that one step back is always possible
     PATH/.staging-*                 a tree that is being added or deleted, locked by the process that does it
@@ -24,6 +25,7 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import re
 import secrets
 import shutil
@@ -38,7 +40,7 @@ from nbagent.core import paths
 from nbagent.core.errors import ImageInvalid, ImageNotFound
 from nbagent.core.events import Event, emit
 from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
-from nbagent.image import adaptation, ahead, ids, oci, static
+from nbagent.image import adaptation, ahead, checksums, ids, oci, static
 from nbagent.image import archive as archives
 from nbagent.image import manifest as manifests
 from nbagent.image.manifest import Manifest, Program
@@ -53,7 +55,9 @@ _DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
 _PREFIX = re.compile(r"(?:sha256-)?([0-9a-f]{4,64})")
 _STAGING = ".staging-"
 _FORMAT = 1
-_RECORD = "image.json"
+_RECORD, _CHECKSUMS = "image.json", "files.json"
+# The files that `damaged` compares by content, which takes a tenth of a second.
+_COMPARED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,6 +235,21 @@ class ImageStore:
         except FileNotFoundError:
             raise ImageNotFound(f"no image has the name {name!r}", image=name) from None
 
+    def damaged(self, name: str) -> builtins.list[str] | None:
+        """Files of the image that are not as they were added, by names, types, sizes and the content of some of them.
+
+        None for an image that was added by a version of nbagent without checksums. Raises ImageNotFound, ImageInvalid
+        and OSError.
+        """
+        image = self.get(name)
+        file = image.root.parent / _CHECKSUMS
+        if not file.exists():
+            return None
+        try:
+            return sorted(checksums.damaged(image.root, file, _COMPARED_BYTES, random.SystemRandom()))
+        except ValueError as error:
+            raise ImageInvalid(f"{file} is damaged: {error}") from None
+
     def former(self, name: str) -> str | None:
         """The digest of the previous image of `name`, if there is one."""
         try:
@@ -353,6 +372,7 @@ class ImageStore:
         static.publish(staging / "rootfs", prefixes, assets, limits.unpacked_bytes, limits.entries)
         if static.published(assets):
             ahead.write(assets)
+        checksums.write(staging / "rootfs", staging / _CHECKSUMS)
         record.save(staging)
         # nginx and the slots open files below by paths that they know; a listing would show which images there are.
         staging.chmod(0o711)

@@ -2,8 +2,8 @@
 """The next moves of the pools: slots to start, and warm slots to retire. Pure.
 
 A pool should have its number of warm slots, and one more for every claim that waits. A slot that is stale (of a former
-image, too old, or started while slots.ttl_max was shorter) can still be claimed. It is retired only when fresh slots
-have replaced it, so that the replacement of an image does not leave a pool empty.
+image, too old, started while slots.ttl_max was shorter, or while no complete zygote forked) can still be claimed. It is
+retired only when fresh slots have replaced it, so that the replacement of an image does not leave a pool empty.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ TRY_S = 3.0
 class Pool:
     """The pool of one image. `digest` is None when the store no longer has the image.
 
-    `launch` is "fork" or "exec". `warming`: a zygote is being started, and none forks; until it is ready slots start by
-    exec, for claims that wait only, because a forked slot takes a tenth of the memory, and each start by exec as much
-    processor time as half of a quick zygote's. `paused_s` are the seconds until
-    the next start may be tried, and `failed_ago_s` those since the last one failed.
+    `launch` is "fork" or "exec", and `launch_reason` why no complete zygote forks slots now. `warming`: a zygote is
+    being started, and none forks; until it is ready slots start by exec, for claims that wait only, because a forked
+    slot takes a tenth of the memory, and each start by exec as much processor time as half of a quick zygote's.
+    `paused_s` are the seconds until the next start may be tried, and `failed_ago_s` those since the last one failed.
     """
 
     image: str
@@ -41,6 +41,7 @@ class Pool:
     paused_s: float = 0.0
     failed_ago_s: float = math.inf
     warming: bool = False
+    launch_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,12 +67,14 @@ def decide(pools: Sequence[Pool], host: Host, now_s: float, max_age_s: float, li
     """
     if host.draining:
         return Decision((), tuple(Retire(slot.id, "the host drains") for pool in pools for slot in pool.warm))
-    # One pass over the warm slots, because this runs at each event and there may be a thousand.
+    # One pass over the warm slots, because this runs at each event and there may be a thousand. Those with a reason
+    # were started by exec or by a quick zygote, and take more time and memory than it takes to replace them.
     oldest_s, least_s = now_s - max_age_s, now_s + life_s
     fresh = {
         pool.image: [
             slot for slot in pool.warm
             if slot.digest == pool.digest and slot.created_s >= oldest_s and slot.ends_s >= least_s
+            and (not slot.launch_reason or pool.launch_reason)
         ]
         for pool in pools
     }
@@ -129,9 +132,17 @@ def _retire(pool: Pool, fresh: Sequence[Slot], no_room: bool) -> Iterable[Retire
         stale = [slot for slot in pool.warm if slot.id not in known]
         # Without room, one at a time, because each makes the room for its own replacement.
         for slot in stale[:1] if no_room and len(fresh) < pool.wanted else stale:
-            reason = "its image was replaced" if slot.digest != pool.digest else "it is too old to be claimed"
-            yield Retire(slot.id, reason)
+            yield Retire(slot.id, _reason(pool, slot))
     if pool.waiting == 0 and len(fresh) > pool.wanted:
         oldest_first = sorted(fresh, key=lambda slot: slot.created_s)
         surplus = len(fresh) - pool.wanted
         yield from (Retire(slot.id, "the pool is smaller now") for slot in oldest_first[:surplus])
+
+
+def _reason(pool: Pool, slot: Slot) -> str:
+    """Why a slot is stale."""
+    if slot.digest != pool.digest:
+        return "its image was replaced"
+    if slot.launch_reason and not pool.launch_reason:
+        return f"a complete zygote has forked its replacement, but when it was started: {slot.launch_reason}"
+    return "it is too old to be claimed"

@@ -2,6 +2,7 @@
 """Starting a slot by a fork of its image's zygote, and by exec where there is none.
 
 The zygote runs the code of an image. The pidfds that it sends are checked, and a zygote that does not fork is given up.
+A start whose zygote ends meanwhile is repeated, by the next zygote or by exec, because the image has not failed.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import socket
 from dataclasses import replace
 
@@ -18,6 +20,7 @@ from nbagent.linux import cgroup, journal
 from nbagent.sandbox.spec import SandboxSpec
 from nbagent.supervisor.crash_points import Point, reach
 from nbagent.supervisor.launcher import Attach, ExecLauncher, Launched, Scope, SlotStart, forked_filter, pid_of
+from nbagent.supervisor.systemd import JobFailed
 from nbagent.supervisor.zygotes import Zygote, Zygotes
 
 # From a request to the processes of the slot; the zygote service's own timeout for its zygote is shorter.
@@ -28,7 +31,7 @@ GO = b"go"
 
 
 class ZygoteServiceFailed(Exception):
-    """A zygote service did not fork: it ended, or does not respond."""
+    """A zygote service did not fork: it ended, or does not respond, or what it forked has ended before it ran."""
 
 
 class ForkLauncher:
@@ -47,9 +50,15 @@ class ForkLauncher:
             self._under_way += 1
             try:
                 forked = spec._replace(forked=True, forked_filter=forked_filter())
-                return replace(await self._fork(zygote, slot, forked, listener, scope, attach), launch="fork")
+                launched = await self._fork(zygote, slot, forked, listener, scope, attach)
+                return replace(launched, launch="fork", launch_reason=zygote.reason)
             except ZygoteServiceFailed as error:
                 self.zygotes.give_up(zygote, str(error))
+                await scope.stop()
+            except (StartFailed, JobFailed, OSError):
+                # systemd ends all processes of a zygote's unit, also those that are being moved into their scope.
+                if not await self.zygotes.has_ended(zygote):
+                    raise
                 await scope.stop()
             finally:
                 self._under_way -= 1
@@ -130,12 +139,28 @@ async def _enclose(scope: Scope, pids: list[int], start: SlotStart) -> None:
 
 
 def _pids(pidfds: list[int], slot: Slot, zygote: Zygote) -> list[int]:
-    """The processes of pidfds. Raises StartFailed when one has ended, or is not of the zygote's unit.
+    """The processes of pidfds. Raises ZygoteServiceFailed when one has ended, which none does before it is in its
+    scope, and StartFailed when one is not of the zygote's unit.
 
     The zygote, which is an image's code, sent the pidfds, so a process is accepted only when it was forked in the unit.
     """
-    pids = [pid_of(fd, slot) for fd in pidfds]
-    for pid in pids:
-        if cgroup.unit_of_process(pid) != zygote.unit:
+    pids = []
+    for fd in pidfds:
+        pid, unit = 0, ""
+        with contextlib.suppress(StartFailed, OSError):
+            pid = pid_of(fd, slot)
+            unit = cgroup.unit_of_process(pid)
+        # After the unit, because a process that ends meanwhile has none.
+        if _has_ended(fd):
+            raise ZygoteServiceFailed("a process that it forked ended before it was in the slot's scope")
+        if unit != zygote.unit:
             raise StartFailed(f"process {pid} does not belong to {zygote.unit}", step="fork")
+        pids.append(pid)
     return pids
+
+
+def _has_ended(pidfd: int) -> bool:
+    """Whether the process of a pidfd has ended, also while its parent has not reaped it."""
+    waiting = select.poll()
+    waiting.register(pidfd, select.POLLIN)
+    return bool(waiting.poll(0))

@@ -57,7 +57,7 @@ class Launched:
     """A slot whose program runs. `pid` is its first process; `pidfd` and `activity_fd` are open.
 
     `serves`: the program has reported that it takes requests; any other has to be probed. `launch` is "fork" or "exec",
-    and `launch_reason` why it was not "fork".
+    and `launch_reason` why it was not "fork" of a complete zygote.
     """
 
     pid: int

@@ -180,6 +180,7 @@ class Pools(Mapping[str, ImagePool]):
                 image=name,
                 digest=pool.image.digest if pool.image else None,
                 launch=zygotes.launch(name),
+                launch_reason=zygotes.reason(name),
                 warming=zygotes.is_warming(name),
                 wanted=self.wanted(name),
                 warm=[live.slot for live in pool.warm],

@@ -63,6 +63,8 @@ EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
 # take this many times as long.
 START_MAX_FACTOR = 10
 BUDGET_CHECK_S = 1.0
+# From the end of processes of a zygote to the end of its connection, which the zygote service closes.
+END_SEEN_S = 1.0
 # So many slots by exec take as much processor time as the start of a zygote. Another is started at once after a zygote
 # that has forked them, however often it ends.
 PAID_FORKS = 10
@@ -91,7 +93,9 @@ class Kept(NamedTuple):
 
 @dataclass(eq=False)
 class Zygote:
-    """One zygote. `channel` leads to its zygote service. One that is `quick` is replaced by a complete one."""
+    """One zygote. `channel` leads to its zygote service. One that is `quick` is replaced by a complete one. `ended` is
+    set when it has ended or failed.
+    """
 
     instance: str
     image: Image
@@ -99,11 +103,17 @@ class Zygote:
     born_s: float
     forks: int = 0
     quick: bool = False
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def unit(self) -> str:
         """The unit of the zygote and its service."""
         return unit_of(self.instance)
+
+    @property
+    def reason(self) -> str:
+        """Why its slots take more time and memory than those of a complete zygote; "" for a complete one."""
+        return "its zygote has no warm-up" if self.quick else ""
 
     def dismiss(self) -> None:
         """Makes it end after the forks that it was already requested to do."""
@@ -283,10 +293,10 @@ class Zygotes:
         return "fork" if pool is not None and pool.zygote else "exec"
 
     def reason(self, image: str) -> str:
-        """Why slots of an image start by exec now; "" when they are forked."""
+        """Why slots of an image start by exec now, or by a quick zygote; "" when a complete one forks them."""
         if (pool := self._pools.get(image)) is None:
             return self._by_exec.get(image, "")
-        return "" if pool.zygote else pool.failure or "its zygote is being started"
+        return pool.zygote.reason if pool.zygote else pool.failure or "its zygote is being started"
 
     def is_warming(self, image: str) -> bool:
         """Whether slots of the image are soon forked: a zygote is being started, the first or after an end."""
@@ -329,6 +339,7 @@ class Zygotes:
 
     def give_up(self, zygote: Zygote, text: str) -> None:
         """Ends a zygote that failed, and starts another."""
+        zygote.ended.set()
         pool = self._pools.get(zygote.image.name)
         if pool is None or pool.zygote is not zygote:
             return
@@ -550,8 +561,15 @@ class Zygotes:
             except (OSError, MalformedMessage) as error:
                 text = str(error)
         fd_store.forget(zygote.instance)
+        zygote.ended.set()
         if pool.zygote is zygote:
             self.give_up(zygote, text)
+
+    async def has_ended(self, zygote: Zygote) -> bool:
+        """Whether a zygote has ended, after a start by it has failed; waits for an end that is not seen yet."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(zygote.ended.wait(), END_SEEN_S)
+        return zygote.ended.is_set()
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:

@@ -30,6 +30,8 @@ def differences(slots: list[dict[str, Any]], census: dict[str, Any], held: set[s
     check("claimed slots", {name for name, state in states.items() if state == "claimed"}, held)
     check("warm slots", sum(state == "warm" for state in states.values()), WARM)
     check("all slots", len(states), WARM + len(held))
+    reasons = [slot["launch_reason"] for slot in slots if slot["state"] == "warm" and slot["launch_reason"]]
+    check("reasons why warm slots are not of a complete zygote", reasons, [])
     names = sorted(states)
     records = census["records"]
     check("records", sorted(records), names)

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`make chaos`: random faults on a real host under users and claims, by a seed that is printed.
 
-    tests/chaos/chaos.py [--faults 200] [--seed N] [--users 6] [--claimers 2] [--machine vm] [--only KIND] [--keep]
+    tests/chaos/chaos.py [--faults 200] [--seed N] [--users 6] [--claimers 2] [--machine vm] [--only KIND] [--name HOST]
+        [--keep]
 
 plan.py has the kinds of faults; --only has one of them, and may be repeated. `--machine vm` is an emulated machine with
 Debian 13 and cgroup v2, whose clock is stepped too. After each fault more slots than the warm pool has are claimed; the
@@ -66,7 +67,6 @@ class Chaos:
 
     def run(self) -> None:
         self.rest("before the first fault", set())
-        self.forked()
         chosen = [kind for kind in self.kinds() if not self.options.only or kind.name in self.options.only]
         before = self.inside.census()
         for user in self.users:
@@ -89,7 +89,6 @@ class Chaos:
             if user.claimed:
                 self.caller.release(user.slot)
         self.rest("at the end", set())
-        self.forked()
         self.compare(before, self.inside.census())
         self.check_descriptors()
         self.check_journal()
@@ -155,12 +154,6 @@ class Chaos:
             found = differences(slots, self.inside.census(), held)
         if found:
             self.book.problem(f"{when} not at rest in {REST_S:g} s: {'; '.join(found)}")
-
-    def forked(self) -> None:
-        """Replaces warm slots by forked ones, because one that was started by exec has other namespaces."""
-        self.api.delete("/api/pool")
-        time.sleep(1)
-        self.rest("with a new pool", set())
 
     def check_users(self) -> None:
         """The first process of each user's slot is the same, and the user was served to the end."""
@@ -229,6 +222,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--claimers", type=int, default=2)
     parser.add_argument("--machine", choices=("nspawn", "vm"), default="nspawn")
     parser.add_argument("--only", action="append", metavar="KIND", help="a kind of fault")
+    parser.add_argument("--name", help="of the test host")
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     return parser.parse_args(argv)
 
@@ -237,7 +231,7 @@ def main() -> None:
     options = parse()
     say(f"seed {options.seed}: CHAOS=\"--faults {options.faults} --seed {options.seed}\"")
     suite = "trixie" if options.machine == "vm" else "bookworm"
-    name = NAME if options.machine == "nspawn" else f"{NAME}-vm"
+    name = options.name or (NAME if options.machine == "nspawn" else f"{NAME}-vm")
     host = Host.up(name=name, driver=options.machine, suite=suite, say=say)
     try:
         host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])

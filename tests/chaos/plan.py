@@ -42,16 +42,16 @@ KINDS = (
     Kind("reexec", ("PID 1",), 2),
     Kind("full", ("blocks of /run", "inodes of /run"), 2, held=True),
     # One of each: the service may open a few descriptors more than it has open.
-    Kind("descriptors", (SUPERVISOR, API, UNITS, LAUNCH, NETWORK, ZYGOTE_SERVICE), 3, held=True),
-    Kind("tasks", ("nbagent.slice", SUPERVISOR, API, UNITS, LAUNCH), 2, held=True),
+    Kind("descriptors", (SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK, ZYGOTE_SERVICE), 3, held=True),
+    Kind("tasks", ("nbagent.slice", SUPERVISOR, API, UNITS, LAUNCH, NETWORK), 2, held=True),
     # The service may take 64 KiB more than it has.
-    Kind("memory", (SUPERVISOR, API, UNITS, LAUNCH), 2, held=True),
+    Kind("memory", (SUPERVISOR, API, UNITS, LAUNCH, NETWORK), 2, held=True),
     # Another program removes what the network service has made; it has to be there again without a restart.
     Kind("network", (RULESET, ELEMENTS, LINKS), 2),
     # By strace: calls that change files fail with EIO, or take longer; calls that take memory fail with ENOMEM.
-    Kind("input/output errors", (SUPERVISOR, UNITS, LAUNCH), 2, held=True),
-    Kind("slow files", (SUPERVISOR, UNITS, LAUNCH), 2, held=True),
-    Kind("failed allocations", (SUPERVISOR, API, UNITS, LAUNCH), 2, held=True),
+    Kind("input/output errors", (SUPERVISOR, API, UNITS, LAUNCH, NETWORK), 2, held=True),
+    Kind("slow files", (SUPERVISOR, API, UNITS, LAUNCH, NETWORK), 2, held=True),
+    Kind("failed allocations", (SUPERVISOR, API, UNITS, LAUNCH, NETWORK), 2, held=True),
 )
 # After these a service may report an error wherever it is.
 ANYWHERE = ("input/output errors", "failed allocations", "memory")

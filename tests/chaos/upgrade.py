@@ -5,9 +5,9 @@
     tests/chaos/upgrade.py [--users 30] [--claimers 3] [--keep]
 
 A newer version is installed by apt, then an older one, and the newer one again; between them the settings are edited
-and all services reloaded, PID 1 executes itself anew, and all services but the router are restarted as needrestart
-does. No cell and no claim may fail, and no websocket may close. The figures go to standard output and to
-$NBAGENT_CACHE/chaos.
+and all services reloaded, the image is replaced, PID 1 executes itself anew, and all services but the router are
+restarted as needrestart does. No cell and no claim may fail, and no websocket may close. The figures go to standard
+output and to $NBAGENT_CACHE/chaos.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ def changes(host: Host, newer: list[str], older: list[str]) -> dict[str, list[li
         "an edited conffile and a reload": [
             ["sed", "-i", "s/^#idle = .*/idle = \"2h\"/", "/etc/nbagent/nbagent.toml"],
             ["systemctl", "reload", *services],
+        ],
+        "a new image": [
+            ["sh", "-c", "cd /root && mkdir -p etc && date > etc/layer && tar -cf layer.tar etc/layer"],
+            ["nbagent", "image", "use", "--layer", "/root/layer.tar", "minimal", "minimal"],
         ],
         "an older version": [[*apt, *older]],
         "PID 1 executes itself": [["systemctl", "daemon-reexec"]],

@@ -2,6 +2,7 @@
 """Slots by fork: what starts them, what they share, and what happens when a zygote fails or is replaced."""
 
 import json
+import re
 
 import forked
 import pytest
@@ -134,6 +135,33 @@ def test_a_killed_zygote_is_replaced_and_slots_go_on(of_a_zygote):
     seen = {slot["slot"] for slot in agent.slots()}
     agent.claim()
     assert is_forked(agent, next_slot(agent, seen))
+
+
+def test_a_start_whose_zygote_is_killed_meanwhile_is_repeated_without_a_failure(of_a_zygote):
+    """The units service stands still, so that the start waits for its scope until the forked processes have ended."""
+    agent = of_a_zygote
+    agent.expect(r"zygote minimal:\S+ failed")
+    agent.expect(r"^nbagent-zygote@minimal:\S+: (Failed|Main process exited)")
+    agent.expect(r"Failed to start nbagent-\S+\.scope|nbagent-\S+\.scope: (Couldn't move|Failed)")
+    before, seen = zygote(agent), {slot["slot"] for slot in agent.slots()}
+
+    def failures():
+        return re.search(r"^nbagent_start_failures_total (\d+)", agent.api.get("/metrics").body.decode(), re.M)[1]
+
+    def tasks():
+        return int(agent.run("systemctl", "show", "-P", "TasksCurrent", before))
+
+    failed, at_rest = failures(), tasks()
+    agent.run("systemctl", "kill", "-s", "STOP", "nbagent-units")
+    try:
+        agent.claim()
+        agent.wait(lambda: tasks() > at_rest, "a process that is forked and in no scope")
+        agent.run("systemctl", "kill", "--kill-whom", "all", "-s", "KILL", before)
+        agent.wait(lambda: agent.run("systemctl", "is-active", before, check=False).strip() != "active", "its end")
+    finally:
+        agent.run("systemctl", "kill", "-s", "CONT", "nbagent-units")
+    assert next_slot(agent, seen)
+    assert failures() == failed
 
 
 def test_until_a_zygote_that_hangs_is_replaced_slots_are_execd(of_a_zygote):

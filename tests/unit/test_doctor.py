@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import threading
 from collections.abc import Callable
@@ -15,10 +16,12 @@ from typing import Any
 import pytest
 from fake_supervisor import FakeSupervisor
 
+from archives import Archive
 from nbagent import doctor
 from nbagent.config import host_config
 from nbagent.core import paths
 from nbagent.core.proxies import HttpProxy
+from nbagent.image.store import ImageStore
 from nbagent.policy import admission
 
 SETTINGS = host_config.HostConfig()
@@ -205,8 +208,30 @@ def test_a_token_that_other_users_can_read_fails(tmp_path: Path) -> None:
 
 def test_an_empty_image_store_fails(tmp_path: Path) -> None:
     assert doctor.check_images(tmp_path).status == "fail"
-    host(tmp_path, {"var/lib/nbagent/images/names/minimal": ""})
-    assert doctor.check_images(tmp_path).found == "minimal"
+
+
+@pytest.mark.parametrize(("act", "found"), [
+    (lambda tree: None, "files are as they were added, by a sample: minimal"),
+    (lambda tree: (tree / "files.json").unlink(),
+     r"files are as they were added, by a sample: minimal \(added without checksums\)"),
+    (lambda tree: (tree / "rootfs/usr/share/lab/main.js").write_bytes(b""),
+     "files of image minimal have changed since it was added: 'usr/share/lab/main.js'$"),
+    (lambda tree: shutil.rmtree(tree / "rootfs/usr"),
+     "files of image minimal have changed since it was added: 'usr/share/lab/main.js' and 1 more"),
+    (lambda tree: (tree / "image.json").write_text("{"), "image minimal cannot be read: .*image.json is damaged"),
+    (lambda tree: (tree / "files.json").write_text("["), "image minimal cannot be read: .*files.json is damaged"),
+    (lambda tree: shutil.rmtree(tree), "image minimal cannot be read: no image has the name 'minimal'"),
+], ids=["whole", "old", "changed", "missing", "record", "checksums", "none"])
+def test_an_image_whose_files_have_changed_fails(
+    tmp_path: Path, act: Callable[[Path], object], found: str
+) -> None:
+    store = ImageStore(tmp_path / "var/lib/nbagent/images", chown=lambda *_, **__: None)
+    image = store.add(Archive.with_image().save(tmp_path / "minimal.tar"), "minimal")
+    act(image.root.parent)
+    finding = doctor.check_images(tmp_path)
+    assert re.match(found, finding.found), finding
+    whole = found.startswith("files are as")
+    assert (finding.status, "image remove minimal" in finding.mend) == (("ok", False) if whole else ("fail", True))
 
 
 def test_memory_of_all_slots_is_compared_with_the_host(tmp_path: Path) -> None:

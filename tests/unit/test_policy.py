@@ -177,6 +177,20 @@ def test_a_slot_that_ends_before_ttl_max_is_replaced_then_retired():
     assert decision.retire == (Retire("short", "it is too old to be claimed"),)
 
 
+def unforked(name):
+    return dataclasses.replace(fresh(name, 5.0), launch_reason="its zygote is being started")
+
+
+def test_slots_that_no_complete_zygote_forked_are_replaced_when_one_forks():
+    slots = [unforked("a"), unforked("b")]
+    assert decide([make_pool(slots, launch_reason="its zygote has no warm-up")], HOST, 100) == pool.Decision((), ())
+    decision = decide([make_pool(slots, launch="fork")], HOST, 100)
+    assert decision == pool.Decision(("minimal", "minimal"), ())
+    decision = decide([make_pool([*slots, fresh("c"), fresh("d")], launch="fork")], HOST, 100)
+    reason = "a complete zygote has forked its replacement, but when it was started: its zygote is being started"
+    assert decision == pool.Decision((), (Retire("a", reason), Retire("b", reason)))
+
+
 def test_without_room_a_stale_slot_makes_room_for_its_replacement():
     stale = [former("x"), former("y")]
     assert len(decide([make_pool(stale)], host(live=10), 100).retire) == 1
