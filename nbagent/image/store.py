@@ -40,7 +40,7 @@ from nbagent.core import paths
 from nbagent.core.errors import ImageInvalid, ImageNotFound
 from nbagent.core.events import Event, emit
 from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
-from nbagent.image import adaptation, ahead, checksums, ids, oci, static
+from nbagent.image import adaptation, ahead, checksums, elf, ids, oci, static
 from nbagent.image import archive as archives
 from nbagent.image import manifest as manifests
 from nbagent.image.manifest import Manifest, Program
@@ -364,6 +364,7 @@ class ImageStore:
     def _publish(self, staging: Path, record: _Record, name: str) -> None:
         """Turns the staged tree into an image, and points `name` to it."""
         with open_tree(staging / "rootfs") as tree:
+            elf.check_machine(tree, record.manifest)
             adaptation.keep_path(tree, record.id_base, record.manifest, self._chown)
         assets = staging / "static"
         assets.mkdir(0o755)

@@ -219,11 +219,16 @@ def test_wrong_arguments_are_named_with_the_expected_value(options: dict[str, ob
         Host.up(**options)  # type: ignore[arg-type]
 
 
-@pytest.mark.skipif(Path("/sys/fs/cgroup/cgroup.controllers").exists(), reason="cgroup v2 runs every suite")
-def test_trixie_on_cgroup_v1_points_to_the_vm_driver() -> None:
-    done = command_line("up", "--suite", "trixie", "--name", NAMES[0][:-1] + "d")
-    assert done.returncode == 2
-    assert "--driver vm" in done.stderr
+def test_a_host_that_reboots_has_its_disk_and_a_new_boot(pair: tuple[Host, Host]) -> None:
+    host = pair[1]
+    boot_id = ["cat", "/proc/sys/kernel/random/boot_id"]
+    before = host.run(boot_id).stdout
+    host.run(["sh", "-c", "echo kept >/var/kept; echo gone >/run/gone"])
+    host.run(["systemctl", "reboot"], check=False)
+    host.boot_again()
+    assert host.run(boot_id).stdout != before
+    assert host.run(["cat", "/var/kept"]).stdout == "kept\n"
+    assert host.run(["ls", "/run/gone"], check=False).returncode == 2
 
 
 # --- commands ---

@@ -18,6 +18,7 @@ from testhost_driver.host import Host
 EPILOG = """\
 examples:
   testhost up --name t1                         a Debian 12 host, native speed
+  testhost up --name t2 --suite trixie          a Debian 13 host
   testhost up --name v1 --driver vm --suite trixie
   testhost cp dist/*.deb t1:/root/
   testhost exec t1 -- systemctl status

@@ -48,7 +48,7 @@ Say = Callable[[str], None]
 class Driver(Protocol):
     """The interface that the modules `nspawn` and `vm` have in common."""
 
-    def check(self, suite: str) -> None: ...
+    def check(self) -> None: ...
     def boot(self, host: HostState, say: Say) -> HostState: ...
     def healthy(self, host: HostState) -> bool: ...
     def halt(self, host: HostState, *, now: bool) -> None: ...
@@ -100,7 +100,7 @@ class Host:
             raise BadArgument(f"cpus {cpus}: 1 to 64")
         if os.geteuid() != 0:
             raise BadArgument("test hosts need root")
-        DRIVERS[driver].check(suite)
+        DRIVERS[driver].check()
         with state.host_lock(name):
             found = state.load(name)
             if found and _healthy(found):
@@ -142,7 +142,8 @@ class Host:
     def _boot(cls, fresh: HostState, say: Say) -> Host:
         limits = (fresh.memory_bytes, fresh.cpus) if fresh.driver == "nspawn" else (None, None)
         cgroups.create(fresh.name, *limits)
-        netns.create(fresh.name)
+        if not netns.path_of(fresh.name).exists():
+            netns.create(fresh.name)
         sysctls.raise_all()
         say(f"{fresh.name}: booting")
         booted = DRIVERS[fresh.driver].boot(fresh, say)
@@ -182,6 +183,26 @@ class Host:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.down(now=True)
+
+    def boot_again(self, timeout_s: float = 60, say: Say = say_on_stderr) -> None:
+        """Waits until the host has shut down, then boots it with its disk and its network, as a reboot does.
+
+        For nspawn hosts, because a virtual machine reboots by itself. The test calls it beside the command that
+        reboots the host.
+        """
+        if self.driver != "nspawn":
+            raise BadArgument(f"{self.name}: boot_again is for nspawn hosts")
+        ended = processes.open_pidfd(self._state.monitor) if self._state.monitor else None
+        if ended is not None:
+            try:
+                if not processes.wait_gone(ended, time.monotonic() + timeout_s):
+                    raise BootFailed(f"{self.name} has not shut down within {timeout_s} s")
+            finally:
+                os.close(ended)
+        with state.host_lock(self.name):
+            cgroups.kill(self.name)
+            cgroups.remove(self.name)
+            self._state = Host._boot(replace(self._state, leader=None, monitor=None, up=False, forwards=()), say)._state
 
     # --- commands ---
 

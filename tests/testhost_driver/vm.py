@@ -33,7 +33,7 @@ READY = b"testhost-ready"  # what the guest's testhost-ready.service writes to i
 SSH_ADDRESS = "127.0.0.2"  # not 127.0.0.1, because all ports of that address are forwarded to the guest
 
 
-def check(suite: str) -> None:
+def check() -> None:
     if platform.machine() != "x86_64":
         raise HostError(f"the vm driver is for x86_64 machines, this one is {platform.machine()}")
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import lzma
 import os
+import platform
 import shutil
 import stat
 import subprocess
@@ -102,6 +103,37 @@ def test_zstd_unpacks_and_a_cut_archive_is_refused(store: ImageStore, tmp_path: 
     assert store.add(tmp_path / "whole", "whole").root.is_dir()
     with pytest.raises(ImageInvalid):
         store.add(tmp_path / "cut", "cut")
+
+
+ELF = b"\x7fELF\x02\x01\x01" + bytes(9) + b"\x03\x00"
+FOREIGN = "aarch64" if platform.machine() != "aarch64" else "x86_64"
+MACHINES = {"x86_64": b"\x3e\x00", "aarch64": b"\xb7\x00"}
+
+
+def image_for(machine: str, path: str = "usr/bin/python3.13") -> Archive:
+    archive = Archive.with_image()
+    archive.add(path, ELF + MACHINES[machine] + bytes(44), mode=0o755)
+    return archive
+
+
+def test_an_image_for_another_processor_is_refused(store: ImageStore) -> None:
+    archive = image_for(FOREIGN)
+    archive.add("usr/bin/python3", type=tarfile.SYMTYPE, linkname="python3.13")
+    expected = f"the image is for {FOREIGN}, but this host is {platform.machine()}: /usr/bin/python3 cannot be executed"
+    assert refused(store, archive) == expected
+
+
+def test_an_image_whose_shell_is_for_another_processor_is_refused(store: ImageStore) -> None:
+    archive = image_for(FOREIGN, "bin/sh")
+    archive.add("usr/bin/python3", b"#!/bin/sh\n", mode=0o755)
+    assert refused(store, archive).endswith(": /bin/sh cannot be executed")
+
+
+def test_an_image_for_this_processor_is_added(store: ImageStore) -> None:
+    archive = image_for(platform.machine())
+    archive.add("usr/bin/python3", type=tarfile.SYMTYPE, linkname="python3.13")
+    archive.add("bin/sh", ELF + MACHINES[FOREIGN] + bytes(44), mode=0o755)
+    assert add(store, archive).root.is_dir()
 
 
 def test_owners_are_shifted(store: ImageStore, owners: Owners) -> None:
