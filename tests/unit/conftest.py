@@ -113,21 +113,32 @@ def settled() -> Iterator[None]:
         time.sleep(0.01)
 
 
+_CLOCK_GETTIME = time.clock_gettime
+
+
 class Clock:
-    """CLOCK_BOOTTIME as the code under test reads it: it goes on as it does, and jumps by `advance`."""
+    """CLOCK_BOOTTIME as the code under test reads it: it goes on as it does unless stopped, and jumps by `advance`."""
 
     def __init__(self) -> None:
-        self.offset_s = 0.0
+        self._offset_s = 0.0
+        self._stopped_s: float | None = None
 
     def advance(self, seconds: float) -> None:
-        self.offset_s += seconds
+        self._offset_s += seconds
+
+    def stop(self) -> None:
+        """Lets time pass by `advance` only, for code that divides by it: a busy machine's pauses change the result."""
+        self._stopped_s = _CLOCK_GETTIME(time.CLOCK_BOOTTIME)
+
+    def read(self, which: int) -> float:
+        return (_CLOCK_GETTIME(which) if self._stopped_s is None else self._stopped_s) + self._offset_s
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that the test can advance."""
-    clock, read = Clock(), time.clock_gettime
-    monkeypatch.setattr(time, "clock_gettime", lambda which: read(which) + clock.offset_s)
+    clock = Clock()
+    monkeypatch.setattr(time, "clock_gettime", clock.read)
     return clock
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fakes import FakeSystemd, FakeZygotes
@@ -54,6 +55,13 @@ class Tree:
 
     def memory(self) -> Memory:
         return Memory(24 * GIB, self.available_bytes)
+
+
+@pytest.fixture
+def clock(clock: Any) -> Any:
+    """Stopped, because the guard divides what was used by the time."""
+    clock.stop()
+    return clock
 
 
 @pytest.fixture

@@ -72,6 +72,13 @@ class Machine:
 
 
 @pytest.fixture
+def clock(clock: Any) -> Any:
+    """Stopped, because the guard divides what was used by the time."""
+    clock.stop()
+    return clock
+
+
+@pytest.fixture
 def machine(tmp_path: Path, clock: Any) -> Machine:
     return Machine(tmp_path, clock)
 
