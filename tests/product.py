@@ -31,8 +31,8 @@ HOST = ("python3-nbagent", "nbagent", "nbagent-image-minimal")
 # The packages of a fleet's gateway.
 GATEWAY = ("python3-nbagent", "nbagent-gateway")
 API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
-# A virtual machine without hardware virtualisation is slow.
-WARM_TIMEOUT_S = {"nspawn": 180, "vm": 1200}
+# Of an installation, and of the wait for the first warm slot. A virtual machine without hardware virtualisation is slow.
+START_TIMEOUT_S = {"nspawn": 900, "vm": 3600}
 # The end of a build's log that is printed when it fails.
 LOG_LINES = 30
 
@@ -110,7 +110,7 @@ def add(host: Host, packages: list[Path]) -> None:
         host.copy_in(str(package), "/root/")
     names = [f"/root/{package.name}" for package in packages]
     # A rebuilt package has the same version, so that apt would regard it as installed.
-    host.run(["apt-get", "-q", "install", "-y", "--reinstall", *names], timeout=900)
+    host.run(["apt-get", "-q", "install", "-y", "--reinstall", *names], timeout=START_TIMEOUT_S[host.driver])
 
 
 def debian_packages(host: Host, names: Sequence[str], directory: Path) -> list[Path]:
@@ -138,7 +138,7 @@ def add_changed(host: Host, packages: list[Path], log: Callable[[str], None]) ->
 
 def wait_warm(host: Host, count: int = 1) -> dict[str, Any]:
     """Waits until `count` slots are warm; fails with the stats and the journal."""
-    deadline = time.monotonic() + WARM_TIMEOUT_S[host.driver]
+    deadline = time.monotonic() + START_TIMEOUT_S[host.driver]
     stats: dict[str, Any] = {}
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
