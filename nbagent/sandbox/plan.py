@@ -51,7 +51,10 @@ BYTES_PER_INODE = 4096
 OPEN_FILES = 65536
 # Jupyter's files about kernels have a file system of their own, so that kernels start while the storage is full.
 RUNTIME_PATH, RUNTIME_BYTES = "/run/jupyter", 1 << 20
-NETWORK_SETTINGS = (("net.core.tstamp_allow_data", "0"), ("net.ipv4.tcp_max_tw_buckets", "4096"))
+NETWORK_SETTINGS = (
+    ("net.core.tstamp_allow_data", "0"), ("net.ipv4.igmp_max_memberships", "4"),
+    ("net.ipv4.tcp_max_tw_buckets", "4096"),
+)
 # The name of the slot's end of its interface.
 INTERFACE = "net0"
 PENDING_SIGNALS = 4096

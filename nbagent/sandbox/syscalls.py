@@ -108,8 +108,8 @@ OPTIONS = {
     # QUICKACK, CONGESTION, THIN_LINEAR_TIMEOUTS, THIN_DUPACK, USER_TIMEOUT, FASTOPEN, NOTSENT_LOWAT, FASTOPEN_CONNECT,
     # INQ, TX_DELAY
     6: (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 16, 17, 18, 23, 25, 30, 36, 37),
-    # IPPROTO_UDP: CORK, SEGMENT, GRO
-    17: (1, 103, 104),
+    # IPPROTO_UDP: SEGMENT, GRO
+    17: (103, 104),
     # IPPROTO_IPV6: UNICAST_HOPS, MULTICAST_IF, MULTICAST_HOPS, MULTICAST_LOOP, LEAVE_GROUP, MTU_DISCOVER, MTU, V6ONLY,
     # MULTICAST_ALL, MCAST_LEAVE_GROUP, RECVPKTINFO, PKTINFO, RECVHOPLIMIT, HOPLIMIT, RECVPATHMTU, DONTFRAG, RECVTCLASS,
     # TCLASS, AUTOFLOWLABEL, ADDR_PREFERENCES, UNICAST_IF, FREEBIND
@@ -126,6 +126,15 @@ _MAP_HUGETLB, _MFD_HUGETLB, _SHM_HUGETLB = 0x40000, 0x4, 0o4000
 _MADV_MERGEABLE, _PR_SET_MEMORY_MERGE = 12, 67
 # A task with a cookie of core scheduling keeps the other threads of its processor's core idle.
 _PR_SCHED_CORE = 62
+# While poll(2) and select(2) wait, the kernel holds 72 bytes for each descriptor and thread, charged to no cgroup, so
+# they may wait for as many as select(2) can (FD_SETSIZE); epoll, whose memory is charged, has no such limit.
+_POLLED_MAX = 1024
+# With MSG_MORE or UDP_CORK the kernel holds a datagram of up to 64 KiB for each socket, charged to no cgroup.
+_MSG_MORE = 0x8000
+# A list of access rights (system.posix_acl_access) has 8 bytes for each entry, charged to no cgroup, and a file two of
+# them. A filter sees the size of an attribute and not its name.
+_ATTRIBUTE_MAX = 0xFF
+_LONG = 0xFFFFFFFFFFFFFFFF
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _SECCOMP_SET_MODE_FILTER = 22, 2, 1
 
 
@@ -145,7 +154,13 @@ RULES: Tuple[Group, ...] = (
           for family in (_AF_INET, _AF_INET6) for protocol in (0, _IPPROTO_TCP)),
         *(("socket", _socket(family, _SOCK_DGRAM, protocol))
           for family in (_AF_INET, _AF_INET6) for protocol in (0, _IPPROTO_UDP)),
+        *((name, ((3, _LONG & ~_ATTRIBUTE_MAX, 0),)) for name in ("setxattr", "lsetxattr", "fsetxattr")),
+        *((name, ((number, INT & ~(_POLLED_MAX - 1), 0),))
+          for name, number in (("poll", 1), ("ppoll", 1), ("select", 0), ("pselect6", 0))),
+        *((name, ((number, INT, _POLLED_MAX),))
+          for name, number in (("poll", 1), ("ppoll", 1), ("select", 0), ("pselect6", 0))),
     )),
+    (errno.EINVAL, tuple((name, ()) for name in ("poll", "ppoll", "select", "pselect6"))),
     (errno.EPROTONOSUPPORT, (
         *(("socket", ((0, INT, family),)) for family in (_AF_UNIX, _AF_INET, _AF_INET6)),
         ("socketpair", ((0, INT, _AF_UNIX),)),
@@ -153,7 +168,12 @@ RULES: Tuple[Group, ...] = (
     # Every netlink socket, also of NETLINK_ROUTE, queues the kernel's responses up to its receive buffer, charged to no
     # cgroup: 1 KiB that is charged holds 400 KiB that is not. libzmq aborts when getifaddrs(3) fails with another errno
     # than this one or EINVAL.
-    (errno.EOPNOTSUPP, (("socket", ((0, INT, _AF_NETLINK),)),)),
+    (errno.EOPNOTSUPP, (
+        ("socket", ((0, INT, _AF_NETLINK),)),
+        *((name, ()) for name in ("setxattr", "lsetxattr", "fsetxattr")),
+        *((name, ((number, _MSG_MORE, _MSG_MORE),))
+          for name, number in (("sendto", 3), ("sendmsg", 2), ("sendmmsg", 3))),
+    )),
     # The C library's resolver sets IP_RECVERR and requires success. It would queue an error for each packet, up to the
     # receive buffer, charged to no cgroup. A connected socket reports errors without it.
     (0, (*(("setsockopt", ((1, INT, level), (2, INT, option))) for level, option in (_IP_RECVERR, _IPV6_RECVERR)),)),

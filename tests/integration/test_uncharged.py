@@ -22,6 +22,8 @@ REFUSED = {
     "SO_ATTACH_REUSEPORT_CBPF": NO_OPTION, "memberships of IPv6 groups": NO_OPTION, "keys of TCP-MD5": NO_OPTION,
     "error queues of UDP by an option": NO_OPTION, "error queues of UDP by an option, time stamps only": NO_OPTION,
     "memory policies": "refused: EPERM", "system call filters": "refused: EINVAL",
+    "corked datagrams of UDP by an option": NO_OPTION, "corked datagrams of UDP by a flag": "refused: ENOTSUP",
+    "descriptors that poll waits for": "refused: EINVAL", "access lists of files": "refused: ENOTSUP",
 }
 # Not charged and not refused, because notebooks need them: packaging/docs/security.md, "What is not covered".
 KNOWN = ("locks of file ranges", "connections of TCP that are not accepted")
@@ -31,7 +33,7 @@ PAGES = "error queues of UDP by a control message"
 
 # Tried in each test run, on one host, beside those that are refused. `make uncharged` tries every kind, on each kind of
 # host: cgroup v1, and virtual machines with cgroup v2.
-SHORT = ("netlink 2", "TIME_WAIT", "pipes")
+SHORT = ("netlink 2", "TIME_WAIT", "pipes", "memberships of multicast groups", "short access lists")
 ALL = "NBAGENT_ALL_KINDS" in os.environ
 HOSTS = ["nspawn-bookworm", *(MACHINES if ALL else ())]
 

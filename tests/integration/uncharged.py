@@ -14,12 +14,14 @@ import errno
 import fcntl
 import mmap
 import os
+import resource
 import select
 import signal
 import socket
 import struct
 import tempfile
 import threading
+import time
 import warnings
 
 AMOUNT = 32 << 20
@@ -231,6 +233,19 @@ def connections_in_time_wait():
     return 40_000 * 256
 
 
+def corked_datagrams_of_udp(by_option):
+    def fill():
+        end = open_socket(socket.AF_INET, socket.SOCK_DGRAM)
+        if by_option:
+            end.setsockopt(socket.IPPROTO_UDP, 1, 1)  # UDP_CORK
+        end.sendto(CHUNK, 0 if by_option else socket.MSG_MORE, ("127.0.0.1", 9))
+    return until_refused(fill, len(CHUNK))
+
+
+kind("corked datagrams of UDP by an option", True)(corked_datagrams_of_udp)
+kind("corked datagrams of UDP by a flag", False)(corked_datagrams_of_udp)
+
+
 @kind("datagrams of unix")
 def datagrams_of_unix():
     def fill():
@@ -277,14 +292,15 @@ for _name in SOCK_OPTIONS:
 
 @kind("memberships of multicast groups")
 def memberships_of_multicast_groups():
-    index = 1
+    groups = iter(range(1 << 24))
 
     def fill():
         end = open_socket(socket.AF_INET, socket.SOCK_DGRAM)
-        for number in range(20):
-            group = struct.pack("=4s4si", bytes([239, 1, index >> 8 & 255, number]), bytes(4), 1)
-            end.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
-    return until_refused(fill, 20 << 8, 4 << 20)
+        with contextlib.suppress(OSError):  # ENOBUFS: igmp_max_memberships
+            for _ in range(20):
+                group = struct.pack("=4s4si", struct.pack(">I", (239 << 24) + next(groups)), bytes(4), 1)
+                end.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, group)
+    return until_refused(fill, 20 << 8, 16 << 20)
 
 
 @kind("memberships of IPv6 groups")
@@ -322,6 +338,21 @@ def queues_of_errors():
 
 
 # --- files and descriptors ---
+
+
+@kind("descriptors that poll waits for")
+def descriptors_that_poll_waits_for():
+    count = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 1 << 16) - 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (count + 1,) * 2)
+    fd = os.eventfd(0)
+    HELD.callback(os.close, fd)
+    HELD.callback(os.write, fd, bytes([1, *bytes(7)]))  # ends the waits
+    waits = struct.pack("ihh", fd, select.POLLIN, 0) * count
+    raised(LIBC.poll(waits, count, 0))
+    for _ in range(AMOUNT // (72 * count) + 1):
+        threading.Thread(target=LIBC.poll, args=(waits, count, -1), daemon=True).start()
+    time.sleep(2)
+    return AMOUNT
 
 
 @kind("pipes")
@@ -417,8 +448,22 @@ def attributes_of_files():
     def fill():
         file = temporary_file()
         for number in range(16):
-            os.setxattr(file, f"user.{number}", bytes(4000))
-    return until_refused(fill, 64000)
+            os.setxattr(file, f"user.{number}", bytes(255))
+    return until_refused(fill, 16 << 8, 8 << 20)
+
+
+def access_lists_of_files(count):
+    # Version 2, and entries of tag, permissions, id: the owner, users, the group, the mask, others.
+    entries = [(1, 7, -1), *[(2, 7, 1000)] * (count - 4), (4, 7, -1), (16, 7, -1), (32, 7, -1)]
+    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+
+    def fill():
+        os.setxattr(temporary_file(), "system.posix_acl_access", value)
+    return until_refused(fill, 8 * count, min(AMOUNT, 16000 * 8 * count))
+
+
+kind("access lists of files", 8191)(access_lists_of_files)
+kind("short access lists of files", 31)(access_lists_of_files)
 
 
 @kind("memory files")

@@ -262,6 +262,19 @@ def to_keep_threads_of_a_core_idle(decoys):
 
 
 @attempt
+def to_make_the_kernel_hold_memory_that_is_not_charged(decoys):
+    # poll(2) of an invalid pointer; a datagram with MSG_MORE; a long attribute of a file that does not exist.
+    if call(7, 8, 1025, 0) == errno.EFAULT:
+        yield "poll"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
+        if not refused(call(44, end.fileno(), 0, 0, socket.MSG_MORE, 0, 0)):
+            yield "MSG_MORE"
+    name = ctypes.create_string_buffer(b"user.x")
+    if not refused(call(188, ctypes.addressof(name), ctypes.addressof(name), ctypes.addressof(name), 256, 0)):
+        yield "setxattr"
+
+
+@attempt
 def to_set_a_memory_policy(decoys):
     if not refused(call(237, 0, 4096, 0, 0, 0, 0)) or not refused(call(238, 0, 0, 0)):
         yield "mbind or set_mempolicy"

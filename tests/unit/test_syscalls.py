@@ -133,6 +133,24 @@ def after_filters(expression, filters):
     ("libc.syscall(28, 0, 0, 4)", 0),
     ("libc.prctl(62, 1, 0, 0, 0)", errno.EPERM),  # PR_SCHED_CORE
     ("libc.prctl(67, 1, 0, 0, 0)", errno.EPERM),  # PR_SET_MEMORY_MERGE
+    ("libc.setxattr(b'/none', b'user.x', bytes(255), 255, 0)", errno.ENOENT),
+    # A size above 32 bits too.
+    *((f"libc.{name}({file}, b'user.x', bytes(256), ctypes.c_ulong({size}), 0)", errno.EOPNOTSUPP)
+      for name, file in (("setxattr", "b'/none'"), ("lsetxattr", "b'/none'"), ("fsetxattr", 99))
+      for size in (256, 1 << 32)),
+    *((f"libc.{name}(0, {count}, 0, 0, 0)", errno.EINVAL)
+      for name in ("poll", "ppoll") for count in (1025, 60000, 1 << 31)),
+    ("libc.poll((ctypes.c_ulong * 1024)(*[0xffffffff] * 1024), 1024, 0)", 0),
+    ("libc.syscall(23, 1025, 0, 0, 0, bytes(16))", errno.EINVAL),  # select
+    ("libc.syscall(270, 20000, 0, 0, 0, bytes(16), 0)", errno.EINVAL),  # pselect6
+    ("libc.syscall(23, 1024, 0, 0, 0, bytes(16))", 0),
+    ("libc.syscall(270, 1024, 0, 0, 0, bytes(16), 0)", 0),
+    # With MSG_MORE.
+    ("socket.socket(2, 2).sendto(b'x', 0x8000, ('127.0.0.1', 9))", errno.EOPNOTSUPP),
+    ("socket.socket(2, 2).sendmsg([b'x'], [], 0xc000, ('127.0.0.1', 9))", errno.EOPNOTSUPP),
+    ("libc.syscall(307, 99, 0, 0, 0x8000)", errno.EOPNOTSUPP),  # sendmmsg
+    ("socket.socket(2, 2).setsockopt(17, 1, 1)", errno.ENOPROTOOPT),  # UDP_CORK
+    ("(ends := socket.socketpair())[0].send(b'x') and 0", 0),
     ("libc.prctl(22, 2, 0, 0, 0)", errno.EINVAL),
     ("libc.syscall(317, 1, 0, None)", errno.EINVAL),  # seccomp
     ("os.system('true')", 0),
