@@ -83,6 +83,8 @@ def check(remote: Remote, name: str) -> Iterator[Result]:
     try:
         slot = remote.call("GET", f"/slots/{claim['slot']}")
         yield _launch(image, slot)
+        if slot["launch"] == "fork":
+            yield from _left_out(name)
         yield _start(claim["slot"], claimed_s)
         yield Result("memory at rest", OK, _memory(slot))
         base = f"/user/{claim['slot']}/"
@@ -114,13 +116,28 @@ def _launch(image: dict[str, Any], slot: dict[str, Any]) -> Result:
 
 def _start(slot: str, claimed_s: float) -> Result:
     """The time of the start, which the journal has, because the slot may have been warm before the claim."""
-    match = [f"NBAGENT_SLOT={slot}", f"MESSAGE_ID={Event.SLOT_WARM.value.message_id}"]
-    command = ["journalctl", "--quiet", "--output=json", "--unit=nbagent.service", *match]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
     took = ""
     with contextlib.suppress(ValueError, KeyError, IndexError):
-        took = f"started in {int(json.loads(done.stdout.splitlines()[-1])['NBAGENT_TOOK_MS']):,} ms, "
+        took = f"started in {int(_entries(f'NBAGENT_SLOT={slot}', Event.SLOT_WARM)[-1]['NBAGENT_TOOK_MS']):,} ms, "
     return Result("start", OK, f"{took}claimed in {claimed_s * 1000:,.0f} ms")
+
+
+def _left_out(name: str) -> Iterator[Result]:
+    """The modules and extensions that the image's last zygote has not loaded, with the reasons, from the journal."""
+    entries = _entries(f"NBAGENT_IMAGE={name}", Event.ZYGOTE_READY, Event.ZYGOTE_LEFT_OUT)
+    ready = [entry for entry in entries if entry.get("MESSAGE_ID") == Event.ZYGOTE_READY.value.message_id]
+    for entry in entries:
+        left_out = entry.get("MESSAGE_ID") == Event.ZYGOTE_LEFT_OUT.value.message_id
+        if left_out and ready and entry.get("NBAGENT_ZYGOTE") == ready[-1].get("NBAGENT_ZYGOTE"):
+            yield Result("zygote", WARN, plain(str(entry.get("NBAGENT_TEXT")), 1000))
+
+
+def _entries(match: str, *events: Event) -> list[dict[str, Any]]:
+    """The journal's entries with a field and one of these events; none where this user may not read it."""
+    messages = [f"MESSAGE_ID={event.value.message_id}" for event in events]
+    command = ["journalctl", "--quiet", "--output=json", "--unit=nbagent.service", match, *messages]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def _memory(slot: dict[str, Any]) -> str:
@@ -160,6 +177,8 @@ def _has_jupyter(client: SlotClient) -> bool:
 def _jupyter(client: SlotClient, memory: Callable[[], str]) -> Iterator[Result]:
     handlers: dict[str, str] = {}
     yield _tried("kernel", lambda: _kernel(client, memory, handlers))
+    if handlers:  # the default kernel is Python
+        yield _tried("interrupt", lambda: _interrupt(client))
     yield _tried("terminal", lambda: _terminal(client))
     yield _tried("files", lambda: _files(client))
     if handlers:
@@ -199,8 +218,34 @@ def _listing() -> str:
     )
 
 
-def _run(socket: Websocket, code: str) -> str:
-    """The output of a cell. Raises TimeoutError, OSError."""
+def _interrupt(client: SlotClient) -> Result:
+    """Interrupts a cell that sleeps, and restarts its kernel."""
+    kernel = client.request("POST", "api/kernels", {}, _CELL_WAIT_S).json()["id"]
+    path = f"api/kernels/{kernel}"
+    times: list[float] = []
+
+    def interrupt() -> None:
+        times.append(time.monotonic())
+        client.request("POST", f"{path}/interrupt", {})
+
+    try:
+        with client.websocket(f"{path}/channels?session_id={uuid.uuid4().hex}") as socket:
+            output = _run(socket, "print('begun', flush=True)\nimport time\ntime.sleep(600)", interrupt)
+        took_ms = (time.monotonic() - times[0]) * 1000
+        if "KeyboardInterrupt" not in output:
+            return Result("interrupt", FAIL, f"a cell that sleeps ended with {plain(output, _TEXT_MAX)}")
+        response = client.request("POST", f"{path}/restart", {}, _CELL_WAIT_S)
+        with client.websocket(f"{path}/channels?session_id={uuid.uuid4().hex}") as socket:
+            output = _run(socket, "print('time' in globals())").strip()
+        if response.status != http.HTTPStatus.OK or output != "False":
+            return Result("interrupt", FAIL, f"a restart has status {response.status}; names remain: {output}")
+        return Result("interrupt", OK, f"a cell that sleeps ended in {took_ms:,.0f} ms, and its kernel restarted")
+    finally:
+        client.request("DELETE", path)
+
+
+def _run(socket: Websocket, code: str, at_output: Callable[[], None] | None = None) -> str:
+    """The output of a cell; `at_output` is called at its first output. Raises TimeoutError, OSError."""
     header = {"msg_id": uuid.uuid4().hex, "msg_type": "execute_request", "username": "", "session": uuid.uuid4().hex,
               "version": "5.3", "date": ""}
     content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
@@ -212,6 +257,9 @@ def _run(socket: Websocket, code: str) -> str:
         kind, body = message["header"]["msg_type"], message["content"]
         if kind == "stream":
             output += body["text"]
+            if at_output is not None:
+                at_output()
+                at_output = None
         elif kind == "error":
             output += f"{body['ename']}: {body['evalue']}"
         has_reply = has_reply or kind == "execute_reply"

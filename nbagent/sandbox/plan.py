@@ -127,7 +127,9 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.SharedProgram(spec.code.lstrip("/"), CODE_PATH, f"{base}/empty".lstrip("/")),
             steps.SystemFiles(spec.system.lstrip("/"), "/sys", f"{base}/empty".lstrip("/")),
             steps.OwnCgroup("/sys/fs/cgroup"),
+            *_limit_file(spec, "online", "/sys/devices/system/cpu/online"),
             steps.Proc("/proc"),
+            *_limit_file(spec, "meminfo", "/proc/meminfo"),
             steps.NetworkSettings(NETWORK_SETTINGS),
             steps.Masked(MASKED_FILES, MASKED_DIRECTORIES, "dev/null"),
             steps.ReadOnly(READ_ONLY),
@@ -145,6 +147,10 @@ def plan(spec: SandboxSpec) -> Plan:
         # The PID 1 of a forked slot inherits an empty bounding set from the zygote service.
         last=last(spec.uid, spec.syscall_filter, () if spec.forked else None, spec.apparmor),
     )
+
+
+def _limit_file(spec: SandboxSpec, name: str, target: str) -> List[Step]:
+    return [steps.LimitFile(f"{spec.limit_files}/{name}".lstrip("/"), target)] if spec.limit_files else []
 
 
 def _namespaces_but_pid() -> steps.Namespaces:

@@ -42,7 +42,8 @@ class SandboxSpec(NamedTuple):
     `syscall_filter` is a seccomp program in base64; `uplink` is None for a slot with loopback only.
     `forked` means that the slot's PID 1 starts inside the image's user namespace and its own pid namespace;
     `forked_filter` is then the filter that its program and kernels load in addition to the zygote's.
-    `apparmor` is the AppArmor profile of the slot's processes, empty on a host without it.
+    `apparmor` is the AppArmor profile of the slot's processes, empty on a host without it. `limit_files` is the host's
+    directory with the files of nbagent.supervisor.limit_files, empty for a zygote.
     """
 
     slot: str
@@ -65,6 +66,7 @@ class SandboxSpec(NamedTuple):
     forked: bool = False
     forked_filter: str = ""
     apparmor: str = ""
+    limit_files: str = ""
 
     def save(self) -> Dict[str, object]:
         """The fields as a JSON object."""

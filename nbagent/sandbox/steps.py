@@ -241,6 +241,24 @@ class OwnCgroup(NamedTuple):
             mount("cgroup2", self.target, "cgroup2", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
+class LimitFile(NamedTuple):
+    """A file of this slot alone that shows its limits in the place of the host's memory or processors. The supervisor
+    writes it when a claim or a change sets other limits, so that libraries size themselves by what the slot has."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"file {self.source} at {self.target}, read-only"
+
+    def do(self) -> None:
+        # A machine can have no such file below /sys.
+        if os.path.exists(self.target):
+            mount(self.source, self.target, None, MS_BIND)
+            flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC | _locked_flags(self.target)
+            mount(None, self.target, None, MS_BIND | MS_REMOUNT | flags)
+
+
 class DevPts(NamedTuple):
     """A new devpts instance contains only the slot's terminals. Their number is limited, because kernel.pty.max
     is one number for the whole host."""

@@ -72,6 +72,7 @@ class Adoption:
 
     async def _adopt(self, live: RunningSlot) -> None:
         await self._apply_limits(live.slot)
+        live.limit_files = self._records.limit_files(live.slot)
         live.publish(live.slot.limits)
         self._slots.add(live)
         self._monitor.watch(live)

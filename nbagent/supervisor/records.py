@@ -4,9 +4,11 @@
     /run/nbagent/slots/SLOT/slot.json    the Slot, mode 0600: it holds the token
     /run/nbagent/slots/SLOT/http.sock    the listening socket of the slot, to which the router connects
     /run/nbagent/slots/SLOT/static       link to the image's static files, for the router
+    /run/nbagent/slots/SLOT/meminfo      the slot's memory, its /proc/meminfo (nbagent.supervisor.limit_files)
+    /run/nbagent/slots/SLOT/online       the processors of its quota, in its /sys
 
-The directory is not in the mount namespaces of slots. It is set-group-ID (packaging/nbagent.tmpfiles), so that the
-socket has the router's group without a right to change groups.
+The directory is not in the mount namespaces of slots; the last two files are, read-only, each in its own slot. It is
+set-group-ID (packaging/nbagent.tmpfiles), so that the socket has the router's group without a right to change groups.
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nbagent.core.model import Slot
+from nbagent.supervisor import limit_files
+from nbagent.supervisor.limit_files import LimitFiles
+from nbagent.wire.limits_page import SlotLimits
 
 BACKLOG = 1024
 RECORD_BYTES = 4096
-_FILES = ("slot.json", "slot.json.new", "http.sock", "static")
+_FILES = ("slot.json", "slot.json.new", "http.sock", "static", *limit_files.NAMES)
 
 
 class Records:
@@ -38,6 +43,7 @@ class Records:
         directory.mkdir(mode=0o711)
         self.save(slot)
         (directory / "static").symlink_to(static)
+        self.limit_files(slot).create(SlotLimits(slot.limits.memory_bytes, slot.limits.cpu_quota))
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Any process can connect to a socket by its mode.
         previous = os.umask(0o117)
@@ -73,6 +79,10 @@ class Records:
             except (OSError, ValueError, KeyError, TypeError):
                 slot = None
             yield directory.name, slot if slot is not None and slot.id == directory.name else None
+
+    def limit_files(self, slot: Slot) -> LimitFiles:
+        """The files that show the slot's limits in the slot."""
+        return LimitFiles(self.path / slot.id)
 
     def http_path(self, slot: Slot) -> Path:
         """The path of the slot's socket."""

@@ -19,6 +19,7 @@ from nbagent.policy.cull import ActivitySample, active_since
 from nbagent.policy.limit_alerts import Storage, Trouble
 from nbagent.supervisor import launch_service
 from nbagent.supervisor.launcher import Launched
+from nbagent.supervisor.limit_files import LimitFiles
 from nbagent.wire import activity, limits_page
 from nbagent.wire.failure import StepFailed
 from nbagent.wire.fields import MalformedMessage
@@ -81,6 +82,7 @@ class RunningSlot:
     root_fd: int = -1
     lowered: Lowered = NOTHING_LOWERED
     limits_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    limit_files: LimitFiles | None = None
 
     @property
     def limits_in_force(self) -> Limits:
@@ -92,9 +94,14 @@ class RunningSlot:
         self.pidfd, self.activity_fd = launched.pidfd, launched.activity_fd
 
     def publish(self, limits: Limits) -> None:
-        """Writes the limits to the slot's page, from which its server reads them."""
+        """Writes the limits to the slot's page, from which its server reads them, and to its files."""
         with contextlib.suppress(OSError):
             limits_page.write(self.activity_fd, SlotLimits(limits.memory_bytes, limits.cpu_quota))
+        self._show(limits)
+
+    def _show(self, limits: Limits) -> None:
+        if self.limit_files is not None:
+            self.limit_files.update(SlotLimits(limits.memory_bytes, limits.cpu_quota), self.reading.usage.memory_bytes)
 
     def close(self) -> None:
         """Closes the descriptors; a second call does nothing."""
@@ -181,6 +188,7 @@ class RunningSlot:
         )
         self.active_s = active_since(activity_sample, cpu_threshold, now_s)
         self.usage, self.trouble, self.sampled_s = usage, found, now_s
+        self._show(self.slot.limits)
         return activity_sample, findings
 
     def document(self, now_s: float, oldest_s: float) -> dict[str, object]:

@@ -142,12 +142,13 @@ class SlotStarter:
             async def attach(netns_fd: int) -> None:
                 await self._network.attach(slot, netns_fd)
 
+            live.limit_files = self._records.limit_files(slot)
             reach(Point.RECORD_CREATED)
             scope = _SlotScope(self._systemd, slot, settings.stop_timeout)
             uplink, variables = self._network.uplink(slot), self._network.variables(slot)
             spec = sandbox_spec(
                 slot, image, settings.storage_bytes, settings.start_timeout, uplink, router.assets_url or "", variables
-            )
+            )._replace(limit_files=str(self._records.path / slot.id))
             launched = await self._launcher.launch(slot, spec, listener, scope, attach)
             live.attach(launched)
             self._counters.add("starts_fork" if launched.launch == "fork" else "starts_exec")

@@ -4,8 +4,9 @@
 They are copied once, because sysfs itself has the host's inodes, whose watches and locks all slots would share, and
 describes the host's disks and network.
 
-lscpu, psutil and joblib count processors and cores by them. The number that a slot's quota suffices for is in its
-environment (nbagent.wire.limits_page) and in its cgroup.
+lscpu, psutil and joblib count processors and cores by them. The number that a slot's quota suffices for is in the file
+`online`, over which each slot mounts its own (nbagent.supervisor.limit_files), in its environment
+(nbagent.wire.limits_page), and in its cgroup.
 """
 
 from __future__ import annotations

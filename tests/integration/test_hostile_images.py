@@ -248,6 +248,9 @@ def test_modules_and_extensions_that_a_fork_would_break_are_left_out_and_named(a
             found = notebook.get("opened")
             assert found["loaded"] == found["serves"] and found["base"] == notebook.base and found["owner"] > 0
             assert notebook.get("opened")["ticks"] == [1]
+        table = agent.host.run(["nbagent", "image", "check", IMAGE], check=False, timeout=300).stdout
+        for named in ("module hostile is not", f"module {THREAD} is not", "extension opened is loaded in each slot"):
+            assert re.search(rf"^zygote +warn +the {named}", table, re.MULTILINE), table
     finally:
         agent.run("rm", "-f", extension, f"{packages}/opened.py")
         agent.run("sh", "-c", f"for name in {THREAD} {FILE}; do echo pass > {packages}/$name.py; done")

@@ -255,7 +255,8 @@ def test_image_check_tries_a_notebook_image_and_a_command_image(agent, images, l
     status, results = checked(agent, "minimal")
     bad = [result for result in results.values() if result["status"] != "ok"]
     assert (status, bad) == (0, []), bad
-    assert list(results) == ["launch", "start", "memory at rest", "page", "kernel", "terminal", "files", "handlers"]
+    assert list(results) == ["launch", "start", "memory at rest", "page", "kernel", "interrupt", "terminal", "files",
+                             "handlers"]
     assert results["launch"]["found"] == "fork"
     assert re.match(r"started in [\d,]+ ms, claimed in [\d,]+ ms", results["start"]["found"])
     responded = re.match(r"(\d+) of \1 responded", results["handlers"]["found"])

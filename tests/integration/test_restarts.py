@@ -225,10 +225,11 @@ def test_a_warm_pool_is_adopted_and_not_made_anew(agent):
     assert {slot["slot"]: agent.processes(slot["slot"]) for slot in agent.slots("warm")} == before
     for slot in before:
         assert events(agent, slot, Event.SLOT_ADOPTED)
-    # A claim gets it as before the restart.
-    notebook = agent.open()
+    # A claim gets it as before the restart, and its programs see the claim's limits.
+    notebook = agent.open(memory="300M")
     assert notebook.slot in before
-    assert notebook.run("6 * 7").text == "42"
+    seen = notebook.run("import os; print(os.environ['MEM_LIMIT'], next(open('/proc/meminfo')).split()[1])").stream
+    assert seen.split() == [str(300 << 20), str(300 << 10)]
 
 
 def test_files_without_scope_and_scopes_without_file_are_removed(agent):

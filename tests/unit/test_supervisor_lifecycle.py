@@ -25,7 +25,8 @@ async def test_a_pool_is_filled_and_each_slot_has_its_scope_and_its_files(tmp_pa
         first, second = await host.until_states("warm", "warm")
         assert set(host.systemd.units) == {f"nbagent-{first}.scope", f"nbagent-{second}.scope"}
         for name in (first, second):
-            assert {path.name for path in (host.records.path / name).iterdir()} == {"slot.json", "http.sock", "static"}
+            files = {path.name for path in (host.records.path / name).iterdir()}
+            assert files == {"slot.json", "http.sock", "static", "meminfo", "online"}
         assert host.slots[first].slot.uid != host.slots[second].slot.uid
         assert kinds(journal).count(Event.SLOT_WARM) == 2
 
