@@ -143,6 +143,8 @@ def test_a_start_whose_zygote_is_killed_meanwhile_is_repeated_without_a_failure(
     agent.expect(r"zygote minimal:\S+ failed")
     agent.expect(r"^nbagent-zygote@minimal:\S+: (Failed|Main process exited)")
     agent.expect(r"Failed to start nbagent-\S+\.scope|nbagent-\S+\.scope: (Couldn't move|Failed)")
+    # On a slow machine the service stands still for so long that this is noticed.
+    agent.expect(r"systemd fails, so this host offers fewer slots|^nbagent-units\.service: ")
     before, seen = zygote(agent), {slot["slot"] for slot in agent.slots()}
 
     def failures():

@@ -223,6 +223,7 @@ def test_purge_with_a_running_slot_leaves_no_file(installed):
     installed.run("systemctl", "enable", "--now", "nbagent-drain.service")
     output = installed.purge()
     assert "warning" not in output.lower(), output
+    assert re.search(r"nbagent: the removal ends [1-9]\d* claimed slots", output), output
     after = product.listing(installed.host)
     # Purge also removes the settings that this test wrote to /etc/nbagent.
     assert ours(after - installed.before) == []
