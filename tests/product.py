@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testhost_driver import Host
+from testhost_driver import Host, aptsources
 
 TOP = Path(__file__).resolve().parent.parent
 DIST = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / "dist"
@@ -119,10 +120,18 @@ def debian_packages(host: Host, names: Sequence[str], directory: Path) -> list[P
     host.copy_out("/var/lib/dpkg/status", status)
     cache = directory / f"{host.name}.debs"
     (cache / "partial").mkdir(parents=True)
-    subprocess.run(
-        ["apt-get", "-q", "-y", "--no-install-recommends", "--download-only", f"-oDir::State::status={status}",
-         f"-oDir::Cache::archives={cache}", "install", *names], check=True, capture_output=True,
-    )
+    apt = ["apt-get", "-q", "-y", f"-oDir::State::status={status}", f"-oDir::Cache::archives={cache}"]
+    if host.suite != platform.freedesktop_os_release().get("VERSION_CODENAME"):
+        # Lists of its own, since those of this machine are of another suite.
+        sources, lists = directory / f"{host.suite}.list", directory / f"{host.suite}.lists"
+        apt += [f"-oDir::Etc::SourceList={sources}", "-oDir::Etc::SourceParts=/dev/null"]
+        apt += [f"-oDir::State::Lists={lists}", "-oDir::Cache::pkgcache=", "-oDir::Cache::srcpkgcache="]
+        if not lists.exists():
+            sources.write_text("\n".join(aptsources.sources_lines(host.suite)) + "\n")
+            (lists / "partial").mkdir(parents=True)
+            subprocess.run([*apt, "--error-on=any", "update"], check=True, capture_output=True)
+    subprocess.run([*apt, "--no-install-recommends", "--download-only", "install", *names],
+                   check=True, capture_output=True)
     return sorted(cache.glob("*.deb"))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The playbooks of packaging/ansible against test hosts: from bare Debian to a fleet, and its changes.
+"""The playbooks of packaging/ansible against test hosts: from bare Debian 12 and 13 to a fleet, and its changes.
 
 The tests run in this order on the same three machines. The connection is tests/ansible/ssh.
 """
@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -21,6 +22,8 @@ from testhost_driver import Host
 from testhost_driver.lan import Lan
 
 LABELS = ("a", "b")
+# Debian 12 and 13 side by side, as in a fleet that is changed host by host.
+SUITES = {"a": "bookworm", "b": "trixie", "gw": "trixie"}
 PACKAGES = tuple(dict.fromkeys((*product.HOST, *product.GATEWAY)))
 SETTINGS = """
 [slots]
@@ -34,8 +37,8 @@ warm = 1
 class Site:
     """The machines of a site by name, and its inventory."""
 
-    def __init__(self, prefix, labels=LABELS):
-        self.prefix, self.gateway_name = prefix, f"{prefix}-gw"
+    def __init__(self, prefix, labels=LABELS, suites=SUITES):
+        self.prefix, self.gateway_name, self.suites = prefix, f"{prefix}-gw", suites
         self.machines = {}
         self.hosts = {
             self.name(label): {"nbagent_host_label": label, "nbagent_host_address": host_address(number)}
@@ -48,7 +51,8 @@ class Site:
     def boot(self, lan):
         addresses = {name: host["nbagent_host_address"] for name, host in self.hosts.items()}
         for name, address in (addresses | {self.gateway_name: gateway_address(0)}).items():
-            self.machines[name] = Host.up(name=name)
+            suite = self.suites.get(name.removeprefix(f"{self.prefix}-"), "bookworm")
+            self.machines[name] = Host.up(name=name, suite=suite)
             lan.plug(self.machines[name], address)
 
     @property
@@ -66,6 +70,17 @@ class Site:
         assert answer.status == 200, answer.body
         slot, token = re.search(r"/user/([^/]+)/.*token=([^&]+)", answer.json()["url"]).groups()
         return Notebook(self.gateway, {"slot": slot, "token": token}, HTTP_PORT)
+
+    def spawn_on(self, label):
+        """As `spawn`, on one host, because the others drain meanwhile."""
+        others = [self.machines[self.name(other)] for other in LABELS if other != label]
+        for machine in others:
+            machine.run(["nbagent", "drain"])
+        notebook = self.spawn()
+        for machine in others:
+            machine.run(["nbagent", "drain", "--off"])
+        assert notebook.slot.startswith(f"{label}-")
+        return notebook
 
     def release(self, notebook):
         host = self.machines[self.name(notebook.slot.partition("-")[0])]
@@ -191,6 +206,23 @@ def test_a_host_with_users_is_not_rebooted(site, ansible):
     assert done.status != 0 and f"{name} is not rebooted: nbagent: 1 claimed slots are left" in done.output
     assert notebook.run("print(6 * 7)").stream == "42\n"
     assert Api(site.machines[name]).get("/stats").json()["draining"] is False
+    site.release(notebook)
+
+
+def test_a_host_is_rebooted_and_serves_again(site, ansible):
+    # Debian 13's. The other host serves meanwhile, with a user.
+    name, kept = site.name("b"), site.spawn_on("a")
+    boot_id = ["cat", "/proc/sys/kernel/random/boot_id"]
+    before = site.machines[name].run(boot_id).stdout
+    with ThreadPoolExecutor(1) as threads:
+        booted = threads.submit(site.machines[name].boot_again, timeout_s=300)
+        ansible["debian"].must("reboot", "--limit", name)
+        booted.result()
+    assert site.machines[name].run(boot_id).stdout != before
+    assert kept.run("print(6 * 7)").stream == "42\n"
+    site.release(kept)
+    notebook = site.spawn_on("b")
+    assert notebook.run("print(6 * 7)").stream == "42\n"
     site.release(notebook)
 
 

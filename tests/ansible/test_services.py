@@ -21,6 +21,8 @@ from product import Api
 from testhost_driver import Host
 from testhost_driver.lan import Lan
 
+# The gateway is the one that test_fleet.py does not have: Debian 12's.
+SUITES = {"a": "trixie", "gw": "bookworm", "sv": "trixie"}
 ZONE = "hosts.test"
 SERVICES = "10.77.0.5"
 KEY = f"hmac-sha256:hosts:{base64.b64encode(os.urandom(32)).decode()}"
@@ -30,13 +32,13 @@ class SiteWithServices(Site):
     """One host and one gateway, and a machine for both services."""
 
     def __init__(self, prefix):
-        super().__init__(prefix, ("a",))
+        super().__init__(prefix, ("a",), SUITES)
         self.services = f"{prefix}-sv"
 
     def boot(self, lan, directory):
         super().boot(lan)
         self.lan = lan
-        self.machines[self.services] = Host.up(name=self.services)
+        self.machines[self.services] = Host.up(name=self.services, suite=self.suites["sv"])
         lan.plug(self.machines[self.services], SERVICES)
         for name, packages in {self.services: ("bind9", "prometheus"), self.name("a"): ("python3-dnspython",),
                                self.gateway_name: ("python3-dnspython",)}.items():
