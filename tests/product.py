@@ -32,7 +32,7 @@ HOST = ("python3-nbagent", "nbagent", "nbagent-image-minimal")
 # The packages of a fleet's gateway.
 GATEWAY = ("python3-nbagent", "nbagent-gateway")
 API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
-# Of an installation, and of the wait for the first warm slot. A virtual machine without hardware virtualisation is slow.
+# Of an installation, and of the wait for the first warm slot. An emulated virtual machine is slow.
 START_TIMEOUT_S = {"nspawn": 900, "vm": 3600}
 # The end of a build's log that is printed when it fails.
 LOG_LINES = 30

@@ -32,7 +32,7 @@ IMMORTAL = 0xFFFFFFFF
 MORTAL = frozenset({"frame", "generator", "coroutine"})
 # Objects whose referents are collected by one call: few enough that the list of them is small.
 BATCH = 1000
-# The kernel maps nothing at the first addresses, and by itself nothing above 47 bits on x86_64 and 48 on arm64. On arm64
+# The kernel maps nothing at the first addresses, and by itself nothing above 47 bits on x86_64 and 48 on arm64, where
 # programs and libraries are above 47.
 FIRST_ADDRESS, ADDRESSES = 1 << 12, 1 << 48
 
