@@ -21,7 +21,7 @@ from nbagent.wire.limits_page import SlotLimits, processors
 MEMORY, PROCESSORS = "meminfo", "online"
 NAMES = (MEMORY, PROCESSORS)
 ONLINE = Path("/sys/devices/system/cpu/online")
-# What psutil, procps and others read; without one of them psutil prints a warning. Those without a figure are 0.
+# Fields that psutil, procps and others read; without one of them psutil prints a warning. Those without a figure are 0.
 _FIELDS = (
     "MemTotal", "MemFree", "MemAvailable", "Buffers", "Cached", "SwapCached", "Active", "Inactive", "Active(anon)",
     "Inactive(anon)", "Active(file)", "Inactive(file)", "Unevictable", "Mlocked", "SwapTotal", "SwapFree", "Dirty",

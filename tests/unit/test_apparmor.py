@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nbagent import doctor
+from nbagent.doctor.finding import Finding
+from nbagent.doctor.kernel import check_apparmor
 from nbagent.linux import apparmor
 from nbagent.sandbox.spec import APPARMOR_PROFILE
 from nbagent.supervisor import launcher
@@ -53,12 +54,12 @@ def test_slots_have_the_profile_if_the_kernel_has_it(monkeypatch: pytest.MonkeyP
 
 
 def test_doctor_finds_a_profile_that_is_not_enforced(tmp_path: Path) -> None:
-    assert doctor.check_apparmor(tmp_path).status == "ok"
-    missing = doctor.check_apparmor(kernel(tmp_path, None))
+    assert check_apparmor(tmp_path).status == "ok"
+    missing = check_apparmor(kernel(tmp_path, None))
     assert missing.status == "warn" and missing.mend == (
         f"apt install apparmor && apparmor_parser -r /etc/apparmor.d/{APPARMOR_PROFILE}"
     )
-    assert doctor.check_apparmor(kernel(tmp_path, "complain")).status == "warn"
-    assert doctor.check_apparmor(kernel(tmp_path, "enforce")) == doctor.Finding(
+    assert check_apparmor(kernel(tmp_path, "complain")).status == "warn"
+    assert check_apparmor(kernel(tmp_path, "enforce")) == Finding(
         "AppArmor", "ok", f"profile {APPARMOR_PROFILE} is enforced in slots"
     )

@@ -21,8 +21,11 @@ from nbagent import doctor
 from nbagent.config import host_config
 from nbagent.core import paths
 from nbagent.core.proxies import HttpProxy
+from nbagent.doctor import capacity, kernel, network, services, system
+from nbagent.doctor.finding import Finding
 from nbagent.image.store import ImageStore
 from nbagent.policy import admission
+from nbagent.wire import control
 
 SETTINGS = host_config.HostConfig()
 ROUTE_HEAD = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
@@ -39,10 +42,10 @@ def host(root: Path, files: dict[str, str]) -> Path:
 
 
 def test_a_host_without_systemd_fails(tmp_path: Path) -> None:
-    finding = doctor.check_pid1(host(tmp_path, {"proc/1/comm": "sh\n"}))
+    finding = kernel.check_pid1(host(tmp_path, {"proc/1/comm": "sh\n"}))
     assert (finding.status, finding.found) == ("fail", "PID 1 is sh")
     (tmp_path / "run/systemd/system").mkdir(parents=True)
-    assert doctor.check_pid1(tmp_path).status == "ok"
+    assert kernel.check_pid1(tmp_path).status == "ok"
 
 
 @pytest.mark.parametrize(
@@ -51,31 +54,31 @@ def test_a_host_without_systemd_fails(tmp_path: Path) -> None:
      ("systemd 247 (247.3)", "fail"), ("", "fail")],
 )
 def test_an_old_systemd_fails(text: str, status: str) -> None:
-    assert doctor.check_systemd_version(lambda: text).status == status
+    assert kernel.check_systemd_version(lambda: text).status == status
 
 
 def test_the_cgroup_hierarchy_is_found(tmp_path: Path) -> None:
-    assert doctor.check_cgroups(tmp_path).status == "fail"
+    assert kernel.check_cgroups(tmp_path).status == "fail"
     (tmp_path / "sys/fs/cgroup/memory").mkdir(parents=True)
-    assert doctor.check_cgroups(tmp_path).found.startswith("v1")
+    assert kernel.check_cgroups(tmp_path).found.startswith("v1")
     (tmp_path / "sys/fs/cgroup/unified").mkdir()
-    assert doctor.check_cgroups(tmp_path).found.startswith("hybrid")
+    assert kernel.check_cgroups(tmp_path).found.startswith("hybrid")
     host(tmp_path, {"sys/fs/cgroup/cgroup.controllers": "cpu memory pids"})
-    assert doctor.check_cgroups(tmp_path) == doctor.Finding("cgroups", "ok", "v2")
+    assert kernel.check_cgroups(tmp_path) == Finding("cgroups", "ok", "v2")
 
 
 def test_a_missing_controller_fails(tmp_path: Path) -> None:
     host(tmp_path, {"sys/fs/cgroup/cgroup.controllers": "cpuset cpu io pids\n"})
-    finding = doctor.check_controllers(tmp_path)
+    finding = kernel.check_controllers(tmp_path)
     assert finding.status == "fail"
     assert "memory" in finding.found and "cgroup_enable=memory" in finding.mend
     (tmp_path / "sys/fs/cgroup/memory").mkdir()
-    assert doctor.check_controllers(tmp_path).status == "ok"
+    assert kernel.check_controllers(tmp_path).status == "ok"
 
 
 def test_a_kernel_without_psi_is_a_warning(tmp_path: Path) -> None:
-    assert doctor.check_pressure(tmp_path).status == "warn"
-    assert doctor.check_pressure(host(tmp_path, {"proc/pressure/memory": "some"})).status == "ok"
+    assert kernel.check_pressure(tmp_path).status == "warn"
+    assert kernel.check_pressure(host(tmp_path, {"proc/pressure/memory": "some"})).status == "ok"
 
 
 @pytest.mark.parametrize(("blocks", "inodes", "status", "found"), [
@@ -91,34 +94,34 @@ def test_a_file_system_without_room_is_found(
         assert path == tmp_path / "var/lib/nbagent/images"
         return os.statvfs_result((4096, 4096, blocks[1], blocks[0], blocks[0], inodes[1], inodes[0], inodes[0], 0, 255))
 
-    finding = doctor.check_room(tmp_path, paths.IMAGES, "images", read)
+    finding = capacity.check_room(tmp_path, paths.IMAGES, "images", read)
     assert (finding.status, finding.found) == (status, found)
 
 
 def test_a_directory_that_does_not_exist_needs_no_room(tmp_path: Path) -> None:
-    assert doctor.check_room(tmp_path, paths.IMAGES, "images").status == "ok"
+    assert capacity.check_room(tmp_path, paths.IMAGES, "images").status == "ok"
     tmp_path.joinpath("var/lib/nbagent/images").mkdir(parents=True)
-    found = doctor.check_room(tmp_path, paths.IMAGES, "images").found
+    found = capacity.check_room(tmp_path, paths.IMAGES, "images").found
     assert re.search(r"\d+ % of the (blocks|inodes) are free", found)
 
 
 def test_the_use_of_processes_and_open_files_is_compared_with_their_limits(tmp_path: Path) -> None:
     limits = {"proc/sys/kernel/pid_max": "32768\n", "proc/sys/kernel/threads-max": "192000\n"}
     host(tmp_path, {**limits, "proc/loadavg": "1 1 1 3/1000 4711\n", "proc/sys/fs/file-nr": "5000\t0\t100000\n"})
-    finding = doctor.check_use(tmp_path)
+    finding = capacity.check_use(tmp_path)
     assert (finding.status, finding.found) == (
         "ok", "1000 of 32768 processes and threads, 5000 of 100000 open files",
     )
     host(tmp_path, {"proc/loadavg": "1 1 1 3/30000 4711\n"})
-    assert "nearly all processes and threads" in doctor.check_use(tmp_path).found
+    assert "nearly all processes and threads" in capacity.check_use(tmp_path).found
     host(tmp_path, {"proc/loadavg": "1 1 1 3/10 4711\n", "proc/sys/fs/file-nr": "90000\t0\t100000\n"})
-    assert "nearly all open files" in doctor.check_use(tmp_path).found
-    assert doctor.check_use(tmp_path / "elsewhere").status == "ok"
+    assert "nearly all open files" in capacity.check_use(tmp_path).found
+    assert capacity.check_use(tmp_path / "elsewhere").status == "ok"
 
 
 def test_forbidden_user_namespaces_fail(tmp_path: Path) -> None:
-    def check(sets: str = "cap_setgid cap_setuid") -> doctor.Finding:
-        return doctor.check_user_namespaces(tmp_path, lambda unit: sets)
+    def check(sets: str = "cap_setgid cap_setuid") -> Finding:
+        return kernel.check_user_namespaces(tmp_path, lambda unit: sets)
 
     assert check().status == "fail"
     host(tmp_path, {"proc/sys/user/max_user_namespaces": "0\n"})
@@ -133,7 +136,7 @@ def test_forbidden_user_namespaces_fail(tmp_path: Path) -> None:
     for unit in ("nbagent-launch.service", "nbagent-zygote@.service"):
         assert f"> /etc/systemd/system/{unit}.d/userns.conf" in found.mend
     assert check("cap_setuid cap_sys_admin").status == "ok"
-    only = doctor.check_user_namespaces(tmp_path, lambda unit: "cap_sys_admin" if "launch" in unit else "")
+    only = kernel.check_user_namespaces(tmp_path, lambda unit: "cap_sys_admin" if "launch" in unit else "")
     assert only.status == "fail" and "launch.service.d" not in only.mend
 
 
@@ -143,16 +146,16 @@ def test_the_units_that_create_user_namespaces_are_those_with_cap_setuid() -> No
         path.name for path in units.glob("nbagent*.service")
         if re.search(r"^CapabilityBoundingSet=.*CAP_SETUID", path.read_text(), re.MULTILINE)
     }
-    assert mapping - {"nbagent-router.service", "nbagent-gateway.service"} == set(doctor.USERNS_UNITS)
+    assert mapping - {"nbagent-router.service", "nbagent-gateway.service"} == set(kernel.USERNS_UNITS)
 
 
 def test_overlayfs_may_be_a_module(tmp_path: Path) -> None:
     host(tmp_path, {"proc/filesystems": "nodev\tproc\n", "proc/sys/kernel/osrelease": "6.1.0\n"})
-    assert doctor.check_overlay(tmp_path).status == "fail"
+    assert kernel.check_overlay(tmp_path).status == "fail"
     host(tmp_path, {"lib/modules/6.1.0/modules.dep": "kernel/fs/overlayfs/overlay.ko:\n"})
-    assert doctor.check_overlay(tmp_path).status == "ok"
+    assert kernel.check_overlay(tmp_path).status == "ok"
     host(tmp_path, {"proc/filesystems": "nodev\toverlay\n"})
-    assert doctor.check_overlay(tmp_path).found == "in the kernel"
+    assert kernel.check_overlay(tmp_path).found == "in the kernel"
 
 
 @pytest.mark.parametrize(
@@ -168,46 +171,46 @@ def test_overlayfs_may_be_a_module(tmp_path: Path) -> None:
 )
 def test_mounts_over_proc_fail(tmp_path: Path, more: str, status: str) -> None:
     host(tmp_path, {"proc/self/mountinfo": MOUNT + more})
-    assert doctor.check_proc(tmp_path).status == status
+    assert kernel.check_proc(tmp_path).status == status
 
 
 def test_an_inactive_unit_fails() -> None:
-    assert doctor.check_unit("nbagent.service", lambda unit: "active").status == "ok"
-    finding = doctor.check_unit("nbagent.service", lambda unit: "failed")
+    assert services.check_unit("nbagent.service", lambda unit: "active").status == "ok"
+    finding = services.check_unit("nbagent.service", lambda unit: "failed")
     assert (finding.status, finding.found) == ("fail", "failed")
     assert "journalctl" in finding.mend
 
 
 def test_figures_of_the_supervisor_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
-    assert doctor.check_control(path).status == "fail"
+    assert services.check_control(path).status == "fail"
     with FakeSupervisor(path) as supervisor:
-        assert doctor.check_control(path).found == "0 claimed, 2 warm, 1000 available"
+        assert services.check_control(path).found == "0 claimed, 2 warm, 1000 available"
         supervisor.draining = True
-        assert doctor.check_control(path).mend == "nbagent drain --off"
+        assert services.check_control(path).mend == "nbagent drain --off"
 
 
 def test_a_port_without_a_server_fails() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-    finding = doctor.check_http("router", f"http://127.0.0.1:{port}/", "nbagent-router.service")
+    finding = services.check_http("router", f"http://127.0.0.1:{port}/", "nbagent-router.service")
     assert finding.status == "fail"
     assert "nbagent-router.service" in finding.mend
 
 
 def test_a_token_that_other_users_can_read_fails(tmp_path: Path) -> None:
-    assert doctor.check_token(tmp_path, "token", "none may call").status == "warn"
+    assert services.check_token(tmp_path, "token", "none may call").status == "warn"
     path = host(tmp_path, {"etc/nbagent/token": "x" * 43}) / "etc/nbagent/token"
     for mode, status in ((0o640, "ok"), (0o600, "ok"), (0o644, "fail"), (0o660, "fail")):
         path.chmod(mode)
-        assert doctor.check_token(tmp_path, "token", "none may call").status == status
+        assert services.check_token(tmp_path, "token", "none may call").status == status
     path.write_text("short")
     path.chmod(0o640)
-    assert doctor.check_token(tmp_path, "token", "none may call").status == "fail"
+    assert services.check_token(tmp_path, "token", "none may call").status == "fail"
 
 
 def test_an_empty_image_store_fails(tmp_path: Path) -> None:
-    assert doctor.check_images(tmp_path).status == "fail"
+    assert services.check_images(tmp_path).status == "fail"
 
 
 @pytest.mark.parametrize(("act", "found"), [
@@ -228,7 +231,7 @@ def test_an_image_whose_files_have_changed_fails(
     store = ImageStore(tmp_path / "var/lib/nbagent/images", chown=lambda *_, **__: None)
     image = store.add(Archive.with_image().save(tmp_path / "minimal.tar"), "minimal")
     act(image.root.parent)
-    finding = doctor.check_images(tmp_path)
+    finding = services.check_images(tmp_path)
     assert re.match(found, finding.found), finding
     whole = found.startswith("files are as")
     assert (finding.status, "image remove minimal" in finding.mend) == (("ok", False) if whole else ("fail", True))
@@ -237,12 +240,12 @@ def test_an_image_whose_files_have_changed_fails(
 def test_memory_of_all_slots_is_compared_with_the_host(tmp_path: Path) -> None:
     host(tmp_path, {"proc/meminfo": "MemTotal:  8912896 kB\nSwapTotal: 1048576 kB\n"})  # 8.5 GiB
     promise = host_config.parse({"slots": {"overcommit": 4.0}})
-    assert doctor.capacity_of(tmp_path, promise) == 34
-    assert doctor.check_memory(tmp_path, promise).status == doctor.check_memory(tmp_path, SETTINGS).status == "ok"
+    assert capacity.capacity_of(tmp_path, promise) == 34
+    assert capacity.check_memory(tmp_path, promise).status == capacity.check_memory(tmp_path, SETTINGS).status == "ok"
     greedy = host_config.parse({"slots": {"capacity": 500, "overcommit": 4.0}})
-    assert doctor.check_memory(tmp_path, greedy).status == "warn"
+    assert capacity.check_memory(tmp_path, greedy).status == "warn"
     large = host_config.parse({"slots": {"memory": "16G", "memory_max": "16G"}})
-    assert doctor.check_memory(tmp_path, large).status == "fail"
+    assert capacity.check_memory(tmp_path, large).status == "fail"
 
 
 @pytest.mark.parametrize("memory_kb", [2 << 20, 25_165_824, 64 << 20, 1 << 40])
@@ -256,9 +259,9 @@ def test_capacity_is_the_one_of_admission(tmp_path: Path, memory_kb: int, slots:
         expected = wanted.capacity
     elif wanted.overcommit is not None:
         expected = admission.promised(memory_kb << 10, wanted.memory, wanted.overcommit)
-    assert doctor.capacity_of(tmp_path, settings) == expected
-    assert doctor.check_memory(tmp_path, settings).status in ("ok", "fail")
-    assert f"{expected} slots" in doctor.check_memory(tmp_path, settings).found or memory_kb == 2 << 20
+    assert capacity.capacity_of(tmp_path, settings) == expected
+    assert capacity.check_memory(tmp_path, settings).status in ("ok", "fail")
+    assert f"{expected} slots" in capacity.check_memory(tmp_path, settings).found or memory_kb == 2 << 20
 
 
 ZRAM = "/dev/zram0    partition    1048572    0    100\n"
@@ -276,39 +279,39 @@ def test_slots_are_compressed_only_if_all_swap_is_in_zram(tmp_path: Path, areas:
         "proc/meminfo": f"MemTotal: 8912896 kB\nSwapTotal: {total} kB\n", "proc/swaps": "Filename Type\n" + areas,
         "sys/block/zram0/comp_algorithm": "lzo [lz4]\n", "sys/fs/cgroup/cgroup.controllers": "memory\n",
     })
-    finding = doctor.check_swap(tmp_path, SETTINGS)
+    finding = capacity.check_swap(tmp_path, SETTINGS)
     assert finding.status == status and found in finding.found
     assert bool(finding.mend) == (status == "warn")
     # If slots are never compressed, any swap is right.
-    assert doctor.check_swap(tmp_path, host_config.parse({"cull": {"compress": "never"}})).status == "ok"
+    assert capacity.check_swap(tmp_path, host_config.parse({"cull": {"compress": "never"}})).status == "ok"
     (tmp_path / "sys/fs/cgroup/cgroup.controllers").unlink()
-    assert "slots do not use" in doctor.check_swap(tmp_path, SETTINGS).found or not areas
+    assert "slots do not use" in capacity.check_swap(tmp_path, SETTINGS).found or not areas
 
 
 def test_a_kernel_limit_that_is_too_low_for_the_capacity_is_a_warning(tmp_path: Path) -> None:
-    limit = doctor.LIMITS[0]
+    limit = capacity.LIMITS[0]
     settings = host_config.parse({"slots": {"capacity": 1000}})
     host(tmp_path, {"proc/sys/kernel/pid_max": "32768\n", **MEMINFO})
-    finding = doctor.check_limit(tmp_path, limit, settings)
+    finding = capacity.check_limit(tmp_path, limit, settings)
     assert (finding.status, finding.name) == ("warn", "kernel.pid_max")
     assert finding.mend.startswith("sysctl -w kernel.pid_max=68096")
     host(tmp_path, {"proc/sys/kernel/pid_max": "4194304\n"})
-    assert doctor.check_limit(tmp_path, limit, settings).status == "ok"
-    assert doctor.check_limit(tmp_path, doctor.LIMITS[-1], settings).found == "not in use"
+    assert capacity.check_limit(tmp_path, limit, settings).status == "ok"
+    assert capacity.check_limit(tmp_path, capacity.LIMITS[-1], settings).found == "not in use"
 
 
 def test_file_max_is_judged_by_what_users_open(tmp_path: Path) -> None:
-    (limit,) = (known for known in doctor.LIMITS if known.each_bytes)
+    (limit,) = (known for known in capacity.LIMITS if known.each_bytes)
     settings = host_config.parse({"slots": {"capacity": 1305, "memory_max": "4G"}})
     # The value of a machine with 24 GiB, for a host that is a container of it.
     host(tmp_path, {"proc/sys/fs/file-max": "2466177\n", **MEMINFO})
-    finding = doctor.check_limit(tmp_path, limit, settings)
+    finding = capacity.check_limit(tmp_path, limit, settings)
     assert finding.status == "ok" and finding.found.endswith("may take 22369621")
     host(tmp_path, {"proc/sys/fs/file-max": f"{2**63 - 1}\n"})
-    finding = doctor.check_limit(tmp_path, limit, settings)
+    finding = capacity.check_limit(tmp_path, limit, settings)
     assert finding.status == "ok" and finding.found.endswith("open files")
     host(tmp_path, {"proc/sys/fs/file-max": "300000\n"})
-    finding = doctor.check_limit(tmp_path, limit, settings)
+    finding = capacity.check_limit(tmp_path, limit, settings)
     assert finding.status == "warn" and "too few for 1305 slots" in finding.found
 
 
@@ -321,7 +324,7 @@ def test_a_refused_configuration_does_not_stop_the_other_checks(tmp_path: Path) 
 
 
 def test_a_check_without_permission_is_a_warning(tmp_path: Path) -> None:
-    def check_secret() -> doctor.Finding:
+    def check_secret() -> Finding:
         raise PermissionError(13, "Permission denied")
 
     finding = doctor._guarded(check_secret)
@@ -338,25 +341,25 @@ def test_host_names_of_slots_must_resolve() -> None:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return ["192.0.2.7", "2001:db8::7"]
 
-    good = doctor.check_wildcard("nb.example.org", resolve)
+    good = network.check_wildcard("nb.example.org", resolve)
     assert (good.status, good.found) == ("ok", "*.nb.example.org resolves to 192.0.2.7, 2001:db8::7")
-    bad = doctor.check_wildcard("nb.example.org", resolve)
+    bad = network.check_wildcard("nb.example.org", resolve)
     assert bad.status == "fail" and "Name or service not known" in bad.found and "*.nb.example.org" in bad.mend
     assert len(set(names)) == 2 and all(name.endswith(".nb.example.org") for name in names)
 
 
 def test_addresses_come_from_the_systems_resolver() -> None:
-    assert doctor.addresses_of("127.0.0.1") == ["127.0.0.1"]
+    assert system.addresses_of("127.0.0.1") == ["127.0.0.1"]
     with pytest.raises(OSError):
-        doctor.addresses_of("not a name")
+        system.addresses_of("not a name")
 
 
 def test_a_network_without_a_default_route_is_a_warning(tmp_path: Path) -> None:
-    assert doctor.check_network(tmp_path, SETTINGS).found == "slots have no network"
+    assert network.check_network(tmp_path, SETTINGS).found == "slots have no network"
     opened = host_config.parse({"network": {"allow": ["none", "internet"]}})
-    assert doctor.check_network(tmp_path, opened).status == "warn"
+    assert network.check_network(tmp_path, opened).status == "warn"
     host(tmp_path, {"proc/net/route": ROUTE_HEAD + "eth0\t00000000\t02050505\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"})
-    found = doctor.check_network(tmp_path, opened)
+    found = network.check_network(tmp_path, opened)
     assert found.status == "ok" and "IPv6 would require" in found.found
 
 
@@ -368,11 +371,11 @@ FORWARDING6 = "proc/sys/net/ipv6/conf/all/forwarding"
 def test_a_host_with_ipv6_only_has_a_network_if_it_forwards(tmp_path: Path) -> None:
     opened = host_config.parse({"network": {"allow": ["none", "internet"]}})
     host(tmp_path, {"proc/net/route": ROUTE_HEAD, "proc/net/ipv6_route": ROUTE6, FORWARDING6: "0\n"})
-    found = doctor.check_network(tmp_path, opened)
+    found = network.check_network(tmp_path, opened)
     assert found.status == "warn" and "does not forward IPv6" in found.found
     assert found.mend.startswith("sysctl -w net.ipv6.conf.eth6.accept_ra=2 net.ipv6.conf.all.forwarding=1")
     host(tmp_path, {FORWARDING6: "1\n"})
-    found = doctor.check_network(tmp_path, opened)
+    found = network.check_network(tmp_path, opened)
     assert (found.status, found.mend) == ("ok", "") and "over IPv6 only" in found.found
     # A firewall that drops IPv4, which the host does not have, is no fault, but the resolver of slots has IPv4.
     assert firewall(tmp_path, rules(chain("ip", "filter", "f", **FORWARD, policy="drop"))).status == "ok"
@@ -389,16 +392,16 @@ def test_a_host_whose_only_way_out_is_a_proxy_has_a_network(tmp_path: Path) -> N
     settings = host_config.parse(PROXIED)
     to_proxy = "eth1\t0000010A\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0\n"
     host(tmp_path, {"proc/net/route": ROUTE_HEAD + to_proxy})
-    found = doctor.check_network(tmp_path, settings)
+    found = network.check_network(tmp_path, settings)
     assert (found.status, found.found) == ("ok", "slots may reach the internet by the proxy 10.1.0.8:3128 only")
     closed = chain("inet", "filter", "f", **FORWARD, policy="drop")
-    assert doctor.check_firewall(tmp_path, settings.network, rules(closed)).status == "warn"
+    assert network.check_firewall(tmp_path, settings.network, rules(closed)).status == "warn"
     accepts = [
         rule("inet", "filter", "f", match(IIF, "nb-*"), match(field("ip", "daddr"), "10.1.0.8"),
              match(field("tcp", "dport"), 3128), match({"meta": {"key": "oifname"}}, "eth1"), ACCEPT),
         rule("inet", "filter", "f", match({"ct": {"key": "state"}}, ["established", "related"], "in"), ACCEPT),
     ]
-    assert doctor.check_firewall(tmp_path, settings.network, rules(closed, *accepts)).status == "ok"
+    assert network.check_firewall(tmp_path, settings.network, rules(closed, *accepts)).status == "ok"
 
 
 @pytest.mark.parametrize(("response", "archives", "status", "text"), [
@@ -423,9 +426,9 @@ def test_the_proxy_is_tried(
         thread.start()
         settings = host_config.parse(PROXIED | {"claims": {"archives": archives}})
         proxy = HttpProxy("127.0.0.1", server.getsockname()[1])
-        assert doctor.check_proxy(tmp_path, settings, proxy).found.endswith("which slots do not reach")
-        monkeypatch.setattr(doctor, "_is_own", lambda _: False)
-        found = doctor.check_proxy(tmp_path, settings, proxy)
+        assert network.check_proxy(tmp_path, settings, proxy).found.endswith("which slots do not reach")
+        monkeypatch.setattr(network, "_is_own", lambda _: False)
+        found = network.check_proxy(tmp_path, settings, proxy)
         thread.join()
     assert found.status == status and text in found.found, found
     assert bool(found.mend) == (status != "ok")
@@ -435,11 +438,11 @@ def test_a_proxy_that_slots_or_the_host_do_not_reach_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = host_config.parse(PROXIED)
-    assert "does not forward IPv6" in doctor.check_proxy(tmp_path, settings, HttpProxy("2001:db8::8", 3128)).found
+    assert "does not forward IPv6" in network.check_proxy(tmp_path, settings, HttpProxy("2001:db8::8", 3128)).found
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    monkeypatch.setattr(doctor, "_is_own", lambda _: False)
-    found = doctor.check_proxy(tmp_path, settings, HttpProxy("127.0.0.1", port))
+    monkeypatch.setattr(network, "_is_own", lambda _: False)
+    found = network.check_proxy(tmp_path, settings, HttpProxy("127.0.0.1", port))
     assert found.status == "fail" and "Connection refused" in found.found
 
 
@@ -465,10 +468,10 @@ def field(protocol: str, name: str) -> dict[str, Any]:
     return {"payload": {"protocol": protocol, "field": name}}
 
 
-def firewall(root: Path, found: Callable[[], tuple[str, str]]) -> doctor.Finding:
+def firewall(root: Path, found: Callable[[], tuple[str, str]]) -> Finding:
     if not (root / "proc/net/route").exists():
         host(root, {"proc/net/route": ROUTE_HEAD + "eth0\t00000000\t02050505\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"})
-    return doctor.check_firewall(root, host_config.NetworkSettings(), found)
+    return network.check_firewall(root, host_config.NetworkSettings(), found)
 
 
 IIF, OIF = {"meta": {"key": "iifname"}}, {"meta": {"key": "oifname"}}
@@ -532,8 +535,8 @@ def test_a_fault_of_the_host_is_a_failure_with_its_remedy(tmp_path: Path, monkey
             return {"claimed": 0, "warm": 1, "available": 0, "faults": {"router": "no response"}, "draining": False,
                     "pools": {}}
 
-    monkeypatch.setattr(doctor.control, "ControlClient", Client)
-    finding = doctor.check_control(tmp_path / "control.sock")
+    monkeypatch.setattr(control, "ControlClient", Client)
+    finding = services.check_control(tmp_path / "control.sock")
     assert finding.status == "fail" and "router: no response" in finding.found
     assert finding.mend.startswith("systemctl restart nbagent-router")
 
@@ -543,16 +546,16 @@ def test_every_part_of_the_host_that_is_tried_has_a_remedy_and_a_metric(tmp_path
 
     with FakeSupervisor(tmp_path / "control.sock") as fake:
         parts = fake._host.supervisor.health._tries.keys()
-    assert parts == doctor.FAULTS.keys() == set(metrics.PARTS)
+    assert parts == services.FAULTS.keys() == set(metrics.PARTS)
 
 
 def test_a_start_is_tried_by_the_supervisor(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
-    assert doctor.check_start(path).status == "fail"
+    assert services.check_start(path).status == "fail"
     with FakeSupervisor(path):
-        finding = doctor.check_start(path)
+        finding = services.check_start(path)
         assert finding.status == "ok" and finding.found.startswith("by exec in ")
-        assert doctor.check_zygotes(path).status == "ok"
+        assert services.check_zygotes(path).status == "ok"
 
 
 def test_a_host_without_our_table_fails(tmp_path: Path) -> None:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Checks of this host for `nbagent doctor`: each finding has a status and, if it is not "ok", a way to fix it.
+
+A check examines one thing. Where it can, it tries it as a claim does: a slot of the default image is started, requested
+through the router and ended. Otherwise a check changes nothing. It needs neither root nor another check to have passed,
+and also works on a host where nothing of nbagent runs. Checks read files below `root`, so that a test can pass a
+directory instead of a host. If a check may not read something, the finding is a warning that recommends to run it as
+root.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+from nbagent.config import host_config, nginx_check
+from nbagent.core import paths
+from nbagent.core.errors import ConfigError
+from nbagent.doctor import capacity, kernel, network, services, system
+from nbagent.doctor.finding import Finding
+from nbagent.wire import control
+
+UNITS = ("nbagent.service", "nbagent-api.socket", "nbagent-router.service")
+NETWORK_UNITS = ("nbagent-network.service", "nbagent-dns.service")
+
+
+def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127.0.0.1:9000") -> list[Finding]:
+    """Run every check on this host."""
+    root = Path("/")
+    settings_finding, settings = check_config(config_path)
+    checks: list[Callable[[], Finding]] = [
+        partial(kernel.check_pid1, root),
+        partial(kernel.check_systemd_version, system.systemctl_version),
+        partial(kernel.check_cgroups, root),
+        partial(kernel.check_controllers, root),
+        partial(kernel.check_pressure, root),
+        partial(kernel.check_user_namespaces, root, system.bounding_set),
+        partial(kernel.check_apparmor, root),
+        partial(kernel.check_overlay, root),
+        partial(kernel.check_proc, root),
+        *(partial(services.check_unit, unit, system.unit_state) for unit in UNITS),
+        partial(network.check_network, root, settings),
+        *_network_checks(root, settings),
+        # First, because the supervisor then also tries the parts that it reports to check_control.
+        partial(services.check_start, control.SOCKET_PATH),
+        partial(services.check_control, control.SOCKET_PATH),
+        partial(services.check_zygotes, control.SOCKET_PATH),
+        partial(services.check_http, "API", url + "/healthz", "nbagent-api.socket"),
+        partial(services.check_http, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
+        partial(services.check_router_files, settings, nginx_check.check),
+        *([partial(network.check_wildcard, domain, system.addresses_of)]
+          if (domain := settings.router.domain) else []),
+        *([partial(network.check_dns, settings, paths.DNS_KEY)] if settings.dns.server else []),
+        partial(services.check_token, root, "token", "only trusted networks may call the API"),
+        *([partial(services.check_token, root, "landing-token", "no client may start a slot on the landing page")]
+          if settings.landing.access == "token" else []),
+        partial(services.check_images, root),
+        *(partial(capacity.check_room, root, path, use) for path, use in capacity.ROOM.items()),
+        partial(capacity.check_use, root),
+        partial(capacity.check_memory, root, settings),
+        partial(capacity.check_swap, root, settings),
+        *(partial(capacity.check_limit, root, limit, settings) for limit in capacity.LIMITS),
+    ]
+    return [settings_finding, *(_guarded(check) for check in checks)]
+
+
+def _network_checks(root: Path, settings: host_config.HostConfig) -> Iterator[Callable[[], Finding]]:
+    """Checks for hosts on which slots may have a network."""
+    if "internet" in settings.network.allow:
+        yield from (partial(services.check_unit, unit, system.unit_state) for unit in NETWORK_UNITS)
+        yield partial(network.check_firewall, root, settings.network, system.ruleset)
+        if settings.network.proxy is not None:
+            yield partial(network.check_proxy, root, settings, settings.network.proxy)
+
+
+def _guarded(check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        function = check.func if isinstance(check, partial) else check
+        name = function.__name__.removeprefix("check_").replace("_", " ")
+        return Finding(name, "warn", f"check failed: {error}", "run nbagent doctor as root")
+
+
+def check_config(path: Path) -> tuple[Finding, host_config.HostConfig]:
+    """The finding, and the settings for the other checks, which are the defaults if the files are refused."""
+    try:
+        settings = host_config.load(path)
+    except ConfigError as error:
+        return Finding("configuration", "fail", str(error), "nbagent config check"), host_config.HostConfig()
+    files = ", ".join(map(str, host_config.settings_files(path))) or "no file, all defaults"
+    return Finding("configuration", "ok", files), settings

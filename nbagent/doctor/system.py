@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Reads the host for checks: files, systemd, the ruleset and the resolver."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+TIMEOUT_S = 3.0
+
+
+def addresses_of(name: str) -> list[str]:
+    """The addresses of `name`, from the system's resolver. Raises OSError."""
+    return sorted({str(found[4][0]) for found in socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)})
+
+
+def systemctl_version() -> str:
+    """The output of `systemctl --version`; empty if systemctl fails."""
+    return _systemctl("--version")
+
+
+def unit_state(unit: str) -> str:
+    """The output of `systemctl is-active` for a unit."""
+    return _systemctl("is-active", unit) or "unknown: systemd does not respond"
+
+
+def bounding_set(unit: str) -> str:
+    """The CapabilityBoundingSet= of a unit; of an instance, if it is a template."""
+    return _systemctl("show", "-P", "CapabilityBoundingSet", unit.replace("@.", "@doctor."))
+
+
+def ruleset() -> tuple[str, str]:
+    """The outputs of `nft --json list ruleset` and `nft --handle list ruleset`. Raises PermissionError without root."""
+    return _nft("--json"), _nft("--handle")
+
+
+def _nft(option: str) -> str:
+    done = subprocess.run(
+        ["/usr/sbin/nft", option, "list", "ruleset"], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    if done.returncode:
+        raise PermissionError(done.stderr.strip().partition("\n")[0])
+    return done.stdout
+
+
+def _systemctl(*arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["systemctl", *arguments], capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def meminfo(root: Path) -> dict[str, int]:
+    """/proc/meminfo in bytes."""
+
+    def read() -> Iterator[tuple[str, int]]:
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            yield name, int(value.split()[0]) * 1024
+
+    return {"SwapTotal": 0} | dict(read())
+
+
+def below(root: Path, path: Path) -> Path:
+    """`path` of the host whose root directory is `root`."""
+    return root / path.relative_to("/")
+
+
+def text_of(path: Path, default: str) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return default
