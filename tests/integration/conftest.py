@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import simulated_internet
 
 import product
 from notebook import Notebook
@@ -217,6 +218,20 @@ def any_shared(request: pytest.FixtureRequest, packages: list[Path]) -> Iterator
 def any_agent(any_shared: Agent) -> Iterator[Agent]:
     """As `agent`, on each kind of host."""
     yield from tidied(any_shared)
+
+
+@pytest.fixture(scope="module")
+def internet(shared: Agent) -> Iterator[Agent]:
+    """The shared host with the internet attached, and slots that may reach it."""
+    yield from simulated_internet.attached(shared)
+
+
+@pytest.fixture(scope="module")
+def slot(internet: Agent) -> Iterator[simulated_internet.Slot]:
+    """A slot that reaches the internet; shared by a module, because a kernel takes seconds to start."""
+    found = simulated_internet.Slot(internet, network="internet")
+    yield found
+    found.release()
 
 
 def tidied(shared: Agent) -> Iterator[Agent]:
