@@ -11,7 +11,7 @@ UNIT := $(PYTEST) -n auto --dist loadfile tests/unit  # a process of pytest-xdis
 
 .PHONY: up up-fleet down test unit host test-vms test-ansible test-monitoring uncharged conformance fuzz \
     check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
-    image debs repo tools clean test-dns test-release sbom test-ui test-upgrade versions chaos soak
+    image updates debs repo tools clean test-dns test-release sbom test-ui test-upgrade versions chaos soak
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -108,6 +108,9 @@ debs: image          ## all packages
 
 sbom: debs           ## a bill of materials in CycloneDX beside each package
 	@packaging/build-sbom $(DIST) $(DIST)/*.deb
+
+updates: image       ## updates of Debian that the package of images/minimal does not have; fails when one is for security
+	@packaging/pending-updates $(DIST)/nbagent-image-minimal_*.deb
 
 repo: tools debs     ## a signed apt repository in REPO for hosts that get it from REPO_URL; NBAGENT_REPO_KEY signs it
 	@packaging/build-repo $(REPO) $(REPO_URL) $(DIST)/*.deb

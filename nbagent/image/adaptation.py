@@ -31,6 +31,13 @@ from nbagent.untrusted.tree import Tree
 _SOFTWARE = (("usr",), ("opt",), ("srv",))
 # A home that takes a slot longer to copy than the rest of its start, as measured on two processors.
 _HOME_BYTES, _HOME_ENTRIES = 20 << 20, 2000
+# A directory that everyone may write to, and which a slot may not because a copy of it would take too long; and the
+# number of those that it may.
+_PUBLIC_BYTES, _PUBLIC_ENTRIES, _PUBLIC_MAX = 20 << 20, 2000, 64
+# Directories where a slot has files of its own.
+_OWN: tuple[Parts, ...] = (
+    ("dev",), ("proc",), ("run", "jupyter"), ("run", "nbagent"), ("sys",), ("tmp",), ("var", "tmp"),
+)
 _NAMES_SHOWN = 3
 _PROFILE, _PROFILES = ("etc", "profile"), ("etc", "profile.d")
 # A login shell reads it before the image's other scripts there, which may add directories to PATH.
@@ -120,13 +127,47 @@ def keep_path(tree: Tree, id_base: int, manifest: Manifest, chown: Chown = os.ch
             chown(_PATH_SCRIPT, id_base, id_base, dir_fd=directory_fd, follow_symlinks=False)
 
 
+def public_directories(tree: Tree, home: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The directories outside of the home that everyone may write to, and sentences about those that are read-only in
+    slots nevertheless. Of a directory within another, only the outer one is among them.
+    """
+    own: list[Parts] = [*_OWN]
+    with contextlib.suppress(OSError, Refused):
+        own.append(tree.resolve(name_parts(home)))
+    found: list[Parts] = []
+    for path, directories, _, directory_fd in os.fwalk(".", dir_fd=tree.directory_fd(())):
+        parts = tuple(path.split("/")[1:])
+        if parts in own:
+            directories.clear()
+        elif parts and os.fstat(directory_fd).st_mode & stat.S_IWOTH:
+            found.append(parts)
+            directories.clear()
+    public: list[str] = []
+    notes = []
+    for parts in sorted(found):
+        name, size = "/" + "/".join(parts), _size(tree.directory_fd(parts))
+        if plain(name) != name:
+            continue
+        if size.size_bytes > _PUBLIC_BYTES or size.entries > _PUBLIC_ENTRIES or len(public) == _PUBLIC_MAX:
+            notes.append(
+                f"{name}, to which everyone may write, is read-only in slots, because each would copy its"
+                f" {size.entries:,} files of {size.size_bytes / 1e6:,.0f} MB into its memory"
+            )
+        else:
+            public.append(name)
+    return tuple(public), tuple(notes[:_NAMES_SHOWN])
+
+
 def home_size(tree: Tree, home: str) -> Size:
     """The size of the home directory; links are followed to it, and not in it."""
-    size_bytes = entries = 0
     try:
-        top_fd = tree.directory_fd(tree.resolve(name_parts(home)))
+        return _size(tree.directory_fd(tree.resolve(name_parts(home))))
     except (OSError, Refused):
         return Size(0, 0)
+
+
+def _size(top_fd: int) -> Size:
+    size_bytes = entries = 0
     for _, directories, files, directory_fd in os.fwalk(".", dir_fd=top_fd):
         entries += len(directories) + len(files)
         for name in files:

@@ -67,7 +67,7 @@ class Image(Program):
     `digest` is `sha256-` and 64 hexadecimal digits, `root` its root filesystem and `static` its web assets.
     `assets` are the parts of JupyterLab that the router serves at /assets/DIGEST/.
     The ids 0 to 65535 of the image are `id_base` and up on the host. `notes` are sentences about what is different
-    from a container of the image.
+    from a container of the image. `public` are directories that everyone may write to, of which each slot gets copies.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Image(Program):
     assets: tuple[str, ...] = ()
     id_base: int
     notes: tuple[str, ...] = ()
+    public: tuple[str, ...] = ()
 
     @property
     def assets_path(self) -> str | None:
@@ -92,10 +93,12 @@ class _Record:
     id_base: int
     manifest: Manifest
     notes: tuple[str, ...] = ()
+    public: tuple[str, ...] = ()
 
     def save(self, tree: Path) -> None:
         document = {"format": _FORMAT, "digest": self.digest, "id_base": self.id_base,
-                    "manifest": manifests.to_mapping(self.manifest), "notes": self.notes}
+                    "manifest": manifests.to_mapping(self.manifest), "notes": self.notes,
+                    "public": self.public}
         (tree / _RECORD).write_text(json.dumps(document, indent=2) + "\n")
 
     @classmethod
@@ -105,10 +108,12 @@ class _Record:
         manifest = document["manifest"]
         if not isinstance(manifest, dict):
             raise ImageInvalid(f"{tree}/{_RECORD}: manifest is not an object; remove the image and add it again")
-        notes = document.get("notes")
+        notes, public = document.get("notes"), document.get("public")
         return cls(
             digest=tree.name, id_base=_id_base(document), manifest=manifests.from_mapping(manifest),
             notes=tuple(map(str, notes)) if isinstance(notes, list) else (),
+            # Without it, of a version that did not have it, these directories are read-only.
+            public=tuple(map(str, public)) if isinstance(public, list) else (),
         )
 
 
@@ -351,6 +356,7 @@ class ImageStore:
             assets=static.published(tree / "static"),
             id_base=record.id_base,
             notes=record.notes,
+            public=record.public,
             **{field.name: getattr(record.manifest, field.name) for field in fields(Program)},
         )
 
@@ -366,6 +372,8 @@ class ImageStore:
         with open_tree(staging / "rootfs") as tree:
             elf.check_machine(tree, record.manifest)
             adaptation.keep_path(tree, record.id_base, record.manifest, self._chown)
+            public, public_notes = adaptation.public_directories(tree, record.manifest.home)
+            record = replace(record, public=public, notes=(*record.notes, *public_notes))
         assets = staging / "static"
         assets.mkdir(0o755)
         limits = self._limits

@@ -61,7 +61,7 @@ CHROOT_ENVIRONMENT = {
 
 def create(recipe: Recipe, root: Path, scratch: Path) -> None:
     """Create the root filesystem in `root`, which must not exist; `scratch` is for downloads."""
-    sources = _debian_sources(recipe.suite)
+    sources = debian_sources(recipe.suite)
     _bootstrap(recipe, sources, root)
     _allow_pip(root)
     _install_requirements(recipe, root, scratch)
@@ -74,7 +74,7 @@ def create(recipe: Recipe, root: Path, scratch: Path) -> None:
     _check_private_data(root, _mirror_hosts(sources))
 
 
-def _debian_sources(suite: str) -> list[str]:
+def debian_sources(suite: str) -> list[str]:
     """This machine's own Debian mirrors, for another suite, as one-line sources.
 
     They are read from apt's output, because only apt reads every form of its configuration. Sources that are not

@@ -118,6 +118,8 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Pivot(f"{base}/root"),
             steps.Bind(f"{base}/tmp".lstrip("/"), "/tmp"),
             steps.Bind(f"{base}/var-tmp".lstrip("/"), "/var/tmp"),
+            *((steps.PublicDirectories(f"{base}/public".lstrip("/"), tuple(spec.public), spec.uid),)
+              if spec.public else ()),
             steps.Tmpfs("/dev", 65536, 64, "0755", MS_NOSUID | MS_NOEXEC),
             steps.Devices("dev", "/dev", DEVICES),
             steps.DevPts("/dev/pts", TERMINALS),
@@ -139,10 +141,12 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Home(HOME_PATH, spec.home, spec.uid),
             steps.Tmpfs(RUNTIME_PATH, RUNTIME_BYTES, RUNTIME_BYTES // BYTES_PER_INODE, "0700", uid=spec.uid),
             steps.Loopback(),
+            *((steps.ReadOnlyRoot(),) if uplink is None else ()),
         ),
         connected=() if uplink is None else (
             steps.Interface(INTERFACE, uplink.addresses, uplink.gateways, uplink.rate),
             steps.Resolver(uplink.gateways[0]),
+            steps.ReadOnlyRoot(),
         ),
         # The PID 1 of a forked slot inherits an empty bounding set from the zygote service.
         last=last(spec.uid, spec.syscall_filter, () if spec.forked else None, spec.apparmor),

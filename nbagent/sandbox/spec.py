@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 # Descriptors of the slot's program: its listening socket, its activity page, its configuration.
 LISTEN_FD = 3
@@ -43,7 +43,8 @@ class SandboxSpec(NamedTuple):
     `forked` means that the slot's PID 1 starts inside the image's user namespace and its own pid namespace;
     `forked_filter` is then the filter that its program and kernels load in addition to the zygote's.
     `apparmor` is the AppArmor profile of the slot's processes, empty on a host without it. `limit_files` is the host's
-    directory with the files of nbagent.supervisor.limit_files, empty for a zygote.
+    directory with the files of nbagent.supervisor.limit_files, empty for a zygote. `public` are the directories of the
+    image that everyone may write to, of which the slot gets copies.
     """
 
     slot: str
@@ -67,6 +68,7 @@ class SandboxSpec(NamedTuple):
     forked_filter: str = ""
     apparmor: str = ""
     limit_files: str = ""
+    public: Sequence[str] = ()
 
     def save(self) -> Dict[str, object]:
         """The fields as a JSON object."""

@@ -413,6 +413,39 @@ class Home(NamedTuple):
         os.rmdir(self.source)
 
 
+class PublicDirectories(NamedTuple):
+    """The directories of the image that everyone may write to are directories of the slot's storage with a copy of the
+    image's files, as the home is. Were they in the overlay, the kernel would hold a list of the names in such a
+    directory for each descriptor that has read it, charged to no cgroup."""
+
+    source: str
+    targets: Tuple[str, ...]
+    uid: int
+
+    def describe(self) -> str:
+        return f"{', '.join(self.targets)}: copies at {self.source}, which belong to {self.uid}"
+
+    def do(self) -> None:
+        os.mkdir(self.source, 0o755)
+        for number, target in enumerate(self.targets):
+            source = f"{self.source}/{number}"
+            os.mkdir(source)
+            _copy_tree(target, source, self.uid, {})
+            mount(source, target, None, MS_BIND)
+
+
+class ReadOnlyRoot(NamedTuple):
+    """From here on nothing can be written to the overlay, whatever owners and modes an image has: see
+    PublicDirectories. Files in memory are mounted over it where a slot may write."""
+
+    def describe(self) -> str:
+        return "the root is read-only"
+
+    def do(self) -> None:
+        flags = MS_RDONLY | MS_NOSUID | MS_NODEV | _locked_flags("/")
+        mount(None, "/", None, MS_BIND | MS_REMOUNT | flags)
+
+
 class Loopback(NamedTuple):
     """A new network namespace has one interface, lo, which is down at first."""
 

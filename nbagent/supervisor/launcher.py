@@ -205,6 +205,7 @@ def _image_spec(image: Image, storage_bytes: int) -> SandboxSpec:
         mountpoint=str(paths.SANDBOX),
         system=str(paths.SYSTEM_FILES),
         syscall_filter=syscall_filter(),
+        public=image.public,
     )
 
 

@@ -472,6 +472,8 @@ def to_write_to_the_image_or_the_code(decoys):
             yield f"{point} is writable"
         if point == "/" and kind != "overlay":
             yield "the root is no overlay"
+        if point == "/" and "ro" not in options.split(","):
+            yield "the root is writable"
 
 
 @attempt

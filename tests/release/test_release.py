@@ -92,6 +92,31 @@ def test_packages_are_the_same_from_two_machines(tmp_path, faketime, packages):
     assert found[0] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in packages.values()}
 
 
+STATUS = """Package: {name}
+Status: install ok installed
+Architecture: all
+Version: {version}
+Maintainer: none
+Description: none
+
+"""
+
+
+def test_updates_that_an_image_does_not_have_are_listed(tmp_path):
+    tree = tmp_path / "rootfs"
+    for name in ("usr/lib", "var/lib/dpkg"):
+        (tree / name).mkdir(parents=True)
+    (tree / "usr/lib/os-release").write_text("NAME=x\nVERSION_CODENAME=trixie\n")
+    old, new = ("ca-certificates", "20200101"), ("base-passwd", "99:1")
+    text = "".join(STATUS.format(name=name, version=version) for name, version in (old, new))
+    (tree / "var/lib/dpkg/status").write_text(text)
+    done = subprocess.run([TOP / "packaging/pending-updates", tree], stdout=subprocess.PIPE, text=True, check=False)
+    (line,) = done.stdout.splitlines()
+    source, *words, _ = line.split()
+    assert words == [*old] and source in ("Debian", "Debian-Security")
+    assert done.returncode == (source == "Debian-Security")
+
+
 @pytest.fixture(scope="module")
 def validator():
     """A Python with the library of CycloneDX."""

@@ -433,6 +433,21 @@ def test_an_import_tells_what_is_different_from_a_container(store: ImageStore) -
     )
 
 
+def test_directories_that_everyone_may_write_to_are_copied_by_slots_unless_they_are_large(store: ImageStore) -> None:
+    """Each is outside of the home and of the directories that a slot has itself, and within no other one."""
+    public = {"type": tarfile.DIRTYPE, "mode": 0o1777}
+    layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n")
+    for path in ("tmp", "var/tmp", "dev/shm", "home/nb/open", "run/lock", "srv/open", "srv/open/within", "data"):
+        layer.add(path, **public)
+    layer.add("srv/link", **LINK, linkname="/srv/open").add("srv/group", type=tarfile.DIRTYPE, mode=0o2775)
+    for number in range(2001):
+        layer.add(f"data/{number}", b"x" * 1000)
+    image = import_image(store, Layers(Cmd=["x"], User="nb").layer(layer))
+    assert image.public == store.get("mine").public == ("/run/lock", "/srv/open")
+    (note,) = (note for note in image.notes if "read-only in slots" in note)
+    assert note.startswith("/data, to which everyone may write,") and "2,001 files of 2 MB" in note
+
+
 def test_condas_scripts_that_a_given_manifest_does_not_run_are_named(store: ImageStore) -> None:
     layer = Archive().add("opt/conda/bin/python", b"").add("opt/conda/etc/conda/activate.d/gdal.sh")
     text = 'python = "/opt/conda/bin/python"\nuser = "nb"\nhome = "/home/nb"\n'

@@ -145,7 +145,7 @@ def image(**changes) -> SimpleNamespace:
         "name": "minimal", "digest": "sha256-0", "root": Path("/images/minimal"), "id_base": 1 << 20, "user": "jovyan",
         "home": "/home/jovyan", "directory": "/home/jovyan", "python": "/usr/bin/python3", "command": (), "port": None,
         "share_memory": True, "activate": "", "environment": {"PREFIX": "{base_path}/{token}"}, "assets": (),
-        "assets_path": "/assets/sha256-0",
+        "assets_path": "/assets/sha256-0", "public": (),
     }
     return SimpleNamespace(**fields | changes)
 

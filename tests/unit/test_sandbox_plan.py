@@ -5,7 +5,7 @@ import pytest
 
 from nbagent.image import ids
 from nbagent.sandbox.plan import plan, zygote_plan
-from nbagent.sandbox.spec import HOST_IDS, IDS, SandboxSpec
+from nbagent.sandbox.spec import HOST_IDS, IDS, SandboxSpec, Uplink
 from nbagent.sandbox.steps import UserNamespace
 
 SPEC = SandboxSpec(
@@ -29,8 +29,21 @@ def test_the_order_of_the_steps_inside():
         "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Directory", "Directory", "Directory", "Pivot", "Bind",
         "Bind", "Tmpfs", "Devices", "DevPts", "Bind", "Bind", "Link", "Link", "Link", "Link", "Link",
         "SharedProgram", "SystemFiles", "OwnCgroup", "LimitFile", "Proc", "LimitFile", "NetworkSettings", "Masked",
-        "ReadOnly", "Detach", "Identity", "Home", "Tmpfs", "Loopback",
+        "ReadOnly", "Detach", "Identity", "Home", "Tmpfs", "Loopback", "ReadOnlyRoot",
     ]
+
+
+def test_directories_that_everyone_may_write_to_are_copied_before_the_hosts_root_is_unmounted():
+    order = names(plan(SPEC._replace(public=["/srv/open"])).inside)
+    assert order.index("Pivot") < order.index("PublicDirectories") < order.index("Detach")
+
+
+def test_the_root_is_read_only_after_everything_that_is_written_to_it():
+    uplink = Uplink(["10.0.0.2/31"], ["10.0.0.3"], 1000)
+    with_network = plan(SPEC._replace(uplink=uplink))
+    assert "ReadOnlyRoot" not in names(with_network.inside)
+    assert names(with_network.connected) == ["Interface", "Resolver", "ReadOnlyRoot"]
+    assert names(zygote_plan(SPEC).inside)[-1] == "ReadOnlyRoot"
 
 
 def test_privileges_are_dropped_last():
@@ -71,7 +84,7 @@ def test_every_tmpfs_is_limited_by_the_slots_storage():
 
 def test_a_plan_describes_each_step_with_its_reason_and_undo():
     lines = plan(SPEC).lines()
-    assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 34 + ["last"] * 3
+    assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 35 + ["last"] * 3
     assert lines[0].step == f"user namespace of {(1 << 30) + 2001}: ids 0..65535 are {1 << 30}.. on the host"
     assert lines[-1].step == "system call filter of 1 instructions"
     assert len({line.step for line in lines}) == len(lines)
