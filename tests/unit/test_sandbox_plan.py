@@ -26,8 +26,8 @@ def test_the_user_namespace_comes_first():
 
 def test_the_order_of_the_steps_inside():
     assert names(plan(SPEC).inside) == [
-        "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Directory", "Directory", "Directory", "Pivot", "Bind",
-        "Bind", "Tmpfs", "Devices", "DevPts", "Bind", "Bind", "Link", "Link", "Link", "Link", "Link",
+        "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Directory", "Directory", "Directory", "LimitFiles", "Pivot",
+        "Bind", "Bind", "Tmpfs", "Devices", "DevPts", "Bind", "Bind", "Link", "Link", "Link", "Link", "Link",
         "SharedProgram", "SystemFiles", "OwnCgroup", "LimitFile", "Proc", "LimitFile", "NetworkSettings", "Masked",
         "ReadOnly", "Detach", "Identity", "Home", "Tmpfs", "Loopback",
     ]
@@ -71,7 +71,7 @@ def test_every_tmpfs_is_limited_by_the_slots_storage():
 
 def test_a_plan_describes_each_step_with_its_reason_and_undo():
     lines = plan(SPEC).lines()
-    assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 34 + ["last"] * 3
+    assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 35 + ["last"] * 3
     assert lines[0].step == f"user namespace of {(1 << 30) + 2001}: ids 0..65535 are {1 << 30}.. on the host"
     assert lines[-1].step == "system call filter of 1 instructions"
     assert len({line.step for line in lines}) == len(lines)
