@@ -11,7 +11,8 @@ UNIT := $(PYTEST) -n auto --dist loadfile tests/unit  # a process of pytest-xdis
 
 .PHONY: up up-fleet down test unit host test-vms test-ansible test-monitoring uncharged conformance fuzz \
     check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
-    image updates debs repo tools clean test-dns test-release sbom test-ui test-upgrade versions chaos soak
+    image updates debs repo tools clean test-dns test-release sbom test-ui test-upgrade versions extensions preloads \
+    chaos soak
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -71,6 +72,12 @@ test-ui: tools       ## JupyterLab's own tests of its user interface, with Chrom
 
 versions: tools debs  ## images with versions of Python and Jupyter are imported, forked and tried; VERSIONS="--only NAME"
 	$(PYTHON) tests/versions/versions.py $(VERSIONS)
+
+extensions: tools debs  ## extensions of the notebook server in a forked slot and with a plain server, with Chromium
+	$(PYTHON) tests/versions/extensions.py $(VERSIONS)
+
+preloads: tools debs  ## large libraries as preloaded modules: which ones a zygote keeps, and what that saves
+	$(PYTHON) tests/versions/preloads.py $(VERSIONS)
 
 fuzz: tools          ## fuzzes the decoders of untrusted bytes, 60 s each; FUZZ="--seconds 600 tar"
 	@tests/fuzz $(FUZZ)

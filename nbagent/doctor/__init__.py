@@ -10,6 +10,7 @@ root.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         partial(capacity.check_use, root),
         partial(capacity.check_memory, root, settings),
         partial(capacity.check_swap, root, settings),
+        partial(capacity.check_tasks, os.cpu_count() or 1, settings),
         *(partial(capacity.check_limit, root, limit, settings) for limit in capacity.LIMITS),
     ]
     return [settings_finding, *(_guarded(check) for check in checks)]

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from nbagent.config import host_config
 from nbagent.core import paths
-from nbagent.core.quantities import format_size
+from nbagent.core.quantities import format_size, parse_quota
 from nbagent.doctor.finding import Finding
 from nbagent.doctor.system import below, meminfo, text_of
 from nbagent.linux import swap
 from nbagent.policy import admission
+from nbagent.wire.limits_page import processors
 
 # The file systems that must not be full, and what for.
 ROOM = {paths.RUN: "the records of slots", paths.IMAGES: "images", Path("/var/log"): "the journal"}
@@ -22,6 +23,9 @@ ROOM_MIN_PERCENT, USE_MAX = 5.0, 0.8
 # Use of a notebook server with two kernels: threads for pid_max, descriptors for nr_open.
 TASKS_PER_SLOT = 64
 FILES_PER_SLOT = 16
+# Threads and processes of a slot with one kernel, and the pools of threads in it: numpy's OpenBLAS, scipy's, OpenMP,
+# and polars, duckdb or another.
+SERVER_TASKS, THREAD_POOLS = 24, 4
 # The processes of a slot have 39 descriptors without a kernel and 80 more with each one (measured); the router and the
 # supervisor have ten for it. So this suffices for five kernels.
 OPEN_FILES_PER_SLOT = 512
@@ -77,6 +81,19 @@ def check_memory(root: Path, settings: host_config.HostConfig) -> Finding:
     if ratio > settings.slots.overcommit * 1.01:
         return Finding("memory", "warn", found, "lower slots.capacity, or raise slots.overcommit")
     return Finding("memory", "ok", found)
+
+
+def check_tasks(cpus: int, settings: host_config.HostConfig) -> Finding:
+    """Whether slots.tasks suffices for libraries that start a thread for each processor that they may use."""
+    quota, tasks = settings.slots.cpu_quota, settings.slots.tasks
+    used = cpus if quota == "none" else processors(parse_quota(quota, cpus), cpus)
+    wanted = SERVER_TASKS + THREAD_POOLS * used
+    if wanted <= tasks:
+        return Finding("tasks", "ok", f"slots.tasks is {tasks}; libraries start up to {used} threads each")
+    return Finding(
+        "tasks", "warn", f"slots.tasks is {tasks}, and libraries start up to {used} threads each, one a processor",
+        f"raise slots.tasks to {wanted}, or set slots.cpu_quota, by which libraries size themselves",
+    )
 
 
 def check_swap(root: Path, settings: host_config.HostConfig) -> Finding:

@@ -115,6 +115,7 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.Directory(f"{base}/shm", 0o1777),
             steps.Directory(f"{base}/var-tmp", 0o1777),
             steps.Directory(f"{base}/home", 0o700),
+            *([steps.LimitFiles(spec.limit_files, f"{base}/limits", f"{base}/empty")] if spec.limit_files else []),
             steps.Pivot(f"{base}/root"),
             steps.Bind(f"{base}/tmp".lstrip("/"), "/tmp"),
             steps.Bind(f"{base}/var-tmp".lstrip("/"), "/var/tmp"),
@@ -154,7 +155,7 @@ def plan(spec: SandboxSpec) -> Plan:
 
 
 def _limit_file(spec: SandboxSpec, name: str, target: str) -> List[Step]:
-    return [steps.LimitFile(f"{spec.limit_files}/{name}".lstrip("/"), target)] if spec.limit_files else []
+    return [steps.LimitFile(f"{spec.mountpoint}/limits/{name}".lstrip("/"), target)] if spec.limit_files else []
 
 
 def _namespaces_but_pid() -> steps.Namespaces:

@@ -241,22 +241,25 @@ class OwnCgroup(NamedTuple):
             mount("cgroup2", self.target, "cgroup2", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC)
 
 
+class LimitFiles(SharedProgram):
+    """Files of this slot alone that show its limits. The supervisor writes them when a claim or a change sets other
+    limits. They are in an overlay as a SharedProgram is; it reads the content of the host's files at each read."""
+
+
 class LimitFile(NamedTuple):
-    """A file of this slot alone that shows its limits in the place of the host's memory or processors. The supervisor
-    writes it when a claim or a change sets other limits, so that libraries size themselves by what the slot has."""
+    """The slot's limits in the place of the host's memory or processors, so that libraries size themselves by what the
+    slot has."""
 
     source: str
     target: str
 
     def describe(self) -> str:
-        return f"file {self.source} at {self.target}, read-only"
+        return f"file {self.source} at {self.target}"
 
     def do(self) -> None:
-        # A machine can have no such file below /sys.
+        # A machine can have no such file below /sys. The mount is read-only, as the overlay is.
         if os.path.exists(self.target):
             mount(self.source, self.target, None, MS_BIND)
-            flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC | _locked_flags(self.target)
-            mount(None, self.target, None, MS_BIND | MS_REMOUNT | flags)
 
 
 class DevPts(NamedTuple):

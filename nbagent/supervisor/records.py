@@ -7,7 +7,7 @@
     /run/nbagent/slots/SLOT/meminfo      the slot's memory, its /proc/meminfo (nbagent.supervisor.limit_files)
     /run/nbagent/slots/SLOT/online       the processors of its quota, in its /sys
 
-The directory is not in the mount namespaces of slots; the last two files are, read-only, each in its own slot. It is
+The directory is not in the mount namespaces of slots; the last two files are, below an overlay of their slot. It is
 set-group-ID (packaging/nbagent.tmpfiles), so that the socket has the router's group without a right to change groups.
 """
 

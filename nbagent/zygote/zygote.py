@@ -52,7 +52,7 @@ from nbagent.sandbox.spec import ACTIVITY_FD, CONFIG_FD, LISTEN_FD
 from nbagent.wire import fields
 from nbagent.wire.channel import Channel, Message, report_failure
 from nbagent.wire.failure import INHERITED_STEP, NOTE_MAX_CHARACTERS, NOTES_MAX, Failure
-from nbagent.zygote import activated, entropy, forkserver, kernel, notebook_server, provisioner
+from nbagent.zygote import activated, entropy, forkserver, kernel, notebook_server, process_tree, provisioner
 from nbagent.zygote.inherited import IMPORTED, Inherited, Openers, descriptors
 from nbagent.zygote.placeholders import PlaceholderSubstitution
 
@@ -242,6 +242,7 @@ class Zygote:
         # The change of user has cleared it. As after an exec, the user may read this process's /proc and debug it.
         prctl(PR_SET_DUMPABLE, 1)
         as_execd.forget_host_name()
+        process_tree.adopt_kernels()
         as_execd.show([sys.executable, os.path.join(_HERE, "exec_main.py")], environment)
 
         notebook_server.load_after_fork(

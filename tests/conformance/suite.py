@@ -133,8 +133,8 @@ def slot(notebook: Notebook) -> Server:
 
 
 @contextmanager
-def plain(host: Host, root: str) -> Iterator[Server]:
-    """A plain `jupyter lab` with the files of an image, in a tmpfs of the test host."""
+def plain(host: Host, root: str, path: str = "/usr/local/bin:/usr/bin:/bin") -> Iterator[Server]:
+    """A plain `jupyter lab` with the files of an image, in a tmpfs of the test host; `path` is its PATH."""
     script = f"""
         root={root}
         mkdir -p {PLAIN}
@@ -148,7 +148,7 @@ def plain(host: Host, root: str) -> Iterator[Server]:
     try:
         uid = host.run(["sh", "-ec", script]).stdout.strip()
         enter = ["chroot", f"--userspec=+{uid}:+{uid}", "--groups=", PLAIN]
-        environment = [f"HOME={HOME}", "PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8", "SHELL=/bin/bash"]
+        environment = [f"HOME={HOME}", f"PATH={path}", "LANG=C.UTF-8", "SHELL=/bin/bash"]
         argv = ["env", "-i", f"--chdir={HOME}", *environment, "jupyter-lab", "--no-browser", "--ip=127.0.0.1",
                 f"--port={PLAIN_PORT}", "--port-retries=0", f"--IdentityProvider.token={PLAIN_TOKEN}"]
         host.run(["systemd-run", "-q", "--collect", f"--unit={PLAIN_UNIT}", *enter, *argv])

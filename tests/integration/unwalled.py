@@ -25,8 +25,10 @@ from nbagent.linux import namespaces as ns
 from nbagent.runtime import exec_slot
 from nbagent.sandbox import plan, steps
 from nbagent.supervisor.launcher import sandbox_spec
+from nbagent.supervisor.limit_files import LimitFiles
 from nbagent.wire import activity
 from nbagent.wire.channel import Channel
+from nbagent.wire.limits_page import SlotLimits
 
 KINDS = {"mount": ns.CLONE_NEWNS, "pid": ns.CLONE_NEWPID, "ipc": ns.CLONE_NEWIPC, "uts": ns.CLONE_NEWUTS,
          "net": ns.CLONE_NEWNET, "cgroup": ns.CLONE_NEWCGROUP}
@@ -74,7 +76,7 @@ def variants(spec):
         if isinstance(step, steps.Namespaces):
             for kind, bit in KINDS.items():
                 found[f"{name} {kind}"] = instead(name_of(step), step._replace(flags=step.flags & ~bit))
-        elif type(step) is steps.SharedProgram:
+        elif type(step) in (steps.SharedProgram, steps.LimitFiles):
             found[f"{name}, by a bind mount"] = instead(
                 name_of(step), steps.Bind(step.source, step.target, read_only=True)
             )
@@ -200,11 +202,15 @@ def main():
     code = f"{sys.stdin.read()}\nreport({decoys | {'storage': STORAGE}!r})\n"
     spec = sandbox_spec(slot, image, STORAGE, 60.0)._replace(command=[image.python, "-I", "-c", code])
     found = {}
-    for name, change in variants(spec).items():
-        before = traces()
-        found[name] = run(spec, change) | {"left": left(before)}
     with tempfile.TemporaryDirectory(dir="/var/tmp") as below:
         os.chmod(below, 0o755)
+        files = Path(below, "limits")
+        files.mkdir()
+        LimitFiles(files).create(SlotLimits(1 << 30, 1.0))
+        spec = spec._replace(limit_files=str(files))
+        for name, change in variants(spec).items():
+            before = traces()
+            found[name] = run(spec, change) | {"left": left(before)}
         for name, hostile in links(spec, below).items():
             before = traces()
             found[name] = run(hostile, lambda known: known) | {"left": left(before)}

@@ -451,7 +451,7 @@ def to_find_a_mount_of_the_host(decoys):
     home = next(user[5] for user in users if user[2] == str(os.getuid()))
     # The storage's directory of the home is at /dev/home until the step Home.
     expected = ("/", "/tmp", "/var/tmp", home, "/dev", "/dev/home", "/dev/pts", "/dev/shm", "/proc", "/run/jupyter",
-                "/run/nbagent/lib/nbagent", "/sys", "/sys/fs/cgroup")
+                "/run/nbagent/lib/nbagent", "/sys", "/sys/devices/system/cpu/online", "/sys/fs/cgroup")
     points = [point for point, _, _, _ in mounts()]
     strange = [
         point for point in points
@@ -483,7 +483,9 @@ def to_share_inodes_with_other_slots(decoys):
         root, point = line.split()[3:5]
         kind = line.partition(" - ")[2].split()[0]
         storage = kind == "tmpfs" and root in ("/home", "/tmp", "/shm", "/var-tmp")
-        own = kind in ("proc", "devpts") or storage
+        # Files of an overlay of the slot's own.
+        limits = kind == "overlay" and root in ("/meminfo", "/online")
+        own = kind in ("proc", "devpts") or storage or limits
         if root != "/" and not own and not stat.S_ISCHR(os.stat(point).st_mode):
             yield f"{point} is {root}"
 

@@ -583,3 +583,13 @@ def test_rulesets_of_firewalls_are_judged_before_and_after_the_remedy(tmp_path: 
 def captured(name: str) -> Callable[[], tuple[str, str]]:
     below = Path(__file__).parent / "rulesets"
     return rules(*json.loads((below / f"{name}.json").read_text()), text=(below / f"{name}.nft").read_text())
+
+
+@pytest.mark.parametrize(("cpus", "slots", "status"), [
+    (2, {}, "ok"), (16, {}, "ok"), (64, {}, "warn"), (64, {"tasks": 1024}, "ok"), (64, {"cpu_quota": "200%"}, "ok"),
+    (64, {"cpu_quota": "1/32"}, "ok"), (256, {"tasks": 1024}, "warn"), (256, {"cpu_quota": "1/2"}, "warn"),
+])
+def test_tasks_suffice_for_a_thread_for_each_processor(cpus: int, slots: dict[str, object], status: str) -> None:
+    found = capacity.check_tasks(cpus, host_config.parse({"slots": slots}))
+    assert found.status == status
+    assert ("raise slots.tasks to" in found.mend) == (status == "warn")

@@ -26,8 +26,8 @@ def test_the_user_namespace_comes_first():
 
 def test_the_order_of_the_steps_inside():
     assert names(plan(SPEC).inside) == [
-        "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Directory", "Directory", "Directory", "Pivot", "Bind",
-        "Bind", "Tmpfs", "Devices", "DevPts", "Bind", "Bind", "Link", "Link", "Link", "Link", "Link",
+        "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Directory", "Directory", "Directory", "LimitFiles", "Pivot",
+        "Bind", "Bind", "Tmpfs", "Devices", "DevPts", "Bind", "Bind", "Link", "Link", "Link", "Link", "Link",
         "SharedProgram", "SystemFiles", "OwnCgroup", "LimitFile", "Proc", "LimitFile", "NetworkSettings", "Masked",
         "ReadOnly", "Detach", "Identity", "Home", "Tmpfs", "Loopback", "ReadOnlyRoot",
     ]

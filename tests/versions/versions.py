@@ -18,6 +18,7 @@ Layers are cached by a hash of their recipe. The table goes to standard output.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -65,7 +66,9 @@ print(json.dumps({"python": ".".join(map(str, sys.version_info[:3])), **found}))
 
 @dataclass(frozen=True)
 class Version:
-    """One image. `built` is the version of an interpreter by pyenv; `by_exec` a part of the reason for exec."""
+    """One image. `built` is the version of an interpreter by pyenv; `by_exec` a part of the reason for exec; `packages`
+    are Debian's in addition to PACKAGES, and `files` those of the upper layer of the form `stacks`.
+    """
 
     name: str
     form: str
@@ -74,6 +77,8 @@ class Version:
     requirements: tuple[str, ...]
     built: str = ""
     by_exec: str = ""
+    packages: str = ""
+    files: tuple[tuple[str, bytes], ...] = ()
 
     @property
     def prefix(self) -> str:
@@ -135,7 +140,7 @@ def interpreter(built: str) -> Path | None:
 
 def within(root: Path, *command: str) -> str:
     """Runs a program in the tree, without a network; its output."""
-    environment = ["env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin", "HOME=/root", "LANG=C.UTF-8"]
+    environment = ["env", "-i", "PATH=/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin", "HOME=/root", "LANG=C.UTF-8"]
     return run("unshare", "--mount", "--net", "--pid", "--fork", "--kill-child", f"--mount-proc={root}/proc",
                "chroot", root, *environment, *command).stdout
 
@@ -166,7 +171,8 @@ def install(root: Path, version: Version, wheels: Path) -> None:
 def layer(version: Version) -> Path:
     """The lower layer of an image, packed, from the cache or made."""
     parts = (bootstrap, install, within)
-    recipe = repr(version) + PACKAGES + LIBRARIES + "".join(map(inspect.getsource, parts))
+    recipe = repr(dataclasses.replace(version, files=())) + PACKAGES + LIBRARIES
+    recipe += "".join(map(inspect.getsource, parts))
     cached = CACHE / f"{version.name}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.tar.zst"
     if cached.exists():
         return cached
@@ -175,7 +181,7 @@ def layer(version: Version) -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:
         os.chmod(directory, 0o755)  # apt reads in it as a user of its own
         root = Path(directory) / "root"
-        bootstrap(root, version.suite, PACKAGES + (f" {LIBRARIES}" if version.built else ""))
+        bootstrap(root, version.suite, f"{PACKAGES} {version.packages} {LIBRARIES if version.built else ''}")
         install(root, version, Path(directory) / "wheels")
         packed = Path(directory) / "layer"
         run("tar", "--zstd", "-cf", packed, "--one-file-system", "--exclude=./dev/*", "-C", root, ".")
@@ -196,6 +202,8 @@ def layout(version: Version, path: Path) -> None:
     upper.add("usr/local/bin/before-notebook.d/10activate-conda-env.sh", HOOK, mode=0o755)
     upper.add("opt/conda/etc/conda/activate.d/libxml2_activate.sh", ACTIVATE, mode=0o644, **mine)
     upper.add("etc/jupyter/jupyter_server_config.py", SERVER)
+    for name, content in version.files:
+        upper.add(name, content, mode=0o644)
     path_variable = "PATH=/opt/conda/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     config = {
         "User": "1000", "WorkingDir": "/home/jovyan", "Entrypoint": ["tini", "-g", "--", "start.sh"],
@@ -269,6 +277,24 @@ def show(rows: Sequence[Sequence[str]]) -> None:
         sys.stdout.write("| " + " | ".join(row) + " |\n")
 
 
+@contextmanager
+def agent_for(wanted: Sequence[Version], keep: bool) -> Iterator[Agent]:
+    """A host with the product, after the layers of the images have been built; `keep` leaves it up for the next run."""
+    packages = product.build(say)
+    for version in wanted:
+        layer(version)
+    host = Host.attach(NAME) if keep and NAME in map(str, _names()) else Host.up(name=NAME)
+    try:
+        product.add_changed(host, packages, say)
+        host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)
+        host.run(["systemctl", "reload", "nbagent"])
+        product.wait_warm(host)
+        yield Agent(host)
+    finally:
+        if not keep:
+            host.down()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=[version.name for version in TABLE], default=[])
@@ -278,17 +304,8 @@ def main() -> None:
     for version in [version for version in wanted if version.built and interpreter(version.built) is None]:
         say(f"{version.name} is left out, because pyenv has no Python {version.built} here")
         wanted.remove(version)
-    packages = product.build(say)
-    for version in wanted:
-        layer(version)
-    host = Host.attach(NAME) if options.keep and NAME in map(str, _names()) else Host.up(name=NAME)
     rows, faults = [], {}
-    try:
-        product.add_changed(host, packages, say)
-        host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)
-        host.run(["systemctl", "reload", "nbagent"])
-        product.wait_warm(host)
-        agent = Agent(host)
+    with agent_for(wanted, options.keep) as agent:
         for version in wanted:
             began_s = time.monotonic()
             with imported(agent, version):
@@ -297,9 +314,6 @@ def main() -> None:
             if wrong:
                 faults[version.name] = wrong
             say(f"{version.name}: {'; '.join(wrong) or 'ok'} in {time.monotonic() - began_s:.0f} s")
-    finally:
-        if not options.keep:
-            host.down()
     show(rows)
     if faults:
         raise SystemExit("\n".join(f"{name}: {fault}" for name, found in faults.items() for fault in found))

@@ -1,0 +1,138 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: BSD-3-Clause
+"""`make preloads`: large libraries as modules that a zygote preloads: which ones it keeps, and what that saves.
+
+    tests/versions/preloads.py [--keep]
+
+An image has them all. Each is imported in a kernel of its own, in forked slots without and with `preload`, and
+computes something there. The table goes to standard output; packaging/docs/performance.md has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / name) for name in ("integration", "conformance", ".", "..")] + [str(HERE)]
+
+import versions
+from conftest import Agent
+from product import say
+from versions import Version
+
+MEMORY = "3G"
+IMAGE = Version(
+    "preloads", "python", "trixie", "3.13",
+    ("jupyterlab==4.6.6", "ipykernel==7.4.0", "numpy", "pandas", "matplotlib", "scikit-learn", "polars", "pyarrow",
+     "duckdb", "numba", "xgboost-cpu", "lightgbm", "tensorflow-cpu"),
+    packages="libgomp1",
+)
+# Modules, each with a computation.
+MODULES = {
+    "numpy": "numpy.linalg.solve(numpy.eye(300), numpy.ones(300)).sum() == 300",
+    "pandas": "pandas.DataFrame({'a': [1, 2, 3]}).a.sum() == 6",
+    "matplotlib.pyplot": "matplotlib.pyplot.plot([1, 2]) != []",
+    "sklearn.ensemble": "sklearn.ensemble.HistGradientBoostingRegressor(max_iter=5).fit([[1.0]] * 99, [1.0] * 99)"
+                        ".predict([[1.0]])[0] == 1",
+    "polars": "polars.DataFrame({'a': [1, 2, 3]}).lazy().sum().collect()['a'][0] == 6",
+    "pyarrow": "pyarrow.compute.sum(pyarrow.array([1, 2, 3])).as_py() == 6",
+    "duckdb": "duckdb.sql('select sum(range) from range(1000000)').fetchone()[0] == 499999500000",
+    "numba": "numba.njit(lambda a: a + 1)(1) == 2",
+    "xgboost": "xgboost.train({'nthread': 2}, xgboost.DMatrix([[1.0]] * 9, [1.0] * 9), 2).num_boosted_rounds() == 2",
+    "lightgbm": "lightgbm.LGBMRegressor(n_estimators=2, verbose=-1).fit([[1.0]] * 99, [1.0] * 99) is not None",
+    "tensorflow": "int(tensorflow.reduce_sum([1, 2, 3])) == 6",
+}
+TRY = """
+import json, re, time
+def own_kib():
+    with open("/proc/self/smaps_rollup") as file:
+        return int(re.search(r"^Anonymous:\\s+(\\d+)", file.read(), re.M)[1])
+before, began = own_kib(), time.perf_counter()
+import {module}
+took, grown = time.perf_counter() - began, own_kib() - before
+if "{module}" == "pyarrow":
+    import pyarrow.compute
+print(json.dumps([took, grown / 1024, bool({check})]))
+"""
+
+
+class Cost(NamedTuple):
+    """Of an import in a kernel: seconds, MiB that it wrote, and whether the computation was right; or an error."""
+
+    seconds: float
+    mib: float
+    right: bool
+    error: str = ""
+
+
+def costs(agent: Agent, image: str) -> dict[str, Cost]:
+    """Imports each module in a kernel of its own, in a slot of the image that was forked."""
+    notebook = agent.open(image=image, memory=MEMORY)
+    slot = agent.api.get(f"/slots/{notebook.slot}").json()
+    if slot["launch"] != "fork":
+        raise SystemExit(f"{image} is not forked: {slot['launch_reason']}")
+    found = {}
+    for module, check in MODULES.items():
+        result = notebook.run(TRY.format(module=module, check=check), 300)
+        line = result.stream.strip().splitlines()[-1:] or [""]
+        found[module] = Cost(*json.loads(line[0])) if result.status == "ok" else Cost(0, 0, False, result.error[:300])
+        say(f"{image}: {module}: {found[module]}")
+    agent.release(notebook.slot)
+    return found
+
+
+def ready(agent: Agent, image: str) -> None:
+    """Waits until the image's zygote forks or has failed for good."""
+    def forks() -> bool:
+        found = [one for one in agent.api.get("/images").json() if one["name"] == image]
+        return bool(found) and "is being started" not in found[0]["launch_reason"]
+
+    agent.wait(forks, f"the zygote of {image}", versions.ZYGOTE_WAIT_S)
+
+
+def table(without: Mapping[str, Cost], preloaded: Mapping[str, Cost], left_out: Sequence[str]) -> str:
+    lines = ["| module | preloaded | import without, s | MiB | import with, s | MiB |", "|---|---|---|---|---|---|"]
+    for module, cost in without.items():
+        other = preloaded[module]
+        why = next((line for line in left_out if f" {module}" in line), "")
+        lines.append(f"| {module} | {'no: ' + why if why else 'yes'} | {cost.seconds:.2f} | {cost.mib:.0f} |"
+                     f" {other.seconds:.4f} | {other.mib:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
+    options = parser.parse_args()
+    with versions.agent_for([IMAGE], options.keep) as agent, versions.imported(agent, IMAGE):
+        ready(agent, IMAGE.name)
+        without = costs(agent, IMAGE.name)
+        root = next(one["root"] for one in json.loads(agent.run("nbagent", "image", "list", "--json"))
+                    if one["name"] == IMAGE.name)
+        name = f"{IMAGE.name}-done"
+        try:
+            agent.run("sh", "-ec", f"sed 's/^python = /preload = {json.dumps(list(MODULES))}\\n&/'"
+                                   f" {root}/etc/nbagent-image.toml > /root/preload.toml")
+            began = agent.run("date", "+%s").strip()
+            agent.run("nbagent", "image", "use", "--manifest", "/root/preload.toml", name, IMAGE.name)
+            ready(agent, name)
+            left_out = agent.run("sh", "-c", f"journalctl -o cat --since=@{began} -t nbagent -g 'left out' || true")
+            sys.stdout.write(left_out)
+            preloaded = costs(agent, name)
+            status = agent.host.run(["nbagent", "image", "check", name], check=False, timeout=600).stdout
+        finally:
+            agent.run("nbagent", "image", "remove", name, check=False)
+        sys.stdout.write(f"{status}\n{table(without, preloaded, left_out.splitlines())}\n")
+    wrong = {module: cost for module, cost in preloaded.items() if not cost.right}
+    if wrong:
+        raise SystemExit("\n".join(f"{module}: {cost}" for module, cost in wrong.items()))
+    sys.stdout.write(f"{len(preloaded)} passed, 0 failed\n")
+
+
+if __name__ == "__main__":
+    main()
