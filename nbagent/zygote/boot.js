@@ -1,66 +1,68 @@
 // Runs in the page of JupyterLab, after its configuration and before its program. It ends two waits of JupyterLab 4
-// early, which are on the way of a link to its notebook. Where an object is not as expected, JupyterLab waits as usual.
+// early, which are on the way of a link to its notebook, and saves it some work (settings.js). Where an
+// object is not as expected, JupyterLab waits and works as usual.
 //
 // The configuration's exposeAppInBrowser makes the program assign its application to window.jupyterapp when all plugins
 // are registered and none is active. Scripts of others find the variable only if the image has set the option itself.
-(() => {
-  const data = document.getElementById("jupyter-config-data");
-  const config = JSON.parse(data.textContent);
+const data = document.getElementById("jupyter-config-data");
+const config = JSON.parse(data.textContent);
 
-  // A link's notebook is opened after the command that loads the workspace. That command ends when the workspace has
-  // been saved again, which takes place when it has not changed for half a second. The layout is restored long before.
-  // Not with one document (/doc), where JupyterLab adds the workspace's other documents if the link's is opened before.
-  function openWhenRestored(app) {
-    const { commands } = app;
-    const { execute } = commands;
-    commands.execute = function (id, ...rest) {
-      const saved = execute.call(this, id, ...rest);
-      if (id !== "apputils:load-statedb") return saved;
-      commands.execute = execute;
-      const clones = new URLSearchParams(location.search).has("clone");
-      return clones ? saved : Promise.race([saved, app.restored.then(() => undefined)]);
-    };
-  }
+// A link's notebook is opened after the command that loads the workspace. That command ends when the workspace has
+// been saved again, which takes place when it has not changed for half a second. The layout is restored long before.
+// Not with one document (/doc), where JupyterLab adds the workspace's other documents if the link's is opened before.
+function openWhenRestored(app) {
+  const { commands } = app;
+  const { execute } = commands;
+  commands.execute = function (id, ...rest) {
+    const saved = execute.call(this, id, ...rest);
+    if (id !== "apputils:load-statedb") return saved;
+    commands.execute = execute;
+    const clones = new URLSearchParams(location.search).has("clone");
+    return clones ? saved : Promise.race([saved, app.restored.then(() => undefined)]);
+  };
+}
 
-  // Two windows may not use the same workspace, so that JupyterLab waits 200 to 500 ms for the response of another
-  // window, and if there is one, loads its page again with another workspace. A lock is granted at once if no other
-  // window has this slot's workspace. The window of another slot at the same origin is not one of those; JupyterLab
-  // would take it for one, because its workspace has the same name.
-  function takeName(app) {
-    const plugin = (app.pluginRegistry ?? app)._plugins?.get?.("@jupyterlab/apputils-extension:resolver");
-    if (!plugin || !navigator.locks) return;
-    const name = config.workspace || "default";
-    // Whether it is granted; then it is held as long as the window has this page.
-    const take = options => new Promise(granted => {
-      navigator.locks.request(`nbagent ${config.baseUrl} ${name}`, options, lock => {
-        granted(lock !== null);
-        return lock && new Promise(() => {});
-      });
+// Two windows may not use the same workspace, so that JupyterLab waits 200 to 500 ms for the response of another
+// window, and if there is one, loads its page again with another workspace. A lock is granted at once if no other
+// window has this slot's workspace. The window of another slot at the same origin is not one of those; JupyterLab
+// would take it for one, because its workspace has the same name.
+function takeName(plugin) {
+  if (!navigator.locks) return;
+  const name = config.workspace || "default";
+  // Whether it is granted; then it is held as long as the window has this page.
+  const take = options => new Promise(granted => {
+    navigator.locks.request(`nbagent ${config.baseUrl} ${name}`, options, lock => {
+      granted(lock !== null);
+      return lock && new Promise(() => {});
     });
-    // A prerendered page gets a lock only when it is shown.
-    if (document.prerendering) return void take({});
-    const { activate } = plugin;
-    plugin.activate = async (...services) => {
-      const free = { ifAvailable: true };
-      if (await take(free)) return { name };
-      // When a page is loaded again, the page before may still have the lock.
-      await new Promise(resolve => setTimeout(resolve, 500));
-      if (await take(free)) return { name };
-      const newValue = `${name}-${Date.now()}`;
-      dispatchEvent(new StorageEvent("storage", { key: "@jupyterlab/statedb:StateDB:window", newValue }));
-      return activate(...services);
-    };
-  }
-
-  const exposed = String(config.exposeAppInBrowser).toLowerCase() === "true";
-  data.textContent = JSON.stringify({ ...config, exposeAppInBrowser: "true" });
-  Object.defineProperty(window, "jupyterapp", {
-    configurable: true,
-    set(app) {
-      delete window.jupyterapp;
-      if (exposed) window.jupyterapp = app;
-      if (config.mode !== "single-document") openWhenRestored(app);
-      takeName(app);
-    },
   });
-})();
+  // A prerendered page gets a lock only when it is shown.
+  if (document.prerendering) return void take({});
+  const { activate } = plugin;
+  plugin.activate = async (...services) => {
+    const free = { ifAvailable: true };
+    if (await take(free)) return { name };
+    // When a page is loaded again, the page before may still have the lock.
+    await new Promise(resolve => setTimeout(resolve, 500));
+    if (await take(free)) return { name };
+    const newValue = `${name}-${Date.now()}`;
+    dispatchEvent(new StorageEvent("storage", { key: "@jupyterlab/statedb:StateDB:window", newValue }));
+    return activate(...services);
+  };
+}
+
+const exposed = String(config.exposeAppInBrowser).toLowerCase() === "true";
+data.textContent = JSON.stringify({ ...config, exposeAppInBrowser: "true" });
+Object.defineProperty(window, "jupyterapp", {
+  configurable: true,
+  set(app) {
+    delete window.jupyterapp;
+    if (exposed) window.jupyterapp = app;
+    if (config.mode !== "single-document") openWhenRestored(app);
+    const plugins = (app.pluginRegistry ?? app)._plugins;
+    for (const [id, change] of [["resolver", takeName], ["settings", quickenSettings]]) {
+      const plugin = plugins?.get?.(`@jupyterlab/apputils-extension:${id}`);
+      if (plugin) change(plugin);
+    }
+  },
+});

@@ -43,14 +43,22 @@ _SIGN = (
     "body:has(>#main) #nbagent-sign,body:has(>#jupyterlab-splash) #nbagent-sign{display:none}</style>"
     '<div id="nbagent-sign" role="status">Your notebook is opening …<i></i></div>'
 )
-_BOOT_PATH = os.path.join(os.path.dirname(os.path.abspath(__file__)), "boot.js")
-with open(_BOOT_PATH, encoding="utf-8") as _file:
+
+
+def _script(*names: str) -> str:
+    """A script element with some files of this directory, in one scope."""
+    text = ""
+    for name in names:
+        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), encoding="utf-8") as file:
+            text += file.read()
     # Without the comments, which each page would contain. A regular expression finds only those of whole lines.
-    _BOOT = "<script>" + re.sub(r"(?m)^\s*(//.*)?\n", "", _file.read()) + "</script>"
+    return "<script>(() => {\n" + re.sub(r"(?m)^\s*(//.*)?\n", "", text) + "})();</script>"
+
+
 _ADDITIONS = (
     (re.compile(r"<head\b[^>]*>"), _OTHER_ADDRESS),
     (re.compile(r"<body\b[^>]*>"), _SIGN),
-    (re.compile(re.escape(_PAGE) + r".*?</script>", re.DOTALL), _BOOT),
+    (re.compile(re.escape(_PAGE) + r".*?</script>", re.DOTALL), _script("settings.js", "boot.js")),
 )
 
 Source = Tuple[str, Optional[str], Optional[Callable[[], bool]]]

@@ -188,7 +188,16 @@ class Client:
             text = await answer.text()
         if answer.status != 201:
             raise RuntimeError(f"{server.url}api/kernels: {answer.status} {text[:300]}")
-        url = f"{server.url}api/kernels/{json.loads(text)['id']}/channels?session_id={uuid.uuid4().hex}"
+        return await self._channels(server, json.loads(text)["id"])
+
+    async def attach(self, server: Server) -> Kernel:
+        """Opens the websocket of the only kernel, which a page has started."""
+        async with self.http.get(f"{server.url}api/kernels", headers=server.headers) as answer:
+            [kernel] = await answer.json()
+        return await self._channels(server, kernel["id"])
+
+    async def _channels(self, server: Server, kernel: str) -> Kernel:
+        url = f"{server.url}api/kernels/{kernel}/channels?session_id={uuid.uuid4().hex}"
         return Kernel(await self.http.ws_connect(url, headers=server.headers, timeout=TIMEOUT_S))
 
     async def first_cell(self, server: Server) -> Kernel:

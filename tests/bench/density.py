@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`make bench-density`: how many live users one host holds, and the cost of each.
 
-    tests/bench/density.py [--users N] [--image NAME] [--concurrency N] [--minutes N] [--out DIRECTORY]
+    tests/bench/density.py [--users N] [--pages] [--image NAME] [--concurrency N] [--minutes N] [--out DIRECTORY]
 
 On a host of its own: claims N slots through the API, starts a kernel in each through the router and runs a cell,
-keeps all their websockets open, and then runs a cell in every one again. Prints, and writes density.txt, density.json
-and, as a line of a table, density.md to DIRECTORY (default: $NBAGENT_CACHE/bench). Stops adding users when less than
-1 GiB of the machine's memory is available or --minutes are over, then reports the number, measures the present users
-and ends with status 1; it also ends with status 1 after a failed request or an OOM kill. The host is removed in every
-case.
+keeps all their websockets open, and then runs a cell in every one again. With --pages the first cell is that of the
+welcome notebook in Chromium, one user after another, which leaves the page for the next user's. Prints, and writes
+density.txt, density.json and, as a line of a table, density.md to DIRECTORY (default: $NBAGENT_CACHE/bench). Stops
+adding users when less than 1 GiB of the machine's memory is available or --minutes are over, then reports the number,
+measures the present users and ends with status 1; it also ends with status 1 after a failed request or an OOM kill. The
+host is removed in every case.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import resource
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -33,13 +35,15 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import figures
+import page
 import sides
 from client import Client, Kernel, Server
 from sides import NOTHING, Ours
 
+import browser
 import product
 from product import API_PORT, say
-from testhost_driver import Host
+from testhost_driver import Host, netns
 
 WAVE = 50
 FEW = 10
@@ -65,20 +69,23 @@ class Density:
         self.claim_ms: list[float] = []
         self.first_ms: list[float] = []
         self.claiming_s = 0.0
+        self.at_rest: dict[str, Any] | None = None
         self.failures: list[str] = []
         self.deadline_s = time.monotonic() + 60 * options.minutes
 
     def run(self) -> dict[str, Any]:
         """Runs all parts; returns the figures."""
         wanted = self.options.users
+        # All slots at once, so that their memory is measured before the first has a page.
+        self.most = wanted if self.options.pages else WAVE
         # The settings admit all users, so that only the machine bounds their number.
         self.side.open(wanted + PROBES)
         kills = oom_kills()
         stopped, at_few, before = "", None, self.memory()
         try:
             while len(self.kernels) < wanted:
-                few = at_few is None and wanted > FEW
-                self.wave(min(FEW if few else WAVE, wanted - len(self.kernels)))
+                few = at_few is None and wanted > FEW and not self.options.pages
+                self.wave(min(FEW if few else self.most, wanted - len(self.kernels)))
                 say(f"{len(self.kernels)} users, {available() >> 20} MiB available")
                 if few:
                     at_few = self.probe()
@@ -108,6 +115,7 @@ class Density:
             "claims_per_s": round(len(self.claim_ms) / self.claiming_s, 2),
             "claim_ms": figures.latency(self.claim_ms), "first_cell_ms": figures.latency(self.first_ms),
             "second_cell_ms": figures.latency(second_ms) if second_ms else None, "second_cells": len(second_ms),
+            "at_rest_mib_a_slot": self.at_rest and figures.per_user(self.at_rest, len(self.claimed)),
             "mib_a_user": figures.per_user(after, users), "available_mib_a_user": figures.taken(before, after, users),
             "grown_mib_a_user": {
                 name: (after["meminfo"][name] - before["meminfo"][name]) / users / 1024
@@ -130,7 +138,12 @@ class Density:
             self.side.took(server)
         self.claimed += servers
         # A claim without a kernel is not counted as a user.
-        self.kernels += self.client.run(self.at_a_time(len(servers), lambda number: self.first_cell(servers[number])))
+        if self.options.pages:
+            self.at_rest = self.memory()
+            self.pages(servers)
+        else:
+            started = self.at_a_time(len(servers), lambda number: self.first_cell(servers[number]))
+            self.kernels += self.client.run(started)
         if len(servers) < count or self.failures:
             raise TooSmall(self.failures[-1] if self.failures else self.shortage())
 
@@ -168,6 +181,25 @@ class Density:
         self.first_ms.append(1000 * (time.perf_counter() - began_s))
         self.live.append(server)
         return kernel
+
+    def pages(self, servers: list[Any]) -> None:
+        """Opens the page of each user, one after another in one browser, and runs its first cell."""
+        with tempfile.TemporaryDirectory() as directory, browser.chromium(Path(directory)) as window:
+            page.prepare(window)
+            for number, server in enumerate(servers):
+                if self.shortage():
+                    return
+                try:
+                    found = page.measure(window, f"{server.url}{page.NOTEBOOK}?token={server.token}", self.options.out)
+                    self.kernels.append(self.client.run(self.client.attach(server)))
+                except Exception as error:
+                    self.failures.append(f"page: {type(error).__name__}: {error}"[:400])
+                    return
+                self.first_ms.append(found["result"])
+                self.live.append(server)
+                window.driver.get("about:blank")
+                if number % FEW == 0:
+                    say(f"page {number + 1} of {len(servers)}")
 
     async def cells(self) -> list[float]:
         """Runs a cell in every kernel, some at a time; returns the times."""
@@ -282,6 +314,8 @@ def report(found: dict[str, Any]) -> str:
     parts += [[f"PSS, {name}", f"{value:.2f}"] for name, value in shown.items()]
     parts += [[f"  {unit}", f"{value:.2f}"] for unit, value in found["services_mib_a_user"].items()]
     parts += [["PSS of everything", f"{memory['all']:.2f}"]]
+    if rest := found["at_rest_mib_a_slot"]:
+        parts += [[f"  before the page, {name}", f"{value:.2f}"] for name, value in rest.items() if value]
     parts += [["kernel memory in the slots' cgroups", f"{memory[figures.KERNEL]:.2f}"]]
     parts += [[f"  /proc/meminfo, {name}", f"{value:.2f}"] for name, value in found["grown_mib_a_user"].items()]
     parts += [["MemAvailable lost", f"{found['available_mib_a_user']:.2f}"]]
@@ -320,6 +354,7 @@ def line(found: dict[str, Any]) -> str:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--users", type=int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument("--pages", action="store_true", help="a page of JupyterLab in Chromium for each user")
     parser.add_argument("--image", default="minimal", choices=("minimal", "exec"), help="exec: minimal, by exec")
     parser.add_argument("--concurrency", type=int, default=8, metavar="N", help="users who act at a time; default: 8")
     parser.add_argument("--minutes", type=float, default=20, metavar="N", help="no more users after it; default: 20")
@@ -339,6 +374,8 @@ def main() -> None:
         if options.image == "exec":
             sides.add_exec_image(host, sides.image(host, "minimal")["root"])
         with Client(host) as client:
+            # The browser is a child of this thread.
+            netns.enter(netns.path_of(host.name))
             found = Density(host, client, options).run()
     found["about"] = (
         f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} processors, "

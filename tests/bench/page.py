@@ -85,16 +85,12 @@ class PageBench:
     def turn(self, side: str, visits: tuple[str, ...], into: dict[str, dict[str, list[float]]] | None) -> None:
         """A fresh profile with some visits."""
         with tempfile.TemporaryDirectory() as directory, browser.chromium(Path(directory)) as page:
-            page.driver.execute_cdp_cmd("Page.enable", {})
-            # A cell gets the focus only in a window that has it.
-            page.driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
-            page.driver.execute_cdp_cmd(
-                "Page.addScriptToEvaluateOnNewDocument", {"source": SCRIPT})
+            prepare(page)
             if self.options.throttle:
                 page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", THROTTLED)
             for visit in visits:
                 with self.clicked(page) if visit == CLICK else self.server(side) as url:
-                    found = self.visit(page, url)
+                    found = measure(page, url, self.options.out)
                     self.traces[f"{side}, {visit}"] = found.pop("trace")
                 if into is not None:
                     for name, value in found.items():
@@ -133,25 +129,34 @@ class PageBench:
             async with self.client.http.delete(server.url + path, headers=server.headers) as answer:
                 await answer.read()
 
-    def visit(self, page: browser.Page, url: str | None) -> dict[str, Any]:
-        """Opens a url, or presses the button; the times in milliseconds, and what was transferred until the result."""
-        page.driver.get_log("performance")
-        if url is None:
-            page.see("button")[0].click()
-        else:
-            page.open(url)
-        deadline_s = time.monotonic() + DEADLINE_S
-        while "result" not in (marks := marks_of(page)):
-            if time.monotonic() > deadline_s:
-                page.driver.save_screenshot(str(self.options.out / "page-in-vain.png"))
-                raise TimeoutError(f"no result of a cell within {DEADLINE_S} s; the page has {marks}")
-            time.sleep(0.05)
-        trace = transfers(page.driver.get_log("performance"))
-        return {
-            **{event: marks[event] for event in EVENTS},
-            "requests": len(trace), "cached": sum(entry["cached"] for entry in trace), "trace": trace,
-            "kbytes": sum(entry["bytes"] for entry in trace) / 1000,
-        }
+
+def prepare(page: browser.Page) -> None:
+    """Lets a window note the times of its pages."""
+    page.driver.execute_cdp_cmd("Page.enable", {})
+    # A cell gets the focus only in a window that has it.
+    page.driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
+    page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": SCRIPT})
+
+
+def measure(page: browser.Page, url: str | None, out: Path) -> dict[str, Any]:
+    """Opens a url, or presses the button; the times in milliseconds, and what was transferred until the result."""
+    page.driver.get_log("performance")
+    if url is None:
+        page.see("button")[0].click()
+    else:
+        page.open(url)
+    deadline_s = time.monotonic() + DEADLINE_S
+    while "result" not in (marks := marks_of(page)):
+        if time.monotonic() > deadline_s:
+            page.driver.save_screenshot(str(out / "page-in-vain.png"))
+            raise TimeoutError(f"no result of a cell within {DEADLINE_S} s; the page has {marks}")
+        time.sleep(0.05)
+    trace = transfers(page.driver.get_log("performance"))
+    return {
+        **{event: marks[event] for event in EVENTS},
+        "requests": len(trace), "cached": sum(entry["cached"] for entry in trace), "trace": trace,
+        "kbytes": sum(entry["bytes"] for entry in trace) / 1000,
+    }
 
 
 def marks_of(page: browser.Page) -> dict[str, float]:

@@ -22,6 +22,7 @@ from testhost_driver import Host, state
 from testhost_driver.errors import NoSuchHost
 
 NAME = "up"
+CHECK_SETTINGS = (product.TOP / "tests/settings.js").read_text()
 
 
 def make(target):
@@ -139,6 +140,35 @@ def test_only_windows_of_one_slot_have_different_workspaces(page, claim):
     # The page's way into JupyterLab is closed again.
     assert page.driver.execute_script("return 'jupyterapp' in window") is False
     assert page.complaints() == []
+
+
+# Changes a setting to another and to an invalid value; returns what the registry has after each, and before and after
+# both the schemas that its validator has compiled.
+CHANGE = """
+const [id, registry, done] = ["@jupyterlab/apputils-extension:themes", window.registry, arguments[0]];
+const { schemas } = registry.validator._composer;
+const compiled = () => Object.keys(schemas).filter(name => schemas[name]?.validate).map(decodeURIComponent).join();
+const value = async () => String((await registry.get(id, "overrides")).composite["code-font-size"]);
+(async () => {
+  const found = [compiled()];
+  await registry.set(id, "overrides", {"code-font-size": "21px"});
+  found.push(await value());
+  await registry.set(id, "overrides", {"code-font-size": 21}).catch(error => found.push(error.message));
+  done([...found, await value(), compiled()]);
+})().catch(error => done([String(error)]));
+"""
+
+
+def test_settings_are_those_of_jupyterlabs_own_validator_without_its_compilation(page, claim):
+    page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": CHECK_SETTINGS})
+    page.open(claim("?path=lab/tree/Welcome.ipynb")["url"])
+    page.wait_for_kernel()
+    plugins = page.driver.execute_script("return window.compared")
+    assert len(set(plugins)) > 50, plugins
+    before, changed, error, kept, after = page.driver.execute_async_script(CHANGE)
+    assert (changed, kept) == ("21px", "21px") and "failed to validate" in error
+    assert "@jupyterlab/" not in before and "@jupyterlab/apputils-extension:themes" in after
+    assert page.driver.execute_script("return window.different") == []
 
 
 def test_an_ended_notebook_is_explained_on_a_page(page, claim):
