@@ -197,3 +197,39 @@ def test_the_user_data_is_valid(tmp_path):
             env={**os.environ, "PYTHONPATH": str(modules)}, capture_output=True, text=True, check=False,
         )
         assert done.returncode == status, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def shells():
+    missing = [shell for shell in ("fish", "zsh") if not shutil.which(shell)]
+    if missing:
+        subprocess.run(["apt-get", "-q", "-y", "--no-install-recommends", "install", *missing], check=True,
+                       capture_output=True)
+
+
+# A zsh with a terminal of its own, which completes two lines one after the other.
+ZSH = r"""
+zmodload zsh/zpty
+zpty shell zsh -f -i
+zpty -w shell "fpath=($1 \$fpath); autoload -U compinit; compinit -u -D; PS1='> '; echo rea''dy"
+zpty -r shell output '*ready*'
+zpty -w -n shell $'nbagent gateway drain-\t'
+zpty -r shell output '*drain-host*'
+zpty -w -n shell $'\C-u'
+zpty -w -n shell $'nbagent rel\t'
+zpty -r shell output '*release*'
+"""
+
+
+def test_fish_and_zsh_complete_commands_at_each_tab(shells, packages, tmp_path):
+    subprocess.run(["dpkg-deb", "-x", packages["python3-nbagent"], tmp_path], check=True)
+    share = tmp_path / "usr/share"
+    environment = os.environ | {
+        "PATH": f"{tmp_path}/usr/bin:{os.environ['PATH']}", "PYTHONPATH": f"{tmp_path}/usr/lib/python3/dist-packages",
+        "HOME": str(tmp_path), "TERM": "xterm",
+    }
+    command = f"source {share}/fish/vendor_completions.d/nbagent.fish; complete -C 'nbagent gateway drain-'"
+    offered = subprocess.run(["fish", "-c", command], env=environment, capture_output=True, text=True, check=True)
+    assert offered.stdout.startswith("drain-host\t")
+    subprocess.run(["zsh", "-f", "-c", ZSH, "zsh", share / "zsh/vendor-completions"], env=environment, check=True,
+                   timeout=300)

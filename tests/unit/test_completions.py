@@ -71,7 +71,8 @@ def test_zsh_and_fish_get_the_commands_with_their_help(
 
 
 def test_the_package_has_each_completion_where_its_shell_looks() -> None:
-    assert generated("zsh").startswith("#compdef nbagent\n")  # the first line by which zsh finds it
+    # The first line by which zsh finds it, and the last, because zsh executes the file at each completion.
+    assert generated("zsh").startswith("#compdef nbagent\n") and generated("zsh").endswith('_completion "$@"\n')
     for file in ("bash-completion/completions/nbagent", "zsh/vendor-completions/_nbagent",
                  "fish/vendor_completions.d/nbagent.fish"):
         assert file in RULES
