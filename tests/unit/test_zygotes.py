@@ -120,8 +120,9 @@ def adopt(image, services, wanted=None):
         begun = {name: service.fd for name, service in services.items() if isinstance(service, Starting)}
         await supervisor.open(kept, begun, image.root / "zygote.sock")
         supervisor.want({"minimal": wanted or image})
+        responds = all(service.responds for service in services.values())
         async with asyncio.timeout(30):
-            while supervisor.launch("minimal") == "exec" and not (units.started and all(task.done() for task in running)):
+            while responds and supervisor.launch("minimal") == "exec" and not units.started:
                 await asyncio.sleep(0.01)
         await asyncio.sleep(0.1)
         launch = supervisor.launch("minimal")
