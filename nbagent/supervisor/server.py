@@ -37,6 +37,9 @@ REFUSED_MAX = 16
 # The operations that hand out a slot.
 HANDS_OUT = (operations.CLAIM.name, operations.LEND.name)
 
+# Between two connections to the port of HAProxy's agent-check, at which a gateway connects every few seconds.
+CHECK_PAUSE_S = 0.002
+
 A = TypeVar("A", bound=Arguments)
 R = TypeVar("R")
 # Reads an operation's arguments from a request, and calls the supervisor with them.
@@ -177,7 +180,8 @@ class ControlServer:
 async def serve_check(calls: Calls, listener: socket.socket) -> None:
     """Responds to HAProxy's agent-check until cancelled: one line, then the connection is closed.
 
-    `ready` ends the drain that `drain` began. Nothing is read from the connection.
+    `ready` ends the drain that `drain` began. Nothing is read from the connection. The pause bounds what a flood of
+    connections costs the loop, which does not run other tasks while accept(2) finds a connection.
     """
     listener.setblocking(False)
     while True:
@@ -185,6 +189,7 @@ async def serve_check(calls: Calls, listener: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             line = "drain" if calls.draining else f"ready {calls.free_percent()}%"
             connection.send(f"{line}\n".encode())
+        await asyncio.sleep(CHECK_PAUSE_S)
 
 
 def _has_own_key(request: Message) -> bool:

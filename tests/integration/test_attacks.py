@@ -367,6 +367,52 @@ def test_slow_peers_do_not_delay_trusted_callers(agent, source, kind, count):
         assert api.post("/claim", {}).status == 200
 
 
+# Keeps 800 connections begun until its input ends, and prints a line when each of these was served once.
+FLOOD = """
+import select, socket, sys
+live, served = {}, 0
+with select.epoll() as events:
+    events.register(sys.stdin.fileno(), select.EPOLLIN)
+    while True:
+        while len(live) < 800:
+            connection = socket.socket()
+            connection.setblocking(False)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\\1" + bytes(7))
+            connection.connect_ex(("127.0.0.1", int(sys.argv[1])))
+            events.register(connection.fileno(), select.EPOLLIN)
+            live[connection.fileno()] = connection
+        for fd, _ in events.poll():
+            if fd == sys.stdin.fileno():
+                sys.exit()
+            events.unregister(fd)
+            live.pop(fd).close()
+            served += 1
+            if served == 800:
+                print(served, flush=True)
+"""
+
+
+def test_a_flood_of_connections_to_the_agent_check_delays_no_caller(agent):
+    """Before, the supervisor served nothing else as long as there was another such connection."""
+    api = Api(agent.host, product.API_PORT, timeout=30)
+    agent.wait_warm()
+    floods = [
+        agent.host.popen(["python3", "-Ic", FLOOD, str(product.CHECK_PORT)],
+                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        for flood in floods:
+            assert flood.stdout.readline() == "800\n"
+        for _ in range(3):
+            assert api.get("/slots").status == 200
+        assert api.post("/claim", {}).status == 200
+        assert [flood.poll() for flood in floods] == [None, None]
+    finally:
+        for flood in floods:
+            flood.communicate()
+
+
 @pytest.mark.parametrize("mode", ["-H", "-B -s 60000", "-X -n 1 -y 32 -w 16 -z 8"])
 @pytest.mark.parametrize("target", [f"{product.API_PORT}/healthz", f"{product.ROUTER_PORT}/api/stats"])
 def test_slowhttptest_finds_the_service_available(agent, target, mode):
