@@ -48,7 +48,9 @@ def plan(image: str, store: Path, as_json: bool) -> None:
         addresses=numbered(settings.network, FIRST, forwards_ipv6()) if INTERNET in settings.network.allow else (),
     )
     uplinked = uplink(settings.network, sample)
-    spec = sandbox_spec(sample, found, settings.slots.storage_bytes, settings.slots.start_timeout, uplinked)
+    spec = sandbox_spec(sample, found, settings.slots.storage_bytes, settings.slots.start_timeout, uplinked)._replace(
+        limit_files=str(paths.SLOTS / sample.id)
+    )
     lines = []
     if found.launch == "fork":
         spec = spec._replace(forked=True)

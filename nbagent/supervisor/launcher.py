@@ -238,7 +238,7 @@ def host_steps(slot: Slot, directory: Path, forked: bool) -> list[Line]:
     )
     return [
         Line(
-            "host", f"directory {directory} with the slot's file, its socket and its static files",
+            "host", f"directory {directory} with the slot's file, its socket, its limits and its static files",
             "The router finds the socket by this path, and a restarted supervisor finds the slot.",
             "removed first, because from then on the router responds that there is no such slot",
         ),

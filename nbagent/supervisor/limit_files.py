@@ -29,31 +29,39 @@ _FIELDS = (
 )
 
 
+_USED, _FREE = ("Active", "Active(anon)", "AnonPages"), ("MemFree", "MemAvailable")
+_FORMS = {"MemTotal": "%(total)8d", **dict.fromkeys(_USED, "%(used)8d"), **dict.fromkeys(_FREE, "%(free)8d")}
+_MEMINFO = "".join(f"{field + ':':16}{_FORMS.get(field, f'{0:8d}')} kB\n" for field in _FIELDS)
+
+
 class LimitFiles:
     """The files of one slot, in `directory`. A slot of an older version has none, and gets none."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = str(directory)
+    def __init__(self, directory: Path, online: Path = ONLINE) -> None:
+        self._directory, self._online = str(directory), online
         self._written: dict[str, bytes] = {}
+        self._quota: float | None = None
 
-    def create(self, limits: SlotLimits, online: Path = ONLINE) -> None:
+    def create(self, limits: SlotLimits) -> None:
         """Makes the files. Raises OSError."""
-        for name, content in self._contents(limits, 0, online).items():
-            self._write(name, content, os.O_CREAT | os.O_EXCL)
+        self._write(MEMORY, meminfo(limits.memory_bytes, 0), os.O_CREAT | os.O_EXCL)
+        self._write(PROCESSORS, self._processors(limits), os.O_CREAT | os.O_EXCL)
 
-    def update(self, limits: SlotLimits, used_bytes: int, online: Path = ONLINE) -> None:
+    def update(self, limits: SlotLimits, used_bytes: int) -> None:
         """Writes what has changed. An error is ignored, because the slot goes on with the former content."""
-        for name, content in self._contents(limits, used_bytes, online).items():
+        contents = {MEMORY: meminfo(limits.memory_bytes, used_bytes)}
+        if PROCESSORS not in self._written or limits.cpu_quota != self._quota:
+            contents[PROCESSORS] = self._processors(limits)
+        for name, content in contents.items():
             if self._written.get(name) != content:
                 with contextlib.suppress(OSError):
                     self._write(name, content, 0)
 
-    def _contents(self, limits: SlotLimits, used_bytes: int, online: Path) -> dict[str, bytes]:
-        present = "0"
+    def _processors(self, limits: SlotLimits) -> bytes:
+        present, self._quota = "0", limits.cpu_quota
         with contextlib.suppress(OSError):
-            present = online.read_text().strip()
-        return {MEMORY: meminfo(limits.memory_bytes, used_bytes),
-                PROCESSORS: shown_processors(present, limits.cpu_quota)}
+            present = self._online.read_text().strip()
+        return shown_processors(present, limits.cpu_quota)
 
     def _write(self, name: str, content: bytes, flags: int) -> None:
         # In place, because the slot has this inode mounted.
@@ -70,9 +78,7 @@ def meminfo(memory_bytes: int, used_bytes: int) -> bytes:
     """The content of /proc/meminfo for a slot: always of the same length, so that one write replaces it whole."""
     free_bytes = max(0, memory_bytes - used_bytes)
     used_bytes = memory_bytes - free_bytes
-    figures = {"MemTotal": memory_bytes, "MemFree": free_bytes, "MemAvailable": free_bytes,
-               "Active": used_bytes, "Active(anon)": used_bytes, "AnonPages": used_bytes}
-    return "".join(f"{field + ':':16}{figures.get(field, 0) >> 10:8d} kB\n" for field in _FIELDS).encode()
+    return (_MEMINFO % {"total": memory_bytes >> 10, "used": used_bytes >> 10, "free": free_bytes >> 10}).encode()
 
 
 def shown_processors(online: str, cpu_quota: float | None) -> bytes:

@@ -37,12 +37,12 @@ def test_a_slot_above_its_limit_has_no_free_memory_and_the_length_stays():
 
 def test_files_keep_their_inode_at_a_change_and_only_root_writes_them(tmp_path):
     (tmp_path / "cpus").write_text("0-15\n")
-    files = LimitFiles(tmp_path)
-    files.create(SlotLimits(GIB, None), tmp_path / "cpus")
+    files = LimitFiles(tmp_path, tmp_path / "cpus")
+    files.create(SlotLimits(GIB, None))
     before = {name: (tmp_path / name).stat() for name in NAMES}
     assert all(stat.S_IMODE(status.st_mode) == 0o644 for status in before.values())
     assert (tmp_path / "online").read_text() == "0-15\n"
-    files.update(SlotLimits(2 * GIB, 2.0), 0, tmp_path / "cpus")
+    files.update(SlotLimits(2 * GIB, 2.0), 0)
     assert (tmp_path / "online").read_text() == "0-1\n"
     assert f"MemTotal:       {2 * GIB >> 10:8d} kB" in (tmp_path / "meminfo").read_text()
     assert {name: (tmp_path / name).stat().st_ino for name in NAMES} == {n: s.st_ino for n, s in before.items()}
