@@ -296,7 +296,9 @@ class Zygotes:
         """Why slots of an image start by exec now, or by a quick zygote; "" when a complete one forks them."""
         if (pool := self._pools.get(image)) is None:
             return self._by_exec.get(image, "")
-        return pool.zygote.reason if pool.zygote else pool.failure or "its zygote is being started"
+        if pool.zygote is not None:
+            return pool.zygote.reason
+        return f"its zygote failed: {pool.failure}" if pool.failure else "its zygote is being started"
 
     def is_warming(self, image: str) -> bool:
         """Whether slots of the image are soon forked: a zygote is being started, the first or after an end."""

@@ -298,6 +298,7 @@ def test_a_zygote_that_has_paid_for_its_start_ends_the_series_of_failures(
         pool = supervisor._pools["minimal"] = zygotes.ZygotePool(image, failures=5)
         pool.zygote = zygotes.Zygote(INSTANCE, image, ends[0], now() + born_s, forks)
         supervisor.give_up(pool.zygote, "it ended")
+        assert supervisor.reason("minimal") == "its zygote failed: it ended"
         found = pool.failures, supervisor.is_warming("minimal")
         await supervisor.close()
         for end in ends:
