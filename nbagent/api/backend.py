@@ -72,3 +72,12 @@ class HostBackend:
     def has_origins(self) -> bool:
         """Whether url_mode is "subdomain"."""
         return self.config.router.domain is not None
+
+    def can_prerender(self, host: str, scheme: str) -> bool:
+        """Whether the page has the origin of slots, or their parent domain by the same scheme.
+
+        A browser prerenders a page of another origin only within one site, which is a scheme and a registrable domain;
+        which suffix of a host name is registrable is not known here, but two subdomains of one parent share it.
+        """
+        domain = self.config.router.domain
+        return domain is None or (host_of(host) == domain and self.origin("x", host, scheme).startswith(f"{scheme}://"))

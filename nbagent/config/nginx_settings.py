@@ -69,9 +69,12 @@ def _slot_hosts(domain: str | None) -> Iterator[str]:
     if domain is None:
         yield "map $host $host_matches { default 1; }\n"
         yield "map $slot $cookie_path { default /user/$slot/; }\n"
+        yield 'map $host $loading_mode { default ""; }\n'
     else:
         yield f'map "$requested_slot $host" $host_matches {{ default 0; "~^(\\S+) \\1\\.{re.escape(domain)}$" 1; }}\n'
         yield "map $slot $cookie_path { default /; }\n"
+        # The landing page at the parent domain has the browser prerender a page of a slot that is lent.
+        yield 'map $http_sec_purpose $loading_mode { default ""; ~prerender credentialed-prerender; }\n'
 
 
 def _slot_cookies(names: tuple[str, ...]) -> Iterator[str]:

@@ -90,6 +90,10 @@ class FleetBackend:
         """Part of SlotBackend; not used, because no slot is handed out."""
         return False
 
+    def can_prerender(self, host: str, scheme: str) -> bool:
+        """True, because the host that lends a slot decides."""
+        return True
+
     def knows(self, label: str) -> bool:
         """Whether the fleet has a host with this label."""
         try:

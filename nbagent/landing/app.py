@@ -193,8 +193,11 @@ class _Views:
     # Lent slots
 
     def _lends(self) -> bool:
-        # A browser prerenders a page of another origin only within one registrable domain, which is unknown here.
-        return self.settings.prerender and self.settings.access == "public" and not self.backend.has_origins()
+        scheme = request.headers.get("X-Forwarded-Proto", "http")
+        return (
+            self.settings.prerender and self.settings.access == "public"
+            and self.backend.can_prerender(request.headers.get("Host", ""), scheme)
+        )
 
     def lend(self) -> AnyResponse:
         """Lends a slot to a visitor's browser; 204 if none is lent now, and to a browser that saves data."""
@@ -205,7 +208,8 @@ class _Views:
             claim = self.backend.lend({"path": path} if path else {}, _client_address(request))
         if claim is None:
             return Response(status=204)
-        return json_response({"url": claim_link(claim), "slot": claim["slot"], "token": claim["token"]})
+        url = self._slot_url(claim, claim_link(claim))
+        return json_response({"url": url, "slot": claim["slot"], "token": claim["token"]})
 
     def keep(self, slot: str) -> AnyResponse:
         """Claims a lent slot for the visitor who has pressed the button; 404 if it has ended."""

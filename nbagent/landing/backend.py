@@ -40,6 +40,9 @@ class SlotBackend(Protocol):
     def has_origins(self) -> bool:
         """Whether each slot has an origin of its own, so that links to it cannot be relative."""
 
+    def can_prerender(self, host: str, scheme: str) -> bool:
+        """Whether a browser prerenders pages of slots for a page that it has from `host` by `scheme`."""
+
 
 def public_figures(stats: Stats) -> PublicFigures:
     """The part of the supervisor's stats that is not confidential."""

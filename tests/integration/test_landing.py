@@ -374,6 +374,27 @@ def test_the_click_shows_a_notebook_that_has_booted(agent, configure, page):
     agent.release(slot)
 
 
+def test_the_click_shows_a_notebook_that_has_booted_at_an_origin_of_its_own(agent, configure, page):
+    port = page.origin.rpartition(":")[2]
+    settings = f'url_mode = "subdomain"\ndomain = "nb.localhost"\npublic_url = "http://nb.localhost:{port}"\n'
+    configure(f"[pool]\nwarm = 4\n[router]\n{settings}")
+    agent.wait(lambda: len(agent.slots("warm")) == 4, "four warm slots")
+    # A browser prerenders no page of another site, which another scheme is too.
+    for headers in ({"Host": "127.0.0.1"}, {"Host": "nb.localhost", "X-Forwarded-Proto": "https"}):
+        assert agent.router.post("/api/lend", b"", **headers).status == 204
+    page.open(f"http://nb.localhost:{port}/lab/tree/Welcome.ipynb")
+    page.see("button")
+    slot, = agent.wait(lambda: claimed_slots(agent), "a lent slot")
+    agent.wait(lambda: len(agent.processes(slot)) > SERVER_PROCESSES, "the kernel of the prerendered page")
+    page.see("button")[0].click()
+    page.see(".jp-Notebook .jp-CodeCell .cm-content")
+    began_ms = page.driver.execute_script("return performance.getEntriesByType('navigation')[0].activationStart")
+    assert began_ms > 0, "the page was not prerendered"
+    assert page.driver.current_url.startswith(f"http://{slot}.nb.localhost:{port}/")
+    assert any("claimed by" in entry["MESSAGE"] for entry in agent.journal(f"NBAGENT_SLOT={slot}"))
+    agent.release(slot)
+
+
 def test_button_of_an_ended_notebook_starts_a_new_one_at_the_same_path(agent, landing):
     claim = agent.claim()
     path = f"/user/{claim['slot']}/lab/tree/a%20b.ipynb"

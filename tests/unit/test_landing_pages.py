@@ -460,12 +460,19 @@ def test_robots_and_browsers_that_save_data_get_no_slot(roomy: FakeSupervisor, h
 
 @pytest.mark.parametrize("tables", [
     {"landing": {"prerender": False}}, {"landing": {"access": "token"}},
-    {"router": {"url_mode": "subdomain", "domain": "nb.example.org"}},
+    {"router": {"url_mode": "subdomain", "domain": "slots.nb.example.org"}},
+    {"router": {"url_mode": "subdomain", "domain": "nb.example.org", "public_url": "https://nb.example.org"}},
 ])
 def test_a_host_that_does_not_lend_says_so_to_its_page(roomy: FakeSupervisor, tables: dict[str, Any]) -> None:
     landing = client_of(roomy, **tables)
     assert send(landing, "POST", "/api/lend", SCRIPT).status_code == 204
     assert not roomy.slots and "speculationrules" not in send(landing, "GET", "/").text
+
+
+def test_the_page_at_the_parent_domain_of_the_slots_is_lent_one_at_its_own_origin(roomy: FakeSupervisor) -> None:
+    landing = client_of(roomy, router={"url_mode": "subdomain", "domain": "nb.example.org"})
+    lent = send(landing, "POST", "/api/lend", SCRIPT)
+    assert lent.json["url"].startswith(f"http://{lent.json['slot']}.nb.example.org:8000/user/{lent.json['slot']}/")
 
 
 def test_a_page_of_another_site_gets_no_lent_slot(roomy: FakeSupervisor) -> None:
