@@ -95,6 +95,9 @@ def test_the_oom_killer_kills_the_jupyter_kernel_and_not_the_server(any_agent):
     )
     assert entries[0]["PRIORITY"] == "4" and entries[0]["NBAGENT_SLOT"] == notebook.slot
     assert "killed at MemoryMax=268435456" in entries[0]["MESSAGE"]
+    if agent.host.driver == "vm":  # a container has no kernel's log of its own
+        assert "Killed process" in (log := agent.run("journalctl", "-k", "-o", "cat"))
+        assert "total_vm" not in log, "the kernel listed the processes of the slot"
     # The server still runs, and starts a new kernel.
     assert "Welcome.ipynb" in [file["name"] for file in notebook.get("api/contents")["content"]]
     assert notebook.run("6 * 7", timeout=180).text == "42"
