@@ -45,6 +45,11 @@ WAIT_TIMEOUT_S = 180.0
 # `make test-vms`; `make test` tries on its one emulated machine what depends on the kernel only.
 ALL_MACHINES = "NBAGENT_ALL_MACHINES" in os.environ
 MACHINES = ("vm-bookworm", "vm-trixie") if ALL_MACHINES else ("vm-trixie",)
+# For a test with `any_agent` that `make test` runs on the nspawn host only, and `make test-vms` on the machines too.
+machines_when_all = pytest.mark.parametrize(
+    "any_shared", ["nspawn-bookworm", *(MACHINES if "NBAGENT_ALL_MACHINES" in os.environ else ())],
+    indirect=True, scope="session",
+)
 # Warnings that tests provoke, or that this kind of host logs without nbagent.
 EXPECTED = re.compile(
     r"Failed to migrate controller cgroups"  # systemd 252 where cgroup v1 is mounted from outside
