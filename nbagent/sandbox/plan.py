@@ -53,7 +53,7 @@ OPEN_FILES = 65536
 RUNTIME_PATH, RUNTIME_BYTES = "/run/jupyter", 1 << 20
 NETWORK_SETTINGS = (
     ("net.core.tstamp_allow_data", "0"), ("net.ipv4.igmp_max_memberships", "4"),
-    ("net.ipv4.tcp_max_tw_buckets", "4096"),
+    ("net.ipv4.tcp_max_tw_buckets", "4096"), ("net.ipv4.tcp_no_metrics_save", "1"),
 )
 # The name of the slot's end of its interface.
 INTERFACE = "net0"

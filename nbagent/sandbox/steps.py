@@ -308,7 +308,8 @@ class NetworkSettings(NamedTuple):
     """Settings of the slot's own network namespace. With net.core.tstamp_allow_data the kernel would queue a copy of
     each datagram that is sent with a request for time stamps, charged to no cgroup. Nor are connections in TIME_WAIT,
     whose number net.ipv4.tcp_max_tw_buckets limits, and groups of IPv4, of which net.ipv4.igmp_max_memberships limits
-    those of a socket. A kernel on which a setting is one for the whole host does not have
+    those of a socket. With net.ipv4.tcp_no_metrics_save, connections are not recorded in a table that all network
+    namespaces share. A kernel on which a setting is one for the whole host does not have
     it here; the package sets those (packaging/nbagent.sysctl)."""
 
     settings: Tuple[Tuple[str, str], ...]

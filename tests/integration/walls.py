@@ -224,6 +224,12 @@ def to_keep_many_connections_in_time_wait(decoys):
 
 
 @attempt
+def to_fill_the_hosts_table_of_connections_past(decoys):
+    if text("/proc/sys/net/ipv4/tcp_no_metrics_save").strip() != "1":
+        yield "10,000 closed connections between addresses of loopback made 10,000 entries"
+
+
+@attempt
 def to_have_the_kernel_load_a_module(decoys):
     # TIOCSETD to the line discipline that a terminal has; SIOCGIFBR and SIOCSIFVLAN of sockets, by an invalid pointer.
     with contextlib.ExitStack() as opened, contextlib.suppress(OSError):  # without a terminal
