@@ -44,7 +44,9 @@ from nbagent.wire.operations import STATS, TRY_START
 Status = Literal["ok", "warn", "fail"]
 
 SYSTEMD_MIN = 252
-UNITS = ("nbagent.service", "nbagent-api.socket", "nbagent-router.service")
+ROUTER = "nbagent-router.service"
+# A start by fork needs no launch service, but a claim with content does.
+UNITS = ("nbagent.service", "nbagent-api.socket", ROUTER, "nbagent-units.socket", "nbagent-launch.socket")
 NETWORK_UNITS = ("nbagent-network.service", "nbagent-dns.service")
 # The units that create user namespaces, and the settings that refuse these to processes without CAP_SYS_ADMIN: that of
 # Debian's kernels, and that of AppArmor, whose effect depends on the profiles of the distribution.
@@ -115,7 +117,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         functools.partial(check_control, control.SOCKET_PATH),
         functools.partial(check_zygotes, control.SOCKET_PATH),
         functools.partial(check_http, "API", url + "/healthz", "nbagent-api.socket"),
-        functools.partial(check_http, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
+        functools.partial(check_http, "router", f"http://127.0.0.1:{settings.router.port}/", ROUTER),
         functools.partial(check_router_files, settings, nginx_check.check),
         *([functools.partial(check_wildcard, domain, addresses_of)] if (domain := settings.router.domain) else []),
         *([functools.partial(check_dns, settings, paths.DNS_KEY)] if settings.dns.server else []),
