@@ -22,7 +22,9 @@ from nbagent.doctor import capacity, kernel, network, services, system
 from nbagent.doctor.finding import Finding
 from nbagent.wire import control
 
-UNITS = ("nbagent.service", "nbagent-api.socket", "nbagent-router.service")
+ROUTER = "nbagent-router.service"
+# A start by fork needs no launch service, but a claim with content does.
+UNITS = ("nbagent.service", "nbagent-api.socket", ROUTER, "nbagent-units.socket", "nbagent-launch.socket")
 NETWORK_UNITS = ("nbagent-network.service", "nbagent-dns.service")
 
 
@@ -48,7 +50,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         partial(services.check_control, control.SOCKET_PATH),
         partial(services.check_zygotes, control.SOCKET_PATH),
         partial(services.check_http, "API", url + "/healthz", "nbagent-api.socket"),
-        partial(services.check_http, "router", f"http://127.0.0.1:{settings.router.port}/", UNITS[2]),
+        partial(services.check_http, "router", f"http://127.0.0.1:{settings.router.port}/", ROUTER),
         partial(services.check_router_files, settings, nginx_check.check),
         *([partial(network.check_wildcard, domain, system.addresses_of)]
           if (domain := settings.router.domain) else []),

@@ -27,7 +27,9 @@ from nbagent.supervisor.limit_files import LimitFiles
 from nbagent.wire.limits_page import SlotLimits
 
 BACKLOG = 1024
-RECORD_BYTES = 4096
+# A slot that starts and is claimed has so many files here and in paths.SESSIONS, each of a page: with directory, link,
+# socket and the files that replace others.
+CHECK_FILES, CHECK_BYTES = 10, 4096
 _FILES = ("slot.json", "slot.json.new", "http.sock", "static", *limit_files.NAMES)
 
 
@@ -63,11 +65,15 @@ class Records:
         os.rename(f"{file}.new", file)
 
     def check(self) -> None:
-        """Writes and removes a file as large as a record. Raises OSError."""
-        probe = self.path / ".check"
-        with probe.open("wb", buffering=0) as file:
-            file.write(bytes(RECORD_BYTES))
-        probe.unlink()
+        """Writes and removes as much as a slot that starts and is claimed needs. Raises OSError."""
+        probes = [self.path / f".check-{number}" for number in range(CHECK_FILES)]
+        try:
+            for probe in probes:
+                with probe.open("wb", buffering=0) as file:
+                    file.write(bytes(CHECK_BYTES))
+        finally:
+            for probe in probes:
+                probe.unlink(missing_ok=True)
 
     def load(self) -> Iterator[tuple[str, Slot | None]]:
         """The name of every directory with its Slot, or None if the file is missing, broken or of another slot."""

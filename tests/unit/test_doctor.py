@@ -181,6 +181,14 @@ def test_an_inactive_unit_fails() -> None:
     assert "journalctl" in finding.mend
 
 
+def test_the_sockets_of_the_services_that_the_supervisor_uses_are_looked_at() -> None:
+    unit = (Path(doctor.__file__).parents[2] / "units/nbagent.service").read_text()
+    wanted = {name for line in re.findall(r"^Wants=(.*)", unit, re.M) for name in line.split() if ".socket" in name}
+    # Its own two are tried by calls, and the network service where slots may have a network.
+    own = {"nbagent.socket", "nbagent-check.socket", "nbagent-network.socket"}
+    assert len(wanted) > len(own) and wanted - own <= set(doctor.UNITS)
+
+
 def test_figures_of_the_supervisor_are_shown(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
     assert services.check_control(path).status == "fail"

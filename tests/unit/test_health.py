@@ -145,9 +145,11 @@ def test_a_host_that_cannot_write_records_offers_nothing(tmp_path, monkeypatch):
     async def run():
         async with Host(tmp_path) as host:
             await warm(host)
-            (tmp_path / "slots" / ".check").mkdir()
+            # One file can be written, and not as many as a slot needs.
+            (tmp_path / "slots" / ".check-1").mkdir()
             assert (await twice(host)).keys() == {"records"}
             assert host.calls.free_percent() == 0
+            assert [path.name for path in (tmp_path / "slots").glob(".*")] == [".check-1"]
 
     asyncio.run(run())
 
