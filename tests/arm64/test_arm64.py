@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What depends on the architecture, with Debian's Python for arm64 under QEMU's user emulation: `make test-arm64`.
+"""Parts that depend on the architecture, with Debian's Python for arm64 under QEMU's user emulation: `make test-arm64`.
 
 The emulator passes system calls on to this machine's kernel, so that neither arm64's kernel nor a slot is tested.
 """
