@@ -11,7 +11,7 @@ UNIT := $(PYTEST) -n auto --dist loadfile tests/unit  # a process of pytest-xdis
 
 .PHONY: up up-fleet down test unit host test-vms test-ansible test-monitoring uncharged conformance fuzz \
     check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
-    image updates debs repo tools clean test-dns test-release sbom test-ui test-upgrade versions extensions preloads \
+    image updates debs repo tools clean test-arm64 test-dns test-release sbom test-ui test-upgrade versions extensions preloads \
     chaos soak
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
@@ -38,6 +38,9 @@ test-vms: tools      ## what depends on the kernel, on virtual machines with Deb
 
 test-ansible: tools  ## the playbooks of packaging/ansible install and change a fleet of test hosts
 	$(PYTEST) -x tests/ansible
+
+test-arm64: tools    ## modules, unit tests and system call filters with Debian's Python for arm64, by QEMU's user emulation
+	$(PYTEST) tests/arm64
 
 test-dns: tools debs  ## records of hosts with BIND and Knot, a gateway that follows, and certificates by certbot from Pebble
 	$(PYTEST) -x tests/names

@@ -232,6 +232,7 @@ def second_upgrade(site, ansible, tmp_path_factory):
     directory = tmp_path_factory.mktemp("newer")
     newer(directory, "+b")
     site.inventory(ansible["pypi"], nbagent_packages_directory=str(directory), nbagent_packages_version="")
+    return directory
 
 
 def test_a_full_disk_stops_an_upgrade_while_the_host_serves(site, ansible, second_upgrade):
@@ -242,6 +243,24 @@ def test_a_full_disk_stops_an_upgrade_while_the_host_serves(site, ansible, secon
     finally:
         host.run(["umount", "/var/cache/nbagent-packages"])
     assert done.status != 0 and "No space left on device" in done.output
+    assert {site.version(label) for label in LABELS} == {before}
+    assert Api(host).get("/stats").json()["draining"] is False
+
+
+def test_a_package_that_is_incomplete_or_of_another_architecture_is_refused_while_the_host_serves(
+    site, ansible, second_upgrade
+):
+    before, host = site.version("a"), site.machines[site.name("a")]
+    (image,) = second_upgrade.glob("nbagent-image-minimal_*.deb")
+    complete, other = image.read_bytes(), image.with_name(image.name.replace("_amd64", "_arm64"))
+    image.write_bytes(complete[: len(complete) // 2])
+    other.write_bytes(complete)
+    done = ansible["pypi"].run("upgrade")
+    assert done.status != 0 and "unexpected end of file" in done.output
+    image.unlink()
+    done = ansible["pypi"].run("upgrade")
+    assert done.status != 0 and "0 files of nbagent-image-minimal for amd64 are in" in done.output
+    image.write_bytes(complete)
     assert {site.version(label) for label in LABELS} == {before}
     assert Api(host).get("/stats").json()["draining"] is False
 
