@@ -248,6 +248,6 @@ def test_only_a_slot_with_an_uplink_has_the_steps_for_one() -> None:
     assert plan(spec).connected == ()
     connected = spec._replace(uplink=Uplink(["198.18.0.2", "fd00::2"], ["198.18.0.1", "fd00::1"], 1000))
     assert SandboxSpec.restore(connected.save()) == connected
-    assert [type(step).__name__ for step in plan(connected).connected] == ["Interface", "Resolver"]
+    assert [type(step).__name__ for step in plan(connected).connected] == ["Interface", "Resolver", "ReadOnlyRoot"]
     described = [line.step for line in plan(connected).lines() if line.part == "connected"]
     assert "198.18.0.2, fd00::2 via 198.18.0.1, fd00::1" in described[0] and "by 198.18.0.1" in described[1]
