@@ -223,7 +223,9 @@ def widgets_and_figures_are_displayed(user: Notebook) -> Any:
 
 @trial
 def two_windows_edit_one_notebook(user: Notebook) -> Any:
-    put(user, "both.ipynb", notebook_of("1 + 1"))
+    model = notebook_of("1 + 1")
+    model["content"]["metadata"]["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)"}
+    put(user, "both.ipynb", model)
     url = f"http://127.0.0.1:{{}}{user.base}lab/tree/both.ipynb?reset&token={user.token}"
     with contextlib.ExitStack() as stack:
         port = user.host.forward(user.router.port, 0)
