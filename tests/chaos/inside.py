@@ -139,10 +139,11 @@ def restore_descriptors(before):
 
 
 def limit_tasks(unit):
-    """Sets TasksMax= of a unit to what it has."""
+    """Sets TasksMax= of a unit to little more than it has."""
     now = run("systemctl", "show", "-P", "TasksCurrent", unit).strip()
     most = int(now) + FREE_TASKS if now.isdecimal() else 1
     run("systemctl", "set-property", "--runtime", unit, f"TasksMax={most}")
+    return most
 
 
 def limit_memory(unit):
