@@ -166,7 +166,8 @@ def inject(kind, target):
     until_s = time.monotonic() + 10
     while process.poll() is None and time.monotonic() < until_s and not all(map(is_traced, pids)):
         time.sleep(0.02)
-    return process
+    # It ends at once when it may not trace them.
+    return process if process.poll() is None else None
 
 
 def is_traced(pid):
