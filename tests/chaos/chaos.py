@@ -55,6 +55,8 @@ class Chaos:
         self.caller = Caller(host, self.book)
         self.closings = 0
         self.recoveries: list[tuple[plan.Fault, float, float]] = []
+        # Faults that no process could be given, as one without CAP_SYS_RESOURCE cannot limit a zygote service.
+        self.missed: list[plan.Fault] = []
         self.users = [
             User(host, self.book, number, self.stop, lambda: self.closings, 1.0) for number in range(options.users)
         ]
@@ -110,6 +112,10 @@ class Chaos:
                 self.inside.end(fault)
         except RuntimeError as error:
             self.book.problem(f"fault {fault} was not done: {error}")
+            return
+        if hit is None or hit == []:
+            self.missed.append(fault)
+            say(f"{fault}: nothing was hit")
             return
         ended_s = time.monotonic()
         if fault.kind in plan.ANYWHERE:
@@ -204,6 +210,7 @@ def report(run: Chaos, took_s: float) -> dict[str, Any]:
     book = run.book
     return {
         "seed": run.options.seed, "faults": len(run.recoveries), "took_s": round(took_s),
+        "missed": [str(fault) for fault in run.missed],
         "faults_by_kind": dict(Counter(fault.kind for fault, _, _ in run.recoveries)),
         "recovery_s": summary(recoveries),
         "recovery_s_by_kind": {name: summary(values) for name, values in sorted(kinds.items())},

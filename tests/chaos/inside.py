@@ -139,10 +139,11 @@ def restore_descriptors(before):
 
 
 def limit_tasks(unit):
-    """Sets TasksMax= of a unit to what it has."""
+    """Sets TasksMax= of a unit to little more than it has."""
     now = run("systemctl", "show", "-P", "TasksCurrent", unit).strip()
     most = int(now) + FREE_TASKS if now.isdecimal() else 1
     run("systemctl", "set-property", "--runtime", unit, f"TasksMax={most}")
+    return most
 
 
 def limit_memory(unit):
@@ -165,7 +166,8 @@ def inject(kind, target):
     until_s = time.monotonic() + 10
     while process.poll() is None and time.monotonic() < until_s and not all(map(is_traced, pids)):
         time.sleep(0.02)
-    return process
+    # It ends at once when it may not trace them.
+    return process if process.poll() is None else None
 
 
 def is_traced(pid):
