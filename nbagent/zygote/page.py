@@ -5,8 +5,8 @@ The page itself has no content: a browser that has the program in its cache need
 some seconds to load it. The sign is a part of the page's source, so that the browser paints it at once, and it is
 hidden when the program has made the window, or shows its own sign.
 
-If the first script of the program cannot be loaded from the address of a CDN or an object storage, because that is down
-or does not have the image, the page loads the program from the router (`assets.FALLBACK`).
+If the first script of the program cannot be loaded from the address of a CDN or an object storage, because that is
+down, does not have the image or has changed the script, the page loads the program from the router (`assets.FALLBACK`).
 
 Runs under the image's own Python, 3.9 and up.
 """
@@ -22,17 +22,34 @@ from nbagent.zygote.assets import FALLBACK
 # The mark of a page of JupyterLab or of an application that is built like it, such as Notebook.
 _PAGE = 'id="jupyter-config-data"'
 # An error of a script element is seen in the capturing phase only. Nothing has read the configuration before the first
-# script, and the new script delays the window's load event, for which the program waits.
-_OTHER_ADDRESS = f"""<script>addEventListener("error", function listener(event) {{
-  const data = document.getElementById("jupyter-config-data"), config = JSON.parse(data.textContent);
-  const other = config.{FALLBACK}, failed = String(event.target.src || ""), base = config.fullStaticUrl + "/";
-  if (!other || !failed.startsWith(base)) return;
-  removeEventListener("error", listener, true);
-  data.textContent = JSON.stringify(Object.assign(config, other));
-  const script = document.createElement("script");
-  script.src = other.fullStaticUrl + "/" + failed.slice(base.length);
-  document.head.append(script);
-}}, true);</script>"""
+# script, and the new script delays the window's load event, for which the program waits. A CDN that changes a script's
+# bytes or type makes it throw instead, and the browser does not tell the file of such an error of another origin.
+_OTHER_ADDRESS = f"""<script>{{
+  let broken = false;
+  const read = () => JSON.parse(document.getElementById("jupyter-config-data").textContent);
+  const replace = (event) => {{
+    const config = read(), other = config.{FALLBACK}, base = config.fullStaticUrl + "/";
+    const failed = String(event.target.src || "");
+    if (!other || !failed.startsWith(base)) return;
+    removeEventListener("error", onError, true);
+    document.removeEventListener("load", onLoad, true);
+    document.getElementById("jupyter-config-data").textContent = JSON.stringify(Object.assign(config, other));
+    const script = document.createElement("script");
+    script.src = other.fullStaticUrl + "/" + failed.slice(base.length);
+    document.head.append(script);
+  }};
+  const onError = (event) => {{
+    if (event.target !== window) replace(event);
+    else broken ||= !event.filename || event.filename.startsWith(read().fullStaticUrl);
+  }};
+  const onLoad = (event) => {{
+    if (!String(event.target.src || "").startsWith(read().fullStaticUrl)) return;
+    document.removeEventListener("load", onLoad, true);
+    if (broken) replace(event);
+  }};
+  addEventListener("error", onError, true);
+  document.addEventListener("load", onLoad, true);
+}}</script>"""
 _SIGN = (
     "<style>#nbagent-sign{color:#616161;display:grid;font:1.1rem/1.6 system-ui,sans-serif;gap:.6em;inset:0;"
     "place-content:center;position:fixed;text-align:center;z-index:-1}"

@@ -110,10 +110,10 @@ def wait(what: Callable[[], Any], for_what: str) -> Any:
 class Edge:
     """Varnish in front of the router."""
 
-    def __init__(self, tree: Path, directory: Path, port: int, backend: int) -> None:
+    def __init__(self, tree: Path, directory: Path, port: int, backend: int, rules: str = "") -> None:
         self.port, self.directory, self.tree = port, directory, tree
         self.environment = {**os.environ, "LD_LIBRARY_PATH": f"{tree}/usr/lib/x86_64-linux-gnu"}
-        (directory / "edge.vcl").write_text(VCL % backend)
+        (directory / "edge.vcl").write_text(VCL % backend + rules)
         command = [f"{tree}/usr/sbin/varnishd", "-F", "-n", str(directory / "run"), "-a", f"127.0.0.1:{port}",
                    "-T", "none", "-f", str(directory / "edge.vcl"), "-s", "malloc,64m", "-j", "none"]
         with (directory / "log").open("w") as log:
@@ -244,6 +244,38 @@ def test_a_page_comes_from_the_host_when_the_edge_is_down(host: Host, router: in
         loaded = {name: size for name, size in assets.items() if size}
         assert len(loaded) > 20 and origins(loaded) == {f"http://127.0.0.1:{router}"}
         assert all("ERR_CONNECTION_REFUSED" in complaint for complaint in page.complaints())
+
+
+@pytest.mark.parametrize("rules", [
+    "unset resp.http.Content-Encoding;", 'set resp.http.Content-Type = "text/html";',
+    'set resp.http.Content-Type = "application/octet-stream";',
+])
+def test_a_page_comes_from_the_host_when_the_edge_spoils_its_scripts(
+    packages: dict[str, Path], host: Host, router: int, tmp_path: Path, rules: str
+) -> None:
+    edge = Edge(packages["tree"], tmp_path, 18092, router, f"sub vcl_deliver {{ {rules} }}\n")
+    try:
+        use_assets_url(host, edge.url)
+        with notebook(host, router) as (_, assets):
+            served = [name for name in assets if name.startswith(f"http://127.0.0.1:{router}/")]
+            assert len(served) > 20
+    finally:
+        edge.stop()
+
+
+def test_a_page_loads_from_an_edge_that_removes_headers(
+    packages: dict[str, Path], host: Host, router: int, tmp_path: Path
+) -> None:
+    removed = ("Access-Control-Allow-Origin", "Cache-Control", "Cross-Origin-Resource-Policy", "ETag", "Vary")
+    rules = "".join(f"unset resp.http.{name}; " for name in removed)
+    edge = Edge(packages["tree"], tmp_path, 18093, router, f"sub vcl_deliver {{ {rules}}}\n")
+    try:
+        use_assets_url(host, edge.url)
+        with notebook(host, router) as (page, assets):
+            assert len(assets) > 20 and edge.url in origins(assets)
+            assert page.complaints() == []
+    finally:
+        edge.stop()
 
 
 def test_the_router_serves_brotli_beside_gzip(router: int, digest: str) -> None:
