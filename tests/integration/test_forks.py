@@ -65,12 +65,13 @@ def next_slot(agent, seen):
 
 @pytest.fixture
 def of_a_zygote(agent):
-    """The agent, with a ready zygote and with forked warm slots only."""
-    agent.wait(lambda: zygote(agent), "a zygote")
-    for slot in agent.slots("warm"):
-        if not is_forked(agent, slot["slot"]):
-            agent.release(slot["slot"])
-    agent.wait_warm()
+    """The agent, with a complete zygote and with warm slots of it only, also after a test that has killed one."""
+    def is_complete():
+        image = next(image for image in agent.api.get("/images").json() if image["name"] == "minimal")
+        reasons = [slot["launch_reason"] for slot in agent.slots("warm")]
+        return image["launch_now"] == "fork" and not image["launch_reason"] and reasons and not any(reasons)
+
+    agent.wait(is_complete, "warm slots of a complete zygote")
     return agent
 
 
