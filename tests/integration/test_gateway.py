@@ -201,7 +201,8 @@ def test_a_link_keeps_path_and_query(fleet):
 def test_a_gateway_lends_a_slot_of_a_host_that_keep_claims(fleet):
     front, form = fleet.gateways[0].api, {"Content-Type": "application/x-www-form-urlencoded"}
     lent = front.call("POST", "/api/lend", b"path=lab/tree/Welcome.ipynb", form).json()
-    assert fleet.in_use() == [lent["slot"]] and lent["url"].startswith(f"/user/{lent['slot']}/lab/tree/Welcome.ipynb?")
+    assert fleet.in_use() == [lent["slot"]]
+    assert lent["url"].startswith(f"http://127.0.0.1/user/{lent['slot']}/lab/tree/Welcome.ipynb?")
     # A second gateway has the same route to the host.
     token = f"token={lent['token']}".encode()
     kept = fleet.gateways[1].api.call("POST", f"/user/{lent['slot']}/nbagent/keep", token, form)

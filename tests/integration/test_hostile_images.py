@@ -104,9 +104,13 @@ def entries(agent):
 
 
 def ready(agent, seen):
-    """Waits for a zygote that is ready after `seen` entries; returns its unit."""
-    found = agent.wait(lambda: [e for e in entries(agent)[seen:] if "is ready after" in e["MESSAGE"]], "a ready zygote")
-    return f"nbagent-zygote@{found[-1]['NBAGENT_ZYGOTE']}.service"
+    """Waits for a zygote that is ready after `seen` entries, and not to be replaced; returns its unit."""
+    def found():
+        units = [e["NBAGENT_ZYGOTE"] for e in entries(agent)[seen:] if "is ready after" in e["MESSAGE"]]
+        image = next(image for image in agent.api.get("/images").json() if image["name"] == IMAGE)
+        return image["launch_now"] == "fork" and not image["launch_reason"] and units
+
+    return f"nbagent-zygote@{agent.wait(found, 'a complete zygote')[-1]}.service"
 
 
 def failure(agent, seen, pattern):
