@@ -40,14 +40,14 @@ allowed_origins = ["https://friend.example"]
 # Of a wait for what takes 1 to 20 s on an idle machine, such as the start of a zygote. Others are three times as slow,
 # and a virtual machine is emulated beside.
 WAIT_TIMEOUT_S = 180.0
-# Virtual machines, which have cgroup v2. Each takes 15 minutes of an emulated processor, so that `make test` has one:
-# Debian 13, since the other hosts have Debian 12's userland. `make test-vms` has also Debian 12's kernel.
-# `make test-vms`; `make test` tries on its one emulated machine what depends on the kernel only.
+# Virtual machines, which have cgroup v2. Each takes 10 minutes of an emulated processor, so that `make test` has one:
+# Debian 13, since the other hosts have Debian 12's userland. `make test-vms` has also Debian 12's kernel, and tries
+# there what does not depend on the kernel too.
 ALL_MACHINES = "NBAGENT_ALL_MACHINES" in os.environ
 MACHINES = ("vm-bookworm", "vm-trixie") if ALL_MACHINES else ("vm-trixie",)
 # For a test with `any_agent` that `make test` runs on the nspawn host only, and `make test-vms` on the machines too.
 machines_when_all = pytest.mark.parametrize(
-    "any_shared", ["nspawn-bookworm", *(MACHINES if "NBAGENT_ALL_MACHINES" in os.environ else ())],
+    "any_shared", ["nspawn-bookworm", *(MACHINES if ALL_MACHINES else ())],
     indirect=True, scope="session",
 )
 # Warnings that tests provoke, or that this kind of host logs without nbagent.

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from conftest import ALL_MACHINES
+from conftest import ALL_MACHINES, machines_when_all
 from nbagent.core.events import Event
 
 pytestmark = pytest.mark.cgroup2
@@ -282,10 +282,9 @@ def test_an_idle_slot_is_compressed_and_keeps_its_memory(swapping):
     assert opened(agent).run("6 * 7", timeout=180).text == "42"
 
 
+@machines_when_all
 def test_systemd_ends_a_slot_at_its_maximum_age_without_an_agent(any_agent):
     agent = any_agent
-    if agent.host.driver == "vm" and not ALL_MACHINES:
-        pytest.skip("by make test-vms: PID 1's timer does not depend on the kernel")
     agent.expect(r"Failed with result 'timeout'|reached runtime time limit")
     starts = agent.api.get("/stats").json()["start_seconds"]
     # Slightly more time than a start takes.
