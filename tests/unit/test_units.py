@@ -174,3 +174,10 @@ def test_pages_of_the_router_load_no_other_file(page: Path) -> None:
     text = page.read_text()
     assert 'name="viewport"' in text
     assert not re.search(r"<script|\bsrc=|\bhref=|url\(|@import", text)
+
+
+def test_the_installation_applies_each_setting_of_the_kernel() -> None:
+    settings = re.findall(r"^([\w.]+) =", (TOP / "packaging/nbagent.sysctl").read_text(), re.M)
+    script = (TOP / "packaging/debian/nbagent.postinst").read_text()
+    prefixes = tuple(re.findall(r"--prefix=([\w.]+)", script))
+    assert len(settings) > 3 and [name for name in settings if not name.startswith(prefixes)] == []
