@@ -68,7 +68,7 @@ def test_changes_of_the_table_are_undone_within_seconds(slot):
     wanted = sorted(table(agent))
     for change in TABLE_CHANGES:
         agent.host.run(["nft", "-f", "-"], input=change.format(element=element))
-        agent.wait(lambda: sorted(table(agent)) == wanted, f"repair after {change}")
+        agent.wait(lambda: sorted(table(agent)) == wanted, f"repair after {change}", timeout=10)
         time.sleep(1.1)  # repairs of one second are done together
     assert connected(slot.reach(PUBLIC4, PUBLIC6)) and refused_at_once(slot.reach("10.1.2.3", "5.5.5.1"))
     assert agent.api.get("/stats").json()["faults"] == {}
@@ -92,12 +92,12 @@ def test_a_host_whose_rules_cannot_be_restored_says_so_until_they_are(slot):
     taken = "delete table inet nbagent\nadd table inet nbagent { flags owner; }"
     agent.run("systemd-run", "-q", "--unit=owner", "sh", "-c", f"(printf '{taken}\\n'; sleep 600) | nft -i")
     try:
-        agent.wait(lambda: "network" in agent.api.get("/stats").json()["faults"], "fault")
+        agent.wait(lambda: "network" in agent.api.get("/stats").json()["faults"], "fault", timeout=15)
         assert agent.api.get("/readyz").status == 503 and "nft" in agent.api.get("/readyz").json()["detail"]
         assert int(agent.agent_check().removeprefix("ready ").removesuffix("%\n")) <= 20
     finally:
         agent.run("systemctl", "stop", "owner")
-    agent.wait(lambda: agent.api.get("/readyz").status == 200, "repaired network")
+    agent.wait(lambda: agent.api.get("/readyz").status == 200, "repaired network", timeout=15)
     assert connected(slot.reach(PUBLIC4, PUBLIC6)) and refused_at_once(slot.reach("10.1.2.3"))
 
 
@@ -115,7 +115,7 @@ def test_elements_whose_deletion_fails_are_deleted_later(internet):
         internet.release(claim["slot"])
     finally:
         internet.run("systemctl", "stop", "inject")
-    internet.wait(lambda: name not in remains(internet), "deletion")
+    internet.wait(lambda: name not in remains(internet), "deletion", timeout=10)
 
 
 # For each change of the host by another program: the command, and a command that succeeds after the repair.

@@ -265,7 +265,7 @@ def test_a_host_with_a_fault_says_so_within_seconds_and_recovers(agent, part):
     broken, mended = FAULTS[part]
     agent.run(*broken)
     try:
-        agent.wait(lambda: part in agent.api.get("/stats").json()["faults"], f"the fault {part}")
+        agent.wait(lambda: part in agent.api.get("/stats").json()["faults"], f"the fault {part}", timeout=15)
         ready = agent.api.get("/readyz")
         assert ready.status == 503 and part in ready.json()["detail"]
         assert int(re.fullmatch(r"ready (\d+)%\n", agent.agent_check())[1]) <= (0 if part == "router" else 10)
