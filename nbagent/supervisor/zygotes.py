@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The zygotes: one for each image whose slots are forked. `fork_launcher` starts slots by them.
 
+Here is which zygote forks, which one is started and which ends; `zygote_starter` starts one, and `former_zygotes` has
+those of a former supervisor.
+
 A zygote and its zygote service are one systemd unit, `nbagent-zygote@IMAGE:GENERATION.service`. The service connects to
 the supervisor. When the connection is closed, the service and the zygote end, and no slot ends with them. Over a
 restart of the supervisor systemd keeps the connection (`fd_store`), so that the next supervisor adopts the zygote. A
@@ -17,78 +20,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import json
-import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-import nbagent
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event, emit
-from nbagent.core.model import Limits, Slot, now
+from nbagent.core.model import Slot, now
 from nbagent.image.store import Image
-from nbagent.linux import cgroup
 from nbagent.policy.pool import backoff
-from nbagent.runtime.zygote_service import PROTOCOL, ZYGOTE_PATH
-from nbagent.sandbox.spec import SandboxSpec
+from nbagent.runtime.zygote_service import ZYGOTE_PATH
 from nbagent.supervisor import fd_store
 from nbagent.supervisor.crash_points import Point, reach
-from nbagent.supervisor.launcher import default_limits, zygote_spec
-from nbagent.supervisor.systemd import JobFailed, Systemd
+from nbagent.supervisor.former_zygotes import Begun, FormerZygotes
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
-from nbagent.wire import fields
-from nbagent.wire.aio import accept, readable, receive
-from nbagent.wire.channel import Channel, Message
-from nbagent.wire.failure import INHERITED_STEP, NOTE_MAX_CHARACTERS, NOTES_MAX, StepFailed, printable
+from nbagent.supervisor.zygote_identity import identity, unit_of
+from nbagent.supervisor.zygote_starter import EXPECTED, ZygoteStarter
+from nbagent.wire.aio import receive
+from nbagent.wire.channel import Channel
+from nbagent.wire.failure import INHERITED_STEP, StepFailed
 from nbagent.wire.fields import MalformedMessage
 
-HELLO_TIMEOUT_S = 20.0
-# The response of a zygote service that outlived the former supervisor, whose last requests it may still be serving. A
-# new supervisor accepts no claim before it.
-DESCRIBE_TIMEOUT_S = 5.0
-# A zygote takes 5 to 11 s of processor time to start, and 60 slots a second take both processors
-# (packaging/docs/benchmarks.md). While the former one forks, the next starts at the lowest weight; after PATIENCE_S it
-# gets its full weight.
-PATIENCE_S = 300.0
-CPU_WEIGHT, CPU_WEIGHT_GIVING_WAY = 100, 1
-# The errors that the start of a zygote has by design; any other is a fault of the supervisor.
-EXPECTED = (OSError, JobFailed, TimeoutError, StartFailed, MalformedMessage)
-# The budget of a start is slots.start_timeout of processor time, because on a busy host it takes minutes; in all it may
-# take this many times as long.
-START_MAX_FACTOR = 10
-BUDGET_CHECK_S = 1.0
 # From the end of processes of a zygote to the end of its connection, which the zygote service closes.
 END_SEEN_S = 1.0
 # So many slots by exec take as much processor time as the start of a zygote. Another is started at once after a zygote
 # that has forked them, however often it ends.
 PAID_FORKS = 10
 NOTHING_KEPT: Mapping[str, int] = {}
-_AGE_MAX_S, _FORKS_MAX = 10 ** 9, 10 ** 12
 # Why slots have no zygote: with JupyterLab, and with a command.
 _EXEC_REASONS = ('launch = "exec" in the manifest', "its program is a command")
-
-
-class Begun(NamedTuple):
-    """A zygote that a former supervisor was starting."""
-
-    instance: str
-    channel: Channel
-
-
-class Kept(NamedTuple):
-    """A zygote of a former supervisor. `identity` is as `identity` made it then."""
-
-    instance: str
-    channel: Channel
-    identity: Mapping[str, object]
-    born_s: float
-    forks: int
 
 
 @dataclass(eq=False)
@@ -155,12 +119,9 @@ class Zygotes:
         self._systemd = systemd
         self._pools: dict[str, ZygotePool] = {}
         self._by_exec: dict[str, str] = {}
-        self._expected: dict[str, asyncio.Future[Channel]] = {}
-        self._kept: dict[str, Kept] = {}
-        self._begun: dict[str, Begun] = {}
-        self._leaving = False
+        self._former = FormerZygotes()
+        self._starter = ZygoteStarter(config, systemd)
         self._tasks = Tasks()
-        self._listener: socket.socket | None = None
 
     async def open(
         self, kept: Mapping[str, int] = NOTHING_KEPT, begun: Mapping[str, int] = NOTHING_KEPT,
@@ -170,71 +131,18 @@ class Zygotes:
         `begun` are starting. Stops those that it cannot adopt, and listens for zygote services. `want` adopts the
         others.
         """
-        found = await asyncio.gather(*(self._describe(instance, fd) for instance, fd in kept.items()))
-        for zygote in sorted(filter(None, found), key=lambda zygote: zygote.born_s):
-            name = zygote.instance.partition(":")[0]
-            # One that was about to be replaced when the former supervisor ended.
-            if (former := self._kept.get(name)) is not None:
-                self._discard(former)
-            self._kept[name] = zygote
-        for instance, fd in begun.items():
-            channel, name = Channel.from_fd(fd), instance.partition(":")[0]
-            channel.socket.setblocking(False)
-            if name in self._kept or name in self._begun:
-                channel.close()
-                fd_store.forget(instance)
-            else:
-                self._begun[name] = Begun(instance, channel)
-        kept_units = {unit_of(zygote.instance) for zygote in self._kept.values()}
-        adopted = kept_units | {unit_of(starting.instance) for starting in self._begun.values()}
-        for unit in set(await self._systemd.zygotes()) - adopted:
+        await self._former.find(kept, begun)
+        for unit in set(await self._systemd.zygotes()) - self._former.units():
             # By a stop job, so that the end of a unit that was starting is not counted as a failure.
             with contextlib.suppress(OSError):
                 await self._systemd.stop(unit)
-        path.unlink(missing_ok=True)
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        before = os.umask(0o177)
-        try:
-            self._listener.bind(str(path))
-        finally:
-            os.umask(before)
-        self._listener.listen()
-        self._listener.setblocking(False)
-        self._tasks.spawn(self._accept(self._listener))
+        self._starter.listen(path)
 
     async def close(self) -> None:
         """Leaves the zygotes to the next supervisor; without one systemd closes their connections, which ends them."""
-        self._leaving = True
+        self._starter.leave()
         await self._tasks.cancel()
-        if self._listener is not None:
-            self._listener.close()
-
-    async def _describe(self, instance: str, fd: int) -> Kept | None:
-        """The zygote of a former supervisor; None, with its connection closed, when it cannot be adopted."""
-        channel, token = Channel.from_fd(fd), secrets.token_hex(8)
-        channel.socket.setblocking(False)
-        with contextlib.suppress(OSError, TimeoutError, StepFailed, MalformedMessage):
-            channel.send({"describe": token})
-            async with asyncio.timeout(DESCRIBE_TIMEOUT_S):
-                while (response := await receive(channel)) is not None:
-                    with response:
-                        response.raise_failure()
-                        # A supervisor that was killed may have left the response to its own request.
-                        if response.body.get("described") != token:
-                            continue
-                        identity = fields.mapping(response.body, "identity")
-                        if identity.get("protocol") != PROTOCOL:
-                            break
-                        age_s = fields.integer(response.body, "age_s", 0, _AGE_MAX_S)
-                        forks = fields.integer(response.body, "forks", 0, _FORKS_MAX)
-                        return Kept(instance, channel, identity, now() - age_s, forks)
-        channel.close()
-        fd_store.forget(instance)
-        return None
-
-    def _discard(self, kept: Kept | Begun) -> None:
-        kept.channel.close()
-        fd_store.forget(kept.instance)
+        await self._starter.close()
 
     def want(self, images: Mapping[str, Image]) -> None:
         """Adopts or starts a zygote for each of these images whose slots are forked, and ends those of other images."""
@@ -248,40 +156,25 @@ class Zygotes:
             if name not in self._pools:
                 pool = self._pools[name] = ZygotePool(image)
                 if not self._adopt(pool):
-                    pool.task = self._tasks.spawn(self._bring_up(pool, self._begun.pop(name, None)))
-        while self._kept:
-            self._discard(self._kept.popitem()[1])
-        while self._begun:
-            self._discard(self._begun.popitem()[1])
+                    pool.task = self._tasks.spawn(self._bring_up(pool, self._former.take_begun(name)))
+        self._former.end()
 
     def _adopt(self, pool: ZygotePool) -> bool:
         """Makes the zygote of a former supervisor that of the pool, if it runs on the pool's image."""
-        kept = self._kept.get(pool.image.name)
-        if kept is None or kept.identity.get("digest") != pool.image.digest:
+        if (kept := self._former.take_kept(pool.image)) is None:
             return False
-        del self._kept[pool.image.name]
-        quick = kept.identity == self._identity(pool.image, quick=True)
+        settings = self.config.value
+        quick = kept.identity == identity(settings, pool.image, quick=True)
         pool.zygote = Zygote(kept.instance, pool.image, kept.channel, kept.born_s, kept.forks, quick)
         pool.first_try_done, pool.is_awaited = True, False
         pool.no_zygote.clear()
         self._tasks.spawn(self._watch(pool, pool.zygote))
         self.counts["zygotes_adopted"] += 1
         emit(Event.ZYGOTE_ADOPTED, zygote=kept.instance, image=pool.image.name, forks=kept.forks)
-        if not quick and kept.identity != self._identity(pool.image, quick=False):
+        if not quick and kept.identity != identity(settings, pool.image, quick=False):
             self._replace(pool, pool.zygote, "it was started by another version of nbagent or with other settings")
         self._review(pool)
         return True
-
-    def _identity(self, image: Image, *, quick: bool) -> dict[str, object]:
-        return identity(self._spec(image, quick=quick), image, self._limits())
-
-    def _spec(self, image: Image, *, quick: bool) -> SandboxSpec:
-        slots = self.config.value.slots
-        return zygote_spec(image, slots.storage_bytes, default_limits(slots), quick=quick)
-
-    def _limits(self) -> Limits:
-        settings = self.config.value
-        return Limits(settings.pool.zygote_memory, CPU_WEIGHT, None, settings.slots.tasks)
 
     def digests(self) -> set[str]:
         """The images that zygotes run on."""
@@ -388,9 +281,12 @@ class Zygotes:
             quick = pool.first_try_done and pool.zygote is None
             try:
                 if begun:
-                    channel, quick = await self._continue(pool, begun)
+                    channel, quick = await self._starter.resume(pool.image, begun)
                 else:
-                    channel = await self._start(pool, instance, quick=quick)
+                    gives_way_until = pool.no_zygote if pool.zygote else None
+                    channel = await self._starter.start(
+                        pool.image, instance, quick=quick, gives_way_until=gives_way_until
+                    )
             except Exception as error:
                 text = str(error) or f"not ready after {now() - began_s:.0f} s"
                 if not isinstance(error, EXPECTED):
@@ -429,126 +325,6 @@ class Zygotes:
             self.changed()
             return
 
-    async def _start(self, pool: ZygotePool, instance: str, *, quick: bool) -> Channel:
-        """Starts a zygote, and returns when it is ready. Raises OSError, JobFailed, TimeoutError,
-        StartFailed or MalformedMessage.
-        """
-        unit, gives_way = unit_of(instance), pool.zygote is not None
-        weight = CPU_WEIGHT_GIVING_WAY if gives_way else CPU_WEIGHT
-        await self._systemd.set_limits(unit, replace(self._limits(), cpu_weight=weight))
-        made = asyncio.ensure_future(self._made(pool.image, instance, quick=quick))
-        no_zygote = asyncio.ensure_future(pool.no_zygote.wait())
-        try:
-            if gives_way:
-                await asyncio.wait({made, no_zygote}, timeout=PATIENCE_S, return_when=asyncio.FIRST_COMPLETED)
-                await self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
-            async with asyncio.timeout(START_MAX_FACTOR * self.config.value.slots.start_timeout):
-                return await made
-        finally:
-            made.cancel()
-            no_zygote.cancel()
-
-    async def _made(self, image: Image, instance: str, *, quick: bool) -> Channel:
-        connected = self._expected[instance] = asyncio.get_running_loop().create_future()
-        try:
-            await self._systemd.start(unit_of(instance))
-            channel = await self._connected(unit_of(instance), connected)
-        finally:
-            del self._expected[instance]
-        try:
-            channel.send({
-                "spec": self._spec(image, quick=quick).save(), "preload": list(image.preload),
-                "extensions_after_fork": list(image.extensions_after_fork),
-                "identity": self._identity(image, quick=quick),
-            })
-            fd_store.begin(instance, channel.fileno())
-            response = await self._response(channel)
-            if response is None:
-                raise StartFailed("the zygote service ended", step="zygote")
-            with response:
-                response.raise_failure()
-                if "ready" not in response.body:
-                    raise MalformedMessage("expected ready or a failure")
-                _report_notes(response, instance, image)
-        except BaseException as error:
-            self._abandon(instance, channel)
-            if isinstance(error, StepFailed):
-                raise StartFailed.at(*error.failure) from error
-            raise
-        return channel
-
-    async def _continue(self, pool: ZygotePool, begun: Begun) -> tuple[Channel, bool]:
-        """Waits until a zygote that a former supervisor was starting is ready. Raises as `_start`.
-
-        Returns also whether it is a quick one.
-
-        Its service responds to the description when the zygote is ready. Before that the service has sent that it is
-        ready, which the former supervisor may have received.
-        """
-        channel, token = begun.channel, secrets.token_hex(8)
-        try:
-            channel.send({"describe": token})
-            async with asyncio.timeout(START_MAX_FACTOR * self.config.value.slots.start_timeout):
-                while (response := await self._response(channel)) is not None:
-                    with response:
-                        response.raise_failure()
-                        if "ready" in response.body:
-                            _report_notes(response, begun.instance, pool.image)
-                        elif response.body.get("described") == token:
-                            found = fields.mapping(response.body, "identity")
-                            for quick in (False, True):
-                                if found == self._identity(pool.image, quick=quick):
-                                    return channel, quick
-                            raise StartFailed("it was started by another version or with other settings", step="zygote")
-            raise StartFailed("the zygote service ended", step="zygote")
-        except BaseException as error:
-            self._abandon(begun.instance, channel)
-            if isinstance(error, StepFailed):
-                raise StartFailed.at(*error.failure) from error
-            raise
-
-    def _abandon(self, instance: str, channel: Channel) -> None:
-        """Closes the connection to a zygote that is not ready, and ends it by that unless this supervisor ends."""
-        channel.close()
-        if not self._leaving:
-            fd_store.forget(instance)
-
-    async def _response(self, channel: Channel) -> Message | None:
-        """The message of the zygote service when its zygote is ready or has failed.
-
-        Raises StartFailed when the budget of processor time is used up.
-        """
-        budget_s, group = self.config.value.slots.start_timeout, cgroup.of_process(channel.peer_pid())
-        receiving = asyncio.ensure_future(receive(channel))
-        try:
-            while not (await asyncio.wait({receiving}, timeout=BUDGET_CHECK_S))[0]:
-                if (used_s := group.cpu_s()) > budget_s:
-                    raise StartFailed(f"not ready after {used_s:.0f} s of processor time", step="zygote")
-            return receiving.result()
-        finally:
-            receiving.cancel()
-
-    async def _connected(self, unit: str, connected: asyncio.Future[Channel]) -> Channel:
-        """The channel of a zygote service, when it connects. Raises StartFailed when the service ends before that."""
-        ended = StartFailed("the zygote service ended before it connected", step="zygote")
-        if connected.done():
-            return connected.result()
-        try:
-            pidfd = os.pidfd_open(await self._systemd.main_pid(unit))
-        except (FileNotFoundError, ProcessLookupError):
-            raise ended from None
-        end = asyncio.ensure_future(readable(pidfd))
-        waiting: set[asyncio.Future[Channel] | asyncio.Future[None]] = {connected, end}
-        try:
-            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if not connected.done():
-                raise ended
-            return connected.result()
-        finally:
-            end.cancel()
-            await asyncio.gather(end, return_exceptions=True)
-            os.close(pidfd)
-
     async def _watch(self, pool: ZygotePool, zygote: Zygote) -> None:
         """Replaces a zygote when it ends."""
         text = "it ended"
@@ -573,26 +349,6 @@ class Zygotes:
             await asyncio.wait_for(zygote.ended.wait(), END_SEEN_S)
         return zygote.ended.is_set()
 
-    async def _accept(self, listener: socket.socket) -> None:
-        while True:
-            connection = await accept(listener)
-            connection.setblocking(False)
-            self._tasks.spawn(self._greet(Channel(connection)))
-
-    async def _greet(self, channel: Channel) -> None:
-        expected = None
-        with contextlib.suppress(TimeoutError, OSError, MalformedMessage):
-            async with asyncio.timeout(HELLO_TIMEOUT_S):
-                hello = await receive(channel)
-            if hello is not None:
-                with hello:
-                    unit = fields.text(hello.body, "unit")
-                    expected = self._expected.get(unit) if channel.peer_uid() == 0 else None
-        if expected is None or expected.done():
-            channel.close()
-        else:
-            expected.set_result(channel)
-
     def prime(self) -> None:
         """Primes PID 1 for the next scope, without waiting for it; only a delay, when it fails."""
         self._tasks.spawn(self._prime())
@@ -600,12 +356,6 @@ class Zygotes:
     async def _prime(self) -> None:
         with contextlib.suppress(OSError):
             await self._systemd.prime()
-
-
-def _report_notes(response: Message, instance: str, image: Image) -> None:
-    for note in fields.texts(response.body, "notes")[:NOTES_MAX]:
-        text = printable(note, NOTE_MAX_CHARACTERS)
-        emit(Event.ZYGOTE_LEFT_OUT, zygote=instance, image=image.name, text=text)
 
 
 def _stats(pool: ZygotePool) -> dict[str, object]:
@@ -617,23 +367,3 @@ def _stats(pool: ZygotePool) -> dict[str, object]:
         "forks": zygote.forks if zygote else 0,
         "age_s": round(now() - zygote.born_s) if zygote else 0,
     }
-
-
-def identity(spec: SandboxSpec, image: Image, limits: Limits) -> dict[str, object]:
-    """The facts that a zygote is made of; when a new one would have others, the zygote is replaced.
-
-    `code` is the time at which the package was installed, because two builds can have one version.
-    """
-    made_of = json.dumps([spec.save(), image.preload, image.extensions_after_fork, limits.document()], sort_keys=True)
-    return {
-        "protocol": PROTOCOL,
-        "digest": image.digest,
-        "version": nbagent.__version__,
-        "code": os.stat(nbagent.__file__).st_ctime_ns,
-        "made_of": hashlib.sha256(made_of.encode()).hexdigest(),
-    }
-
-
-def unit_of(instance: str) -> str:
-    """The unit of a zygote."""
-    return f"nbagent-zygote@{instance}.service"

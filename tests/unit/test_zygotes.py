@@ -15,9 +15,10 @@ from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import Limits, now
-from nbagent.supervisor import fd_store, zygotes
-from nbagent.supervisor.launcher import default_limits, zygote_spec
-from nbagent.supervisor.zygotes import Zygotes, identity, unit_of
+from nbagent.supervisor import fd_store, former_zygotes, zygote_starter, zygotes
+from nbagent.supervisor.zygote_identity import identity, unit_of
+from nbagent.supervisor.zygote_starter import ZygoteStarter
+from nbagent.supervisor.zygotes import Zygotes
 from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel
 from nbagent.wire.failure import INHERITED_STEP, Failure
@@ -68,7 +69,8 @@ class Service:
 @pytest.fixture
 def events(monkeypatch):
     seen: list[tuple[Event, dict[str, Any]]] = []
-    monkeypatch.setattr(zygotes, "emit", lambda event, **fields: seen.append((event, fields)))
+    for module in (zygotes, zygote_starter):
+        monkeypatch.setattr(module, "emit", lambda event, **fields: seen.append((event, fields)))
     return seen
 
 
@@ -86,10 +88,7 @@ def image(tmp_path):
 
 
 def made_of(image, quick=False, **changes):
-    settings = host_config.parse({})
-    limits = Limits(settings.pool.zygote_memory, 100, None, settings.slots.tasks)
-    spec = zygote_spec(image, settings.slots.storage_bytes, default_limits(settings.slots), quick=quick)
-    return identity(spec, image, limits) | changes
+    return identity(host_config.parse({}), image, quick=quick) | changes
 
 
 class Starting(Service):
@@ -149,8 +148,9 @@ def test_a_quick_zygote_is_adopted_and_replaced(image, events, service):
     assert (Event.ZYGOTE_REPLACED, {"zygote": INSTANCE, "text": "it has no warm-up"}) in events
 
 
-class Recorded(Zygotes):
-    """Zygotes whose starts succeed at once, or fail with `error` when they are complete; `quick` has the order."""
+class RecordedStarter(ZygoteStarter):
+    """Its starts succeed at once, or fail with `error` when they are those of a complete zygote; `quick` has the order.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -158,7 +158,7 @@ class Recorded(Zygotes):
         self.peers: list[Channel] = []
         self.error: StartFailed | None = None
 
-    async def _start(self, pool, instance, *, quick):
+    async def start(self, image, instance, *, quick, gives_way_until=None):
         self.quick.append(quick)
         if self.error is not None and not quick:
             raise self.error
@@ -169,20 +169,22 @@ class Recorded(Zygotes):
 
 
 async def after_an_end(image, **errors):
-    """The starts of a zygote that ends unexpectedly, as Recorded has them, and whether one forks afterwards."""
-    supervisor = Recorded(CurrentConfig(host_config.parse({"pool": {"backoff": "10ms"}})), Units())
+    """The starts of a zygote that ends unexpectedly, as RecordedStarter has them, and whether one forks afterwards."""
+    config, units = CurrentConfig(host_config.parse({"pool": {"backoff": "10ms"}})), Units()
+    supervisor, starter = Zygotes(config, units), RecordedStarter(config, units)
+    supervisor._starter = starter
     await supervisor.open(path=image.root / "zygote.sock")
     supervisor.want({"minimal": image})
     await asyncio.sleep(0.02)
-    assert supervisor.quick == [False] and not supervisor.is_warming("minimal")
-    supervisor.error = errors.get("error")
-    supervisor.peers[0].close()
+    assert starter.quick == [False] and not supervisor.is_warming("minimal")
+    starter.error = errors.get("error")
+    starter.peers[0].close()
     await asyncio.sleep(0.2)
     forks = supervisor.launch("minimal") == "fork"
     await supervisor.close()
-    for peer in supervisor.peers:
+    for peer in starter.peers:
         peer.close()
-    return supervisor.quick, forks
+    return starter.quick, forks
 
 
 async def test_after_the_end_of_a_zygote_a_quick_one_is_first_and_a_complete_one_replaces_it(image, events):
@@ -218,7 +220,7 @@ def test_a_zygote_of_another_protocol_or_image_ends_and_another_is_started(image
 
 
 def test_a_zygote_whose_service_does_not_respond_is_stopped(image, events, monkeypatch):
-    monkeypatch.setattr(zygotes, "DESCRIBE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(former_zygotes, "DESCRIBE_TIMEOUT_S", 0.05)
     units, launch, ended = adopt(image, {INSTANCE: Service(made_of(image), responds=False)})
     assert launch == "exec" and ended == [True]
     assert unit_of(INSTANCE) not in units.active and len(units.started) == 1
@@ -248,7 +250,7 @@ def test_names_in_the_store_lead_back_to_instances():
 def test_a_zygote_that_was_starting_when_the_supervisor_ended_is_adopted_when_it_is_ready(
     image, events, stored, monkeypatch, ready
 ):
-    monkeypatch.setattr(zygotes.cgroup, "of_process", lambda pid: None)
+    monkeypatch.setattr(zygote_starter.cgroup, "of_process", lambda pid: None)
     units, launch, ended = adopt(image, {INSTANCE: Starting(made_of(image), ready)})
     assert launch == "fork" and ended == [False]
     assert units.active == {unit_of(INSTANCE)} and not units.started
@@ -262,7 +264,7 @@ def test_a_zygote_that_was_starting_when_the_supervisor_ended_is_adopted_when_it
 def test_a_zygote_that_was_starting_in_another_version_or_fails_ends_and_another_is_started(
     image, events, stored, monkeypatch, changes, fails
 ):
-    monkeypatch.setattr(zygotes.cgroup, "of_process", lambda pid: None)
+    monkeypatch.setattr(zygote_starter.cgroup, "of_process", lambda pid: None)
     starting = Starting(made_of(image, **changes), fails=fails)
     monkeypatch.setattr(zygotes, "backoff", lambda *_: 0.0)
     units, launch, ended = adopt(image, {INSTANCE: starting})
@@ -279,7 +281,7 @@ def test_beside_a_zygote_that_is_ready_one_that_is_starting_ends(image, events, 
 
 
 def test_a_zygote_that_starts_is_left_to_the_next_supervisor(image, events, stored, monkeypatch):
-    monkeypatch.setattr(zygotes.cgroup, "of_process", lambda pid: None)
+    monkeypatch.setattr(zygote_starter.cgroup, "of_process", lambda pid: None)
 
     service = Starting(made_of(image), ready=False)
     service.responds = False
