@@ -2,7 +2,8 @@
 # Commands of a developer. Each target installs the Debian packages that it needs; caches are in $(NBAGENT_CACHE).
 SHELL := /bin/bash
 PYTHON := /usr/bin/python3
-export NBAGENT_CACHE ?= /var/cache/nbagent-build
+# An empty value is as none, here and in all programs, because it would be the working directory.
+override export NBAGENT_CACHE := $(or $(NBAGENT_CACHE),/var/cache/nbagent-build)
 DIST := $(NBAGENT_CACHE)/dist
 REPO ?= $(NBAGENT_CACHE)/repo
 REPO_URL ?= file:$(REPO)

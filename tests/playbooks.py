@@ -25,7 +25,7 @@ def tools(version: str) -> Path:
     if version == "debian":
         return Path("/usr/bin")
     digest = hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()[:16]
-    venv = product.DIST.parent / f"ansible-{digest}"
+    venv = product.CACHE / f"ansible-{digest}"
     if not (venv / "ready").exists():
         product.say(f"installing {REQUIREMENTS.name} into {venv}")
         subprocess.run(["/usr/bin/python3", "-m", "venv", "--clear", venv], check=True)

@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import http.client
 import json
-import os
 import platform
 import socket
 import subprocess
@@ -23,10 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testhost_driver import Host, aptsources
+from testhost_driver import Host, aptsources, rootfs
 
 TOP = Path(__file__).resolve().parent.parent
-DIST = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / "dist"
+CACHE = rootfs.cache()
+DIST = CACHE / "dist"
 # The packages of a compute server.
 HOST = ("python3-nbagent", "nbagent", "nbagent-image-minimal")
 # The packages of a fleet's gateway.
@@ -79,7 +79,7 @@ def build(say: Callable[[str], None], names: Sequence[str] = HOST) -> list[Path]
 
 def _build(what: str, command: Sequence[str | Path], say: Callable[[str], None]) -> list[Path]:
     """The packages that a command prints. All else that it prints is in a log, which a failure names."""
-    log = DIST.parent / "log" / f"{Path(command[0]).name}.log"
+    log = CACHE / "log" / f"{Path(command[0]).name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     say(f"building {what}")
     began_s = time.monotonic()

@@ -49,7 +49,7 @@ def main() -> None:
     if os.geteuid() != 0:
         fail("only root can create a root filesystem")
     os.umask(0o022)
-    cache = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / "images"
+    cache = Path(os.environ.get("NBAGENT_CACHE") or "/var/cache/nbagent-build") / "images"
     cache.mkdir(parents=True, exist_ok=True)
     if arguments.check:
         check(recipe, cache)

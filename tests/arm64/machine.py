@@ -20,7 +20,6 @@ import zipfile
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parents[2]
-CACHE = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build"))
 SUITE, PYTHON = "trixie", "3.13"
 REQUIREMENTS = TOP / "images/minimal/requirements.txt"
 QEMU = "/usr/bin/qemu-aarch64-static"
@@ -46,14 +45,15 @@ def build() -> Path:
 
     packages = sorted({*rootfs.COMMON_PACKAGES, *PACKAGES})
     recipe = repr((SUITE, packages, PLATFORMS)) + REQUIREMENTS.read_text()
-    kept = CACHE / f"arm64-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    cache = rootfs.cache()
+    kept = cache / f"arm64-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if kept.is_dir():
         return kept
     if not shutil.which("arch-test") or not Path(QEMU).exists():
         # Without binfmt-support, which would register the emulator for this machine.
         tools = ["arch-test", "mmdebstrap", "qemu-user-static"]
         subprocess.run(["apt-get", "-q", "-y", "--no-install-recommends", "install", *tools], check=True)
-    with tempfile.TemporaryDirectory(prefix=".arm64-", dir=CACHE) as directory:
+    with tempfile.TemporaryDirectory(prefix=".arm64-", dir=cache) as directory:
         root = Path(directory, "root")
         command = ["mmdebstrap", "--mode=root", "--architectures=arm64", "--variant=extract", "--format=directory",
                    f"--include={','.join(packages)}", '--aptopt=Apt::Install-Recommends "false"', SUITE, str(root), "-"]

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import hashlib
 import json
-import os
 import secrets
 import shutil
 import subprocess
@@ -23,12 +22,11 @@ from typing import Any, Protocol
 import aiohttp
 from client import TIMEOUT_S, Client, Server
 
-from product import Api, say
+from product import CACHE, Api, say
 from testhost_driver import Host
 
 HERE = Path(__file__).resolve().parent
 PYTHON = "/usr/bin/python3"
-CACHE = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build"))
 OUT = CACHE / "bench"
 ZYGOTE_READY = "MESSAGE_ID=c5f0b8c1b9a04d52a3d6c1b7f0d2a9e4"
 # No claim of a burst times out, and only the side whose turn it is has a pool.

@@ -52,7 +52,7 @@ def packages() -> dict[str, Path]:
     names = (*UNPACKED, *BROTLI)
     command = ["apt-get", "download", "--print-uris", *names]
     uris = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    cache = product.DIST.parent
+    cache = product.CACHE
     kept = cache / f"cdn-{hashlib.sha256(uris.stdout.encode()).hexdigest()[:16]}"
     if not kept.is_dir():
         with tempfile.TemporaryDirectory(prefix=".cdn-", dir=cache) as directory:

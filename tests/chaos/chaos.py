@@ -254,7 +254,7 @@ def main() -> None:
     finally:
         if not options.keep:
             host.down(now=True)
-    out = product.DIST.parent / "chaos"
+    out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)
     (out / f"chaos-{options.seed}.json").write_text(json.dumps(found, indent=1) + "\n")
     by_kind = found.pop("recovery_s_by_kind")

@@ -89,7 +89,7 @@ def main() -> None:
     finally:
         if not options.keep:
             host.down(now=True)
-    out = product.DIST.parent / "chaos"
+    out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)
     (out / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

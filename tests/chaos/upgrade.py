@@ -153,7 +153,7 @@ def main() -> None:
         "cells": run.book.counts["cells"], "cell_s": summary(run.book.cell_s), "steps": run.took,
         "websockets_opened_again": run.book.counts["websockets opened again"], "problems": run.book.problems,
     }
-    out = product.DIST.parent / "chaos"
+    out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)
     (out / "upgrade.json").write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -26,11 +25,11 @@ from pathlib import Path
 
 from nbagent.sandbox.plan import RUNTIME_PATH
 from notebook import Notebook
-from testhost_driver import Host
+from testhost_driver import Host, rootfs
 
 HERE = Path(__file__).resolve().parent
 IMAGE = HERE.parent.parent / "images/minimal"
-CACHE = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build"))
+CACHE = rootfs.cache()
 HOME, PLACE = "/home/jovyan", "/tmp/conformance"
 PLAIN, PLAIN_UNIT, PLAIN_PORT, PLAIN_TOKEN = "/run/conformance-plain", "conformance-plain", 8899, "conformance"
 # The files of tests about the API that a browser uses.

@@ -207,7 +207,7 @@ def test_a_second_make_up_changes_nothing(made_up):
     before = host.run(["systemctl", "show", "-P", "InvocationID", *units]).stdout
     printed = make("up")
     assert "up is up already" in printed
-    assert "is in the cache" in (product.DIST.parent / "log/build-image-deb.log").read_text()
+    assert "is in the cache" in (product.CACHE / "log/build-image-deb.log").read_text()
     assert "installing" not in printed and "booting" not in printed
     assert host.run(["systemctl", "show", "-P", "InvocationID", *units]).stdout == before
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from forked import Slot
 
 import memory_checks
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION, QUICK_OPTION
+from testhost_driver import rootfs
 
 KERNEL_TEST = "jupyter_kernel_test==0.7.0"
 VARIABLES = "PYTHONPATH=/srv/modules PYTHONHASHSEED=7"
@@ -72,7 +72,7 @@ FORKED = "'nbagent.zygote.kernel' in __import__('sys').modules"
 
 
 def test_the_public_test_suite_of_kernels_passes(tree: Path, tmp_path: Path) -> None:
-    cache = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / KERNEL_TEST.replace("==", "-")
+    cache = rootfs.cache() / KERNEL_TEST.replace("==", "-")
     if not cache.is_dir():
         subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "suite",
                         KERNEL_TEST], check=True, timeout=300)

@@ -52,7 +52,7 @@ def programs() -> Path:
     """The directory with promtool and prometheus."""
     names = ["apt-get", "download", "--print-uris", "prometheus"]
     uri = subprocess.run(names, check=True, stdout=subprocess.PIPE, text=True)
-    cache = product.DIST.parent
+    cache = product.CACHE
     kept = cache / uri.stdout.split()[1].removesuffix(".deb")
     if not kept.is_dir():
         with tempfile.TemporaryDirectory(prefix=".prometheus-", dir=cache) as directory:

@@ -23,11 +23,11 @@ from pathlib import Path
 import dns.message
 import dns.query
 
-from testhost_driver import netns
+from testhost_driver import netns, rootfs
 from testhost_driver.lan import Lan
 
 PACKAGES = ("bind9", "bind9-utils", "knot", "pebble")
-CACHE = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build"))
+CACHE = rootfs.cache()
 ZONE = "hosts.test"
 KEY = "hosts"
 # May change the records of one host only.

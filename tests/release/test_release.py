@@ -19,7 +19,7 @@ import product
 from testhost_driver import Host
 
 TOP = Path(__file__).resolve().parents[2]
-CACHE = product.DIST.parent
+CACHE = product.CACHE
 PACKAGES = ("python3-nbagent", "nbagent", "nbagent-gateway", "nbagent-image-minimal")
 # Two machines: path, mask, time zone, language, home and user's variables, and the date.
 FIRST = {"LANG": "C.UTF-8", "TZ": "UTC", "HOME": "/root"}

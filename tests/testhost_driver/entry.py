@@ -22,7 +22,7 @@ ENVIRONMENT = {
 
 def state_directory() -> str:
     """The directory of the state, which must be on a disk because the writable layer of each host is below it."""
-    return os.environ.get("NBAGENT_TESTHOST_STATE", "/var/lib/nbagent-testhost")
+    return os.environ.get("NBAGENT_TESTHOST_STATE") or "/var/lib/nbagent-testhost"
 
 
 def start_ticks(pid: int) -> int | None:

@@ -185,7 +185,8 @@ class Recipe:
 
 
 def cache() -> Path:
-    return Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build"))
+    """$NBAGENT_CACHE, for all that tests keep. An empty value is as none, because it would be the working directory."""
+    return Path(os.environ.get("NBAGENT_CACHE") or "/var/cache/nbagent-build")
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ from notebook import Notebook
 from product import say
 from testhost_driver import Host, aptsources
 
-CACHE = Path(os.environ.get("NBAGENT_CACHE", "/var/cache/nbagent-build")) / "versions"
+CACHE = product.CACHE / "versions"
 NAME = "versions"
 SETTINGS = "[pool]\nwarm = 1\n[cull]\ninterval = \"1s\"\n"
 ZYGOTE_WAIT_S = 900.0
