@@ -12,9 +12,7 @@ that sends or reads slowly, occupies memory within bounds, but no thread:
 - the lane of a connection is selected by its listener and the peer's address before anything is read, so that strangers
   share no thread with trusted callers
 
-h11 parses requests and frames responses. A request that it accepts although a proxy could understand it in another way
-(obsolete line folding, a length beside chunks) is refused. Headers with an underscore are dropped, because in WSGI they
-equal the same name with a hyphen.
+`wsgi` has the requests and responses themselves.
 """
 
 from __future__ import annotations
@@ -22,26 +20,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import io
 import ipaddress
 import os
-import re
 import selectors
 import socket
-import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from email.utils import formatdate
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote_to_bytes
+from typing import TYPE_CHECKING
 
 import h11
 
-from nbagent.web import problems
+from nbagent.web import problems, wsgi
+from nbagent.web.wsgi import HEAD_MAX_BYTES, Refused
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
@@ -57,18 +51,12 @@ LINGER_S = 2.0
 LINGER_MAX_BYTES = 32 << 20
 # After a stop: how long connections are read from which nothing, or a part of a request, was received.
 STOP_SILENT_S, STOP_PARTIAL_S = 0.3, 2.0
-# A deep link of 2,000 characters may be three times as long when percent-encoded.
-TARGET_MAX_BYTES = 8190
-HEAD_MAX_BYTES = 64 << 10
 # For each lane of a process. A class behind one address, or a load balancer, needs less.
 LANE_CONNECTIONS = 1024
 ADDRESS_CONNECTIONS = 256
 LANE_MAX_BYTES = 64 << 20
 _READ_BYTES = 64 << 10
 _SWEEP_S = 0.25
-_END_OF_HEAD = re.compile(rb"\n\r?\n")
-_FOLDED = re.compile(rb"\n[ \t]")
-_ABSOLUTE = re.compile(r"\A[A-Za-z][A-Za-z0-9+.-]*://[^/?#]*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,14 +87,6 @@ class _State(Enum):
     SERVING = auto()
     WRITING = auto()
     LINGERING = auto()
-
-
-class Refused(Exception):
-    """A request that is malformed or too large; the text is for the peer."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(text)
-        self.status = status
 
 
 @dataclass(eq=False)
@@ -337,7 +317,7 @@ class Server:
             if isinstance(event, h11.Request):
                 connection.request = event
                 connection.deadline_s += REQUEST_TIMEOUT_S - HEAD_TIMEOUT_S
-                _check(event, bytes(connection.head), self.service.body_max_bytes)
+                wsgi.check(event, bytes(connection.head), self.service.body_max_bytes)
                 connection.head.clear()
                 if parser.they_are_waiting_for_100_continue:
                     # A new connection's buffer has room for it.
@@ -365,7 +345,9 @@ class Server:
     def _compute(self, connection: _Connection, request: h11.Request | None) -> None:
         if request is None:
             raise RuntimeError("h11 has sent the end of a request without its head")
-        environ = environ_of(request, bytes(connection.body), connection)
+        environ = wsgi.environ_of(
+            request, bytes(connection.body), connection.local, connection.host, connection.port
+        )
         threads = connection.lane
         if other := connection.lane.lane.promote(environ):
             threads = self._lane_state(other)
@@ -382,10 +364,10 @@ class Server:
     def _respond(self, connection: _Connection, environ: WSGIEnvironment) -> None:
         """Runs in a thread of the lane. Sends at once what the socket's buffer takes; the loop sends the rest."""
         try:
-            status, headers, body = _run(connection.lane.lane.app, environ)
+            status, headers, body = wsgi.run(connection.lane.lane.app, environ)
             if self._stop_s is not None:
                 headers = [*headers, ("Connection", "close")]
-            connection.unsent = memoryview(_frame(connection.parser, status, headers, body))
+            connection.unsent = memoryview(wsgi.frame(connection.parser, status, headers, body))
             _send(connection)
         except Exception as error:
             problems.log_unexpected(error)
@@ -398,7 +380,7 @@ class Server:
         response = problems.for_status(error.status, str(error)[:200], is_body=connection.request is not None)
         headers = [*response.headers, ("Connection", "close")]
         try:
-            connection.unsent = memoryview(_frame(connection.parser, response.status, headers, response.get_data()))
+            connection.unsent = memoryview(wsgi.frame(connection.parser, response.status, headers, response.get_data()))
         except h11.LocalProtocolError:
             connection.is_broken = True
         self._end_reading(connection)
@@ -452,70 +434,6 @@ def network_of(address: str) -> str:
     return str(found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64))
 
 
-def environ_of(request: h11.Request, body: bytes, connection: _Connection) -> WSGIEnvironment:
-    """The WSGI environment of a request. RAW_URI is the target as it was sent. Raises Refused."""
-    target = request.target.decode("latin-1")
-    path, _, query = (_ABSOLUTE.sub("", target, count=1) or "/").partition("#")[0].partition("?")
-    if not path.startswith("/") and (path, request.method) != ("*", b"OPTIONS"):
-        raise Refused(400, "the target of the request is neither a path nor a URL")
-    local = connection.local
-    environ: WSGIEnvironment = {
-        "REQUEST_METHOD": request.method.decode(),
-        "SCRIPT_NAME": "",
-        "PATH_INFO": unquote_to_bytes(path.encode("latin-1")).decode("latin-1"),
-        "QUERY_STRING": query,
-        "RAW_URI": target,
-        "SERVER_NAME": str(local[0]) if isinstance(local, tuple) else "localhost",
-        "SERVER_PORT": str(local[1]) if isinstance(local, tuple) else "80",
-        "SERVER_PROTOCOL": f"HTTP/{request.http_version.decode()}",
-        "REMOTE_ADDR": connection.host,
-        "REMOTE_PORT": str(connection.port),
-        "wsgi.version": (1, 0),
-        "wsgi.url_scheme": "http",
-        "wsgi.input": io.BytesIO(body),
-        "wsgi.errors": sys.stderr,
-        "wsgi.multithread": True,
-        "wsgi.multiprocess": True,
-        "wsgi.run_once": False,
-    }
-    for name, value in request.headers:
-        if b"_" in name:
-            continue
-        key = name.decode().upper().replace("-", "_")
-        key = key if key == "CONTENT_TYPE" else f"HTTP_{key}"
-        text = value.decode("latin-1")
-        environ[key] = f"{environ[key]},{text}" if key in environ else text
-    # The body was received and its chunks were joined.
-    environ.pop("HTTP_TRANSFER_ENCODING", None)
-    environ.pop("HTTP_CONTENT_LENGTH", None)
-    if _has_body(request):
-        environ["CONTENT_LENGTH"] = str(len(body))
-    return environ
-
-
-def _has_body(request: h11.Request) -> bool:
-    return any(name in (b"content-length", b"transfer-encoding") for name, _ in request.headers)
-
-
-def _check(request: h11.Request, head: bytes, body_max_bytes: int) -> None:
-    """Raises Refused for a request that h11 accepts and this server does not."""
-    if request.http_version not in (b"1.0", b"1.1"):
-        raise Refused(505, "the version of HTTP is neither 1.0 nor 1.1")
-    if len(request.target) > TARGET_MAX_BYTES:
-        raise Refused(414, f"the target of the request is longer than {TARGET_MAX_BYTES} bytes")
-    head = _END_OF_HEAD.split(head, maxsplit=1)[0]
-    if len(head) > HEAD_MAX_BYTES:
-        raise Refused(431, f"the headers are longer than {HEAD_MAX_BYTES} bytes")
-    if _FOLDED.search(head):
-        raise Refused(400, "a header continues on a second line")
-    headers = dict(request.headers)
-    if b"transfer-encoding" in headers and (b"content-length" in headers or request.http_version == b"1.0"):
-        raise Refused(400, "the length of the body is given in two ways, or chunks are sent by HTTP/1.0")
-    length = headers.get(b"content-length", b"0")
-    if int(length) > body_max_bytes:
-        raise Refused(413, f"the body is longer than {body_max_bytes} bytes")
-
-
 def _receive(connection: _Connection) -> bytes | None:
     """Data from the socket; b"" at its end or after an error, None when there is no data yet."""
     try:
@@ -536,45 +454,3 @@ def _send(connection: _Connection) -> None:
         connection.is_broken = True
         if error.errno not in (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN):
             raise
-
-
-def _run(app: WSGIApplication, environ: WSGIEnvironment) -> tuple[str, list[tuple[str, str]], bytes]:
-    """Status, headers and body of a response."""
-    status, headers = "", list[tuple[str, str]]()
-    written = list[bytes]()
-
-    def start_response(
-        new_status: str, new_headers: list[tuple[str, str]], error: Any = None
-    ) -> Callable[[bytes], object]:
-        nonlocal status, headers
-        status, headers = new_status, new_headers
-        return written.append
-
-    parts: Iterable[bytes] = app(environ, start_response)
-    try:
-        body = b"".join([*written, *parts])
-    finally:
-        if close := getattr(parts, "close", None):
-            close()
-    return status, headers, body
-
-
-@functools.lru_cache(1)
-def _date(time_s: int) -> bytes:
-    return formatdate(time_s, usegmt=True).encode()
-
-
-def _frame(parser: h11.Connection, status: str, headers: Sequence[tuple[str, str]], body: bytes) -> bytes:
-    """A whole response as bytes."""
-    code, _, reason = status.partition(" ")
-    given = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers]
-    if not any(name.lower() == b"content-length" for name, _ in given) and int(code) not in (204, 304):
-        given.append((b"Content-Length", str(len(body)).encode()))
-    given.append((b"Date", _date(int(time.time()))))
-    response = h11.Response(status_code=int(code), headers=given, reason=reason.encode("latin-1"))
-    parts = [parser.send(response)]
-    if body:
-        parts.append(parser.send(h11.Data(data=body)))
-    parts.append(parser.send(h11.EndOfMessage()))
-    return b"".join(part or b"" for part in parts)
-
