@@ -288,42 +288,51 @@ class Zygotes:
                         pool.image, instance, quick=quick, gives_way_until=gives_way_until
                     )
             except Exception as error:
-                text = str(error) or f"not ready after {now() - began_s:.0f} s"
-                if not isinstance(error, EXPECTED):
-                    asyncio.get_running_loop().call_exception_handler(
-                        {"message": f"unexpected error in the start of zygote {instance}", "exception": error}
-                    )
-                    text = f"unexpected error: {error!r}"
-                fails_always = isinstance(error, StartFailed) and error.details.get("step") == INHERITED_STEP
-                if fails_always:
-                    text += "; no zygote is started again before the image changes"
                 begun = None
-                pool.failures += 1
-                self._log_failure(pool, instance, text)
-                with contextlib.suppress(OSError):
-                    await self._systemd.stop(unit_of(instance))
-                pool.first_try_done, pool.is_awaited = True, False
-                self.changed()
-                if fails_always:
-                    pool.task = None
-                    if pool.zygote is not None:  # even a quick one is not replaced
-                        pool.zygote.quick = False
+                if not await self._fail(pool, instance, error, now() - began_s):
                     return
-                continue
-            former, pool.zygote = pool.zygote, Zygote(instance, pool.image, channel, now(), quick=quick)
-            reach(Point.ZYGOTE_READY)
-            fd_store.keep(instance, channel.fileno())
-            pool.no_zygote.clear()
-            pool.task, pool.failure = None, ""
-            self.counts["zygotes_ready"] += 1
-            emit(Event.ZYGOTE_READY, zygote=instance, image=pool.image.name, took_ms=round((now() - began_s) * 1000))
-            self._tasks.spawn(self._watch(pool, pool.zygote))
-            if former is not None:
-                former.dismiss()
-            pool.first_try_done, pool.is_awaited = True, False
-            self._review(pool)
-            self.changed()
-            return
+            else:
+                self._succeed(pool, Zygote(instance, pool.image, channel, now(), quick=quick), now() - began_s)
+                return
+
+    async def _fail(self, pool: ZygotePool, instance: str, error: Exception, took_s: float) -> bool:
+        """Ends what the failed start has left. Returns whether the start may succeed when it is repeated."""
+        text = str(error) or f"not ready after {took_s:.0f} s"
+        if not isinstance(error, EXPECTED):
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": f"unexpected error in the start of zygote {instance}", "exception": error}
+            )
+            text = f"unexpected error: {error!r}"
+        fails_always = isinstance(error, StartFailed) and error.details.get("step") == INHERITED_STEP
+        if fails_always:
+            text += "; no zygote is started again before the image changes"
+        pool.failures += 1
+        self._log_failure(pool, instance, text)
+        with contextlib.suppress(OSError):
+            await self._systemd.stop(unit_of(instance))
+        pool.first_try_done, pool.is_awaited = True, False
+        self.changed()
+        if fails_always:
+            pool.task = None
+            if pool.zygote is not None:  # even a quick one is not replaced
+                pool.zygote.quick = False
+        return not fails_always
+
+    def _succeed(self, pool: ZygotePool, zygote: Zygote, took_s: float) -> None:
+        """Makes the zygote, which is ready, the one that forks."""
+        former, pool.zygote = pool.zygote, zygote
+        reach(Point.ZYGOTE_READY)
+        fd_store.keep(zygote.instance, zygote.channel.fileno())
+        pool.no_zygote.clear()
+        pool.task, pool.failure = None, ""
+        self.counts["zygotes_ready"] += 1
+        emit(Event.ZYGOTE_READY, zygote=zygote.instance, image=pool.image.name, took_ms=round(took_s * 1000))
+        self._tasks.spawn(self._watch(pool, zygote))
+        if former is not None:
+            former.dismiss()
+        pool.first_try_done, pool.is_awaited = True, False
+        self._review(pool)
+        self.changed()
 
     async def _watch(self, pool: ZygotePool, zygote: Zygote) -> None:
         """Replaces a zygote when it ends."""
