@@ -79,6 +79,12 @@ class Fleet:
         host.run(["tee", "/etc/nbagent/gateway.d/50-fleet.toml"], input=settings + listed)
         _install(host, [packages[name] for name in product.GATEWAY], "")
 
+    def keep(self) -> None:
+        """Lets hosts and network outlive this process."""
+        for host in (*self.gateways, *self.hosts.values()):
+            host.keep()
+        self.lan.keep()
+
     def down(self) -> None:
         """Removes all hosts and the network."""
         for host in (*self.gateways, *self.hosts.values()):

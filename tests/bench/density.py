@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import resource
-import signal
 import statistics
 import sys
 import tempfile
@@ -365,7 +364,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measures, prints, writes; status 1 when a user was not served."""
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # A websocket for each user.
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     packages = product.build(say)

@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import resource
-import signal
 import subprocess
 import sys
 import time
@@ -131,7 +130,6 @@ def main() -> None:
     """Measures, prints, writes; status 1 when a claim or a websocket failed."""
     options = parse()
     # SIGTERM raises SystemExit, so that hosts and programs are still removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     # A websocket takes a descriptor here, one in the stand-in, and two in HAProxy.
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     began_s = time.monotonic()

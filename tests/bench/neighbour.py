@@ -22,7 +22,6 @@ import datetime
 import json
 import os
 import platform
-import signal
 import sys
 import time
 from pathlib import Path
@@ -237,7 +236,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     """Measures, prints, writes."""
     options = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began_s = time.monotonic()
     packages = product.build(say)
     with Host.up(name=f"near-{os.getpid()}", packages=sides.PACKAGES) as host:

@@ -21,7 +21,6 @@ import datetime
 import json
 import os
 import platform
-import signal
 import statistics
 import sys
 import tempfile
@@ -238,7 +237,6 @@ def main() -> None:
     """Measures, prints, writes."""
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     began_s = time.monotonic()
     loads = [os.getloadavg()[0]]
     with measured_host(options.host) as host, Client(host) as client:

@@ -240,6 +240,8 @@ def main() -> None:
     suite = "trixie" if options.machine == "vm" else "bookworm"
     name = options.name or (NAME if options.machine == "nspawn" else f"{NAME}-vm")
     host = Host.up(name=name, driver=options.machine, suite=suite, say=say)
+    if options.keep:
+        host.keep()
     try:
         host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
         host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)

@@ -80,6 +80,8 @@ def main() -> None:
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     host = Host.up(name=NAME, say=say)
+    if options.keep:
+        host.keep()
     try:
         host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
         host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)

@@ -127,6 +127,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     options = parser.parse_args()
     host = Host.up(name=NAME, say=say)
+    if options.keep:
+        host.keep()
     try:
         packages = product.build(say)
         host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])

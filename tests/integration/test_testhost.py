@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from testhost_driver import Host
+from testhost_driver import Host, ending
 from testhost_driver.entry import start_ticks
 from testhost_driver.errors import BadArgument, CommandFailed, CommandTimedOut, NoSuchHost
 
@@ -110,6 +111,7 @@ def traces() -> dict[str, set[str]]:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[tuple[Host, Host]]:
+    ending.take_signals()  # which Host.up can do in the main thread only
     with ThreadPoolExecutor() as pool:
         hosts = list(pool.map(lambda name: Host.up(name=name), NAMES))
     yield hosts[0], hosts[1]
@@ -201,6 +203,48 @@ def test_down_leaves_nothing_behind() -> None:
         ):  # a zombie is for the machine's init to reap
             assert f"testhost-{name}" not in (entry / "cgroup").read_text(), (entry / "cmdline").read_text()
     host.down()  # a second call is no error
+
+
+# A program that has made a host and a network, as the chaos runs and the benchmarks do.
+PROGRAM = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from testhost_driver import Host
+from testhost_driver.lan import Lan
+with Lan(sys.argv[2]) as lan:
+    host = Host.up(name=sys.argv[2])
+    print("made", file=sys.stderr, flush=True)
+    while True: time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "command", "until"),
+    [
+        (signal.SIGINT, [TESTHOST, "up", "--name"], "booting"),
+        (signal.SIGTERM, ["/usr/bin/python3", "-c", PROGRAM, TESTHOST.parent], "made"),
+    ],
+    ids=["an interrupt of a command in the background", "the end of a program"],
+)
+def test_an_end_by_a_signal_removes_what_was_made(number: int, command: list[object], until: str) -> None:
+    name = NAMES[0][:-1] + "d"
+    argv = [str(word) for word in (*command, name)]
+    # As in the background of a shell without job control, which ignores SIGINT.
+    background = ["/bin/sh", "-c", "trap '' INT; exec \"$@\"", "sh", *argv]
+    with subprocess.Popen(background, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        while until not in said:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        process.send_signal(number)
+        said += process.stderr.read()
+        assert process.wait() in (128 + number, -signal.SIGINT)
+    assert f"host {name}" in said and "removing" in said, said
+    assert not Path(f"/run/netns/testhost-{name}").exists() and not Path(f"/run/netns/testhost-lan-{name}").exists()
+    assert not Path(f"/var/lib/nbagent-testhost/hosts/{name}").exists()
+    assert not list(Path("/sys/fs/cgroup").glob(f"**/testhost-{name}"))
 
 
 @pytest.mark.parametrize(

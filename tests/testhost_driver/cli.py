@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from testhost_driver import entry, state
+from testhost_driver import ending, entry, state
 from testhost_driver import host as hosts
 from testhost_driver.errors import BadArgument, HostError
 from testhost_driver.host import Host
@@ -32,6 +32,7 @@ hosts live in $NBAGENT_TESTHOST_STATE (/var/lib/nbagent-testhost).
 
 def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
+    ending.take_signals()
     try:
         return int(arguments.call(arguments) or 0)
     except BadArgument as error:
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
         print(f"testhost: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        return 130
+        return ending.status()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _up(arguments: argparse.Namespace) -> None:
-    Host.up(arguments.name, arguments.driver, arguments.suite, arguments.memory, arguments.cpus)
+    Host.up(arguments.name, arguments.driver, arguments.suite, arguments.memory, arguments.cpus).keep()
 
 
 def _exec(arguments: argparse.Namespace) -> None:

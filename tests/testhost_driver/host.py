@@ -27,6 +27,7 @@ from typing import Any, Protocol
 
 from testhost_driver import (
     cgroups,
+    ending,
     entry,
     forward,
     netns,
@@ -88,7 +89,8 @@ class Host:
 
         `memory` (bytes, or a number with K, M, G) and `cpus` limit the whole host. Without them an nspawn
         host has all of the machine, and a virtual machine 4G and 2. `packages` are Debian's, beside those of
-        every host. Raises `BootFailed` after clearing whatever was made.
+        every host. Raises `BootFailed` after clearing whatever was made. A new host is removed when a signal ends
+        this process (`ending`), unless it is kept.
         """
         state.check_name(name)
         if driver not in state.DRIVERS:
@@ -114,6 +116,7 @@ class Host:
             tools.ensure(driver, say)
             started = time.monotonic()
             recipe = rootfs.Recipe(suite, driver, tuple(packages))
+            ending.made(_label(name), lambda: take_down(name, now=True))
             try:
                 with rootfs.held(recipe, say) as tree:
                     state.make_directory(name)
@@ -122,6 +125,7 @@ class Host:
                 host = cls._boot(fresh, say)
             except BaseException:
                 _clear(name)
+                ending.gone(_label(name))
                 raise
             say(f"{name} is up ({driver}, {suite}) after {time.monotonic() - started:.1f} s")
             return host
@@ -175,6 +179,10 @@ class Host:
     def down(self, *, now: bool = False) -> None:
         """End the host and remove all of it. May be called twice. `now` spares a VM its shutdown."""
         take_down(self.name, now=now)
+
+    def keep(self) -> None:
+        """Lets the host outlive this process, also when a signal ends it."""
+        ending.keep(_label(self.name), f"tests/testhost down {self.name}")
 
     def __enter__(self) -> Host:
         return self
@@ -304,8 +312,10 @@ def take_down(name: str, *, now: bool = False) -> bool:
     state.check_name(name)
     with state.host_lock(name):
         if not state.host_directory(name).exists():
+            ending.gone(_label(name))
             return False
         _clear(name, now=now)
+        ending.gone(_label(name))
         return True
 
 
@@ -331,6 +341,10 @@ def check_port(port: int) -> int:
     if not 1 <= port <= 65535:
         raise BadArgument(f"port {port}: 1 to 65535")
     return port
+
+
+def _label(name: str) -> str:
+    return f"host {name}"
 
 
 def _healthy(found: HostState, *, even_booting: bool = False) -> bool:

@@ -15,7 +15,7 @@ import ipaddress
 import socket
 from types import TracebackType
 
-from testhost_driver import netns
+from testhost_driver import ending, netns
 from testhost_driver.errors import BadArgument
 from testhost_driver.host import Host
 
@@ -30,6 +30,7 @@ class Lan:
         self.name, self.address = f"lan-{name}", gateway
         if netns.path_of(self.name).exists():
             return
+        ending.made(f"network {self.name}", self.remove)
         netns.create(self.name)
         netns.ip("-n", netns.name_of(self.name), "link", "add", BRIDGE, "type", "bridge")
         netns.ip("-n", netns.name_of(self.name), "link", "set", BRIDGE, "up")
@@ -61,6 +62,11 @@ class Lan:
     def remove(self) -> None:
         """Removes the network. May be called twice."""
         netns.remove(self.name)
+        ending.gone(f"network {self.name}")
+
+    def keep(self) -> None:
+        """Lets the network outlive this process, as `Host.keep`."""
+        ending.keep(f"network {self.name}", f"ip netns del {netns.name_of(self.name)}")
 
     @staticmethod
     def remove_named(name: str) -> None:

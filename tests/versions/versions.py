@@ -284,6 +284,8 @@ def agent_for(wanted: Sequence[Version], keep: bool) -> Iterator[Agent]:
     for version in wanted:
         layer(version)
     host = Host.attach(NAME) if keep and NAME in map(str, _names()) else Host.up(name=NAME)
+    if keep:
+        host.keep()
     try:
         product.add_changed(host, packages, say)
         host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)
