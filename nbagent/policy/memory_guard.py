@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 # The host is short when its available memory would be below the reserve after so many seconds of the present decline:
-# the time in which the guard looks again and a thousand limits are set. No slot takes more than its limit, so a few
+# the time in which the guard samples again and a thousand limits are set. No slot takes more than its limit, so a few
 # that grow make no host short that has room for them.
 AHEAD_S = 3.0
 # A slot grows when it has taken so much in one to two periods; less is the noise of a server at rest.
@@ -28,7 +28,7 @@ RESTORE_RESERVES = 2
 
 @dataclass(frozen=True)
 class HostMemory:
-    """The host at one look: available memory, its decline since the last look, and the reserve."""
+    """The host in one sample: available memory, its decline since the last sample, and the reserve."""
 
     available_bytes: int
     decline_bytes_s: float
@@ -37,7 +37,7 @@ class HostMemory:
 
 @dataclass(frozen=True)
 class SlotMemory:
-    """A slot at one look. `limit_bytes` is its own limit, `held_bytes` the one at which it is held, or None."""
+    """A slot in one sample. `limit_bytes` is its own limit, `held_bytes` the one at which it is held, or None."""
 
     used_bytes: int
     grown_bytes: int
@@ -52,7 +52,7 @@ class SlotMemory:
 
 
 class Growth:
-    """How much slots have grown in the last PERIOD_S to twice that, by the memory that they had at earlier looks."""
+    """How much slots have grown in the last PERIOD_S to twice that, by the memory that they had in earlier samples."""
 
     def __init__(self) -> None:
         self._base: dict[str, int] = {}
@@ -60,7 +60,7 @@ class Growth:
         self._next_s = -math.inf
 
     def grown(self, at_s: float, used: Mapping[str, int]) -> dict[str, int]:
-        """The growth of each slot at a look. A slot that was not there before has grown by nothing."""
+        """The growth of each slot in a sample. A slot that was not there before has grown by nothing."""
         if at_s >= self._next_s + PERIOD_S:
             self._base, self._next, self._next_s = self._next, dict(used), at_s
         return {name: size - self._base.get(name, self._next.get(name, size)) for name, size in used.items()}

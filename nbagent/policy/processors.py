@@ -43,7 +43,7 @@ def sharers(used: Iterable[float]) -> float:
 
 
 class _Read(NamedTuple):
-    """The processor time of a slot at one look, and the processors that it used since the reading before."""
+    """The processor time of a slot in one sample, and the processors that it used since the reading before."""
 
     at_s: float
     used_s: float
@@ -52,14 +52,14 @@ class _Read(NamedTuple):
 
 
 class Processors:
-    """The processors of a host and what its slots used of them, at looks a fraction of a second apart.
+    """The processors of a host and what its slots used of them, by samples a fraction of a second apart.
 
-    At each look `look` is called first, then `due` and `decide`.
+    For each sample `sample` is called first, then `due` and `decide`.
     """
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._looked_s: float | None = None
+        self._sampled_s: float | None = None
         self._idle_s = 0.0
         self._past_s = 0.0
         self._busy_s: float | None = None
@@ -69,22 +69,22 @@ class Processors:
         self._content_s: dict[str, float] = {}
         self._rests_s: dict[str, float] = {}
 
-    def look(self, at_s: float, idle_s: float) -> bool:
-        """Begins a look, and returns whether the use of all slots is followed, or only that of those that give way.
+    def sample(self, at_s: float, idle_s: float) -> bool:
+        """Begins a sample, and returns whether the use of all slots is followed, or only that of those that give way.
 
         `idle_s` is that of all processors together since the boot.
         """
-        self._past_s = 0.0 if self._looked_s is None else at_s - self._looked_s
+        self._past_s = 0.0 if self._sampled_s is None else at_s - self._sampled_s
         free = (idle_s - self._idle_s) / self._past_s if self._past_s > 0 else self._count
         self._busy = free < max(min(FREE_PROCESSORS, FREE_PART_OF_ONE * self._count), FREE_PART * self._count)
-        self._looked_s, self._idle_s = at_s, idle_s
+        self._sampled_s, self._idle_s = at_s, idle_s
         if self._busy:
             self._busy_s = at_s
         return self._busy_s is not None and at_s - self._busy_s <= FOLLOW_S
 
     def due(self, names: Iterable[str], giving: Collection[str]) -> list[str]:
-        """Those of the slots that are followed whose use `decide` needs at this look."""
-        latest_s = (self._looked_s or 0.0) - CALM_S
+        """Those of the slots that are followed whose use `decide` needs for this sample."""
+        latest_s = (self._sampled_s or 0.0) - CALM_S
         return [
             name for name in names
             if name in giving or (read := self._reads.get(name)) is None
@@ -98,7 +98,7 @@ class Processors:
         """
         if self._past_s <= 0:
             return {}
-        at_s = self._looked_s or 0.0
+        at_s = self._sampled_s or 0.0
         before = {name: read for name, read in self._reads.items() if at_s - read.at_s <= FOLLOW_S}
         grown_s = {name: max(0.0, size_s - before[name].used_s) for name, size_s in used_s.items() if name in before}
         self._reads = before | {
@@ -124,7 +124,7 @@ class Processors:
     def _changes(
         self, grown_s: Mapping[str, float], leak: float, giving: Collection[str]
     ) -> Iterator[tuple[str, bool]]:
-        at_s, rests_s = self._looked_s or 0.0, self._rests_s
+        at_s, rests_s = self._sampled_s or 0.0, self._rests_s
         self._rests_s = {
             name: rests_s.get(name, at_s - self._past_s)
             for name in giving if name in grown_s and self._reads[name].part < REST_PART * leak

@@ -24,7 +24,7 @@ from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.scope_limits import ScopeLimits
 from nbagent.supervisor.slots import Slots
 
-LOOK_S = 0.5
+SAMPLE_INTERVAL_S = 0.5
 
 
 class MemoryGuard:
@@ -45,17 +45,17 @@ class MemoryGuard:
         self._before: tuple[float, int] | None = None
 
     async def run(self) -> None:
-        """Looks until cancelled."""
+        """Samples until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_S)
-            # Without a free descriptor, for example, the next look decides.
+            await asyncio.sleep(SAMPLE_INTERVAL_S)
+            # Without a free descriptor, for example, the next sample decides.
             with contextlib.suppress(OSError):
-                await self.look()
+                await self.sample()
 
-    async def look(self) -> None:
-        """One look: sets the limits that the policy decides."""
+    async def sample(self) -> None:
+        """One sample: sets the limits that the policy decides."""
         memory, at_s = self._read_memory(), now()
-        before_s, before_bytes = self._before or (at_s - LOOK_S, memory.available_bytes)
+        before_s, before_bytes = self._before or (at_s - SAMPLE_INTERVAL_S, memory.available_bytes)
         self._before = (at_s, memory.available_bytes)
         settings = self._config.value
         kept_bytes = settings.host.memory_reserve + admission.burst_bytes(memory.total_bytes, settings.slots.memory)
@@ -63,16 +63,16 @@ class MemoryGuard:
         # Twice as much as is kept, so that the growth of slots is known when it matters.
         if memory.available_bytes > 2 * kept_bytes and not self._held:
             return
-        decline_bytes_s = (before_bytes - memory.available_bytes) / max(at_s - before_s, LOOK_S / 10)
+        decline_bytes_s = (before_bytes - memory.available_bytes) / max(at_s - before_s, SAMPLE_INTERVAL_S / 10)
         host = HostMemory(memory.available_bytes, decline_bytes_s, settings.host.memory_reserve)
         lives = {live.slot.id: live for live in self._slots.values() if _may_be_held(live)}
         used = {name: live.cgroup.memory_bytes() for name, live in lives.items() if live.cgroup is not None}
         grown = self._growth.grown(at_s, used)
-        looks = {
+        samples = {
             name: SlotMemory(size, grown[name], lives[name].slot.limits.memory_bytes, lives[name].lowered.memory_bytes)
             for name, size in used.items()
         }
-        for name, limit_bytes in policy.decide(host, looks).items():
+        for name, limit_bytes in policy.decide(host, samples).items():
             await self._set(lives[name], limit_bytes, memory.available_bytes)
 
     async def _set(self, live: RunningSlot, limit_bytes: int | None, available_bytes: int) -> None:

@@ -2,8 +2,8 @@
 """Lowers the CPU weight of slots that compute while no processor of the host is free (nbagent.policy.processors).
 
 The guard reads the idle time of the host four times a second, and the processor time of slots only while no processor
-was free lately, of those at rest once a second. It pauses fifty times as long as a look takes, so that a thousand slots
-cost at most two percent of a processor, and only while the host has none free.
+was free lately, of those at rest once a second. It pauses fifty times as long as a sample takes, so that a thousand
+slots cost at most two percent of a processor, and only while the host has none free.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.scope_limits import ScopeLimits
 from nbagent.supervisor.slots import Slots
 
-LOOK_S = 0.25
+SAMPLE_INTERVAL_S = 0.25
 PAUSE_PART = 50
 # Between two journal entries about one slot, and between two attempts after systemd refused a change.
-TOLD_S = 600.0
+LOG_INTERVAL_S = 600.0
 RETRY_S = 10.0
 # Slots that are read in one turn of the event loop, which takes half a millisecond.
 TURN = 50
@@ -59,25 +59,25 @@ class ProcessorGuard:
         self._read_idle = idle
         # The slots that give way, by id, and when the journal had an entry about a slot.
         self._giving: dict[str, RunningSlot] = {}
-        self._told_s: dict[str, float] = {}
+        self._logged_s: dict[str, float] = {}
         self._not_before_s = 0.0
 
     async def run(self) -> None:
-        """Looks until cancelled."""
+        """Samples until cancelled."""
         while True:
             began_s = now()
-            # Without a free descriptor, for example, the next look decides.
+            # Without a free descriptor, for example, the next sample decides.
             with contextlib.suppress(OSError):
-                await self.look()
-            await asyncio.sleep(max(LOOK_S, PAUSE_PART * (now() - began_s)))
+                await self.sample()
+            await asyncio.sleep(max(SAMPLE_INTERVAL_S, PAUSE_PART * (now() - began_s)))
 
-    async def look(self) -> None:
-        """One look: lowers and restores the weights that the policy decides."""
+    async def sample(self) -> None:
+        """One sample: lowers and restores the weights that the policy decides."""
         part = self._config.value.slots.cpu_weight_busy
         self._giving = {name: live for name, live in self._giving.items() if _is_claimed(live)}
         if part < 1:
             lives = dict(self._giving)
-            if self._policy.look(now(), self._read_idle()):
+            if self._policy.sample(now(), self._read_idle()):
                 lives = {live.slot.id: live for live in self._slots.values() if _is_claimed(live)}
             due = self._policy.due(lives, self._giving)
             changes = self._policy.decide(await _used_s({name: lives[name] for name in due}), self._giving)
@@ -107,14 +107,15 @@ class ProcessorGuard:
         if slot.id not in self._giving:
             self._counters.add("gave_way")
         self._giving[slot.id] = live
-        self._tell(live)
+        self._log(live)
 
-    def _tell(self, live: RunningSlot) -> None:
+    def _log(self, live: RunningSlot) -> None:
         """Writes to the journal that a slot gives way, if there was no such entry about it lately."""
         at_s, slot = now(), live.slot
-        self._told_s = {name: told_s for name, told_s in self._told_s.items() if told_s + TOLD_S > at_s}
-        if slot.id not in self._told_s:
-            self._told_s[slot.id] = at_s
+        since_s = at_s - LOG_INTERVAL_S
+        self._logged_s = {name: logged_s for name, logged_s in self._logged_s.items() if logged_s > since_s}
+        if slot.id not in self._logged_s:
+            self._logged_s[slot.id] = at_s
             weight = live.limits_in_force.cpu_weight
             emit(Event.SLOT_GIVES_WAY, slot=slot.id, text=f"{weight} instead of {slot.limits.cpu_weight}")
 

@@ -45,7 +45,7 @@ RECONNECT_S = 0.2
 # PID 1 needs milliseconds to move processes into a scope, but seconds while it starts a thousand others.
 PLACED_MAX_S = 5.0
 # A job usually takes milliseconds, and the stop of a claimed slot up to slots.stop_timeout.
-LOOK_S = 1.0
+JOB_CHECK_S = 1.0
 
 # Property types that pystemd 0.11 (Debian 12) lacks.
 KNOWN_UNIT_SIGNATURES.update(
@@ -299,9 +299,9 @@ class Systemd:
         future = self._jobs.setdefault(job, self._loop.create_future())
         try:
             while not future.done():
-                await asyncio.wait({future}, timeout=LOOK_S)
+                await asyncio.wait({future}, timeout=JOB_CHECK_S)
                 if not future.done():
-                    self._look(job, future)
+                    self._check_job(job, future)
             result = future.result()
         except asyncio.CancelledError:
             if also_when_cancelled:
@@ -313,7 +313,7 @@ class Systemd:
         if result != "done":
             raise JobFailed(f"job {job.decode()} ended as {result}")
 
-    def _look(self, job: bytes, future: asyncio.Future[str]) -> None:
+    def _check_job(self, job: bytes, future: asyncio.Future[str]) -> None:
         """Ends the wait for a job that has ended without a signal that reached this process.
 
         sd_bus_process() also returns no message when it has done something else, and then leaves signals in its queue.

@@ -31,7 +31,7 @@ class PlaceholderSubstitution:
         search = re.compile("|".join(map(re.escape, names))).search
         found: Dict[int, Any] = {}
 
-        def look(known: Any) -> None:
+        def visit(known: Any) -> None:
             if id(known) in found or known is without or known is found:
                 return
             items: Any = known.items() if isinstance(known, dict) else enumerate(known)
@@ -42,18 +42,18 @@ class PlaceholderSubstitution:
 
         def inspect(known: Any) -> None:
             if isinstance(known, (dict, list)):
-                look(known)
+                visit(known)
             elif any(isinstance(value, str) and search(value) for value in gc.get_referents(known)):
                 attributes = _attributes(known)
                 if attributes is not None:
-                    look(attributes)
+                    visit(attributes)
 
         objects = gc.get_objects()
         for start in range(0, len(objects), _AT_ONCE):
             some = objects[start:start + _AT_ONCE]
             referents = gc.get_referents(*some)
             for untracked in [value for value in referents if type(value) is dict and not gc.is_tracked(value)]:
-                look(untracked)
+                visit(untracked)
             if search("\0".join([value for value in referents if isinstance(value, str)])):
                 for known in some:
                     inspect(known)

@@ -76,23 +76,23 @@ async def test_slots_that_grow_on_a_short_host_are_held_and_freed(tree: Tree, cl
         tree.add(name, 100 * MIB)
     tree.add("c07-warm", 100 * MIB, SlotState.WARM)
 
-    async def look() -> None:
-        await guard.look()
+    async def sample() -> None:
+        await guard.sample()
         clock.advance(0.5)
 
     tree.available_bytes = 2 * GIB
-    await look()
+    await sample()
     for name in ("c07-grows", "c07-warm"):
         tree.use(name, 300 * MIB)
-    await look()
+    await sample()
     # Not short: the one slot that may be held cannot take more than its limit.
     assert systemd.limits == {} and counters.values["held"] == 0
     tree.available_bytes = 300 * MIB
-    await look()
+    await sample()
     assert systemd.limits == {"nbagent-c07-grows.scope": dataclasses.replace(LIMITS, memory_bytes=332 * MIB)}
     assert counters.values["held"] == 1
     tree.available_bytes = 20 * GIB
-    await look()
+    await sample()
     assert systemd.limits["nbagent-c07-grows.scope"] == LIMITS
     printed = [entry["MESSAGE"] for entry in journal]
     assert printed[0] == (
@@ -106,13 +106,13 @@ async def test_a_limit_that_systemd_refuses_is_tried_again(tree: Tree, clock) ->
     guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, ScopeLimits(systemd), counters, tree.memory)
     tree.add("c07-grows", 100 * MIB)
     tree.available_bytes = 300 * MIB
-    await guard.look()
+    await guard.sample()
     tree.use("c07-grows", 200 * MIB)
     systemd.limits_error = OSError("no")
-    await guard.look()
+    await guard.sample()
     systemd.limits_error = None
     clock.advance(0.5)
-    await guard.look()
+    await guard.sample()
     assert systemd.limits["nbagent-c07-grows.scope"].memory_bytes == 232 * MIB
 
 
@@ -121,13 +121,13 @@ async def test_a_slot_that_ended_is_forgotten(tree: Tree, clock) -> None:
     guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, ScopeLimits(systemd), Counters(), tree.memory)
     live = tree.add("c07-grows", 100 * MIB)
     tree.available_bytes = 300 * MIB
-    await guard.look()
+    await guard.sample()
     tree.use("c07-grows", 200 * MIB)
-    await guard.look()
+    await guard.sample()
     tree.slots.remove(live)
     systemd.limits.clear()
     tree.available_bytes = 20 * GIB
-    await guard.look()
+    await guard.sample()
     assert systemd.limits == {} and not guard._held
 
 
@@ -137,9 +137,9 @@ async def test_an_update_of_a_held_slot_keeps_it_held_and_is_in_force_when_it_is
     guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, limits, Counters(), tree.memory)
     live = tree.add("c07-grows", 100 * MIB)
     tree.available_bytes = 300 * MIB
-    await guard.look()
+    await guard.sample()
     tree.use("c07-grows", 200 * MIB)
-    await guard.look()
+    await guard.sample()
     assert systemd.limits[scope] == live.limits_in_force == dataclasses.replace(LIMITS, memory_bytes=232 * MIB)
     larger = Limits(2 * GIB, 50, 0.5, 256)
     await limits.set(live, larger)
@@ -149,10 +149,10 @@ async def test_an_update_of_a_held_slot_keeps_it_held_and_is_in_force_when_it_is
     assert systemd.limits[scope] == smaller
     await limits.set(live, larger)
     clock.advance(0.5)
-    await guard.look()
+    await guard.sample()
     assert systemd.limits[scope].memory_bytes == 232 * MIB
     tree.available_bytes = 20 * GIB
-    await guard.look()
+    await guard.sample()
     assert systemd.limits[scope] == live.limits_in_force == live.slot.limits == larger
     assert live.document(0.0, 0.0)["limits_in_force"] == larger.document()
 
@@ -162,7 +162,7 @@ async def test_a_slot_that_ends_while_its_limit_is_set_is_no_warning(tree: Tree,
     guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, ScopeLimits(systemd), Counters(), tree.memory)
     live = tree.add("c07-grows", 100 * MIB)
     tree.available_bytes = 300 * MIB
-    await guard.look()
+    await guard.sample()
     tree.use("c07-grows", 200 * MIB)
 
     async def set_limits(name: str, limits: Limits) -> None:
@@ -170,7 +170,7 @@ async def test_a_slot_that_ends_while_its_limit_is_set_is_no_warning(tree: Tree,
         raise FileNotFoundError("Unit nbagent-c07-grows.scope not loaded.")
 
     monkeypatch.setattr(systemd, "set_limits", set_limits)
-    await guard.look()
+    await guard.sample()
     assert not journal and not guard._held
 
 

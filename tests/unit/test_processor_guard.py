@@ -21,7 +21,14 @@ from nbagent.linux.cgroup import Cgroup
 from nbagent.supervisor import host_load
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.memory_guard import MemoryGuard
-from nbagent.supervisor.processor_guard import LOOK_S, RETRY_S, TOLD_S, TURN, ProcessorGuard, read_idle
+from nbagent.supervisor.processor_guard import (
+    LOG_INTERVAL_S,
+    RETRY_S,
+    SAMPLE_INTERVAL_S,
+    TURN,
+    ProcessorGuard,
+    read_idle,
+)
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.scope_limits import ScopeLimits
 from nbagent.supervisor.slots import Slots
@@ -58,13 +65,13 @@ class Machine:
         (self.path / name / "cpu.stat").write_text(f"usage_usec {self.used_s[name] * 1e6:.0f}\nuser_usec 0\n")
 
     async def run(self, seconds: float, **used: float) -> None:
-        """Looks for some time, in which slots use so many processors, and the rest is idle."""
-        for _ in range(round(seconds / LOOK_S)):
-            self.clock.advance(LOOK_S)
+        """Samples for some time, in which slots use so many processors, and the rest is idle."""
+        for _ in range(round(seconds / SAMPLE_INTERVAL_S)):
+            self.clock.advance(SAMPLE_INTERVAL_S)
             for name, part in used.items():
-                self.use(name, part * LOOK_S)
-            self.idle_s += max(0.0, 2 - sum(used.values())) * LOOK_S
-            await self.guard.look()
+                self.use(name, part * SAMPLE_INTERVAL_S)
+            self.idle_s += max(0.0, 2 - sum(used.values())) * SAMPLE_INTERVAL_S
+            await self.guard.sample()
 
     def weight(self, name: str) -> int | None:
         found = self.systemd.limits.get(f"nbagent-{name}.scope")
@@ -147,10 +154,10 @@ async def test_the_guard_follows_the_setting_at_a_reload(machine: Machine) -> No
     machine.add("computes")
     await machine.run(3, computes=2.0)
     machine.config.value = host_config.parse({"slots": {"cpu_weight_busy": 0.2}})
-    await machine.run(LOOK_S, computes=2.0)
+    await machine.run(SAMPLE_INTERVAL_S, computes=2.0)
     assert machine.weight("computes") == 20
     machine.config.value = host_config.parse({"slots": {"cpu_weight_busy": 1}})
-    await machine.run(LOOK_S, computes=2.0)
+    await machine.run(SAMPLE_INTERVAL_S, computes=2.0)
     assert machine.weight("computes") == 100
     machine.systemd.limits.clear()
     await machine.run(5, computes=2.0)
@@ -175,7 +182,7 @@ async def test_the_journal_has_one_entry_of_a_slot_in_ten_minutes(machine: Machi
         await machine.run(3, one=0.0, other=0.0)
     assert machine.counters.values["gave_way"] == 20
     assert kinds(journal) == [Event.SLOT_GIVES_WAY] * 2
-    machine.clock.advance(TOLD_S)
+    machine.clock.advance(LOG_INTERVAL_S)
     await machine.run(3, one=0.0, other=0.0)
     await machine.run(2, one=2.0)
     assert kinds(journal) == [Event.SLOT_GIVES_WAY] * 3
@@ -208,26 +215,26 @@ async def test_the_slots_of_a_host_with_a_free_processor_are_not_read(machine: M
     monkeypatch.setattr(Cgroup, "cpu_s", lambda self: reads.append(self) or 0.0)
     await machine.run(5, s0=0.8)
     assert reads == []
-    await machine.run(LOOK_S, s0=2.0)
+    await machine.run(SAMPLE_INTERVAL_S, s0=2.0)
     assert len(reads) == 2 * TURN
 
 
 async def test_the_guards_go_on_when_a_file_of_the_host_cannot_be_read(machine: Machine) -> None:
-    looked = asyncio.Event()
+    sampled = asyncio.Event()
 
     def read() -> Any:
         if failures:
             raise OSError(errno.EMFILE, failures.pop())
-        looked.set()
+        sampled.set()
         raise OSError(errno.EIO, "again")
 
     memory = MemoryGuard(machine.config, machine.slots, machine.limits, machine.counters, read)
     processors = ProcessorGuard(machine.config, machine.slots, machine.limits, machine.counters, 2, read)
     for guard in (memory, processors):
         failures = ["no free descriptor"]
-        looked.clear()
+        sampled.clear()
         task = asyncio.create_task(guard.run())
-        await asyncio.wait_for(looked.wait(), 30)
+        await asyncio.wait_for(sampled.wait(), 30)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -11,7 +11,7 @@ from hypothesis import strategies
 
 from nbagent.policy.processors import Processors
 
-LOOK_S = 0.25
+SAMPLE_INTERVAL_S = 0.25
 # A slot wants so many processors at a time, in seconds since the beginning of the trace.
 Demand = Callable[[float], float]
 
@@ -33,12 +33,12 @@ class Trace:
 
     def run(self, until_s: float) -> None:
         while self.at_s < until_s:
-            self.at_s += LOOK_S
+            self.at_s += SAMPLE_INTERVAL_S
             got = self.divide({name: demand(self.at_s) for name, demand in self.slots.items()})
             for name, part in got.items():
-                self.used_s[name] += part * LOOK_S
-            self.idle_s += (self.processors - sum(got.values())) * LOOK_S
-            reads_all = self.policy.look(self.at_s, self.idle_s)
+                self.used_s[name] += part * SAMPLE_INTERVAL_S
+            self.idle_s += (self.processors - sum(got.values())) * SAMPLE_INTERVAL_S
+            reads_all = self.policy.sample(self.at_s, self.idle_s)
             due = self.policy.due(self.used_s if reads_all else self.giving, self.giving)
             used_s = {name: self.used_s[name] for name in due}
             self.reads += len(used_s)
@@ -106,7 +106,7 @@ def test_slots_at_rest_are_read_once_a_second_while_another_computes() -> None:
         trace.add(f"rests-{number}", always(0.001))
     trace.run(100)
     assert trace.giving == {"computes"} and 100 * 101 <= trace.reads < 100 * 110
-    # One that begins to compute gives way as soon as one that is read at each look.
+    # One that begins to compute gives way as soon as one that is read in each sample.
     began_s = trace.at_s
     trace.slots["rests-7"] = always(4)
     trace.run(began_s + 5)
@@ -188,7 +188,7 @@ def test_changes_alternate_and_a_host_at_rest_has_no_slot_that_gives_way(
 ) -> None:
     trace = Trace(processors)
     for number, parts in enumerate(demands):
-        trace.add(f"slot-{number}", lambda at_s, parts=parts: parts[int(at_s / LOOK_S) % len(parts)])
+        trace.add(f"slot-{number}", lambda at_s, parts=parts: parts[int(at_s / SAMPLE_INTERVAL_S) % len(parts)])
     trace.run(20)
     for name in trace.slots:
         trace.slots[name] = always(0.0)
@@ -200,9 +200,9 @@ def test_changes_alternate_and_a_host_at_rest_has_no_slot_that_gives_way(
 
 
 @hypothesis.given(strategies.lists(strategies.tuples(strategies.floats(0, 10), strategies.floats(0, 1e9)), max_size=30))
-def test_clocks_that_stand_still_or_jump_are_survived(looks: list[tuple[float, float]]) -> None:
+def test_clocks_that_stand_still_or_jump_are_survived(samples: list[tuple[float, float]]) -> None:
     policy, at_s = Processors(2), 0.0
-    for past_s, used_s in looks:
+    for past_s, used_s in samples:
         at_s += past_s
-        policy.look(at_s, 0.0)
+        policy.sample(at_s, 0.0)
         policy.decide({"a": used_s, "b": 1e9 - used_s}, {"a"} if used_s > 1e8 else set())
