@@ -45,6 +45,7 @@ from nbagent.image import archive as archives
 from nbagent.image import manifest as manifests
 from nbagent.image.manifest import Manifest, Program
 from nbagent.image.passwd import account
+from nbagent.image.record import Record, id_base_of
 from nbagent.image.tree import open_tree
 from nbagent.untrusted.tree import NotInTree
 from nbagent.wire.assets import ROUTER_PATH
@@ -54,8 +55,7 @@ DEFAULT_PATH = paths.IMAGES
 _DIGEST = re.compile(r"sha256-[0-9a-f]{64}")
 _PREFIX = re.compile(r"(?:sha256-)?([0-9a-f]{4,64})")
 _STAGING = ".staging-"
-_FORMAT = 1
-_RECORD, _CHECKSUMS = "image.json", "files.json"
+_CHECKSUMS = "files.json"
 # The files that `damaged` compares by content, which takes a tenth of a second.
 _COMPARED_BYTES = 64 << 20
 
@@ -83,38 +83,6 @@ class Image(Program):
     def assets_path(self) -> str | None:
         """The path of its web assets on the router, None without any part of JupyterLab."""
         return f"{ROUTER_PATH}{self.digest}" if self.assets else None
-
-
-@dataclass(frozen=True)
-class _Record:
-    """The content of image.json."""
-
-    digest: str
-    id_base: int
-    manifest: Manifest
-    notes: tuple[str, ...] = ()
-    public: tuple[str, ...] = ()
-
-    def save(self, tree: Path) -> None:
-        document = {"format": _FORMAT, "digest": self.digest, "id_base": self.id_base,
-                    "manifest": manifests.to_mapping(self.manifest), "notes": self.notes,
-                    "public": self.public}
-        (tree / _RECORD).write_text(json.dumps(document, indent=2) + "\n")
-
-    @classmethod
-    def load(cls, tree: Path) -> _Record:
-        """Raises FileNotFoundError, ImageInvalid."""
-        document = _document(tree)
-        manifest = document["manifest"]
-        if not isinstance(manifest, dict):
-            raise ImageInvalid(f"{tree}/{_RECORD}: manifest is not an object; remove the image and add it again")
-        notes, public = document.get("notes"), document.get("public")
-        return cls(
-            digest=tree.name, id_base=_id_base(document), manifest=manifests.from_mapping(manifest),
-            notes=tuple(map(str, notes)) if isinstance(notes, list) else (),
-            # Without it, of a version that did not have it, these directories are read-only.
-            public=tuple(map(str, public)) if isinstance(public, list) else (),
-        )
 
 
 class ImageStore:
@@ -150,7 +118,7 @@ class ImageStore:
                     _unchanged(archive, before, file.fileno())
                     found = _read_manifest(rootfs) if manifest is None else manifest
                     notes = _adapt(rootfs, id_base, found.user, found, left_out)
-                    self._publish(staging, _Record(digest, id_base, found, notes), name)
+                    self._publish(staging, Record(digest, id_base, found, notes), name)
         return self.get(name)
 
     def import_oci(self, source: oci.Source, name: str, manifest: Manifest | None = None) -> Image:
@@ -181,7 +149,7 @@ class ImageStore:
                 layout.discard()
                 # A container without USER runs as root, and a slot as another user.
                 notes += _adapt(rootfs, id_base, image.config.user, found, left_out)
-                self._publish(staging, _Record(digest, id_base, found, notes), name)
+                self._publish(staging, Record(digest, id_base, found, notes), name)
         return self.get(name)
 
     def use(
@@ -206,7 +174,7 @@ class ImageStore:
             staging, _ = stack.enter_context(self._staged())
             with self._locked():
                 source = self._resolve(reference)
-                record = _Record.load(self.path / source)
+                record = Record.load(self.path / source)
                 # Under the lock, because the tree may be retired meanwhile; this takes a second for 100,000 files.
                 command = ["cp", "--archive", "--link", "--", str(self.path / source / "rootfs"), str(staging)]
                 if (done := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
@@ -347,7 +315,7 @@ class ImageStore:
 
     def _load(self, digest: str, name: str) -> Image:
         tree = self.path / digest
-        record = _Record.load(tree)
+        record = Record.load(tree)
         return Image(
             name=name,
             digest=digest,
@@ -367,7 +335,7 @@ class ImageStore:
                 self._point(name, digest)
         return known
 
-    def _publish(self, staging: Path, record: _Record, name: str) -> None:
+    def _publish(self, staging: Path, record: Record, name: str) -> None:
         """Turns the staged tree into an image, and points `name` to it."""
         with open_tree(staging / "rootfs") as tree:
             elf.check_machine(tree, record.manifest)
@@ -393,7 +361,7 @@ class ImageStore:
             self._point(name, record.digest)
 
     def _free_id_base(self, reserved: Collection[range]) -> int:
-        used = [_id_base(_document(self.path / digest)) for digest in self.digests()]
+        used = [id_base_of(self.path / digest) for digest in self.digests()]
         # The names of staging directories contain the base of the image that is being added.
         staged = [path.name.removeprefix(_STAGING).partition("-")[0] for path in self.path.glob(f"{_STAGING}*")]
         used += [int(number) for number in staged if number.isdigit()]
@@ -450,25 +418,6 @@ def _matching(directory: Path, pattern: re.Pattern[str]) -> list[str]:
 def _check_name(name: str) -> None:
     if not IMAGE_NAME.fullmatch(name):
         raise ImageInvalid(f"{name!r} is not a name for an image: expected {IMAGE_NAME_EXPECTED}", field="name")
-
-
-def _document(tree: Path) -> dict[str, object]:
-    """The JSON object in image.json. Raises FileNotFoundError, ImageInvalid."""
-    try:
-        document = json.loads((tree / _RECORD).read_text())
-    except ValueError as error:
-        raise ImageInvalid(f"{tree}/{_RECORD} is damaged; remove the image and add it again: {error}") from None
-    if not isinstance(document, dict):
-        raise ImageInvalid(f"{tree}/{_RECORD} is not a JSON object; remove the image and add it again")
-    if document.get("format") != _FORMAT or not {"id_base", "manifest"} <= document.keys():
-        raise ImageInvalid(f"{tree} was added by another version of nbagent; remove the image and add it again")
-    return document
-
-
-def _id_base(document: dict[str, object]) -> int:
-    if isinstance(id_base := document["id_base"], int):
-        return id_base
-    raise ImageInvalid(f"{_RECORD}: id_base is {id_base!r}; remove the image and add it again")
 
 
 def _rootfs(staging: Path) -> Path:
