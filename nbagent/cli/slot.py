@@ -37,8 +37,8 @@ def plan(image: str, store: Path, as_json: bool) -> None:
     from nbagent.network.addresses import FIRST, forwards_ipv6
     from nbagent.sandbox.plan import plan as sandbox_plan
     from nbagent.sandbox.plan import zygote_plan
-    from nbagent.supervisor.launcher import default_limits, host_steps, sandbox_spec, zygote_spec
     from nbagent.supervisor.network import INTERNET, numbered, uplink
+    from nbagent.supervisor.sandbox_specs import default_limits, host_steps, sandbox_spec, zygote_spec
     from nbagent.supervisor.slots import UID_FIRST
 
     settings, found = host_config.load(), ImageStore(store).get(image)

@@ -20,8 +20,9 @@ from nbagent.core.model import Slot
 from nbagent.launch.requests import CONTENT
 from nbagent.supervisor import launch_service
 from nbagent.supervisor.crash_points import Point, reach
-from nbagent.supervisor.launcher import apparmor_profile, pid_of, syscall_filter
+from nbagent.supervisor.launcher import pid_of
 from nbagent.supervisor.network import direct
+from nbagent.supervisor.sandbox_specs import apparmor_profile, syscall_filter
 from nbagent.wire import fields
 from nbagent.wire.aio import receive
 from nbagent.wire.channel import Channel, Message

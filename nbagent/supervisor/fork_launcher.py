@@ -19,7 +19,8 @@ from nbagent.core.model import Slot
 from nbagent.linux import cgroup, journal
 from nbagent.sandbox.spec import SandboxSpec
 from nbagent.supervisor.crash_points import Point, reach
-from nbagent.supervisor.launcher import Attach, ExecLauncher, Launched, Scope, SlotStart, forked_filter, pid_of
+from nbagent.supervisor.launcher import Attach, ExecLauncher, Launched, Scope, SlotStart, pid_of
+from nbagent.supervisor.sandbox_specs import forked_filter
 from nbagent.supervisor.systemd import JobFailed
 from nbagent.supervisor.zygotes import Zygote, Zygotes
 

@@ -17,12 +17,13 @@ from nbagent.linux.cgroup import Cgroup
 from nbagent.supervisor import readiness
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.crash_points import Point, reach
-from nbagent.supervisor.launcher import Launcher, default_limits, ended, sandbox_spec
+from nbagent.supervisor.launcher import Launcher, ended
 from nbagent.supervisor.monitor import Monitor
 from nbagent.supervisor.network import Network
 from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
+from nbagent.supervisor.sandbox_specs import default_limits, sandbox_spec
 from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.systemd import JobFailed, Systemd

@@ -16,7 +16,7 @@ from nbagent.core.model import Limits
 from nbagent.image.store import Image
 from nbagent.runtime.zygote_service import PROTOCOL
 from nbagent.sandbox.spec import SandboxSpec
-from nbagent.supervisor.launcher import default_limits, zygote_spec
+from nbagent.supervisor.sandbox_specs import default_limits, zygote_spec
 
 CPU_WEIGHT = 100
 

@@ -13,7 +13,7 @@ import sys
 
 import seccomp
 
-from nbagent.supervisor import launcher
+from nbagent.supervisor import sandbox_specs
 
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -57,8 +57,8 @@ def result(filters: list[bytes], name: str, arguments: list[int], machine: str) 
 
 
 def main() -> None:
-    programs = {"exec": lambda: [launcher.syscall_filter()],
-                "fork": lambda: [launcher.forking_filter(), launcher.forked_filter()]}
+    programs = {"exec": lambda: [sandbox_specs.syscall_filter()],
+                "fork": lambda: [sandbox_specs.forking_filter(), sandbox_specs.forked_filter()]}
     filters = [base64.b64decode(program) for program in programs[sys.argv[1]]()]
     for line in sys.stdin:
         name, arguments, machine = json.loads(line)

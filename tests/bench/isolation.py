@@ -23,7 +23,7 @@ from nbagent.core.model import Limits, Slot, SlotState
 from nbagent.image.store import ImageStore
 from nbagent.linux import cgroup
 from nbagent.sandbox.plan import plan
-from nbagent.supervisor.launcher import sandbox_spec
+from nbagent.supervisor.sandbox_specs import sandbox_spec
 
 FORK = "fork"
 # The parts that end with a fork: the parent of a pid namespace stays outside it, and init is the parent of the program.

@@ -24,8 +24,8 @@ from nbagent.image.store import ImageStore
 from nbagent.linux import namespaces as ns
 from nbagent.runtime import exec_slot
 from nbagent.sandbox import plan, steps
-from nbagent.supervisor.launcher import sandbox_spec
 from nbagent.supervisor.limit_files import LimitFiles
+from nbagent.supervisor.sandbox_specs import sandbox_spec
 from nbagent.wire import activity
 from nbagent.wire.channel import Channel
 from nbagent.wire.limits_page import SlotLimits

@@ -17,7 +17,7 @@ from nbagent.core.errors import ImageInvalid
 from nbagent.core.model import Limits
 from nbagent.image import manifest
 from nbagent.image.store import Image
-from nbagent.supervisor.launcher import zygote_spec
+from nbagent.supervisor.sandbox_specs import zygote_spec
 from nbagent.zygote import activated
 
 MANIFEST = 'python = "/usr/bin/python3"\nuser = "jovyan"\nhome = "/home/jovyan"\n'

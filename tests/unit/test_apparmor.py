@@ -15,7 +15,7 @@ from nbagent.doctor.finding import Finding
 from nbagent.doctor.kernel import check_apparmor
 from nbagent.linux import apparmor
 from nbagent.sandbox.spec import APPARMOR_PROFILE
-from nbagent.supervisor import launcher
+from nbagent.supervisor import sandbox_specs
 
 FILE = Path(__file__).resolve().parents[2] / "packaging/apparmor" / APPARMOR_PROFILE
 PROFILES = "sys/kernel/security/apparmor/policy/profiles"
@@ -50,7 +50,7 @@ def test_the_mode_is_that_of_the_profile_of_this_name(tmp_path: Path) -> None:
 def test_slots_have_the_profile_if_the_kernel_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for mode, expected in ((None, ""), ("enforce", APPARMOR_PROFILE), ("complain", APPARMOR_PROFILE)):
         monkeypatch.setattr(apparmor, "mode_of", lambda _, mode=mode: mode)
-        assert launcher.apparmor_profile() == expected
+        assert sandbox_specs.apparmor_profile() == expected
 
 
 def test_doctor_finds_a_profile_that_is_not_enforced(tmp_path: Path) -> None:

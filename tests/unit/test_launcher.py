@@ -11,7 +11,8 @@ import pytest
 
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Limits, Slot, SlotState
-from nbagent.supervisor.launcher import SlotStart, sandbox_spec, zygote_spec
+from nbagent.supervisor.launcher import SlotStart
+from nbagent.supervisor.sandbox_specs import sandbox_spec, zygote_spec
 
 SLOT = Slot(
     id="h-0", image="minimal", digest="d", id_base=1 << 20, uid=2000, state=SlotState.STARTING,

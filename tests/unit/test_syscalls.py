@@ -12,7 +12,7 @@ import seccomp as libseccomp
 
 from nbagent.linux import mounts, openat2, seccomp
 from nbagent.sandbox import syscalls
-from nbagent.supervisor import launcher
+from nbagent.supervisor import sandbox_specs
 
 # Podman's default, derived from Docker's, in Debian's golang-github-containers-common.
 CONTAINERS_DEFAULT = Path("/usr/share/containers/seccomp.json")
@@ -20,8 +20,8 @@ CONTAINERS_DEFAULT = Path("/usr/share/containers/seccomp.json")
 
 # The filters of a slot's processes, in base64: an exec'd slot has one, a forked slot the zygote's and one more.
 FILTERS = {
-    "exec": lambda: [launcher.syscall_filter()],
-    "fork": lambda: [launcher.forking_filter(), launcher.forked_filter()],
+    "exec": lambda: [sandbox_specs.syscall_filter()],
+    "fork": lambda: [sandbox_specs.forking_filter(), sandbox_specs.forked_filter()],
 }
 
 
@@ -168,8 +168,9 @@ def test_the_errno_of_a_filtered_call(expression, expected, launch):
 
 
 def test_a_zygotes_filter_permits_setns_but_not_mount():
-    assert after_filters("libc.setns(-1, 0)", [launcher.forking_filter()]) == errno.EBADF
-    assert after_filters("libc.mount(b'x', b'/mnt', b'tmpfs', 0, None)", [launcher.forking_filter()]) == errno.EPERM
+    assert after_filters("libc.setns(-1, 0)", [sandbox_specs.forking_filter()]) == errno.EBADF
+    filters = [sandbox_specs.forking_filter()]
+    assert after_filters("libc.mount(b'x', b'/mnt', b'tmpfs', 0, None)", filters) == errno.EPERM
 
 
 # Calls that arm64 does not have, each with the one by which its C library does the same.

@@ -16,7 +16,7 @@ from nbagent.core.errors import ImageInvalid
 from nbagent.core.model import Limits
 from nbagent.image import manifest
 from nbagent.image.store import Image
-from nbagent.supervisor.launcher import zygote_spec
+from nbagent.supervisor.sandbox_specs import zygote_spec
 from nbagent.zygote.memory.sharing import PRIVATE_MEMORY_OPTION
 
 TOP = Path(__file__).resolve().parents[2]
