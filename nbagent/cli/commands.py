@@ -147,7 +147,7 @@ def release(remote: Remote, as_json: bool, slots: tuple[str, ...]) -> None:
 @click.argument("slot", metavar="[ID]", required=False)
 @_with_api
 def slots(remote: Remote, as_json: bool, slot: str | None) -> None:
-    """Show the slots of the host, or one slot in full; `nbagent top` shows them repeatedly."""
+    """Show the slots of the host, or one slot in full. `nbagent top` shows them repeatedly."""
     found = remote.call("GET", "/slots" if slot is None else _slot_path(slot))
     if as_json:
         _print_json(found)
@@ -163,7 +163,7 @@ def slots(remote: Remote, as_json: bool, slot: str | None) -> None:
 @click.option("--all", "every", is_flag=True, help="With --since: also slots that were never claimed.")
 @_JSON
 def history_command(slot: str | None, since: str | None, every: bool, as_json: bool) -> None:
-    """Show what happened to a slot, or to all slots of a time, from this host's journal."""
+    """Show what happened to a slot, or to all slots of a time. The events are in this host's journal."""
     from nbagent.cli import history
 
     if (slot is None) == (since is None):
@@ -200,7 +200,10 @@ def history_command(slot: str | None, since: str | None, every: bool, as_json: b
 @click.option("--since", metavar="DURATION", help="Begin with the claims of this time, such as 1h, instead of now.")
 @click.option("--once", is_flag=True, help="Send what the journal has, and exit.")
 def traces_command(url: str, since: str | None, once: bool) -> None:
-    """Send spans of claims that have a traceparent header from this machine's journal to a collector, by OTLP/HTTP."""
+    """Send spans of claims to a collector, by OTLP/HTTP.
+
+    They are those of claims with a traceparent header, and come from this machine's journal.
+    """
     from nbagent.cli import traces
 
     if not re.fullmatch(r"https?://[^/\s]+/\S*", url):
@@ -221,7 +224,7 @@ def traces_command(url: str, since: str | None, once: bool) -> None:
               help="Seconds between two updates.")
 @_with_api
 def top_command(remote: Remote, as_json: bool, once: bool, order: str, interval: float) -> None:
-    """Show the slots that use most processor time or memory, until interrupted."""
+    """Show the slots that use most processor time or memory, live. It runs until interrupted."""
     from nbagent.cli import top
 
     source = top.Source(remote.call)
@@ -296,9 +299,10 @@ def images(remote: Remote, as_json: bool) -> None:
 @click.argument("name")
 @_with_api
 def check_image(remote: Remote, as_json: bool, name: str) -> None:
-    """Try the image NAME by one slot: how it starts, its memory, a kernel, a terminal, files, its extensions.
+    """Try the image NAME by one slot.
 
-    Needs the running agent, and root. The exit status is 1 if a check fails.
+    Shows how it starts, its memory, a kernel, a terminal, files and its extensions. Needs the running agent, and root.
+    The exit status is 1 if a check fails.
     """
     from nbagent.cli import image_check
 
@@ -320,7 +324,7 @@ def config_group() -> None:
 @click.argument("file", type=click.Path(readable=False, path_type=Path), default=host_config.DEFAULT_PATH)
 @_JSON
 def check(file: Path, as_json: bool) -> None:
-    """Check FILE and the conf.d directory beside it, and show which files were read."""
+    """Check FILE and the conf.d directory beside it. Shows which files were read."""
     if file != host_config.DEFAULT_PATH and not file.is_file():
         raise ConfigError(f"{file}: no such file", file=str(file))
     settings = host_config.load(file)

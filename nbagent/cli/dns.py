@@ -38,7 +38,7 @@ class NothingWithdrawn(NbagentError):
 
 @click.group()
 def dns() -> None:
-    """Check and withdraw the records of hosts in the DNS, which nbagent-dns-update.service publishes."""
+    """Check and withdraw the DNS records of hosts. nbagent-dns-update.service publishes them."""
     from nbagent.dns import require_library
 
     require_library()
@@ -77,7 +77,7 @@ def check(gateway: bool, file: Path | None, key_file: Path, as_json: bool) -> No
 @_KEY
 @click.option("--label", help="Label of a host that is gone.  [default: this host]")
 def withdraw(gateway: bool, file: Path | None, key_file: Path, label: str | None) -> None:
-    """Remove all records of this host, or those of a host that is gone for good.
+    """Remove all records of this host, or of one that is gone.
 
     Stop nbagent-dns-update.service of the host before, because it would publish them again.
     """

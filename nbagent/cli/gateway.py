@@ -36,13 +36,13 @@ class NotReloaded(NbagentError):
 
 @click.group()
 def gateway() -> None:
-    """Configure the gateway of a fleet: HAProxy, and the hosts behind it."""
+    """Configure the gateway of a fleet and the hosts behind it."""
 
 
 @gateway.command()
 @_FILE
 def render(file: Path) -> None:
-    """Print the HAProxy configuration that is generated from the settings."""
+    """Print HAProxy's configuration, generated from the settings."""
     from nbagent.gateway import haproxy, settings
 
     click.echo(haproxy.render(settings.load(file)), nl=False)
@@ -51,7 +51,7 @@ def render(file: Path) -> None:
 @gateway.command()
 @_FILE
 def check(file: Path) -> None:
-    """Check the settings, and whether HAProxy accepts the configuration that is generated from them."""
+    """Check the settings and HAProxy's configuration made of them."""
     from nbagent.gateway import apply, settings
 
     found = settings.load(file)
@@ -87,7 +87,7 @@ def apply(file: Path) -> None:
 @gateway.command()
 @_FILE
 def write(file: Path) -> None:
-    """Write HAProxy's files to /run, as nbagent-gateway.service does at a start and a reload."""
+    """Write HAProxy's files to /run. nbagent-gateway.service does this at a start and a reload."""
     from nbagent.gateway import apply, settings
 
     click.echo(apply.write(settings.load(file)))
@@ -123,7 +123,7 @@ def hosts(file: Path, as_json: bool) -> None:
 @click.option("--weight", type=int, default=100, show_default=True, help="Size relative to other hosts, 1 to 256.")
 @_FILE
 def add_host(file: Path, label: str, address: str, port: int, check_port: int, weight: int) -> None:
-    """Add the host LABEL at the IP address ADDRESS to the settings and to the running gateway."""
+    """Add the host LABEL at the IP address ADDRESS to the fleet. Claims reach it at once."""
     from nbagent.gateway import settings
 
     given = {"address": address, "port": port, "check_port": check_port, "weight": weight}

@@ -39,7 +39,7 @@ _MANIFEST = click.option("--manifest", type=_FILE, help="A manifest that replace
 
 @click.group()
 def image() -> None:
-    """Add, import, build, list, switch and remove the images of this host.
+    """Add, import, build, list, switch and remove images of this host.
 
     If the agent runs, it is reloaded. It then replaces warm slots; claimed slots keep their image.
     """
@@ -97,7 +97,7 @@ def import_image(
 @_STORE
 @_JSON
 def build(name: str, recipe: Path, store: Path, as_json: bool) -> None:
-    """Build an image from the directory RECIPE and add it to the store under a name."""
+    """Build an image from the directory RECIPE and add it under a name."""
     images = _open(store)
     paths.BUILD_CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=paths.BUILD_CACHE) as output:
@@ -120,11 +120,11 @@ def build(name: str, recipe: Path, store: Path, as_json: bool) -> None:
 def use(
     name: str, reference: str, manifest: Path | None, layer: Path | None, store: Path, as_json: bool
 ) -> None:
-    """Switch NAME to another IMAGE of the store, given by its name or by the first digits of its digest.
+    """Switch NAME to another IMAGE of the store.
 
-    With --manifest, to the files of IMAGE with another manifest, and with --layer, to the files of IMAGE with some
-    others, which takes seconds and no space for the files of IMAGE. The previous image is kept, so that you can switch
-    back; "nbagent image list" shows it.
+    IMAGE is another name, or the first digits of a digest. With --manifest, NAME gets the files of IMAGE with another
+    manifest, and with --layer, the files of IMAGE with some others, which takes seconds and no space for the files of
+    IMAGE. The previous image is kept, so that you can switch back; "nbagent image list" shows it.
     """
     images = _open(store)
     found = images.use(name, reference, _parsed(manifest), layer)
@@ -158,10 +158,10 @@ def assets() -> None:
 @_STORE
 @_JSON
 def publish(remove_unused: bool, name: str, target: str, store: Path, as_json: bool) -> None:
-    """Upload the web assets of an IMAGE to TARGET, a remote and path of rclone such as "storage:bucket".
+    """Upload the web assets of an IMAGE to TARGET.
 
-    Pages of slots load them from there when router.assets_url is the public address of TARGET. A second run uploads
-    what is missing or different only.
+    TARGET is a remote and path of rclone, such as "storage:bucket". Pages of slots load the files from there when
+    router.assets_url is the public address of TARGET. A second run uploads what is missing or different only.
     """
     from nbagent.image import publishing
 

@@ -367,3 +367,15 @@ main(["stats", "--json", "--url", {url!r}])
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["label"] == LABEL
+
+
+def summaries(group, width=78):  # as on a terminal of 80 columns
+    """The commands of a group and of those in it, with the summaries that `--help` shows."""
+    for name, command in group.commands.items():
+        yield name, command.get_short_help_str(width - 6 - max(map(len, group.commands)))
+        if isinstance(command, click.Group):
+            yield from summaries(command, width)
+
+
+def test_the_summary_of_each_command_fits_into_its_line():
+    assert not [(name, summary) for name, summary in summaries(nbagent_command) if summary.endswith("...")]
