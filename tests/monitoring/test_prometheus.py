@@ -181,6 +181,19 @@ def test_a_router_that_fails_is_an_alert_of_its_host_and_of_the_gateway(promethe
     prometheus.wait_quiet()
 
 
+def test_a_file_system_that_fills_up_is_an_alert_before_it_is_full(prometheus: Prometheus, fleet: Fleet) -> None:
+    host = fleet.hosts["a"]
+    before, used = host.run(["df", "--output=itotal,iused", "/run"]).stdout.split()[2:]
+    # As many are free as the record of a slot takes several times.
+    host.run(["mount", "-o", f"remount,nr_inodes={round(int(used) / 0.97)}", "/run"])
+    try:
+        prometheus.wait_firing(("NbagentResourceLow", "a"))
+        assert product.Api(host).get("/readyz").status == 200
+    finally:
+        host.run(["mount", "-o", f"remount,nr_inodes={before}", "/run"])
+    prometheus.wait_quiet()
+
+
 def test_an_api_that_does_not_respond_is_an_alert(prometheus: Prometheus, fleet: Fleet) -> None:
     api = ("nbagent-api.socket", "nbagent-api.service")
     fleet.hosts["a"].run(["systemctl", "stop", *api])
