@@ -288,9 +288,15 @@ def test_claims_that_wait_for_a_slow_start_are_an_alert(
 
 
 def test_a_supervisor_that_restarts_often_is_an_alert(prometheus: Prometheus, fleet: Fleet) -> None:
+    def resets() -> int:
+        return int(prometheus.query("resets(nbagent_uptime_seconds{instance='a'}[30m])")[0]["value"][1])
+
     for _ in range(3):
-        prometheus.wait(lambda: prometheus.query("nbagent_uptime_seconds{instance='a'} >= 2"), "two seconds of uptime")
+        # A restart is seen only when a sample before it is larger than one after it.
+        prometheus.wait(lambda: prometheus.query("nbagent_uptime_seconds{instance='a'} >= 5"), "some seconds of uptime")
+        before = resets()
         fleet.hosts["a"].run(["systemctl", "restart", "nbagent.service"])
+        prometheus.wait(lambda before=before: resets() > before, "sample of the new process")
     prometheus.wait_firing(("NbagentSupervisorRestarts", "a"))
     prometheus.wait_quiet()
 
