@@ -187,6 +187,8 @@ def step_clock(seconds):
 def limit_ids():
     """Leaves no id to new processes. Since Linux 6.14 each pid namespace has a limit of its own, of at least 301."""
     before = PID_MAX.read_text()
+    # systemd-nspawn has mounted it read-only.
+    run("mount", "-o", "remount,bind,rw", "/proc/sys")
     PID_MAX.write_text("301")
     return before
 
