@@ -105,7 +105,7 @@ def compose(on: Surroundings) -> Supervisor:
     starter = SlotStarter(
         config, slots, pools, records, systemd, on.launcher, on.network, monitor, counters, stopper, tasks, on.cgroup_of
     )
-    allocator = Allocator(config, slots, pools, load, on.launcher, stopper)
+    allocator = Allocator(config, slots, pools, load, health, on.launcher, stopper)
     preparation = Preparation(config, slots, records, systemd, limits, on.network, interfaces, stopper, tasks)
     claims = Claims(config, slots, pools, records, load, allocator, preparation, counters, sessions, changed)
     lending = Lending(config, slots, pools, records, load, claims, stopper, counters, sessions)
