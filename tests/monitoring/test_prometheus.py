@@ -183,14 +183,14 @@ def test_a_router_that_fails_is_an_alert_of_its_host_and_of_the_gateway(promethe
 
 def test_a_file_system_that_fills_up_is_an_alert_before_it_is_full(prometheus: Prometheus, fleet: Fleet) -> None:
     host = fleet.hosts["a"]
-    before, used = host.run(["df", "--output=itotal,iused", "/run"]).stdout.split()[2:]
-    # As many are free as the record of a slot takes several times.
-    host.run(["mount", "-o", f"remount,nr_inodes={round(int(used) / 0.97)}", "/run"])
+    before, used = host.run(["df", "-B1", "--output=size,used", "/run"]).stdout.split()[-2:]
+    # There is room for the records of several slots.
+    host.run(["mount", "-o", f"remount,size={round(int(used) / 0.97)}", "/run"])
     try:
         prometheus.wait_firing(("NbagentResourceLow", "a"))
         assert product.Api(host).get("/readyz").status == 200
     finally:
-        host.run(["mount", "-o", f"remount,nr_inodes={before}", "/run"])
+        host.run(["mount", "-o", f"remount,size={before}", "/run"])
     prometheus.wait_quiet()
 
 
