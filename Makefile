@@ -13,7 +13,7 @@ UNIT := $(PYTEST) -n auto --dist loadfile tests/unit  # a process of pytest-xdis
 .PHONY: up up-fleet down test unit host test-vms test-ansible test-monitoring uncharged conformance fuzz \
     check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
     image updates debs repo tools clean test-arm64 test-dns test-release sbom test-ui test-upgrade versions extensions preloads \
-    chaos soak
+    chaos soak exhausted
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -67,6 +67,9 @@ test-upgrade: tools debs  ## upgrades, a downgrade, reloads and restarts under u
 
 soak: tools debs     ## thousands of claims and idle connections leave no trace; CHAOS="--claims 10000"
 	$(PYTHON) tests/chaos/soak.py $(CHAOS)
+
+exhausted: tools debs  ## resources of a host are used up: claims get slots or 503, alarms name the cause, and no restart is needed
+	$(PYTHON) tests/chaos/exhausted.py $(CHAOS)
 
 conformance: tools   ## jupyter_server's and ipykernel's own tests in slots and with a plain server; make test runs a part
 	NBAGENT_CONFORMANCE=all $(PYTEST) -s tests/integration/test_conformance.py

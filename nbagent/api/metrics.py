@@ -127,6 +127,12 @@ class _StatsCollector(Collector):
         for part in PARTS:
             works.add_metric([part], part not in stats["faults"])
         yield works
+        resources = GaugeMetricFamily(
+            "nbagent_resource_free_percent", "Part of a resource of the host that is left.", labels=["resource"]
+        )
+        for resource, percent in stats["resources"].items():
+            resources.add_metric([resource], percent)
+        yield resources
         for counter, text in _COUNTERS.items():
             yield CounterMetricFamily(f"nbagent_{counter}", text, value=stats["counters"][counter])
         for histogram, text in _HISTOGRAMS.items():

@@ -41,9 +41,9 @@ class Stats(TypedDict):
     """The response to `stats`: how full the host is, and what it has done since the supervisor started.
 
     `next_end_s` is the time until the first slot in use reaches its maximum age, None when no slot is in use. `faults`
-    has the parts of the host that fail (supervisor.health), each with the error. `assets` is the path of the default
-    image's web files, None when it has none. `pressure` has the percent of the last ten seconds in which a process
-    waited, for "cpu", "memory" and "io".
+    has the parts of the host that fail (supervisor.health), each with the error, `resources` the percent that is left
+    of each resource of the host. `assets` is the path of the default image's web files, None when it has none.
+    `pressure` has the percent of the last ten seconds in which a process waited, for "cpu", "memory" and "io".
     """
 
     version: str
@@ -63,6 +63,7 @@ class Stats(TypedDict):
     next_end_s: float | None
     uptime_s: float
     faults: dict[str, str]
+    resources: dict[str, float]
     pressure: dict[str, float]
     pools: dict[str, PoolStats]
     zygotes: dict[str, ZygoteStats]

@@ -94,6 +94,8 @@ class Event(enum.Enum):
     ENTRIES_LOST = Kind("3d1c9b74e05a4f2f9a6e8b7d50c2f418", Priority.WARNING, "%(count)s journal entries of this service were lost, because journald did not read them")
     HEALTH_LOST = Kind("d2b5f0a8c4714e9da36f7e1c95b80d42", Priority.WARNING, "%(part)s fails, so this host offers fewer slots: %(text)s")
     HEALTH_RESTORED = Kind("8f9c1e5a3d6047b2b4e8a7c60d15f293", Priority.NOTICE, "%(part)s works again")
+    RESOURCE_LOW = Kind("328aa0983cb4452480f723b397ba263e", Priority.WARNING, "%(resource)s of this host are nearly used up: %(free)s of %(limit)s are left")
+    RESOURCE_RESTORED = Kind("7d88f57286d643aa9c35fdd9b992375d", Priority.NOTICE, "%(resource)s of this host suffice again: %(free)s of %(limit)s are left")
     NETWORK_FAILED = Kind("941fcad1b56e411ca4f64dcb31e8503c", Priority.WARNING, "failed to set up the slot network: %(text)s")
     NETWORK_RESTORED = Kind("c56a026931784bdfb4bbe6f67097d3fa", Priority.WARNING, "nftables table inet nbagent was changed by another program; restored")
     NETWORK_REPAIRED = Kind("8c0cfee49b7d46e99ad3eb0ffbab620f", Priority.WARNING, "slot network restored after a change by another program: %(text)s")

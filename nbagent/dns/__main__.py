@@ -44,6 +44,7 @@ def _run_host(config: Path | None) -> None:
     registry = publisher.Registry(settings, key.read(), publisher.MACHINE_ID.read_text())
     loop = publisher.Publisher(registry, publisher.agent_state, emit)
     ended = _ended()
+    is_final = _sent(signal.SIGUSR1)
     daemon.notify("READY=1")
     shown = ""
     while not ended.wait(publisher.POLL_S):
@@ -51,7 +52,7 @@ def _run_host(config: Path | None) -> None:
         if loop.status != shown:
             shown = loop.status
             daemon.notify(f"STATUS={shown}")
-    loop.stop(publisher.stop_is_final(), time.monotonic())
+    loop.stop(is_final.is_set(), time.monotonic())
 
 
 def _run_gateway(config: Path | None) -> None:
@@ -72,13 +73,18 @@ def _run_gateway(config: Path | None) -> None:
 
 def _ended() -> threading.Event:
     """An event that SIGTERM sets."""
-    ended = threading.Event()
+    return _sent(signal.SIGTERM)
 
-    def end(number: int, frame: FrameType | None) -> None:
-        ended.set()
 
-    signal.signal(signal.SIGTERM, end)
-    return ended
+def _sent(number: signal.Signals) -> threading.Event:
+    """An event that a signal sets."""
+    sent = threading.Event()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        sent.set()
+
+    signal.signal(number, note)
+    return sent
 
 
 if __name__ == "__main__":

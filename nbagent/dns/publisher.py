@@ -6,14 +6,13 @@ state and every VERIFY_S, so that records that another program has removed come 
 again. Each cause of a failure is in the journal once, and again after REPEAT_S.
 
 A restart of the service leaves the records as they are, because resolvers would remember their absence; a stop, which
-includes that of the host, withdraws them.
+includes that of the host, withdraws them. The unit's ExecStop= sends SIGUSR1 when it is no restart.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -168,14 +167,3 @@ def agent_state(url: str = API) -> Agent:
         connection.close()
     states = {"urn:nbagent:problem:full": Agent.READY, "urn:nbagent:problem:draining": Agent.DRAINING}
     return states.get(kind, Agent.FAILING)
-
-
-def stop_is_final(unit: str = UNIT) -> bool:
-    """Whether systemd stops the service and does not start it again, by the type of its job; True if unknown."""
-    command = ["systemctl", "list-jobs", "--plain", "--no-legend"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=5).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return True
-    jobs = [line.split() for line in listed.splitlines()]  # JOB UNIT TYPE STATE
-    return not any(job[1] == unit and "restart" in job[2] for job in jobs if len(job) >= 3)

@@ -13,7 +13,7 @@ from nbagent.core import paths
 from nbagent.core.quantities import format_size, parse_quota
 from nbagent.doctor.finding import Finding
 from nbagent.doctor.system import below, meminfo, text_of
-from nbagent.linux import swap
+from nbagent.linux import resources, swap
 from nbagent.policy import admission
 from nbagent.wire.limits_page import processors
 
@@ -36,13 +36,10 @@ TERMINALS_PER_SLOT = 2
 def check_room(root: Path, path: Path, use: str, read: Callable[[Path], os.statvfs_result] = os.statvfs) -> Finding:
     """Whether a file system has blocks and inodes left."""
     try:
-        status = read(below(root, path))
+        least = min(resources.of_file_system(below(root, path), read), key=lambda resource: resource.free_percent)
     except FileNotFoundError:
         return Finding(f"room in {path}", "ok", "not in use")
-    counts = ((status.f_bavail, status.f_blocks, "blocks"), (status.f_favail, status.f_files, "inodes"))
-    # Some file systems have no number of inodes.
-    part, free, what = min((100 * free / total, free, what) for free, total, what in counts if total)
-    found = f"{part:.0f} % of the {what} are free ({free})"
+    part, found = least.free_percent, f"{least.free_percent:.0f} % of the {least.name} are free ({least.free})"
     if part >= ROOM_MIN_PERCENT:
         return Finding(f"room in {path}", "ok", found)
     return Finding(f"room in {path}", "fail" if part < 1 else "warn", f"{found}, for {use}", f"delete files of {path}")
@@ -50,15 +47,10 @@ def check_room(root: Path, path: Path, use: str, read: Callable[[Path], os.statv
 
 def check_use(root: Path) -> Finding:
     """Whether the host's processes, threads and open files are far from their limits now."""
-    threads = int((text_of(root / "proc/loadavg", "") or "0 0 0 0/0 0").split()[3].partition("/")[2])
-    texts = (text_of(root / "proc/sys/kernel" / name, "") for name in ("pid_max", "threads-max"))
-    limits = [int(text) for text in texts if text]
-    # The open files, 0, and their limit.
-    files = (text_of(root / "proc/sys/fs/file-nr", "") or "0 0 0").split()
-    uses = (("processes and threads", threads, min(limits, default=0)), ("open files", int(files[0]), int(files[2])))
+    uses = [(name, limit - free, limit) for name, free, limit in resources.of_kernel(root)]
     found = ", ".join(f"{used} of {limit} {what}" for what, used, limit in uses)
     for what, used, limit in uses:
-        if limit and used > USE_MAX * limit:
+        if used > USE_MAX * limit:
             mend = "nbagent top names the slots that use most; lower slots.tasks or slots.capacity"
             return Finding("use", "warn", f"{found}: nearly all {what}", mend)
     return Finding("use", "ok", found)

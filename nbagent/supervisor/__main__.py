@@ -84,7 +84,7 @@ async def _serve(
         servers.append(asyncio.ensure_future(serve_check(calls, sockets["check"])))
     clock = supervisor.sessions.follow_clock(lambda: [live.slot for live in supervisor.slots.values()])
     guards = (supervisor.memory_guard.run(), supervisor.processor_guard.run())
-    loops = (agent.run(), supervisor.health.run(), *guards, clock, Watchdog().run())
+    loops = (agent.run(), supervisor.health.run(), supervisor.resources.run(), *guards, clock, Watchdog().run())
     tasks = [*map(asyncio.ensure_future, loops), *servers]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()

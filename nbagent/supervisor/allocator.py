@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from nbagent.config.host_config import CurrentConfig
-from nbagent.core.errors import Full, StartFailed
+from nbagent.core.errors import Full, RecordFailed, StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import SlotState, now
 from nbagent.policy import admission
+from nbagent.supervisor.health import Health
 from nbagent.supervisor.host_load import HostLoad
 from nbagent.supervisor.launcher import Launcher
 from nbagent.supervisor.network import INTERNET
@@ -23,18 +24,22 @@ class Allocator:
     """Takes warm slots from the pools. A slot that it returns belongs to the caller, which claims or ends it."""
 
     def __init__(
-        self, config: CurrentConfig, slots: Slots, pools: Pools, load: HostLoad, launcher: Launcher,
+        self, config: CurrentConfig, slots: Slots, pools: Pools, load: HostLoad, health: Health, launcher: Launcher,
         stopper: SlotStopper,
     ) -> None:
         self._config = config
         self._slots = slots
         self._pools = pools
         self._load = load
+        self._health = health
         self._launcher = launcher
         self._stopper = stopper
 
     async def allocate(self, image: str, ttl_s: float, network: str) -> RunningSlot:
-        """A warm slot that can live for `ttl_s` and can have the network. Raises Full or StartFailed."""
+        """A warm slot that can live for `ttl_s` and can have the network. Raises Full, StartFailed or RecordFailed."""
+        # The claim of a slot without a record would end this slot, and a start would fail after its timeout.
+        if error := self._health.records_error():
+            raise RecordFailed(f"no slot can be recorded: {error}", errno=error.errno)
         while True:
             live = self._pools.take(image) or await self._wait(image)
             if live.slot.state is not SlotState.WARM:

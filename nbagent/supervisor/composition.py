@@ -36,6 +36,7 @@ from nbagent.supervisor.pools import Pools
 from nbagent.supervisor.preparation import Preparation
 from nbagent.supervisor.processor_guard import ProcessorGuard, read_idle
 from nbagent.supervisor.records import Records
+from nbagent.supervisor.resources import Resources
 from nbagent.supervisor.scope_limits import ScopeLimits
 from nbagent.supervisor.sessions import Sessions
 from nbagent.supervisor.slot_starter import SlotStarter
@@ -81,6 +82,7 @@ class Supervisor:
     calls: Calls
     agent: Agent
     health: Health
+    resources: Resources
     memory_guard: MemoryGuard
     processor_guard: ProcessorGuard
     sessions: Sessions
@@ -94,6 +96,7 @@ def compose(on: Surroundings) -> Supervisor:
     pools = Pools(config, slots, records, changed)
     load = HostLoad(config, slots, on.zygotes, on.drain_file, on.memory, on.pressure)
     health = Health(config, systemd, on.store, records, on.network, changed, on.router, pools.resume)
+    resources = Resources()
     interfaces = Interfaces(on.network, slots)
     images = Images(on.store, slots, pools, on.zygotes, systemd, tasks, changed)
     stopper = SlotStopper(config, slots, pools, records, systemd, interfaces, images, sessions, changed)
@@ -102,7 +105,7 @@ def compose(on: Surroundings) -> Supervisor:
     starter = SlotStarter(
         config, slots, pools, records, systemd, on.launcher, on.network, monitor, counters, stopper, tasks, on.cgroup_of
     )
-    allocator = Allocator(config, slots, pools, load, on.launcher, stopper)
+    allocator = Allocator(config, slots, pools, load, health, on.launcher, stopper)
     preparation = Preparation(config, slots, records, systemd, limits, on.network, interfaces, stopper, tasks)
     claims = Claims(config, slots, pools, records, load, allocator, preparation, counters, sessions, changed)
     lending = Lending(config, slots, pools, records, load, claims, stopper, counters, sessions)
@@ -119,9 +122,11 @@ def compose(on: Surroundings) -> Supervisor:
             config, slots, load, claims, lending,
             Updates(config, records, limits, load, sessions),
             Trials(config, pools, load, health, starter, on.router),
-            Figures(config, slots, pools, load, health, on.zygotes, counters), stopper, counters, tasks, changed,
+            Figures(config, slots, pools, load, health, resources, on.zygotes, counters), stopper, counters, tasks,
+            changed,
         ),
         health=health,
+        resources=resources,
         agent=Agent(
             config, pools, load, on.zygotes, images, monitor, starter, stopper, interfaces, tasks, changed
         ),

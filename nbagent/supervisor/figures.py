@@ -14,6 +14,7 @@ from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.health import Health
 from nbagent.supervisor.host_load import HostLoad
 from nbagent.supervisor.pools import Pools
+from nbagent.supervisor.resources import Resources
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.zygotes import Zygotes
 
@@ -24,14 +25,15 @@ class Figures:
     """The figures."""
 
     def __init__(
-        self, config: CurrentConfig, slots: Slots, pools: Pools, load: HostLoad, health: Health, zygotes: Zygotes,
-        counters: Counters,
+        self, config: CurrentConfig, slots: Slots, pools: Pools, load: HostLoad, health: Health, resources: Resources,
+        zygotes: Zygotes, counters: Counters,
     ) -> None:
         self._config = config
         self._slots = slots
         self._pools = pools
         self._load = load
         self._health = health
+        self._resources = resources
         self._zygotes = zygotes
         self._counters = counters
 
@@ -61,6 +63,7 @@ class Figures:
             **{state: states[state] for state in ("warm", "starting", "claimed", "stopping")},
             "draining": host.draining,
             "faults": dict(self._health.faults),
+            "resources": dict(self._resources.free_percent),
             "pressure": dataclasses.asdict(host.pressure),
             "ready": (
                 default is not None and default.image is not None and not default.failures and self._health.may_start()

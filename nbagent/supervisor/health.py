@@ -71,6 +71,15 @@ class Health:
         needs_network = config.network_mode(config.pool.image) == INTERNET
         return not (NEEDED_BY_ALL | ({"network"} if needs_network else set())) & self.faults.keys()
 
+    def records_error(self) -> OSError | None:
+        """The error of a record now, if records were a fault at the last check."""
+        if "records" in self.faults:
+            try:
+                self._records.check()
+            except OSError as error:
+                return error
+        return None
+
     async def run(self) -> None:
         """Tries all parts until cancelled."""
         while True:

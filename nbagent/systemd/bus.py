@@ -281,7 +281,7 @@ class Systemd:
         try:
             result = call()
         except dbusexc.DBusNoSuchUnitError as error:
-            raise FileNotFoundError(str(error)) from error
+            raise FileNotFoundError(errno.ENOENT, _text(error)) from error
         except dbusexc.DBusBaseError as error:
             self._loop.call_soon(self._process)
             if self._has_ended():
@@ -349,8 +349,11 @@ class Systemd:
 
 
 def _text(error: Exception) -> str:
-    """The error's name and message: pystemd's own text has more lines, and no fact beside these."""
-    return re.sub(r"b'(.*?)'", r"\1", str(error).splitlines()[0])
+    """The message of systemd in pystemd's text, which has the form of bytes, and a name and a number before it."""
+    line = str(error).partition("\n")[0]
+    found = re.fullmatch(r"(.*?)\s*\[err -?\d+\]: (.*)", line)
+    text = re.sub(r"b(['\"])(.*)\1", r"\2", found[2] or found[1] if found else line)
+    return f"systemd: {text}"
 
 
 def _usec(seconds: float) -> int:

@@ -23,6 +23,7 @@ import traceback
 from pathlib import Path
 
 RUN, SLOTS = Path("/run"), Path("/run/nbagent/slots")
+PID_MAX = Path("/proc/sys/kernel/pid_max")
 # Services whose descriptors, memory and tasks are counted.
 SERVICES = ("nbagent", "nbagent-api", "nbagent-router", "nbagent-units", "nbagent-launch", "nbagent-network")
 CGROUPS = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")
@@ -183,6 +184,15 @@ def step_clock(seconds):
     return seconds
 
 
+def limit_ids():
+    """Leaves no id to new processes. Since Linux 6.14 each pid namespace has a limit of its own, of at least 301."""
+    before = PID_MAX.read_text()
+    # systemd-nspawn has mounted it read-only.
+    run("mount", "-o", "remount,bind,rw", "/proc/sys")
+    PID_MAX.write_text("301")
+    return before
+
+
 def fill(target):
     """Lowers the limits of /run to what it has, which takes no memory. Returns its former size and inodes."""
     status = os.statvfs(RUN)
@@ -232,6 +242,9 @@ class Faults:
         if kind == "memory":
             self.held["memory"] = target
             return limit_memory(target)
+        if kind == "ids":
+            self.held["ids"] = limit_ids()
+            return self.held["ids"]
         if kind == "network":
             return run("sh", "-c", NETWORK[target])
         if kind in INJECTED:
@@ -257,6 +270,8 @@ class Faults:
         elif kind == "memory":
             run("systemctl", "set-property", "--runtime", held, "MemoryMax=infinity")
             run("systemctl", "revert", held)
+        elif kind == "ids":
+            PID_MAX.write_text(held)
         elif kind == "clock":
             step_clock(-held)
         elif kind in INJECTED and held is not None:

@@ -2,10 +2,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`make soak`: thousands of claims and releases leave the services as they were; idle connections delay no claim.
 
-    tests/chaos/soak.py [--claims 3000] [--callers 4] [--idle 1000] [--keep]
+    tests/chaos/soak.py [--claims 3000] [--callers 4] [--idle 1000] [--crowd 200] [--crowd-minutes 0] [--keep]
 
 Memory (RSS), descriptors and tasks of each service, and files, mounts, cgroups and units of the host are compared after
-the first claims and after the last. The figures go to standard output and to $NBAGENT_CACHE/chaos.
+the first claims and after the last. With `--crowd-minutes`, `--crowd` callers claim and release at the same time for so
+long, more than the host can serve at once: each claim is answered in time by a slot or a 503, and gets a slot in the
+end. The figures go to standard output and to $NBAGENT_CACHE/chaos.
 """
 
 from __future__ import annotations
@@ -59,6 +61,28 @@ def claims(host: Host, book: Book, count: int, callers: int) -> None:
         list(threads.map(one, range(count)))
 
 
+def crowd(host: Host, book: Book, callers: int, minutes: float) -> dict[str, Any]:
+    """Many callers at the same time. Returns the figures of their claims."""
+    began_s, skip, refused = time.monotonic(), len(book.claim_s), book.refusals.copy()
+
+    def one(_: int) -> int:
+        caller, count = Caller(host, book), 0
+        while time.monotonic() < began_s + 60 * minutes:
+            claim = caller.claim()
+            if claim:
+                caller.release(claim["slot"])
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(callers) as threads:
+        each = list(threads.map(one, range(callers)))
+    return {
+        "callers": callers, "took_s": round(time.monotonic() - began_s), "claims": sum(each),
+        "claims_of_a_caller": [min(each), max(each)], "claim_s": summary(book.claim_s[skip:]),
+        "refusals": dict(book.refusals - refused),
+    }
+
+
 def grown(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """The figures that are larger than a run may leave them."""
     found = {}
@@ -76,6 +100,8 @@ def main() -> None:
     parser.add_argument("--claims", type=int, default=3000)
     parser.add_argument("--callers", type=int, default=4)
     parser.add_argument("--idle", type=int, default=1000)
+    parser.add_argument("--crowd", type=int, default=200)
+    parser.add_argument("--crowd-minutes", type=float, default=0)
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
@@ -123,14 +149,23 @@ def measure(host: Host, options: argparse.Namespace) -> dict[str, Any]:
         claims(host, book, 10, 1)
         rest(host, inside)
         last = inside.load()
+        many = {}
+        if options.crowd_minutes:
+            many = crowd(host, book, options.crowd, options.crowd_minutes)
+            say(f"{options.crowd} callers: {many}")
+            rest(host, inside)
+            many["after"] = inside.load()
     larger = grown(before, after)
     larger |= {f"{name}, after idle connections": both for name, both in grown(after, last).items()}
+    if many:
+        larger |= {f"{name}, after the crowd": both for name, both in grown(last, many["after"]).items()}
     for name, (was, now) in larger.items():
         book.problem(f"{name} was {was} and is {now}")
     return {
         "claims": options.claims, "took_s": round(took_s), "claim_s": summary(without),
         "claim_s_beside_idle_connections": summary(book.claim_s[skip:]), "refusals": dict(book.refusals),
         "before": before, "after": after, "beside_idle_connections": beside, "after_idle_connections": last,
+        "crowd": many,
         "problems": book.problems,
     }
 

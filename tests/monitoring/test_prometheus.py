@@ -181,6 +181,19 @@ def test_a_router_that_fails_is_an_alert_of_its_host_and_of_the_gateway(promethe
     prometheus.wait_quiet()
 
 
+def test_a_file_system_that_fills_up_is_an_alert_before_it_is_full(prometheus: Prometheus, fleet: Fleet) -> None:
+    host = fleet.hosts["a"]
+    before, used = host.run(["df", "-B1", "--output=size,used", "/run"]).stdout.split()[-2:]
+    # There is room for the records of several slots.
+    host.run(["mount", "-o", f"remount,size={round(int(used) / 0.97)}", "/run"])
+    try:
+        prometheus.wait_firing(("NbagentResourceLow", "a"))
+        assert product.Api(host).get("/readyz").status == 200
+    finally:
+        host.run(["mount", "-o", f"remount,size={before}", "/run"])
+    prometheus.wait_quiet()
+
+
 def test_an_api_that_does_not_respond_is_an_alert(prometheus: Prometheus, fleet: Fleet) -> None:
     api = ("nbagent-api.socket", "nbagent-api.service")
     fleet.hosts["a"].run(["systemctl", "stop", *api])
@@ -275,9 +288,15 @@ def test_claims_that_wait_for_a_slow_start_are_an_alert(
 
 
 def test_a_supervisor_that_restarts_often_is_an_alert(prometheus: Prometheus, fleet: Fleet) -> None:
+    def resets() -> int:
+        return int(prometheus.query("resets(nbagent_uptime_seconds{instance='a'}[30m])")[0]["value"][1])
+
     for _ in range(3):
-        prometheus.wait(lambda: prometheus.query("nbagent_uptime_seconds{instance='a'} >= 2"), "two seconds of uptime")
+        # A restart is seen only when a sample before it is larger than one after it.
+        prometheus.wait(lambda: prometheus.query("nbagent_uptime_seconds{instance='a'} >= 5"), "some seconds of uptime")
+        before = resets()
         fleet.hosts["a"].run(["systemctl", "restart", "nbagent.service"])
+        prometheus.wait(lambda before=before: resets() > before, "sample of the new process")
     prometheus.wait_firing(("NbagentSupervisorRestarts", "a"))
     prometheus.wait_quiet()
 

@@ -158,7 +158,8 @@ def test_a_restart_and_an_upgrade_leave_the_records_as_they_are(site):
     assert host.run(["systemctl", "show", "-P", "MainPID", UNIT]).stdout not in (before, again, "0\n")
     product.wait_warm(host)
     time.sleep(3)
-    assert site.server.serial() == serial
+    found = {label: journal(machine) for label, machine in site.fleet.hosts.items()}
+    assert site.server.serial() == serial, found
     assert "withdrawn" not in journal(host).partition("Started")[2].rpartition("Started")[2]
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import jinja2
 import pytest
 
 import product
+from notebook import Notebook
+from product import Api
 from testhost_driver import Host
 
 TOP = Path(__file__).resolve().parents[2]
@@ -177,6 +180,60 @@ def test_the_tests_of_the_package_pass_on_a_host(packages, tmp_path):
         )
         assert done.returncode == 0, done.stdout + done.stderr
         print(done.stdout[-3000:])
+
+
+NEWER = "+newer"
+MODULES = "/usr/lib/python3/dist-packages"
+
+
+def newer(packages, directory):
+    """Packages of the program with a higher version."""
+    found = []
+    for name in ("python3-nbagent", "nbagent"):
+        tree = directory / name
+        subprocess.run(["dpkg-deb", "-R", packages[name], tree], check=True)
+        control = tree / "DEBIAN/control"
+        version = re.search(r"^Version: (.*)$", control.read_text(), re.MULTILINE)[1]
+        control.write_text(control.read_text().replace(version, version + NEWER))
+        found.append(directory / f"{name}.deb")
+        subprocess.run(["dpkg-deb", "-b", "--root-owner-group", tree, found[-1]], check=True, capture_output=True)
+    return found
+
+
+def test_an_upgrade_on_a_full_disk_keeps_the_host_serving_and_is_completed_with_room(packages, tmp_path):
+    with Host.up(name=f"fd{os.getpid()}"[:16]) as host:
+        product.install(host, [packages[name] for name in product.HOST])
+        claim = Api(host).post("/claim").json()
+        with Notebook(host, claim).kernel() as kernel:
+            kernel.run("x = 41")
+            files = [f"/root/{package.name}" for package in newer(packages, tmp_path)]
+            host.copy_in(list(tmp_path.glob("*.deb")), "/root/")
+            # The file system that dpkg unpacks Python modules to has room for a part of them.
+            for command in (
+                "mkdir /small", "mount -t tmpfs -o size=600k small /small", "mkdir /small/upper /small/work",
+                "mount -t overlay -o lowerdir={0},upperdir=/small/upper,workdir=/small/work overlay {0}",
+            ):
+                host.run(command.format(MODULES).split())
+            upgrade = ["apt-get", "-q", "install", "-y", *files]
+            done = host.run(upgrade, check=False, timeout=300)
+            assert done.returncode and "No space left on device" in done.stdout + done.stderr
+            assert version(host, "python3-nbagent").endswith(NEWER) is False
+            # The former files are in place: what starts now starts from them.
+            host.run(["systemctl", "restart", "nbagent.service", "nbagent-api.service"])
+            product.wait_warm(host)
+            assert kernel.run("x + 1").text == "42"
+            assert Notebook(host, Api(host).post("/claim").json()).run("6 * 7").text == "42"
+            host.run(["mount", "-o", "remount,size=100M", "/small"])
+            host.run(upgrade, timeout=300)
+            assert all(version(host, name).endswith(NEWER) for name in ("python3-nbagent", "nbagent"))
+            assert host.run(["dpkg", "--audit"]).stdout == ""
+            product.wait_warm(host)
+            assert kernel.run("x + 1").text == "42"
+            assert Notebook(host, Api(host).post("/claim").json()).run("6 * 7").text == "42"
+
+
+def version(host, name):
+    return host.run(["dpkg-query", "-W", "-f", "${Version}", name]).stdout
 
 
 def test_the_user_data_is_valid(tmp_path):

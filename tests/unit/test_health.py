@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from fakes import Host
 
-from nbagent.core.errors import Full, StartFailed
+from nbagent.core.errors import Full, RecordFailed, StartFailed
 from nbagent.core.events import Event
 from nbagent.supervisor import health
 
@@ -150,6 +150,12 @@ def test_a_host_that_cannot_write_records_offers_nothing(tmp_path, monkeypatch):
             assert (await twice(host)).keys() == {"records"}
             assert host.calls.free_percent() == 0
             assert [path.name for path in (tmp_path / "slots").glob(".*")] == [".check-1"]
+            # A claim is refused at once and leaves the warm slot, which the first claim after the mend gets.
+            slot_id, = await host.until_states("warm")
+            with pytest.raises(RecordFailed, match="no slot can be recorded"):
+                await host.claim()
+            (tmp_path / "slots" / ".check-1").rmdir()
+            assert (await host.claim())["slot"] == slot_id
 
     asyncio.run(run())
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tomllib
 from pathlib import Path
@@ -181,3 +182,21 @@ def test_the_installation_applies_each_setting_of_the_kernel() -> None:
     script = (TOP / "packaging/debian/nbagent.postinst").read_text()
     prefixes = tuple(re.findall(r"--prefix=([\w.]+)", script))
     assert len(settings) > 3 and [name for name in settings if not name.startswith(prefixes)] == []
+
+
+@pytest.mark.parametrize(("jobs", "ended_by"), [
+    ("12 nbagent-dns-update.service restart running\n13 nbagent.service start waiting\n", "TERM"),
+    ("12 nbagent-dns-update.service stop running\n13 nbagent.service restart running\n", "USR1"),
+    ("", "USR1"),
+])
+def test_the_dns_update_gets_a_signal_for_a_stop_that_is_no_restart(tmp_path: Path, jobs: str, ended_by: str) -> None:
+    text = (TOP / "units/nbagent-dns-update.service").read_text()
+    (command,) = re.findall(r"^ExecStop=-\+/bin/sh -c '(.*)'$", text, re.MULTILINE)
+    systemctl = tmp_path / "systemctl"
+    systemctl.write_text(f"#!/bin/sh\nprintf '{jobs}'\n")
+    systemctl.chmod(0o755)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "MAINPID": str(process.pid)}
+        subprocess.run(["sh", "-c", command], env=environment, check=True)
+        process.terminate()
+    assert process.returncode == -getattr(signal, f"SIG{ended_by}")

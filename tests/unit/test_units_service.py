@@ -17,6 +17,7 @@ import pytest
 from nbagent.core import paths
 from nbagent.core.model import Limits
 from nbagent.supervisor.systemd import Systemd
+from nbagent.systemd import bus
 from nbagent.systemd.job import JobFailed
 from nbagent.units import requests
 from nbagent.units.__main__ import serve
@@ -285,3 +286,14 @@ async def test_a_cancelled_start_of_a_scope_waits_until_the_processes_are_there(
         gate.set()
         with pytest.raises(asyncio.CancelledError):
             await starting
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("[err -2]: b'Unit a.scope not found.'", "Unit a.scope not found."),
+    ("System.Error.ENOSPC[err -28]: No space left on device\nThis is DBusBaseError, a joke", "No space left on device"),
+    ("b'org.freedesktop.systemd1.Masked'[err -2]: b\"Unit 'a' is masked.\"", "Unit 'a' is masked."),
+    ("b'System.Error.EIO'[err -5]: ", "System.Error.EIO"),
+    ("no reply", "no reply"),
+])
+def test_an_error_of_systemd_has_its_message_only(text, expected):
+    assert bus._text(Exception(text)) == f"systemd: {expected}"

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The resources of which a host has a limited number: blocks and inodes of file systems, processes, and open files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Resource(NamedTuple):
+    """A resource of the host: how many are free, of how many."""
+
+    name: str
+    free: int
+    limit: int
+
+    @property
+    def free_percent(self) -> float:
+        """The free part."""
+        return 100 * self.free / self.limit
+
+
+def of_file_system(path: Path, read: Callable[[Path], os.statvfs_result] = os.statvfs) -> list[Resource]:
+    """The blocks and inodes of the file system of `path`. Raises OSError."""
+    status = read(path)
+    counts = (("blocks", status.f_bavail, status.f_blocks), ("inodes", status.f_favail, status.f_files))
+    # Some file systems have no number of inodes.
+    return [Resource(name, free, limit) for name, free, limit in counts if limit]
+
+
+def of_kernel(root: Path = Path("/")) -> list[Resource]:
+    """Processes and threads, and open files, of all users; without those whose limit is not known."""
+    threads = int((_text(root / "proc/loadavg") or "0 0 0 0/0 0").split()[3].partition("/")[2])
+    limits = [int(text) for name in ("pid_max", "threads-max") if (text := _text(root / "proc/sys/kernel" / name))]
+    # The open files, 0, and their limit.
+    files = (_text(root / "proc/sys/fs/file-nr") or "0 0 0").split()
+    counts = (("processes and threads", threads, min(limits, default=0)), ("open files", int(files[0]), int(files[2])))
+    return [Resource(name, limit - used, limit) for name, used, limit in counts if limit]
+
+
+def of_process() -> Resource:
+    """The descriptors that this process may still open. Raises OSError."""
+    # RLIM_INFINITY is -1.
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limit = limit if limit > 0 else 1 << 20
+    try:
+        used = len(os.listdir("/proc/self/fd"))
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        used = limit
+    return Resource("descriptors", limit - used, limit)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Reports resources of the host that are nearly used up: in /stats and /metrics, and in the journal.
+
+A claim succeeds as long as one is left, so that this is an alarm and no fault: a host is not full, and serves on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+from nbagent.core import paths
+from nbagent.core.events import Event, emit
+from nbagent.linux import resources
+from nbagent.linux.resources import Resource
+
+# A resource is reported below the first, and again when it was above the second meanwhile.
+LOW_PERCENT, ENOUGH_PERCENT = 5.0, 10.0
+PAUSE_S = 5.0
+
+
+def read() -> Iterator[Resource]:
+    """The resources that the supervisor sees. The journal's file system is not among them; doctor looks at that one."""
+    for path in (paths.RUN, paths.IMAGES):
+        with contextlib.suppress(OSError):
+            for found in resources.of_file_system(path):
+                yield found._replace(name=f"{found.name} of {path}")
+    yield from resources.of_kernel()
+    with contextlib.suppress(OSError):
+        own = resources.of_process()
+        yield own._replace(name=f"{own.name} of the supervisor")
+
+
+class Resources:
+    """The free part of each resource, in percent, at the last check."""
+
+    def __init__(self, read: Callable[[], Iterator[Resource]] = read) -> None:
+        self._read = read
+        self.free_percent: dict[str, float] = {}
+        self._low: set[str] = set()
+
+    async def run(self) -> None:
+        """Checks until cancelled."""
+        while True:
+            # In a thread, because a disk may not respond.
+            self.note(await asyncio.to_thread(lambda: list(self._read())))
+            await asyncio.sleep(PAUSE_S)
+
+    def note(self, found: Sequence[Resource]) -> None:
+        """Notes all resources, and reports those that have become low or have enough again."""
+        self.free_percent = {resource.name: round(resource.free_percent, 1) for resource in found}
+        for resource in found:
+            if resource.free_percent < LOW_PERCENT and resource.name not in self._low:
+                self._low.add(resource.name)
+                emit(Event.RESOURCE_LOW, resource=resource.name, free=resource.free, limit=resource.limit)
+            elif resource.free_percent > ENOUGH_PERCENT and resource.name in self._low:
+                self._low.discard(resource.name)
+                emit(Event.RESOURCE_RESTORED, resource=resource.name, free=resource.free, limit=resource.limit)
