@@ -32,13 +32,13 @@ _CALL, _EXIT = 0x85, 0x95
 _MOV64_K, _ADD32_K, _JGE32_K = 0xB7, 0x04, 0x36
 _GET_CURRENT_UID_GID = 15  # returns the group id << 32 | the user id, both as the host's
 
-# The type information of the kernel, BTF: a header, types, and names. A type is three numbers, and more by its kind.
+# The type information of the kernel, BTF: a header, types, and names. A type is three numbers of 32 bits, and more by
+# its kind, for some kinds by the number of its members too.
 _HEADER = struct.Struct("=HBBIIIII")
 _MAGIC = 0xEB9F
-_TYPE = struct.Struct("=III")
 _FUNC = 12
-_MORE_BYTES = {1: 4, 3: 12, 14: 4, 17: 4}
-_MORE_BYTES_OF_EACH_MEMBER = {4: 12, 5: 12, 6: 8, 13: 8, 15: 12, 19: 12}
+_MORE = {1: 1, 3: 3, 14: 1, 17: 1}
+_MORE_OF_EACH_MEMBER = {4: 3, 5: 3, 6: 2, 13: 2, 15: 3, 19: 3}
 
 
 def is_security_module(path: str = SECURITY_MODULES) -> bool:
@@ -78,16 +78,18 @@ def function_id(types: bytes, name: str) -> int:
     wanted = names.find(b"\0" + name.encode() + b"\0") + 1
     if not wanted:
         raise LookupError(f"the kernel has no {name}")
-    offset, number = header_bytes + types_start, 0
-    end = offset + types_bytes
-    while offset < end:
-        named, info, _ = _TYPE.unpack_from(types, offset)
+    start = header_bytes + types_start
+    words = memoryview(types)[start:start + types_bytes].cast("I")
+    at, number, end = 0, 0, len(words)
+    while at < end:
+        info = words[at + 1]
         kind = info >> 24 & 0x1F
         number += 1
-        if kind == _FUNC and named == wanted:
+        if kind == _FUNC and words[at] == wanted:
             return number
-        members = _MORE_BYTES_OF_EACH_MEMBER.get(kind, 0) * (info & 0xFFFF)
-        offset += _TYPE.size + _MORE_BYTES.get(kind, 0) + members
+        at += 3 + _MORE.get(kind, 0)
+        if kind in _MORE_OF_EACH_MEMBER:
+            at += _MORE_OF_EACH_MEMBER[kind] * (info & 0xFFFF)
     raise LookupError(f"the kernel has no function {name}")
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Slots have their network beside Debian's firewalld, ufw and docker.io after the commands of `nbagent doctor`, and start
-after its commands on a host with kernel.unprivileged_userns_clone=0.
+"""Slots have their network beside Debian's firewalld, ufw and docker.io after the commands of `nbagent doctor`, and
+start after its commands on a host with kernel.unprivileged_userns_clone=0.
 
 For `make test-vms`, because each package takes a minute to install on an emulated machine.
 """

@@ -30,7 +30,7 @@ EXPOSURE_MAX = {
     "nbagent-dns.service": 1.6,
     "nbagent-drain.service": 1.5,
     "nbagent-launch.service": 4.1,
-    "nbagent-modules.service": 0.8,
+    "nbagent-modules.service": 1.0,
     "nbagent-network.service": 1.3,
     "nbagent-router.service": 1.1,
     "nbagent-sweep.service": 0.9,

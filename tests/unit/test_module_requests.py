@@ -22,14 +22,14 @@ def information(*types: tuple[int, int, str]) -> bytes:
     names, described = b"\0", b""
     for kind, members, name in types:
         described += struct.pack("=III", len(names), kind << 24 | members, 0)
-        described += bytes(bpf._MORE_BYTES.get(kind, 0) + members * bpf._MORE_BYTES_OF_EACH_MEMBER.get(kind, 0))
+        described += bytes(4 * (bpf._MORE.get(kind, 0) + members * bpf._MORE_OF_EACH_MEMBER.get(kind, 0)))
         names += name.encode() + b"\0"
     header = struct.pack("=HBBIIIII", 0xEB9F, 1, 0, 24, 0, len(described), len(described), len(names))
     return header + described + names
 
 
 def test_the_number_of_a_function_counts_types_of_all_sizes() -> None:
-    others = [(kind, 3 if kind in bpf._MORE_BYTES_OF_EACH_MEMBER else 0, f"t{kind}") for kind in range(1, 20)]
+    others = [(kind, 3 if kind in bpf._MORE_OF_EACH_MEMBER else 0, f"t{kind}") for kind in range(1, 20)]
     # A variable of the same name is no function.
     found = information(*others, (14, 0, "bpf_lsm_hook"))
     with pytest.raises(LookupError, match="no function bpf_lsm_hook"):

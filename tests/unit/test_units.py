@@ -30,7 +30,7 @@ EXPOSURE_MAX = {
     "nbagent-gateway-status.service": 1.4,
     "nbagent-gateway.service": 1.7,
     "nbagent-launch.service": 4.1,
-    "nbagent-modules.service": 1.0,
+    "nbagent-modules.service": 1.1,
     "nbagent-network.service": 1.5,
     "nbagent-router.service": 1.2,
     "nbagent-sweep.service": 1.1,
