@@ -41,6 +41,9 @@ ROUTER_CHECK_SOCKET = RUN / "router-check.sock"
 NETWORK_RULES = RUN / "network.json"
 DNS_CONFIG = RUN / "dns.conf"
 
+# The link of nbagent-modules.service, in the file system bpf of the host.
+MODULE_REQUESTS = Path("/sys/fs/bpf/nbagent-module-requests")
+
 ROUTER_CONFIG = Path("/usr/lib/nbagent/router.conf")
 # The operator's additions to it, and the router's generated files with a copy of those.
 ROUTER_FILES = ETC / "router.d"

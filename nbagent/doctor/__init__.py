@@ -40,6 +40,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         partial(kernel.check_pressure, root),
         partial(kernel.check_user_namespaces, root, system.bounding_set),
         partial(kernel.check_apparmor, root),
+        partial(kernel.check_module_requests, root, system.unit_state),
         partial(kernel.check_overlay, root),
         partial(kernel.check_proc, root),
         *(partial(services.check_unit, unit, system.unit_state) for unit in UNITS),

@@ -11,10 +11,11 @@ from pathlib import Path
 from nbagent.core import paths
 from nbagent.doctor.finding import Finding, Status
 from nbagent.doctor.system import text_of
-from nbagent.linux import apparmor
+from nbagent.linux import apparmor, bpf
 from nbagent.sandbox.spec import APPARMOR_PROFILE
 
 SYSTEMD_MIN = 252
+MODULES_UNIT = "nbagent-modules.service"
 # The units that create user namespaces, and the settings that refuse these to processes without CAP_SYS_ADMIN: that of
 # Debian's kernels, and that of AppArmor, whose effect depends on the profiles of the distribution.
 USERNS_UNITS = ("nbagent-launch.service", "nbagent-zygote@.service")
@@ -134,6 +135,20 @@ def check_apparmor(root: Path) -> Finding:
         mend = load if (root / "sbin/apparmor_parser").exists() else f"apt install apparmor && {load}"
         return Finding(name, "warn", f"profile {profile} is not loaded, so slots have none", mend)
     return Finding(name, "warn", f"profile {profile} is in mode {mode}", f"aa-enforce {file} (apparmor-utils)")
+
+
+def check_module_requests(root: Path, state_of: Callable[[str], str]) -> Finding:
+    """Whether the kernel refuses to load modules for slots; `state_of` returns the state of a unit."""
+    name, requests = "module requests", "slots can have modprobe started outside of their limits"
+    if (root / "run/systemd/container").exists():
+        return Finding(name, "ok", "in a container, whose kernel is not its own")
+    if not bpf.is_security_module(str(root / bpf.SECURITY_MODULES.lstrip("/"))):
+        mend = "add bpf to lsm= on the kernel's command line, or use the distribution's kernel"
+        return Finding(name, "warn", f"the kernel's security modules do not include bpf: {requests}", mend)
+    if state_of(MODULES_UNIT) == "active":
+        return Finding(name, "ok", f"those of slots are refused by {MODULES_UNIT}")
+    mend = f"systemctl restart {MODULES_UNIT}; journalctl -eu {MODULES_UNIT}"
+    return Finding(name, "warn", f"{MODULES_UNIT} is not active: {requests}", mend)
 
 
 def check_overlay(root: Path) -> Finding:

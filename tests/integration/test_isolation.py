@@ -421,6 +421,52 @@ def test_apparmor_confines_the_processes_of_slots_on_a_host_that_has_it(any_agen
     assert shown.strip() == f"{PROFILE} (enforce)"
 
 
+# Runs a program whose first four bytes are of no format; the last two are in the name of the module.
+UNKNOWN_FORMAT = """
+import os, tempfile
+def run_unknown(name):
+    path = tempfile.mkdtemp() + "/program"
+    with open(path, "wb") as file:
+        file.write(b"\\xa1\\xb2" + name)
+    os.chmod(path, 0o755)
+    try:
+        os.posix_spawn(path, [path], {})
+    except OSError as error:
+        return error.errno
+"""
+
+
+def test_the_kernel_starts_no_modprobe_for_a_slot(any_agent):
+    """On the virtual machines, because other hosts share the kernel of this machine."""
+    agent = any_agent
+    findings = json.loads(agent.host.run(["nbagent", "doctor", "--json"], check=False).stdout)
+    finding = next(finding for finding in findings if finding["name"] == "module requests")
+    assert finding["status"] == "ok", finding
+    if agent.host.driver != "vm":
+        return
+    assert "refused by nbagent-modules.service" in finding["found"]
+    agent.run("sh", "-ec", """
+        printf '#!/bin/sh\necho "$@" >> /root/requested\nexec /sbin/modprobe "$@"\n' > /root/modprobe
+        chmod 755 /root/modprobe; touch /root/requested; echo /root/modprobe > /proc/sys/kernel/modprobe""")
+    agent.wait_warm()
+    notebook = agent.open()
+    try:
+        with notebook.kernel() as kernel:
+            assert kernel.run(UNKNOWN_FORMAT).status == "ok"
+            # Of the host, whose requests the kernel serves.
+            assert agent.run("python3", "-c", f"{UNKNOWN_FORMAT}\nprint(run_unknown(bytes([0xc0, 0xd0])))") == "8\n"
+            assert kernel.run("run_unknown(bytes([0xc1, 0xd1]))").text == "8"
+            agent.run("systemctl", "stop", "nbagent-modules.service")
+            assert kernel.run("run_unknown(bytes([0xc2, 0xd2]))").text == "8"
+            agent.run("systemctl", "start", "nbagent-modules.service")
+            assert kernel.run("run_unknown(bytes([0xc3, 0xd3]))").text == "8"
+        requested = agent.run("cat", "/root/requested").split()
+        assert [word for word in requested if word.startswith("binfmt")] == ["binfmt-d0c0", "binfmt-d2c2"]
+    finally:
+        agent.run("sh", "-c", "echo /sbin/modprobe > /proc/sys/kernel/modprobe; rm /root/modprobe /root/requested")
+        agent.run("systemctl", "start", "nbagent-modules.service")
+
+
 # Commands that would leave the sandbox or gain privileges; the image has the programs from Debian.
 TOOLS = (
     "unshare --user true", "unshare --map-root-user --mount true", "unshare --net true", "nsenter -t 1 --all true",

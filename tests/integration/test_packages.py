@@ -30,6 +30,7 @@ EXPOSURE_MAX = {
     "nbagent-dns.service": 1.6,
     "nbagent-drain.service": 1.5,
     "nbagent-launch.service": 4.1,
+    "nbagent-modules.service": 1.0,
     "nbagent-network.service": 1.3,
     "nbagent-router.service": 1.1,
     "nbagent-sweep.service": 0.9,
@@ -141,7 +142,7 @@ def test_an_api_or_a_router_that_is_taken_over_reaches_no_slot_but_by_its_servic
 
 def test_systemd_accepts_the_units(installed):
     units = (*SERVICES, *ON_DEMAND, *SOCKETS, "nbagent-router-check.socket", "nbagent-slots.slice",
-             "nbagent-dns-update.service", "nbagent-termination@aws.service")
+             "nbagent-dns-update.service", "nbagent-modules.service", "nbagent-termination@aws.service")
     done = installed.host.run(["systemd-analyze", "verify", *units], check=False)
     assert done.returncode == 0, done.stderr
     assert "nbagent" not in done.stderr, done.stderr

@@ -31,6 +31,7 @@ EXPOSURE_MAX = {
     "nbagent-gateway-status.service": 1.4,
     "nbagent-gateway.service": 1.7,
     "nbagent-launch.service": 4.1,
+    "nbagent-modules.service": 1.1,
     "nbagent-network.service": 1.5,
     "nbagent-router.service": 1.2,
     "nbagent-sweep.service": 1.1,
@@ -109,6 +110,7 @@ def test_a_removal_stops_the_services_that_the_supervisor_starts_after_it() -> N
     assert step["nbagent-api.service"] < step["nbagent-drain.service"]
     used = ("dns", "launch", "network", "sweep", "units")
     assert all(step["nbagent.service"] < step[f"nbagent-{name}.service"] for name in used)
+    assert step["nbagent-slots.slice"] < step["nbagent-modules.service"]
     assert step["nbagent-units.service"] < min(step["nbagent-dns.service"], step["nbagent-sweep.service"])
     assert all(step[name] <= step[name.replace("socket", "service")] for name in step if name.endswith(
         ("api.socket", "launch.socket", "network.socket", "router.socket", "units.socket", "nbagent.socket")))
