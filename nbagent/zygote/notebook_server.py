@@ -51,7 +51,7 @@ from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
 from nbagent.wire.limits_page import LimitVariables
-from nbagent.zygote import answers, assets, full_storage, kernel_end, page, provisioner, shown_limits
+from nbagent.zygote import answers, assets, full_storage, kernel_end, linked_notebook, page, provisioner, shown_limits
 from nbagent.zygote.acts import is_act
 from nbagent.zygote.kept_loop import KeptLoop
 from nbagent.zygote.kernel_watch import DELIMITER, PARENT, KernelWatch
@@ -339,6 +339,7 @@ def initialise(base_url: str, token: str) -> Any:
     assets.install(server, next(iter(server.extension_manager.extension_apps["jupyterlab"])).static_dir)
     page.install(server.web_app.settings)
     full_storage.answer()
+    linked_notebook.install(server)
     shown_limits.install(server.web_app.settings)
     _keep_out_of_log(server.log, server.web_app.settings)
     return server
