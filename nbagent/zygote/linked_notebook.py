@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The kernel of the notebook in a link starts when its page is requested, and not when the page asks for it.
+"""The kernel of the notebook in a link starts when its page is requested, and not when JupyterLab requests it.
 
-JupyterLab starts it at the end of a chain of requests, each of which waits for the browser to run the program. With the
-response to the page's own request the server starts what the page will ask for: the session of the notebook, and its
+JupyterLab requests it at the end of a chain of requests, each of which waits for the browser to run the program. With the
+response to the page's own request the server makes what JupyterLab will request: the session of the notebook, and its
 first checkpoint. JupyterLab finds both, and connects to the session.
 
-Nothing is started for what JupyterLab would ask about or refuse: a notebook that names no kernel, or one that the image
+Nothing is started where JupyterLab would show a dialog, or no notebook: a notebook that names no kernel, or one that the image
 does not have; a text editor in place of the notebook. If something fails, the page's own request fails too, and
 JupyterLab shows why.
 

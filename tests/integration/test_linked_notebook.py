@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 
 WELCOME = "Welcome.ipynb"
-# What JupyterLab requests when it has shown the notebook.
+# The request of JupyterLab for the session, when it has shown the notebook.
 REQUEST = {"path": WELCOME, "name": WELCOME, "type": "notebook", "kernel": {"name": "python3"}}
 PYTHON3 = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
 
