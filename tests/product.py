@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import http.client
 import json
+import os
 import platform
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from testhost_driver import Host, aptsources, rootfs
+from testhost_driver import Host, aptsources, ending, rootfs
 
 TOP = Path(__file__).resolve().parent.parent
 CACHE = rootfs.cache()
@@ -68,6 +70,7 @@ def listing(host: Host) -> set[str]:
 
 def build(say: Callable[[str], None], names: Sequence[str] = HOST) -> list[Path]:
     """Builds the named packages, side by side; takes a second when no source changed."""
+    ending.take_signals()
     commands: dict[str, list[str | Path]] = {"the program": [TOP / "packaging/build-deb", DIST]}
     if "nbagent-image-minimal" in names:
         commands["nbagent-image-minimal"] = [TOP / "packaging/build-image-deb", "minimal", DIST]
@@ -84,16 +87,29 @@ def _build(what: str, command: Sequence[str | Path], say: Callable[[str], None])
     say(f"building {what}")
     began_s = time.monotonic()
     with tempfile.NamedTemporaryFile("w+", dir=log.parent, prefix=f".{log.name}-", delete=False) as output:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=output, text=True, check=False)
+        # A process group of its own, so that a signal that ends this program ends all of it.
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=output, text=True, process_group=0
+        ) as process:
+            printed = _printed(process)
         # Renamed, because another run may write a log of the same name meanwhile.
         Path(output.name).rename(log)
         output.seek(0)
         last = "".join(output.readlines()[-LOG_LINES:])
-    if done.returncode:
-        raise SystemExit(f"{last}building {what} failed with status {done.returncode}; the whole log is {log}")
+    if process.returncode:
+        raise SystemExit(f"{last}building {what} failed with status {process.returncode}; the whole log is {log}")
     if (took_s := time.monotonic() - began_s) > 2:
         say(f"built {what} in {took_s:.0f} s")
-    return [Path(line) for line in done.stdout.splitlines() if line.endswith(".deb")]
+    return [Path(line) for line in printed.splitlines() if line.endswith(".deb")]
+
+
+def _printed(process: subprocess.Popen[str]) -> str:
+    """The standard output of a process, which is interrupted with its children when a signal ends this program."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=1)[0]
+        if ending.is_ending():
+            os.killpg(process.pid, signal.SIGINT)
 
 
 def install(host: Host, packages: list[Path], settings: str = "") -> None:

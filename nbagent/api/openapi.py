@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from nbagent import __version__
 from nbagent.api.inputs import BODY_MAX_BYTES
 from nbagent.api.route import Route
-from nbagent.config.host_config import NETWORK_MODES
+from nbagent.config.host_values import NETWORK_MODES
 from nbagent.core import claim_content
 from nbagent.core.errors import Forbidden, InvalidField, NbagentError, Unauthenticated
 from nbagent.core.model import ID_EXPECTED, IMAGE_NAME, MEMORY_MIN_BYTES, PATH_EXPECTED, SlotState

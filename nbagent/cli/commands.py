@@ -31,7 +31,7 @@ from nbagent.cli.images import image
 from nbagent.cli.remote import DEFAULT_URL, ApiUnavailable, Remote, read_token
 from nbagent.cli.slot import slot as slot_group
 from nbagent.config import host_config, nginx_check, nginx_settings
-from nbagent.config.host_config import NETWORK_MODES
+from nbagent.config.host_values import NETWORK_MODES
 from nbagent.core import paths
 from nbagent.core.errors import ConfigError, NbagentError, SlotNotFound, SupervisorUnavailable
 from nbagent.core.proxies import HttpProxy

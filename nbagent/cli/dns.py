@@ -17,7 +17,6 @@ from nbagent.core import paths
 from nbagent.core.errors import NbagentError
 
 if TYPE_CHECKING:
-    from nbagent.dns.key import Key
     from nbagent.dns.records import Place
     from nbagent.dns.server import Server
 
@@ -81,29 +80,30 @@ def withdraw(gateway: bool, file: Path | None, key_file: Path, label: str | None
 
     Stop nbagent-dns-update.service of the host before, because it would publish them again.
     """
-    from nbagent.dns import key
     from nbagent.dns.removal import remove_host
 
     if gateway and label is None:
         raise click.UsageError("--gateway needs --label, because a gateway has no records of its own")
     if label is not None and not re.fullmatch(r"[a-z0-9]{1,16}", label):
         raise click.UsageError(f"--label {label}: expected 1 to 16 characters of a-z and 0-9")
-    server, place = _place(gateway, file, key.read(key_file), label)
+    server, place = _place(gateway, file, key_file, label)
     if not remove_host(server, place):
         raise NothingWithdrawn(f"{place.host} has no records")
     click.echo(f"records of {place.host} removed")
 
 
-def _place(gateway: bool, file: Path | None, key: Key, label: str | None) -> tuple[Server, Place]:
-    from nbagent.dns import publisher, removal
+def _place(gateway: bool, file: Path | None, key_file: Path, label: str | None) -> tuple[Server, Place]:
+    from nbagent.dns import key, publisher, removal
     from nbagent.dns.records import Place
     from nbagent.dns.server import Server
     from nbagent.gateway import settings
 
     if gateway:
-        server, domain = removal.server_of(settings.load(file or settings.DEFAULT_PATH), key)
+        found = settings.load(file or settings.DEFAULT_PATH)
+        removal.require_settings(found)
+        server, domain = removal.server_of(found, key.read(key_file))
         return server, Place(server.zone, domain, label or "")
     config = host_config.load(file or host_config.DEFAULT_PATH)
     own = publisher.place_of(config)
     assert config.dns.server is not None
-    return Server(config.dns.server, own.zone, key), Place(own.zone, own.domain, label or own.label)
+    return Server(config.dns.server, own.zone, key.read(key_file)), Place(own.zone, own.domain, label or own.label)

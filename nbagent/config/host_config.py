@@ -8,16 +8,14 @@ nbagent.toml and nbagent.toml(5), which nbagent.config.reference generates.
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
-from typing import TypeVar
 
+from nbagent.config import host_values as values
 from nbagent.config.schema import (
     DnsServer,
     Network,
@@ -37,104 +35,13 @@ from nbagent.config.schema import (
     tables,
     word_or,
 )
-from nbagent.core import paths, proxies, urls
+from nbagent.core import paths
 from nbagent.core.model import IMAGE_NAME, IMAGE_NAME_EXPECTED
 from nbagent.core.proxies import HttpProxy
-from nbagent.core.quantities import QUOTA_EXPECTED, parse_quota, parse_rate, parse_size
+from nbagent.core.quantities import parse_rate, parse_size
 
 DEFAULT_PATH = paths.HOST_SETTINGS
-# Networks of a slot: only loopback, or the public internet by NAT on the host.
-NETWORK_MODES = ("none", "internet")
 
-N = TypeVar("N", IPv4Network, IPv6Network)
-
-
-def _quota(value: object) -> str:
-    if value == "none":
-        return "none"
-    try:
-        parse_quota(value, 1 << 20)
-    except ValueError:
-        raise ValueError(f'"none" or {QUOTA_EXPECTED}') from None
-    return str(value)
-
-
-def _origins(value: object) -> tuple[str, ...]:
-    pattern = r"\*|https?://[^/\s]+"
-    if isinstance(value, list) and all(isinstance(v, str) and re.fullmatch(pattern, v) for v in value):
-        return tuple(value)
-    raise ValueError('a list of origins such as ["https://example.org"], without a path')
-
-
-def _cookies(value: object) -> tuple[str, ...]:
-    expected = 'a list of at most 16 names of cookies such as ["_xsrf", "session-*"]'
-    parse = matching(r"[A-Za-z0-9_.-]{1,64}\*?", expected)
-    if isinstance(value, list) and len(value) <= 16:
-        return tuple(map(parse, value))
-    raise ValueError(expected)
-
-
-def _sentence(low: int, high: int) -> Callable[[object], str]:
-    return matching(rf"[^\x00-\x1f\x7f]{{{low},{high}}}", f"text of {low} to {high} characters in one line")
-
-
-def _archives(value: object) -> tuple[str, ...]:
-    expected = 'a list of URLs such as ["https://data.example.org/courses/"], without "?", "#" or ".."'
-    if not isinstance(value, list) or not all(isinstance(v, str) and "?" not in v for v in value):
-        raise ValueError(expected)
-    try:
-        return tuple(value) if [urls.parse(item) for item in value] else ()
-    except ValueError:
-        raise ValueError(expected) from None
-
-
-def _mode(value: object) -> str:
-    if value in NETWORK_MODES:
-        return str(value)
-    raise ValueError('"none" or "internet"')
-
-
-def _modes(value: object) -> tuple[str, ...]:
-    if isinstance(value, list) and all(mode in NETWORK_MODES for mode in value) and len(value) == len(set(value)) > 0:
-        return tuple(value)
-    raise ValueError('a list with "none", "internet" or both, the default first')
-
-
-_DNS_NAME = re.compile(
-    r"(?=.{1,253}$)(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])"
-)
-
-
-def _reach(value: object) -> tuple[str | Network, ...]:
-    expected = 'a list of names and networks such as ["pip.example", "203.0.113.0/24"]'
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(expected)
-    found: list[str | Network] = []
-    for item in value:
-        try:
-            found.append(ipaddress.ip_network(item))
-        except ValueError as error:
-            if not _DNS_NAME.fullmatch(item):
-                raise ValueError(f"{expected}; {error}") from None
-            found.append(item)
-    return tuple(found)
-
-
-def _proxy(value: object) -> HttpProxy:
-    if isinstance(value, str):
-        return proxies.parse(value)
-    raise ValueError(proxies.EXPECTED)
-
-
-def _range(kind: type[N], shortest: int, longest: int) -> Callable[[object], N]:
-    def parse(value: object) -> N:
-        with contextlib.suppress(ValueError):
-            network = ipaddress.ip_network(value) if isinstance(value, str) else None
-            if isinstance(network, kind) and shortest <= network.prefixlen <= longest:
-                return network
-        raise ValueError(f"an {kind.__name__[:4]} network with a prefix of {shortest} to {longest} bits")
-
-    return parse
 
 
 def derived_label(hostname: str) -> str:
@@ -164,7 +71,9 @@ class ApiSettings:
     trusted_networks: tuple[Network, ...] = setting(
         ["127.0.0.0/8", "::1/128"], networks, "Networks whose clients need no token."
     )
-    allowed_origins: tuple[str, ...] = setting([], _origins, 'Web origins whose pages may call the API; "*": any.')
+    allowed_origins: tuple[str, ...] = setting(
+        [], values.origins, 'Web origins whose pages may call the API; "*": any.'
+    )
     workers: int = setting(2, number(1, 64, int), "Number of gunicorn worker processes.")
     threads: int = setting(
         64, number(1, 256, int), "Threads of each worker for calls, and as many again for the landing page."
@@ -184,7 +93,7 @@ class RouterSettings:
         'For url_mode = "subdomain": DNS domain whose names *.domain resolve to the router.'
     )
     cookies: tuple[str, ...] = setting(
-        ["_xsrf"], _cookies,
+        ["_xsrf"], values.cookies,
         'Cookies that the router forwards to slots besides their login cookie, by name or "name*"; it removes all '
         'others.',
     )
@@ -225,10 +134,10 @@ class LandingSettings:
         "click", matching("click|at once", '"click" or "at once"'),
         "When the front page starts a slot: after a click on its button, or when it is opened."
     )
-    title: str = setting("A notebook, at once", _sentence(1, 80), "Title of the front page.")
+    title: str = setting("A notebook, at once", values.sentence(1, 80), "Title of the front page.")
     text: str = setting(
         "A live Jupyter notebook in your browser, with nothing to install. It is yours when you press the button.",
-        _sentence(0, 600), "Text below the title.",
+        values.sentence(0, 600), "Text below the title.",
     )
     rate: int = setting(
         60, number(1, 100000, int), "Slots that one client address may start in a minute; for IPv6, one /64 network."
@@ -240,7 +149,7 @@ class LandingSettings:
     )
     banned: tuple[Network, ...] = setting([], networks, "Networks whose requests are refused.")
     allowed_origins: tuple[str, ...] = setting(
-        [], _origins, 'Web origins whose pages may start slots by the API; "*": any.'
+        [], values.origins, 'Web origins whose pages may start slots by the API; "*": any.'
     )
 
 
@@ -269,7 +178,7 @@ class SlotSettings:
         "the host is free, so that cells of others run at once; 1: all of it.",
     )
     cpu_quota: str = setting(
-        "none", _quota, 'CPUQuota= of a slot: "1/32" of the host, "50%" of one processor, or "none".'
+        "none", values.quota, 'CPUQuota= of a slot: "1/32" of the host, "50%" of one processor, or "none".'
     )
     tasks: int = setting(256, number(16, 65536, int), "TasksMax= of a slot: processes and threads.")
     ttl: float = setting("12h", positive_duration, "Life of a claimed slot whose claim has no other value.")
@@ -316,7 +225,7 @@ class ClaimSettings:
     """`[claims]`: limits of the content that is delivered to a claimed slot."""
 
     archives: tuple[str, ...] = setting(
-        [], _archives, "URL prefixes of archives that a slot with a network may download."
+        [], values.archives, "URL prefixes of archives that a slot with a network may download."
     )
     archive_max: int = setting("128M", parse_size, "Largest size of an archive, both compressed and unpacked.")
     archive_entries: int = setting(10000, number(1, 1000000, int), "Most files and directories in an archive.")
@@ -347,16 +256,17 @@ class NetworkSettings:
     """`[network]`: networks that slots may reach: never the host, and private networks only with `also`."""
 
     allow: tuple[str, ...] = setting(
-        ["none"], _modes, 'Values of `network` that a claim may request, the default first: "none", "internet".'
+        ["none"], values.network_modes,
+        'Values of `network` that a claim may request, the default first: "none", "internet".',
     )
     only: tuple[str | Network, ...] = setting(
-        [], _reach,
+        [], values.reach,
         "If not empty, slots reach only these networks and DNS domains with their subdomains; other names do not "
         "resolve."
     )
     also: tuple[Network, ...] = setting([], networks, "Private networks that slots may reach.")
     proxy: HttpProxy | None = setting(  # noqa: RUF009  setting() returns a field
-        "none", word_or("none", _proxy),
+        "none", word_or("none", values.http_proxy),
         "IP address and port of an HTTP proxy, for a host that has no other way out. Slots that start from then on get "
         "http_proxy, https_proxy and no_proxy if they have a network, and archives and images are downloaded by it. "
         "The proxy has to refuse private networks, because the host does not see what it connects to.",
@@ -366,29 +276,12 @@ class NetworkSettings:
     connections: int = setting(512, number(1, 60000, int), "Most connections of one slot at a time.")
     connection_rate: int = setting(50, number(1, 10000, int), "Most new connections of one slot in a second.")
     range4: IPv4Network = setting(  # noqa: RUF009  setting() returns a field
-        "198.18.0.0/16", _range(IPv4Network, 8, 24), "IPv4 network of the slots' addresses, behind NAT."
+        "198.18.0.0/16", values.prefix_range(IPv4Network, 8, 24), "IPv4 network of the slots' addresses, behind NAT."
     )
     range6: IPv6Network = setting(  # noqa: RUF009  setting() returns a field
-        "fd6e:6261:6765:6e74::/64", _range(IPv6Network, 32, 112),
+        "fd6e:6261:6765:6e74::/64", values.prefix_range(IPv6Network, 32, 112),
         "IPv6 network of the slots' addresses, used if the host forwards IPv6 and has a default route.",
     )
-
-
-def _addresses(value: object) -> tuple[str, ...]:
-    expected = 'a list of IP addresses such as ["10.1.0.7", "2001:db8::7"]'
-    if not isinstance(value, list) or not 1 <= len(value) <= 8:
-        raise ValueError(expected)
-    try:
-        return tuple(str(ipaddress.ip_address(matching(".+", expected)(item))) for item in value)
-    except ValueError:
-        raise ValueError(expected) from None
-
-
-def _ttl(value: object) -> int:
-    ttl_s = positive_duration(value)
-    if not 1 <= ttl_s <= 3600:
-        raise ValueError("a time from 1s to 1h")
-    return round(ttl_s)
 
 
 @dataclass(frozen=True)
@@ -407,10 +300,10 @@ class DnsSettings:
         "zone.",
     )
     addresses: tuple[str, ...] | None = setting(
-        "auto", auto_or(_addresses),
+        "auto", auto_or(values.addresses),
         "Addresses of this host for gateways; auto: the one from which it reaches the DNS server.",
     )
-    ttl: int = setting("10s", _ttl, "Time for which resolvers may keep the records.")
+    ttl: int = setting("10s", values.record_ttl, "Time for which resolvers may keep the records.")
 
 
 @dataclass(frozen=True)
@@ -419,7 +312,8 @@ class ImageSettings:
 
     warm: int | None = setting("auto", auto_or(number(0, 10000, int)), "Number of warm slots; auto: as in [pool].")
     network: str | None = setting(
-        "auto", auto_or(_mode), "Network of a claim that does not name one; auto: the first of network.allow."
+        "auto", auto_or(values.network_mode),
+        "Network of a claim that does not name one; auto: the first of network.allow.",
     )
 
 

@@ -41,6 +41,7 @@ def _run_host(config: Path | None) -> None:
     from nbagent.dns import key, publisher
 
     settings = host_config.load(config or host_config.DEFAULT_PATH)
+    publisher.place_of(settings)  # first, because a host without dns.server needs no key
     registry = publisher.Registry(settings, key.read(), publisher.MACHINE_ID.read_text())
     loop = publisher.Publisher(registry, publisher.agent_state, emit)
     ended = _ended()
@@ -63,6 +64,7 @@ def _run_gateway(config: Path | None) -> None:
     from nbagent.gateway.runtime import Runtime
 
     found = settings.load(config or settings.DEFAULT_PATH)
+    removal.require_settings(found)
     runtime, backend = Runtime(haproxy.STATS_SOCKET), haproxy.all_hosts(found)
     loop = removal.Removal(found, key.read(), lambda: runtime.servers(backend), emit)
     ended = _ended()

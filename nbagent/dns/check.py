@@ -10,7 +10,7 @@ from typing import Final, Literal, NamedTuple
 from nbagent.config.host_config import HostConfig
 from nbagent.core.errors import ConfigError, NbagentError
 from nbagent.dns import key, removal
-from nbagent.dns.publisher import MACHINE_ID, UNIT, Registry
+from nbagent.dns.publisher import MACHINE_ID, UNIT, Registry, place_of
 from nbagent.dns.records import Agent, Place, Presence, Seen, decide, permissions
 from nbagent.dns.server import Server
 from nbagent.gateway.settings import GatewaySettings
@@ -35,6 +35,7 @@ def check_host(config: HostConfig, agent: Callable[[], Agent], key_file: Path | 
     """The checks of a host; the last one is the first that fails."""
     step = "settings"
     try:
+        place_of(config)  # first, because a host without dns.server needs no key
         registry = Registry(config, key.read(key_file), MACHINE_ID.read_text())
         place, server = registry.place, registry.server
         yield Result(step, OK, f"{place.host} and {place.service} in zone {place.zone} at {server.server}")
@@ -59,6 +60,7 @@ def check_gateway(found: GatewaySettings, key_file: Path | None = None) -> Itera
     """The checks of a gateway that removes the records of dead hosts."""
     step = "settings"
     try:
+        removal.require_settings(found)
         server, domain = removal.server_of(found, key.read(key_file))
         yield Result(step, OK, f"hosts of {domain} in zone {server.zone} at {server.server}")
         step = "server"

@@ -59,13 +59,19 @@ class Removal:
             self._emit(Event.DNS_FAILED, name=place.host, wait_s=round(self._rule.after_s), text=str(error))
 
 
-def server_of(found: GatewaySettings, key: Key) -> tuple[Server, str]:
-    """The server that has the records of hosts, and their domain. Raises ConfigError if dns.server is not set."""
+def require_settings(found: GatewaySettings) -> None:
+    """Raises ConfigError if dns.server is not set."""
     if found.dns.server is None or found.dns.zone is None or found.fleet.srv is None:
         raise ConfigError(
             "dns.server: expected the DNS server from which the records of dead hosts are removed", key="dns.server",
             expected="a DNS server",
         )
+
+
+def server_of(found: GatewaySettings, key: Key) -> tuple[Server, str]:
+    """The server that has the records of hosts, and their domain. Raises ConfigError if dns.server is not set."""
+    require_settings(found)
+    assert found.dns.server is not None and found.dns.zone is not None and found.fleet.srv is not None
     return Server(found.dns.server, found.dns.zone, key), found.fleet.srv.split(".", 2)[2]
 
 

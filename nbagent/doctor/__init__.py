@@ -85,7 +85,10 @@ def _guarded(check: Callable[[], Finding]) -> Finding:
     except (OSError, ValueError, LookupError, TypeError) as error:
         function = check.func if isinstance(check, partial) else check
         name = function.__name__.removeprefix("check_").replace("_", " ")
-        return Finding(name, "warn", f"check failed: {error}", "run nbagent doctor as root")
+        # An ordinary user may see less than the check needs in other ways than by EACCES.
+        may_lack = isinstance(error, PermissionError) or os.geteuid() != 0
+        mend = "run nbagent doctor as root" if may_lack else "restore what is missing: apt install --reinstall nbagent"
+        return Finding(name, "warn", f"check failed: {error}", mend)
 
 
 def check_config(path: Path) -> tuple[Finding, host_config.HostConfig]:

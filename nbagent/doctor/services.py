@@ -105,7 +105,8 @@ def check_http(name: str, url: str, unit: str) -> Finding:
         connection.request("GET", parts.path)
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        return Finding(name, "fail", f"no response from {url}: {error}", mend)
+        reason = getattr(error, "strerror", None) or error
+        return Finding(name, "fail", f"no response from {url}: {reason}", mend)
     finally:
         connection.close()
     if status >= 500:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The host's side of the slots' network: interfaces, addresses, routes, and the nftables table `inet nbagent`.
+"""The host's side of the slots' network: interfaces, addresses, routes and forwarding. `table` has the firewall.
 
 The kernel holds all state, so the network service can be restarted between any two calls, and every method can be
 repeated. The alias of an interface (`ip link`) holds its state and the slot's addresses. The sets of the table are
@@ -10,19 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
-import re
 import socket
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any  # pyroute2 has no types
 
-from nftables import Nftables
 from pyroute2 import IPRoute, NetlinkError
 
 from nbagent.linux import rtnetlink
 from nbagent.network.addresses import LABEL, PREFIX, gateway
-from nbagent.network.rules import COUNTED, FIXED, GUARDED, PER_SLOT, TABLE, Rules, render
+from nbagent.network.rules import Rules, render
+from nbagent.network.table import Table
 from nbagent.network.watch import FLAGS, Changes
 
 # The MAC address of both ends of every veth pair. With it and IFF_NOARP no end resolves its neighbour, so that no slot
@@ -34,27 +32,15 @@ MTU = 1500
 PUBLIC = "8.8.8.8"
 SYSCTL = Path("/proc/sys/net")
 _SCOPE_HOST = 254
-# strerror(3) of ENOENT and EEXIST, which nft prints; this process sets no locale.
-MISSING, PRESENT = "No such file or directory", "File exists"
-
-
-class NftFailed(OSError):
-    """nftables refused a command."""
 
 
 class HostNetwork:
     """The network of one host. Needs CAP_NET_ADMIN. Every method raises OSError or NetlinkError."""
 
     def __init__(self) -> None:
-        self._nft = Nftables()
+        self._table = Table()
         self._ip: Any = IPRoute()
-        # A copy of the set `guarded`, to restore it after another program flushed the host's ruleset.
-        self._guarded = {name for name, in self._elements(GUARDED)}
         self._rules: Rules | None = None
-        # The table without the elements of slots, as `apply` has left it.
-        self._applied = ""
-        # Whether the deletion of an element of a slot failed, so that `repair` deletes it.
-        self.has_stale = False
         # Interfaces of slots on which the host's settings disable IPv6.
         self._without_ipv6: set[int] = set()
 
@@ -66,45 +52,23 @@ class HostNetwork:
 
     def apply(self, rules: Rules) -> None:
         """Creates or updates the nftables table, the resolver's address, and IPv4 forwarding of uplinks."""
-        self._rules, script = rules, render(rules)
-        try:
-            self._command(script)
-        except NftFailed:
-            # Another program or version has made a chain or set of the same name and of another kind.
-            self._command(f"table {TABLE}\ndelete table {TABLE}\n{script}")
-        for name in self._guarded:
-            self._guard(name)
+        self._rules = rules
+        self._table.apply(render(rules))
         for _, name, state, addresses in self._interfaces():
             if state == OPEN:
-                self._add_slot(name, addresses)
+                self._table.add_slot(name, addresses)
         self._set_resolver_address(gateway(rules.range4))
         self._enable_forwarding(self._uplinks())
-        self._applied = self._listed()
+        self._table.note_applied()
 
     def is_intact(self) -> bool:
         """Whether the rules and the elements that are the same for all slots are as `apply` has left them."""
-        try:
-            guarded = {name for name, in self._elements(GUARDED)}
-            return self._listed() == self._applied and guarded == self._guarded
-        except NftFailed:  # the table or a set of `FIXED` is missing
-            return False
+        return self._table.is_intact()
 
-    def _exists(self) -> bool:
-        return f"table {TABLE}\n" in self._command("list tables inet")
-
-    def _listed(self) -> str:
-        """The table without elements, and the elements of the sets that are the same for all slots."""
-        self._nft.set_stateless_output(True)
-        self._nft.set_terse_output(True)
-        try:
-            found = [self._command(f"list table {TABLE}")]
-            self._nft.set_terse_output(False)
-            found += [self._command(f"list set {TABLE} {name}") for name in FIXED]
-            # As a comment, nftables after 1.1.3 prints the number of elements of a set.
-            return re.sub(r"\s*# count \d+", "", "".join(found))
-        finally:
-            self._nft.set_terse_output(False)
-            self._nft.set_stateless_output(False)
+    @property
+    def has_stale(self) -> bool:
+        """Whether the deletion of an element of a slot failed, so that `repair` deletes it."""
+        return self._table.has_stale
 
     def repair(self, changes: Changes) -> list[str]:
         """Restores what another program changed; returns the texts of what was wrong."""
@@ -121,7 +85,7 @@ class HostNetwork:
             if name.startswith(PREFIX) and _forward(name):
                 found.append(f"forwarding of {name}")
         if self.has_stale or changes.everything:
-            found += [f"element of {name}" for name in self._delete_stale()]
+            found += [f"element of {name}" for name in self._table.delete_stale(_names())]
         emptied = {index for name in changes.elements if (index := _index_of(name))}
         indexes = changes.links | emptied | (changes.ipv6 & self._without_ipv6)
         links = {index for index in indexes if _name_of(index).startswith(PREFIX)}
@@ -141,31 +105,9 @@ class HostNetwork:
                         found.append(f"flags of {name}")
                     routed = [address for address in addresses if self._restore_route(link["index"], address)]
                     found += [f"route to {address} on {name}" for address in routed]
-                    added = [address for address in addresses if state == OPEN and self._restore_element(name, address)]
+                    opened = addresses if state == OPEN else []
+                    added = [address for address in opened if self._table.restore_address(name, address)]
                     found += [f"element {address} of {name}" for address in added]
-        return found
-
-    def _restore_element(self, name: str, address: str) -> bool:
-        """Adds a slot's address to its set; returns whether it was missing."""
-        try:
-            self._command(f"create {_element(name, address)}")
-        except NftFailed as error:
-            if PRESENT in str(error):
-                return False
-            raise
-        return True
-
-    def _delete_stale(self) -> set[str]:
-        """Deletes the elements of interfaces that do not exist; returns the names. Raises NftFailed."""
-        existing, found = {name for _, name in socket.if_nameindex()}, set()
-        self.has_stale = False
-        for set_name in PER_SLOT:
-            for element in self._elements(set_name):
-                if element[0] not in existing:
-                    self._delete_element(set_name, *element)
-                    found.add(element[0])
-        if self.has_stale:
-            raise NftFailed(f"elements of {', '.join(sorted(found)[:3])} were not deleted")
         return found
 
     def _restore_route(self, index: int, address: str) -> bool:
@@ -199,9 +141,7 @@ class HostNetwork:
         """Enables IPv4 forwarding on the host's uplinks, for the slots' packets only; returns the changed ones."""
         if _is_router():
             # Another program made this host a router, so its packets for others must not be dropped.
-            for name in self._guarded:
-                self._delete_element(GUARDED, name)
-            self._guarded.clear()
+            self._table.unguard()
             return []
         changed = []
         for index in uplinks:
@@ -209,8 +149,7 @@ class HostNetwork:
             setting = SYSCTL / "ipv4/conf" / name / "forwarding"
             if name not in ("", "lo") and setting.read_text().strip() == "0":
                 # The guard comes first, so that the host at no moment forwards packets of others.
-                self._guarded.add(name)
-                self._guard(name)
+                self._table.guard(name)
                 setting.write_text("1")
                 changed.append(name)
         return changed
@@ -219,11 +158,10 @@ class HostNetwork:
         """Removes everything that this service ever made on the host."""
         self.sweep(())
         # If another program made the host a router meanwhile, it relies on the setting of each interface.
-        for name in self._guarded if not _is_router() else ():
+        for name in self._table.guarded if not _is_router() else ():
             with contextlib.suppress(OSError):
                 (SYSCTL / "ipv4/conf" / name / "forwarding").write_text("0")
-        if self._exists():
-            self._command(f"delete table {TABLE}")
+        self._table.delete()
         self._set_resolver_address(None)
 
     # -- one slot ------------------------------------------------------------------------------
@@ -233,7 +171,7 @@ class HostNetwork:
 
         `rate` limits what the slot receives, in bytes a second.
         """
-        if name in (existing for _, existing in socket.if_nameindex()):
+        if name in _names():
             self.remove(name, addresses)  # a repeated request, whose first response was lost
         # Looked up for every slot, because the host's uplink can change. One RTM_GETROUTE for one address, not a dump
         # of all routes, because each slot adds a route.
@@ -259,7 +197,7 @@ class HostNetwork:
         for _, found, _, addresses in self._interfaces(index):
             if found == name:
                 self._ip.link("set", index=index, ifalias=" ".join((OPEN, *addresses)))
-                self._add_slot(name, addresses)
+                self._table.add_slot(name, addresses)
 
     def remove(self, name: str, addresses: Collection[str]) -> None:
         """Deletes a slot's interface and its elements in all sets; any of them may be missing.
@@ -268,10 +206,7 @@ class HostNetwork:
         """
         with contextlib.suppress(OSError, NetlinkError):
             self._ip.link("del", index=socket.if_nametoindex(name))
-        for address in addresses:
-            self._delete_element(_set_of(address), name, address)
-        for set_name in COUNTED:
-            self._delete_element(set_name, name)
+        self._table.delete_slot(name, addresses)
 
     def sweep(self, keep: Collection[str]) -> None:
         """Removes every interface of ours, and every element of one, that is not among `keep`."""
@@ -279,47 +214,9 @@ class HostNetwork:
             if name.startswith(PREFIX) and name not in keep:
                 with contextlib.suppress(NetlinkError):  # the kernel removed it with its network namespace
                     self._ip.link("del", index=index)
-        for set_name in PER_SLOT:
-            for element in self._elements(set_name):
-                if element[0] not in keep:
-                    self._delete_element(set_name, *element)
+        self._table.delete_others(keep)
 
     # -- helpers -------------------------------------------------------------------------------
-
-    def _add_slot(self, name: str, addresses: Iterable[str]) -> None:
-        for address in addresses:
-            self._command(f"add {_element(name, address)}")
-
-    def _guard(self, name: str) -> None:
-        self._command(f'add element {TABLE} {GUARDED} {{ "{name}" }}')
-
-    def _delete_element(self, set_name: str, name: str, *rest: str) -> None:
-        """Deletes an element of a set, if there is one. Sets `has_stale` when that fails."""
-        key = " . ".join((f'"{name}"', *rest))
-        try:
-            self._command(f"delete element {TABLE} {set_name} {{ {key} }}")
-        except NftFailed as error:
-            self.has_stale = self.has_stale or MISSING not in str(error)
-
-    def _elements(self, set_name: str) -> list[tuple[str, ...]]:
-        """The elements of a set, each as the tuple of its concatenated fields; none if the set is missing."""
-        self._nft.set_json_output(True)
-        try:
-            response = json.loads(self._command(f"list set {TABLE} {set_name}"))
-        except NftFailed as error:
-            if MISSING in str(error):
-                return []
-            raise
-        finally:
-            self._nft.set_json_output(False)
-        found = []
-        for part in response["nftables"]:
-            for element in part.get("set", {}).get("elem", ()):
-                # {"elem": {"val": …}} with a counter or limit; {"concat": […]} with several fields.
-                value = element.get("elem", element) if isinstance(element, dict) else element
-                value = value.get("val", value) if isinstance(value, dict) else value
-                found.append(tuple(value["concat"]) if isinstance(value, dict) else (str(value),))
-        return found
 
     def _interfaces(self, *index: int) -> Iterator[tuple[Any, str, str, list[str]]]:
         """The slots' interfaces: message of the kernel, name, state (OPEN or CLOSED), addresses."""
@@ -362,21 +259,10 @@ class HostNetwork:
         """The smallest MTU of the uplinks, so that the host need not fragment or refuse a slot's packets."""
         return min((link.get_attr("IFLA_MTU") for index in uplinks for link in self._ip.get_links(index)), default=MTU)
 
-    def _command(self, script: str) -> str:
-        status, output, error = self._nft.cmd(script)
-        if status:
-            # The message and the command; a longer script has one of each for every line.
-            raise NftFailed(f"nft: {' '.join(str(error).splitlines()[:2])[:300]}")
-        return str(output)
 
-
-def _set_of(address: str) -> str:
-    return "slots6" if ":" in address else "slots4"
-
-
-def _element(name: str, address: str) -> str:
-    """The element of a slot's address, in nft's words."""
-    return f'element {TABLE} {_set_of(address)} {{ "{name}" . {address} }}'
+def _names() -> set[str]:
+    """The names of all interfaces of the host."""
+    return {name for _, name in socket.if_nameindex()}
 
 
 def _index_of(name: str) -> int:

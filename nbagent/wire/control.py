@@ -72,8 +72,9 @@ class ControlClient:
                 if isinstance(failure, (EOFError, ConnectionError)) and time.monotonic() < until_s:
                     time.sleep(REPEAT_PAUSE_S)
                     continue
+                reason = getattr(failure, "strerror", None) or failure
                 raise SupervisorUnavailable(
-                    f"no response from the supervisor on {self.path}: {failure}", retry_after_s=2
+                    f"no response from the supervisor on {self.path}: {reason}", retry_after_s=2
                 ) from failure
         raise error
 

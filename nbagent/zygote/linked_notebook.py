@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The kernel of the notebook in a link starts when its page is requested, and not when JupyterLab requests it.
+"""The kernel of the notebook in a link starts when its page is requested.
 
-JupyterLab requests it at the end of a chain of requests, each of which waits for the browser to run the program. With the
-response to the page's own request the server makes what JupyterLab will request: the session of the notebook, and its
-first checkpoint. JupyterLab finds both, and connects to the session.
+JupyterLab requests it at the end of a chain of requests, each of which waits for the browser to run the program. Here
+the server makes, with the response to the page's own request, what JupyterLab will request: the session of the notebook
+and its first checkpoint. JupyterLab finds both, and connects to the session.
 
-Nothing is started where JupyterLab would show a dialog, or no notebook: a notebook that names no kernel, or one that the image
-does not have; a text editor in place of the notebook. If something fails, the page's own request fails too, and
-JupyterLab shows why.
+Nothing is started where JupyterLab would show a dialog or no notebook: for a notebook that names no kernel, or one that
+the image does not have, and for a text editor in place of the notebook. If something fails, JupyterLab's own request
+fails too, and it shows why.
 
 Runs inside an image, under the image's own Python; 3.9 and up.
 """

@@ -7,14 +7,12 @@ ACTIVITY_FD, the activity page; CONFIG_FD, a file of JSON {"base_url": str, "tok
 command line nor in the environment, and CONFIG_FD is closed before any code of the user runs, so that no code of the
 user can read it there.
 
-Some things differ from a stock JupyterLab. The activity page is written when a user or a kernel is active (the polling
-of an idle browser tab does not count). The kernel's OOM killer takes notebook kernels before the server. The cell whose
-kernel was ended by a signal has the reason in its output. And output for a page that is closed is limited.
+Some things differ from a stock JupyterLab. The activity page is written when a user is active (the polling of an idle
+browser tab does not count), or a kernel; `slot_kernels` has this and what else is different about kernels.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import datetime
@@ -27,86 +25,37 @@ import shutil
 import signal
 import socket
 import sys
-from typing import Any, Callable, Dict, Iterable, List, Optional, Set
+from typing import Any, Callable, Dict, Iterable, Optional
 
 # jsonschema imports this package where it is installed, to check the formats iri and iri-reference, which no schema of
 # the server uses. On import it compiles a grammar, which takes two thirds of a start's processor time and 15 MiB.
 # Without it jsonschema skips these formats. Kernels can import it, because a forked kernel removes the entry.
 sys.modules["rfc3987_syntax"] = None  # type: ignore[assignment]
 
-from jupyter_client import manager
-from jupyter_core.paths import jupyter_runtime_dir
 from jupyter_server.auth.identity import PasswordIdentityProvider
-from jupyter_server.services.kernels.connection import channels
-from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager, ServerKernelManager
 from jupyterlab.labapp import LabApp
 from tornado.httpserver import HTTPServer
 from tornado.httputil import HTTPMessageDelegate, HTTPServerRequest
 from tornado.ioloop import IOLoop
 from tornado.routing import Router, Rule, URLSpec
-from traitlets import Instance, default, observe
 from traitlets.config import Config
 
 from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
 from nbagent.wire.limits_page import LimitVariables
-from nbagent.zygote import answers, assets, full_storage, kernel_end, linked_notebook, page, provisioner, shown_limits
+from nbagent.zygote import answers, assets, full_storage, linked_notebook, page, provisioner, shown_limits
 from nbagent.zygote.acts import is_act
 from nbagent.zygote.kept_loop import KeptLoop
-from nbagent.zygote.kernel_watch import DELIMITER, PARENT, KernelWatch
-from nbagent.zygote.output_buffer import OutputBuffer
+from nbagent.zygote.slot_kernels import SlotKernelConnection, SlotKernelManager, SlotKernels, busy
 
-# From 0 to 1000; makes the Linux OOM killer select a notebook's kernel before its server.
-KERNEL_OOM_SCORE_ADJ = 500
 # A server with one kernel has 30 descriptors, and 15 more for each further kernel.
 DESCRIPTORS = 256
-# The request of the Debug Adapter Protocol that ends a session; threads that are stopped go on.
-DISCONNECT = {
-    "type": "request", "seq": 1 << 30, "command": "disconnect",
-    "arguments": {"restart": False, "terminateDebuggee": False},
-}
-DEBUGGER_TIMEOUT_S = 3.0
 MESSAGE_MAX_BYTES = 64 << 20
 # Modules whose scheduled callbacks run in the zygote and not in each slot, because their result is the same there.
 # jupyter_lsp, a dependency of JupyterLab, looks for language servers among the entry points and programs of the image,
 # which takes 0.1 to 0.3 s of a processor and 3 MiB.
 RUN_IN_ZYGOTE, RUN_TIMEOUT_S = ("jupyter_lsp.serverextension",), 10.0
-
-
-class _WakeableAsyncio:
-    """A stand-in for the module asyncio in Jupyter's modules that poll kernels; a state change ends their sleep early.
-
-    jupyter_client sleeps 10 ms after each start and each end of a kernel, "to ensure tests can capture the state before
-    done" (in_pending_state); jupyter_server polls every 50 ms whether a kernel has left its first state (nudge).
-    """
-
-    def __init__(self) -> None:
-        self._sleepers: Set[asyncio.Future[None]] = set()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(asyncio, name)
-
-    async def sleep(self, delay: float, result: Any = None) -> Any:
-        if delay <= 0.01:
-            return await asyncio.sleep(0, result)
-        woken = asyncio.get_running_loop().create_future()
-        self._sleepers.add(woken)
-        try:
-            await asyncio.wait([woken], timeout=delay)
-        finally:
-            self._sleepers.discard(woken)
-        return result
-
-    def wake(self) -> None:
-        """Ends all sleeps; called when the state of a kernel has changed."""
-        for woken in self._sleepers:
-            if not woken.done():
-                woken.set_result(None)
-
-
-_wakeable = _WakeableAsyncio()
-manager.asyncio = channels.asyncio = _wakeable
 
 
 class SlotIdentityProvider(PasswordIdentityProvider):
@@ -134,125 +83,6 @@ def _has_own_origin(handler: Any) -> bool:
     return bool(handler.request.protocol == "https" and host.startswith(_slot_of(handler) + "."))
 
 
-class SlotKernelManager(ServerKernelManager):
-    """A kernel manager that writes the kernel's activity to the activity page, and watches the kernel's messages."""
-
-    watch = Instance(KernelWatch)
-    oom_kills: Optional[int] = None  # at the kernel's start
-
-    @default("watch")
-    def _default_watch(self) -> KernelWatch:
-        return KernelWatch(self._write_activity)
-
-    # jupyter_server 2.21 lists a kernel before it has set this trait, which has no default; a request for the list of
-    # kernels fails with status 500 then.
-    @default("last_activity")
-    def _default_last_activity(self) -> datetime.datetime:
-        return datetime.datetime.now(datetime.timezone.utc)
-
-    @observe("execution_state", "last_activity")
-    def _write_activity(self, _change: Any = None) -> None:
-        _wakeable.wake()
-        activity.write(ACTIVITY_FD, _busy(self.parent))
-
-    def connect_iopub(self, identity: Optional[bytes] = None) -> Any:
-        stream = super().connect_iopub(identity=identity)
-        # The server's own, by which it reads the kernel's status, has no identity.
-        return stream if identity else self.watch.iopub(stream)
-
-    def connect_stdin(self, identity: Optional[bytes] = None) -> Any:
-        return self.watch.reopened(identity) or self.watch.stdin(super().connect_stdin(identity=identity), identity)
-
-    async def interrupt_kernel(self, *args: Any, **kwargs: Any) -> Any:
-        if self.watch.stopped:
-            await self._end_debugging()
-        self.watch.reset()
-        return await super().interrupt_kernel(*args, **kwargs)
-
-    async def _end_debugging(self) -> None:
-        """Ends the debugger's session, because a kernel that it has stopped does not react to a signal."""
-        stream, replied = self.connect_control(), asyncio.get_running_loop().create_future()
-
-        def note_reply(_parts: Any) -> None:
-            if not replied.done():
-                replied.set_result(None)
-
-        stream.on_recv(note_reply)
-        try:
-            self.session.send(stream, "debug_request", DISCONNECT)
-            await asyncio.wait([replied], timeout=DEBUGGER_TIMEOUT_S)
-        finally:
-            stream.close()
-
-    async def _async_pre_start_kernel(self, **kwargs: Any) -> Any:
-        self.watch.ended()
-        self.oom_kills = kernel_end.oom_kills()
-        command, options = await super()._async_pre_start_kernel(**kwargs)
-        full_storage.spare_temporary(options["env"], jupyter_runtime_dir())
-        return command, options
-
-    # jupyter_client calls this after each start and restart, its automatic restart after an OOM kill included.
-    async def _async_post_start_kernel(self, **kwargs: Any) -> None:
-        await super()._async_post_start_kernel(**kwargs)
-        if pid := getattr(self.provisioner, "pid", None):
-            # Raised if the kernel has ended meanwhile.
-            ended = (ProcessLookupError, FileNotFoundError)
-            with contextlib.suppress(*ended), open(f"/proc/{pid}/oom_score_adj", "w") as file:
-                file.write(str(KERNEL_OOM_SCORE_ADJ))
-
-    async def shutdown_kernel(self, *args: Any, **kwargs: Any) -> Any:
-        result = await super().shutdown_kernel(*args, **kwargs)
-        self.execution_state = "dead"
-        return result
-
-
-class SlotKernels(AsyncMappingKernelManager):
-    """A manager of kernels that keeps a limited amount of output for pages that are closed."""
-
-    def start_buffering(self, kernel_id: str, *arguments: Any) -> None:
-        super().start_buffering(kernel_id, *arguments)
-        session = self.get_kernel(kernel_id).session
-
-        def note(dropped: int, parts: List[bytes]) -> List[bytes]:
-            text = f"{dropped} messages of output were dropped, because the page was closed.\n"
-            request = json.loads(parts[parts.index(DELIMITER) + PARENT])
-            message = session.msg("stream", content={"name": "stderr", "text": text}, parent=request)
-            return list(session.serialize(message, ident=b"stream"))
-
-        if kernel_id in self._kernel_buffers:
-            self._kernel_buffers[kernel_id]["buffer"] = OutputBuffer(note)
-
-
-class SlotKernelConnection(channels.ZMQChannelsWebsocketConnection):
-    """The connection of a page to a kernel. If a signal has ended the kernel, the cell gets the reason as an output."""
-
-    def on_kernel_restarted(self) -> None:
-        self._explain()
-        super().on_kernel_restarted()
-
-    def on_restart_failed(self) -> None:
-        self._explain()
-        super().on_restart_failed()
-
-    def _explain(self) -> None:
-        kernel = self.kernel_manager
-        status = getattr(getattr(kernel.provisioner, "process", None), "returncode", None)
-        if not isinstance(kernel, SlotKernelManager) or (text := kernel_end.reason(status, kernel.oom_kills)) is None:
-            return
-        if (iopub := self.channels.get("iopub")) is not None and not iopub.closed():
-            iopub.flush()  # so that the reason follows the last output
-        self.write_stderr(text, kernel.watch.request)
-
-
-def _busy(kernels: Any) -> int:
-    """The number of busy kernels of a MappingKernelManager; one that waits for a person is not."""
-    managers = (kernels.get_kernel(kernel_id) for kernel_id in kernels.list_kernel_ids())
-    return sum(
-        getattr(manager, "execution_state", None) == "busy" and not (
-            isinstance(manager, SlotKernelManager) and manager.watch.waits) for manager in managers
-    )
-
-
 def _note_requests(server: Any) -> None:
     """Writes the activity page on each request that is a person's act and on each message to a terminal."""
     log_request = server.web_app.settings["log_function"]
@@ -260,7 +90,7 @@ def _note_requests(server: Any) -> None:
     def note_and_log(handler: Any) -> None:
         request = handler.request
         if is_act(request.method, request.path.partition(_slot_of(handler) + "/")[2], handler.get_status()):
-            activity.write(ACTIVITY_FD, _busy(server.kernel_manager))
+            activity.write(ACTIVITY_FD, busy(server.kernel_manager))
         log_request(handler)
 
     server.web_app.settings["log_function"] = note_and_log
@@ -271,7 +101,7 @@ def _note_requests(server: Any) -> None:
     on_message = TermSocket.on_message
 
     async def note_and_pass_on(handler: Any, message: Any) -> None:
-        activity.write(ACTIVITY_FD, _busy(server.kernel_manager))
+        activity.write(ACTIVITY_FD, busy(server.kernel_manager))
         await on_message(handler, message)
 
     TermSocket.on_message = note_and_pass_on
@@ -300,7 +130,7 @@ def configuration(base_url: str, token: str) -> Config:
     server.websocket_compression_options = None
     server.identity_provider_class = f"{__name__}.SlotIdentityProvider"
     config.IdentityProvider.token = token
-    config.AsyncMappingKernelManager.kernel_manager_class = f"{__name__}.SlotKernelManager"
+    config.AsyncMappingKernelManager.kernel_manager_class = f"{SlotKernelManager.__module__}.SlotKernelManager"
     server.kernel_manager_class = SlotKernels
     server.kernel_websocket_connection_class = SlotKernelConnection
     provisioner.register()

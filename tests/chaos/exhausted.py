@@ -216,6 +216,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     options = parser.parse_args()
     host = Host.up(name=options.name, say=say)
+    if options.keep:
+        host.keep()
     try:
         host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
         host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)
@@ -233,7 +235,7 @@ def main() -> None:
         if not options.keep:
             host.down(now=True)
     result = {"resources": run.results, "problems": run.book.problems}
-    out = product.DIST.parent / "chaos"
+    out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)
     (out / "exhausted.json").write_text(json.dumps(result, indent=1) + "\n")
     if run.book.problems:

@@ -86,7 +86,7 @@ def _end(number: int, _frame: FrameType | None) -> None:
         _say(f"{name}: the removal goes on")
         return
     _own.received = number
-    _say(f"{name}: removing {', '.join(_own.made) or 'nothing, because nothing was made'}")
+    _say(f"{name}: removing {', '.join(_own.made)}" if _own.made else f"{name}: ending")
     # Of this very class, because the interpreter then ends by SIGINT, which a calling shell understands.
     raise KeyboardInterrupt(name)
 

@@ -340,6 +340,15 @@ def test_a_check_without_permission_is_a_warning(tmp_path: Path) -> None:
     assert "root" in finding.mend
 
 
+def test_a_check_whose_file_is_missing_names_the_package_to_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_files() -> Finding:
+        raise FileNotFoundError(2, "No such file or directory", "/usr/lib/nbagent/router.conf")
+
+    for uid, mend in ((0, "apt install --reinstall nbagent"), (1000, "run nbagent doctor as root")):
+        monkeypatch.setattr(doctor.os, "geteuid", lambda uid=uid: uid)
+        assert mend in doctor._guarded(check_files).mend
+
+
 def test_host_names_of_slots_must_resolve() -> None:
     names = []
 
