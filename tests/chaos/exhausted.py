@@ -93,7 +93,9 @@ CASES = (
     Exhausted(
         "tasks of slots", shell(
             f"systemctl set-property --runtime {SLOTS} TasksMax=$(systemctl show -P TasksCurrent {SLOTS})"
-        ), shell(f"systemctl set-property --runtime {SLOTS} TasksMax=infinity"),
+        ), shell(
+            f"systemctl set-property --runtime {SLOTS} TasksMax=infinity; systemctl revert {SLOTS}"
+        ),
         r"did not start", FAILURES, r"^fail +(start of a slot|supervisor):.*",
     ),
     Exhausted(
