@@ -100,9 +100,8 @@ CASES = (
     ),
     Exhausted(
         "descriptors of the supervisor", fault("descriptors", SUPERVISOR), ("end", "descriptors"),
-        f"{nearly('descriptors of the supervisor')}|records fails|systemd fails",
-        f"{left('descriptors of the supervisor')}|nbagent_part_works{{[^}}]*}} 0",
-        r"^fail +(supervisor|start of a slot):.*",
+        f"{nearly('descriptors of the supervisor')}|did not start: .*Too many open files",
+        f"{left('descriptors of the supervisor')}|{FAILURES}", r"^fail +(supervisor|start of a slot):.*",
     ),
 )
 
