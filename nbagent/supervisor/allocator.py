@@ -59,8 +59,11 @@ class Allocator:
             return await self._pools.wait(image, self._config.value.pool.claim_timeout)
         except TimeoutError:
             pool = self._pools.get(image)  # None when the image was removed meanwhile
+            # The error of a start can be a consequence of a fault of the host that has no start in its text.
+            faults = [f"{part}: {text}" for part, text in sorted(self._health.faults.items())]
             if pool is not None and pool.failures and pool.last_failure is not None:
-                raise StartFailed(str(pool.last_failure), **pool.last_failure.details) from None
+                text = "; ".join((str(pool.last_failure), *faults))
+                raise StartFailed(text, **pool.last_failure.details) from None
             raise Full("no slot became ready in time", retry_after_s=self._load.retry_after_s()) from None
 
     def _check_queue_room(self, image: str) -> None:

@@ -34,6 +34,7 @@ from nbagent.systemd.job import JobFailed
 SLICE = "nbagent-slots.slice"
 # Waits for users at a shutdown, if it is enabled; slots are stopped after it.
 DRAIN = "nbagent-drain.service"
+ZYGOTES = "nbagent-zygote@"
 INFINITY = 2**64 - 1
 # The signals for which the units service has handlers, and which therefore interrupt a call.
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -243,9 +244,17 @@ class Systemd:
                 self._call("KillUnit", name.encode(), b"all", int(signal.SIGKILL))
             job = self._call("StopUnit", name.encode(), b"replace")
         except FileNotFoundError:
+            self._revert(name)
             return
         with contextlib.suppress(JobFailed):
             await self._wait_for(job)
+        self._revert(name)
+
+    def _revert(self, name: str) -> None:
+        """Removes the drop-ins of a zygote's limits: its ExecStopPost= cannot while PID 1 has no id for a process."""
+        if name.startswith(ZYGOTES):
+            with contextlib.suppress(OSError):
+                self._call("RevertUnitFiles", [name.encode()])
 
     def main_pid(self, name: str) -> int:
         """The main process of a service. Raises FileNotFoundError when the unit is not loaded or has none."""

@@ -334,7 +334,8 @@ async def test_a_claim_that_waits_while_starts_fail_has_the_reason(tmp_path):
     pool = {"warm": 0, "starts": 4, "claim_timeout": "50ms", "backoff": "1h", "backoff_max": "1h"}
     async with Host(tmp_path, pool=pool) as host:
         host.launcher.error = StartFailed("mount: no such device", step="mount")
-        with pytest.raises(StartFailed, match="no such device") as failed:
+        host.supervisor.health.faults["systemd"] = "no response"
+        with pytest.raises(StartFailed, match="no such device; systemd: no response") as failed:
             await host.claim()
         assert failed.value.details["step"] == "mount"
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -202,3 +203,31 @@ def test_the_dns_update_gets_a_signal_for_a_stop_that_is_no_restart(tmp_path: Pa
         subprocess.run(["sh", "-c", command], env=environment, check=True)
         process.terminate()
     assert process.returncode == -getattr(signal, f"SIG{ended_by}")
+
+
+def imported(name: str, found: dict[str, Path]) -> dict[str, Path]:
+    """The modules of nbagent that a module imports, also in functions, with their files."""
+    path = TOP.joinpath(*name.split("."))
+    path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if name in found or not name.startswith("nbagent") or not path.exists():
+        return found
+    found[name] = path
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                imported(module, found)
+    return found
+
+
+def test_services_without_dbus_run_no_program_that_needs_it() -> None:
+    wrong = {}
+    for unit in SERVICES:
+        text = unit.read_text()
+        if "InaccessiblePaths=-/run/dbus" in text:
+            for module in re.findall(r"^ExecStart=.* -m (nbagent\.\w+)", text, re.MULTILINE):
+                sources = imported(f"{module}.__main__", imported(module, {}))
+                assert sources, unit
+                wrong[unit.name] = [
+                    name for name, path in sources.items() if re.search(r'"(systemctl|busctl)"', path.read_text())
+                ]
+    assert {"nbagent-api.service", "nbagent-dns-update.service"} <= wrong.keys() and not any(wrong.values()), wrong
