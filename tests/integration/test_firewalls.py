@@ -2,7 +2,7 @@
 """Slots have their network beside Debian's firewalld, ufw and docker.io after the commands of `nbagent doctor`, and
 start after its commands on a host with kernel.unprivileged_userns_clone=0.
 
-For `make test-vms`, because each package takes a minute to install on an emulated machine.
+For `make test-firewalls`, and `make test-vms`, since each package takes a minute to install on an emulated machine.
 """
 
 import json
