@@ -10,7 +10,7 @@ REPO_URL ?= file:$(REPO)
 PYTEST := $(PYTHON) -m pytest -p no:cacheprovider
 UNIT := $(PYTEST) -n auto --dist loadfile tests/unit  # a process of pytest-xdist for each processor
 
-.PHONY: up up-fleet down test unit host test-vms test-ansible test-monitoring uncharged conformance fuzz \
+.PHONY: up up-fleet down test unit host test-vms test-firewalls test-ansible test-monitoring uncharged conformance fuzz \
     check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
     image updates debs repo tools clean test-arm64 test-dns test-release sbom test-ui test-upgrade versions extensions preloads \
     chaos soak exhausted
@@ -36,6 +36,9 @@ host: tools          ## integration tests on real systemd hosts
 
 test-vms: tools      ## what depends on the kernel, on virtual machines with Debian 12 and 13; make test has one of them
 	NBAGENT_ALL_MACHINES=1 $(PYTEST) tests/integration -k "vm-bookworm or vm-trixie"
+
+test-firewalls: tools  ## slots with a network beside Debian's firewalld, ufw and docker.io; make test-vms has it on machines
+	NBAGENT_ALL_MACHINES=1 $(PYTEST) tests/integration/test_firewalls.py -k nspawn-bookworm
 
 test-ansible: tools  ## the playbooks of packaging/ansible install and change a fleet of test hosts
 	$(PYTEST) -x tests/ansible

@@ -165,8 +165,10 @@ table inet nbagent {
         drop
     }
 
+    # Before tables at priority filter, such as those of iptables and ufw, which would drop without a response what is
+    # refused here at once. The other tables see the packets that are accepted here.
     chain forward {
-        type filter hook forward priority filter; policy accept;
+        type filter hook forward priority filter - 5; policy accept;
         oifname %(slots)s goto inward
         iifname %(slots)s goto outward
         # Forwarding was enabled on these interfaces for slots only; the host does not become a router for others.
@@ -204,7 +206,7 @@ table inet nbagent {
 
     # Slots reach no address of the host except its resolver.
     chain input {
-        type filter hook input priority filter; policy accept;
+        type filter hook input priority filter - 5; policy accept;
         iifname %(slots)s goto host
         # The kernel accepts packets to an address of lo on every interface (weak host model).
         iifname != "lo" ip daddr %(resolver)s drop

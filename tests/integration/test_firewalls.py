@@ -2,7 +2,7 @@
 """Slots have their network beside Debian's firewalld, ufw and docker.io after the commands of `nbagent doctor`, and
 start after its commands on a host with kernel.unprivileged_userns_clone=0.
 
-For `make test-vms`, because each package takes a minute to install on an emulated machine.
+For `make test-firewalls`, and `make test-vms`, since each package takes a minute to install on an emulated machine.
 """
 
 import json
@@ -37,12 +37,16 @@ def finding(agent, name):
     return next(one for one in found if one["name"] == name)
 
 
-def reaches(slot):
-    """Whether a slot has all of its network, and no more."""
-    return (
-        connected(slot.reach(PUBLIC4, PUBLIC6)) and refused_at_once(slot.reach("10.1.2.3", "5.5.5.1"))
-        and slot.eval("names('other.example')") == {"other.example": [OTHER4]}
-    )
+def lacks(slot):
+    """The parts of its network that a slot lacks."""
+    found = {"addresses": connected(slot.reach(PUBLIC4)), "IPv6": connected(slot.reach(PUBLIC6)),
+             "names": slot.eval("names('other.example')") == {"other.example": [OTHER4]}}
+    return [what for what, works in found.items() if not works]
+
+
+def refuses(slot):
+    """Whether refused addresses are refused at once."""
+    return refused_at_once(slot.reach("10.1.2.3", "5.5.5.1"))
 
 
 def opened(agent):
@@ -54,7 +58,7 @@ def opened(agent):
 def test_slots_have_their_network_beside_a_firewall(networked, tmp_path, name):
     agent, (packages, start, again) = networked, FIREWALLS[name]
     before = opened(agent)
-    assert reaches(before)
+    assert lacks(before) == [] and refuses(before)
     agent.expect(simulated_internet.RESTORED)
     debs = product.debian_packages(agent.host, packages, tmp_path)
     agent.host.copy_in(debs, "/root/")
@@ -64,23 +68,25 @@ def test_slots_have_their_network_beside_a_firewall(networked, tmp_path, name):
         agent.run("sh", "-ec", start, timeout=600)
         found = finding(agent, "firewall")
         print(f"{agent.host.driver} {agent.host.suite} {name}: {found}")
-        works = reaches(before)
-        assert works == (found["status"] == "ok"), (works, found)
+        lacking = lacks(before)
+        print(f"without it a slot lacks {lacking}")
+        assert bool(lacking) == (found["status"] != "ok"), (lacking, found)
         # Each command of the remedy; that of Docker ends with a sentence about the next boot.
         commands = found["mend"].partition("; and ")[0]
         agent.run("sh", "-ec", commands or "true", timeout=600)
         for act in ("true", again):
             agent.run("sh", "-ec", act, timeout=600)
             agent.wait(lambda: finding(agent, "firewall")["status"] == "ok", f"rules of {name} that let slots pass")
-            assert reaches(before)
+            assert lacks(before) == [] and refuses(before), act
         after = opened(agent)
-        assert reaches(after)
+        assert lacks(after) == [] and refuses(after)
         after.release()
     finally:
         agent.run("sh", "-c", f"apt-get -q purge -y {' '.join(packages)}; nft flush ruleset", timeout=900)
     # The table of nbagent is restored after the flush.
     agent.wait(lambda: sh(agent, "nft list table inet nbagent | grep -q slots4"), "the table")
-    agent.wait(lambda: reaches(before), "the network without the firewall")
+    agent.wait(lambda: not lacks(before), "the network without the firewall")
+    assert refuses(before)
     before.release()
 
 

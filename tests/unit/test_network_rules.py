@@ -104,6 +104,12 @@ def test_only_the_port_of_a_proxy_is_reachable_before_private_ranges_are_refused
     assert rule not in rendered()
 
 
+def test_refusals_come_before_the_tables_of_other_firewalls() -> None:
+    """tests/integration/test_firewalls.py has the effect with ufw, which drops at priority filter."""
+    hooks = dict(re.findall(r"hook (forward|input) priority (.+?);", rendered()))
+    assert hooks == {"forward": "filter - 5", "input": "filter - 5"}
+
+
 def test_rules_survive_serialization() -> None:
     expected = network.rules(dataclasses.replace(SETTINGS, only=("pip.example", ipaddress.ip_network("10.0.0.0/8"))))
     assert expected.closed and rules.Rules.restore(expected.save()) == expected
