@@ -30,6 +30,7 @@ def packaging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (directory / name).write_text(BUILD.format(other=directory / other, package=package))
         (directory / name).chmod(0o755)
     monkeypatch.setattr(product, "TOP", tmp_path)
+    monkeypatch.setattr(product, "CACHE", tmp_path / "cache")
     monkeypatch.setattr(product, "DIST", tmp_path / "cache/dist")
     return directory
 
