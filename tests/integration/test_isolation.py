@@ -439,12 +439,11 @@ def run_unknown(name):
 def test_the_kernel_starts_no_modprobe_for_a_slot(any_agent):
     """On the virtual machines, because other hosts share the kernel of this machine."""
     agent = any_agent
-    findings = json.loads(agent.host.run(["nbagent", "doctor", "--json"], check=False).stdout)
-    finding = next(finding for finding in findings if finding["name"] == "module requests")
-    assert finding["status"] == "ok", finding
+    state = agent.host.run(["systemctl", "is-active", "nbagent-modules.service"], check=False).stdout
     if agent.host.driver != "vm":
+        assert state == "inactive\n"
         return
-    assert "refused by nbagent-modules.service" in finding["found"]
+    assert state == "active\n"
     agent.run("sh", "-ec", """
         printf '#!/bin/sh\necho "$@" >> /root/requested\nexec /sbin/modprobe "$@"\n' > /root/modprobe
         chmod 755 /root/modprobe; touch /root/requested; echo /root/modprobe > /proc/sys/kernel/modprobe""")
