@@ -65,7 +65,7 @@ class Starts:
             factory = handler.get_query_argument("factory", "Notebook")
             # An unauthorised request is redirected.
             if handler.get_status() == 200 and path.endswith(".ipynb") and factory == "Notebook":
-                self._begin(path.partition("/tree/")[2] or path)
+                self._begin(path.removeprefix("/tree/"))
             return result
 
         return respond
