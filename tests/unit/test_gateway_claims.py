@@ -486,13 +486,14 @@ def test_cookies_of_other_services_on_the_domain_fit_or_are_named(gateway: Gatew
 
 
 def test_connections_of_an_address_are_bounded_before_anything_is_read(hosts: list[FakeHost], tmp_path: Path) -> None:
-    for trusted, refused in (([], 10), (["127.0.0.0/8"], 0)):
+    # HAProxy may still count the connection of the request by which the test has seen that it is ready.
+    for trusted, refused in (([], (10, 11)), (["127.0.0.0/8"], (0,))):
         listen = {"client_connections": 20, "trusted_proxies": trusted}
         gateway = Gateway(tmp_path / f"bounded-{len(trusted)}", hosts, listen=listen)
         try:
             with contextlib.ExitStack() as stack:
                 held = [connected(stack, gateway.port) for _ in range(30)]
-                gateway.wait(lambda held=held, refused=refused: sum(map(is_refused, held)) == refused)
+                gateway.wait(lambda held=held, refused=refused: sum(map(is_refused, held)) in refused)
             gateway.wait(lambda gateway=gateway: gateway.call("GET", "/")[0] == 200)
         finally:
             gateway.close()
