@@ -97,6 +97,7 @@ def test_slots_start_without_unprivileged_user_namespaces(any_shared):
         pytest.skip("only kernels of Debian have the setting")
     drop_ins = [f"/etc/systemd/system/{unit}.d/userns.conf" for unit in
                 ("nbagent-launch.service", "nbagent-zygote@.service")]
+    agent.expect("zygote .* (it|the zygote service) ended")
     new_zygote = "systemctl stop 'nbagent-zygote@*.service'; systemctl restart nbagent-launch.service"
     with execd_image(agent) as name:
         agent.configure(f"[images.{name}]\nwarm = 0\n")
