@@ -246,10 +246,13 @@ def test_answers_of_the_api_are_compressed_and_pages_with_the_token_are_not(agen
     fetched = {"Sec-Fetch-Mode": "cors", "Sec-Fetch-Dest": "empty"}
     followed = {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
     style = {"Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "style"}
+    image = {"Sec-Fetch-Mode": "no-cors", "Sec-Fetch-Dest": "image"}
     theme = "lab/api/themes/@jupyterlab/theme-light-extension/index.css"
     assert encoding(agent, claim, "lab/api/settings", **fetched) == "gzip"
     assert encoding(agent, claim, "lab/api/settings") == "gzip"
     assert encoding(agent, claim, theme, **style) == "gzip"
+    assert encoding(agent, claim, "kernelspecs/python3/logo-svg.svg", **image) == "gzip"
+    assert encoding(agent, claim, "lab", **image) == ""
     assert encoding(agent, claim, "lab/api/settings", **followed) == ""
     for headers in ({}, fetched, followed):
         assert encoding(agent, claim, "lab", **headers) == ""
