@@ -10,7 +10,8 @@ landing page, which prerenders the notebook, is open for five seconds, and the t
 The bare server is one process for all visits, as warm as a server can be; its kernels and workspaces are removed
 between two visits. Browser and servers are in one network namespace, without a forwarder between. With --throttle the
 browser's network has 30 Mbit/s and a latency of 20 ms. The figures are medians; ratios are those of the medians of one
-run, because the speed of the machine changes.
+run, because the speed of the machine changes. page.png has the requests of the last round's first and third visits as a
+waterfall.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import figures
 import sides
+import waterfall
 from client import Client, Server
 from selenium.common.exceptions import WebDriverException
 
@@ -260,8 +262,14 @@ def main() -> None:
     (options.out / "page.md").write_text(f"{figures.markdown(rows)}\n\n{about}\n")
     document = {"about": about, "samples": found.samples, "traces": found.traces}
     (options.out / "page.json").write_text(json.dumps(document, indent=1) + "\n")
+    drawn = [(side, visit) for visit in (VISITS[0], VISITS[-1]) for side in (BARE, OURS)]
+    waterfall.draw(
+        options.out / "page.png", {f"{side}, {visit}": found.traces[f"{side}, {visit}"] for side, visit in drawn},
+        {f"{side}, {visit}": {event: statistics.median(found.samples[side][visit][event]) for event in EVENTS}
+         for side, visit in drawn}, about,
+    )
     print(text)
-    say(f"written: {options.out}/page.txt, page.md and page.json")
+    say(f"written: {options.out}/page.txt, page.md, page.json and page.png")
 
 
 if __name__ == "__main__":
