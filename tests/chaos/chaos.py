@@ -29,8 +29,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import hosts
 import plan
-from at_rest import REST_S, SETTINGS, WARM, differences, summary
+from at_rest import REST_S, WARM, differences, summary
 from inside_host import Inside
 from people import DEADLINE_S, Book, Caller, Claimer, User
 
@@ -239,13 +240,7 @@ def main() -> None:
     say(f"seed {options.seed}: CHAOS=\"--faults {options.faults} --seed {options.seed}\"")
     suite = "trixie" if options.machine == "vm" else "bookworm"
     name = options.name or (NAME if options.machine == "nspawn" else f"{NAME}-vm")
-    host = Host.up(name=name, driver=options.machine, suite=suite, say=say)
-    if options.keep:
-        host.keep()
-    try:
-        host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
-        host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)
-        product.add_changed(host, product.build(say), say)
+    with hosts.running(name, keep=options.keep, driver=options.machine, suite=suite) as host:
         host.run(["systemctl", "restart", plan.SUPERVISOR])
         product.wait_warm(host, WARM)
         began_s = time.monotonic()
@@ -253,9 +248,6 @@ def main() -> None:
             run = Chaos(host, inside, options)
             run.run()
         found = report(run, time.monotonic() - began_s)
-    finally:
-        if not options.keep:
-            host.down(now=True)
     out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)
     (out / f"chaos-{options.seed}.json").write_text(json.dumps(found, indent=1) + "\n")

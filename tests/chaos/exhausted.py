@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from at_rest import REST_S, SETTINGS, WARM, differences
+import hosts
+from at_rest import REST_S, WARM, differences
 from inside_host import Inside
 from people import DEADLINE_S, Book, Caller
 from plan import API, LAUNCH, NETWORK, ROUTER, SUPERVISOR, UNITS, Fault
@@ -218,26 +219,15 @@ def main() -> None:
     parser.add_argument("--name", default=NAME, help="of the test host")
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     options = parser.parse_args()
-    host = Host.up(name=options.name, say=say)
-    if options.keep:
-        host.keep()
-    try:
-        host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
-        host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)
-        product.add_changed(host, product.build(say), say)
-        product.wait_warm(host, WARM)
-        with Inside(host) as inside:
-            run = Run(host, inside)
-            run.rest(set())
-            notebook = Notebook(host, Api(host).post("/claim").json())
-            kernel = notebook.kernel()
-            kernel.run("x = 41")
-            for case in CASES:
-                if not options.only or case.name in options.only:
-                    run.try_one(case, notebook, kernel.id)
-    finally:
-        if not options.keep:
-            host.down(now=True)
+    with hosts.running(options.name, keep=options.keep) as host, Inside(host) as inside:
+        run = Run(host, inside)
+        run.rest(set())
+        notebook = Notebook(host, Api(host).post("/claim").json())
+        kernel = notebook.kernel()
+        kernel.run("x = 41")
+        for case in CASES:
+            if not options.only or case.name in options.only:
+                run.try_one(case, notebook, kernel.id)
     result = {"resources": run.results, "problems": run.book.problems}
     out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)

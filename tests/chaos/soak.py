@@ -26,7 +26,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-from at_rest import REST_S, SETTINGS, WARM, differences, summary
+import hosts
+from at_rest import REST_S, differences, summary
 from inside_host import Inside
 from people import Book, Caller
 
@@ -112,18 +113,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    host = Host.up(name=NAME, say=say)
-    if options.keep:
-        host.keep()
-    try:
-        host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
-        host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)
-        product.add_changed(host, product.build(say), say)
-        product.wait_warm(host, WARM)
+    with hosts.running(NAME, keep=options.keep) as host:
         result = measure(host, options)
-    finally:
-        if not options.keep:
-            host.down(now=True)
     out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)
     (out / "soak.json").write_text(json.dumps(result, indent=1) + "\n")
