@@ -126,9 +126,11 @@ def limit_descriptors(target):
     before = {}
     for pid in targets(target):
         with contextlib.suppress(OSError):
-            used = max(map(int, os.listdir(f"/proc/{pid}/fd")), default=0)
+            used = set(map(int, os.listdir(f"/proc/{pid}/fd")))
             soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-            resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(hard, used + 1 + FREE_DESCRIPTORS), hard))
+            # The limit is one of numbers, and numbers below that of the last descriptor may be free.
+            unused = [number for number in range(len(used) + FREE_DESCRIPTORS + 1) if number not in used]
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(hard, unused[FREE_DESCRIPTORS]), hard))
             before[pid] = (soft, hard)
     return before
 
