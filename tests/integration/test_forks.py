@@ -63,15 +63,25 @@ def next_slot(agent, seen):
     return agent.wait(found, "a new slot")
 
 
-@pytest.fixture
-def of_a_zygote(agent):
-    """The agent, with a complete zygote and with warm slots of it only, also after a test that has killed one."""
+def wait_for_complete_pool(agent):
+    """Waits for a complete zygote, warm slots of it only, and no start under way.
+
+    A slot whose start began earlier, perhaps by exec, could otherwise become warm after the slot that a test waits for,
+    and take its place in the pool.
+    """
     def is_complete():
         image = next(image for image in agent.api.get("/images").json() if image["name"] == "minimal")
-        reasons = [slot["launch_reason"] for slot in agent.slots("warm")]
-        return image["launch_now"] == "fork" and not image["launch_reason"] and reasons and not any(reasons)
+        unclaimed = [slot for slot in agent.slots() if slot["state"] in ("starting", "warm")]
+        are_complete = all(slot["state"] == "warm" and not slot["launch_reason"] for slot in unclaimed)
+        return image["launch_now"] == "fork" and not image["launch_reason"] and unclaimed and are_complete
 
     agent.wait(is_complete, "warm slots of a complete zygote")
+
+
+@pytest.fixture
+def of_a_zygote(agent):
+    """The agent with a complete pool, also after a test that has killed a zygote."""
+    wait_for_complete_pool(agent)
     return agent
 
 
@@ -133,6 +143,7 @@ def test_a_killed_zygote_is_replaced_and_slots_go_on(of_a_zygote):
             assert agent.claim()["slot"]
             agent.wait(lambda: zygote(agent) != before, "another zygote")  # noqa: B023
         assert kernel.run("x * 7").text == "42"
+    wait_for_complete_pool(agent)
     seen = {slot["slot"] for slot in agent.slots()}
     agent.claim()
     assert is_forked(agent, next_slot(agent, seen))
