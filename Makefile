@@ -12,7 +12,7 @@ UNIT := $(PYTEST) -n auto --dist loadfile tests/unit  # a process of pytest-xdis
 
 .PHONY: up up-fleet down test unit host test-vms test-firewalls test-ansible test-monitoring uncharged conformance fuzz \
     check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
-    image updates debs repo tools clean test-arm64 test-dns test-release sbom test-ui test-upgrade versions extensions preloads \
+    image updates debs repo tools clean test-arm64 test-dns test-release sbom test-ui test-upgrade versions extensions preloads libraries \
     chaos soak exhausted
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
@@ -88,6 +88,9 @@ extensions: tools debs  ## extensions of the notebook server in a forked slot an
 
 preloads: tools debs  ## large libraries as preloaded modules: which ones a zygote keeps, and what that saves
 	$(PYTHON) tests/versions/preloads.py $(VERSIONS)
+
+libraries: tools debs  ## libraries with threads in a slot with a quota of 2 of 16 processors, beside tuned ones; VERSIONS="--rounds 3"
+	$(PYTHON) tests/versions/libraries.py $(VERSIONS)
 
 fuzz: tools          ## fuzzes the decoders of untrusted bytes, 60 s each; FUZZ="--seconds 600 tar"
 	@tests/fuzz $(FUZZ)

@@ -168,6 +168,18 @@ class Agent:
         self.api.delete("/drain")
 
 
+# The ends of the consoles of virtual machines that have ended, by name, for the report of a failure.
+CONSOLES: dict[str, str] = {}
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Prints the consoles after failures, because the kernel of a machine that stood still reports nowhere else."""
+    if terminalreporter.stats.keys() & {"failed", "error"}:
+        for name, lines in CONSOLES.items():
+            terminalreporter.section(f"console of {name}")
+            terminalreporter.line(lines)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cgroup2: also runs on virtual machines with cgroup v2")
 
@@ -196,6 +208,8 @@ def made(packages: list[Path], name: str, driver: str, suite: str) -> Iterator[A
         left = [line for line in product.listing(host) - before if "nbagent" in line and " /root/" not in line]
         assert not left, f"left by purge: {left}"
     finally:
+        if driver == "vm":
+            CONSOLES[host.name] = host.console_end()
         host.down(now=ending.is_ending())
 
 

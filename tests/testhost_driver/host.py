@@ -170,11 +170,14 @@ class Host:
         journal = self.run(
             ["journalctl", "-b", "-p", "warning", "-n", "40", "--no-pager"], check=False
         ).stdout
-        console = DRIVERS[self.driver].console_end(self._state)
         raise BootFailed(
             f"{self.name}: systemd reports {verdict or done.stderr.strip()!r}, not 'running'\n"
-            f"--- failed units\n{failed}--- journal\n{journal}--- console\n{console}"
+            f"--- failed units\n{failed}--- journal\n{journal}--- console\n{self.console_end()}"
         )
+
+    def console_end(self) -> str:
+        """The last lines of the console, with the kernel's report when the kernel of a VM has stopped."""
+        return DRIVERS[self.driver].console_end(self._state)
 
     def down(self, *, now: bool = False) -> None:
         """End the host and remove all of it. May be called twice. `now` spares a VM its shutdown."""

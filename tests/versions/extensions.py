@@ -265,10 +265,7 @@ def main() -> None:
     wanted = [function for function in TRIALS if not options.only or function.__name__ in options.only]
     faults = []
     with versions.agent_for([IMAGE], options.keep) as agent, versions.imported(agent, IMAGE):
-        def image() -> Any:
-            return next(one for one in agent.api.get("/images").json() if one["name"] == IMAGE.name)
-
-        agent.wait(lambda: "is being started" not in image()["launch_reason"], "the zygote", versions.ZYGOTE_WAIT_S)
+        versions.wait_for_zygote(agent, IMAGE.name)
         root = next(one["root"] for one in json.loads(agent.run("nbagent", "image", "list", "--json"))
                     if one["name"] == IMAGE.name)
         done = agent.host.run(["nbagent", "image", "check", IMAGE.name], check=False, timeout=600)

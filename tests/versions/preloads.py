@@ -86,15 +86,6 @@ def costs(agent: Agent, image: str) -> dict[str, Cost]:
     return found
 
 
-def ready(agent: Agent, image: str) -> None:
-    """Waits until the image's zygote forks or has failed for good."""
-    def forks() -> bool:
-        found = [one for one in agent.api.get("/images").json() if one["name"] == image]
-        return bool(found) and "is being started" not in found[0]["launch_reason"]
-
-    agent.wait(forks, f"the zygote of {image}", versions.ZYGOTE_WAIT_S)
-
-
 def table(without: Mapping[str, Cost], preloaded: Mapping[str, Cost], left_out: Sequence[str]) -> str:
     lines = ["| module | preloaded | import without, s | MiB | import with, s | MiB |", "|---|---|---|---|---|---|"]
     for module, cost in without.items():
@@ -110,7 +101,7 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     options = parser.parse_args()
     with versions.agent_for([IMAGE], options.keep) as agent, versions.imported(agent, IMAGE):
-        ready(agent, IMAGE.name)
+        versions.wait_for_zygote(agent, IMAGE.name)
         without = costs(agent, IMAGE.name)
         root = next(one["root"] for one in json.loads(agent.run("nbagent", "image", "list", "--json"))
                     if one["name"] == IMAGE.name)
@@ -120,7 +111,7 @@ def main() -> None:
                                    f" {root}/etc/nbagent-image.toml > /root/preload.toml")
             began = agent.run("date", "+%s").strip()
             agent.run("nbagent", "image", "use", "--manifest", "/root/preload.toml", name, IMAGE.name)
-            ready(agent, name)
+            versions.wait_for_zygote(agent, name)
             left_out = agent.run("sh", "-c", f"journalctl -o cat --since=@{began} -t nbagent -g 'left out' || true")
             sys.stdout.write(left_out)
             preloaded = costs(agent, name)

@@ -34,7 +34,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / name) for name in ("integration", "conformance", ".", "..")]
@@ -47,10 +47,9 @@ from archives import Archive, Layers
 from conftest import Agent
 from notebook import Notebook
 from product import say
-from testhost_driver import Host, aptsources
+from testhost_driver import Host, aptsources, state
 
 CACHE = product.CACHE / "versions"
-NAME = "versions"
 SETTINGS = "[pool]\nwarm = 1\n[cull]\ninterval = \"1s\"\n"
 ZYGOTE_WAIT_S = 900.0
 PACKAGES = "bash ca-certificates libstdc++6 procps python3 python3-venv tini"
@@ -231,14 +230,19 @@ def imported(agent: Agent, version: Version) -> Iterator[None]:
         agent.run("nbagent", "image", "remove", version.name, check=False)
 
 
+def wait_for_zygote(agent: Agent, image: str) -> None:
+    """Waits until the image's zygote forks or has failed for good."""
+    def is_settled() -> bool:
+        found = [one for one in agent.api.get("/images").json() if one["name"] == image]
+        return bool(found) and "is being started" not in found[0]["launch_reason"]
+
+    agent.wait(is_settled, f"the zygote of {image}", ZYGOTE_WAIT_S)
+
+
 def tried(agent: Agent, version: Version) -> tuple[list[str], list[str]]:
     """The row of the table, and what is wrong."""
-    def starts() -> str:
-        (image,) = (one for one in agent.api.get("/images").json() if one["name"] == version.name)
-        return str(image["launch_reason"])
-
     # On a busy machine a zygote takes longer than `nbagent image check` waits.
-    agent.wait(lambda: "is being started" not in starts(), "the zygote", ZYGOTE_WAIT_S)
+    wait_for_zygote(agent, version.name)
     done = agent.host.run(["nbagent", "image", "check", version.name, "--json"], check=False, timeout=600)
     results = json.loads(done.stdout)
     wrong = [f"{one['check']}: {one['found']}" for one in results if one["status"] == "fail"]
@@ -277,13 +281,26 @@ def show(rows: Sequence[Sequence[str]]) -> None:
         sys.stdout.write("| " + " | ".join(row) + " |\n")
 
 
+class Machine(NamedTuple):
+    """The host of a run, with the options of `Host.up`."""
+
+    name: str
+    driver: str = "nspawn"
+    suite: str = "bookworm"
+    memory: str | None = None
+    cpus: int | None = None
+
+
+CONTAINER = Machine("versions")
+
+
 @contextmanager
-def agent_for(wanted: Sequence[Version], keep: bool) -> Iterator[Agent]:
+def agent_for(wanted: Sequence[Version], keep: bool, machine: Machine = CONTAINER) -> Iterator[Agent]:
     """A host with the product, after the layers of the images have been built; `keep` leaves it up for the next run."""
     packages = product.build(say)
     for version in wanted:
         layer(version)
-    host = Host.attach(NAME) if keep and NAME in map(str, _names()) else Host.up(name=NAME)
+    host = Host.attach(machine.name) if keep and machine.name in state.names() else Host.up(**machine._asdict())
     if keep:
         host.keep()
     try:
@@ -320,12 +337,6 @@ def main() -> None:
     if faults:
         raise SystemExit("\n".join(f"{name}: {fault}" for name, found in faults.items() for fault in found))
     sys.stdout.write(f"{len(rows)} passed, 0 failed\n")
-
-
-def _names() -> list[str]:
-    from testhost_driver import state
-
-    return list(state.names())
 
 
 if __name__ == "__main__":
