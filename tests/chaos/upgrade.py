@@ -4,10 +4,11 @@
 
     tests/chaos/upgrade.py [--users 30] [--claimers 3] [--keep]
 
-A newer version is installed by apt, then an older one, and the newer one again; between them the settings are edited
-and all services reloaded, the image is replaced, PID 1 executes itself anew, and all services but the router are
-restarted as needrestart does. No cell and no claim may fail, and no websocket may close. The figures go to standard
-output and to $NBAGENT_CACHE/chaos.
+A newer version is installed by unattended-upgrades from a repository, then an older one by apt, and the newer one
+again; between them the settings are edited and all services reloaded, the image is replaced, and PID 1 executes itself
+anew. At last libraries of all services are replaced, as by an update of Debian, and needrestart restarts the services.
+No cell and no claim may fail, and no websocket may close, unless needrestart restarts the router. The figures go to
+standard output and to $NBAGENT_CACHE/chaos.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 
 import plan
 from at_rest import SETTINGS, WARM, summary
 from people import Book, Claimer, User
 
 import product
+from nbagent import __version__
 from product import say
 from testhost_driver import Host
 
@@ -38,6 +40,21 @@ NAME = "upgrade"
 # From a change to the next one, in which users go on.
 AFTER_S = 8.0
 NEWER, OLDER = "+newer", "~older"
+NEEDRESTART = "needrestart after an update of libraries"
+REPOSITORY = "/srv/repo"
+UNATTENDED = 'Unattended-Upgrade::Origins-Pattern:: "origin=nbagent";\n'
+# Files that the services have mapped, with other inodes, as dpkg leaves them. It is checked that needrestart sees it.
+REPLACED = """
+for name in libcrypto.so.3 libffi.so.8 libz.so.1; do
+    file=$(readlink -f /usr/lib/x86_64-linux-gnu/$name)
+    cp -p $file $file.new
+    mv $file.new $file
+done
+needrestart -b -r l | sort >/root/outdated
+for service in nbagent nbagent-api nbagent-launch nbagent-router nbagent-units; do
+    grep -qx "NEEDRESTART-SVC: $service.service" /root/outdated
+done
+"""
 
 
 def repacked(packages: list[Path], suffix: str, into: Path) -> list[Path]:
@@ -58,12 +75,26 @@ def repacked(packages: list[Path], suffix: str, into: Path) -> list[Path]:
     return sorted(into.glob("*.deb"))
 
 
-def changes(host: Host, newer: list[str], older: list[str]) -> dict[str, list[list[str]]]:
-    """The commands of each change, by its name."""
+def offer(host: Host, packages: list[Path], directory: Path) -> None:
+    """Makes a signed repository of the packages on the host, and lets unattended-upgrades install from it."""
+    build = [product.TOP / "packaging/build-repo", directory / "repo", f"file:{REPOSITORY}", *packages]
+    subprocess.run(build, check=True)
+    host.run(["mkdir", "-p", REPOSITORY])
+    host.copy_in(list((directory / "repo").iterdir()), f"{REPOSITORY}/")
+    host.run(["cp", f"{REPOSITORY}/nbagent.sources", "/etc/apt/sources.list.d/"])
+    host.run(["tee", "/etc/apt/apt.conf.d/60nbagent"], input=UNATTENDED)
+    host.run(["apt-get", "-q", "update"], timeout=300)
+
+
+def changes(newer: list[str], older: list[str], version: str) -> dict[str, list[list[str]]]:
+    """The commands of each change, by its name. `version` is the newer one."""
     apt = ["apt-get", "-q", "install", "-y", "--allow-downgrades", "-o", "Dpkg::Options::=--force-confold"]
     services = [plan.SUPERVISOR, plan.API, plan.ROUTER]
     return {
-        "a newer version": [[*apt, *newer]],
+        "a newer version by unattended-upgrades": [
+            ["unattended-upgrade", "-v"],
+            ["sh", "-c", f"dpkg-query -W -f '${{Version}}' nbagent | grep -Fx '{version}'"],
+        ],
         "an edited conffile and a reload": [
             ["sed", "-i", "s/^#idle = .*/idle = \"2h\"/", "/etc/nbagent/nbagent.toml"],
             ["systemctl", "reload", *services],
@@ -75,7 +106,7 @@ def changes(host: Host, newer: list[str], older: list[str]) -> dict[str, list[li
         "an older version": [[*apt, *older]],
         "PID 1 executes itself": [["systemctl", "daemon-reexec"]],
         "the newer version again": [[*apt, *newer]],
-        "needrestart": [["systemctl", "restart", plan.SUPERVISOR, plan.API, plan.UNITS, plan.LAUNCH, plan.JOURNAL]],
+        NEEDRESTART: [["sh", "-ec", REPLACED], ["needrestart", "-r", "a"]],
     }
 
 
@@ -84,7 +115,10 @@ class Upgrade:
 
     def __init__(self, host: Host, options: argparse.Namespace) -> None:
         self.host, self.book, self.stop = host, Book(), threading.Event()
-        self.users = [User(host, self.book, number, self.stop, lambda: 0, 1.0) for number in range(options.users)]
+        self.closings = 0
+        self.users = [
+            User(host, self.book, number, self.stop, lambda: self.closings, 1.0) for number in range(options.users)
+        ]
         self.claimers = [
             Claimer(host, self.book, number, self.stop, 1, 1.0) for number in range(options.claimers)
         ]
@@ -100,6 +134,7 @@ class Upgrade:
         time.sleep(AFTER_S)
         for name, commands in steps.items():
             claims, cells, began_s = len(self.book.claim_s), len(self.book.cell_s), time.monotonic()
+            self.closings += name == NEEDRESTART
             for command in commands:
                 self.host.run(command, timeout=900)
             took_s = time.monotonic() - began_s
@@ -126,7 +161,7 @@ def main() -> None:
     parser.add_argument("--claimers", type=int, default=3)
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     options = parser.parse_args()
-    host = Host.up(name=NAME, say=say)
+    host = Host.up(name=NAME, packages=("needrestart", "unattended-upgrades"), say=say)
     if options.keep:
         host.keep()
     try:
@@ -145,8 +180,10 @@ def main() -> None:
                 made = repacked(changed, suffix, into)
                 host.copy_in([str(path) for path in made], "/root/")
                 found.append([f"/root/{path.name}" for path in made])
+                if suffix == NEWER:
+                    offer(host, made, Path(directory))
         run = Upgrade(host, options)
-        run.run(changes(host, *found))
+        run.run(changes(*found, f"{__version__}{NEWER}"))
     finally:
         if not options.keep:
             host.down(now=True)
