@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core import paths
-from nbagent.core.errors import ImageInvalid, ImageNotFound, StartFailed
+from nbagent.core.errors import ImageInvalid, ImageNotFound, RecordFailed, StartFailed
 from nbagent.core.events import Event, emit
 from nbagent.core.model import now
 from nbagent.image.store import ImageStore
@@ -38,13 +38,13 @@ EXPECTED = (OSError, TimeoutError, JobFailed, StartFailed, ImageInvalid, ImageNo
 class Health:
     """Tries the parts of the host. `faults` has the text of each part that fails; `changed` is set when it changes.
 
-    `restored` is called when a part works again.
+    `restored` is called when a part works again, and `unrecorded` with the error while no slot can be recorded.
     """
 
     def __init__(
         self, config: CurrentConfig, systemd: Systemd, store: ImageStore, records: Records, network: Network,
         changed: asyncio.Event, router: Path = paths.ROUTER_CHECK_SOCKET,
-        restored: Callable[[], None] = lambda: None,
+        restored: Callable[[], None] = lambda: None, unrecorded: Callable[[RecordFailed], None] = lambda _: None,
     ) -> None:
         self._config = config
         self._store = store
@@ -52,6 +52,7 @@ class Health:
         self._changed = changed
         self._router = router
         self._restored = restored
+        self._unrecorded = unrecorded
         self.faults: dict[str, str] = {}
         self._failing_s: dict[str, float] = {}
         self._reported: set[str] = set()
@@ -71,14 +72,13 @@ class Health:
         needs_network = config.network_mode(config.pool.image) == INTERNET
         return not (NEEDED_BY_ALL | ({"network"} if needs_network else set())) & self.faults.keys()
 
-    def records_error(self) -> OSError | None:
-        """The error of a record now, if records were a fault at the last check."""
+    def check_records(self) -> None:
+        """Raises RecordFailed if records were a fault at the last check and are one now."""
         if "records" in self.faults:
             try:
                 self._records.check()
             except OSError as error:
-                return error
-        return None
+                raise RecordFailed(f"no slot can be recorded: {error}", errno=error.errno) from error
 
     async def run(self) -> None:
         """Tries all parts until cancelled."""
@@ -94,6 +94,11 @@ class Health:
             self._restored()
         if before.keys() != self.faults.keys():
             self._changed.set()
+        # Claims that wait would get a slot that cannot be recorded, or none within their timeout.
+        try:
+            self.check_records()
+        except RecordFailed as error:
+            self._unrecorded(error)
         return not any(news)
 
     async def _try(self, name: str) -> Exception | None:

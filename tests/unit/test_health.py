@@ -160,6 +160,22 @@ def test_a_host_that_cannot_write_records_offers_nothing(tmp_path, monkeypatch):
     asyncio.run(run())
 
 
+def test_a_claim_that_waits_is_refused_when_slots_cannot_be_recorded(tmp_path):
+    async def run():
+        async with Host(tmp_path, pool={"warm": 0, "starts": 4, "claim_timeout": "600s"}) as host:
+            gate, claiming = host.launcher.hold(), asyncio.ensure_future(host.claim())
+            await host.until_states("starting")
+            (tmp_path / "slots" / ".check-1").mkdir()
+            assert (await twice(host)).keys() == {"records"}
+            with pytest.raises(RecordFailed, match="no slot can be recorded"):
+                await claiming
+            (tmp_path / "slots" / ".check-1").rmdir()
+            gate.set()
+            assert (await host.claim())["slot"]
+
+    asyncio.run(run())
+
+
 def test_a_fault_is_in_the_journal_when_it_lasts(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(health, "emit", lambda event, **fields: seen.append((event, fields["part"])))
