@@ -37,8 +37,10 @@ class Allocator:
 
     async def allocate(self, image: str, ttl_s: float, network: str) -> RunningSlot:
         """A warm slot that can live for `ttl_s` and can have the network. Raises Full, StartFailed or RecordFailed."""
-        # The claim of a slot without a record would end this slot, and a start would fail after its timeout.
+        # The claim of a slot that cannot be recorded or have its network would end this slot.
         self._health.check_records()
+        if network == INTERNET:
+            await self._health.check_network()
         while True:
             live = self._pools.take(image) or await self._wait(image)
             if live.slot.state is not SlotState.WARM:

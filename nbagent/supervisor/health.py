@@ -80,6 +80,11 @@ class Health:
             except OSError as error:
                 raise RecordFailed(f"no slot can be recorded: {error}", errno=error.errno) from error
 
+    async def check_network(self) -> None:
+        """Raises StartFailed if the network was a fault at the last check and is one now."""
+        if "network" in self.faults and (error := await self._try("network")) is not None:
+            raise StartFailed(f"no slot can have a network: {_text(error)}", step="network") from error
+
     async def run(self) -> None:
         """Tries all parts until cancelled."""
         while True:
@@ -122,7 +127,7 @@ class Health:
         if name not in self._failing_s:
             self._failing_s[name] = now()
             return True
-        self.faults[name] = text = str(error) or f"no response within {TIMEOUT_S:g} s"
+        self.faults[name] = text = _text(error)
         # A host without the default image is not reported, because images are installed after the agent.
         is_absent = isinstance(error, ImageNotFound)
         if name not in self._reported and not is_absent and now() - self._failing_s[name] >= REPORT_S:
@@ -148,3 +153,7 @@ class Health:
 
     async def _try_records(self) -> None:
         self._records.check()
+
+
+def _text(error: Exception) -> str:
+    return str(error) or f"no response within {TIMEOUT_S:g} s"

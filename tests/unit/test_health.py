@@ -124,9 +124,16 @@ def test_a_host_whose_network_fails_offers_warm_slots_to_claims_without_it(tmp_p
             assert host.calls.stats()["available"] == available and not host.calls.stats()["ready"]
             with pytest.raises(StartFailed, match="no table"):
                 await host.calls.try_start()
+            # A claim is refused at once and leaves the warm slot.
+            warm_slot, = await host.until_states("warm")
+            with pytest.raises(StartFailed, match="no slot can have a network: no table"):
+                await host.claim(network="internet")
+            assert await host.until_states("warm") == [warm_slot]
             del host.network.errors["check"]
+            # Before the next check, since it is mended.
+            assert (await host.claim(network="internet"))["slot"] == warm_slot
             await host.supervisor.health.check()
-            assert host.calls.free_percent() == 100
+            assert host.calls.free_percent() == 75
 
     asyncio.run(run())
 
