@@ -90,6 +90,17 @@ def parent(pid):
     return 0
 
 
+def zombies():
+    """Processes that have ended and that a service of nbagent has not reaped."""
+    found = []
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                unit = unit_of(parent(entry))
+                found += [f"{entry} of {unit}"] if unit.startswith("nbagent") and unit.endswith(".service") else []
+    return found
+
+
 def zygotes():
     return [unit for unit in processes() if unit.startswith("nbagent-zygote@")]
 
@@ -448,6 +459,7 @@ def census():
         "cgroups": cgroups(),
         "processes": mine,
         "strays": strays,
+        "zombies": zombies(),
         "mounts": [
             line.split()[4] for line in Path("/proc/1/mountinfo").read_text().splitlines() if "/nbagent" in line
         ],
