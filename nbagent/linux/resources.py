@@ -60,7 +60,8 @@ class Kernel:
         # The open files, 0, and their limit.
         files = (self._text("sys/fs/file-nr") or "0 0 0").split()
         counts = (("processes and threads", threads, most), ("open files", int(files[0]), int(files[2])))
-        return [Resource(name, limit - used, limit) for name, used, limit in counts if limit]
+        # A limit can be set below what is in use.
+        return [Resource(name, max(0, limit - used), limit) for name, used, limit in counts if limit]
 
     def _text(self, name: str) -> str:
         return os.pread(self._files[name], 4096, 0).decode() if name in self._files else ""
@@ -77,4 +78,4 @@ def of_process() -> Resource:
         if error.errno != errno.EMFILE:
             raise
         used = limit
-    return Resource("descriptors", limit - used, limit)
+    return Resource("descriptors", max(0, limit - used), limit)

@@ -77,7 +77,7 @@ def nearly(resource: str) -> str:
 
 def left(resource: str) -> str:
     """The sample with less than 5 %."""
-    return rf'nbagent_resource_free_percent\{{resource="{resource}"\}} (-|[0-4]\.)'
+    return rf'nbagent_resource_free_percent\{{resource="{resource}"\}} [0-4]\.'
 
 
 FAILURES = r"nbagent_pool_failures\{[^}]*\} [1-9]"
@@ -95,7 +95,7 @@ OWN_VAR = shell("""
     mkdir /root/var && mount -t tmpfs -o size=2g,mode=755 var /root/var
     cp -a /var/. /root/var/ && mount --bind /root/var /var && umount /root/var
     printf '[Journal]\nStorage=persistent\n' > /etc/systemd/journald.conf.d/zz-own-var.conf
-    systemctl restart systemd-journald
+    systemctl restart systemd-journald && journalctl --flush
 """)
 
 CASES = (
