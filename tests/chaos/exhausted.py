@@ -164,8 +164,9 @@ class Run:
     """One run."""
 
     def __init__(self, host: Host, inside: Inside) -> None:
-        self.host, self.inside, self.api = host, inside, Api(host, timeout=DEADLINE_S + 30)
-        self.book = Book()
+        self.slower = hosts.slower(host)
+        self.book = Book(deadline_s=DEADLINE_S * self.slower)
+        self.host, self.inside, self.api = host, inside, Api(host, timeout=self.book.deadline_s + 30)
         self.results: dict[str, Any] = {}
 
     def act(self, words: tuple[str, ...]) -> None:
@@ -179,7 +180,7 @@ class Run:
     def rest(self, held: set[str]) -> float:
         began_s = time.monotonic()
         while found := differences(self.api.get("/slots").json(), self.inside.census(), held):
-            if time.monotonic() > began_s + REST_S:
+            if time.monotonic() > began_s + REST_S * self.slower:
                 raise SystemExit(f"not at rest: {found}")
             time.sleep(0.5)
         return time.monotonic() - began_s
@@ -205,7 +206,7 @@ class Run:
     def alarms(self, case: Exhausted, since: str) -> dict[str, str]:
         """The first entry, sample and finding that name the resource."""
         found: dict[str, str] = {}
-        until_s = time.monotonic() + ALARM_S
+        until_s = time.monotonic() + ALARM_S * self.slower
         while time.monotonic() < until_s and len(found) < sum(map(bool, (case.journal, case.metric, case.doctor))):
             found |= self.entries(case, since)
             if case.metric and "metric" not in found:
@@ -242,8 +243,9 @@ class Run:
                 self.act(case.end)
             ended_s = time.monotonic()
             found |= self.entries(case, since)
+            right = ("a slot",) if case.serves else ("a slot", "503 ")
             for kind, _, took_s in answers:
-                if not kind.startswith("a slot" if case.serves else ("a slot", "503 ")) or took_s > DEADLINE_S:
+                if not kind.startswith(right) or took_s > self.book.deadline_s:
                     self.book.problem(f"{case.name}: a claim got {kind} after {took_s:.1f} s")
             wanted = {"journal": case.journal, "metric": case.metric, "doctor": case.doctor}
             for name in {name for name, expression in wanted.items() if expression} - found.keys():

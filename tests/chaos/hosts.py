@@ -19,6 +19,11 @@ start_timeout = "10min"
 """
 
 
+def slower(host: Host) -> float:
+    """The factor of deadlines on a host, which is an emulated machine or not."""
+    return 4.0 if host.driver == "vm" else 1.0
+
+
 @contextlib.contextmanager
 def running(
     name: str, *, keep: bool, driver: str = "nspawn", suite: str = "bookworm", prepare: Sequence[str] = ()
