@@ -19,6 +19,8 @@ REGISTRY_AUTH = ETC / "registry-auth.json"
 
 IMAGES = Path("/var/lib/nbagent/images")
 BUILD_CACHE = Path("/var/cache/nbagent")
+# Empty. The supervisor sees by it how full the file system of the journal is, and none of the journal's files.
+LOGS = Path("/var/log/nbagent")
 IMAGE_BUILDER = Path("/usr/lib/nbagent/build-image")
 
 RUN = Path("/run/nbagent")

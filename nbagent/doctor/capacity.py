@@ -47,7 +47,8 @@ def check_room(root: Path, path: Path, use: str, read: Callable[[Path], os.statv
 
 def check_use(root: Path) -> Finding:
     """Whether the host's processes, threads and open files are far from their limits now."""
-    uses = [(name, limit - free, limit) for name, free, limit in resources.of_kernel(root)]
+    with resources.Kernel(root) as kernel:
+        uses = [(name, limit - free, limit) for name, free, limit in kernel.read()]
     found = ", ".join(f"{used} of {limit} {what}" for what, used, limit in uses)
     for what, used, limit in uses:
         if used > USE_MAX * limit:

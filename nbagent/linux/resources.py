@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
@@ -32,14 +33,38 @@ def of_file_system(path: Path, read: Callable[[Path], os.statvfs_result] = os.st
     return [Resource(name, free, limit) for name, free, limit in counts if limit]
 
 
-def of_kernel(root: Path = Path("/")) -> list[Resource]:
-    """Processes and threads, and open files, of all users; without those whose limit is not known."""
-    threads = int((_text(root / "proc/loadavg") or "0 0 0 0/0 0").split()[3].partition("/")[2])
-    limits = [int(text) for name in ("pid_max", "threads-max") if (text := _text(root / "proc/sys/kernel" / name))]
-    # The open files, 0, and their limit.
-    files = (_text(root / "proc/sys/fs/file-nr") or "0 0 0").split()
-    counts = (("processes and threads", threads, min(limits, default=0)), ("open files", int(files[0]), int(files[2])))
-    return [Resource(name, limit - used, limit) for name, used, limit in counts if limit]
+class Kernel:
+    """The counts of the kernel, as a context.
+
+    Its files are opened once, because none can be opened while the kernel has no open file left.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        self._files: dict[str, int] = {}
+        for name in ("loadavg", "sys/kernel/pid_max", "sys/kernel/threads-max", "sys/fs/file-nr"):
+            with contextlib.suppress(OSError):
+                self._files[name] = os.open(root / "proc" / name, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+
+    def read(self) -> list[Resource]:
+        """Processes and threads, and open files, of all users; without those whose limit is not known."""
+        threads = int((self._text("loadavg") or "0 0 0 0/0 0").split()[3].partition("/")[2])
+        names = ("sys/kernel/pid_max", "sys/kernel/threads-max")
+        most = min((int(text) for name in names if (text := self._text(name))), default=0)
+        # The open files, 0, and their limit.
+        files = (self._text("sys/fs/file-nr") or "0 0 0").split()
+        counts = (("processes and threads", threads, most), ("open files", int(files[0]), int(files[2])))
+        # A limit can be set below what is in use.
+        return [Resource(name, max(0, limit - used), limit) for name, used, limit in counts if limit]
+
+    def _text(self, name: str) -> str:
+        return os.pread(self._files[name], 4096, 0).decode() if name in self._files else ""
 
 
 def of_process() -> Resource:
@@ -53,11 +78,4 @@ def of_process() -> Resource:
         if error.errno != errno.EMFILE:
             raise
         used = limit
-    return Resource("descriptors", limit - used, limit)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+    return Resource("descriptors", max(0, limit - used), limit)

@@ -64,13 +64,14 @@ class Upkeep:
             self.repair()
 
     def check(self) -> None:
-        """Repairs all that is known to have changed. Raises OSError while that is not possible."""
+        """Repairs all that is known to have changed. Raises OSError while that, or a new slot, is not possible."""
         for events in self._events:
             watch.read(events, self._changes)
         if self._changes or self._kernel.has_stale:
             self.repair()
         if self._failure:
             raise OSError(self._failure)
+        self._kernel.check()
 
     def read(self, events: socket.socket) -> None:
         """Reads notifications."""

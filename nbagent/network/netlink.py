@@ -65,6 +65,11 @@ class HostNetwork:
         """Whether the rules and the elements that are the same for all slots are as `apply` has left them."""
         return self._table.is_intact()
 
+    def check(self) -> None:
+        """Tries what the next slot needs of the firewall, once there are rules. Raises OSError."""
+        if self._rules is not None:
+            self._table.check()
+
     @property
     def has_stale(self) -> bool:
         """Whether the deletion of an element of a slot failed, so that `repair` deletes it."""

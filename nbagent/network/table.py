@@ -16,6 +16,8 @@ from nbagent.network.rules import COUNTED, FIXED, GUARDED, PER_SLOT, TABLE
 
 # strerror(3) of ENOENT and EEXIST, which nft prints; this process sets no locale.
 MISSING, PRESENT = "No such file or directory", "File exists"
+# An address for documentation (RFC 5737), which no slot has.
+UNUSED = "192.0.2.1"
 
 
 class NftFailed(OSError):
@@ -55,6 +57,14 @@ class Table:
             return self._listed() == self._applied and guarded == self.guarded
         except NftFailed:  # the table or a set of `FIXED` is missing
             return False
+
+    def check(self) -> None:
+        """Tries to add an element, as for a slot, and changes nothing."""
+        self._nft.set_dry_run(True)
+        try:
+            self._command(f"add {_element('lo', UNUSED)}")
+        finally:
+            self._nft.set_dry_run(False)
 
     def delete(self) -> None:
         """Deletes the table, if it exists."""

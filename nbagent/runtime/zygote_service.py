@@ -118,6 +118,8 @@ class ZygoteService:
         try:
             order = {"preload": preload, "extensions_after_fork": extensions_after_fork}
             self.zygote.send(order, {"nowhere": nowhere})
+            # Here, because `serve` is notified of later ends only.
+            os.waitid(os.P_PIDFD, ended, os.WEXITED)
         finally:
             os.close(ended)
             os.close(nowhere)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from nbagent.config.host_config import CurrentConfig
-from nbagent.core.errors import Full, RecordFailed, StartFailed
+from nbagent.core.errors import Full, StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import SlotState, now
 from nbagent.policy import admission
@@ -37,9 +37,10 @@ class Allocator:
 
     async def allocate(self, image: str, ttl_s: float, network: str) -> RunningSlot:
         """A warm slot that can live for `ttl_s` and can have the network. Raises Full, StartFailed or RecordFailed."""
-        # The claim of a slot without a record would end this slot, and a start would fail after its timeout.
-        if error := self._health.records_error():
-            raise RecordFailed(f"no slot can be recorded: {error}", errno=error.errno)
+        # The claim of a slot that cannot be recorded or have its network would end this slot.
+        self._health.check_records()
+        if network == INTERNET:
+            await self._health.check_network()
         while True:
             live = self._pools.take(image) or await self._wait(image)
             if live.slot.state is not SlotState.WARM:
@@ -57,13 +58,11 @@ class Allocator:
         self._check_queue_room(image)
         try:
             return await self._pools.wait(image, self._config.value.pool.claim_timeout)
-        except TimeoutError:
-            pool = self._pools.get(image)  # None when the image was removed meanwhile
-            # The error of a start can be a consequence of a fault of the host that has no start in its text.
+        except StartFailed as error:
+            # It can be a consequence of a fault of the host that has no start in its text.
             faults = [f"{part}: {text}" for part, text in sorted(self._health.faults.items())]
-            if pool is not None and pool.failures and pool.last_failure is not None:
-                text = "; ".join((str(pool.last_failure), *faults))
-                raise StartFailed(text, **pool.last_failure.details) from None
+            raise StartFailed("; ".join((str(error), *faults)), **error.details) from None
+        except TimeoutError:
             raise Full("no slot became ready in time", retry_after_s=self._load.retry_after_s()) from None
 
     def _check_queue_room(self, image: str) -> None:

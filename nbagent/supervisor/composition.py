@@ -95,7 +95,7 @@ def compose(on: Surroundings) -> Supervisor:
     sessions = Sessions(records.path.parent / paths.SESSIONS.name)
     pools = Pools(config, slots, records, changed)
     load = HostLoad(config, slots, on.zygotes, on.drain_file, on.memory, on.pressure)
-    health = Health(config, systemd, on.store, records, on.network, changed, on.router, pools.resume)
+    health = Health(config, systemd, on.store, records, on.network, changed, on.router, pools.resume, pools.refuse)
     resources = Resources()
     interfaces = Interfaces(on.network, slots)
     images = Images(on.store, slots, pools, on.zygotes, systemd, tasks, changed)

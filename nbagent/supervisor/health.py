@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core import paths
-from nbagent.core.errors import ImageInvalid, ImageNotFound, StartFailed
+from nbagent.core.errors import ImageInvalid, ImageNotFound, RecordFailed, StartFailed
 from nbagent.core.events import Event, emit
 from nbagent.core.model import now
 from nbagent.image.store import ImageStore
@@ -38,13 +38,13 @@ EXPECTED = (OSError, TimeoutError, JobFailed, StartFailed, ImageInvalid, ImageNo
 class Health:
     """Tries the parts of the host. `faults` has the text of each part that fails; `changed` is set when it changes.
 
-    `restored` is called when a part works again.
+    `restored` is called when a part works again, and `unrecorded` with the error while no slot can be recorded.
     """
 
     def __init__(
         self, config: CurrentConfig, systemd: Systemd, store: ImageStore, records: Records, network: Network,
         changed: asyncio.Event, router: Path = paths.ROUTER_CHECK_SOCKET,
-        restored: Callable[[], None] = lambda: None,
+        restored: Callable[[], None] = lambda: None, unrecorded: Callable[[RecordFailed], None] = lambda _: None,
     ) -> None:
         self._config = config
         self._store = store
@@ -52,6 +52,7 @@ class Health:
         self._changed = changed
         self._router = router
         self._restored = restored
+        self._unrecorded = unrecorded
         self.faults: dict[str, str] = {}
         self._failing_s: dict[str, float] = {}
         self._reported: set[str] = set()
@@ -71,14 +72,18 @@ class Health:
         needs_network = config.network_mode(config.pool.image) == INTERNET
         return not (NEEDED_BY_ALL | ({"network"} if needs_network else set())) & self.faults.keys()
 
-    def records_error(self) -> OSError | None:
-        """The error of a record now, if records were a fault at the last check."""
+    def check_records(self) -> None:
+        """Raises RecordFailed if records were a fault at the last check and are one now."""
         if "records" in self.faults:
             try:
                 self._records.check()
             except OSError as error:
-                return error
-        return None
+                raise RecordFailed(f"no slot can be recorded: {error}", errno=error.errno) from error
+
+    async def check_network(self) -> None:
+        """Raises StartFailed if the network was a fault at the last check and is one now."""
+        if "network" in self.faults and (error := await self._try("network")) is not None:
+            raise StartFailed(f"no slot can have a network: {_text(error)}", step="network") from error
 
     async def run(self) -> None:
         """Tries all parts until cancelled."""
@@ -94,6 +99,11 @@ class Health:
             self._restored()
         if before.keys() != self.faults.keys():
             self._changed.set()
+        # Claims that wait would get a slot that cannot be recorded, or none within their timeout.
+        try:
+            self.check_records()
+        except RecordFailed as error:
+            self._unrecorded(error)
         return not any(news)
 
     async def _try(self, name: str) -> Exception | None:
@@ -117,7 +127,7 @@ class Health:
         if name not in self._failing_s:
             self._failing_s[name] = now()
             return True
-        self.faults[name] = text = str(error) or f"no response within {TIMEOUT_S:g} s"
+        self.faults[name] = text = _text(error)
         # A host without the default image is not reported, because images are installed after the agent.
         is_absent = isinstance(error, ImageNotFound)
         if name not in self._reported and not is_absent and now() - self._failing_s[name] >= REPORT_S:
@@ -143,3 +153,7 @@ class Health:
 
     async def _try_records(self) -> None:
         self._records.check()
+
+
+def _text(error: Exception) -> str:
+    return str(error) or f"no response within {TIMEOUT_S:g} s"

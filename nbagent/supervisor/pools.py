@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from nbagent.config.host_config import CurrentConfig
-from nbagent.core.errors import StartFailed
+from nbagent.core.errors import NbagentError, StartFailed
 from nbagent.core.model import SlotState, now
 from nbagent.image.store import Image
 from nbagent.policy import pool as policy
@@ -23,6 +23,9 @@ from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.zygotes import Zygotes
+
+# Starts that have failed for so long have a cause that lasts longer than the restart of a service.
+LASTING_S = 10.0
 
 
 @dataclass
@@ -33,6 +36,7 @@ class ImagePool:
     warm: deque[RunningSlot] = field(default_factory=deque)
     waiting: deque[asyncio.Future[RunningSlot]] = field(default_factory=deque)
     failures: int = 0
+    failing_s: float = math.inf
     not_before_s: float = 0.0
     failed_s: float = -math.inf
     last_failure: StartFailed | None = None
@@ -47,7 +51,14 @@ class ImagePool:
 
     def resume(self) -> None:
         """Ends the pause after failed starts."""
-        self.failures, self.not_before_s = 0, 0.0
+        self.failures, self.failing_s, self.not_before_s = 0, math.inf, 0.0
+
+    def refuse(self, error: NbagentError) -> None:
+        """Ends the wait of all claims by an error."""
+        while self.waiting:
+            claim = self.waiting.popleft()
+            if not claim.done():
+                claim.set_exception(error)
 
 
 class Pools(Mapping[str, ImagePool]):
@@ -127,16 +138,26 @@ class Pools(Mapping[str, ImagePool]):
         return warm.popleft() if warm else None
 
     async def wait(self, image: str, timeout_s: float) -> RunningSlot:
-        """The next slot that is offered to a pool, in the order of the calls. Raises TimeoutError."""
+        """The next slot that is offered to a pool, in the order of the calls.
+
+        Raises the error by which claims that wait are refused; after `timeout_s` StartFailed if the last start has
+        failed, and else TimeoutError.
+        """
         waiter: asyncio.Future[RunningSlot] = asyncio.get_running_loop().create_future()
         self._pools[image].waiting.append(waiter)
         self._changed.set()
         try:
             async with asyncio.timeout(timeout_s):
                 return await waiter
+        except TimeoutError:
+            pool = self._pools.get(image)  # None when the image was removed meanwhile
+            if pool is not None and pool.failures and pool.last_failure is not None:
+                raise pool.last_failure from None
+            raise
         finally:
             # A caller that is cancelled after it was given a slot offers it again, because no other object has it.
-            if waiter.done() and not waiter.cancelled() and (task := asyncio.current_task()) and task.cancelling():
+            given = waiter.done() and not waiter.cancelled() and waiter.exception() is None
+            if given and (task := asyncio.current_task()) and task.cancelling():
                 self._offer_again(waiter.result())
             waiter.cancel()
 
@@ -153,14 +174,25 @@ class Pools(Mapping[str, ImagePool]):
     # Starts
 
     def start_failed(self, image: str, error: StartFailed) -> float:
-        """Counts a failed start; returns the seconds for which the pool pauses."""
+        """Counts a failed start; returns the seconds for which the pool pauses.
+
+        Claims that wait are refused when starts have failed for LASTING_S, so that their callers try another host.
+        """
         pool, settings = self._pools[image], self._config.value.pool
         pool.failures += 1
         pool.last_failure = error
         wait_s = policy.backoff(pool.failures, settings.backoff, settings.backoff_max)
         pool.failed_s = now()
         pool.not_before_s = pool.failed_s + wait_s
+        pool.failing_s = min(pool.failing_s, pool.failed_s)
+        if pool.failed_s - pool.failing_s >= LASTING_S:
+            pool.refuse(error)
         return wait_s
+
+    def refuse(self, error: NbagentError) -> None:
+        """Ends the wait of all claims of all pools by an error."""
+        for pool in self._pools.values():
+            pool.refuse(error)
 
     def resume(self) -> None:
         """Ends all pauses, because their cause may be mended."""

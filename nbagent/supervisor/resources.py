@@ -13,20 +13,24 @@ from collections.abc import Callable, Iterator, Sequence
 from nbagent.core import paths
 from nbagent.core.events import Event, emit
 from nbagent.linux import resources
-from nbagent.linux.resources import Resource
+from nbagent.linux.resources import Kernel, Resource
 
 # A resource is reported below the first, and again when it was above the second meanwhile.
 LOW_PERCENT, ENOUGH_PERCENT = 5.0, 10.0
 PAUSE_S = 5.0
 
 
-def read() -> Iterator[Resource]:
-    """The resources that the supervisor sees. The journal's file system is not among them; doctor looks at that one."""
-    for path in (paths.RUN, paths.IMAGES):
+# A directory of each file system, and its name. The supervisor does not see the files of the journal.
+_FILE_SYSTEMS = {paths.RUN: paths.RUN, paths.IMAGES: paths.IMAGES, paths.LOGS: paths.LOGS.parent}
+
+
+def read(kernel: Kernel) -> Iterator[Resource]:
+    """The resources that the supervisor sees."""
+    for path, name in _FILE_SYSTEMS.items():
         with contextlib.suppress(OSError):
             for found in resources.of_file_system(path):
-                yield found._replace(name=f"{found.name} of {path}")
-    yield from resources.of_kernel()
+                yield found._replace(name=f"{found.name} of {name}")
+    yield from kernel.read()
     with contextlib.suppress(OSError):
         own = resources.of_process()
         yield own._replace(name=f"{own.name} of the supervisor")
@@ -35,17 +39,18 @@ def read() -> Iterator[Resource]:
 class Resources:
     """The free part of each resource, in percent, at the last check."""
 
-    def __init__(self, read: Callable[[], Iterator[Resource]] = read) -> None:
+    def __init__(self, read: Callable[[Kernel], Iterator[Resource]] = read) -> None:
         self._read = read
         self.free_percent: dict[str, float] = {}
         self._low: set[str] = set()
 
     async def run(self) -> None:
         """Checks until cancelled."""
-        while True:
-            # In a thread, because a disk may not respond.
-            self.note(await asyncio.to_thread(lambda: list(self._read())))
-            await asyncio.sleep(PAUSE_S)
+        with Kernel() as kernel:
+            while True:
+                # In a thread, because a disk may not respond.
+                self.note(await asyncio.to_thread(lambda: list(self._read(kernel))))
+                await asyncio.sleep(PAUSE_S)
 
     def note(self, found: Sequence[Resource]) -> None:
         """Notes all resources, and reports those that have become low or have enough again."""

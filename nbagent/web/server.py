@@ -9,6 +9,7 @@ that sends or reads slowly, occupies memory within bounds, but no thread:
   have one as well
 - the connections of an address and of a lane have an upper bound. Beyond it the oldest connection that waits for data
   is closed, so that a request which arrives at once is served. The bytes that a lane has received are bounded as well
+- while no descriptor or thread can be had, the next request is refused by 503, and requests that are computed go on
 - the lane of a connection is selected by its listener and the peer's address before anything is read, so that strangers
   share no thread with trusted callers
 
@@ -24,6 +25,7 @@ import ipaddress
 import os
 import selectors
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,11 +36,14 @@ from typing import TYPE_CHECKING
 
 import h11
 
+from nbagent.core.errors import Full
 from nbagent.web import problems, wsgi
 from nbagent.web.wsgi import HEAD_MAX_BYTES, Refused
+from nbagent.wire.accepting import ACCEPT_PAUSE_S, EXHAUSTED
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
+    from flask import Response
 
 # The time from the first byte of a request to the end of its headers, and to the end of its body.
 HEAD_TIMEOUT_S = 10.0
@@ -55,6 +60,7 @@ STOP_SILENT_S, STOP_PARTIAL_S = 0.3, 2.0
 LANE_CONNECTIONS = 1024
 ADDRESS_CONNECTIONS = 256
 LANE_MAX_BYTES = 64 << 20
+RETRY_AFTER_S = 1
 _READ_BYTES = 64 << 10
 _SWEEP_S = 0.25
 
@@ -135,6 +141,9 @@ class Server:
         self._computed: deque[_Connection] = deque()
         self._poller = selectors.DefaultSelector()
         self._woken = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        # A descriptor in reserve, to refuse a connection while there is no other; None when it was not had again.
+        self._reserve: int | None = None
+        self._restore_reserve()
         self._stop_s: float | None = None
         self._sweep_s = 0.0
         self._poller.register(self._woken, selectors.EVENT_READ)
@@ -169,6 +178,8 @@ class Server:
             state.threads.shutdown(wait=False)
         self._poller.close()
         os.close(self._woken)
+        if self._reserve is not None:
+            os.close(self._reserve)
 
     def turn(self, timeout_s: float) -> None:
         """Waits at most `timeout_s` for events, and handles them."""
@@ -194,6 +205,11 @@ class Server:
             sock, peer = listener.accept()
         except (BlockingIOError, ConnectionAbortedError):
             return
+        except OSError as error:
+            if error.errno not in EXHAUSTED:
+                raise
+            self._refuse_next(listener, error)
+            return
         sock.setblocking(False)
         lane = self._lane_state(self.service.lane_of(local, str(peer[0]) if isinstance(peer, tuple) else ""))
         connection = _Connection(sock, peer, local, lane)
@@ -212,6 +228,29 @@ class Server:
         self._read(connection)
         if connection.state is _State.READING and connection in self._connections:
             self._poller.register(sock, selectors.EVENT_READ, connection)
+
+    def _refuse_next(self, listener: socket.socket, reason: OSError) -> None:
+        """Refuses the next connection with the descriptor in reserve, after a pause if there is none."""
+        if self._reserve is None:
+            time.sleep(ACCEPT_PAUSE_S)
+        else:
+            os.close(self._reserve)
+            # The kernel's total can be used up again by another process.
+            with contextlib.suppress(OSError), listener.accept()[0] as sock:
+                # Longer than a caller takes from connect(2) to its request, because a silent one delays the loop.
+                sock.settimeout(ACCEPT_PAUSE_S)
+                # Closing a socket with unread data would reset the connection.
+                sock.recv(_READ_BYTES)
+                response = _refusal(f"the service cannot accept connections: {reason.strerror}")
+                headers = [*response.headers, ("Connection", "close")]
+                sock.send(wsgi.frame(h11.Connection(h11.SERVER), response.status, headers, response.get_data()))
+        self._restore_reserve()
+
+    def _restore_reserve(self) -> None:
+        try:
+            self._reserve = os.eventfd(0, os.EFD_CLOEXEC)
+        except OSError:
+            self._reserve = None
 
     def _lane_state(self, lane: Lane) -> _LaneState:
         if lane not in self._lanes:
@@ -353,7 +392,13 @@ class Server:
             threads = self._lane_state(other)
         self._end_reading(connection)
         connection.state = _State.SERVING
-        threads.threads.submit(self._respond, connection, environ)
+        taken = threading.Lock()
+        try:
+            threads.threads.submit(self._respond, connection, environ, taken)
+        except RuntimeError as error:  # all threads are busy, and no process id or memory is left for another
+            # The request is in the queue nevertheless, and a thread may just have taken it.
+            if taken.acquire(blocking=False):
+                self._answer(connection, _refusal(f"the service cannot compute the request: {error}"))
 
     def _end_reading(self, connection: _Connection) -> None:
         connection.lane.waiting.pop(connection, None)
@@ -361,8 +406,10 @@ class Server:
         connection.body.clear()
         self._unregister(connection)
 
-    def _respond(self, connection: _Connection, environ: WSGIEnvironment) -> None:
+    def _respond(self, connection: _Connection, environ: WSGIEnvironment, taken: threading.Lock) -> None:
         """Runs in a thread of the lane. Sends at once what the socket's buffer takes; the loop sends the rest."""
+        if not taken.acquire(blocking=False):  # refused
+            return
         try:
             status, headers, body = wsgi.run(connection.lane.lane.app, environ)
             if self._stop_s is not None:
@@ -378,12 +425,16 @@ class Server:
     def _refuse(self, connection: _Connection, error: Refused) -> None:
         """Sends a problem document for a request that is not computed."""
         response = problems.for_status(error.status, str(error)[:200], is_body=connection.request is not None)
+        self._end_reading(connection)
+        self._answer(connection, response)
+
+    def _answer(self, connection: _Connection, response: Response) -> None:
+        """Sends a response that no thread computes, and closes the connection."""
         headers = [*response.headers, ("Connection", "close")]
         try:
             connection.unsent = memoryview(wsgi.frame(connection.parser, response.status, headers, response.get_data()))
         except h11.LocalProtocolError:
             connection.is_broken = True
-        self._end_reading(connection)
         self._write(connection)
 
     def _write(self, connection: _Connection) -> None:
@@ -432,6 +483,10 @@ def network_of(address: str) -> str:
     if isinstance(found, ipaddress.IPv4Address):
         return str(found)
     return str(found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64))
+
+
+def _refusal(text: str) -> Response:
+    return problems.from_error(Full(text, retry_after_s=RETRY_AFTER_S))
 
 
 def _receive(connection: _Connection) -> bytes | None:

@@ -50,6 +50,7 @@ def differences(slots: list[dict[str, Any]], census: dict[str, Any], held: set[s
     check("cgroups", census["cgroups"], sorted([*scopes, *zygotes]))
     check("processes in the cgroup of the launch service", census["processes"].get("nbagent-launch.service", 1), 1)
     check("processes outside of slots", census["strays"], [])
+    check("processes that have ended and were not reaped", census["zombies"], [])
     check("connections in systemd's store", census["stored"], "1")
     with_interface = sum(bool(record and record["addresses"]) for record in records.values())
     links = len(census["links"])

@@ -41,8 +41,6 @@ from testhost_driver import Host
 
 NAME = "chaos"
 CENSUS_EVERY = 10
-# An emulated machine.
-SLOWER = 4.0
 
 
 class Chaos:
@@ -51,7 +49,7 @@ class Chaos:
     def __init__(self, host: Host, inside: Inside, options: argparse.Namespace) -> None:
         self.host, self.inside, self.options = host, inside, options
         self.api, self.stop = Api(host, timeout=60), threading.Event()
-        self.slower = SLOWER if host.driver == "vm" else 1.0
+        self.slower = hosts.slower(host)
         self.book = Book(deadline_s=DEADLINE_S * self.slower)
         self.caller = Caller(host, self.book)
         self.closings = 0

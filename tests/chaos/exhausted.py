@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`make exhausted`: while a resource of a host is used up, claims get a slot or a clear 503, and alarms name the cause.
 
-    tests/chaos/exhausted.py [--only NAME] [--keep]
+    tests/chaos/exhausted.py [--only NAME] [--machine vm] [--name HOST] [--keep]
 
 For each resource: nothing of it is left for a while, in which more claims arrive than there are warm slots, and the
 journal, /metrics and `nbagent doctor` have to name it. Afterwards all claims get slots without the restart of a
 service, and a user who had a notebook before goes on. The figures go to standard output and to $NBAGENT_CACHE/chaos.
+The host has a /var of its own, with the journal in it. Open files are those of the whole machine, and are used up only
+with `--machine vm`, which is Debian 13.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
@@ -43,7 +47,11 @@ ALARM_S = 20.0
 
 
 class Exhausted(NamedTuple):
-    """A resource, the commands that use it up and free it, and expressions that the alarms match."""
+    """A resource, the commands that use it up and free it, and expressions that the alarms match; "" without an alarm.
+
+    `options` are those of the claims. `serves`: claims get slots and no 503. `connects`: a user can open a websocket.
+    `machine` is the only driver of hosts on which it can be used up. `killed` is a service that ends meanwhile.
+    """
 
     name: str
     begin: tuple[str, ...]
@@ -51,6 +59,11 @@ class Exhausted(NamedTuple):
     journal: str
     metric: str
     doctor: str
+    options: Mapping[str, str] = MappingProxyType({})
+    serves: bool = False
+    connects: bool = True
+    machine: str = ""
+    killed: str = ""
 
 
 def shell(text: str) -> tuple[str, ...]:
@@ -64,7 +77,7 @@ def nearly(resource: str) -> str:
 
 def left(resource: str) -> str:
     """The sample with less than 5 %."""
-    return rf'nbagent_resource_free_percent\{{resource="{resource}"\}} (-|[0-4]\.)'
+    return rf'nbagent_resource_free_percent\{{resource="{resource}"\}} [0-4]\.'
 
 
 FAILURES = r"nbagent_pool_failures\{[^}]*\} [1-9]"
@@ -74,6 +87,16 @@ def fault(kind: str, target: str) -> tuple[str, ...]:
     """A fault of inside.py."""
     return ("fault", kind, target)
 
+
+# The file system of the host's /var. It is a tmpfs, whose size and inodes can be lowered to what is used.
+OWN_VAR = shell("""
+    set -e
+    mountpoint -q /var && exit
+    mkdir /root/var && mount -t tmpfs -o size=2g,mode=755 var /root/var
+    cp -a /var/. /root/var/ && mount --bind /root/var /var && umount /root/var
+    printf '[Journal]\nStorage=persistent\n' > /etc/systemd/journald.conf.d/zz-own-var.conf
+    systemctl restart systemd-journald && journalctl --flush
+""")
 
 CASES = (
     Exhausted(
@@ -104,6 +127,30 @@ CASES = (
         f"{nearly('descriptors of the supervisor')}|did not start: .*Too many open files",
         f"{left('descriptors of the supervisor')}|{FAILURES}", r"^fail +(supervisor|start of a slot):.*",
     ),
+    Exhausted(
+        "blocks of /var, and the journal", fault("full", "blocks of /var"), ("end", "full"),
+        "blocks of /var/log of this host ", left("blocks of /var/log"), r"^fail +room in /var/log:.*", serves=True,
+    ),
+    Exhausted(
+        "inodes of /var", fault("full", "inodes of /var"), ("end", "full"),
+        nearly("inodes of /var/log"), left("inodes of /var/log"), r"^fail +room in /var/log:.*", serves=True,
+    ),
+    Exhausted(
+        "nftables", fault("nftables", NETWORK), ("end", "nftables"), "network fails.*No buffer space available",
+        r'nbagent_part_works\{part="network"\} 0', r"^fail +supervisor:.*No buffer space available",
+        {"network": "internet"},
+    ),
+    Exhausted("dbus-daemon", fault("connections", "dbus-daemon"), ("end", "connections"), "", "", "", serves=True),
+    # The units service keeps its connection until it ends.
+    Exhausted(
+        "PID 1", fault("connections", "PID 1"), ("end", "connections"), "systemd fails",
+        r'nbagent_part_works\{part="systemd"\} 0', r"^fail +(supervisor|nbagent-units.socket):.*",
+        killed=UNITS,
+    ),
+    Exhausted(
+        "open files", fault("open files", "open files"), ("end", "open files"), nearly("open files"), "",
+        r"^(warn|fail) +use:.*nearly all open files", connects=False, machine="vm",
+    ),
 )
 
 
@@ -117,8 +164,9 @@ class Run:
     """One run."""
 
     def __init__(self, host: Host, inside: Inside) -> None:
-        self.host, self.inside, self.api = host, inside, Api(host, timeout=DEADLINE_S + 30)
-        self.book = Book()
+        self.slower = hosts.slower(host)
+        self.book = Book(deadline_s=DEADLINE_S * self.slower)
+        self.host, self.inside, self.api = host, inside, Api(host, timeout=self.book.deadline_s + 30)
         self.results: dict[str, Any] = {}
 
     def act(self, words: tuple[str, ...]) -> None:
@@ -132,31 +180,36 @@ class Run:
     def rest(self, held: set[str]) -> float:
         began_s = time.monotonic()
         while found := differences(self.api.get("/slots").json(), self.inside.census(), held):
-            if time.monotonic() > began_s + REST_S:
+            if time.monotonic() > began_s + REST_S * self.slower:
                 raise SystemExit(f"not at rest: {found}")
             time.sleep(0.5)
         return time.monotonic() - began_s
 
-    def services(self) -> str:
-        units = (SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK)
-        return self.host.run(["systemctl", "show", "-P", "InvocationID", *units]).stdout
+    def services(self, case: Exhausted) -> str:
+        units = {SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK} - {case.killed}
+        return self.host.run(["systemctl", "show", "-P", "InvocationID", *sorted(units)]).stdout
 
-    def claim(self, number: int) -> tuple[str, str, float]:
+    def claim(self, case: Exhausted) -> tuple[str, str, float]:
         """The kind of the answer, the slot if there is one, and the time."""
         began_s = time.monotonic()
-        answer = self.api.post("/claim")
+        answer = self.api.post("/claim", dict(case.options))
         took_s = time.monotonic() - began_s
         if answer.status == 200:
             return "a slot", answer.json()["slot"], took_s
         document = answer.json()
         return f"{answer.status} {document['type'].rpartition(':')[2]}: {document['detail']}", "", took_s
 
-    def alarms(self, case: Exhausted) -> dict[str, str]:
-        """The first sample and finding that name the resource."""
+    def run_cell(self, case: Exhausted, user: Kernel) -> None:
+        if user.run("x + 1").text != "42":
+            self.book.problem(f"{case.name}: the cell of a user failed")
+
+    def alarms(self, case: Exhausted, since: str) -> dict[str, str]:
+        """The first entry, sample and finding that name the resource."""
         found: dict[str, str] = {}
-        until_s = time.monotonic() + ALARM_S
-        while time.monotonic() < until_s and len(found) < 1 + bool(case.doctor):
-            if "metric" not in found:
+        until_s = time.monotonic() + ALARM_S * self.slower
+        while time.monotonic() < until_s and len(found) < sum(map(bool, (case.journal, case.metric, case.doctor))):
+            found |= self.entries(case, since)
+            if case.metric and "metric" not in found:
                 found |= matching("metric", case.metric, self.api.get("/metrics").body.decode())
             if case.doctor and "doctor" not in found:
                 doctor = self.host.run(["nbagent", "doctor"], check=False)
@@ -167,29 +220,35 @@ class Run:
     def entries(self, case: Exhausted, since: str) -> dict[str, str]:
         """The first entry that names the resource."""
         command = ["journalctl", "-q", "--no-pager", "-o", "cat", "-u", "nbagent", "--after-cursor", since]
-        return matching("journal", case.journal, self.host.run(command).stdout)
+        found = self.host.run(command, check=False) if case.journal else None
+        return matching("journal", case.journal, found.stdout) if found else {}
 
     def try_one(self, case: Exhausted, notebook: Notebook, kernel_id: str) -> None:
-        services, problems = self.services(), len(self.book.problems)
+        services, problems = self.services(case), len(self.book.problems)
         cursor = self.host.run(["journalctl", "-q", "-n", "1", "--show-cursor", "-o", "cat"]).stdout
         since = cursor.rpartition("-- cursor: ")[2].strip()
-        with ThreadPoolExecutor(CLAIMS) as threads:
+        # A new websocket, because Jupyter closes one whose client sends no pong for 90 s.
+        with Kernel(notebook, kernel_id) as user, ThreadPoolExecutor(CLAIMS) as threads:
             self.act(case.begin)
+            if case.killed:
+                self.inside.begin(Fault(0, "kill", case.killed, 0.0, 0.0))
             try:
-                answers = list(threads.map(self.claim, range(CLAIMS)))
-                # By a new websocket, because Jupyter closes one whose client sends no pong for 90 s.
-                with Kernel(notebook, kernel_id) as user:
-                    if user.run("x + 1").text != "42":
-                        self.book.problem(f"{case.name}: the cell of a user failed")
-                found = self.alarms(case)
+                answers = list(threads.map(self.claim, [case] * CLAIMS))
+                self.run_cell(case, user)
+                if case.connects:
+                    with Kernel(notebook, kernel_id) as again:
+                        self.run_cell(case, again)
+                found = self.alarms(case, since)
             finally:
                 self.act(case.end)
             ended_s = time.monotonic()
             found |= self.entries(case, since)
+            right = ("a slot",) if case.serves else ("a slot", "503 ")
             for kind, _, took_s in answers:
-                if not kind.startswith(("a slot", "503 ")) or took_s > DEADLINE_S:
+                if not kind.startswith(right) or took_s > self.book.deadline_s:
                     self.book.problem(f"{case.name}: a claim got {kind} after {took_s:.1f} s")
-            for name in {"journal", "metric", *(["doctor"] if case.doctor else [])} - found.keys():
+            wanted = {"journal": case.journal, "metric": case.metric, "doctor": case.doctor}
+            for name in {name for name, expression in wanted.items() if expression} - found.keys():
                 self.book.problem(f"{case.name}: not in {name}")
             caller = Caller(self.host, self.book)
             for _, slot, _ in answers:
@@ -201,7 +260,7 @@ class Run:
                 if claim:
                     caller.release(str(claim["slot"]))
         rest_s = self.rest({notebook.slot})
-        if self.services() != services:
+        if self.services(case) != services:
             self.book.problem(f"{case.name}: a service was restarted")
         self.results[case.name] = {
             "answers": Counter(kind for kind, _, _ in answers),
@@ -215,19 +274,27 @@ class Run:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--only", action="append", help="a resource")
+    names = [case.name for case in CASES]
+    parser.add_argument("--only", action="append", choices=names, help="a resource")
+    parser.add_argument("--machine", choices=("nspawn", "vm"), default="nspawn")
     parser.add_argument("--name", default=NAME, help="of the test host")
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     options = parser.parse_args()
-    with hosts.running(options.name, keep=options.keep) as host, Inside(host) as inside:
+    options.only = options.only or names
+    suite = "trixie" if options.machine == "vm" else "bookworm"
+    cases = [case for case in CASES if case.machine in ("", options.machine) and case.name in options.only]
+    running = hosts.running(
+        options.name, keep=options.keep, driver=options.machine, suite=suite,
+        prepare=OWN_VAR if any("/var" in case.name for case in cases) else (),
+    )
+    with running as host, Inside(host) as inside:
         run = Run(host, inside)
         run.rest(set())
         notebook = Notebook(host, Api(host).post("/claim").json())
         kernel = notebook.kernel()
         kernel.run("x = 41")
-        for case in CASES:
-            if not options.only or case.name in options.only:
-                run.try_one(case, notebook, kernel.id)
+        for case in cases:
+            run.try_one(case, notebook, kernel.id)
     result = {"resources": run.results, "problems": run.book.problems}
     out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)

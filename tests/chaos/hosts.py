@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from at_rest import SETTINGS, WARM
 
@@ -12,16 +12,36 @@ import product
 from product import say
 from testhost_driver import Host
 
+# A zygote and a start by exec take up to two minutes of the processor time that an emulated machine counts.
+EMULATED = """
+[slots]
+start_timeout = "10min"
+"""
+
+
+def slower(host: Host) -> float:
+    """The factor of deadlines on a host, which is an emulated machine or not."""
+    return 4.0 if host.driver == "vm" else 1.0
+
 
 @contextlib.contextmanager
-def running(name: str, *, keep: bool, driver: str = "nspawn", suite: str = "bookworm") -> Iterator[Host]:
-    """A host with the packages of this tree and warm slots. With `keep` it stays, and one that is up is used."""
+def running(
+    name: str, *, keep: bool, driver: str = "nspawn", suite: str = "bookworm", prepare: Sequence[str] = ()
+) -> Iterator[Host]:
+    """A host with the packages of this tree and warm slots. With `keep` it stays, and one that is up is used.
+
+    `prepare` is a command that is executed before the packages are installed.
+    """
     host = Host.up(name=name, driver=driver, suite=suite, say=say)
     if keep:
         host.keep()
     try:
+        if prepare:
+            host.run(list(prepare))
         host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
         host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)
+        if driver == "vm":
+            host.run(["tee", "/etc/nbagent/conf.d/51-emulated.toml"], input=EMULATED)
         product.add_changed(host, product.build(say), say)
         product.wait_warm(host, WARM)
         yield host

@@ -16,6 +16,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,13 +24,19 @@ import traceback
 from pathlib import Path
 
 RUN, SLOTS = Path("/run"), Path("/run/nbagent/slots")
-PID_MAX = Path("/proc/sys/kernel/pid_max")
+PID_MAX, FILE_MAX = Path("/proc/sys/kernel/pid_max"), Path("/proc/sys/fs/file-max")
 # Services whose descriptors, memory and tasks are counted.
 SERVICES = ("nbagent", "nbagent-api", "nbagent-router", "nbagent-units", "nbagent-launch", "nbagent-network")
 CGROUPS = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")
 # Left for the processes of the host itself.
 FREE_DESCRIPTORS, FREE_TASKS = 3, 2
 FREE_MEMORY = 64 << 10
+# Files that other processes may close before there is one for another process.
+FREED_FILES = 300
+# journald allocates its files in steps of 8 MiB.
+JOURNAL_BYTES, ENTRY_BYTES = 32 << 20, 32 << 10
+# More connections than PID 1 accepts (4,096), and than dbus-daemon accepts before their peers have authenticated (64).
+CONNECTIONS = {"PID 1": ("/run/systemd/private", 4500), "dbus-daemon": ("/run/dbus/system_bus_socket", 500)}
 CHANGES = "mkdir,mkdirat,rename,renameat,renameat2,rmdir,symlink,symlinkat,unlink,unlinkat"
 # By strace(1). Every third opening fails too, so that files are neither read nor made at times.
 INJECTED = {
@@ -81,6 +88,17 @@ def parent(pid):
     with contextlib.suppress(OSError):
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return 0
+
+
+def zombies():
+    """Processes that have ended and that a service of nbagent has not reaped."""
+    found = []
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                unit = unit_of(parent(entry))
+                found += [f"{entry} of {unit}"] if unit.startswith("nbagent") and unit.endswith(".service") else []
+    return found
 
 
 def zygotes():
@@ -157,14 +175,14 @@ def limit_memory(unit):
     return most
 
 
-def inject(kind, target):
+def inject(target, changes, *options):
     """Starts strace, which changes system calls of the processes of a target and of their children."""
     pids = targets(target)
     if not pids:
         return None
-    calls = [part for text in INJECTED[kind] for part in ("-e", f"inject={text}")]
-    traced = ",".join(dict.fromkeys(text.partition(":")[0] for text in INJECTED[kind]))
-    argv = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={traced}", *calls]
+    calls = [part for text in changes for part in ("-e", f"inject={text}")]
+    traced = ",".join(dict.fromkeys(text.partition(":")[0] for text in changes))
+    argv = ["strace", "-f", "-qq", "-o", "/dev/null", *options, "-e", f"trace={traced}", *calls]
     process = subprocess.Popen([*argv, *(part for pid in pids for part in ("-p", str(pid)))], stderr=subprocess.DEVNULL)
     until_s = time.monotonic() + 10
     while process.poll() is None and time.monotonic() < until_s and not all(map(is_traced, pids)):
@@ -178,6 +196,33 @@ def is_traced(pid):
     with contextlib.suppress(OSError):
         return "TracerPid:\t0\n" not in Path(f"/proc/{pid}/status").read_text()
     return True
+
+
+def refuse_nftables():
+    """Lets commands of nftables by the network service fail, as when the kernel has no memory for them."""
+    unit = "nbagent-network.service"
+    pid, = targets(unit)
+    own = {os.readlink(f"/proc/{pid}/fd/{entry}") for entry in os.listdir(f"/proc/{pid}/fd")}
+    for line in Path(f"/proc/{pid}/net/netlink").read_text().splitlines()[1:]:
+        _, protocol, _, groups, *_, inode = line.split()
+        # The other socket of this protocol, NETLINK_NETFILTER, is for notifications.
+        if protocol == "12" and not int(groups, 16) and (path := f"socket:[{inode}]") in own:
+            return inject(unit, ("sendmsg,sendto:error=ENOBUFS",), "-P", path)
+    return None
+
+
+def connect_all(path, count):
+    """Opens connections to a service, and sends nothing over them."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    found = []
+    for _ in range(count):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(1)
+        found.append(connection)
+        with contextlib.suppress(OSError):
+            connection.connect(path)
+    return found
 
 
 def step_clock(seconds):
@@ -195,22 +240,39 @@ def limit_ids():
     return before
 
 
+def flood_journal():
+    """Sends entries until journald has used up what it has allocated of its file system."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.connect("/run/systemd/journal/socket")
+        for _ in range(JOURNAL_BYTES // ENTRY_BYTES):
+            # Random, because journald compresses; without a line break, which needs another form.
+            journal.sendall(b"MESSAGE=" + os.urandom(ENTRY_BYTES // 2).hex().encode() + b"\n")
+
+
 def fill(target):
-    """Lowers the limits of /run to what it has, which takes no memory. Returns its former size and inodes."""
-    status = os.statvfs(RUN)
+    """Lowers the limits of a tmpfs to what it has, which takes no memory. Returns it, its former size and inodes."""
+    path = target.rpartition(" ")[2]
+    status = os.statvfs(path)
     page = resource.getpagesize()
     blocks = (status.f_blocks - status.f_bfree) * status.f_frsize // page
     if target.startswith("blocks"):
         # The unused part of the last pages of files remains.
-        run("mount", "-o", f"remount,size={(blocks + 1) * page}", str(RUN))
+        run("mount", "-o", f"remount,size={(blocks + 1) * page}", path)
     else:
-        run("mount", "-o", f"remount,nr_inodes={status.f_files - status.f_ffree + 1}", str(RUN))
-    return status.f_blocks * status.f_frsize, status.f_files
+        run("mount", "-o", f"remount,nr_inodes={status.f_files - status.f_ffree + 1}", path)
+    return path, status.f_blocks * status.f_frsize, status.f_files
 
 
 def empty(before):
-    size, inodes = before
-    run("mount", "-o", f"remount,size={size},nr_inodes={inodes}", str(RUN))
+    path, size, inodes = before
+    run("mount", "-o", f"remount,size={size},nr_inodes={inodes}", path)
+
+
+def limit_files():
+    """Leaves no open file to processes without CAP_SYS_ADMIN, on the whole machine."""
+    used, _, before = Path("/proc/sys/fs/file-nr").read_text().split()
+    FILE_MAX.write_text(str(int(used) - FREED_FILES))
+    return before
 
 
 class Faults:
@@ -234,6 +296,8 @@ class Faults:
             return run("systemctl", "daemon-reexec")
         if kind == "full":
             self.held["full"] = fill(target)
+            if target == "blocks of /var":
+                flood_journal()
             return self.held["full"]
         if kind == "descriptors":
             self.held["descriptors"] = limit_descriptors(target)
@@ -247,10 +311,19 @@ class Faults:
         if kind == "ids":
             self.held["ids"] = limit_ids()
             return self.held["ids"]
+        if kind == "open files":
+            self.held[kind] = limit_files()
+            return self.held[kind]
+        if kind == "nftables":
+            self.held[kind] = refuse_nftables()
+            return self.held[kind] and self.held[kind].args[-1]
+        if kind == "connections":
+            self.held[kind] = connect_all(*CONNECTIONS[target])
+            return len(self.held[kind])
         if kind == "network":
             return run("sh", "-c", NETWORK[target])
         if kind in INJECTED:
-            self.held[kind] = inject(kind, target)
+            self.held[kind] = inject(target, INJECTED[kind])
             return self.held[kind] and self.held[kind].args[-1]
         if kind == "clock":
             self.held["clock"] = step_clock(STEPS_S[target])
@@ -274,9 +347,14 @@ class Faults:
             run("systemctl", "revert", held)
         elif kind == "ids":
             PID_MAX.write_text(held)
+        elif kind == "open files":
+            FILE_MAX.write_text(held)
+        elif kind == "connections":
+            for connection in held:
+                connection.close()
         elif kind == "clock":
             step_clock(-held)
-        elif kind in INJECTED and held is not None:
+        elif (kind in INJECTED or kind == "nftables") and held is not None:
             held.terminate()
             held.wait(30)
 
@@ -381,6 +459,7 @@ def census():
         "cgroups": cgroups(),
         "processes": mine,
         "strays": strays,
+        "zombies": zombies(),
         "mounts": [
             line.split()[4] for line in Path("/proc/1/mountinfo").read_text().splitlines() if "/nbagent" in line
         ],

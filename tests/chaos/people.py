@@ -25,8 +25,6 @@ from testhost_driver import Host
 
 # pool.claim_timeout and claims.timeout together are 50 s; the API repeats a call of the supervisor for 30 s.
 DEADLINE_S = 60.0
-# A claim with its repetitions, and a cell.
-PATIENCE_S = 240.0
 BROKEN = (OSError, http.client.HTTPException)
 
 
@@ -42,6 +40,11 @@ class Book:
     cell_s: list[float] = field(default_factory=list)
     owners: dict[str, str] = field(default_factory=dict)
     deadline_s: float = DEADLINE_S
+
+    @property
+    def patience_s(self) -> float:
+        """The longest time of a claim with its repetitions, of a release, and of a cell."""
+        return 4 * self.deadline_s
 
     def add(self, name: str, count: int = 1) -> None:
         with self.lock:
@@ -71,9 +74,9 @@ class Caller:
         # More than the deadline, so that a late response is seen as late and not as none.
         self.api = Api(host, timeout=book.deadline_s + 30)
 
-    def claim(self, wait_s: float = PATIENCE_S, **options: object) -> dict[str, object] | None:
+    def claim(self, **options: object) -> dict[str, object] | None:
         """A slot, by as many repetitions as it takes; None with a problem when there was none in time."""
-        key, until_s, pause_s = uuid.uuid4().hex, time.monotonic() + wait_s, 0.1
+        key, until_s, pause_s = uuid.uuid4().hex, time.monotonic() + self.book.patience_s, 0.1
         while time.monotonic() < until_s:
             began_s = time.monotonic()
             try:
@@ -96,7 +99,7 @@ class Caller:
                 self._note(answer, options)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, 1.0)
-        self.book.problem(f"a claim with {options} got no slot in {wait_s:g} s")
+        self.book.problem(f"a claim with {options} got no slot in {self.book.patience_s:g} s")
         return None
 
     def _note(self, answer, options) -> None:
@@ -114,7 +117,7 @@ class Caller:
 
     def release(self, slot: str) -> None:
         """Ends a slot, by as many repetitions as it takes."""
-        until_s = time.monotonic() + PATIENCE_S
+        until_s = time.monotonic() + self.book.patience_s
         while time.monotonic() < until_s:
             with contextlib.suppress(*BROKEN):
                 answer = self.api.delete(f"/slots/{slot}")
@@ -124,7 +127,7 @@ class Caller:
                     self.book.problem(f"the release of {slot} was answered by {answer.status}: {answer.body[:200]!r}")
                     return
             time.sleep(0.2)
-        self.book.problem(f"slot {slot} was not released in {PATIENCE_S:g} s")
+        self.book.problem(f"slot {slot} was not released in {self.book.patience_s:g} s")
 
 
 class User(threading.Thread):
@@ -166,7 +169,7 @@ class User(threading.Thread):
         while not self.stop.is_set():
             began_s = time.monotonic()
             try:
-                result = kernel.run("n += 1; n", PATIENCE_S)
+                result = kernel.run("n += 1; n", self.book.patience_s)
                 if result.text != str(self.count + 1):
                     self.book.problem(f"{self.name} with {self.slot}: cell {self.count + 1} was {result}")
                     return
@@ -182,17 +185,17 @@ class User(threading.Thread):
                 opened = self.closings()
                 kernel = self._again(notebook, kernel.id)
                 # The cell has been executed or not.
-                found = int(kernel.run("n", PATIENCE_S).text)
+                found = int(kernel.run("n", self.book.patience_s).text)
                 if found not in (self.count, self.count + 1):
                     self.book.problem(f"{self.name} with {self.slot}: {found} cells instead of {self.count}")
                 self.count = found
             self.stop.wait(source.uniform(0.5, 1.5) * self.pause_s)
-        if kernel.run("n", PATIENCE_S).text != str(self.count):
+        if kernel.run("n", self.book.patience_s).text != str(self.count):
             self.book.problem(f"{self.name} with {self.slot}: the last state was wrong")
         kernel.close()
 
     def _again(self, notebook: Notebook, kernel_id: str) -> Kernel:
-        until_s = time.monotonic() + PATIENCE_S
+        until_s = time.monotonic() + self.book.patience_s
         while True:
             try:
                 return Kernel(notebook, kernel_id)

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`make soak`: thousands of claims and releases leave the services as they were; idle connections delay no claim.
 
-    tests/chaos/soak.py [--claims 3000] [--callers 4] [--idle 1000] [--crowd 200] [--crowd-minutes 0] [--keep]
+    tests/chaos/soak.py [--claims 3000] [--callers 4] [--idle 1000] [--crowd 200] [--crowd-minutes 0] [--name HOST]
+        [--keep]
 
 Memory (RSS), descriptors and tasks of each service, and files, mounts, cgroups and units of the host are compared after
 the first claims and after the last. With `--crowd-minutes`, `--crowd` callers claim and release at the same time for so
@@ -110,10 +111,11 @@ def main() -> None:
     parser.add_argument("--idle", type=int, default=1000)
     parser.add_argument("--crowd", type=int, default=200)
     parser.add_argument("--crowd-minutes", type=float, default=0)
+    parser.add_argument("--name", default=NAME, help="of the test host")
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    with hosts.running(NAME, keep=options.keep) as host:
+    with hosts.running(options.name, keep=options.keep) as host:
         result = measure(host, options)
     out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)

@@ -124,9 +124,16 @@ def test_a_host_whose_network_fails_offers_warm_slots_to_claims_without_it(tmp_p
             assert host.calls.stats()["available"] == available and not host.calls.stats()["ready"]
             with pytest.raises(StartFailed, match="no table"):
                 await host.calls.try_start()
+            # A claim is refused at once and leaves the warm slot.
+            warm_slot, = await host.until_states("warm")
+            with pytest.raises(StartFailed, match="no slot can have a network: no table"):
+                await host.claim(network="internet")
+            assert await host.until_states("warm") == [warm_slot]
             del host.network.errors["check"]
+            # Before the next check, since it is mended.
+            assert (await host.claim(network="internet"))["slot"] == warm_slot
             await host.supervisor.health.check()
-            assert host.calls.free_percent() == 100
+            assert host.calls.free_percent() == 75
 
     asyncio.run(run())
 
@@ -156,6 +163,22 @@ def test_a_host_that_cannot_write_records_offers_nothing(tmp_path, monkeypatch):
                 await host.claim()
             (tmp_path / "slots" / ".check-1").rmdir()
             assert (await host.claim())["slot"] == slot_id
+
+    asyncio.run(run())
+
+
+def test_a_claim_that_waits_is_refused_when_slots_cannot_be_recorded(tmp_path):
+    async def run():
+        async with Host(tmp_path, pool={"warm": 0, "starts": 4, "claim_timeout": "600s"}) as host:
+            gate, claiming = host.launcher.hold(), asyncio.ensure_future(host.claim())
+            await host.until_states("starting")
+            (tmp_path / "slots" / ".check-1").mkdir()
+            assert (await twice(host)).keys() == {"records"}
+            with pytest.raises(RecordFailed, match="no slot can be recorded"):
+                await claiming
+            (tmp_path / "slots" / ".check-1").rmdir()
+            gate.set()
+            assert (await host.claim())["slot"]
 
     asyncio.run(run())
 

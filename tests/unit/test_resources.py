@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nbagent.linux import resources
-from nbagent.linux.resources import Resource
+from nbagent.linux.resources import Kernel, Resource
 from nbagent.supervisor.resources import Resources, read
 
 
@@ -30,7 +30,8 @@ def test_a_resource_is_reported_when_it_is_low_and_when_it_suffices(journal: lis
 
 
 def test_the_resources_of_this_machine_have_limits() -> None:
-    found = {resource.name: resource for resource in (*resources.of_file_system(Path("/")), *read())}
+    with Kernel() as kernel:
+        found = {resource.name: resource for resource in (*resources.of_file_system(Path("/")), *read(kernel))}
     assert {"blocks", "processes and threads", "open files", "descriptors of the supervisor"} <= found.keys()
     assert all(0 <= each.free <= each.limit for each in found.values())
 
@@ -46,13 +47,30 @@ def test_a_process_without_a_free_descriptor_has_none_left() -> None:
 
 
 def test_a_limit_that_is_not_known_is_left_out(tmp_path: Path) -> None:
-    assert resources.of_kernel(tmp_path) == []
+    with Kernel(tmp_path) as kernel:
+        assert kernel.read() == []
+
+
+def test_the_counts_of_the_kernel_are_read_while_no_file_can_be_opened(tmp_path: Path) -> None:
+    for name, text in (("loadavg", "0.1 0.2 0.3 1/120 9"), ("sys/fs/file-nr", "900\t0\t1000"),
+                       ("sys/kernel/pid_max", "100"), ("sys/kernel/threads-max", "200")):
+        (tmp_path / "proc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "proc" / name).write_text(text)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with Kernel(tmp_path) as kernel:
+        (tmp_path / "proc/sys/fs/file-nr").write_text("999\t0\t1000")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+        try:
+            assert kernel.read() == [Resource("processes and threads", 0, 100), Resource("open files", 1, 1000)]
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 def test_what_is_not_there_is_left_out(journal: list[dict[str, str]]) -> None:
-    def nothing() -> Iterator[Resource]:
+    def nothing(_: Kernel) -> Iterator[Resource]:
         yield from ()
 
     host = Resources(nothing)
-    host.note(list(nothing()))
+    with Kernel() as kernel:
+        host.note(list(nothing(kernel)))
     assert host.free_percent == {} and journal == []

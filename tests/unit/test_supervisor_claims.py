@@ -7,6 +7,7 @@ import asyncio
 import base64
 import datetime
 import errno
+import math
 
 import pytest
 from fakes import Host, cancelled, kinds, turns, until
@@ -24,7 +25,7 @@ from nbagent.core.errors import (
 )
 from nbagent.core.events import Event
 from nbagent.core.model import SlotState
-from nbagent.supervisor import content_injector
+from nbagent.supervisor import content_injector, pools
 from nbagent.supervisor.content_injector import Injected
 
 INTERNET = {"network": {"allow": ["none", "internet"]}}
@@ -338,6 +339,24 @@ async def test_a_claim_that_waits_while_starts_fail_has_the_reason(tmp_path):
         with pytest.raises(StartFailed, match="no such device; systemd: no response") as failed:
             await host.claim()
         assert failed.value.details["step"] == "mount"
+
+
+async def test_claims_that_wait_are_refused_when_starts_have_failed_for_long(tmp_path, monkeypatch):
+    pool = {"warm": 0, "starts": 4, "claim_timeout": "600s", "backoff": "1ms", "backoff_max": "1ms"}
+    async with Host(tmp_path, pool=pool) as host:
+        host.launcher.error = StartFailed("fork: EAGAIN", step="launch", errno=errno.EAGAIN)
+        claiming = asyncio.ensure_future(host.claim())
+        await until(lambda: host.supervisor.pools["minimal"].failures >= 3)
+        assert not claiming.done()
+        monkeypatch.setattr(pools, "LASTING_S", 0.0)
+        with pytest.raises(StartFailed, match="EAGAIN") as failed:
+            await claiming
+        assert failed.value.details["errno"] == errno.EAGAIN
+        # The time counts from the first failure after a success.
+        monkeypatch.setattr(pools, "LASTING_S", 600.0)
+        host.launcher.error = None
+        assert (await host.claim())["slot"]
+        assert host.supervisor.pools["minimal"].failing_s == math.inf
 
 
 async def test_a_draining_host_refuses_claims_and_ends_warm_slots_alone(tmp_path, journal):

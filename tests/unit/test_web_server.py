@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import resource
 import socket
 import threading
 import time
@@ -365,6 +367,71 @@ def test_an_exception_of_the_application_closes_the_connection_only(
             assert is_closed(connection)
     assert is_served(running)
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+
+
+@contextlib.contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """A process in which every number below the limit of descriptors is used."""
+    before, used = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    with open(os.devnull) as file:
+        last = max(map(int, os.listdir("/proc/self/fd")))
+        while not used or used[-1] <= last:
+            used.append(os.dup(file.fileno()))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, before)
+            for fd in used:
+                os.close(fd)
+
+
+def test_without_descriptors_requests_are_refused_and_connections_go_on(serve: Callable[..., Running]) -> None:
+    running = serve()
+    with running.connect() as former, contextlib.ExitStack() as stack:
+        ask(former)
+        # Their descriptors, before there is none.
+        callers = [stack.enter_context(socket.socket()) for _ in range(3)]
+        with no_descriptor_left():
+            for caller in callers:
+                caller.settimeout(TIMEOUT_S)
+                caller.connect(running.listeners[0].getsockname())
+                caller.sendall(GET)
+                response = response_of(caller)
+                assert response.startswith(b"HTTP/1.1 503 ") and b"Retry-After: 1\r\n" in response
+                assert b"urn:nbagent:problem:full" in response and b"Too many open files" in response
+            assert b"200 OK" in ask(former)
+    assert is_served(running)
+
+
+def test_a_request_for_which_no_thread_can_be_started_is_refused(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def app(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        if environ["PATH_INFO"] == "/wait":
+            begun.set()
+            release.wait(TIMEOUT_S)
+        return echo(environ, start_response)
+
+    running = serve(app)
+    with running.connect(trusted=True) as first, running.connect(trusted=True) as second:
+        first.sendall(b"GET /wait HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert begun.wait(TIMEOUT_S)
+
+        def refuse(_: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refuse)
+            response = ask(second)
+        assert response.startswith(b"HTTP/1.1 503 ") and b"can't start new thread" in response
+        release.set()
+        assert b"GET /wait" in response_of(first)
+        # The thread finds the refused request in its queue, and goes on.
+        assert b"GET /a?b" in ask(first)
+    assert is_served(running)
 
 
 def test_a_stop_serves_what_was_accepted(serve: Callable[..., Running]) -> None:

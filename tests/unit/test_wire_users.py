@@ -13,6 +13,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from nbagent.config import host_config
@@ -383,6 +384,16 @@ def test_a_malformed_message_of_a_zygote_is_an_error_and_leaks_nothing(zygote, p
     with pytest.raises(MalformedMessage):
         service._forked(pidns)
     assert open_fds() == before
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a pid namespace is made by root")
+def test_a_zygote_that_is_ready_has_left_no_ended_process(zygote):
+    service, peer = zygote
+    peer.send({"ready": True, "notes": ["a note"]})
+    assert service.begin([], []) == ["a note"]
+    with peer.receive() as order:
+        assert order.fds.keys() == {"nowhere"}
+    assert [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE] == []
 
 
 def test_only_a_child_of_the_zygote_in_the_slots_pid_namespace_is_its_fork_server(zygote, pidns, file):
