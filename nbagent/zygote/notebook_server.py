@@ -186,6 +186,9 @@ def release_loop(server: Any) -> KeptLoop:
 
 def serve(server: Any, application: Any, on_serving: Callable[[], None] = lambda: None) -> None:
     """Serves `application` on LISTEN_FD until SIGTERM; calls `on_serving` when the event loop runs."""
+    # Children that an extension starts by multiprocessing, with spawn or forkserver, execute the file of __main__ anew
+    # as __mp_main__. That of a zygote or of exec_main would load a server in each of them. Without a file they skip it.
+    vars(sys.modules["__main__"]).pop("__file__", None)
     _make_files(server)
     _apply_limits(server)
     listener = socket.socket(fileno=LISTEN_FD)

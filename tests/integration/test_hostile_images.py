@@ -201,13 +201,18 @@ OPENS_A_FILE = """
     database, memory = open("/home/jovyan/common.db", "a"), mmap.mmap(-1, 4096)
 """
 EXTENSION = """
-import os
+import multiprocessing, os
 from jupyter_server.base.handlers import JupyterHandler
 from jupyter_server.utils import url_path_join
 
 class Opened(JupyterHandler):
     def get(self):
         self.finish(dict(self.settings["opened"], serves=os.getpid(), ticks=TICKS))
+
+class Child(JupyterHandler):
+    def get(self):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            self.finish({"modules": pool.apply(eval, ["sorted(__import__('sys').modules)"])})
 
 TICKS = []
 
@@ -220,7 +225,8 @@ def _load_jupyter_server_extension(server):
         "loaded": os.getpid(), "owner": os.fstat(database.fileno()).st_uid, "base": server.web_app.settings["base_url"]}
     server.database = database
     server.io_loop.call_later(0, TICKS.append, 1)
-    server.web_app.add_handlers(".*$", [(url_path_join(server.base_url, "opened"), Opened)])
+    server.web_app.add_handlers(".*$", [
+        (url_path_join(server.base_url, "opened"), Opened), (url_path_join(server.base_url, "child"), Child)])
 """
 
 
@@ -252,6 +258,8 @@ def test_modules_and_extensions_that_a_fork_would_break_are_left_out_and_named(a
             found = notebook.get("opened")
             assert found["loaded"] == found["serves"] and found["base"] == notebook.base and found["owner"] > 0
             assert notebook.get("opened")["ticks"] == [1]
+        # A child that the server starts by multiprocessing executes nothing of the zygote.
+        assert not [name for name in notebook.get("child")["modules"] if re.match("nbagent|jupyter|__mp_main__", name)]
         table = agent.host.run(["nbagent", "image", "check", IMAGE], check=False, timeout=300).stdout
         for named in ("module hostile is not", f"module {THREAD} is not", "extension opened is loaded in each slot"):
             assert re.search(rf"^zygote +warn +the {named}", table, re.MULTILINE), table

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import re
 import sys
 import tempfile
 import time
@@ -57,11 +58,29 @@ IMAGE = Version(
     "extensions", "stacks", "trixie", "3.13",
     ("jupyterlab==4.6.6", "ipykernel==7.4.0", "jupyterlab-lsp", "python-lsp-server", "jupyter-collaboration",
      "jupyterlab-git", "nbdime", "jupyter-server-proxy", "nbgitpuller", "voila", "jupyter-resource-usage",
-     "dask-labextension", "distributed", "ipywidgets", "ipympl", "bokeh", "panel"),
+     "dask-labextension", "distributed", "ipywidgets", "ipympl", "bokeh", "panel", "jupyter-ai"),
     packages="git",
     files=(("etc/jupyter/jupyter_server_config.json", json.dumps(SETTINGS).encode()),
            ("usr/local/share/echo.py", ECHO)),
 )
+# A persona of jupyter-ai, as a file of the user: it responds without a model.
+PERSONA = """
+from jupyter_ai_persona_manager import BasePersona, PersonaDefaults
+
+class Echo(BasePersona):
+    @property
+    def defaults(self):
+        return PersonaDefaults(name="Echo", description="echo", avatar_path="", system_prompt="")
+
+    async def process_message(self, message):
+        self.send_message("echo of " + message.body)
+"""
+# A cell: the tools of jupyter_server_mcp, which listens on a port of its own.
+TOOLS = """
+from fastmcp import Client
+async with Client("http://localhost:3001/mcp") as client:
+    print(sorted(tool.name for tool in await client.list_tools()))
+"""
 BOKEH = """
 from bokeh.io import output_notebook
 from bokeh.plotting import figure, show
@@ -180,6 +199,19 @@ def a_shared_document_gets_a_session(user: Notebook) -> Any:
 
 
 @trial
+def jupyter_ai_starts_and_a_persona_of_the_user_responds(user: Notebook) -> Any:
+    page = call(user, "GET", "lab").body.decode()
+    config = json.loads(re.search(r'id="jupyter-config-data"[^>]*>(.*?)</script>', page, re.S)[1])  # type: ignore[index]
+    with kernel_of(user) as kernel:
+        cell(kernel, "import os\nos.makedirs('.jupyter/personas', exist_ok=True)\n"
+                     f"open('.jupyter/personas/echo_persona.py', 'w').write({PERSONA!r})")
+        tools = cell(kernel, TOOLS).strip()
+    answer = call(user, "POST", "api/ai/message/Echo", {"message": "hello"})
+    settings = {key: config[key] for key in sorted(config) if re.search("rtc|live|ai_|collab", key, re.I)}
+    return call(user, "GET", "jupyter-ai-router/health").status, settings, tools, answer.status, answer.json()
+
+
+@trial
 def the_figures_of_resource_usage_have_the_kernels_and_the_limit(user: Notebook) -> Any:
     with kernel_of(user) as kernel:
         cell(kernel, "kept = bytearray(b'x') * (300 << 20)")
@@ -199,11 +231,12 @@ def dask_computes_in_the_kernel_and_in_a_cluster_of_the_page(user: Notebook) -> 
         total = cell(kernel, """
             from dask.distributed import Client
             with Client(processes=False, dashboard_address=None) as client:
-                print(client.submit(sum, [1, 2, 3]).result())""", 120).strip()
+                print(client.submit(sum, [1, 2, 3]).result())""", 120).split()[:1]
     made = call(user, "PUT", "dask/clusters", {}, timeout=120)
     name = made.json().get("id")
+    workers = call(user, "GET", f"dask/clusters/{name}").json().get("workers")
     ended = call(user, "DELETE", f"dask/clusters/{name}", timeout=120).status
-    return total, made.status, ended
+    return total, made.status, workers, ended
 
 
 @trial
