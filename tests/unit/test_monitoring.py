@@ -22,6 +22,7 @@ from test_gateway_claims import FakeHost, Gateway
 
 from nbagent.api import metrics
 from nbagent.core.documents import ZygoteStats
+from nbagent.linux.resources import Kernel
 from nbagent.supervisor.resources import read as read_resources
 from nbagent.wire.control import ControlClient
 from nbagent.wire.operations import STATS
@@ -58,7 +59,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Series:
     with FakeSupervisor(directory / "control.sock"):
         stats = ControlClient(directory / "control.sock", 5).call(STATS)
     stats["zygotes"] = {"minimal": ZygoteStats(state="ready", replacing=False, failures=0, forks=3, age_s=60.0)}
-    stats["resources"] = {resource.name: resource.free_percent for resource in read_resources()}
+    with Kernel() as kernel:
+        stats["resources"] = {resource.name: resource.free_percent for resource in read_resources(kernel)}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
