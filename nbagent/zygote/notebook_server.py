@@ -44,7 +44,7 @@ from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
 from nbagent.wire.limits_page import LimitVariables
-from nbagent.zygote import answers, assets, full_storage, linked_notebook, page, provisioner, shown_limits
+from nbagent.zygote import answers, assets, full_storage, installed, linked_notebook, page, provisioner, shown_limits
 from nbagent.zygote.acts import is_act
 from nbagent.zygote.kept_loop import KeptLoop
 from nbagent.zygote.slot_kernels import SlotKernelConnection, SlotKernelManager, SlotKernels, busy
@@ -189,6 +189,7 @@ def serve(server: Any, application: Any, on_serving: Callable[[], None] = lambda
     # Children that an extension starts by multiprocessing, with spawn or forkserver, execute the file of __main__ anew
     # as __mp_main__. That of a zygote or of exec_main would load a server in each of them. Without a file they skip it.
     vars(sys.modules["__main__"]).pop("__file__", None)
+    installed.note()
     _make_files(server)
     _apply_limits(server)
     listener = socket.socket(fileno=LISTEN_FD)

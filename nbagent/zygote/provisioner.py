@@ -8,20 +8,20 @@ server.
 It forks a kernel whose command is that of the ordinary Python kernel, run by the server's own Python under any name in
 its directory, and whose environment is like the server's. It starts every other kernel by exec: one of another
 kernelspec or Python; one with arguments, streams or variables that Python reads only when it starts; one that would
-import a package that the user has installed over a loaded one, because a fork would keep the loaded one. It also
-starts a kernel by exec, and logs a warning, when the fork server has ended or the fork failed.
+import a package that the user has installed over a loaded one (nbagent.zygote.installed). It also starts a kernel by
+exec, and logs a warning, when the fork server has ended or the fork failed.
 """
 
 from __future__ import annotations
 
 import os
-import site
 import sys
 from importlib.metadata import Distribution, DistributionFinder
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Protocol
 
 from jupyter_client.provisioning import LocalProvisioner
 
+from nbagent.zygote import installed
 from nbagent.zygote.forkserver import ForkFailed
 
 NAME = "nbagent-forkserver"
@@ -102,7 +102,7 @@ def _order(cmd: List[str], options: Dict[str, Any]) -> Optional[Dict[str, Any]]:
             for name in {*environment, *os.environ}
             if name.startswith(START_VARIABLES)
         )
-        or _shadowed()
+        or installed.over_loaded()
     ):
         return None
     return {
@@ -119,18 +119,6 @@ def _is_this_python(program: str) -> bool:
         return os.path.dirname(program) == os.path.dirname(sys.executable) and os.path.samefile(program, sys.executable)
     except OSError:
         return False
-
-
-def _shadowed() -> bool:
-    """Whether a new Python would load modules from the user's site-packages at its start or in place of loaded ones."""
-    try:
-        names = os.listdir(site.getusersitepackages())
-    except OSError:
-        return False
-    if not names:
-        return False
-    loaded = {name.partition(".")[0] for name in sys.modules} | {"sitecustomize", "usercustomize"}
-    return any(name.endswith(".pth") or name.partition(".")[0] in loaded for name in names)
 
 
 class _Distribution(Distribution):

@@ -134,8 +134,8 @@ class SlotKernelManager(ServerKernelManager):
     async def _async_post_start_kernel(self, **kwargs: Any) -> None:
         await super()._async_post_start_kernel(**kwargs)
         if pid := getattr(self.provisioner, "pid", None):
-            # Raised if the kernel has ended meanwhile.
-            ended = (ProcessLookupError, FileNotFoundError)
+            # Raised if the kernel has ended meanwhile; the files of a process that is not reaped yet belong to root.
+            ended = (ProcessLookupError, FileNotFoundError, PermissionError)
             with contextlib.suppress(*ended), open(f"/proc/{pid}/oom_score_adj", "w") as file:
                 file.write(str(KERNEL_OOM_SCORE_ADJ))
 
