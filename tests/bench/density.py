@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import datetime
+import functools
 import json
 import os
 import platform
@@ -189,7 +190,8 @@ class Density:
                 if self.shortage():
                     return
                 try:
-                    found = page.measure(window, f"{server.url}{page.NOTEBOOK}?token={server.token}", self.options.out)
+                    url = f"{server.url}{page.NOTEBOOK}?token={server.token}"
+                    found = page.measure(window, functools.partial(window.open, url), self.options.out)
                     self.kernels.append(self.client.run(self.client.attach(server)))
                 except Exception as error:
                     self.failures.append(f"page: {type(error).__name__}: {error}"[:400])

@@ -1,17 +1,17 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: BSD-3-Clause
-"""`make bench-page`: from the url to a cell's result in a browser, beside a bare warm `jupyter lab` of the same image.
+"""`make bench-page`: from the url to a cell's result in a browser, beside a bare warm `jupyter lab` and JupyterHub.
 
     tests/bench/page.py [--rounds N] [--throttle] [--host NAME] [--out DIRECTORY]
 
 Chromium opens lab/tree/Welcome.ipynb, by turns: in a fresh profile, and a second and a third time in the same
 profile. On the side of nbagent each visit is to a new slot, and there is a fourth visit, in a fresh profile: the
 landing page, which prerenders the notebook, is open for five seconds, and the times begin at the press of its button.
-The bare server is one process for all visits, as warm as a server can be; its kernels and workspaces are removed
-between two visits. Browser and servers are in one network namespace, without a forwarder between. With --throttle the
-browser's network has 30 Mbit/s and a latency of 20 ms. The figures are medians; ratios are those of the medians of one
-run, because the speed of the machine changes. page.png has the requests of the last round's first and third visits as a
-waterfall.
+The bare server is one process of the same image for all visits, as warm as a server can be; its kernels and workspaces
+are removed between two visits. JupyterHub with SystemdSpawner starts a server at each visit (hub_visits.py). Browser
+and servers are in one network namespace, without a forwarder between. With --throttle the browser's network has 30
+Mbit/s and a latency of 20 ms. The figures are medians; ratios are those of the medians of one run, because the speed of
+the machine changes. page.png has the requests of the last round's first and third visits as a waterfall.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ import figures
 import sides
 import waterfall
 from client import Client, Server
+from hub_visits import HubVisits
 from selenium.common.exceptions import WebDriverException
 
 import browser
@@ -44,7 +46,8 @@ import product
 from product import say
 from testhost_driver import Host, netns
 
-OURS, BARE = "nbagent", "jupyter lab"
+OURS, BARE, HUB = "nbagent", "jupyter lab", "JupyterHub"
+SIDES = (BARE, OURS, HUB)
 VISITS = ("first", "second", "third")
 CLICK = "click"
 READ_S = 5.0
@@ -64,20 +67,21 @@ class PageBench:
     def __init__(self, host: Host, client: Client, options: argparse.Namespace) -> None:
         self.host, self.client, self.options, self.api = host, client, options, product.Api(host)
         self.samples: dict[str, dict[str, dict[str, list[float]]]] = {
-            OURS: {visit: {} for visit in (*VISITS, CLICK)}, BARE: {visit: {} for visit in VISITS}
+            side: {visit: {} for visit in (*VISITS, *([CLICK] if side == OURS else []))} for side in SIDES
         }
         self.traces: dict[str, list[dict[str, Any]]] = {}
         image = sides.image(host, "minimal")
         user = host.run(["stat", "-c", "%u", f"{image['root']}/home/jovyan"]).stdout.strip()
         self.bare_side = sides.SystemdRun(host, client, image["root"], user, 1)
         self.bare = client.run(self.bare_side.start(0, 0.05))
+        self.hub = HubVisits(host, client, f"{image['root']}/home/jovyan/{Path(NOTEBOOK).name}")
 
     def run(self) -> None:
         """All rounds. The first visits of all are not measured: they warm the bare server and the disk's cache."""
-        self.turn(BARE, VISITS[:1], None)
-        self.turn(OURS, VISITS[:1], None)
+        for side in SIDES:
+            self.turn(side, VISITS[:1], None)
         for number in range(1, self.options.rounds + 1):
-            for side in (OURS, BARE) if number % 2 else (BARE, OURS):
+            for side in SIDES[::-1] if number % 2 else SIDES:
                 say(f"round {number} of {self.options.rounds}: {side}")
                 self.turn(side, VISITS, self.samples[side])
                 if side == OURS:
@@ -90,8 +94,8 @@ class PageBench:
             if self.options.throttle:
                 page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", THROTTLED)
             for visit in visits:
-                with self.clicked(page) if visit == CLICK else self.server(side) as url:
-                    found = measure(page, url, self.options.out)
+                with self.visit(side, visit, page) as go:
+                    found = measure(page, go, self.options.out)
                     self.traces[f"{side}, {visit}"] = found.pop("trace")
                 if into is not None:
                     for name, value in found.items():
@@ -99,28 +103,31 @@ class PageBench:
                 page.driver.get("about:blank")
 
     @contextlib.contextmanager
-    def server(self, side: str) -> Iterator[str]:
-        """The url of the notebook on a new slot, or on the bare server."""
-        if side == BARE:
-            yield f"{self.bare.url}{NOTEBOOK}?token={self.bare.token}"
+    def visit(self, side: str, visit: str, page: browser.Page) -> Iterator[Callable[[], None]]:
+        """The person's act with which a visit begins. At its end the servers are as before."""
+        if side == HUB:
+            with self.hub.visit(page, NOTEBOOK) as press:
+                yield press
+        elif side == BARE:
+            yield functools.partial(page.open, f"{self.bare.url}{NOTEBOOK}?token={self.bare.token}")
             self.client.run(self.forget(self.bare))
-            return
-        claim = self.api.claim(path=NOTEBOOK)
-        yield claim["url"]
-        self.api.delete(f"/slots/{claim['slot']}")
-        product.wait_warm(self.host, 3)
+        else:
+            yield self.click(page) if visit == CLICK else self.link(page)
+            for slot in self.api.get("/slots").json():
+                if slot["state"] == "claimed":
+                    self.api.delete(f"/slots/{slot['slot']}")
+            product.wait_warm(self.host, 3)
 
-    @contextlib.contextmanager
-    def clicked(self, page: browser.Page) -> Iterator[None]:
-        """A window in which the landing page has been read."""
+    def link(self, page: browser.Page) -> Callable[[], None]:
+        """Opens the notebook in a new slot."""
+        return functools.partial(page.open, self.api.claim(path=NOTEBOOK)["url"])
+
+    def click(self, page: browser.Page) -> Callable[[], None]:
+        """Presses the button of the landing page, which has been read."""
         page.open(f"http://127.0.0.1:{product.ROUTER_PORT}/{NOTEBOOK}")
-        page.see("button")
+        button = page.see("button")[0]
         time.sleep(READ_S)
-        yield None
-        for slot in self.api.get("/slots").json():
-            if slot["state"] == "claimed":
-                self.api.delete(f"/slots/{slot['slot']}")
-        product.wait_warm(self.host, 3)
+        return button.click
 
     async def forget(self, server: Server) -> None:
         """Ends the sessions of a server and deletes its workspace, so that the next visit is a person's first one."""
@@ -139,13 +146,10 @@ def prepare(page: browser.Page) -> None:
     page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": SCRIPT})
 
 
-def measure(page: browser.Page, url: str | None, out: Path) -> dict[str, Any]:
-    """Opens a url, or presses the button; the times in milliseconds, and what was transferred until the result."""
+def measure(page: browser.Page, go: Callable[[], None], out: Path) -> dict[str, Any]:
+    """After the act `go` the times in milliseconds, and what was transferred until the result."""
     page.driver.get_log("performance")
-    if url is None:
-        page.see("button")[0].click()
-    else:
-        page.open(url)
+    go()
     deadline_s = time.monotonic() + DEADLINE_S
     while "result" not in (marks := marks_of(page)):
         if time.monotonic() > deadline_s:
@@ -206,7 +210,7 @@ def table(found: PageBench) -> list[list[str]]:
     rows = [["visit", *(f"{event}, s" for event in EVENTS), "result / bare", "requests", "from the cache", "kB"]]
     for visit in (*VISITS, CLICK):
         base = statistics.median(found.samples[BARE][VISITS[0] if visit == CLICK else visit]["result"])
-        for side in (OURS,) if visit == CLICK else (BARE, OURS):
+        for side in (OURS,) if visit == CLICK else SIDES:
             values = {name: statistics.median(values) for name, values in found.samples[side][visit].items()}
             rows.append([
                 f"{side}, {visit}", *(f"{values[event] / 1000:.2f}" for event in EVENTS),
@@ -219,7 +223,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7, choices=range(1, 51), metavar="N", help="default: 7")
     parser.add_argument("--throttle", action="store_true", help="30 Mbit/s and 20 ms between browser and servers")
-    parser.add_argument("--host", help="measure on this test host, which has nbagent and stays, and not on a new one")
+    parser.add_argument("--host", help="measure on this test host, which has nbagent and nodejs and stays")
     parser.add_argument("--out", type=Path, default=sides.OUT, help="where the files go")
     return parser.parse_args(argv)
 
@@ -230,7 +234,9 @@ def measured_host(name: str | None) -> Iterator[Host]:
         yield Host.attach(name)
         return
     packages = product.build(say)
-    with Host.up(name=f"page-{os.getpid()}") as host:
+    # Before the host is up, because it takes a minute the first time.
+    sides.built_hub()
+    with Host.up(name=f"page-{os.getpid()}", packages=sides.HUB_PACKAGES) as host:
         product.install(host, packages, SETTINGS)
         yield host
 
@@ -242,6 +248,7 @@ def main() -> None:
     began_s = time.monotonic()
     loads = [os.getloadavg()[0]]
     with measured_host(options.host) as host, Client(host) as client:
+        sides.install_hub(host)  # which needs this machine's network
         # The browser is a child of this thread, and is controlled by it.
         netns.enter(netns.path_of(host.name))
         found = PageBench(host, client, options)
@@ -249,6 +256,7 @@ def main() -> None:
             found.run()
         finally:
             found.bare_side.close()
+            found.hub.close()
     loads.append(os.getloadavg()[0])
     network = "30 Mbit/s, 20 ms" if options.throttle else "no throttle"
     about = (
@@ -262,7 +270,7 @@ def main() -> None:
     (options.out / "page.md").write_text(f"{figures.markdown(rows)}\n\n{about}\n")
     document = {"about": about, "samples": found.samples, "traces": found.traces}
     (options.out / "page.json").write_text(json.dumps(document, indent=1) + "\n")
-    drawn = [(side, visit) for visit in (VISITS[0], VISITS[-1]) for side in (BARE, OURS)]
+    drawn = [(side, visit) for visit in (VISITS[0], VISITS[-1]) for side in SIDES]
     waterfall.draw(
         options.out / "page.png", {f"{side}, {visit}": found.traces[f"{side}, {visit}"] for side, visit in drawn},
         {f"{side}, {visit}": {event: statistics.median(found.samples[side][visit][event]) for event in EVENTS}

@@ -32,7 +32,8 @@ ZYGOTE_READY = "MESSAGE_ID=c5f0b8c1b9a04d52a3d6c1b7f0d2a9e4"
 # No claim of a burst times out, and only the side whose turn it is has a pool.
 SETTINGS = f'[pool]\nwarm = 0\nclaim_timeout = "{TIMEOUT_S}s"\n[images.minimal]\nwarm = 1\n'
 # Debian packages of the peers, beside those of every test host.
-PACKAGES = ("crun", "nodejs", "podman")
+HUB_PACKAGES = ("nodejs",)
+PACKAGES = ("crun", *HUB_PACKAGES, "podman")
 FIRST_PORT = 20000
 SPARE_USERS = 10
 ZYGOTE_TIMEOUT_S = 60
@@ -372,9 +373,10 @@ class Hub:
 
     def end(self, keep: int = 0) -> None:
         numbers = [number for number in self._running if number >= keep]
-        self.client.run(self._end([self._running.pop(number) for number in numbers]))
+        self.client.run(self.stop([self._running.pop(number) for number in numbers]))
 
-    async def _end(self, users: list[str]) -> None:
+    async def stop(self, users: list[str]) -> None:
+        """Ends the servers of users, and returns when they have ended."""
         async def one(user: str) -> None:
             await self._call("DELETE", f"users/{user}/server", 202, 204, 400)
             # 400: another action is pending, or there is no server. The user is polled until there is none, which
