@@ -61,6 +61,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
           if settings.landing.access == "token" else []),
         partial(services.check_images, root),
         *(partial(capacity.check_room, root, path, use) for path, use in capacity.ROOM.items()),
+        partial(capacity.check_journal, root),
         partial(capacity.check_use, root),
         partial(capacity.check_memory, root, settings),
         partial(capacity.check_swap, root, settings),

@@ -13,12 +13,14 @@ from nbagent.core import paths
 from nbagent.core.quantities import format_size, parse_quota
 from nbagent.doctor.finding import Finding
 from nbagent.doctor.system import below, meminfo, text_of
+from nbagent.image import ids
 from nbagent.linux import resources, swap
 from nbagent.policy import admission
 from nbagent.wire.limits_page import processors
 
 # The file systems that must not be full, and what for.
 ROOM = {paths.RUN: "the records of slots", paths.IMAGES: "images", Path("/var/log"): "the journal"}
+JOURNAL = Path("/var/log/journal")
 ROOM_MIN_PERCENT, USE_MAX = 5.0, 0.8
 # Use of a notebook server with two kernels: threads for pid_max, descriptors for nr_open.
 TASKS_PER_SLOT = 64
@@ -43,6 +45,19 @@ def check_room(root: Path, path: Path, use: str, read: Callable[[Path], os.statv
     if part >= ROOM_MIN_PERCENT:
         return Finding(f"room in {path}", "ok", found)
     return Finding(f"room in {path}", "fail" if part < 1 else "warn", f"{found}, for {use}", f"delete files of {path}")
+
+
+def check_journal(root: Path) -> Finding:
+    """Whether journald makes a file for each slot, because each has a user id of its own."""
+    users = [path.stem.removeprefix("user-") for path in below(root, JOURNAL).glob("*/user-*.journal")]
+    slots = [user for user in users if user.isdecimal() and int(user) in range(ids.BASES.start, ids.BASES.stop)]
+    if not slots:
+        return Finding("journal", "ok", "no file of the journal is of a slot")
+    return Finding(
+        "journal", "warn", f"{len(slots)} files of {JOURNAL} are of slots, each of 8 MiB, beyond SystemMaxUse=",
+        "systemd-analyze cat-config systemd/journald.conf must end with SplitMode=login; then systemctl restart "
+        "systemd-journald; journalctl --rotate; journalctl --vacuum-size=1G",
+    )
 
 
 def check_use(root: Path) -> Finding:

@@ -57,6 +57,7 @@ def differences(slots: list[dict[str, Any]], census: dict[str, Any], held: set[s
     if not with_interface - len(held) <= links <= with_interface:
         found.append(f"interfaces: {links} for {with_interface} slots with addresses")
     check("faults of the network", census["network"], [])
+    check("files of the journal for one user", census["journals"], [])
     check("unfinished records", census["half"] + census["files"], [])
     left = [name for name in census["transient"] if not any(
         name.startswith(unit.removesuffix(".service").removesuffix(".scope")) for unit in (*scopes, *zygotes)

@@ -129,7 +129,8 @@ CASES = (
     ),
     Exhausted(
         "blocks of /var, and the journal", fault("full", "blocks of /var"), ("end", "full"),
-        "blocks of /var/log of this host ", left("blocks of /var/log"), r"^fail +room in /var/log:.*", serves=True,
+        "blocks of /var/log of this host ", left("blocks of /var/log"), r"^(warn|fail) +room in /var/log:.*",
+        serves=True,
     ),
     Exhausted(
         "inodes of /var", fault("full", "inodes of /var"), ("end", "full"),

@@ -23,7 +23,7 @@ import time
 import traceback
 from pathlib import Path
 
-RUN, SLOTS = Path("/run"), Path("/run/nbagent/slots")
+RUN, SLOTS, JOURNALS = Path("/run"), Path("/run/nbagent/slots"), Path("/var/log/journal")
 PID_MAX, FILE_MAX = Path("/proc/sys/kernel/pid_max"), Path("/proc/sys/fs/file-max")
 # Services whose descriptors, memory and tasks are counted.
 SERVICES = ("nbagent", "nbagent-api", "nbagent-router", "nbagent-units", "nbagent-launch", "nbagent-network")
@@ -460,6 +460,7 @@ def census():
         "processes": mine,
         "strays": strays,
         "zombies": zombies(),
+        "journals": sorted(path.name for path in JOURNALS.glob("*/user-*.journal")),
         "mounts": [
             line.split()[4] for line in Path("/proc/1/mountinfo").read_text().splitlines() if "/nbagent" in line
         ],

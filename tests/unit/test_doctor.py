@@ -23,6 +23,7 @@ from nbagent.core import paths
 from nbagent.core.proxies import HttpProxy
 from nbagent.doctor import capacity, kernel, network, services, system
 from nbagent.doctor.finding import Finding
+from nbagent.image import ids
 from nbagent.image.store import ImageStore
 from nbagent.policy import admission
 from nbagent.wire import control
@@ -117,6 +118,19 @@ def test_the_use_of_processes_and_open_files_is_compared_with_their_limits(tmp_p
     host(tmp_path, {"proc/loadavg": "1 1 1 3/10 4711\n", "proc/sys/fs/file-nr": "90000\t0\t100000\n"})
     assert "nearly all open files" in capacity.check_use(tmp_path).found
     assert capacity.check_use(tmp_path / "elsewhere").status == "ok"
+
+
+def test_a_file_of_the_journal_for_each_slot_is_a_warning(tmp_path: Path) -> None:
+    assert capacity.check_journal(tmp_path).status == "ok"
+    journal = tmp_path / "var/log/journal/0123"
+    journal.mkdir(parents=True)
+    for name in ("system.journal", "user-1000.journal", "user-1879048192@0a-0b.journal"):
+        (journal / name).touch()
+    assert capacity.check_journal(tmp_path).status == "ok"
+    for uid in (ids.BASES.start, ids.BASES.start + 70_000):
+        (journal / f"user-{uid}.journal").touch()
+    finding = capacity.check_journal(tmp_path)
+    assert finding.status == "warn" and finding.found.startswith("2 files of /var/log/journal are of slots")
 
 
 def test_forbidden_user_namespaces_fail(tmp_path: Path) -> None:
