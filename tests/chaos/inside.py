@@ -498,12 +498,14 @@ def load():
         "rss_kib": int(re.search(r"VmRSS:\s+(\d+)", pid1)[1]), "descriptors": len(os.listdir("/proc/1/fd")),
     }
     status = os.statvfs(RUN)
-    journal_kib = sum(path.stat().st_blocks for path in (RUN / "log").rglob("*")) // 2
+    # journald bounds its own files.
+    journal = list((RUN / "log").rglob("*"))
+    journal_kib = sum(path.stat().st_blocks for path in journal) // 2
     found["host"] = {
         "cgroups": sum(1 for tree in CGROUPS for _ in Path(tree).glob("**/nbagent*")),
         "mounts": len(Path("/proc/1/mountinfo").read_text().splitlines()),
         # Without those of the last sessions, whose number is bounded.
-        "run_files": status.f_files - status.f_ffree - len(os.listdir("/run/nbagent/sessions")),
+        "run_files": status.f_files - status.f_ffree - len(journal) - len(os.listdir("/run/nbagent/sessions")),
         "run_kib": (status.f_blocks - status.f_bfree) * status.f_frsize // 1024 - journal_kib,
         "processes": sum(map(len, by_unit.values())),
         "units": int(run("systemctl", "show", "-P", "NNames").strip() or 0),

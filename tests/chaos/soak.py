@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import resource
 import sys
 import time
@@ -41,7 +42,8 @@ NAME = "soak"
 FIRST_CLAIMS = 300
 # A tenth, and what one more zygote's or claim's objects take.
 GROWTH_MAX_KIB = 4096
-NO_GROWTH: Mapping[tuple[str, str], int] = {}
+# asyncio's default executor in the supervisor keeps up to four threads more than there are processors.
+GROWTH = {("nbagent", "tasks"): 4 + (os.cpu_count() or 1)}
 # After the crowd: the API's two workers keep the threads that were needed at the same time, up to api.threads each, and
 # 0.1 MiB for each.
 CROWD_GROWTH = {("nbagent-api", "tasks"): 2 * 64, ("nbagent-api", "rss_kib"): 16 << 10}
@@ -91,7 +93,7 @@ def crowd(host: Host, book: Book, callers: int, minutes: float) -> dict[str, Any
 
 
 def grown(
-    before: dict[str, Any], after: dict[str, Any], more: Mapping[tuple[str, str], int] = NO_GROWTH
+    before: dict[str, Any], after: dict[str, Any], more: Mapping[tuple[str, str], int] = GROWTH
 ) -> dict[str, tuple[int, int]]:
     """The figures that are larger than a run may leave them; `more` has the bounds of some."""
     found = {}
