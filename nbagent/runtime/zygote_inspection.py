@@ -64,6 +64,11 @@ class Inspection:
             return self._find(forks)
         except (FileNotFoundError, ProcessLookupError):
             return None  # the zygote has ended
+        except PermissionError:
+            # As for a process that is not dumpable. `serve` reaps a zygote that has ended, and reports how.
+            if not _has_ended(self.pid):
+                raise
+            return None
 
     def _find(self, forks: int) -> Optional[str]:
         now_s = time.monotonic()
@@ -146,6 +151,14 @@ def _sleep(pid: int) -> Optional[int]:
         fields = dict(line.split(b":", 1) for line in file)
     is_asleep = fields[b"State"].split()[0] == b"S"
     return int(fields[b"voluntary_ctxt_switches"]) if is_asleep else None
+
+
+def _has_ended(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] in (b"X", b"Z")
+    except (FileNotFoundError, ProcessLookupError):
+        return True
 
 
 def _cpu_s(pid: int) -> float:

@@ -56,6 +56,20 @@ def test_a_zygote_that_sleeps_has_no_fault(zygote):
     assert inspection.again_s == INTERVAL_S
 
 
+def test_a_zygote_that_has_ended_has_no_fault_and_one_whose_files_cannot_be_read_has_one(zygote, monkeypatch):
+    made, inspection, _ = zygote
+
+    def refuse(pid):
+        raise PermissionError(13, "Permission denied", f"/proc/{pid}/fd")
+
+    monkeypatch.setattr(zygote_inspection, "_descriptors", refuse)
+    with pytest.raises(PermissionError):
+        inspection.find(0)
+    made.process.kill()
+    os.waitid(os.P_PID, made.process.pid, os.WEXITED | os.WNOWAIT)
+    assert inspection.find(0) is None
+
+
 def test_a_descriptor_that_is_kept_for_longer_than_a_fork_may_take_is_found(zygote, monkeypatch):
     made, inspection, _ = zygote
     made.run("kept = os.pipe()")
