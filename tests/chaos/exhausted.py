@@ -50,7 +50,7 @@ class Exhausted(NamedTuple):
     """A resource, the commands that use it up and free it, and expressions that the alarms match; "" without an alarm.
 
     `options` are those of the claims. `serves`: claims get slots and no 503. `connects`: a user can open a websocket.
-    `machine` is the only driver of hosts on which it can be used up. `killed` is a service that ends meanwhile.
+    `machine` is the only driver of hosts on which it can be used up.
     """
 
     name: str
@@ -63,7 +63,6 @@ class Exhausted(NamedTuple):
     serves: bool = False
     connects: bool = True
     machine: str = ""
-    killed: str = ""
 
 
 def shell(text: str) -> tuple[str, ...]:
@@ -142,12 +141,6 @@ CASES = (
         {"network": "internet"},
     ),
     Exhausted("dbus-daemon", fault("connections", "dbus-daemon"), ("end", "connections"), "", "", "", serves=True),
-    # The units service keeps its connection until it ends.
-    Exhausted(
-        "PID 1", fault("connections", "PID 1"), ("end", "connections"), "systemd fails",
-        r'nbagent_part_works\{part="systemd"\} 0', r"^fail +(supervisor|nbagent-units.socket):.*",
-        killed=UNITS,
-    ),
     Exhausted(
         "open files", fault("open files", "open files"), ("end", "open files"), nearly("open files"), "",
         r"^(warn|fail) +use:.*nearly all open files", connects=False, machine="vm",
@@ -186,9 +179,9 @@ class Run:
             time.sleep(0.5)
         return time.monotonic() - began_s
 
-    def services(self, case: Exhausted) -> str:
-        units = {SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK} - {case.killed}
-        return self.host.run(["systemctl", "show", "-P", "InvocationID", *sorted(units)]).stdout
+    def services(self) -> str:
+        units = (SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK)
+        return self.host.run(["systemctl", "show", "-P", "InvocationID", *units]).stdout
 
     def claim(self, case: Exhausted) -> tuple[str, str, float]:
         """The kind of the answer, the slot if there is one, and the time."""
@@ -225,14 +218,12 @@ class Run:
         return matching("journal", case.journal, found.stdout) if found else {}
 
     def try_one(self, case: Exhausted, notebook: Notebook, kernel_id: str) -> None:
-        services, problems = self.services(case), len(self.book.problems)
+        services, problems = self.services(), len(self.book.problems)
         cursor = self.host.run(["journalctl", "-q", "-n", "1", "--show-cursor", "-o", "cat"]).stdout
         since = cursor.rpartition("-- cursor: ")[2].strip()
         # A new websocket, because Jupyter closes one whose client sends no pong for 90 s.
         with Kernel(notebook, kernel_id) as user, ThreadPoolExecutor(CLAIMS) as threads:
             self.act(case.begin)
-            if case.killed:
-                self.inside.begin(Fault(0, "kill", case.killed, 0.0, 0.0))
             try:
                 answers = list(threads.map(self.claim, [case] * CLAIMS))
                 self.run_cell(case, user)
@@ -261,7 +252,7 @@ class Run:
                 if claim:
                     caller.release(str(claim["slot"]))
         rest_s = self.rest({notebook.slot})
-        if self.services(case) != services:
+        if self.services() != services:
             self.book.problem(f"{case.name}: a service was restarted")
         self.results[case.name] = {
             "answers": Counter(kind for kind, _, _ in answers),

@@ -35,8 +35,8 @@ FREE_MEMORY = 64 << 10
 FREED_FILES = 300
 # journald allocates its files in steps of 8 MiB.
 JOURNAL_BYTES, ENTRY_BYTES = 32 << 20, 32 << 10
-# More connections than PID 1 accepts (4,096), and than dbus-daemon accepts before their peers have authenticated (64).
-CONNECTIONS = {"PID 1": ("/run/systemd/private", 4500), "dbus-daemon": ("/run/dbus/system_bus_socket", 500)}
+# dbus-daemon accepts 64 connections whose peers have not authenticated, each for 30 s, and its queue has the others.
+BUS, BUS_CONNECTIONS = "/run/dbus/system_bus_socket", 500
 CHANGES = "mkdir,mkdirat,rename,renameat,renameat2,rmdir,symlink,symlinkat,unlink,unlinkat"
 # By strace(1). Every third opening fails too, so that files are neither read nor made at times.
 INJECTED = {
@@ -211,17 +211,21 @@ def refuse_nftables():
     return None
 
 
-def connect_all(path, count):
-    """Opens connections to a service, and sends nothing over them."""
-    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+def connect_to_bus():
+    """Opens connections to dbus-daemon, and sends nothing over them. Raises RuntimeError if it serves another."""
     found = []
-    for _ in range(count):
+    for _ in range(BUS_CONNECTIONS):
         connection = socket.socket(socket.AF_UNIX)
-        connection.settimeout(1)
+        connection.setblocking(False)
         found.append(connection)
+        # The queue may be full.
         with contextlib.suppress(OSError):
-            connection.connect(path)
+            connection.connect(BUS)
+    with socket.socket(socket.AF_UNIX) as another, contextlib.suppress(TimeoutError, BlockingIOError):
+        another.settimeout(1)
+        another.connect(BUS)
+        another.sendall(b"\0AUTH EXTERNAL 30\r\n")
+        raise RuntimeError(f"dbus-daemon sends {another.recv(100)}")
     return found
 
 
@@ -318,7 +322,7 @@ class Faults:
             self.held[kind] = refuse_nftables()
             return self.held[kind] and self.held[kind].args[-1]
         if kind == "connections":
-            self.held[kind] = connect_all(*CONNECTIONS[target])
+            self.held[kind] = connect_to_bus()
             return len(self.held[kind])
         if kind == "network":
             return run("sh", "-c", NETWORK[target])
