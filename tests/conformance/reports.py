@@ -651,3 +651,200 @@ def the_name_of_the_host_has_an_address(user: Notebook) -> None:
                 opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
                 assert opener.open(url, timeout=5).status == 200
                 server.shutdown()""")
+
+
+@reports("jupyter/notebook#5383", "googlecolab/colabtools#260", "jupyterhub/jupyterhub#2539")
+def a_package_that_is_upgraded_is_that_of_the_restarted_kernel(user: Notebook) -> Any:
+    """After `pip install` and a restart of the kernel the former version is imported, or none."""
+    with kernel_of(user) as kernel:
+        cell(kernel, """
+            import six, zipfile
+            info = "six-99.0.dist-info"
+            with zipfile.ZipFile("six-99.0-py3-none-any.whl", "w") as wheel:
+                wheel.writestr("six.py", "answer = 42")
+                wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\\nName: six\\nVersion: 99.0\\n")
+                wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\\nRoot-Is-Purelib: true\\nTag: py3-none-any\\n")
+                wheel.writestr(f"{info}/RECORD", f"six.py,,\\n{info}/METADATA,,\\n{info}/WHEEL,,\\n{info}/RECORD,,\\n")
+            %pip install -q --no-index --no-deps --break-system-packages ./six-99.0-py3-none-any.whl""", 120)
+        user.post(f"api/kernels/{kernel.id}/restart")
+        with Kernel(user, kernel.id) as again:
+            found = cell(again, "import six; print(six.answer)")
+            cell(again, "%pip uninstall -q -y --break-system-packages six", 120)
+    with kernel_of(user) as kernel:
+        return found + cell(kernel, "import six; print(six.__version__ < '9')")
+
+
+@reports("jupyter/notebook#3468", "jupyter-widgets/ipywidgets#2522", "jupyterhub/the-littlest-jupyterhub#853")
+def a_message_of_twenty_megabytes_reaches_the_kernel(user: Notebook) -> None:
+    """The connection is closed at a message of more than 10 MiB, such as the file of an upload widget."""
+    with kernel_of(user) as kernel:
+        cell(kernel, """
+            def sized(_comm, message):
+                print(len(message["content"]["data"]["file"]))
+            get_ipython().kernel.comm_manager.register_target("sized", sized)""")
+        opened = {"comm_id": "one", "target_name": "sized", "data": {"file": "x" * 20_000_000}}
+        kernel.send_message("comm_open", opened, "shell")
+        assert kernel.receive("stream")["content"]["text"].strip() == "20000000"
+
+
+@reports("ipython/ipython#12513", "jupyterlab/jupyterlab#8914")
+def stored_variables_are_in_the_next_kernel(user: Notebook) -> Any:
+    """The databases of IPython cannot be written, so that what %store keeps is not in the next kernel."""
+    with kernel_of(user) as kernel:
+        cell(kernel, "kept_for_later = 'found'\n%store kept_for_later")
+    with kernel_of(user) as kernel:
+        return cell(kernel, "%store -r kept_for_later\nprint(kept_for_later)\n%store -d kept_for_later")
+
+
+@reports("jupyterlab/jupyterlab#3181", "jupyterlab/jupyterlab#6289")
+def a_terminal_has_the_size_of_its_page(user: Notebook) -> Any:
+    """Lines are broken at another width than that of the page."""
+    terminal = Terminal(user)
+    try:
+        terminal.socket.send(json.dumps(["set_size", 33, 111, 600, 900]))
+        return terminal.run("stty size; tput cols; echo $TERM; echo x > /dev/tty")
+    finally:
+        terminal.end()
+
+
+@reports("CoffeaTeam/coffea-casa#322", "jupyterlab/jupyterlab#12952")
+def long_text_is_pasted_into_a_terminal(user: Notebook) -> Any:
+    """Of a hundred long lines some lose characters, or the page freezes."""
+    terminal = Terminal(user)
+    try:
+        # Before `cat` reads, the shell's line editor would.
+        terminal.type("echo rea''dy; cat > pasted.txt\r")
+        terminal.read("ready")
+        time.sleep(1)
+        for _ in range(10):
+            terminal.type(("x" * 999 + "\r") * 20)
+        terminal.type("\x04")
+        return terminal.run("sort -u pasted.txt | wc; wc -c < pasted.txt; rm pasted.txt")
+    finally:
+        terminal.end()
+
+
+@reports("jupyter/notebook#4156", "jupyterlab/jupyterlab#10883")
+def a_module_that_is_changed_is_reloaded(user: Notebook) -> Any:
+    """A module that a cell has written is not found, or a change of it has no effect with %autoreload."""
+    with kernel_of(user) as kernel:
+        cell(kernel, "%load_ext autoreload\n%autoreload 2")
+        cell(kernel, "%%writefile fresh_module.py\ndef value():\n    return 1")
+        found = cell(kernel, "import fresh_module; print(fresh_module.value())")
+        # The reloader compares times of files in seconds.
+        changed = {"type": "file", "format": "text", "content": "def value():\n    return 2"}
+        time.sleep(1.1)
+        put(user, "fresh_module.py", changed)
+        return found + cell(kernel, "print(fresh_module.value()); import os; os.unlink('fresh_module.py')")
+
+
+@reports("docker/for-linux#1374", "tornadoweb/tornado#2274", "jupyter/notebook#4901")
+def programs_listen_on_localhost(user: Notebook) -> Any:
+    """`Cannot assign requested address`, because localhost has an address of IPv6 that no interface has."""
+    with kernel_of(user) as kernel:
+        return cell(kernel, """
+            import socket
+            for host in "localhost", "127.0.0.1", "::1", "0.0.0.0", "::":
+                for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM):
+                    with socket.socket(family, kind) as listener:
+                        listener.bind(address)
+                        listener.listen()
+                        socket.create_connection(listener.getsockname()[:2], 5).close()
+                        print(host, address[0])""")
+
+
+@reports("xerial/snappy-java#240", "docker/compose#1339")
+def programs_and_libraries_run_from_the_home_and_temporary_directories(user: Notebook) -> Any:
+    """`failed to map segment from shared object`, because /tmp is mounted with noexec."""
+    with kernel_of(user) as kernel:
+        return cell(kernel, """
+            import ctypes, os, shutil, subprocess, tempfile
+            library = next(line.split()[-1] for line in open("/proc/self/maps") if "libc.so" in line)
+            for place in "/tmp", "/var/tmp", os.getcwd():
+                with tempfile.TemporaryDirectory(dir=place) as directory:
+                    shutil.copy("/bin/true", directory)
+                    shutil.copy(library, directory + "/libcopy.so")
+                    subprocess.run([directory + "/true"], check=True)
+                    ctypes.CDLL(directory + "/libcopy.so")
+                    print(place)""")
+
+
+@reports("jupyterlab/jupyterlab#2819", "jupyterlab/jupyterlab#9923", "jupyterhub/the-littlest-jupyterhub#986")
+def a_notebook_in_a_read_only_directory_is_opened(user: Notebook) -> Any:
+    """A notebook in a directory without permission to write does not open, because a checkpoint cannot be made."""
+    with kernel_of(user) as kernel:
+        cell(kernel, "import os; os.makedirs('read-only')")
+        put(user, "read-only/one.ipynb", notebook_of("1"))
+        cell(kernel, "import shutil; shutil.rmtree('read-only/.ipynb_checkpoints', ignore_errors=True)\n"
+                     "os.chmod('read-only/one.ipynb', 0o444); os.chmod('read-only', 0o555)")
+        file = "api/contents/read-only/one.ipynb"
+        found = []
+        for method, path, body in (
+            ("GET", f"{file}?content=1", None), ("GET", f"{file}/checkpoints", None),
+            ("POST", f"{file}/checkpoints", {}),
+            ("PUT", file, notebook_of("2")), ("PATCH", file, {"path": "read-only/two.ipynb"}), ("DELETE", file, None),
+            ("POST", "api/contents/read-only", {"type": "notebook"}),
+        ):
+            answer = user.router.call(method, user.base + path, body, user.headers)
+            text = json.loads(answer.body)["message"] if answer.status >= 400 else ""
+            found.append((method, answer.status, text))
+        cell(kernel, "os.chmod('read-only', 0o755); shutil.rmtree('read-only')")
+    assert found[0][1] == 200, found
+    return found
+
+
+@reports("ipython/ipython#10499", "jupyterlab/jupyterlab#14041", "ipython/ipython#514")
+def a_program_of_a_cell_that_reads_input_can_be_ended(user: Notebook) -> Any:
+    """A program that reads its standard input blocks the cell for ever."""
+    with kernel_of(user) as kernel:
+        found = cell(kernel, """
+            import subprocess
+            print(subprocess.run("read line; echo $?", shell=True, capture_output=True, timeout=10).stdout)""")
+        # The pseudoterminal of `!` has no input.
+        message = kernel.send("!read line")
+        time.sleep(1)
+        user.post(f"api/kernels/{kernel.id}/interrupt")
+        kernel.result(message, 30)
+        return found + cell(kernel, "print('goes on')")
+
+
+@reports("pnpnpn/timeout-decorator#66", "jupyter/notebook#5519")
+def a_cell_sets_an_alarm(user: Notebook) -> Any:
+    """`signal only works in main thread`."""
+    with kernel_of(user) as kernel:
+        return cell(kernel, """
+            import signal, threading, time
+            def late(*_):
+                raise TimeoutError("in time")
+            print([signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGTERM, signal.SIGCHLD)])
+            signal.signal(signal.SIGALRM, late)
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            try:
+                time.sleep(10)
+            except TimeoutError as error:
+                print(error, threading.current_thread() is threading.main_thread())""")
+
+
+@reports("jupyter/notebook#1454", "jupyterlab/jupyterlab#744")
+def a_kernel_that_does_not_start_can_be_replaced(user: Notebook) -> Any:
+    """After the start of a broken kernel the notebook has none, and gets no other."""
+    with kernel_of(user) as kernel:
+        cell(kernel, """
+            import json, os
+            place = os.path.expanduser("~/.local/share/jupyter/kernels/broken")
+            os.makedirs(place, exist_ok=True)
+            spec = {"argv": ["/bin/false", "{connection_file}"], "display_name": "Broken", "language": "python"}
+            with open(place + "/kernel.json", "w") as file:
+                json.dump(spec, file)""")
+        session = {"path": "broken.ipynb", "name": "broken.ipynb", "type": "notebook", "kernel": {"name": "broken"}}
+        found = []
+        for _ in range(4):
+            answer = user.router.call("POST", f"{user.base}api/sessions", session, user.headers)
+            assert answer.status == 201, (answer.status, answer.body[:300])
+            path = f"{user.base}api/sessions/{answer.json()['id']}"
+            answer = user.router.call("PATCH", path, {"kernel": {"name": "python3"}}, user.headers)
+            with Kernel(user, answer.json()["kernel"]["id"]) as replaced:
+                found.append(cell(replaced, "print(6 * 7)").strip())
+            found.append(user.router.call("DELETE", path, headers=user.headers).status)
+        cell(kernel, "import shutil; shutil.rmtree(place)")
+        return found
