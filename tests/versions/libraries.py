@@ -4,10 +4,10 @@
 
     tests/versions/libraries.py [--rounds N] [--keep]
 
-The host is a virtual machine. Three kernels compute the same by turns: one as a person has it, one that sets two threads
-for each library, and one without the variables of the slot's limits, in which the libraries use the processors of the
-host. Prints medians as ratios to the second kernel's; packaging/docs/conformance.md has the table. Fails when the first
-kernel takes more than 1.2 of the second's time.
+The host is a virtual machine. Three kernels compute the same by turns: one as a person has it, one that sets two
+threads for each library, and one without the variables of the slot's limits, in which the libraries use the processors
+of the host. Prints medians as ratios to the second kernel's; packaging/docs/conformance.md has the table. Fails when
+the first kernel takes more than 1.2 of the second's time.
 """
 
 from __future__ import annotations
