@@ -69,6 +69,10 @@ class Inspection:
             if not _has_ended(self.pid):
                 raise
             return None
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                raise
+            return None  # not known now, because the host has no open file left
 
     def _find(self, forks: int) -> Optional[str]:
         now_s = time.monotonic()

@@ -58,7 +58,10 @@ class LockGuard:
         self._read_s = now_s
         if self._counting:
             return
-        size_bytes = unreclaimable_bytes((self._proc / "meminfo").read_text())
+        try:
+            size_bytes = unreclaimable_bytes((self._proc / "meminfo").read_text())
+        except OSError:  # no open file is left, for example
+            return
         if self._base_bytes is None or size_bytes < self._base_bytes:
             self._base_bytes = size_bytes
         if size_bytes - self._base_bytes >= GROWTH_BYTES:

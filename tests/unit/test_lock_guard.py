@@ -97,6 +97,8 @@ async def test_a_slot_with_too_many_locks_is_ended_after_memory_has_grown(tmp_pa
         guard.check(lambda: slots, at_s)
         await tasks.finish()
 
+    # As while no open file is left.
+    guard.check(lambda: slots, at_s)
     await check(1 << 30)
     await check((1 << 30) + GROWTH_BYTES - 4096)
     assert stopper.ended == []

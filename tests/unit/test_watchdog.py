@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import resource
 import socket
 from pathlib import Path
 
@@ -18,23 +20,71 @@ from nbagent.wire.accepting import accept_now
 UNITS = Path(__file__).resolve().parents[2] / "units"
 
 
-def test_systemd_is_notified_three_times_in_its_interval(monkeypatch):
-    clock, sent = [100.0], []
+def listening(path: Path) -> socket.socket:
+    made = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    made.bind(str(path))
+    made.setblocking(False)
+    return made
+
+
+@pytest.fixture
+def systemd(tmp_path, monkeypatch):
+    """The socket of a systemd with a watchdog of 30 s."""
     monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    with listening(tmp_path / "notify") as made:
+        yield made
+
+
+def received(systemd: socket.socket) -> int:
+    """How often a watchdog has notified systemd since the last call."""
+    for count in range(10):
+        try:
+            assert systemd.recv(100) == b"WATCHDOG=1"
+        except BlockingIOError:
+            return count
+    return 10
+
+
+def test_systemd_is_notified_three_times_in_its_interval(monkeypatch, systemd):
+    clock = [100.0]
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(watchdog.daemon, "notify", sent.append)
     dog = Watchdog()
-    assert dog.notify() == pytest.approx(10)
+    assert dog.notify() == pytest.approx(10) and received(systemd) == 1
     clock[0] += 4
-    assert dog.notify() == pytest.approx(6) and sent == ["WATCHDOG=1"]
+    assert dog.notify() == pytest.approx(6) and received(systemd) == 0
     clock[0] += 7
-    assert dog.notify() == pytest.approx(10) and sent == ["WATCHDOG=1"] * 2
+    assert dog.notify() == pytest.approx(10) and received(systemd) == 1
+    dog.close()
 
 
-def test_without_a_watchdog_systemd_is_not_notified(monkeypatch):
-    monkeypatch.delenv("WATCHDOG_USEC", raising=False)
-    monkeypatch.setattr(watchdog.daemon, "notify", pytest.fail)
-    assert Watchdog().notify() > 60
+def test_systemd_is_notified_while_no_file_can_be_opened_and_after_it_has_made_its_socket_anew(
+    monkeypatch, systemd, tmp_path
+):
+    clock = [100.0]
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: clock[0])
+    dog = Watchdog()
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, before[1]))
+    try:
+        dog.notify()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert received(systemd) == 1
+    systemd.close()
+    Path(os.environ["NOTIFY_SOCKET"]).unlink()
+    clock[0] += 11
+    assert dog.notify() == pytest.approx(10)
+    with listening(Path(os.environ["NOTIFY_SOCKET"])) as again:
+        clock[0] += 11
+        dog.notify()
+        assert received(again) == 1
+    dog.close()
+
+
+def test_without_a_watchdog_systemd_is_not_notified(monkeypatch, systemd):
+    monkeypatch.delenv("WATCHDOG_USEC")
+    assert Watchdog().notify() > 60 and received(systemd) == 0
 
 
 @pytest.mark.parametrize("name", ["nbagent", "nbagent-launch", "nbagent-network", "nbagent-units"])
