@@ -51,6 +51,7 @@ function takeName(plugin) {
   };
 }
 
+answerFirst();
 const exposed = String(config.exposeAppInBrowser).toLowerCase() === "true";
 data.textContent = JSON.stringify({ ...config, exposeAppInBrowser: "true" });
 Object.defineProperty(window, "jupyterapp", {

@@ -44,7 +44,17 @@ from nbagent.linux.process import make_room_for_descriptors
 from nbagent.sandbox.spec import ACTIVITY_FD, LISTEN_FD
 from nbagent.wire import activity
 from nbagent.wire.limits_page import LimitVariables
-from nbagent.zygote import answers, assets, full_storage, installed, linked_notebook, page, provisioner, shown_limits
+from nbagent.zygote import (
+    answers,
+    assets,
+    first_answers,
+    full_storage,
+    installed,
+    linked_notebook,
+    page,
+    provisioner,
+    shown_limits,
+)
 from nbagent.zygote.acts import is_act
 from nbagent.zygote.kept_loop import KeptLoop
 from nbagent.zygote.slot_kernels import SlotKernelConnection, SlotKernelManager, SlotKernels, busy
@@ -170,6 +180,7 @@ def initialise(base_url: str, token: str) -> Any:
     page.install(server.web_app.settings)
     full_storage.answer()
     linked_notebook.install(server)
+    first_answers.install(server)
     shown_limits.install(server.web_app.settings)
     _keep_out_of_log(server.log, server.web_app.settings)
     return server

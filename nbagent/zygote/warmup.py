@@ -55,6 +55,7 @@ PAGES = (
     "lab/api/workspaces", "lab/api/workspaces/default", "lab/api/translations", "lab/api/translations/default",
     "lab/api/themes/@jupyterlab/theme-light-extension/index.css", "api/nbconvert",
     "api/contents/none.ipynb", "api/contents/none.ipynb/checkpoints",
+    "api/nbagent/answers?path=api/me&path=api/kernels",
 )
 # The messages of JupyterLab to a kernel.
 MESSAGES: Tuple[Tuple[str, Dict[str, Any]], ...] = (

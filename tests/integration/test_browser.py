@@ -102,6 +102,8 @@ def test_the_claims_url_opens_the_welcome_notebook_and_its_cells_run(page, claim
     page.shoot("welcome")
     asked = page.requests()
     assert len(asked) > 20 and any(address.startswith("ws://") for address in asked)
+    # The page's own requests, for the answers that JupyterLab requests first.
+    assert sum("/api/nbagent/answers?" in address for address in asked) == 2
     assert foreign(asked) == []
     assert page.complaints() == []
 
