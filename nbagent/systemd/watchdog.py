@@ -42,13 +42,13 @@ class Watchdog:
             self._socket = None
 
     def _send(self) -> None:
-        # A failure is repeated twice before systemd's deadline.
+        # A failure, as while PID 1 reads nothing and its queue is full, is repeated twice before systemd's deadline.
         with contextlib.suppress(OSError):
             if self._socket is None:
                 self._connect()
             if self._socket is not None:
                 try:
-                    self._socket.send(b"WATCHDOG=1")
+                    self._socket.send(b"WATCHDOG=1", socket.MSG_DONTWAIT)
                 except ConnectionError:  # PID 1 has made its socket anew
                     self.close()
                     self._send()
