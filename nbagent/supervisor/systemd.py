@@ -120,7 +120,10 @@ class Systemd:
         return fields.texts(await self._ask("scopes"), "ok")
 
     async def zygotes(self) -> list[str]:
-        """The names of all zygotes' services that are neither inactive nor failed. Raises OSError."""
+        """The names of all zygotes' services that are neither inactive nor failed, or of which limits are in /run.
+
+        Raises OSError.
+        """
         return fields.texts(await self._ask("zygotes"), "ok")
 
     async def _ask(self, op: str, **arguments: object) -> Mapping[str, object]:

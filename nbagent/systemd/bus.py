@@ -20,6 +20,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from pystemd import dbusexc
@@ -35,6 +36,8 @@ SLICE = "nbagent-slots.slice"
 # Waits for users at a shutdown, if it is enabled; slots are stopped after it.
 DRAIN = "nbagent-drain.service"
 ZYGOTES = "nbagent-zygote@"
+# Where PID 1 keeps properties that were set at run time, as drop-ins of each unit.
+CONTROL = Path("/run/systemd/system.control")
 INFINITY = 2**64 - 1
 # The signals for which the units service has handlers, and which therefore interrupt a call.
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -270,8 +273,13 @@ class Systemd:
         return self._active_units(b"nbagent-*.scope")
 
     def zygotes(self) -> Iterator[str]:
-        """The names of all zygotes' services that are neither inactive nor failed."""
-        return self._active_units(b"nbagent-zygote@*.service")
+        """The names of all zygotes' services that are neither inactive nor failed, or of which limits are in /run.
+
+        Limits are left when a supervisor or this service ends between them and the start.
+        """
+        yield from self._active_units(f"{ZYGOTES}*.service".encode())
+        for drop_ins in CONTROL.glob(f"{ZYGOTES}*.service.d"):
+            yield drop_ins.stem
 
     def _active_units(self, pattern: bytes) -> Iterator[str]:
         for name, _, _, active_state, *_ in self._call("ListUnitsByPatterns", [], [pattern]):

@@ -233,6 +233,14 @@ def test_a_zygote_in_the_making_gives_way_while_another_forks(of_a_zygote):
     agent.wait(lambda: zygote(agent) != second, "another")
 
 
+def test_limits_of_a_zygote_that_was_not_started_are_removed_by_the_next_supervisor(of_a_zygote):
+    agent, unit = of_a_zygote, "nbagent-zygote@minimal:0a0b0c.service"
+    agent.run("systemctl", "set-property", "--runtime", unit, "CPUWeight=7")
+    assert f"{unit}.d" in agent.run("ls", CONTROL)
+    agent.run("systemctl", "restart", "nbagent.service")
+    agent.wait(lambda: f"{unit}.d" not in agent.run("ls", CONTROL), "the removal of its limits", 30)
+
+
 def test_memory_is_charged_to_the_slot_that_touches_it(of_a_zygote):
     """Its cgroup has all private pages: 2.6 MiB of a server after a request, 1.7 of init, 1 of the fork server."""
     notebook = of_a_zygote.open()
