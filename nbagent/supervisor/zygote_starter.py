@@ -89,16 +89,22 @@ class ZygoteStarter:
         """
         unit, limited = unit_of(instance), limits(self._config.value)
         weight = CPU_WEIGHT if gives_way_until is None else CPU_WEIGHT_GIVING_WAY
-        await self._systemd.set_limits(unit, replace(limited, cpu_weight=weight))
-        made = asyncio.ensure_future(self._make(image, instance, quick=quick))
         try:
-            if gives_way_until is not None:
-                await self._wait_giving_way(made, gives_way_until)
-                await self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
-            async with asyncio.timeout(self._max_s()):
-                return await made
-        finally:
-            made.cancel()
+            await self._systemd.set_limits(unit, replace(limited, cpu_weight=weight))
+            made = asyncio.ensure_future(self._make(image, instance, quick=quick))
+            try:
+                if gives_way_until is not None:
+                    await self._wait_giving_way(made, gives_way_until)
+                    await self._systemd.set_cpu_weight(unit, CPU_WEIGHT)
+                async with asyncio.timeout(self._max_s()):
+                    return await made
+            finally:
+                made.cancel()
+        except asyncio.CancelledError:
+            # systemd would keep the limits of a unit that never started.
+            if not self._leaving:
+                self._tasks.spawn(self._stop(unit))
+            raise
 
     async def resume(self, image: Image, begun: Begun) -> tuple[Channel, bool]:
         """Waits until a zygote that a former supervisor was starting is ready. Returns also whether it is a quick one.
@@ -127,6 +133,10 @@ class ZygoteStarter:
             if isinstance(error, StepFailed):
                 raise StartFailed.at(*error.failure) from error
             raise
+
+    async def _stop(self, unit: str) -> None:
+        with contextlib.suppress(OSError):
+            await self._systemd.stop(unit)
 
     def _max_s(self) -> float:
         return START_MAX_FACTOR * self._config.value.slots.start_timeout

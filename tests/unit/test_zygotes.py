@@ -50,6 +50,21 @@ class Units:
         self.active.discard(name)
 
 
+class SlowUnits(Units):
+    """Units whose limits take time to set; `limited` are those that have limits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limited: set[str] = set()
+
+    async def set_limits(self, name: str, limits: Limits) -> None:
+        self.limited.add(name)
+        await asyncio.sleep(10)
+
+    async def stop(self, name: str) -> None:
+        self.limited.discard(name)
+
+
 class Service:
     """A zygote service that was connected to a former supervisor; `fd` is the end that systemd has kept."""
 
@@ -308,3 +323,21 @@ def test_a_zygote_that_has_paid_for_its_start_ends_the_series_of_failures(
         return found
 
     assert asyncio.run(run()) == (failures, failures == 0)
+
+
+def test_limits_of_a_zygote_whose_image_goes_before_its_start_are_removed(image, events):
+    async def run():
+        units = SlowUnits()
+        supervisor = Zygotes(CurrentConfig(host_config.parse({})), units)
+        await supervisor.open(path=image.root / "zygote.sock")
+        supervisor.want({"minimal": image})
+        async with asyncio.timeout(5):
+            while not units.limited:
+                await asyncio.sleep(0.01)
+            supervisor.want({})
+            while units.limited:
+                await asyncio.sleep(0.01)
+        await supervisor.close()
+        return units.started
+
+    assert asyncio.run(run()) == []
