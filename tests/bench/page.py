@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`make bench-page`: from the url to a cell's result in a browser, beside a bare warm `jupyter lab` and JupyterHub.
 
-    tests/bench/page.py [--rounds N] [--throttle] [--host NAME] [--out DIRECTORY]
+    tests/bench/page.py [--rounds N] [--throttle] [--no-hub] [--host NAME] [--out DIRECTORY]
 
 Chromium opens lab/tree/Welcome.ipynb, by turns: in a fresh profile, and a second and a third time in the same
 profile. On the side of nbagent each visit is to a new slot, and there is a fourth visit, in a fresh profile: the
@@ -67,21 +67,22 @@ class PageBench:
     def __init__(self, host: Host, client: Client, options: argparse.Namespace) -> None:
         self.host, self.client, self.options, self.api = host, client, options, product.Api(host)
         self.samples: dict[str, dict[str, dict[str, list[float]]]] = {
-            side: {visit: {} for visit in (*VISITS, *([CLICK] if side == OURS else []))} for side in SIDES
+            side: {visit: {} for visit in (*VISITS, *([CLICK] if side == OURS else []))} for side in options.sides
         }
         self.traces: dict[str, list[dict[str, Any]]] = {}
         image = sides.image(host, "minimal")
         user = host.run(["stat", "-c", "%u", f"{image['root']}/home/jovyan"]).stdout.strip()
         self.bare_side = sides.SystemdRun(host, client, image["root"], user, 1)
         self.bare = client.run(self.bare_side.start(0, 0.05))
-        self.hub = HubVisits(host, client, f"{image['root']}/home/jovyan/{Path(NOTEBOOK).name}")
+        notebook = f"{image['root']}/home/jovyan/{Path(NOTEBOOK).name}"
+        self.hub = HubVisits(host, client, notebook) if HUB in options.sides else None
 
     def run(self) -> None:
         """All rounds. The first visits of all are not measured: they warm the bare server and the disk's cache."""
-        for side in SIDES:
+        for side in self.options.sides:
             self.turn(side, VISITS[:1], None)
         for number in range(1, self.options.rounds + 1):
-            for side in SIDES[::-1] if number % 2 else SIDES:
+            for side in self.options.sides[::-1] if number % 2 else self.options.sides:
                 say(f"round {number} of {self.options.rounds}: {side}")
                 self.turn(side, VISITS, self.samples[side])
                 if side == OURS:
@@ -105,7 +106,7 @@ class PageBench:
     @contextlib.contextmanager
     def visit(self, side: str, visit: str, page: browser.Page) -> Iterator[Callable[[], None]]:
         """The person's act with which a visit begins. At its end the servers are as before."""
-        if side == HUB:
+        if side == HUB and self.hub:
             with self.hub.visit(page, NOTEBOOK) as press:
                 yield press
         elif side == BARE:
@@ -210,7 +211,7 @@ def table(found: PageBench) -> list[list[str]]:
     rows = [["visit", *(f"{event}, s" for event in EVENTS), "result / bare", "requests", "from the cache", "kB"]]
     for visit in (*VISITS, CLICK):
         base = statistics.median(found.samples[BARE][VISITS[0] if visit == CLICK else visit]["result"])
-        for side in (OURS,) if visit == CLICK else SIDES:
+        for side in (OURS,) if visit == CLICK else found.options.sides:
             values = {name: statistics.median(values) for name, values in found.samples[side][visit].items()}
             rows.append([
                 f"{side}, {visit}", *(f"{values[event] / 1000:.2f}" for event in EVENTS),
@@ -223,6 +224,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=7, choices=range(1, 51), metavar="N", help="default: 7")
     parser.add_argument("--throttle", action="store_true", help="30 Mbit/s and 20 ms between browser and servers")
+    parser.add_argument("--no-hub", dest="sides", action="store_const", const=SIDES[:2], default=SIDES,
+                        help="without JupyterHub, whose visits take longer than all others")
     parser.add_argument("--host", help="measure on this test host, which has nbagent and nodejs and stays")
     parser.add_argument("--out", type=Path, default=sides.OUT, help="where the files go")
     return parser.parse_args(argv)
@@ -256,7 +259,8 @@ def main() -> None:
             found.run()
         finally:
             found.bare_side.close()
-            found.hub.close()
+            if found.hub:
+                found.hub.close()
     loads.append(os.getloadavg()[0])
     network = "30 Mbit/s, 20 ms" if options.throttle else "no throttle"
     about = (
@@ -270,7 +274,7 @@ def main() -> None:
     (options.out / "page.md").write_text(f"{figures.markdown(rows)}\n\n{about}\n")
     document = {"about": about, "samples": found.samples, "traces": found.traces}
     (options.out / "page.json").write_text(json.dumps(document, indent=1) + "\n")
-    drawn = [(side, visit) for visit in (VISITS[0], VISITS[-1]) for side in SIDES]
+    drawn = [(side, visit) for visit in (VISITS[0], VISITS[-1]) for side in options.sides]
     waterfall.draw(
         options.out / "page.png", {f"{side}, {visit}": found.traces[f"{side}, {visit}"] for side, visit in drawn},
         {f"{side}, {visit}": {event: statistics.median(found.samples[side][visit][event]) for event in EVENTS}
