@@ -27,10 +27,9 @@ from urllib.parse import quote
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / name) for name in ("integration", "conformance", ".", "..")] + [str(HERE)]
 
-import reports
 import suite
 import websocket
-from reports import cell, kernel_of, notebook_of, put
+from acts import cell, kernel_of, notebook_of, put, user_of
 
 import browser
 import versions
@@ -307,7 +306,7 @@ def main() -> None:
         if (launch := agent.api.get(f"/slots/{slot.slot}").json())["launch"] != "fork":
             faults.append(f"not forked: {launch['launch_reason']}")
         with suite.plain(agent.host, root, PATH) as server:
-            plain = reports.user_of(server)
+            plain = user_of(server)
             for function in wanted:
                 expected, found = tried(plain, function), tried(slot, function)
                 if found != expected or isinstance(found, str):

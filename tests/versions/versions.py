@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / name) for name in ("integration", "conformance", ".", "..")]
 
-import reports
+import reported_programs
 from waits import check_waits
 
 import product
@@ -259,7 +259,7 @@ def tried(agent: Agent, version: Version) -> tuple[list[str], list[str]]:
         if activated != "/opt/conda":
             wrong.append(f"activate.d: {activated!r}")
     try:
-        reports.terminals_and_notebooks_have_the_same_programs(notebook)
+        reported_programs.terminals_and_notebooks_have_the_same_programs(notebook)
     except AssertionError as error:
         wrong.append(f"terminal: {error}")
     try:
