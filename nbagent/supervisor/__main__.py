@@ -36,6 +36,9 @@ from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.zygotes import Zygotes
 from nbagent.systemd.watchdog import Watchdog
 
+# At a stop: for the response of the units service, which is the reason in the files of sessions and nothing else.
+SHUTDOWN_KNOWN_S = 1.0
+
 
 def main() -> int:
     """Runs until SIGTERM. Returns the exit status."""
@@ -103,6 +106,12 @@ async def _serve(
         server.cancel()
     await asyncio.gather(*servers, return_exceptions=True)
     await agent.stop()
+    # The units service ends later, also at a shutdown (After=).
+    with contextlib.suppress(OSError):
+        async with asyncio.timeout(SHUTDOWN_KNOWN_S):
+            is_stopping = await systemd.is_stopping()
+        if is_stopping:
+            supervisor.sessions.host_stops(live.slot for live in supervisor.slots.values())
     emit(Event.AGENT_STOPPING)
     for task in (*tasks, stopped):
         task.cancel()

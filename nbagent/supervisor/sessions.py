@@ -25,6 +25,7 @@ ENDED_MAX = 500
 CLOCK_READ_S, CLOCK_STEP_S = 5.0, 1.0
 _CLAIMED, _ENDED = "claimed", "ended"
 LOST = "its processes ended"
+SHUTDOWN = "its host shuts down"
 
 
 class Sessions:
@@ -82,9 +83,18 @@ class Sessions:
         if slot.claimed_s is not None:
             self._note_end(slot.id, reason)
 
+    def host_stops(self, slots: Iterable[Slot]) -> None:
+        """Writes the end of claimed slots, which systemd ends when the supervisor has ended, before the router."""
+        for slot in slots:
+            if slot.state is SlotState.CLAIMED:
+                self._write_end(slot.id, SHUTDOWN)
+
     def _note_end(self, name: str, reason: str) -> None:
-        self._write(name, {"slot": name, "state": _ENDED, "ended_at": wall(now()), "reason": reason})
+        self._write_end(name, reason)
         self._keep(name)
+
+    def _write_end(self, name: str, reason: str) -> None:
+        self._write(name, {"slot": name, "state": _ENDED, "ended_at": wall(now()), "reason": reason})
 
     def _keep(self, name: str) -> None:
         self._ended.append(name)

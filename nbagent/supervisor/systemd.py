@@ -126,6 +126,10 @@ class Systemd:
         """
         return fields.texts(await self._ask("zygotes"), "ok")
 
+    async def is_stopping(self) -> bool:
+        """Whether the host shuts down or reboots. Raises OSError."""
+        return (await self._ask("is_stopping")).get("ok") is True
+
     async def _ask(self, op: str, **arguments: object) -> Mapping[str, object]:
         """The response to a request that takes PID 1 milliseconds. Raises OSError, TimeoutError among them."""
         try:

@@ -45,6 +45,16 @@ async def test_an_ended_slot_has_the_reason_without_the_callers_address(tmp_path
         assert "192.0.2.8" not in json.dumps(found) and found["ended_at"]
 
 
+async def test_at_a_shutdown_the_sessions_of_claimed_slots_end_with_the_reason(tmp_path):
+    async with Host(tmp_path, pool={"warm": 2}) as host:
+        await host.until_states("warm", "warm")
+        slot = (await host.claim())["slot"]
+        await turns()
+        host.supervisor.sessions.host_stops(live.slot for live in host.supervisor.slots.values())
+        assert [file.stem for file in (tmp_path / "sessions").iterdir()] == [slot]
+        assert (read(host, slot)["state"], read(host, slot)["reason"]) == ("ended", "its host shuts down")
+
+
 async def test_a_slot_that_ended_while_no_supervisor_ran_is_ended(tmp_path):
     sessions = Sessions(tmp_path)
     sessions.open({})
