@@ -36,9 +36,6 @@ from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.zygotes import Zygotes
 from nbagent.systemd.watchdog import Watchdog
 
-# At a stop: for the response of the units service, which is the reason in the files of sessions and nothing else.
-SHUTDOWN_KNOWN_S = 1.0
-
 
 def main() -> int:
     """Runs until SIGTERM. Returns the exit status."""
@@ -105,13 +102,10 @@ async def _serve(
     for server in servers:
         server.cancel()
     await asyncio.gather(*servers, return_exceptions=True)
+    # Before slots end, which systemd stops at the same time. It stops the units service later (After=).
+    if await systemd.is_stopping():
+        supervisor.sessions.host_stops(live.slot for live in supervisor.slots.values())
     await agent.stop()
-    # The units service ends later, also at a shutdown (After=).
-    with contextlib.suppress(OSError):
-        async with asyncio.timeout(SHUTDOWN_KNOWN_S):
-            is_stopping = await systemd.is_stopping()
-        if is_stopping:
-            supervisor.sessions.host_stops(live.slot for live in supervisor.slots.values())
     emit(Event.AGENT_STOPPING)
     for task in (*tasks, stopped):
         task.cancel()

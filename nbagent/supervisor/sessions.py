@@ -36,6 +36,7 @@ class Sessions:
         # The names of ended slots, the oldest first.
         self._ended: deque[str] = deque()
         self._booted_s = _booted_s()
+        self._host_stops = False
 
     async def follow_clock(self, slots: Callable[[], Iterable[Slot]]) -> None:
         """Looks for steps of the wall clock until cancelled."""
@@ -81,10 +82,11 @@ class Sessions:
     def ended(self, slot: Slot, reason: str) -> None:
         """Writes the end of a slot, if it was claimed."""
         if slot.claimed_s is not None:
-            self._note_end(slot.id, reason)
+            self._note_end(slot.id, SHUTDOWN if self._host_stops else reason)
 
     def host_stops(self, slots: Iterable[Slot]) -> None:
-        """Writes the end of claimed slots, which systemd ends when the supervisor has ended, before the router."""
+        """Writes the end of claimed slots, which systemd ends at the same time as the supervisor, before the router."""
+        self._host_stops = True
         for slot in slots:
             if slot.state is SlotState.CLAIMED:
                 self._write_end(slot.id, SHUTDOWN)
