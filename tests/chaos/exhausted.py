@@ -239,6 +239,8 @@ class Run:
         since = cursor.rpartition("-- cursor: ")[2].strip()
         # A new websocket, because Jupyter closes one whose client sends no pong for 90 s.
         with Kernel(notebook, kernel_id) as user, ThreadPoolExecutor(CLAIMS) as threads:
+            # It is open when the kernel has responded.
+            self.run_cell(case, user)
             self.act(case.begin)
             if case.killed:
                 self.act(fault("kill", case.killed))
