@@ -48,11 +48,11 @@ from nbagent.zygote import (
     answers,
     assets,
     first_answers,
-    full_storage,
     installed,
     linked_notebook,
     page,
     provisioner,
+    refusals,
     shown_limits,
 )
 from nbagent.zygote.acts import is_act
@@ -178,7 +178,7 @@ def initialise(base_url: str, token: str) -> Any:
     _note_requests(server)
     assets.install(server, next(iter(server.extension_manager.extension_apps["jupyterlab"])).static_dir)
     page.install(server.web_app.settings)
-    full_storage.answer()
+    refusals.answer()
     linked_notebook.install(server)
     first_answers.install(server)
     shown_limits.install(server.web_app.settings)
