@@ -138,6 +138,7 @@ def plan(spec: SandboxSpec) -> Plan:
             steps.ReadOnly(READ_ONLY),
             steps.Detach(),
             steps.Identity(spec.user, spec.uid, spec.home, spec.slot),
+            *((steps.UserPackages(spec.command[0]),) if spec.command else ()),
             # After Detach, because the image's home may be a link to its root directory, where the host's root was.
             steps.Home(HOME_PATH, spec.home, spec.uid),
             steps.Tmpfs(RUNTIME_PATH, RUNTIME_BYTES, RUNTIME_BYTES // BYTES_PER_INODE, "0700", uid=spec.uid),

@@ -57,6 +57,13 @@ LOCKED_BYTES, QUEUED_BYTES = 8 << 20, 819200
 
 DEFAULT4, DEFAULT6, MULTICAST4, MULTICAST6, LINK_LOCAL6 = "0.0.0.0/0", "::/0", "224.0.0.0/4", "ff00::/8", "fe80::/10"
 NEIGHBOUR6 = "fe80::1"
+# The content of a .pth file. The module site executes it twice in a virtual environment: before and after it has
+# disabled the user's packages, which is when ENABLE_USER_SITE is False.
+USER_PACKAGES = (
+    "import site; "
+    "site.ENABLE_USER_SITE = site.check_enableusersite() if site.ENABLE_USER_SITE is False else site.ENABLE_USER_SITE; "
+    "site.addusersitepackages(None)\n"
+)
 
 
 class Step(Protocol):
@@ -394,6 +401,33 @@ class Identity(NamedTuple):
         _write("/etc/hostname", f"{self.hostname}\n")
         _write("/etc/hosts", f"127.0.0.1 localhost {self.hostname}\n::1 localhost\n")
         socket.sethostname(self.hostname)
+
+
+class UserPackages(NamedTuple):
+    """A Python of a virtual environment has no packages below ~/.local, and the environment is read-only, so that pip
+    could install nothing. This file has the Python read those of the user as one outside of an environment does, after
+    the environment's own."""
+
+    program: str
+
+    def describe(self) -> str:
+        return f"if {self.program} is of a virtual environment, its Python reads the user's packages"
+
+    def do(self) -> None:
+        prefix = os.path.dirname(os.path.dirname(self.program))
+        try:
+            with open(f"{prefix}/pyvenv.cfg", "rb", buffering=0) as file:
+                settings = file.read(65536).decode(errors="replace").lower()
+            names = os.listdir(f"{prefix}/lib")
+        except OSError:
+            return
+        pairs = [[part.strip() for part in line.split("=", 1)] for line in settings.splitlines()]
+        if ["include-system-site-packages", "true"] in pairs:
+            return
+        for name in names:
+            directory = f"{prefix}/lib/{name}/site-packages"
+            if name.startswith("python") and os.path.isdir(directory):
+                _write(f"{directory}/nbagent-user-packages.pth", USER_PACKAGES)
 
 
 class Home(NamedTuple):

@@ -425,9 +425,13 @@ def _extend_path() -> None:
     import site
 
     user_site = site.getusersitepackages()
-    packages = ("site-packages", "dist-packages")
-    first = next((index for index, path in enumerate(sys.path) if path.endswith(packages)), len(sys.path))
+    names = ("site-packages", "dist-packages")
+    packages = [(index, path) for index, path in enumerate(sys.path) if path.endswith(names)]
+    first = packages[0][0] if packages else len(sys.path)
     if site.ENABLE_USER_SITE and user_site not in sys.path and os.path.isdir(user_site):
-        sys.path.insert(first, user_site)
+        # After the packages of a virtual environment (steps.UserPackages).
+        in_environment = sys.prefix != sys.base_prefix
+        others = [index for index, path in packages if not (in_environment and path.startswith(f"{sys.prefix}/"))]
+        sys.path.insert(others[0] if others else len(sys.path), user_site)
     if "" not in sys.path and not os.environ.get("PYTHONSAFEPATH"):
         sys.path.insert(first, "")

@@ -39,7 +39,7 @@ FURNITURE = {
     # propagates any (mount_namespaces(7)). The step only keeps later mounts of the host out, until Detach.
     "PrivateMounts",
     "Directory", "Bind tmp", "Bind var/tmp", "Tmpfs dev", "Devices", "Bind dev/shm", "Bind dev/home", "DevPts", "Link",
-    "Home", "Tmpfs run/jupyter", "Loopback", "SystemFiles", "OwnCgroup", "LimitFile",
+    "UserPackages", "Home", "Tmpfs run/jupyter", "Loopback", "SystemFiles", "OwnCgroup", "LimitFile",
 }
 
 

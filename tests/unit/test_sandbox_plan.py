@@ -29,7 +29,7 @@ def test_the_order_of_the_steps_inside():
         "PrivateMounts", "Tmpfs", "Overlay", "Directory", "Directory", "Directory", "Directory", "LimitFiles", "Pivot",
         "Bind", "Bind", "Tmpfs", "Devices", "DevPts", "Bind", "Bind", "Link", "Link", "Link", "Link", "Link",
         "SharedProgram", "SystemFiles", "OwnCgroup", "LimitFile", "Proc", "LimitFile", "NetworkSettings", "Masked",
-        "ReadOnly", "Detach", "Identity", "Home", "Tmpfs", "Loopback", "ReadOnlyRoot",
+        "ReadOnly", "Detach", "Identity", "UserPackages", "Home", "Tmpfs", "Loopback", "ReadOnlyRoot",
     ]
 
 
@@ -84,7 +84,7 @@ def test_every_tmpfs_is_limited_by_the_slots_storage():
 
 def test_a_plan_describes_each_step_with_its_reason_and_undo():
     lines = plan(SPEC).lines()
-    assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 36 + ["last"] * 3
+    assert [line.part for line in lines] == ["outside"] * 2 + ["inside"] * 37 + ["last"] * 3
     assert lines[0].step == f"user namespace of {(1 << 30) + 2001}: ids 0..65535 are {1 << 30}.. on the host"
     assert lines[-1].step == "system call filter of 1 instructions"
     assert len({line.step for line in lines}) == len(lines)

@@ -9,8 +9,8 @@ Each image is an OCI layout in one of two forms. `stacks` is like those of jupyt
 `python` is like python:3.x: root, an interpreter in /usr/local or /usr/bin, and packages by pip. They are made of
 Debian's and PyPI's packages, and, for Python 3.12, of an interpreter that pyenv has built on this machine; where there
 is none, the image is left out. A row passes if `nbagent image check` does, if an interrupt ends a cell that waits for
-input or at a breakpoint, if terminals find the programs of notebooks, and if slots are forked, or not for the reason
-that the row names.
+input or at a breakpoint, if terminals find the programs of notebooks, if pip installs a package, and if slots are
+forked, or not for the reason that the row names.
 
 Layers are cached by a hash of their recipe. The table goes to standard output.
 """
@@ -18,6 +18,7 @@ Layers are cached by a hash of their recipe. The table goes to standard output.
 from __future__ import annotations
 
 import argparse
+import base64
 import dataclasses
 import hashlib
 import inspect
@@ -39,6 +40,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / name) for name in ("integration", "conformance", ".", "..")]
 
+import acts
 import reported_programs
 from waits import check_waits
 
@@ -48,6 +50,7 @@ from conftest import Agent
 from notebook import Notebook
 from product import say
 from testhost_driver import Host, aptsources, state
+from wheels import wheel
 
 CACHE = product.CACHE / "versions"
 SETTINGS = "[pool]\nwarm = 1\n[cull]\ninterval = \"1s\"\n"
@@ -266,12 +269,22 @@ def tried(agent: Agent, version: Version) -> tuple[list[str], list[str]]:
         check_waits(agent, notebook)
     except AssertionError as error:
         wrong.append(f"interrupt: {error}")
+    if not (said := installed(notebook)).endswith("42\n"):
+        wrong.append(f"pip: {said[-300:]}")
     agent.release(notebook.slot)
     after = re.search(r"memory (.+?) of", found.get("kernel", ""))
     memory = f"{found['memory at rest'].partition(' of')[0]}, {after[1] if after else 'unknown'}"
     row = [have["python"], version.form, have["jupyterlab"], have.get("notebook", ""), have["ipykernel"],
            have["jupyter_server"], launch + (f": {reason}" if reason else ""), memory]
     return row, wrong
+
+
+def installed(notebook: Notebook) -> str:
+    """The output of two cells: one installs a package with pip, and one of the next kernel uses it."""
+    name, content = wheel()
+    acts.put(notebook, name, {"type": "file", "format": "base64", "content": base64.b64encode(content).decode()})
+    said = notebook.run(f"%pip install --no-index ./{name}", 120).stream
+    return said + notebook.run("import tiny_answer; print(tiny_answer.ANSWER)").stream
 
 
 def show(rows: Sequence[Sequence[str]]) -> None:
