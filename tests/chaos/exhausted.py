@@ -14,6 +14,7 @@ with `--machine vm`, which is Debian 13.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -45,6 +46,8 @@ CLAIMS = WARM + 2
 # A resource is read every five seconds, a part is tried every two and is in the journal after ten.
 ALARM_S = 20.0
 RESET = "connection reset"
+# Jupyter pings websockets every 30 s.
+PONG_S = 30.0
 
 
 class Exhausted(NamedTuple):
@@ -237,11 +240,16 @@ class Run:
         services, problems = self.services(case), len(self.book.problems)
         cursor = self.host.run(["journalctl", "-q", "-n", "1", "--show-cursor", "-o", "cat"]).stdout
         since = cursor.rpartition("-- cursor: ")[2].strip()
-        # A new websocket, because Jupyter closes one whose client sends no pong for 90 s.
-        with Kernel(notebook, kernel_id) as user, ThreadPoolExecutor(CLAIMS) as threads:
-            # It is open when the kernel has responded.
+        with contextlib.ExitStack() as stack:
+            # A new websocket, because Jupyter closes one whose client sends no pong for 90 s. It is open when the
+            # kernel has responded.
+            user = stack.enter_context(Kernel(notebook, kernel_id))
+            threads = stack.enter_context(ThreadPoolExecutor(CLAIMS))
             self.run_cell(case, user)
+            began_s = time.monotonic()
             self.act(case.begin)
+            if time.monotonic() - began_s > PONG_S:
+                user = stack.enter_context(Kernel(notebook, kernel_id))
             if case.killed:
                 self.act(fault("kill", case.killed))
                 self.act(case.begin)  # uses up what the service had
@@ -308,6 +316,7 @@ def main() -> None:
         kernel.run("x = 41")
         for case in cases:
             run.try_one(case, notebook, kernel.id)
+        Caller(host, run.book).release(notebook.slot)
     result = {"resources": run.results, "problems": run.book.problems}
     out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)
