@@ -55,7 +55,7 @@ class Exhausted(NamedTuple):
 
     `options` are those of the claims. `serves`: claims get slots and no 503. `connects`: the host accepts connections;
     otherwise claims and a user's new websocket can also be reset. `machine` is the only driver of hosts on which it can
-    be used up. `killed` is a service that ends after that, and starts again.
+    be used up.
     """
 
     name: str
@@ -68,7 +68,6 @@ class Exhausted(NamedTuple):
     serves: bool = False
     connects: bool = True
     machine: str = ""
-    killed: str = ""
 
 
 def shell(text: str) -> tuple[str, ...]:
@@ -150,11 +149,6 @@ CASES = (
     # The units service keeps the connection that it has.
     Exhausted("connections of PID 1", fault("connections", "PID 1"), ("end", "connections"), "", "", "", serves=True),
     Exhausted(
-        "connections of PID 1, and the units service ends", fault("connections", "PID 1"), ("end", "connections"),
-        "systemd fails", r'nbagent_part_works\{part="systemd"\} 0', r"^fail +(supervisor|nbagent-units.socket):.*",
-        killed=UNITS,
-    ),
-    Exhausted(
         "open files", fault("open files", "open files"), ("end", "open files"), nearly("open files"), "",
         r"^(warn|fail) +use:.*nearly all open files", connects=False, machine="vm",
     ),
@@ -192,9 +186,8 @@ class Run:
             time.sleep(0.5)
         return time.monotonic() - began_s
 
-    def services(self, case: Exhausted) -> str:
-        """The invocations of all services that must not end."""
-        units = sorted({SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK} - {case.killed})
+    def services(self) -> str:
+        units = (SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK)
         return self.host.run(["systemctl", "show", "-P", "InvocationID", *units]).stdout
 
     def claim(self, case: Exhausted) -> tuple[str, str, float]:
@@ -237,7 +230,7 @@ class Run:
         return matching("journal", case.journal, found.stdout) if found else {}
 
     def try_one(self, case: Exhausted, notebook: Notebook, kernel_id: str) -> None:
-        services, problems = self.services(case), len(self.book.problems)
+        services, problems = self.services(), len(self.book.problems)
         cursor = self.host.run(["journalctl", "-q", "-n", "1", "--show-cursor", "-o", "cat"]).stdout
         since = cursor.rpartition("-- cursor: ")[2].strip()
         with contextlib.ExitStack() as stack:
@@ -250,9 +243,6 @@ class Run:
             self.act(case.begin)
             if time.monotonic() - began_s > PONG_S:
                 user = stack.enter_context(Kernel(notebook, kernel_id))
-            if case.killed:
-                self.act(fault("kill", case.killed))
-                self.act(case.begin)  # uses up what the service had
             try:
                 answers = list(threads.map(self.claim, [case] * CLAIMS))
                 self.run_cell(case, user)
@@ -281,7 +271,7 @@ class Run:
                 if claim:
                     caller.release(str(claim["slot"]))
         rest_s = self.rest({notebook.slot})
-        if self.services(case) != services:
+        if self.services() != services:
             self.book.problem(f"{case.name}: a service was restarted")
         self.results[case.name] = {
             "answers": Counter(kind for kind, _, _ in answers),

@@ -239,10 +239,10 @@ def response_of(connection):
         return b""
 
 
-def connect_to_manager(*, is_repeated):
+def connect_to_manager():
     """Opens connections to PID 1 until it closes another at once. Raises RuntimeError.
 
-    It closes those that do not authenticate after 90 s. `is_repeated`: nearly all are open already.
+    It closes those that do not authenticate after 90 s.
     """
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -259,7 +259,7 @@ def connect_to_manager(*, is_repeated):
         found.append(connection)
         with contextlib.suppress(OSError):
             connection.sendall(b"\0AUTH EXTERNAL 30\r\nBEGIN\r\n")
-        if len(found) > MANAGER_ACCEPTED or is_repeated:
+        if len(found) > MANAGER_ACCEPTED:
             with contextlib.suppress(TimeoutError):
                 if not response_of(connection):
                     return found
@@ -359,9 +359,8 @@ class Faults:
             self.held[kind] = refuse_nftables()
             return self.held[kind] and self.held[kind].args[-1]
         if kind == "connections":
-            found = connect_to_manager(is_repeated=kind in self.held) if target == "PID 1" else connect_to_bus()
-            self.held.setdefault(kind, []).extend(found)
-            return len(found)
+            self.held[kind] = connect_to_manager() if target == "PID 1" else connect_to_bus()
+            return len(self.held[kind])
         if kind == "network":
             return run("sh", "-c", NETWORK[target])
         if kind in INJECTED:
