@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flask import Flask, Response, request
 from werkzeug.exceptions import MethodNotAllowed
+from werkzeug.routing import Map
 from werkzeug.wrappers import Response as AnyResponse
 
 from nbagent.api import inputs
@@ -28,8 +29,9 @@ PROBE_TIMEOUT_S = 3.0
 def create_app(config: HostConfig, client: ControlClient, token_path: Path = TOKEN_PATH) -> Flask:
     """The API as a WSGI application that calls the supervisor by `client`."""
     app = Flask(__name__, static_folder=None)
-    # A path that is not in the table gets 404 and no redirect to a normalised spelling.
-    app.url_map.merge_slashes = False
+    # A path that is not in the table gets 404 and no redirect to a normalised spelling. Werkzeug 2.2 does not read the
+    # attribute merge_slashes after the map is made.
+    app.url_map = Map(merge_slashes=False)
     service = Service(config, client, ControlClient(client.path, PROBE_TIMEOUT_S))
     access = Access(config, passed(token_path))
     routes = {route.name: route for route in ROUTES}

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from nbagent.core.claim_content import Content, parse_archive, parse_files
 from nbagent.core.errors import IllegalMove, InvalidField
@@ -29,6 +29,7 @@ T = TypeVar("T")
 _ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 _ID = re.compile(r"[a-z0-9]{1,16}-[a-z0-9]{12}")
 _PATH = re.compile(r"[A-Za-z0-9/._~%!$&'()*+,;=:@?#-]{1,2000}")
+_CONTROL = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]")
 
 IMAGE_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 IMAGE_NAME_EXPECTED = "a name of a-z, 0-9, '.', '_' and '-', at most 63 characters, the first a letter or digit"
@@ -318,8 +319,9 @@ def _network(value: object, bounds: Bounds) -> str:
 
 
 def _path(value: object) -> str:
-    if isinstance(value, str):
-        path = value.removeprefix("/")
+    if isinstance(value, str) and not _CONTROL.search(value):
+        # Encoded as browsers do it, because names of notebooks have blanks, and a query of GET /claim is decoded.
+        path = quote(value.removeprefix("/"), safe="/%!$&'()*+,;=:@?#")
         segments = unquote(path.partition("?")[0]).split("/")
         if _PATH.fullmatch(path) and not path.startswith("/") and ".." not in segments:
             return path

@@ -60,7 +60,7 @@ def parse(text: str) -> HttpProxy:
 
 
 def variables(proxy: HttpProxy, direct: Iterable[str]) -> dict[str, str]:
-    """The environment variables of the proxy, for programs that reach the networks `direct` without it."""
+    """The environment variables of the proxy, for programs that reach the hosts and networks `direct` without it."""
     return dict.fromkeys(_VARIABLES, f"http://{proxy}") | {_WITHOUT: ",".join((*_OWN, *direct))}
 
 

@@ -30,6 +30,7 @@ from urllib.parse import quote, unquote
 
 from flask import Flask, Request, Response, redirect, render_template, request
 from werkzeug.exceptions import HTTPException
+from werkzeug.routing import Map, PathConverter
 from werkzeug.wrappers import Response as AnyResponse
 
 from nbagent.config.host_config import LandingSettings
@@ -64,11 +65,17 @@ NO_FIGURES: Mapping[str, object] = {}
 _LOG = logging.getLogger(__name__)
 
 
+class _Rest(PathConverter):
+    """The rest of a path, which may begin with a slash, as in links to /spawn//lab."""
+
+    regex = ".*?"
+
+
 def create_app(settings: LandingSettings, backend: SlotBackend, token_matches: Callable[[str], bool]) -> Flask:
     """The landing page of `backend`; `token_matches` checks the token for `access = "token"`."""
     app = Flask(__name__, static_folder=None, template_folder=str(Path(__file__).parent / "pages"))
-    app.url_map.merge_slashes = False
-    app.url_map.strict_slashes = False
+    # Not by its attribute merge_slashes, which Werkzeug 2.2 does not read after the map is made.
+    app.url_map = Map(merge_slashes=False, strict_slashes=False, converters={"rest": _Rest})
     app.jinja_env.filters.update(duration=duration, decoded=unquote)
     views = _Views(settings, backend, token_matches)
     app.register_error_handler(NbagentError, views.handle_error)
@@ -77,7 +84,7 @@ def create_app(settings: LandingSettings, backend: SlotBackend, token_matches: C
 
     def serve(rule: str, view: Callable[..., AnyResponse], *methods: str, below: bool = False) -> None:
         # Views ignore Flask's path, which is decoded, and read the request target.
-        for number, path in enumerate((rule, f"{rule}/", f"{rule}/<path:_>") if below else (rule, f"{rule}/")):
+        for number, path in enumerate((rule, f"{rule}/", f"{rule}/<rest:_>") if below else (rule, f"{rule}/")):
             app.add_url_rule(
                 path, f"{view.__name__}:{rule}:{number}", lambda _="": view(),
                 methods=methods, provide_automatic_options=False,

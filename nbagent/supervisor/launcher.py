@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -215,3 +216,10 @@ def pid_of(pidfd: int, slot: Slot) -> int:
             if pid > 0:
                 return pid
     raise ended(slot)
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process of a pidfd has ended, also while its parent has not reaped it."""
+    waiting = select.poll()
+    waiting.register(pidfd, select.POLLIN)
+    return bool(waiting.poll(0))

@@ -195,7 +195,8 @@ def variables(settings: NetworkSettings, slot: Slot) -> dict[str, str]:
     """The environment variables of the HTTP proxy, for a slot with an interface."""
     if settings.proxy is None or not slot.addresses:
         return {}
-    return proxies.variables(settings.proxy, direct(settings))
+    # Programs of a slot connect to each other by its name and addresses, too, which the proxy does not reach.
+    return proxies.variables(settings.proxy, (slot.id, *slot.addresses, *direct(settings)))
 
 
 def direct(settings: NetworkSettings) -> list[str]:

@@ -41,6 +41,17 @@ context.load_cert_chain("/root/proxy/cert.pem", "/root/proxy/key.pem")
 server.socket = context.wrap_socket(server.socket, server_side=True)
 server.serve_forever()
 """
+OWN_SERVER = """
+import http.server, threading
+class Mine(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"mine")
+    def log_message(self, *_):
+        pass
+threading.Thread(target=http.server.HTTPServer(("", 9999), Mine).serve_forever, daemon=True).start()
+"""
 NOT_ONLY_BY_PROXY = f"""
 systemctl stop internet-proxy internet-https
 ip route del {PROXY}/32; ip route replace default via 5.5.5.2; ip -6 route replace default via 2a00:1::2
@@ -82,6 +93,11 @@ def test_slots_archives_and_imports_of_a_host_reach_the_internet_by_its_proxy_on
         imported = "import ssl, urllib.request; unverified = ssl._create_unverified_context()"
         assert slot.kernel.run(imported).status == "ok"
         assert slot.eval(opened) == slot.eval(secure) == "brought\n"
+        # Programs of the slot reach each other without the proxy, also by the slot's name and address.
+        assert slot.kernel.run(OWN_SERVER).status == "ok"
+        own = f"['localhost', socket.gethostname(), {slot.addresses()[0]!r}]"
+        got = f"[urllib.request.urlopen(f'http://{{host}}:9999/', timeout=20).read().decode() for host in {own}]"
+        assert slot.eval(got) == ["mine"] * 3
         slot.release()
         internet.wait_warm()
         plain = internet.open(network="internet", archive="http://public.example:8080/course.tar.gz")

@@ -246,7 +246,7 @@ def test_options_lists_the_methods_of_a_path(api: FlaskClient) -> None:
     assert api.options("/nowhere").status_code == 404
 
 
-@pytest.mark.parametrize("path", ["/nowhere", "/claim/", "/slots/", "/api", "/static/x"])
+@pytest.mark.parametrize("path", ["/nowhere", "/claim/", "/slots/", "/api", "/static/x", "/slots//x"])
 def test_unknown_path_is_a_problem(api: FlaskClient, path: str) -> None:
     response = api.get(path)
     assert (response.status_code, response.json["type"]) == (404, "urn:nbagent:problem:not-found")

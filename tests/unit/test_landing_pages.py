@@ -88,6 +88,18 @@ def test_deep_link_keeps_its_path_and_query_unchanged(
     assert response.headers["Location"] == f"/user/{slot.id}/{slot_path}{mark}token={slot.token}"
 
 
+@pytest.mark.parametrize("target", ["/spawn//lab/tree/a.ipynb", "/spawn///lab/tree/a.ipynb"])
+def test_deep_link_whose_path_begins_with_a_slash_needs_no_second_request(
+    landing: FlaskClient, supervisor: FakeSupervisor, target: str
+) -> None:
+    # A redirect to a normalised spelling would have the scheme of the proxy's connection, which is http.
+    response = send(landing, "GET", target, PERSON | {"X-Forwarded-Proto": "https"})
+    assert response.status_code == 302, response.headers.get("Location")
+    (slot,) = supervisor.slots.values()
+    assert response.headers["Location"] == f"/user/{slot.id}/lab/tree/a.ipynb?token={slot.token}"
+    assert 'action="/spawn/lab//tree/a.ipynb"' in send(landing, "GET", "/lab//tree/a.ipynb").text
+
+
 def test_link_that_leaves_the_slot_starts_no_slot(landing: FlaskClient, supervisor: FakeSupervisor) -> None:
     for target in ("/spawn/../slots", "/spawn/%2e%2e/slots", "/spawn/lab/..%2f..%2fx"):
         response = landing.get("/spawn/x", headers=PERSON, environ_overrides={"RAW_URI": target})

@@ -110,6 +110,16 @@ def test_a_bad_option_names_its_field_and_the_expected_value(field, value):
     assert len(str(caught.value.details["value"])) <= 80
 
 
+@pytest.mark.parametrize(("given", "path"), [
+    ("lab/tree/My notebook.ipynb", "lab/tree/My%20notebook.ipynb"), ("/lab/tree/ü.ipynb", "lab/tree/%C3%BC.ipynb"),
+    ("lab/tree/a%20b.ipynb?x=%26#one", "lab/tree/a%20b.ipynb?x=%26#one"), ("lab\\x", "lab%5Cx"),
+])
+def test_a_path_is_encoded_as_browsers_encode_it(given, path):
+    options = parse_options({"path": given}, CLAIM_FIELDS, BOUNDS)
+    assert options.path == path
+    assert parse_options({"path": path}, CLAIM_FIELDS, BOUNDS) == options
+
+
 def test_an_unknown_option_names_the_known_ones():
     with pytest.raises(InvalidField, match=r"unknown field 'mem'.*memory"):
         parse_options({"mem": "1G"}, CLAIM_FIELDS, BOUNDS)

@@ -125,11 +125,13 @@ def test_a_slot_with_an_interface_has_the_variables_of_the_proxy() -> None:
     )
     with_interface = Slot.__new__(Slot)
     object.__setattr__(with_interface, "addresses", ("198.18.0.2",))
+    object.__setattr__(with_interface, "id", "c07-x8q2m4k9w1ze")
     without = Slot.__new__(Slot)
     object.__setattr__(without, "addresses", ())
     url = "http://10.1.0.8:3128"
     assert network.variables(settings, with_interface) == {
-        "http_proxy": url, "https_proxy": url, "no_proxy": "localhost,127.0.0.1,::1,10.2.0.0/16",
+        "http_proxy": url, "https_proxy": url,
+        "no_proxy": "localhost,127.0.0.1,::1,c07-x8q2m4k9w1ze,198.18.0.2,10.2.0.0/16",
     }
     assert network.variables(settings, without) == network.variables(SETTINGS, with_interface) == {}
 
