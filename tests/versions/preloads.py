@@ -26,11 +26,21 @@ from product import say
 from versions import Version
 
 MEMORY = "3G"
+# A zygote that has all of them takes more than pool.zygote_memory is by default.
+SETTINGS = """
+[pool]
+warm = 1
+zygote_memory = "4G"
+[cull]
+interval = "1s"
+"""
 IMAGE = Version(
     "preloads", "python", "trixie", "3.13",
     ("jupyterlab==4.6.6", "ipykernel==7.4.0", "numpy", "pandas", "matplotlib", "scikit-learn", "polars", "pyarrow",
      "duckdb", "numba", "xgboost-cpu", "lightgbm", "tensorflow-cpu"),
-    packages="libgomp1 python3-torch",  # because PyPI's torch requires CUDA's libraries, of 3 GB
+    # PyPI's torch requires CUDA's libraries, of 3 GB.
+    packages="libgomp1 python3-torch",
+    files=(("opt/venv/lib/python3.13/site-packages/debian.pth", b"/usr/lib/python3/dist-packages\n"),),
 )
 # Modules, each with a computation.
 MODULES = {
@@ -101,7 +111,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     options = parser.parse_args()
-    with versions.agent_for([IMAGE], options.keep) as agent, versions.imported(agent, IMAGE):
+    machine = versions.Machine("preloads", settings=SETTINGS)
+    with versions.agent_for([IMAGE], options.keep, machine) as agent, versions.imported(agent, IMAGE):
         versions.wait_for_zygote(agent, IMAGE.name)
         without = costs(agent, IMAGE.name)
         root = next(one["root"] for one in json.loads(agent.run("nbagent", "image", "list", "--json"))
