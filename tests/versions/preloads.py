@@ -51,13 +51,22 @@ MODULES = {
                         ".predict([[1.0]])[0] == 1",
     "polars": "polars.DataFrame({'a': [1, 2, 3]}).lazy().sum().collect()['a'][0] == 6",
     "pyarrow": "pyarrow.compute.sum(pyarrow.array([1, 2, 3])).as_py() == 6",
-    "duckdb": "duckdb.sql('select sum(range) from range(1000000)').fetchone()[0] == 499999500000",
+    "duckdb": "duckdb.sql('select sum(range) from range(1000000)').fetchall()[0][0] == 499999500000",
     "numba": "numba.njit(lambda a: a + 1)(1) == 2",
     "xgboost": "xgboost.train({'nthread': 2}, xgboost.DMatrix([[1.0]] * 9, [1.0] * 9), 2).num_boosted_rounds() == 2",
     "lightgbm": "lightgbm.LGBMRegressor(n_estimators=2, verbose=-1).fit([[1.0]] * 99, [1.0] * 99) is not None",
     "torch": "float(torch.ones(300, 300).matmul(torch.ones(300, 300))[0, 0]) == 300",
     "tensorflow": "int(tensorflow.reduce_sum([1, 2, 3])) == 6",
 }
+MANIFEST = f"""
+python = "{IMAGE.prefix}/bin/python3"
+user = "jovyan"
+home = "/home/jovyan"
+preload = {json.dumps(list(MODULES))}
+[environment]
+PATH = "{IMAGE.prefix}/bin:/usr/local/bin:/usr/bin:/bin"
+LANG = "C.UTF-8"
+"""
 TRY = """
 import json, re, time
 def own_kib():
@@ -115,12 +124,9 @@ def main() -> None:
     with versions.agent_for([IMAGE], options.keep, machine) as agent, versions.imported(agent, IMAGE):
         versions.wait_for_zygote(agent, IMAGE.name)
         without = costs(agent, IMAGE.name)
-        root = next(one["root"] for one in json.loads(agent.run("nbagent", "image", "list", "--json"))
-                    if one["name"] == IMAGE.name)
         name = f"{IMAGE.name}-done"
         try:
-            agent.run("sh", "-ec", f"sed 's/^python = /preload = {json.dumps(list(MODULES))}\\n&/'"
-                                   f" {root}/etc/nbagent-image.toml > /root/preload.toml")
+            agent.host.run(["tee", "/root/preload.toml"], input=MANIFEST)
             began = agent.run("date", "+%s").strip()
             agent.run("nbagent", "image", "use", "--manifest", "/root/preload.toml", name, IMAGE.name)
             versions.wait_for_zygote(agent, name)

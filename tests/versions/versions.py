@@ -334,8 +334,9 @@ def agent_for(wanted: Sequence[Version], keep: bool, machine: Machine = CONTAINE
     if keep:
         host.keep()
     try:
-        product.add_changed(host, packages, say)
+        host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
         host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=settings)
+        product.add_changed(host, packages, say)
         host.run(["systemctl", "reload", "nbagent"])
         product.wait_warm(host)
         yield Agent(host)
