@@ -48,6 +48,8 @@ class Mine(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         self.wfile.write(b"mine")
+    def log_message(self, *_):
+        pass
 threading.Thread(target=http.server.HTTPServer(("", 9999), Mine).serve_forever, daemon=True).start()
 """
 NOT_ONLY_BY_PROXY = f"""
