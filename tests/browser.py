@@ -50,6 +50,11 @@ class Page:
         """Opens `url` without waiting for the end of loading, because a test waits for visible elements."""
         self.driver.get(url)
 
+    def leave(self):
+        """Shows an empty page, and waits for it: Chromium may drop the next navigation while the page is unloaded."""
+        self.driver.get("about:blank")
+        self.wait(lambda driver: driver.execute_script("return location.href") == "about:blank", "an empty page")
+
     def without_prerendering(self):
         """Makes pages find a browser without Speculation Rules, as Firefox and Safari are."""
         script = "HTMLScriptElement.supports = undefined"

@@ -7,12 +7,12 @@ import io
 import zipfile
 
 
-def wheel():
+def wheel(module="tiny_answer"):
     """A package of one line as a wheel: (file name, bytes)."""
-    metadata = "tiny_answer-1.0.dist-info"
+    metadata = f"{module}-1.0.dist-info"
     files = {
-        "tiny_answer.py": "ANSWER = 42\n",
-        f"{metadata}/METADATA": "Metadata-Version: 2.1\nName: tiny-answer\nVersion: 1.0\n",
+        f"{module}.py": "ANSWER = 42\n",
+        f"{metadata}/METADATA": f"Metadata-Version: 2.1\nName: {module.replace('_', '-')}\nVersion: 1.0\n",
         f"{metadata}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     lines = []
@@ -24,4 +24,4 @@ def wheel():
     with zipfile.ZipFile(content, "w") as archive:
         for name, text in files.items():
             archive.writestr(name, text)
-    return "tiny_answer-1.0-py3-none-any.whl", content.getvalue()
+    return f"{module}-1.0-py3-none-any.whl", content.getvalue()

@@ -26,6 +26,7 @@ from nbagent.core.errors import (
     InvalidBody,
     InvalidField,
     NbagentError,
+    NotReady,
     RecordFailed,
     SlotNotFound,
     StartFailed,
@@ -100,8 +101,8 @@ def _openapi(service: Service, call: Call) -> object:
 _BY_POST = Route(
     "POST", "/claim", "claim", "Hand out a slot", _claim, "Claim",
     fields=CLAIM_FIELDS, takes_key=True, changes=True,
-    problems=(SupervisorUnavailable, Full, Draining, StartFailed, RecordFailed, ImageNotFound, InvalidField,
-              InvalidBody, IdempotencyMismatch, ContentFailed, ArchiveFailed),
+    problems=(SupervisorUnavailable, Full, Draining, NotReady, StartFailed, RecordFailed, ImageNotFound,
+              InvalidField, InvalidBody, IdempotencyMismatch, ContentFailed, ArchiveFailed),
 )
 ROUTES: tuple[Route, ...] = (
     Route("GET", "/", "index", "Links to all GET routes", _index, "Index", is_open=True, problems=()),

@@ -12,7 +12,8 @@
       ImageNotFound
       IllegalMove              a slot cannot go from its state to the requested one
       Full                     no slot is left to hand out; has the time to retry after
-      Draining                 the host hands out no slots; has the time to retry after
+        Draining               the host hands out no slots
+        NotReady               no slot became ready in time, although there is room
       SupervisorUnavailable    no response on the control socket
       StartFailed              a slot did not become ready: the step, errno and text
       RecordFailed             the record of a slot cannot be written, because /run is full
@@ -147,6 +148,13 @@ class Draining(Full):
 
     code = "draining"
     title = "Host is draining"
+
+
+class NotReady(Full):
+    """No slot became ready within pool.claim_timeout, although the host has room. Details: `retry_after_s`."""
+
+    code = "not-ready"
+    title = "No slot became ready in time"
 
 
 class SupervisorUnavailable(NbagentError):

@@ -3,7 +3,7 @@
 
 The user of a slot has an id of its own, and no process of a slot is the image's user or root. So files that the image's
 user may read become readable for all users of the image, by `open_files`. Nothing becomes writable. `keep_path` lets
-login shells have the PATH of the manifest.
+login shells have the PATH of the manifest, and `open_environment` lets pip install packages in the home.
 
 The tree is private to the caller, so no file of it is replaced meanwhile.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 import re
 import shlex
 import stat
@@ -43,6 +44,11 @@ _PROFILE, _PROFILES = ("etc", "profile"), ("etc", "profile.d")
 # A login shell reads it before the image's other scripts there, which may add directories to PATH.
 _PATH_SCRIPT = "00-nbagent-path.sh"
 _PATH_LINES = "# Written by nbagent, because /etc/profile replaces the PATH of the image.\nPATH={}\n"
+# The file that makes a directory a virtual environment, and its setting for the packages of its interpreter and the
+# user's (site.py of CPython, https://docs.python.org/3/library/site.html).
+_ENVIRONMENT, _SYSTEM_PACKAGES = "pyvenv.cfg", re.compile(
+    rb"^[ \t]*include-system-site-packages[ \t]*=[^\n]*$", re.MULTILINE | re.IGNORECASE)
+_ENVIRONMENT_BYTES = 1 << 16
 _SETS_PATH = re.compile(rb"^\s*(export\s+)?PATH=", re.MULTILINE)
 
 
@@ -117,14 +123,46 @@ def keep_path(tree: Tree, id_base: int, manifest: Manifest, chown: Chown = os.ch
         with file:
             if not _SETS_PATH.search(file.read(manifests.MAX_BYTES)):
                 return
-        script = (*_PROFILES, _PATH_SCRIPT)
-        with tree.directory(_PROFILES) as directory_fd:
-            # The file may be a hard link of another image's.
-            tree.remove_file(script)
-            with open(tree.create_file(script, 0o644), "w") as output:
-                os.fchmod(output.fileno(), 0o644)
-                output.write(_PATH_LINES.format(shlex.quote(path)))
-            chown(_PATH_SCRIPT, id_base, id_base, dir_fd=directory_fd, follow_symlinks=False)
+        lines = _PATH_LINES.format(shlex.quote(path)).encode()
+        _replace(tree, (*_PROFILES, _PATH_SCRIPT), lines, 0o644, id_base, chown)
+
+
+def open_environment(tree: Tree, id_base: int, manifest: Manifest, chown: Chown = os.chown) -> tuple[str, ...]:
+    """Lets a virtual environment have the packages of its interpreter and, by that, the user's: ~/.local; notes of it.
+
+    No slot can write to the environment, so pip installs packages for the user, as with any other interpreter.
+    """
+    if manifest.python is None:
+        return ()
+    prefix = posixpath.dirname(posixpath.dirname(manifest.python))
+    with contextlib.suppress(OSError, Refused):
+        directory = tree.resolve(name_parts(prefix))
+        place = (*directory, _ENVIRONMENT)
+        if (file := tree.open_regular(place)) is None:
+            return ()
+        with file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            former = file.read(_ENVIRONMENT_BYTES)
+        changed, found = _SYSTEM_PACKAGES.subn(b"include-system-site-packages = true", former)
+        if not found or changed == former or len(former) == _ENVIRONMENT_BYTES:
+            return ()
+        _replace(tree, place, changed, mode, id_base, chown)
+        note = (
+            f"{prefix}/{_ENVIRONMENT}: include-system-site-packages is true, so that pip can install packages in the"
+            " home, because the environment is read-only in slots"
+        )
+        return (note,)
+    return ()
+
+
+def _replace(tree: Tree, parts: Parts, content: bytes, mode: int, id_base: int, chown: Chown) -> None:
+    """Writes a file of root of the image; a new one, because the former one may be a hard link of another image's."""
+    with tree.directory(parts[:-1]) as directory_fd:
+        tree.remove_file(parts)
+        with open(tree.create_file(parts, mode), "wb") as output:
+            os.fchmod(output.fileno(), mode)
+            output.write(content)
+        chown(parts[-1], id_base, id_base, dir_fd=directory_fd, follow_symlinks=False)
 
 
 def public_directories(tree: Tree, home: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -341,7 +341,8 @@ class ImageStore:
             elf.check_machine(tree, record.manifest)
             adaptation.keep_path(tree, record.id_base, record.manifest, self._chown)
             public, public_notes = adaptation.public_directories(tree, record.manifest.home)
-            record = replace(record, public=public, notes=(*record.notes, *public_notes))
+            environment_notes = adaptation.open_environment(tree, record.id_base, record.manifest, self._chown)
+            record = replace(record, public=public, notes=(*record.notes, *environment_notes, *public_notes))
         assets = staging / "static"
         assets.mkdir(0o755)
         limits = self._limits

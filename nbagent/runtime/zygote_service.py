@@ -10,7 +10,8 @@ It is host code under the host's Python; it runs no code of an image. Its messag
                           "extensions_after_fork": [names], "identity": object}
     service → supervisor  {"ready": true, "notes": [texts]} or a failure
     supervisor → service  {"describe": text}, from a supervisor that follows the one that started the zygote
-    service → supervisor  {"described": text, "identity": object, "age_s": int, "forks": int}
+    service → supervisor  {"described": text, "identity": object, "age_s": int, "forks": int, "outdated": bool};
+                          "outdated" is true when libraries of the service were replaced since; it may be missing
     supervisor → service  {"spec": SandboxSpec, "fds": ["control", "listen", "activity", "config", "stream", "go"]}
                           for each slot: its control channel, its listening socket, the activity page, the
                           configuration, a stream to the journal, and a pipe. The result goes over the control channel
@@ -161,9 +162,10 @@ class ZygoteService:
         age_s = int(time.monotonic() - self._ready_s)
         # `serve` sees the end of the connection.
         with contextlib.suppress(OSError):
-            self.supervisor.send(
-                {"described": token, "identity": self.identity, "age_s": age_s, "forks": self._forks}
-            )
+            self.supervisor.send({
+                "described": token, "identity": self.identity, "age_s": age_s, "forks": self._forks,
+                "outdated": runs_replaced_files(),
+            })
 
     def _make(self, spec: SandboxSpec, request: Message) -> None:
         with Channel.from_fd(request.take("control")) as control:
@@ -242,6 +244,20 @@ class ZygoteService:
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         return ZygoteFailed(f"the zygote {how}")
+
+
+def runs_replaced_files(maps: str = "/proc/self/maps") -> bool:
+    """Whether a program or library that this process executes has been replaced or removed, as an upgrade does it."""
+    try:
+        with open(maps, "rb") as file:
+            lines = [line.split(None, 5) for line in file]
+    except OSError:  # no free descriptor
+        return False
+    # Address, mode, offset, device, inode and path. Mappings without a file have none of these paths.
+    return any(
+        b"x" in line[1] and line[5].startswith((b"/usr/", b"/lib")) and line[5].endswith(b" (deleted)\n")
+        for line in lines if len(line) == 6
+    )
 
 
 def program(spec: SandboxSpec) -> Dict[str, object]:

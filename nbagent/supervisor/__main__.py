@@ -102,6 +102,9 @@ async def _serve(
     for server in servers:
         server.cancel()
     await asyncio.gather(*servers, return_exceptions=True)
+    # Before slots end, which systemd stops at the same time. It stops the units service later (After=).
+    if await systemd.is_stopping():
+        supervisor.sessions.host_stops(live.slot for live in supervisor.slots.values())
     await agent.stop()
     emit(Event.AGENT_STOPPING)
     for task in (*tasks, stopped):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from nbagent.config.host_config import CurrentConfig
-from nbagent.core.errors import Full, StartFailed
+from nbagent.core.errors import Full, NotReady, StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import SlotState, now
 from nbagent.policy import admission
@@ -36,7 +36,10 @@ class Allocator:
         self._stopper = stopper
 
     async def allocate(self, image: str, ttl_s: float, network: str) -> RunningSlot:
-        """A warm slot that can live for `ttl_s` and can have the network. Raises Full, StartFailed or RecordFailed."""
+        """A warm slot that can live for `ttl_s` and can have the network.
+
+        Raises Full, NotReady, StartFailed or RecordFailed.
+        """
         # The claim of a slot that cannot be recorded or have its network would end this slot.
         self._health.check_records()
         if network == INTERNET:
@@ -56,14 +59,19 @@ class Allocator:
     async def _wait(self, image: str) -> RunningSlot:
         self._launcher.prepare()
         self._check_queue_room(image)
+        timeout_s = self._config.value.pool.claim_timeout
         try:
-            return await self._pools.wait(image, self._config.value.pool.claim_timeout)
+            return await self._pools.wait(image, timeout_s)
         except StartFailed as error:
             # It can be a consequence of a fault of the host that has no start in its text.
             faults = [f"{part}: {text}" for part, text in sorted(self._health.faults.items())]
             raise StartFailed("; ".join((str(error), *faults)), **error.details) from None
         except TimeoutError:
-            raise Full("no slot became ready in time", retry_after_s=self._load.retry_after_s()) from None
+            launch, reason = self._load.launch(image)
+            because = f" because {reason}" if reason else ""
+            starting = self._slots.count(SlotState.STARTING, image)
+            text = f"no slot became ready within {timeout_s:g} s; {starting} are being started, by {launch}{because}"
+            raise NotReady(text, retry_after_s=1) from None
 
     def _check_queue_room(self, image: str) -> None:
         """Raises Full when all slots that can come are for claims that already wait."""

@@ -76,7 +76,7 @@ class Claims:
     async def claim(self, given: Mapping[str, object], key: str, client: str, trace: str = "") -> Slot:
         """Claims a slot; the same one for the same key, as long as it lives. `trace` is that of web.trace.
 
-        Raises InvalidField, ImageNotFound, Draining, Full, StartFailed, RecordFailed, ContentFailed or
+        Raises InvalidField, ImageNotFound, Draining, Full, NotReady, StartFailed, RecordFailed, ContentFailed or
         IdempotencyMismatch.
         """
         began_s = now()

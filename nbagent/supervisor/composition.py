@@ -101,7 +101,7 @@ def compose(on: Surroundings) -> Supervisor:
     images = Images(on.store, slots, pools, on.zygotes, systemd, tasks, changed)
     stopper = SlotStopper(config, slots, pools, records, systemd, interfaces, images, sessions, changed)
     compressor = Compressor(systemd, counters, tasks)
-    monitor = Monitor(counters, stopper, compressor, tasks, LockGuard(stopper, tasks))
+    monitor = Monitor(systemd, counters, stopper, compressor, tasks, LockGuard(stopper, tasks))
     starter = SlotStarter(
         config, slots, pools, records, systemd, on.launcher, on.network, monitor, counters, stopper, tasks, on.cgroup_of
     )

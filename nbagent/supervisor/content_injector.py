@@ -20,7 +20,7 @@ from nbagent.core.model import Slot
 from nbagent.launch.requests import CONTENT
 from nbagent.supervisor import launch_service
 from nbagent.supervisor.crash_points import Point, reach
-from nbagent.supervisor.launcher import pid_of
+from nbagent.supervisor.launcher import has_ended, pid_of
 from nbagent.supervisor.network import direct
 from nbagent.supervisor.sandbox_specs import apparmor_profile, syscall_filter
 from nbagent.wire import fields
@@ -49,6 +49,20 @@ async def inject(
 
     Raises ContentFailed, ArchiveFailed or StartFailed. The slot must not be handed out then.
     """
+    tries = launch_service.TRIES
+    while True:
+        tries -= 1
+        try:
+            return await _inject(slot, pidfd, content, config, join_scope)
+        except StartFailed as error:
+            # Its process ends with the launch service as long as it is not in the slot's scope.
+            if error.details != _ended().details or not tries:
+                raise
+
+
+async def _inject(
+    slot: Slot, pidfd: int, content: Content, config: HostConfig, join_scope: Callable[[int], Awaitable[None]]
+) -> Injected:
     control, peer = Channel.pair()
     timeout_s = config.claims.timeout
     with control:
@@ -62,7 +76,12 @@ async def inject(
             try:
                 await join_scope(pid_of(process.pidfd, slot))
                 process.release()
-                reach(Point.CONTENT_STARTED)
+            except (OSError, StartFailed) as error:
+                if has_ended(process.pidfd) or isinstance(error, BrokenPipeError):
+                    raise _ended() from error
+                raise StartFailed.at(*Failure.of(error, ENTER)) from error
+            reach(Point.CONTENT_STARTED)
+            try:
                 async with asyncio.timeout(timeout_s + _HEAD_START_S):
                     return await _result(control, content)
             except TimeoutError:
@@ -73,6 +92,11 @@ async def inject(
                 raise ArchiveFailed(text) from None
             except OSError as error:
                 raise StartFailed.at(*Failure.of(error, ENTER)) from error
+
+
+def _ended() -> StartFailed:
+    """The error of a process that ended before it delivered anything, which is no fault of the content."""
+    return StartFailed.at(ENTER, errno.ESRCH, "the process that delivers the content ended before it could begin")
 
 
 def _descriptors(pidfd: int, content: Content) -> dict[str, int]:
@@ -106,9 +130,7 @@ async def _result(control: Channel, content: Content) -> Injected:
     try:
         response = await receive(control)
         if response is None:
-            # Python or the module was not loaded, which is no fault of the content.
-            text = "the process that delivers the content ended before it could begin"
-            raise StartFailed.at(ENTER, 0, text)
+            raise _ended()
         if "begun" in response.body:
             response.close()
             response = await receive(control)

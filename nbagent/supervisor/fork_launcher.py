@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import select
 import socket
 from dataclasses import replace
 
@@ -19,7 +18,7 @@ from nbagent.core.model import Slot
 from nbagent.linux import cgroup, journal
 from nbagent.sandbox.spec import SandboxSpec
 from nbagent.supervisor.crash_points import Point, reach
-from nbagent.supervisor.launcher import Attach, ExecLauncher, Launched, Scope, SlotStart, pid_of
+from nbagent.supervisor.launcher import Attach, ExecLauncher, Launched, Scope, SlotStart, has_ended, pid_of
 from nbagent.supervisor.sandbox_specs import forked_filter
 from nbagent.supervisor.systemd import JobFailed
 from nbagent.supervisor.zygotes import Zygote, Zygotes
@@ -152,16 +151,9 @@ def _pids(pidfds: list[int], slot: Slot, zygote: Zygote) -> list[int]:
             pid = pid_of(fd, slot)
             unit = cgroup.unit_of_process(pid)
         # After the unit, because a process that ends meanwhile has none.
-        if _has_ended(fd):
+        if has_ended(fd):
             raise ZygoteServiceFailed("a process that it forked ended before it was in the slot's scope")
         if unit != zygote.unit:
             raise StartFailed(f"process {pid} does not belong to {zygote.unit}", step="fork")
         pids.append(pid)
     return pids
-
-
-def _has_ended(pidfd: int) -> bool:
-    """Whether the process of a pidfd has ended, also while its parent has not reaped it."""
-    waiting = select.poll()
-    waiting.register(pidfd, select.POLLIN)
-    return bool(waiting.poll(0))

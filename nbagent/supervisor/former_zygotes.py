@@ -37,12 +37,31 @@ class Begun(NamedTuple):
     channel: Channel
 
 
+class Description(NamedTuple):
+    """The description of a zygote: `identity` is as `zygote_identity.identity` made it when the zygote was started.
+
+    `is_outdated`: libraries of the host that its service has loaded were replaced since, as by a security update.
+    """
+
+    identity: Mapping[str, object]
+    is_outdated: bool
+
+    @classmethod
+    def read(cls, body: Mapping[str, object]) -> Description:
+        """The description in a message. Raises MalformedMessage."""
+        return cls(fields.mapping(body, "identity"), body.get("outdated") is True)
+
+    def suits(self, image: Image) -> bool:
+        """Whether this supervisor can start slots of the image by it."""
+        return self.identity.get("protocol") == PROTOCOL and self.identity.get("digest") == image.digest
+
+
 class Kept(NamedTuple):
-    """A zygote of a former supervisor. `identity` is as `zygote_identity.identity` made it then."""
+    """A zygote of a former supervisor that is ready."""
 
     instance: str
     channel: Channel
-    identity: Mapping[str, object]
+    described: Description
     born_s: float
     forks: int
 
@@ -77,7 +96,7 @@ class FormerZygotes:
     def take_kept(self, image: Image) -> Kept | None:
         """The zygote that is ready and runs on this image, if there is one; from now on it is the caller's."""
         kept = self._kept.get(image.name)
-        if kept is None or kept.identity.get("digest") != image.digest:
+        if kept is None or not kept.described.suits(image):
             return None
         return self._kept.pop(image.name)
 
@@ -108,12 +127,12 @@ async def _describe(instance: str, fd: int) -> Kept | None:
                     # A supervisor that was killed may have left the response to its own request.
                     if response.body.get("described") != token:
                         continue
-                    identity = fields.mapping(response.body, "identity")
-                    if identity.get("protocol") != PROTOCOL:
+                    described = Description.read(response.body)
+                    if described.identity.get("protocol") != PROTOCOL:
                         break
                     age_s = fields.integer(response.body, "age_s", 0, _AGE_MAX_S)
                     forks = fields.integer(response.body, "forks", 0, _FORKS_MAX)
-                    return Kept(instance, channel, identity, now() - age_s, forks)
+                    return Kept(instance, channel, described, now() - age_s, forks)
     channel.close()
     fd_store.forget(instance)
     return None

@@ -144,6 +144,8 @@ class Health:
         """In a thread, because a disk may not respond. While it does not, no other thread is started."""
         if (reading := self._reading) is None or reading.done():
             reading = self._reading = asyncio.ensure_future(asyncio.to_thread(self._read_image))
+            # Otherwise asyncio logs the error of a reading that failed after the timeout.
+            reading.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(reading)
 
     def _read_image(self) -> None:

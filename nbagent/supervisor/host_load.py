@@ -164,6 +164,10 @@ class HostLoad:
         """How many more slots of an image may be started."""
         return admission.room(host, self._zygotes.launch(image))
 
+    def launch(self, image: str) -> tuple[str, str]:
+        """How slots of an image start now, and why not by a fork of a complete zygote; "" where they do."""
+        return self._zygotes.launch(image), self._zygotes.reason(image)
+
     def next_end_s(self) -> float | None:
         """Seconds until the time of the first claimed slot is up, None without one."""
         ends = [live.slot.expires_s for live in self._slots.values() if live.slot.expires_s is not None]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class SlotStart:
             stack.callback(os.close, self.config_fd)
             settings = {"base_url": self.slot.base_path, "token": self.slot.token}
             limits = self.slot.limits
-            limits_page.write(self.activity_fd, SlotLimits(limits.memory_bytes, limits.cpu_quota))
+            limits_page.write(self.activity_fd, SlotLimits(limits.memory_bytes, limits.cpu_quota, limits.tasks))
             os.write(self.config_fd, json.dumps(settings).encode())
             os.lseek(self.config_fd, 0, os.SEEK_SET)
             self.control, self.peer = (stack.enter_context(end) for end in Channel.pair())
@@ -215,3 +216,10 @@ def pid_of(pidfd: int, slot: Slot) -> int:
             if pid > 0:
                 return pid
     raise ended(slot)
+
+
+def has_ended(pidfd: int) -> bool:
+    """Whether the process of a pidfd has ended, also while its parent has not reaped it."""
+    waiting = select.poll()
+    waiting.register(pidfd, select.POLLIN)
+    return bool(waiting.poll(0))

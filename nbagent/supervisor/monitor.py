@@ -19,7 +19,9 @@ from nbagent.supervisor.compressor import Compressor
 from nbagent.supervisor.counters import Counters
 from nbagent.supervisor.lock_guard import LockGuard
 from nbagent.supervisor.running_slot import Findings, RunningSlot
+from nbagent.supervisor.sessions import LOST, SHUTDOWN
 from nbagent.supervisor.slot_stopper import SlotStopper
+from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
 from nbagent.wire.aio import readable
 
@@ -32,8 +34,10 @@ class Monitor:
     """The warm and claimed slots in the order in which their samples are due."""
 
     def __init__(
-        self, counters: Counters, stopper: SlotStopper, compressor: Compressor, tasks: Tasks, locks: LockGuard,
+        self, systemd: Systemd, counters: Counters, stopper: SlotStopper, compressor: Compressor, tasks: Tasks,
+        locks: LockGuard,
     ) -> None:
+        self._systemd = systemd
         self._locks = locks
         self._counters = counters
         self._stopper = stopper
@@ -49,10 +53,15 @@ class Monitor:
     async def _watch(self, live: RunningSlot) -> None:
         await live.open_storage()
         await readable(live.pidfd)
-        if live.slot.state in SAMPLED_STATES:
-            self._report_last_kills(live)
+        if live.slot.state not in SAMPLED_STATES:
+            return
+        self._report_last_kills(live)
+        # At a shutdown systemd ends slots at the same time as the supervisor. Only a user needs the reason.
+        if live.slot.claimed_s is not None and await self._systemd.is_stopping():
+            self._stopper.end(live, Event.SLOT_CULLED, SHUTDOWN)
+        else:
             self._counters.add("died")
-            self._stopper.end(live, Event.SLOT_DIED, "its processes ended")
+            self._stopper.end(live, Event.SLOT_DIED, LOST)
 
     def add(self, live: RunningSlot, now_s: float) -> None:
         """Adds a slot that became warm or was adopted. It is dropped when it is due after its end."""

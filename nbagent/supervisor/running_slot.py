@@ -96,7 +96,7 @@ class RunningSlot:
     def publish(self, limits: Limits) -> None:
         """Writes the limits to the slot's page, from which its server reads them, and to its files."""
         with contextlib.suppress(OSError):
-            limits_page.write(self.activity_fd, SlotLimits(limits.memory_bytes, limits.cpu_quota))
+            limits_page.write(self.activity_fd, SlotLimits(limits.memory_bytes, limits.cpu_quota, limits.tasks))
         self._show(limits)
 
     def _show(self, limits: Limits) -> None:

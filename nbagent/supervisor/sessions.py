@@ -25,6 +25,7 @@ ENDED_MAX = 500
 CLOCK_READ_S, CLOCK_STEP_S = 5.0, 1.0
 _CLAIMED, _ENDED = "claimed", "ended"
 LOST = "its processes ended"
+SHUTDOWN = "its host shuts down"
 
 
 class Sessions:
@@ -35,6 +36,7 @@ class Sessions:
         # The names of ended slots, the oldest first.
         self._ended: deque[str] = deque()
         self._booted_s = _booted_s()
+        self._host_stops = False
 
     async def follow_clock(self, slots: Callable[[], Iterable[Slot]]) -> None:
         """Looks for steps of the wall clock until cancelled."""
@@ -80,11 +82,21 @@ class Sessions:
     def ended(self, slot: Slot, reason: str) -> None:
         """Writes the end of a slot, if it was claimed."""
         if slot.claimed_s is not None:
-            self._note_end(slot.id, reason)
+            self._note_end(slot.id, SHUTDOWN if self._host_stops else reason)
+
+    def host_stops(self, slots: Iterable[Slot]) -> None:
+        """Writes the end of claimed slots, which systemd ends at the same time as the supervisor, before the router."""
+        self._host_stops = True
+        for slot in slots:
+            if slot.state is SlotState.CLAIMED:
+                self._write_end(slot.id, SHUTDOWN)
 
     def _note_end(self, name: str, reason: str) -> None:
-        self._write(name, {"slot": name, "state": _ENDED, "ended_at": wall(now()), "reason": reason})
+        self._write_end(name, reason)
         self._keep(name)
+
+    def _write_end(self, name: str, reason: str) -> None:
+        self._write(name, {"slot": name, "state": _ENDED, "ended_at": wall(now()), "reason": reason})
 
     def _keep(self, name: str) -> None:
         self._ended.append(name)

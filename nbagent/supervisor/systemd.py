@@ -34,6 +34,8 @@ RESPONSE_MAX_BYTES = 1 << 20
 TRIES = 3
 # While PID 1 executes itself anew (an upgrade of systemd or of the C library), the service connects to it again.
 RECONNECT_MAX_S, RECONNECT_PAUSE_S = 5.0, 0.1
+# For the reason of a slot's end only. The stop of the supervisor waits for it.
+STOPPING_TIMEOUT_S = 1.0
 
 
 class Systemd:
@@ -125,6 +127,13 @@ class Systemd:
         Raises OSError.
         """
         return fields.texts(await self._ask("zygotes"), "ok")
+
+    async def is_stopping(self) -> bool:
+        """Whether the host shuts down or reboots; False without a response within STOPPING_TIMEOUT_S."""
+        with contextlib.suppress(OSError):
+            async with asyncio.timeout(STOPPING_TIMEOUT_S):
+                return (await self._request("is_stopping")).get("ok") is True
+        return False
 
     async def _ask(self, op: str, **arguments: object) -> Mapping[str, object]:
         """The response to a request that takes PID 1 milliseconds. Raises OSError, TimeoutError among them."""

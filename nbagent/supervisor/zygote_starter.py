@@ -22,7 +22,7 @@ from nbagent.core.events import Event, emit
 from nbagent.image.store import Image
 from nbagent.linux import cgroup
 from nbagent.supervisor import fd_store
-from nbagent.supervisor.former_zygotes import Begun
+from nbagent.supervisor.former_zygotes import Begun, Description
 from nbagent.supervisor.systemd import JobFailed, Systemd
 from nbagent.supervisor.tasks import Tasks
 from nbagent.supervisor.zygote_identity import CPU_WEIGHT, identity, limits, sandbox, unit_of
@@ -106,8 +106,8 @@ class ZygoteStarter:
                 self._tasks.spawn(self._stop(unit))
             raise
 
-    async def resume(self, image: Image, begun: Begun) -> tuple[Channel, bool]:
-        """Waits until a zygote that a former supervisor was starting is ready. Returns also whether it is a quick one.
+    async def resume(self, image: Image, begun: Begun) -> tuple[Channel, Description]:
+        """Waits until a zygote that a former supervisor was starting is ready. Returns also its description.
 
         Its service responds to the description when the zygote is ready. Before that the service has sent that it is
         ready, which the former supervisor may have received.
@@ -122,11 +122,10 @@ class ZygoteStarter:
                         if "ready" in response.body:
                             _report_notes(response, begun.instance, image)
                         elif response.body.get("described") == token:
-                            found = fields.mapping(response.body, "identity")
-                            for quick in (False, True):
-                                if found == identity(self._config.value, image, quick=quick):
-                                    return channel, quick
-                            raise StartFailed("it was started by another version or with other settings", step="zygote")
+                            described = Description.read(response.body)
+                            if not described.suits(image):
+                                raise StartFailed("it has another image, or another protocol", step="zygote")
+                            return channel, described
             raise StartFailed("the zygote service ended", step="zygote")
         except BaseException as error:
             self._abandon(begun.instance, channel)

@@ -8,9 +8,9 @@ A zygote and its zygote service are one systemd unit, `nbagent-zygote@IMAGE:GENE
 the supervisor. When the connection is closed, the service and the zygote end, and no slot ends with them. Over a
 restart of the supervisor systemd keeps the connection (`fd_store`), so that the next supervisor adopts the zygote. A
 zygote that has forked many slots, is old, or was started by another version or with other settings is replaced when
-the next one is ready. After one that ended or did not respond, a quick one is started, which has no warm-up: it takes a
-third of the processor time, and its slots more time and memory. Slots start by exec until it is ready, and are forked
-from it until the next one is, which is a complete one.
+the next one is ready. After one that ended or did not respond, and while the processors are busy and none forks, a
+quick one is started, which has no warm-up: it takes a third of the processor time, and its slots more time and memory.
+Slots start by exec until it is ready, and are forked from it until the next one is, which is a complete one.
 
 A zygote runs the code of an image. Its unit has the limits of a slot, and pool.zygote_memory; what it sends is checked,
 and whatever goes wrong with it is a failure of the zygote and of nothing else.
@@ -31,11 +31,13 @@ from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event, emit
 from nbagent.core.model import Slot, now
 from nbagent.image.store import Image
+from nbagent.linux import cgroup
+from nbagent.policy.admission import CPU_STRAIN
 from nbagent.policy.pool import backoff
 from nbagent.runtime.zygote_service import ZYGOTE_PATH
 from nbagent.supervisor import fd_store
 from nbagent.supervisor.crash_points import Point, reach
-from nbagent.supervisor.former_zygotes import Begun, FormerZygotes
+from nbagent.supervisor.former_zygotes import Begun, Description, FormerZygotes
 from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
 from nbagent.supervisor.zygote_identity import identity, unit_of
@@ -53,6 +55,11 @@ PAID_FORKS = 10
 NOTHING_KEPT: Mapping[str, int] = {}
 # Why slots have no zygote: with JupyterLab, and with a command.
 _EXEC_REASONS = ('launch = "exec" in the manifest', "its program is a command")
+
+
+def is_busy() -> bool:
+    """Whether processes of the host wait for processors, so that the start of a complete zygote would take long."""
+    return cgroup.pressure("cpu") >= CPU_STRAIN
 
 
 @dataclass(eq=False)
@@ -112,8 +119,12 @@ class ZygotePool:
 class Zygotes:
     """The zygotes of this host. `changed` is called when the way in which an image's slots start has changed."""
 
-    def __init__(self, config: CurrentConfig, systemd: Systemd, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, config: CurrentConfig, systemd: Systemd, changed: Callable[[], None] = lambda: None,
+        is_busy: Callable[[], bool] = is_busy,
+    ) -> None:
         self.config = config
+        self._is_busy = is_busy
         self.changed = changed
         self.counts = dict.fromkeys(("zygotes_ready", "zygotes_failed", "zygotes_adopted"), 0)
         self._systemd = systemd
@@ -163,18 +174,28 @@ class Zygotes:
         """Makes the zygote of a former supervisor that of the pool, if it runs on the pool's image."""
         if (kept := self._former.take_kept(pool.image)) is None:
             return False
-        settings = self.config.value
-        quick = kept.identity == identity(settings, pool.image, quick=True)
+        quick = self._is_quick(kept.described, pool.image)
         pool.zygote = Zygote(kept.instance, pool.image, kept.channel, kept.born_s, kept.forks, quick)
         pool.first_try_done, pool.is_awaited = True, False
         pool.no_zygote.clear()
         self._tasks.spawn(self._watch(pool, pool.zygote))
         self.counts["zygotes_adopted"] += 1
         emit(Event.ZYGOTE_ADOPTED, zygote=kept.instance, image=pool.image.name, forks=kept.forks)
-        if not quick and kept.identity != identity(settings, pool.image, quick=False):
-            self._replace(pool, pool.zygote, "it was started by another version of nbagent or with other settings")
-        self._review(pool)
+        self._compare(pool, pool.zygote, kept.described)
         return True
+
+    def _is_quick(self, described: Description, image: Image) -> bool:
+        return described.identity == identity(self.config.value, image, quick=True)
+
+    def _compare(self, pool: ZygotePool, zygote: Zygote, described: Description) -> None:
+        """Replaces a zygote of a former supervisor when it is due, or when a new one would be another."""
+        self._review(pool)
+        if pool.task is not None:
+            return
+        if described.is_outdated:
+            self._replace(pool, zygote, "libraries of the host were replaced after its start")
+        elif described.identity != identity(self.config.value, pool.image, quick=False):
+            self._replace(pool, zygote, "it was started by another version of nbagent or with other settings")
 
     def digests(self) -> set[str]:
         """The images that zygotes run on."""
@@ -278,10 +299,12 @@ class Zygotes:
             settings = self.config.value.pool
             await asyncio.sleep(backoff(pool.failures, settings.backoff, settings.backoff_max))
             began_s, instance = now(), begun.instance if begun else f"{pool.image.name}:{secrets.token_hex(3)}"
-            quick = pool.first_try_done and pool.zygote is None
+            quick = pool.zygote is None and (pool.first_try_done or self._is_busy())
+            described = None
             try:
                 if begun:
-                    channel, quick = await self._starter.resume(pool.image, begun)
+                    channel, described = await self._starter.resume(pool.image, begun)
+                    quick = self._is_quick(described, pool.image)
                 else:
                     gives_way_until = pool.no_zygote if pool.zygote else None
                     channel = await self._starter.start(
@@ -292,7 +315,10 @@ class Zygotes:
                 if not await self._fail(pool, instance, error, now() - began_s):
                     return
             else:
-                self._succeed(pool, Zygote(instance, pool.image, channel, now(), quick=quick), now() - began_s)
+                zygote = Zygote(instance, pool.image, channel, now(), quick=quick)
+                self._succeed(pool, zygote, now() - began_s)
+                if described is not None:
+                    self._compare(pool, zygote, described)
                 return
 
     async def _fail(self, pool: ZygotePool, instance: str, error: Exception, took_s: float) -> bool:

@@ -38,6 +38,9 @@ DRAIN = "nbagent-drain.service"
 ZYGOTES = "nbagent-zygote@"
 # Where PID 1 keeps properties that were set at run time, as drop-ins of each unit.
 CONTROL = Path("/run/systemd/system.control")
+# The same for transient units. PID 1 removes the drop-ins with the unit, but not the directory of one that it could not
+# write because /run was full.
+TRANSIENT = Path("/run/systemd/transient")
 INFINITY = 2**64 - 1
 # The signals for which the units service has handlers, and which therefore interrupt a call.
 HANDLED = (signal.SIGINT, signal.SIGTERM)
@@ -254,8 +257,11 @@ class Systemd:
         self._revert(name)
 
     def _revert(self, name: str) -> None:
-        """Removes the drop-ins of a zygote's limits: its ExecStopPost= cannot while PID 1 has no id for a process."""
-        if name.startswith(ZYGOTES):
+        """Removes drop-ins of limits that the unit's end may leave.
+
+        ExecStopPost= of a zygote removes them too, but not while PID 1 has no id for a process.
+        """
+        if name.startswith(ZYGOTES) or (TRANSIENT / f"{name}.d").is_dir():
             with contextlib.suppress(OSError):
                 self._call("RevertUnitFiles", [name.encode()])
 
@@ -280,6 +286,11 @@ class Systemd:
         yield from self._active_units(f"{ZYGOTES}*.service".encode())
         for drop_ins in CONTROL.glob(f"{ZYGOTES}*.service.d"):
             yield drop_ins.stem
+
+    def is_stopping(self) -> bool:
+        """Whether the host shuts down or reboots. Raises OSError."""
+        state = self._guarded(lambda: self._bus.get_property(*_MANAGER, b"SystemState", b"s"))
+        return bool(state == b"stopping")
 
     def _active_units(self, pattern: bytes) -> Iterator[str]:
         for name, _, _, active_state, *_ in self._call("ListUnitsByPatterns", [], [pattern]):

@@ -15,6 +15,7 @@
     {"op": "start", "unit": STARTED, "anew": bool}              responds when it is active
     {"op": "stop", "unit": SCOPE or ZYGOTE, "at_once": bool}    responds when it is inactive
     {"op": "scopes"}, {"op": "zygotes"}                         respond with the names of active units
+    {"op": "is_stopping"}               responds whether the host shuts down
 
 The response is {"ok": a value} or a failure, whose step is JOB for a job of systemd that did not succeed.
 
@@ -77,6 +78,8 @@ class Manager(Protocol):
 
     def zygotes(self) -> Iterable[str]: ...
 
+    def is_stopping(self) -> bool: ...
+
 
 async def respond(
     manager: Manager, body: Mapping[str, object], prime: Callable[[], None] = lambda: None
@@ -129,6 +132,8 @@ async def _do(manager: Manager, body: Mapping[str, object]) -> object:
             return list(manager.scopes())
         case "zygotes":
             return list(manager.zygotes())
+        case "is_stopping":
+            return manager.is_stopping()
         case unknown:
             raise ValueError(f"unknown operation {str(unknown)[:40]!r}")
     return None

@@ -9,7 +9,8 @@ that sends or reads slowly, occupies memory within bounds, but no thread:
   have one as well
 - the connections of an address and of a lane have an upper bound. Beyond it the oldest connection that waits for data
   is closed, so that a request which arrives at once is served. The bytes that a lane has received are bounded as well
-- while no descriptor or thread can be had, the next request is refused by 503, and requests that are computed go on
+- while no descriptor or thread can be had, the next request is refused by 503, and requests that are computed go on.
+  While all open files of the machine are used, not even that can be done: connections that wait are reset
 - the lane of a connection is selected by its listener and the peer's address before anything is read, so that strangers
   share no thread with trusted callers
 
@@ -22,6 +23,7 @@ import contextlib
 import errno
 import functools
 import ipaddress
+import logging
 import os
 import selectors
 import socket
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
     from flask import Response
 
+_LOG = logging.getLogger(__name__)
 # The time from the first byte of a request to the end of its headers, and to the end of its body.
 HEAD_TIMEOUT_S = 10.0
 REQUEST_TIMEOUT_S = 30.0
@@ -61,6 +64,9 @@ LANE_CONNECTIONS = 1024
 ADDRESS_CONNECTIONS = 256
 LANE_MAX_BYTES = 64 << 20
 RETRY_AFTER_S = 1
+# So many times in a row accept(2) fails, with a pause each, before the connections that wait are reset.
+FAILED_ACCEPTS_MAX = 10
+BACKLOG = 4096
 _READ_BYTES = 64 << 10
 _SWEEP_S = 0.25
 
@@ -144,6 +150,7 @@ class Server:
         # A descriptor in reserve, to refuse a connection while there is no other; None when it was not had again.
         self._reserve: int | None = None
         self._restore_reserve()
+        self._failed_accepts = 0
         self._stop_s: float | None = None
         self._sweep_s = 0.0
         self._poller.register(self._woken, selectors.EVENT_READ)
@@ -206,10 +213,14 @@ class Server:
         except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
-            if error.errno not in EXHAUSTED:
+            if error.errno in EXHAUSTED:
+                self._refuse_next(listener, error)
+            elif error.errno == errno.EINVAL and listener.family != socket.AF_UNIX:
+                listener.listen(BACKLOG)  # another worker is about to do so, or has ended before it did: _refuse_next
+            else:
                 raise
-            self._refuse_next(listener, error)
             return
+        self._failed_accepts = 0
         sock.setblocking(False)
         lane = self._lane_state(self.service.lane_of(local, str(peer[0]) if isinstance(peer, tuple) else ""))
         connection = _Connection(sock, peer, local, lane)
@@ -230,21 +241,35 @@ class Server:
             self._poller.register(sock, selectors.EVENT_READ, connection)
 
     def _refuse_next(self, listener: socket.socket, reason: OSError) -> None:
-        """Refuses the next connection with the descriptor in reserve, after a pause if there is none."""
-        if self._reserve is None:
-            time.sleep(ACCEPT_PAUSE_S)
-        else:
+        """Refuses the next connection with the descriptor in reserve; without one, resets all that wait after a second.
+        """
+        self._failed_accepts += 1
+        if self._reserve is not None:
             os.close(self._reserve)
-            # The kernel's total can be used up again by another process.
-            with contextlib.suppress(OSError), listener.accept()[0] as sock:
-                # Longer than a caller takes from connect(2) to its request, because a silent one delays the loop.
-                sock.settimeout(ACCEPT_PAUSE_S)
-                # Closing a socket with unread data would reset the connection.
-                sock.recv(_READ_BYTES)
-                response = _refusal(f"the service cannot accept connections: {reason.strerror}")
-                headers = [*response.headers, ("Connection", "close")]
-                sock.send(wsgi.frame(h11.Connection(h11.SERVER), response.status, headers, response.get_data()))
+            try:
+                with listener.accept()[0] as sock:
+                    self._failed_accepts = 0
+                    # Longer than a caller takes from connect(2) to its request, because a silent one delays the loop.
+                    sock.settimeout(ACCEPT_PAUSE_S)
+                    # Closing a socket with unread data would reset the connection.
+                    sock.recv(_READ_BYTES)
+                    response = _refusal(f"the service cannot accept connections: {reason.strerror}")
+                    headers = [*response.headers, ("Connection", "close")]
+                    sock.send(wsgi.frame(h11.Connection(h11.SERVER), response.status, headers, response.get_data()))
+            except BlockingIOError:  # another worker has accepted it
+                self._failed_accepts = 0
+            except OSError:  # the kernel's total may be used up again by another process
+                pass
         self._restore_reserve()
+        if 0 < self._failed_accepts < FAILED_ACCEPTS_MAX or listener.family == socket.AF_UNIX:
+            time.sleep(ACCEPT_PAUSE_S)
+        elif self._failed_accepts:
+            if self._failed_accepts == FAILED_ACCEPTS_MAX:
+                _LOG.warning("connections to %s are reset: %s", listener.getsockname(), reason.strerror)
+            # The peers learn at once that they are not served, and a gateway selects another host. A unix socket would
+            # never listen again.
+            listener.shutdown(socket.SHUT_RD)
+            listener.listen(BACKLOG)
 
     def _restore_reserve(self) -> None:
         try:

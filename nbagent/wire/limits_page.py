@@ -7,7 +7,8 @@ threads wait for each other, or is killed. A claim and a change of a slot may se
 with, so the server of a slot reads the page before each start of a kernel or terminal.
 
 Layout after activity.py's part, little endian: a double, the processors of the CPU quota, 0.0 for none; a uint64, the
-memory in bytes, 0 while nothing was written. Standard library only; Python 3.9 and up.
+memory in bytes, 0 while nothing was written; a uint32, the processes and threads, 0 in a page of an older supervisor.
+Standard library only; Python 3.9 and up.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import os
 import struct
 from typing import Dict, List, MutableMapping, NamedTuple, Optional
 
-_LAYOUT = struct.Struct("<dQ")
+_LAYOUT = struct.Struct("<dQI")
 _OFFSET = 64
 # Variables with the number of threads that a library starts, or the number of processors that it sees.
 THREADS = (
@@ -27,21 +28,22 @@ THREADS = (
 
 
 class SlotLimits(NamedTuple):
-    """The memory and the CPU quota, in processors, of a slot; None: no quota."""
+    """A slot's memory, the CPU quota in processors (None: no quota), and the processes and threads (0: unknown)."""
 
     memory_bytes: int
     cpu_quota: Optional[float]
+    tasks: int = 0
 
 
 def write(fd: int, limits: SlotLimits) -> None:
     """Writes the limits to the page."""
-    os.pwrite(fd, _LAYOUT.pack(limits.cpu_quota or 0.0, limits.memory_bytes), _OFFSET)
+    os.pwrite(fd, _LAYOUT.pack(limits.cpu_quota or 0.0, limits.memory_bytes, limits.tasks), _OFFSET)
 
 
 def read(fd: int) -> Optional[SlotLimits]:
     """The limits on the page; None when there are none, as on that of a slot of an older supervisor."""
-    quota, memory_bytes = _LAYOUT.unpack(os.pread(fd, _LAYOUT.size, _OFFSET).ljust(_LAYOUT.size, b"\0"))
-    return SlotLimits(memory_bytes, quota if quota > 0 else None) if memory_bytes else None
+    quota, memory_bytes, tasks = _LAYOUT.unpack(os.pread(fd, _LAYOUT.size, _OFFSET).ljust(_LAYOUT.size, b"\0"))
+    return SlotLimits(memory_bytes, quota if quota > 0 else None, tasks) if memory_bytes else None
 
 
 def processors(cpu_quota: float, present: int) -> int:

@@ -1,5 +1,5 @@
 // Runs in the page of JupyterLab, after its configuration and before its program. It ends two waits of JupyterLab 4
-// early, which are on the way of a link to its notebook, and saves it some work (settings.js). Where an
+// early, which are on the way of a link to its notebook, and saves it some work (settings.js, less_work.js). Where an
 // object is not as expected, JupyterLab waits and works as usual.
 //
 // The configuration's exposeAppInBrowser makes the program assign its application to window.jupyterapp when all plugins
@@ -51,7 +51,13 @@ function takeName(plugin) {
   };
 }
 
+const CHANGES = [
+  ["apputils-extension:resolver", takeName], ["apputils-extension:settings", quickenSettings],
+  ["mathjax-extension:plugin", typesetMathematics],
+];
+
 answerFirst();
+customElements.whenDefined("jp-toolbar").then(searchToolbarsOnce);
 const exposed = String(config.exposeAppInBrowser).toLowerCase() === "true";
 data.textContent = JSON.stringify({ ...config, exposeAppInBrowser: "true" });
 Object.defineProperty(window, "jupyterapp", {
@@ -61,8 +67,8 @@ Object.defineProperty(window, "jupyterapp", {
     if (exposed) window.jupyterapp = app;
     if (config.mode !== "single-document") openWhenRestored(app);
     const plugins = (app.pluginRegistry ?? app)._plugins;
-    for (const [id, change] of [["resolver", takeName], ["settings", quickenSettings]]) {
-      const plugin = plugins?.get?.(`@jupyterlab/apputils-extension:${id}`);
+    for (const [id, change] of CHANGES) {
+      const plugin = plugins?.get?.(`@jupyterlab/${id}`);
       if (plugin) change(plugin);
     }
   },

@@ -1,51 +1,21 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Answers of the notebook server when the slot's storage is full.
+"""A slot whose storage is full: how that is recognised and explained, and a place for temporary files of kernels.
 
-jupyter_server answers most requests that fail for want of space with "Unhandled error", or with the text of a later
-error. Here each such answer of its API is 507 with the reason, which JupyterLab shows in a dialog.
-
-Runs inside an image, under the image's own Python; 3.9 and up.
+Standard library only; Python 3.9 and up.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from typing import Any, Dict, Optional
+from typing import Dict
 
-from jupyter_server.base.handlers import APIHandler
-from tornado.web import HTTPError
-
-STATUS = 507  # Insufficient Storage, RFC 4918
 SMALL_BYTES = 1 << 16
 
 
-def answer() -> None:
-    """Makes the API's handlers answer so; for the whole process, and to be called once."""
-    write_error = APIHandler.write_error
-
-    def write_error_or_reason(handler: Any, status_code: int, **kwargs: Any) -> None:
-        home = os.path.expanduser("~")
-        error = (kwargs.get("exc_info") or (None, None))[1]
-        # Some libraries ignore the failed write of a file and fail when they read it (nbformat's notebook_secret).
-        if status_code >= 500 and (lacks_space(error) or is_full(home)):
-            status_code = STATUS
-            handler.set_status(STATUS)
-            kwargs["exc_info"] = (HTTPError, HTTPError(STATUS, explanation(home)), None)
-        write_error(handler, status_code, **kwargs)
-
-    APIHandler.write_error = write_error_or_reason
-
-
-def lacks_space(error: Optional[BaseException]) -> bool:
-    """Whether an exception, or one that it was raised after, is ENOSPC."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
+def is_cause(error: BaseException) -> bool:
+    """Whether an error is for want of space."""
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
 
 
 def spare_temporary(environment: Dict[str, str], directory: str) -> None:

@@ -428,6 +428,8 @@ def _extend_path() -> None:
     packages = ("site-packages", "dist-packages")
     first = next((index for index, path in enumerate(sys.path) if path.endswith(packages)), len(sys.path))
     if site.ENABLE_USER_SITE and user_site not in sys.path and os.path.isdir(user_site):
-        sys.path.insert(first, user_site)
+        # Those of a virtual environment come before the user's, those of another Python after them.
+        own = sys.prefix != sys.base_prefix and sum(path.startswith(f"{sys.prefix}/") for path in sys.path[first:])
+        sys.path.insert(first + own, user_site)
     if "" not in sys.path and not os.environ.get("PYTHONSAFEPATH"):
         sys.path.insert(first, "")

@@ -23,6 +23,7 @@ import os
 import re
 import shutil
 import signal
+import site
 import socket
 import sys
 from typing import Any, Callable, Dict, Iterable, Optional
@@ -48,11 +49,11 @@ from nbagent.zygote import (
     answers,
     assets,
     first_answers,
-    full_storage,
     installed,
     linked_notebook,
     page,
     provisioner,
+    refusals,
     shown_limits,
 )
 from nbagent.zygote.acts import is_act
@@ -178,7 +179,7 @@ def initialise(base_url: str, token: str) -> Any:
     _note_requests(server)
     assets.install(server, next(iter(server.extension_manager.extension_apps["jupyterlab"])).static_dir)
     page.install(server.web_app.settings)
-    full_storage.answer()
+    refusals.answer()
     linked_notebook.install(server)
     first_answers.install(server)
     shown_limits.install(server.web_app.settings)
@@ -224,9 +225,16 @@ def serve(server: Any, application: Any, on_serving: Callable[[], None] = lambda
 
 def _make_files(server: Any) -> None:
     """Makes Jupyter's directories, and the key that signs notebooks, without which none can be opened: at the start,
-    because later the storage may be full. The directories that a zygote made are in its own home."""
+    because later the storage may be full. The directories that a zygote made are in its own home.
+
+    Also that of the user's packages, where pip installs because the image is read-only: a Python imports from there
+    only if it was there when it started, so that otherwise a kernel would not find what its own cell has installed.
+    """
     for directory in (server.runtime_dir, server.data_dir):
         os.makedirs(directory, mode=0o700, exist_ok=True)
+    if site.ENABLE_USER_SITE:
+        with contextlib.suppress(OSError):  # the image may have a file there
+            os.makedirs(site.getusersitepackages(), exist_ok=True)
     with contextlib.suppress(FileExistsError):
         path = os.path.join(server.data_dir, "notebook_secret")
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

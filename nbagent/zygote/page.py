@@ -75,7 +75,8 @@ def _script(*names: str) -> str:
 _ADDITIONS = (
     (re.compile(r"<head\b[^>]*>"), _OTHER_ADDRESS),
     (re.compile(r"<body\b[^>]*>"), _SIGN),
-    (re.compile(re.escape(_PAGE) + r".*?</script>", re.DOTALL), _script("settings.js", "first_answers.js", "boot.js")),
+    (re.compile(re.escape(_PAGE) + r".*?</script>", re.DOTALL),
+     _script("settings.js", "first_answers.js", "less_work.js", "boot.js")),
 )
 
 Source = Tuple[str, Optional[str], Optional[Callable[[], bool]]]

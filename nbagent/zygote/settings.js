@@ -136,6 +136,7 @@ function quickenSettings(plugin) {
     try {
       const registry = await activate(app, connector, ...services);
       interpretEmptySettings(registry.validator);
+      bindShortcutsTogether(registry);
       return registry;
     } finally {
       replaced();

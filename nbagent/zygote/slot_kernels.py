@@ -24,7 +24,7 @@ from traitlets import Instance, default, observe
 
 from nbagent.sandbox.spec import ACTIVITY_FD
 from nbagent.wire import activity
-from nbagent.zygote import full_storage, kernel_end
+from nbagent.zygote import full_storage, kernel_end, task_limit
 from nbagent.zygote.kernel_watch import DELIMITER, PARENT, KernelWatch
 from nbagent.zygote.output_buffer import OutputBuffer
 
@@ -146,7 +146,22 @@ class SlotKernelManager(ServerKernelManager):
 
 
 class SlotKernels(AsyncMappingKernelManager):
-    """A manager of kernels that keeps a limited amount of output for pages that are closed."""
+    """A manager of kernels that starts none for which the slot has no tasks left, and keeps a limited amount of output
+    for pages that are closed.
+    """
+
+    _starting = 0  # kernels that are not in the list yet
+
+    async def start_kernel(self, **options: Any) -> Any:
+        if options.get("kernel_id") not in self:  # otherwise it runs
+            kernels = (self.get_kernel(kernel_id).provisioner for kernel_id in self.list_kernel_ids())
+            pids = [pid for kernel in kernels if (pid := getattr(kernel, "pid", None))]
+            task_limit.check_room(ACTIVITY_FD, pids, self._starting)
+        self._starting += 1
+        try:
+            return await super().start_kernel(**options)
+        finally:
+            self._starting -= 1
 
     def start_buffering(self, kernel_id: str, *arguments: Any) -> None:
         super().start_buffering(kernel_id, *arguments)

@@ -98,10 +98,10 @@ class PageBench:
                 with self.visit(side, visit, page) as go:
                     found = measure(page, go, self.options.out)
                     self.traces[f"{side}, {visit}"] = found.pop("trace")
+                    page.leave()
                 if into is not None:
                     for name, value in found.items():
                         into[visit].setdefault(name, []).append(round(value, 1))
-                page.driver.get("about:blank")
 
     @contextlib.contextmanager
     def visit(self, side: str, visit: str, page: browser.Page) -> Iterator[Callable[[], None]]:

@@ -44,13 +44,15 @@ SLOTS = "nbagent-slots.slice"
 CLAIMS = WARM + 2
 # A resource is read every five seconds, a part is tried every two and is in the journal after ten.
 ALARM_S = 20.0
+RESET = "connection reset"
 
 
 class Exhausted(NamedTuple):
     """A resource, the commands that use it up and free it, and expressions that the alarms match; "" without an alarm.
 
-    `options` are those of the claims. `serves`: claims get slots and no 503. `connects`: a user can open a websocket.
-    `machine` is the only driver of hosts on which it can be used up.
+    `options` are those of the claims. `serves`: claims get slots and no 503. `connects`: the host accepts connections;
+    otherwise claims and a user's new websocket can also be reset. `machine` is the only driver of hosts on which it can
+    be used up. `killed` is a service that ends after that, and starts again.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Exhausted(NamedTuple):
     serves: bool = False
     connects: bool = True
     machine: str = ""
+    killed: str = ""
 
 
 def shell(text: str) -> tuple[str, ...]:
@@ -141,6 +144,13 @@ CASES = (
         {"network": "internet"},
     ),
     Exhausted("dbus-daemon", fault("connections", "dbus-daemon"), ("end", "connections"), "", "", "", serves=True),
+    # The units service keeps the connection that it has.
+    Exhausted("connections of PID 1", fault("connections", "PID 1"), ("end", "connections"), "", "", "", serves=True),
+    Exhausted(
+        "connections of PID 1, and the units service ends", fault("connections", "PID 1"), ("end", "connections"),
+        "systemd fails", r'nbagent_part_works\{part="systemd"\} 0', r"^fail +(supervisor|nbagent-units.socket):.*",
+        killed=UNITS,
+    ),
     Exhausted(
         "open files", fault("open files", "open files"), ("end", "open files"), nearly("open files"), "",
         r"^(warn|fail) +use:.*nearly all open files", connects=False, machine="vm",
@@ -179,14 +189,20 @@ class Run:
             time.sleep(0.5)
         return time.monotonic() - began_s
 
-    def services(self) -> str:
-        units = (SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK)
+    def services(self, case: Exhausted) -> str:
+        """The invocations of all services that must not end."""
+        units = sorted({SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK} - {case.killed})
         return self.host.run(["systemctl", "show", "-P", "InvocationID", *units]).stdout
 
     def claim(self, case: Exhausted) -> tuple[str, str, float]:
         """The kind of the answer, the slot if there is one, and the time."""
         began_s = time.monotonic()
-        answer = self.api.post("/claim", dict(case.options))
+        try:
+            answer = self.api.post("/claim", dict(case.options))
+        except (ConnectionResetError, ConnectionRefusedError):
+            if case.connects:
+                raise
+            return RESET, "", time.monotonic() - began_s
         took_s = time.monotonic() - began_s
         if answer.status == 200:
             return "a slot", answer.json()["slot"], took_s
@@ -218,12 +234,17 @@ class Run:
         return matching("journal", case.journal, found.stdout) if found else {}
 
     def try_one(self, case: Exhausted, notebook: Notebook, kernel_id: str) -> None:
-        services, problems = self.services(), len(self.book.problems)
+        services, problems = self.services(case), len(self.book.problems)
         cursor = self.host.run(["journalctl", "-q", "-n", "1", "--show-cursor", "-o", "cat"]).stdout
         since = cursor.rpartition("-- cursor: ")[2].strip()
         # A new websocket, because Jupyter closes one whose client sends no pong for 90 s.
         with Kernel(notebook, kernel_id) as user, ThreadPoolExecutor(CLAIMS) as threads:
+            # It is open when the kernel has responded.
+            self.run_cell(case, user)
             self.act(case.begin)
+            if case.killed:
+                self.act(fault("kill", case.killed))
+                self.act(case.begin)  # uses up what the service had
             try:
                 answers = list(threads.map(self.claim, [case] * CLAIMS))
                 self.run_cell(case, user)
@@ -235,7 +256,7 @@ class Run:
                 self.act(case.end)
             ended_s = time.monotonic()
             found |= self.entries(case, since)
-            right = ("a slot",) if case.serves else ("a slot", "503 ")
+            right = ("a slot",) if case.serves else ("a slot", "503 ") if case.connects else ("a slot", "503 ", RESET)
             for kind, _, took_s in answers:
                 if not kind.startswith(right) or took_s > self.book.deadline_s:
                     self.book.problem(f"{case.name}: a claim got {kind} after {took_s:.1f} s")
@@ -252,7 +273,7 @@ class Run:
                 if claim:
                     caller.release(str(claim["slot"]))
         rest_s = self.rest({notebook.slot})
-        if self.services() != services:
+        if self.services(case) != services:
             self.book.problem(f"{case.name}: a service was restarted")
         self.results[case.name] = {
             "answers": Counter(kind for kind, _, _ in answers),

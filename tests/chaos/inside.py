@@ -37,6 +37,8 @@ FREED_FILES = 300
 JOURNAL_BYTES, ENTRY_BYTES = 32 << 20, 32 << 10
 # dbus-daemon accepts 64 connections whose peers have not authenticated, each for 30 s, and its queue has the others.
 BUS, BUS_CONNECTIONS = "/run/dbus/system_bus_socket", 500
+# PID 1 accepts 4,096 connections and closes further ones. It accepts all that are in its queue, which takes a while.
+MANAGER, MANAGER_ACCEPTED, MANAGER_CONNECTIONS, ACCEPTED_S = "/run/systemd/private", 4000, 5000, 300.0
 CHANGES = "mkdir,mkdirat,rename,renameat,renameat2,rmdir,symlink,symlinkat,unlink,unlinkat"
 # By strace(1). Every third opening fails too, so that files are neither read nor made at times.
 INJECTED = {
@@ -229,6 +231,31 @@ def connect_to_bus():
     return found
 
 
+def connect_to_manager(*, is_repeated):
+    """Opens connections to PID 1, and sends nothing over them, until it closes another at once. Raises RuntimeError.
+
+    `is_repeated`: nearly all are open already.
+    """
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    found, until_s = [], time.monotonic() + ACCEPTED_S
+    while len(found) < MANAGER_CONNECTIONS and time.monotonic() < until_s:
+        connection = socket.socket(socket.AF_UNIX)
+        connection.settimeout(1)
+        try:
+            connection.connect(MANAGER)
+        except (BlockingIOError, TimeoutError):  # the queue is full
+            connection.close()
+            time.sleep(0.1)
+            continue
+        found.append(connection)
+        if len(found) > MANAGER_ACCEPTED or is_repeated:
+            with contextlib.suppress(TimeoutError):
+                if connection.recv(1) == b"":
+                    return found
+    raise RuntimeError(f"PID 1 has closed none of {len(found)} connections")
+
+
 def step_clock(seconds):
     """Sets the wall clock of the machine."""
     time.clock_settime(time.CLOCK_REALTIME, time.time() + seconds)
@@ -322,8 +349,9 @@ class Faults:
             self.held[kind] = refuse_nftables()
             return self.held[kind] and self.held[kind].args[-1]
         if kind == "connections":
-            self.held[kind] = connect_to_bus()
-            return len(self.held[kind])
+            found = connect_to_manager(is_repeated=kind in self.held) if target == "PID 1" else connect_to_bus()
+            self.held.setdefault(kind, []).extend(found)
+            return len(found)
         if kind == "network":
             return run("sh", "-c", NETWORK[target])
         if kind in INJECTED:

@@ -110,6 +110,8 @@ class Caller:
             reason = document.get("type", "").rpartition(":")[2]
             if reason == "start-failed":
                 reason += f" ({document.get('step', '?')})"
+            if reason == "full":
+                reason += f" ({document.get('detail', '?')})"
         self.book.refused(f"{answer.status} {reason}")
         if answer.status not in (503,):
             text = answer.body[:300].decode(errors="replace")

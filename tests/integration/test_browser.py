@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
 import browser
 import product
@@ -22,6 +23,14 @@ from testhost_driver import Host, state
 from testhost_driver.errors import NoSuchHost
 
 NAME = "up"
+TOOLBAR = """
+    const toolbar = document.querySelector(".jp-NotebookPanel-toolbar"), items = toolbar.focusableElements;
+    const reached = items.flatMap((item, place) => item.tabIndex === 0 ? [place] : []);
+    items[0].focus();
+    const key = {key: "ArrowRight", bubbles: true, composed: true};
+    document.activeElement.dispatchEvent(new KeyboardEvent("keydown", key));
+    return [items.length, reached, items.indexOf(document.activeElement)];
+"""
 CHECK_SETTINGS = (product.TOP / "tests/settings.js").read_text()
 
 
@@ -120,6 +129,14 @@ def test_a_new_notebook_from_the_launcher_computes_and_shows_a_table(page, claim
     page.type("from IPython.display import HTML; HTML('<table><tr><th>answer</th><td>forty-two</td></tr></table>')")
     page.run_cell()
     page.read(".jp-OutputArea-output table td", "forty-two")
+    # By JupyterLab's shortcuts, and MathJax is not loaded before the first mathematics.
+    assert page.driver.find_elements(By.CSS_SELECTOR, "mjx-container") == []
+    page.type(Keys.ESCAPE, "m", Keys.ENTER, "$E = mc^2$")
+    page.run_cell()
+    page.see(".jp-RenderedMarkdown mjx-container")
+    # One item of a toolbar is reached by the tabulator, the others by arrows.
+    count, reached, moved = page.driver.execute_script(TOOLBAR)
+    assert count > 8 and len(reached) == 1 and moved == reached[0] + 1
     page.shoot("launcher")
     assert foreign(page.requests()) == []
     assert page.complaints() == []

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Files in a slot: in the home as on a disk, elsewhere with documented differences; and the answers when it is full."""
+"""Files in a slot: in the home as on a disk, elsewhere with documented differences; and the answers when it is full, or
+has no processes and threads left.
+"""
 
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,6 +30,17 @@ with open("big", "wb", buffering=0) as big:
     except OSError as error:
         print(error.strerror)
 """
+# Starts threads as long as the slot has tasks.
+START_THREADS = """
+import threading
+try:
+    while True: threading.Thread(target=threading.Event().wait, daemon=True).start()
+except RuntimeError as error:
+    print(error)
+"""
+NO_TASKS = re.compile(r"This notebook server has \d+ of at most 36 processes and threads, so that no kernel or terminal"
+                      r" can be started: a kernel has 12 or more\. Shut down kernels and terminals that are not in use,"
+                      r" and try again\.")
 FULL = re.compile(r"The storage of this notebook is full: 24 MiB, in \d+ of at most 6144 files\. Delete files in"
                   r" the home directory, /tmp, /var/tmp or /dev/shm, and try again\.")
 
@@ -118,24 +132,44 @@ def test_the_same_by_exec_and_in_directories_of_the_image_that_everyone_may_writ
     assert [delete(notebook, path) for path in ("x", "open", "Welcome.ipynb")] == [204, 204, 204]
 
 
-@pytest.fixture
-def small_storage(agent):
-    """The shared host with slots of 24 MB of storage; afterwards the pool has the former settings."""
-    for settings in ('[slots]\nstorage = "24M"\n', ""):
-        agent.configure(settings)
+@contextmanager
+def slots_with(agent, settings):
+    """The shared host with these settings; afterwards the pool has the former ones."""
+    for one in (settings, ""):
+        agent.configure(one)
         for slot in agent.slots("warm"):
             agent.release(slot["slot"])
         agent.wait_warm()
-        if settings:
+        if one:
             yield agent
+
+
+@pytest.fixture
+def small_storage(agent):
+    """The shared host with slots of 24 MB of storage."""
+    with slots_with(agent, '[slots]\nstorage = "24M"\n') as changed:
+        yield changed
+
+
+@pytest.fixture
+def few_tasks(agent):
+    """The shared host with slots of 36 processes and threads, for two kernels, and an image that starts by exec."""
+    with slots_with(agent, "[slots]\ntasks = 36\n") as changed, execd_image(changed):
+        yield changed
+
+
+def caller(notebook):
+    """A function for requests to the slot, that gives the status and the JSON of the response."""
+    def call(method, path, body=None):
+        answer = notebook.router.call(method, f"{notebook.base}{path}", body, notebook.headers)
+        return answer.status, answer.json() if answer.body else None
+
+    return call
 
 
 def test_a_full_storage_is_said_and_kernels_start(small_storage):
     notebook = small_storage.open()
-
-    def call(method, path, body=None):
-        answer = notebook.router.call(method, f"{notebook.base}{path}", body, notebook.headers)
-        return answer.status, answer.json() if answer.body else None
+    call = caller(notebook)
 
     with notebook.kernel() as kernel:
         assert kernel.run(FILL).stream == "No space left on device\n"
@@ -159,6 +193,26 @@ def test_a_full_storage_is_said_and_kernels_start(small_storage):
     assert notebook.run("6 * 7").text == "42"
     assert call("DELETE", "api/contents/big")[0] == 204
     assert call("PUT", "api/contents/new.txt", document)[0] in (200, 201)
+
+
+def test_a_kernel_for_which_a_slot_has_no_tasks_left_is_refused_with_the_reason(few_tasks):
+    for image in ("minimal", "execd"):
+        notebook = few_tasks.open(image=image)
+        call = caller(notebook)
+        kernels = [notebook.kernel() for _ in range(2)]
+        assert [kernel.run("6 * 7").text for kernel in kernels] == ["42", "42"]
+        session = {"path": "Welcome.ipynb", "type": "notebook", "name": "", "kernel": {"name": "python3"}}
+        for path, body in (("api/kernels", {}), ("api/sessions", session)):
+            status, problem = call("POST", path, body)
+            assert status == 503 and NO_TASKS.fullmatch(problem["message"]), (image, path, status, problem)
+        assert {known["id"] for known in notebook.get("api/kernels")} == {kernel.id for kernel in kernels}
+        assert kernels[0].run(START_THREADS).stream == "can't start new thread\n"
+        status, problem = call("POST", "api/terminals", {})
+        assert status == 503 and NO_TASKS.fullmatch(problem["message"]), (image, status, problem)
+        for kernel in kernels:
+            kernel.end()
+        assert call("POST", "api/terminals", {})[0] == 200
+        assert notebook.run("6 * 7").text == "42"
 
 
 def test_a_kernel_whose_shared_memory_is_beyond_the_storage_ends_with_the_reason(small_storage):

@@ -342,6 +342,15 @@ def test_at_a_shutdown_slots_end_before_the_router(agent):
     kernel.close()
 
 
+def test_a_directory_that_systemd_leaves_when_run_is_full_ends_with_its_slot(agent):
+    slot = agent.claim()["slot"]
+    left = f"/run/systemd/transient/nbagent-{slot}.scope.d"
+    agent.run("mkdir", left)
+    agent.release(slot)
+    agent.wait(lambda: slot not in agent.run("ls", "/run/nbagent/slots"), "the end of the slot")
+    assert slot not in agent.run("ls", "/run/systemd/transient")
+
+
 @pytest.mark.parametrize("fault", [
     ["systemctl", "kill", "-s", "KILL", "dbus.service"], ["systemctl", "daemon-reexec"],
 ], ids=["dbus-daemon", "daemon-reexec"])

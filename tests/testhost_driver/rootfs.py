@@ -255,9 +255,10 @@ def _make_disk(tree: Path, whole: Path) -> None:
 
 def _prune(recipe: Recipe) -> None:
     """Remove older recipes' builds of the same kind, except those that a host uses."""
-    used = {found.tree for name in state.names() if (found := state.load(name))}
+    # A host may have found its build by a link in a cache of its own.
+    used = {Path(found.tree).resolve() for name in state.names() if (found := state.load(name))}
     for path in cache().glob(f"{recipe.kind}-*"):
-        if path != recipe.path and str(path) not in used:
+        if path != recipe.path and path.resolve() not in used:
             shutil.rmtree(path, ignore_errors=True)
     for path in cache().glob(f".{recipe.kind}-*"):  # the lock is held, so no builder runs
         shutil.rmtree(path, ignore_errors=True)

@@ -55,6 +55,7 @@ class FakeSystemd:
         self.limits_error: OSError | None = None
         self.stop_error: OSError | None = None
         self.check_error: OSError | None = None
+        self.host_stops = False
         self._descriptors: list[int] = []
 
     async def start_scope(
@@ -105,6 +106,9 @@ class FakeSystemd:
         if self.stop_error is not None:
             raise self.stop_error
         self.end(name)
+
+    async def is_stopping(self) -> bool:
+        return self.host_stops
 
     async def scopes(self) -> list[str]:
         return list(self.units)

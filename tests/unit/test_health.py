@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 import threading
 from collections.abc import Iterator
@@ -265,3 +266,24 @@ def test_a_pool_that_pauses_starts_at_once_when_the_fault_is_mended(tmp_path):
             await host.until_states("warm", "claimed")
 
     asyncio.run(run())
+
+
+async def test_an_image_whose_reading_fails_after_the_timeout_is_no_unexpected_error(tmp_path, monkeypatch):
+    logged = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context))
+    monkeypatch.setattr(health, "TIMEOUT_S", 0.01)
+    async with Host(tmp_path) as host:
+        parts, gate = host.supervisor.health, threading.Event()
+
+        def fail() -> None:
+            gate.wait(10)
+            raise OSError("input/output error")
+
+        monkeypatch.setattr(parts, "_read_image", fail)
+        assert isinstance(await parts._try("image"), TimeoutError)
+        gate.set()
+        await asyncio.wait({parts._reading})
+        parts._reading = None
+        gc.collect()
+        await asyncio.sleep(0)
+    assert not logged

@@ -39,7 +39,7 @@ class World:
     def __init__(self, directory):
         self.directory, self.ended, self.events, self.counters = directory, [], [], Counters()
         self.at_rest = []
-        self.monitor = Monitor(self.counters, self, self, Tasks(), NoLocks())
+        self.monitor = Monitor(self, self.counters, self, self, Tasks(), NoLocks())
 
     def offer(self, live):
         self.at_rest.append(live)

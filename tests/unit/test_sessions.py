@@ -7,8 +7,10 @@ import json
 import stat
 import time
 
-from fakes import Host, turns
+import pytest
+from fakes import Host, kinds, turns
 
+from nbagent.core.events import Event
 from nbagent.supervisor import sessions as sessions_of
 from nbagent.supervisor.sessions import Sessions
 
@@ -43,6 +45,35 @@ async def test_an_ended_slot_has_the_reason_without_the_callers_address(tmp_path
         found = read(host, slot)
         assert found["state"] == "ended" and found["reason"] == "released by the service that started it"
         assert "192.0.2.8" not in json.dumps(found) and found["ended_at"]
+
+
+async def test_at_a_shutdown_the_sessions_of_claimed_slots_end_with_the_reason(tmp_path):
+    async with Host(tmp_path, pool={"warm": 2}) as host:
+        await host.until_states("warm", "warm")
+        slot = (await host.claim())["slot"]
+        await turns()
+        host.supervisor.sessions.host_stops(live.slot for live in host.supervisor.slots.values())
+        assert [file.stem for file in (tmp_path / "sessions").iterdir()] == [slot]
+        assert (read(host, slot)["state"], read(host, slot)["reason"]) == ("ended", "its host shuts down")
+        host.calls.release(slot, "192.0.2.8")
+        await host.gone(slot)
+        assert read(host, slot)["reason"] == "its host shuts down"
+
+
+@pytest.mark.parametrize(("host_stops", "event", "reason"), [
+    (False, Event.SLOT_DIED, "its processes ended"), (True, Event.SLOT_CULLED, "its host shuts down"),
+])
+async def test_a_slot_that_a_shutdown_ends_before_the_supervisor_has_the_reason(
+    tmp_path, journal, host_stops, event, reason
+):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        slot = (await host.claim())["slot"]
+        await turns()
+        host.systemd.host_stops = host_stops
+        host.systemd.end(f"nbagent-{slot}.scope")
+        await host.gone(slot)
+        assert read(host, slot)["reason"] == reason and event in kinds(journal)
 
 
 async def test_a_slot_that_ended_while_no_supervisor_ran_is_ended(tmp_path):

@@ -30,7 +30,7 @@ LIMITS = Limits(1 << 30, 100, 0.25, 256)
 UNITS = {10: "nbagent-launch.service", 11: ZYGOTE, 12: "ssh.service", 13: "nbagent.service", 14: SCOPE, 15: ""}
 
 
-RESULTS = {"scopes": [SCOPE], "zygotes": [SCOPE], "scope_limits": LIMITS, "main_pid": 4711}
+RESULTS = {"scopes": [SCOPE], "zygotes": [SCOPE], "scope_limits": LIMITS, "main_pid": 4711, "is_stopping": True}
 
 
 class Manager:
@@ -102,12 +102,13 @@ async def test_every_call_arrives_with_its_arguments(service):
         await systemd.stop(SCOPE, at_once=True)
         await systemd.stop(ZYGOTE)
         assert await systemd.scopes() == await systemd.zygotes() == [SCOPE]
+        assert await systemd.is_stopping() is True
         assert service.manager.calls == [
             ("start_scope", SCOPE, [10, 11], "Notebook slot", LIMITS, 60.0, 3.5), ("attach", SCOPE, [11]),
             ("set_limits", SCOPE, Limits(1 << 30, 100, None, 256)), ("set_swap", SCOPE, 0),
             ("set_cpu_weight", ZYGOTE, 1),
             ("start", ZYGOTE, False), ("start", "nbagent-dns.service", True), ("stop", SCOPE, True),
-            ("stop", ZYGOTE, False), ("scopes",), ("zygotes",),
+            ("stop", ZYGOTE, False), ("scopes",), ("zygotes",), ("is_stopping",),
         ]
 
 

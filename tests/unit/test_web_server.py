@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import socket
@@ -402,6 +403,38 @@ def test_without_descriptors_requests_are_refused_and_connections_go_on(serve: C
                 assert b"urn:nbagent:problem:full" in response and b"Too many open files" in response
             assert b"200 OK" in ask(former)
     assert is_served(running)
+
+
+def test_connections_are_reset_while_the_machine_has_no_open_file_left(
+    serve: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = serve()
+    with running.connect() as former, monkeypatch.context() as patched:
+        ask(former)
+
+        def exhausted(*_: object) -> None:
+            raise OSError(errno.ENFILE, os.strerror(errno.ENFILE))
+
+        # Both need a file of the kernel, also the one in reserve, because another process takes it.
+        patched.setattr(socket.socket, "accept", exhausted)
+        patched.setattr(os, "eventfd", exhausted)
+        for _ in range(2):
+            with pytest.raises((ConnectionResetError, ConnectionRefusedError)), running.connect() as caller:
+                caller.sendall(GET)
+                caller.recv(1)
+        assert b"200 OK" in ask(former)
+    assert is_served(running)
+
+
+def test_a_listener_that_another_worker_has_shut_down_listens_again(serve: Callable[..., Running]) -> None:
+    running = serve()
+    running.listeners[0].shutdown(socket.SHUT_RD)
+    until_s = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < until_s:
+        with contextlib.suppress(ConnectionRefusedError):
+            assert is_served(running)
+            return
+    raise AssertionError("refused")
 
 
 def test_a_request_for_which_no_thread_can_be_started_is_refused(

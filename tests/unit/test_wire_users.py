@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
 import socket
@@ -338,6 +339,61 @@ def test_files_that_are_not_delivered_in_time_are_a_failure_of_the_host_and_an_a
     with open("/dev/null") as file, pytest.raises(kind, match="not delivered within") as failed:
         asyncio.run(content_injector.inject(None, file.fileno(), Content(archive=archive), settings, join_scope))
     assert failed.value.http_status == status
+
+
+class EndedProcess(SilentProcess):
+    """A process that the end of the launch service has killed before it was in the slot's scope."""
+
+    def __init__(self, fd, pidfd):
+        super().__init__(fd)
+        self.pidfd = pidfd
+
+
+class DeliveringProcess(SilentProcess):
+    """A process that delivers a file when it is released, and ends."""
+
+    def __init__(self, fd):
+        self.peer = Channel.from_fd(os.dup(fd))
+
+    def __exit__(self, *_):
+        pass
+
+    def release(self):
+        with self.peer as peer, peer.receive():
+            peer.send({"begun": True})
+            peer.send({"files": 1, "entries": 0})
+
+
+@pytest.mark.parametrize(("ends", "is_delivered"), [(0, True), (1, True), (2, True), (3, False)])
+def test_a_delivery_whose_process_ends_with_the_launch_service_is_repeated(monkeypatch, ends, is_delivered):
+    spawned = []
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    pidfd = os.pidfd_open(child)
+    os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+
+    async def spawn(_what, fd):
+        spawned.append(EndedProcess(fd, pidfd) if len(spawned) < ends else DeliveringProcess(fd))
+        return spawned[-1]
+
+    async def join_scope(pid):
+        if spawned[-1].pidfd == pidfd:
+            raise ProcessLookupError(errno.ESRCH, f"process {pid}")
+
+    monkeypatch.setattr(content_injector.launch_service, "spawn", spawn)
+    monkeypatch.setattr(content_injector, "pid_of", lambda _pidfd, _slot: 7)
+    monkeypatch.setattr(content_injector, "_order", lambda *_: Order(1, 2, "", [], None, [], 3, 4, 5.0))
+    before = open_fds()
+    with open("/dev/null") as file:
+        injecting = content_injector.inject(None, file.fileno(), Content(), host_config.parse({}), join_scope)
+        if is_delivered:
+            assert asyncio.run(injecting) == (1, 0)
+        else:
+            with pytest.raises(StartFailed, match="before it could begin"):
+                asyncio.run(injecting)
+    assert len(spawned) == min(ends + 1, 3) and open_fds() == before
+    os.close(pidfd)
 
 
 def test_a_delivery_that_has_begun_has_a_result():

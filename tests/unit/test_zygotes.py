@@ -15,6 +15,7 @@ from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import Limits, now
+from nbagent.runtime import zygote_service
 from nbagent.supervisor import fd_store, former_zygotes, zygote_starter, zygotes
 from nbagent.supervisor.zygote_identity import identity, unit_of
 from nbagent.supervisor.zygote_starter import ZygoteStarter
@@ -72,13 +73,15 @@ class Service:
         kept, self.channel = Channel.pair()
         self.fd, self.made_of, self.age_s, self.responds = kept.detach(), made_of, age_s, responds
         self.channel.socket.setblocking(False)
+        self.is_outdated: bool | None = None  # as a service of a former version, which does not report it
 
     async def run(self) -> None:
         with self.channel:
             while (request := await receive(self.channel)) is not None:
                 if self.responds:
-                    token = request.body["describe"]
-                    self.channel.send({"described": token, "identity": self.made_of, "age_s": self.age_s, "forks": 7})
+                    body = {"described": request.body["describe"], "identity": self.made_of, "age_s": self.age_s}
+                    outdated = {} if self.is_outdated is None else {"outdated": self.is_outdated}
+                    self.channel.send({**body, "forks": 7, **outdated})
 
 
 @pytest.fixture
@@ -129,7 +132,7 @@ def adopt(image, services, wanted=None):
     async def run():
         units = Units(*services, "minimal:dead01")
         running = [asyncio.ensure_future(service.run()) for service in services.values()]
-        supervisor = Zygotes(CurrentConfig(host_config.parse({})), units)
+        supervisor = Zygotes(CurrentConfig(host_config.parse({})), units, is_busy=lambda: False)
         kept = {name: service.fd for name, service in services.items() if not isinstance(service, Starting)}
         begun = {name: service.fd for name, service in services.items() if isinstance(service, Starting)}
         await supervisor.open(kept, begun, image.root / "zygote.sock")
@@ -183,10 +186,24 @@ class RecordedStarter(ZygoteStarter):
         return channel
 
 
+@pytest.mark.parametrize(("is_busy", "quick"), [(False, [False]), (True, [True, False])])
+async def test_while_the_processors_are_busy_the_first_zygote_is_a_quick_one(image, events, is_busy, quick):
+    config, units = CurrentConfig(host_config.parse({})), Units()
+    supervisor, starter = Zygotes(config, units, is_busy=lambda: is_busy), RecordedStarter(config, units)
+    supervisor._starter = starter
+    await supervisor.open(path=image.root / "zygote.sock")
+    supervisor.want({"minimal": image})
+    await asyncio.sleep(0.05)
+    await supervisor.close()
+    for peer in starter.peers:
+        peer.close()
+    assert starter.quick == quick
+
+
 async def after_an_end(image, **errors):
     """The starts of a zygote that ends unexpectedly, as RecordedStarter has them, and whether one forks afterwards."""
     config, units = CurrentConfig(host_config.parse({"pool": {"backoff": "10ms"}})), Units()
-    supervisor, starter = Zygotes(config, units), RecordedStarter(config, units)
+    supervisor, starter = Zygotes(config, units, is_busy=lambda: False), RecordedStarter(config, units)
     supervisor._starter = starter
     await supervisor.open(path=image.root / "zygote.sock")
     supervisor.want({"minimal": image})
@@ -219,19 +236,38 @@ async def test_a_quick_zygote_is_not_replaced_when_the_complete_one_always_fails
     assert forks and quick == [False, True, False]
 
 
+@pytest.mark.parametrize("service", [Service, Starting])
 @pytest.mark.parametrize("change", [{"version": "0.2.0"}, {"code": 0}, {"made_of": "other settings"}])
-def test_a_zygote_of_another_version_forks_until_its_replacement_is_ready(image, events, change):
-    units, launch, ended = adopt(image, {INSTANCE: Service(made_of(image, **change))})
+def test_a_zygote_of_another_version_forks_until_its_replacement_is_ready(image, events, change, service):
+    units, launch, ended = adopt(image, {INSTANCE: service(made_of(image, **change))})
     assert launch == "fork" and ended == [False]
     assert len(units.started) == 1 and unit_of(INSTANCE) in units.active
-    assert [event for event, _ in events][:2] == [Event.ZYGOTE_ADOPTED, Event.ZYGOTE_REPLACED]
+    assert Event.ZYGOTE_REPLACED in [event for event, _ in events]
 
 
+@pytest.mark.parametrize("service", [Service, Starting])
+@pytest.mark.parametrize("is_outdated", [True, False])
+def test_a_zygote_whose_libraries_were_replaced_forks_until_its_replacement_is_ready(
+    image, events, service, is_outdated
+):
+    former = service(made_of(image))
+    former.is_outdated = is_outdated
+    units, launch, ended = adopt(image, {INSTANCE: former})
+    assert launch == "fork" and ended == [False] and unit_of(INSTANCE) in units.active
+    replaced = [fields["text"] for event, fields in events if event is Event.ZYGOTE_REPLACED]
+    assert replaced == ["libraries of the host were replaced after its start"] * is_outdated
+    assert len(units.started) == is_outdated
+
+
+@pytest.mark.parametrize("service", [Service, Starting])
 @pytest.mark.parametrize("change", [{"protocol": "0"}, {"digest": "sha256-1"}])
-def test_a_zygote_of_another_protocol_or_image_ends_and_another_is_started(image, events, change):
-    units, launch, ended = adopt(image, {INSTANCE: Service(made_of(image, **change))})
+def test_a_zygote_of_another_protocol_or_image_ends_and_another_is_started(
+    image, events, change, service, monkeypatch
+):
+    monkeypatch.setattr(zygotes, "backoff", lambda *_: 0.0)
+    units, launch, ended = adopt(image, {INSTANCE: service(made_of(image, **change))})
     assert launch == "exec" and ended == [True]
-    assert len(units.started) == 1
+    assert units.started
 
 
 def test_a_zygote_whose_service_does_not_respond_is_stopped(image, events, monkeypatch):
@@ -275,12 +311,9 @@ def test_a_zygote_that_was_starting_when_the_supervisor_ended_is_adopted_when_it
     ]
 
 
-@pytest.mark.parametrize(("changes", "fails"), [({"version": "0.2.0"}, False), ({}, True)])
-def test_a_zygote_that_was_starting_in_another_version_or_fails_ends_and_another_is_started(
-    image, events, stored, monkeypatch, changes, fails
-):
+def test_a_zygote_that_was_starting_and_fails_ends_and_another_is_started(image, events, stored, monkeypatch):
     monkeypatch.setattr(zygote_starter.cgroup, "of_process", lambda pid: None)
-    starting = Starting(made_of(image, **changes), fails=fails)
+    starting = Starting(made_of(image), fails=True)
     monkeypatch.setattr(zygotes, "backoff", lambda *_: 0.0)
     units, launch, ended = adopt(image, {INSTANCE: starting})
     assert launch == "exec" and ended == [True]
@@ -309,7 +342,7 @@ def test_a_zygote_that_has_paid_for_its_start_ends_the_series_of_failures(
     image, events, stored, forks, born_s, failures
 ):
     async def run():
-        supervisor = Zygotes(CurrentConfig(host_config.parse({})), Units())
+        supervisor = Zygotes(CurrentConfig(host_config.parse({})), Units(), is_busy=lambda: False)
         await supervisor.open(path=image.root / "zygote.sock")
         ends = Channel.pair()
         pool = supervisor._pools["minimal"] = zygotes.ZygotePool(image, failures=5)
@@ -328,7 +361,7 @@ def test_a_zygote_that_has_paid_for_its_start_ends_the_series_of_failures(
 def test_limits_of_a_zygote_whose_image_goes_before_its_start_are_removed(image, events):
     async def run():
         units = SlowUnits()
-        supervisor = Zygotes(CurrentConfig(host_config.parse({})), units)
+        supervisor = Zygotes(CurrentConfig(host_config.parse({})), units, is_busy=lambda: False)
         await supervisor.open(path=image.root / "zygote.sock")
         supervisor.want({"minimal": image})
         async with asyncio.timeout(5):
@@ -341,3 +374,20 @@ def test_limits_of_a_zygote_whose_image_goes_before_its_start_are_removed(image,
         return units.started
 
     assert asyncio.run(run()) == []
+
+
+@pytest.mark.parametrize(("mapping", "is_replaced"), [
+    (b"r-xp 00001000 fe:00 123    /usr/lib/x86_64-linux-gnu/libz.so.1.2.13 (deleted)\n", True),
+    (b"r-xp 00001000 fe:00 124    /usr/bin/python3.11 (deleted)\n", True),
+    (b"r-xp 00001000 fe:00 123    /usr/lib/x86_64-linux-gnu/libz.so.1.2.13\n", False),
+    (b"r--p 00001000 fe:00 123    /usr/lib/locale/C.utf8/LC_CTYPE (deleted)\n", False),
+    (b"r-xp 00000000 00:01 1024   /memfd:libffi (deleted)\n", False),
+    (b"rwxp 00000000 00:00 0 \n", False),
+    (b"r-xp 00000000 00:00 0      [vdso]\n", False),
+])
+def test_a_service_that_runs_replaced_libraries_is_outdated(tmp_path, mapping, is_replaced):
+    maps = tmp_path / "maps"
+    first = b"5605a0000000-5605a0001000 r--p 00000000 fe:00 124    /usr/bin/python3.11\n"
+    maps.write_bytes(first + b"7f12a0000000-7f12a0001000 " + mapping)
+    assert zygote_service.runs_replaced_files(str(maps)) is is_replaced
+    assert not zygote_service.runs_replaced_files(str(tmp_path / "absent"))

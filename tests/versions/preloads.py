@@ -30,7 +30,7 @@ IMAGE = Version(
     "preloads", "python", "trixie", "3.13",
     ("jupyterlab==4.6.6", "ipykernel==7.4.0", "numpy", "pandas", "matplotlib", "scikit-learn", "polars", "pyarrow",
      "duckdb", "numba", "xgboost-cpu", "lightgbm", "tensorflow-cpu"),
-    packages="libgomp1",
+    packages="libgomp1 python3-torch",  # because PyPI's torch requires CUDA's libraries, of 3 GB
 )
 # Modules, each with a computation.
 MODULES = {
@@ -45,6 +45,7 @@ MODULES = {
     "numba": "numba.njit(lambda a: a + 1)(1) == 2",
     "xgboost": "xgboost.train({'nthread': 2}, xgboost.DMatrix([[1.0]] * 9, [1.0] * 9), 2).num_boosted_rounds() == 2",
     "lightgbm": "lightgbm.LGBMRegressor(n_estimators=2, verbose=-1).fit([[1.0]] * 99, [1.0] * 99) is not None",
+    "torch": "float(torch.ones(300, 300).matmul(torch.ones(300, 300))[0, 0]) == 300",
     "tensorflow": "int(tensorflow.reduce_sum([1, 2, 3])) == 6",
 }
 TRY = """

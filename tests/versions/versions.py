@@ -5,12 +5,13 @@
     tests/versions/versions.py [--only NAME …] [--keep]
 
 Each image is an OCI layout in one of two forms. `stacks` is like those of jupyter/docker-stacks: an environment at
-/opt/conda that belongs to the user 1000:100, scripts in etc/conda/activate.d, tini and start.sh as its entry point.
-`python` is like python:3.x: root, an interpreter in /usr/local or /usr/bin, and packages by pip. They are made of
-Debian's and PyPI's packages, and, for Python 3.12, of an interpreter that pyenv has built on this machine; where there
-is none, the image is left out. A row passes if `nbagent image check` does, if an interrupt ends a cell that waits for
-input or at a breakpoint, if terminals find the programs of notebooks, and if slots are forked, or not for the reason
-that the row names.
+/opt/conda that belongs to the user 1000:100, which is a virtual environment or, as conda's, has an interpreter of its
+own; scripts in etc/conda/activate.d, tini and start.sh as its entry point. `python` is like python:3.x: root, an
+interpreter in /usr/local or /usr/bin, and packages by pip. They are made of Debian's and PyPI's packages, and, for
+Python 3.12, of an interpreter that pyenv has built on this machine; where there is none, the image is left out. A row
+passes if `nbagent image check` does, if an interrupt ends a cell that waits for input or at a breakpoint, if terminals
+find the programs of notebooks, if packages that pip installs are imported, and if slots are forked, or not for the
+reason that the row names.
 
 Layers are cached by a hash of their recipe. The table goes to standard output.
 """
@@ -18,6 +19,7 @@ Layers are cached by a hash of their recipe. The table goes to standard output.
 from __future__ import annotations
 
 import argparse
+import base64
 import dataclasses
 import hashlib
 import inspect
@@ -39,6 +41,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / name) for name in ("integration", "conformance", ".", "..")]
 
+import acts
 import reported_programs
 from waits import check_waits
 
@@ -48,6 +51,7 @@ from conftest import Agent
 from notebook import Notebook
 from product import say
 from testhost_driver import Host, aptsources, state
+from wheels import wheel
 
 CACHE = product.CACHE / "versions"
 SETTINGS = "[pool]\nwarm = 1\n[cull]\ninterval = \"1s\"\n"
@@ -91,6 +95,7 @@ TABLE = (
     Version("py311-lab42", "stacks", "bookworm", "3.11", ("jupyterlab==4.2.7", "ipykernel==6.29.5")),
     Version("py312-lab43", "python", "bookworm", "3.12",
             ("jupyterlab==4.3.8", "notebook==7.3.3", "ipykernel==6.29.5"), built="3.12"),
+    Version("py312-prefix", "stacks", "bookworm", "3.12", ("jupyterlab==4.6.6", "ipykernel==7.4.0"), built="3.12"),
     Version("py313-lab44", "stacks", "trixie", "3.13",
             ("jupyterlab==4.4.10", "notebook==7.4.7", "ipykernel==6.30.1")),
     Version("py313-lab46", "stacks", "trixie", "3.13", ("jupyterlab==4.6.6", "notebook", "ipykernel==7.4.0")),
@@ -153,11 +158,11 @@ def install(root: Path, version: Version, wheels: Path) -> None:
         home = interpreter(version.built)
         assert home is not None
         for part in ("bin", "lib", "include"):
-            shutil.copytree(home / part, root / "usr/local" / part, symlinks=True, dirs_exist_ok=True,
+            shutil.copytree(home / part, root / version.prefix[1:] / part, symlinks=True, dirs_exist_ok=True,
                             ignore=shutil.ignore_patterns("test", "__pycache__", "site-packages"))
-        (root / f"usr/local/lib/python{version.python}/site-packages").mkdir(exist_ok=True)
+        (root / version.prefix[1:] / f"lib/python{version.python}/site-packages").mkdir(exist_ok=True)
         within(root, "ldconfig")
-        python = f"/usr/local/bin/python{version.python}"
+        python = f"{version.prefix}/bin/python{version.python}"
         within(root, python, "-m", "ensurepip")
     else:
         within(root, "python3", "-m", "venv", version.prefix)
@@ -165,6 +170,8 @@ def install(root: Path, version: Version, wheels: Path) -> None:
     within(root, python, "-m", "pip", "install", "-qq", "--no-index", "--find-links=/opt/.wheels",
            "--no-warn-script-location", "--root-user-action=ignore", *version.requirements)
     shutil.rmtree(root / "opt/.wheels")
+    if version.form == "stacks":
+        run("chown", "-R", "1000:100", root / version.prefix[1:])
 
 
 def layer(version: Version) -> Path:
@@ -239,6 +246,19 @@ def wait_for_zygote(agent: Agent, image: str) -> None:
     agent.wait(is_settled, f"the zygote of {image}", ZYGOTE_WAIT_S)
 
 
+def check_packages(notebook: Notebook) -> None:
+    """A package that pip installs in a cell is imported by the same kernel, and by a new one."""
+    for name, command in (("one", "!pip"), ("two", "%pip"), ("three", "pip")):
+        file, content = wheel(name)
+        acts.put(notebook, file, {"type": "file", "format": "base64", "content": base64.b64encode(content).decode()})
+        use = f"import {name}; print({name}.ANSWER)"
+        with notebook.kernel() as kernel:
+            installed = kernel.run(f"{command} install --no-index --no-cache-dir ./{file}", 120)
+            assert "Successfully installed" in installed.stream, installed
+            assert kernel.run(use).stream == "42\n", kernel.run(use)
+        assert notebook.run(use).stream == "42\n"
+
+
 def tried(agent: Agent, version: Version) -> tuple[list[str], list[str]]:
     """The row of the table, and what is wrong."""
     # On a busy machine a zygote takes longer than `nbagent image check` waits.
@@ -266,6 +286,10 @@ def tried(agent: Agent, version: Version) -> tuple[list[str], list[str]]:
         check_waits(agent, notebook)
     except AssertionError as error:
         wrong.append(f"interrupt: {error}")
+    try:
+        check_packages(notebook)
+    except AssertionError as error:
+        wrong.append(f"pip: {error}")
     agent.release(notebook.slot)
     after = re.search(r"memory (.+?) of", found.get("kernel", ""))
     memory = f"{found['memory at rest'].partition(' of')[0]}, {after[1] if after else 'unknown'}"
