@@ -44,11 +44,18 @@ _PROFILE, _PROFILES = ("etc", "profile"), ("etc", "profile.d")
 # A login shell reads it before the image's other scripts there, which may add directories to PATH.
 _PATH_SCRIPT = "00-nbagent-path.sh"
 _PATH_LINES = "# Written by nbagent, because /etc/profile replaces the PATH of the image.\nPATH={}\n"
-# The file that makes a directory a virtual environment, and its setting for the packages of its interpreter and the
-# user's (site.py of CPython, https://docs.python.org/3/library/site.html).
-_ENVIRONMENT, _SYSTEM_PACKAGES = "pyvenv.cfg", re.compile(
-    rb"^[ \t]*include-system-site-packages[ \t]*=[^\n]*$", re.MULTILINE | re.IGNORECASE)
-_ENVIRONMENT_BYTES = 1 << 16
+# The file in a virtual environment's directory, and its setting for the packages of its interpreter and the user's
+# (site.py of CPython, https://docs.python.org/3/library/site.html).
+_ENVIRONMENT, _ENVIRONMENT_BYTES = "pyvenv.cfg", 1 << 16
+_SYSTEM_PACKAGES = re.compile(rb"^\s*include-system-site-packages\s*=\s*true\s*$", re.MULTILINE | re.IGNORECASE)
+# The module site executes the line twice in a virtual environment: before and after it has disabled the user's
+# packages, which is when ENABLE_USER_SITE is False.
+_USER_PACKAGES_FILE = "nbagent-user-packages.pth"
+USER_PACKAGES = (
+    "import site; "
+    "site.ENABLE_USER_SITE = site.check_enableusersite() if site.ENABLE_USER_SITE is False else site.ENABLE_USER_SITE; "
+    "site.addusersitepackages(None)\n"
+)
 _SETS_PATH = re.compile(rb"^\s*(export\s+)?PATH=", re.MULTILINE)
 
 
@@ -128,31 +135,34 @@ def keep_path(tree: Tree, id_base: int, manifest: Manifest, chown: Chown = os.ch
 
 
 def open_environment(tree: Tree, id_base: int, manifest: Manifest, chown: Chown = os.chown) -> tuple[str, ...]:
-    """Lets a virtual environment have the packages of its interpreter and, by that, the user's: ~/.local; notes of it.
+    """Lets a virtual environment have the user's packages, below ~/.local and after its own; a note of it.
 
-    No slot can write to the environment, so pip installs packages for the user, as with any other interpreter.
+    No slot can write to the environment, so pip installs packages for the user, as with an interpreter that is not of
+    an environment. Without this file the environment would not read them.
     """
     if manifest.python is None:
         return ()
     prefix = posixpath.dirname(posixpath.dirname(manifest.python))
+    written = False
     with contextlib.suppress(OSError, Refused):
         directory = tree.resolve(name_parts(prefix))
-        place = (*directory, _ENVIRONMENT)
-        if (file := tree.open_regular(place)) is None:
+        if (file := tree.open_regular((*directory, _ENVIRONMENT))) is None:
             return ()
         with file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            former = file.read(_ENVIRONMENT_BYTES)
-        changed, found = _SYSTEM_PACKAGES.subn(b"include-system-site-packages = true", former)
-        if not found or changed == former or len(former) == _ENVIRONMENT_BYTES:
-            return ()
-        _replace(tree, place, changed, mode, id_base, chown)
-        note = (
-            f"{prefix}/{_ENVIRONMENT}: include-system-site-packages is true, so that pip can install packages in the"
-            " home, because the environment is read-only in slots"
-        )
-        return (note,)
-    return ()
+            if _SYSTEM_PACKAGES.search(file.read(_ENVIRONMENT_BYTES)):
+                return ()
+        libraries = tree.resolve((*directory, "lib"))
+        with tree.directory(libraries) as directory_fd, os.scandir(directory_fd) as entries:
+            names = sorted(entry.name for entry in entries if entry.name.startswith("python"))
+        for name in names:
+            with contextlib.suppress(OSError):
+                packages = tree.resolve((*libraries, name, "site-packages"))
+                if _is_directory(tree, packages):
+                    _replace(tree, (*packages, _USER_PACKAGES_FILE), USER_PACKAGES.encode(), 0o644, id_base, chown)
+                    written = True
+    if not written:
+        return ()
+    return (f"{prefix}: its Python also has the packages of the user, below ~/.local, where pip installs in slots",)
 
 
 def _replace(tree: Tree, parts: Parts, content: bytes, mode: int, id_base: int, chown: Chown) -> None:

@@ -17,7 +17,7 @@ from test_image_store import Owners
 
 from archives import MANIFEST, Archive, Layers
 from nbagent.core.errors import BadRequest, ConfigError, FetchFailed, ImageInvalid
-from nbagent.image import fetch, logins, manifest
+from nbagent.image import adaptation, fetch, logins, manifest
 from nbagent.image.archive import ImageArchiveLimits
 from nbagent.image.fetch import DockerArchive, OciDirectory, Registry
 from nbagent.image.store import Image, ImageStore
@@ -448,35 +448,30 @@ def test_directories_that_everyone_may_write_to_are_copied_by_slots_unless_they_
     assert note.startswith("/data, to which everyone may write,") and "2,001 files of 2 MB" in note
 
 
-ENVIRONMENT = b"home = /usr/local/bin\nInclude-System-Site-Packages=false\nversion = 3.13.5\n"
-
-
 def environment(settings: bytes) -> Archive:
     layer = Archive().add("srv/env", **LINK, linkname="/opt/env").add("opt/env/bin/python", b"", mode=0o755)
-    return layer.add("opt/env/pyvenv.cfg", settings, mode=0o755).add("usr/bin/python3", b"", mode=0o755)
+    layer.add("opt/env/lib/python3.13/site-packages/numpy.py", b"").add("opt/env/lib64", **LINK, linkname="lib")
+    return layer.add("opt/env/pyvenv.cfg", settings).add("usr/bin/python3", b"", mode=0o755)
 
 
 def test_a_virtual_environment_has_the_users_packages_too(store: ImageStore) -> None:
     text = 'python = "/srv/env/bin/python"\nuser = "nb"\nhome = "/home/nb"\n'
-    image = import_image(store, Layers().layer(environment(ENVIRONMENT)), manifest.parse(text.encode()))
-    found = image.root / "opt/env/pyvenv.cfg"
-    assert found.read_bytes() == ENVIRONMENT.replace(b"Include-System-Site-Packages=false",
-                                                     b"include-system-site-packages = true")
-    assert modes(image.root, "opt/env/pyvenv.cfg") == ["755"]
-    (note,) = image.notes
-    assert note.startswith("/srv/env/pyvenv.cfg: include-system-site-packages is true, so that pip can install")
+    layer = environment(b"home = /usr/bin\ninclude-system-site-packages = false\n")
+    image = import_image(store, Layers().layer(layer), manifest.parse(text.encode()))
+    path = "opt/env/lib/python3.13/site-packages/nbagent-user-packages.pth"
+    assert (image.root / path).read_text() == adaptation.USER_PACKAGES
+    assert modes(image.root, path) == ["644"]
+    assert image.notes == (
+        "/srv/env: its Python also has the packages of the user, below ~/.local, where pip installs in slots",)
 
 
 @pytest.mark.parametrize(("python", "settings"), [
-    ("/srv/env/bin/python", b"include-system-site-packages = true\n"),
-    ("/srv/env/bin/python", b"home = /usr/bin\n"),
-    ("/srv/env/bin/python", b"#" * (1 << 17) + b"\ninclude-system-site-packages = false\n"),
-    ("/usr/bin/python3", ENVIRONMENT),
-], ids=["already", "none", "large", "not in use"])
-def test_another_interpreters_settings_stay(store: ImageStore, python: str, settings: bytes) -> None:
+    ("/srv/env/bin/python", b"Include-System-Site-Packages=True\n"), ("/usr/bin/python3", b"home = /usr/bin\n"),
+], ids=["already", "not in use"])
+def test_other_environments_are_not_changed(store: ImageStore, python: str, settings: bytes) -> None:
     text = f'python = "{python}"\nuser = "nb"\nhome = "/home/nb"\n'
     image = import_image(store, Layers().layer(environment(settings)), manifest.parse(text.encode()))
-    assert (image.root / "opt/env/pyvenv.cfg").read_bytes() == settings and not image.notes
+    assert not list(image.root.rglob("*.pth")) and not image.notes
 
 
 def test_condas_scripts_that_a_given_manifest_does_not_run_are_named(store: ImageStore) -> None:
