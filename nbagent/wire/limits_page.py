@@ -23,7 +23,7 @@ _OFFSET = 64
 # Variables with the number of threads that a library starts, or the number of processors that it sees.
 THREADS = (
     "PYTHON_CPU_COUNT", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS",
-    "POLARS_MAX_THREADS", "RAYON_NUM_THREADS", "LOKY_MAX_CPU_COUNT",
+    "POLARS_MAX_THREADS", "RAYON_NUM_THREADS", "LOKY_MAX_CPU_COUNT", "NUMBA_NUM_THREADS",
 )
 
 

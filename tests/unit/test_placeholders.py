@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import _asyncio
 import gc
+
+import pytest
 
 from nbagent.zygote.placeholders import PlaceholderSubstitution
 
@@ -20,6 +23,18 @@ class Holder:
         self.listed = ["a", HERE]
         self.nested = {"settings": {"url": HERE, "other": [1, {"deep": HERE}]}}
         self.kept = "other"
+
+
+def test_the_free_list_of_asyncio_is_not_visited(monkeypatch: pytest.MonkeyPatch) -> None:
+    referents, visited = gc.get_referents, []
+
+    def note_and_list(*objects: object) -> list[object]:
+        visited.append(any(known is _asyncio for known in objects))
+        return referents(*objects)
+
+    monkeypatch.setattr(gc, "get_referents", note_and_list)
+    PlaceholderSubstitution(HERE, without=globals())
+    assert visited and not any(visited)
 
 
 def test_each_string_with_a_placeholder_is_filled() -> None:

@@ -26,11 +26,21 @@ from product import say
 from versions import Version
 
 MEMORY = "3G"
+# A zygote that has all of them takes more than pool.zygote_memory is by default.
+SETTINGS = """
+[pool]
+warm = 1
+zygote_memory = "4G"
+[cull]
+interval = "1s"
+"""
 IMAGE = Version(
     "preloads", "python", "trixie", "3.13",
     ("jupyterlab==4.6.6", "ipykernel==7.4.0", "numpy", "pandas", "matplotlib", "scikit-learn", "polars", "pyarrow",
      "duckdb", "numba", "xgboost-cpu", "lightgbm", "tensorflow-cpu"),
-    packages="libgomp1 python3-torch",  # because PyPI's torch requires CUDA's libraries, of 3 GB
+    # PyPI's torch requires CUDA's libraries, of 3 GB.
+    packages="libgomp1 python3-torch",
+    files=(("opt/venv/lib/python3.13/site-packages/debian.pth", b"/usr/lib/python3/dist-packages\n"),),
 )
 # Modules, each with a computation.
 MODULES = {
@@ -41,13 +51,22 @@ MODULES = {
                         ".predict([[1.0]])[0] == 1",
     "polars": "polars.DataFrame({'a': [1, 2, 3]}).lazy().sum().collect()['a'][0] == 6",
     "pyarrow": "pyarrow.compute.sum(pyarrow.array([1, 2, 3])).as_py() == 6",
-    "duckdb": "duckdb.sql('select sum(range) from range(1000000)').fetchone()[0] == 499999500000",
+    "duckdb": "duckdb.sql('select sum(range) from range(1000000)').fetchall()[0][0] == 499999500000",
     "numba": "numba.njit(lambda a: a + 1)(1) == 2",
     "xgboost": "xgboost.train({'nthread': 2}, xgboost.DMatrix([[1.0]] * 9, [1.0] * 9), 2).num_boosted_rounds() == 2",
     "lightgbm": "lightgbm.LGBMRegressor(n_estimators=2, verbose=-1).fit([[1.0]] * 99, [1.0] * 99) is not None",
     "torch": "float(torch.ones(300, 300).matmul(torch.ones(300, 300))[0, 0]) == 300",
     "tensorflow": "int(tensorflow.reduce_sum([1, 2, 3])) == 6",
 }
+MANIFEST = f"""
+python = "{IMAGE.prefix}/bin/python3"
+user = "jovyan"
+home = "/home/jovyan"
+preload = {json.dumps(list(MODULES))}
+[environment]
+PATH = "{IMAGE.prefix}/bin:/usr/local/bin:/usr/bin:/bin"
+LANG = "C.UTF-8"
+"""
 TRY = """
 import json, re, time
 def own_kib():
@@ -101,15 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
     options = parser.parse_args()
-    with versions.agent_for([IMAGE], options.keep) as agent, versions.imported(agent, IMAGE):
+    machine = versions.Machine("preloads", settings=SETTINGS)
+    with versions.agent_for([IMAGE], options.keep, machine) as agent, versions.imported(agent, IMAGE):
         versions.wait_for_zygote(agent, IMAGE.name)
         without = costs(agent, IMAGE.name)
-        root = next(one["root"] for one in json.loads(agent.run("nbagent", "image", "list", "--json"))
-                    if one["name"] == IMAGE.name)
         name = f"{IMAGE.name}-done"
         try:
-            agent.run("sh", "-ec", f"sed 's/^python = /preload = {json.dumps(list(MODULES))}\\n&/'"
-                                   f" {root}/etc/nbagent-image.toml > /root/preload.toml")
+            agent.host.run(["tee", "/root/preload.toml"], input=MANIFEST)
             began = agent.run("date", "+%s").strip()
             agent.run("nbagent", "image", "use", "--manifest", "/root/preload.toml", name, IMAGE.name)
             versions.wait_for_zygote(agent, name)

@@ -70,7 +70,7 @@ print(json.dumps({"python": ".".join(map(str, sys.version_info[:3])), **found}))
 @dataclass(frozen=True)
 class Version:
     """One image. `built` is the version of an interpreter by pyenv; `by_exec` a part of the reason for exec; `packages`
-    are Debian's in addition to PACKAGES, and `files` those of the upper layer of the form `stacks`.
+    are Debian's in addition to PACKAGES, and `files` those of the upper layer.
     """
 
     name: str
@@ -200,7 +200,10 @@ def layout(version: Version, path: Path) -> None:
     packed, mine = layer(version).read_bytes(), {"uid": 1000, "gid": 100}
     if version.form == "python":
         variables = [f"PATH={version.prefix}/bin:/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8"]
-        Layers(Env=variables, Cmd=["python3"]).layer(packed, bytes).save(path).close()
+        layers, upper = Layers(Env=variables, Cmd=["python3"]).layer(packed, bytes), Archive()
+        for name, content in version.files:
+            upper.add(name, content, mode=0o644)
+        layers.layer(upper).save(path).close()
         return
     upper = Archive().add("etc/passwd", PASSWD).add("home/jovyan", type=tarfile.DIRTYPE, mode=0o2775, **mine)
     upper.add("home/jovyan/.bashrc", b"# conda\n", **mine).add("opt/conda", type=tarfile.DIRTYPE, mode=0o2775, **mine)
@@ -306,13 +309,14 @@ def show(rows: Sequence[Sequence[str]]) -> None:
 
 
 class Machine(NamedTuple):
-    """The host of a run, with the options of `Host.up`."""
+    """The host of a run, with the options of `Host.up`, and the settings of the product."""
 
     name: str
     driver: str = "nspawn"
     suite: str = "bookworm"
     memory: str | None = None
     cpus: int | None = None
+    settings: str = SETTINGS
 
 
 CONTAINER = Machine("versions")
@@ -324,12 +328,15 @@ def agent_for(wanted: Sequence[Version], keep: bool, machine: Machine = CONTAINE
     packages = product.build(say)
     for version in wanted:
         layer(version)
-    host = Host.attach(machine.name) if keep and machine.name in state.names() else Host.up(**machine._asdict())
+    options = machine._asdict()
+    settings = options.pop("settings")
+    host = Host.attach(machine.name) if keep and machine.name in state.names() else Host.up(**options)
     if keep:
         host.keep()
     try:
+        host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
+        host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=settings)
         product.add_changed(host, packages, say)
-        host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=SETTINGS)
         host.run(["systemctl", "reload", "nbagent"])
         product.wait_warm(host)
         yield Agent(host)
