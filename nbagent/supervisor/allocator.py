@@ -63,15 +63,17 @@ class Allocator:
         try:
             return await self._pools.wait(image, timeout_s)
         except StartFailed as error:
-            # It can be a consequence of a fault of the host that has no start in its text.
-            faults = [f"{part}: {text}" for part, text in sorted(self._health.faults.items())]
-            raise StartFailed("; ".join((str(error), *faults)), **error.details) from None
+            raise StartFailed(self._with_faults(str(error)), **error.details) from None
         except TimeoutError:
             launch, reason = self._load.launch(image)
             because = f" because {reason}" if reason else ""
             starting = self._slots.count(SlotState.STARTING, image)
             text = f"no slot became ready within {timeout_s:g} s; {starting} are being started, by {launch}{because}"
-            raise NotReady(text, retry_after_s=1) from None
+            raise NotReady(self._with_faults(text), retry_after_s=1) from None
+
+    def _with_faults(self, text: str) -> str:
+        """The reason of a refusal, which can be a consequence of a fault of the host that is not in it."""
+        return "; ".join((text, *(f"{part}: {fault}" for part, fault in sorted(self._health.faults.items()))))
 
     def _check_queue_room(self, image: str) -> None:
         """Raises Full when all slots that can come are for claims that already wait."""

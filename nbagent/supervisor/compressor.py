@@ -47,12 +47,17 @@ class Compressor:
             return
         self._waiting.setdefault(live, live.rests_since(now()))
         if self._task is None or self._task.done():
-            self._task = self._tasks.spawn(self._work())
+            self._task = self._tasks.spawn(self._work_until_error())
 
     async def adopt(self, live: RunningSlot) -> None:
         """Sets MemorySwapMax=0 on a slot that a former supervisor was compressing when it ended."""
         if live.cgroup is not None and live.cgroup.may_swap():
             await self._allow_swap(live, 0)
+
+    async def _work_until_error(self) -> None:
+        # Without a free descriptor nothing can be read. After the next sample of a slot it goes on.
+        with contextlib.suppress(OSError):
+            await self._work()
 
     async def _work(self) -> None:
         while self._waiting:

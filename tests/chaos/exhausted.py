@@ -14,6 +14,7 @@ with `--machine vm`, which is Debian 13.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
@@ -45,6 +46,8 @@ CLAIMS = WARM + 2
 # A resource is read every five seconds, a part is tried every two and is in the journal after ten.
 ALARM_S = 20.0
 RESET = "connection reset"
+# Jupyter pings websockets every 30 s.
+PONG_S = 30.0
 
 
 class Exhausted(NamedTuple):
@@ -52,7 +55,7 @@ class Exhausted(NamedTuple):
 
     `options` are those of the claims. `serves`: claims get slots and no 503. `connects`: the host accepts connections;
     otherwise claims and a user's new websocket can also be reset. `machine` is the only driver of hosts on which it can
-    be used up. `killed` is a service that ends after that, and starts again.
+    be used up.
     """
 
     name: str
@@ -65,7 +68,6 @@ class Exhausted(NamedTuple):
     serves: bool = False
     connects: bool = True
     machine: str = ""
-    killed: str = ""
 
 
 def shell(text: str) -> tuple[str, ...]:
@@ -147,11 +149,6 @@ CASES = (
     # The units service keeps the connection that it has.
     Exhausted("connections of PID 1", fault("connections", "PID 1"), ("end", "connections"), "", "", "", serves=True),
     Exhausted(
-        "connections of PID 1, and the units service ends", fault("connections", "PID 1"), ("end", "connections"),
-        "systemd fails", r'nbagent_part_works\{part="systemd"\} 0', r"^fail +(supervisor|nbagent-units.socket):.*",
-        killed=UNITS,
-    ),
-    Exhausted(
         "open files", fault("open files", "open files"), ("end", "open files"), nearly("open files"), "",
         r"^(warn|fail) +use:.*nearly all open files", connects=False, machine="vm",
     ),
@@ -189,9 +186,8 @@ class Run:
             time.sleep(0.5)
         return time.monotonic() - began_s
 
-    def services(self, case: Exhausted) -> str:
-        """The invocations of all services that must not end."""
-        units = sorted({SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK} - {case.killed})
+    def services(self) -> str:
+        units = (SUPERVISOR, API, ROUTER, UNITS, LAUNCH, NETWORK)
         return self.host.run(["systemctl", "show", "-P", "InvocationID", *units]).stdout
 
     def claim(self, case: Exhausted) -> tuple[str, str, float]:
@@ -234,17 +230,19 @@ class Run:
         return matching("journal", case.journal, found.stdout) if found else {}
 
     def try_one(self, case: Exhausted, notebook: Notebook, kernel_id: str) -> None:
-        services, problems = self.services(case), len(self.book.problems)
+        services, problems = self.services(), len(self.book.problems)
         cursor = self.host.run(["journalctl", "-q", "-n", "1", "--show-cursor", "-o", "cat"]).stdout
         since = cursor.rpartition("-- cursor: ")[2].strip()
-        # A new websocket, because Jupyter closes one whose client sends no pong for 90 s.
-        with Kernel(notebook, kernel_id) as user, ThreadPoolExecutor(CLAIMS) as threads:
-            # It is open when the kernel has responded.
+        with contextlib.ExitStack() as stack:
+            # A new websocket, because Jupyter closes one whose client sends no pong for 90 s. It is open when the
+            # kernel has responded.
+            user = stack.enter_context(Kernel(notebook, kernel_id))
+            threads = stack.enter_context(ThreadPoolExecutor(CLAIMS))
             self.run_cell(case, user)
+            began_s = time.monotonic()
             self.act(case.begin)
-            if case.killed:
-                self.act(fault("kill", case.killed))
-                self.act(case.begin)  # uses up what the service had
+            if time.monotonic() - began_s > PONG_S:
+                user = stack.enter_context(Kernel(notebook, kernel_id))
             try:
                 answers = list(threads.map(self.claim, [case] * CLAIMS))
                 self.run_cell(case, user)
@@ -273,7 +271,7 @@ class Run:
                 if claim:
                     caller.release(str(claim["slot"]))
         rest_s = self.rest({notebook.slot})
-        if self.services(case) != services:
+        if self.services() != services:
             self.book.problem(f"{case.name}: a service was restarted")
         self.results[case.name] = {
             "answers": Counter(kind for kind, _, _ in answers),
@@ -308,6 +306,7 @@ def main() -> None:
         kernel.run("x = 41")
         for case in cases:
             run.try_one(case, notebook, kernel.id)
+        Caller(host, run.book).release(notebook.slot)
     result = {"resources": run.results, "problems": run.book.problems}
     out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)

@@ -231,10 +231,18 @@ def connect_to_bus():
     return found
 
 
-def connect_to_manager(*, is_repeated):
-    """Opens connections to PID 1, and sends nothing over them, until it closes another at once. Raises RuntimeError.
+def response_of(connection):
+    """The first bytes of the other end, none when it has closed the connection. Raises TimeoutError."""
+    try:
+        return connection.recv(100)
+    except ConnectionError:
+        return b""
 
-    `is_repeated`: nearly all are open already.
+
+def connect_to_manager():
+    """Opens connections to PID 1 until it closes another at once. Raises RuntimeError.
+
+    It closes those that do not authenticate after 90 s.
     """
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -249,9 +257,11 @@ def connect_to_manager(*, is_repeated):
             time.sleep(0.1)
             continue
         found.append(connection)
-        if len(found) > MANAGER_ACCEPTED or is_repeated:
+        with contextlib.suppress(OSError):
+            connection.sendall(b"\0AUTH EXTERNAL 30\r\nBEGIN\r\n")
+        if len(found) > MANAGER_ACCEPTED:
             with contextlib.suppress(TimeoutError):
-                if connection.recv(1) == b"":
+                if not response_of(connection):
                     return found
     raise RuntimeError(f"PID 1 has closed none of {len(found)} connections")
 
@@ -349,9 +359,8 @@ class Faults:
             self.held[kind] = refuse_nftables()
             return self.held[kind] and self.held[kind].args[-1]
         if kind == "connections":
-            found = connect_to_manager(is_repeated=kind in self.held) if target == "PID 1" else connect_to_bus()
-            self.held.setdefault(kind, []).extend(found)
-            return len(found)
+            self.held[kind] = connect_to_manager() if target == "PID 1" else connect_to_bus()
+            return len(self.held[kind])
         if kind == "network":
             return run("sh", "-c", NETWORK[target])
         if kind in INJECTED:

@@ -3,6 +3,7 @@
 
 import asyncio
 import dataclasses
+import errno
 import os
 
 import pytest
@@ -189,3 +190,16 @@ def test_reclaim_is_false_when_the_kernel_frees_no_more(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "write", refuse)
     assert not group.reclaim(4096)
+
+
+def test_while_no_file_can_be_opened_slots_wait_for_their_next_sample(host, monkeypatch):
+    live = host.slot(1)
+    with monkeypatch.context() as patched:
+        def fail():
+            raise OSError(errno.ENFILE, "Too many open files in system")
+
+        patched.setattr(swap, "read", fail)
+        host.compress(live)
+    assert not host.requests
+    host.compress(live)
+    assert host.requests

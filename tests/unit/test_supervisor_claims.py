@@ -327,7 +327,8 @@ async def test_the_claim_queue_is_no_longer_than_the_slots_that_can_come(tmp_pat
 async def test_a_claim_that_waits_too_long_is_refused(tmp_path):
     async with Host(tmp_path, pool={"warm": 0, "starts": 4, "claim_timeout": "10ms"}) as host:
         gate = host.launcher.hold()
-        with pytest.raises(NotReady, match=r"within 0\.01 s; 1 are being started, by exec because launch"):
+        host.supervisor.health.faults["systemd"] = "no response"
+        with pytest.raises(NotReady, match=r"within 0\.01 s; 1 are being started, by exec because .*; systemd: no"):
             await host.claim()
         gate.set()
 
