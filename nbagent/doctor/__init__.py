@@ -53,6 +53,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         partial(services.check_http, "API", url + "/healthz", "nbagent-api.socket"),
         partial(services.check_http, "router", f"http://127.0.0.1:{settings.router.port}/", ROUTER),
         partial(services.check_router_files, settings, nginx_check.check),
+        partial(services.check_router_libraries, root),
         *([partial(network.check_wildcard, domain, system.addresses_of)]
           if (domain := settings.router.domain) else []),
         *([partial(network.check_dns, settings, paths.DNS_KEY)] if settings.dns.server else []),

@@ -16,6 +16,7 @@ from nbagent.core.errors import Full, ImageInvalid, ImageNotFound, NbagentError
 from nbagent.doctor.finding import Finding
 from nbagent.doctor.system import TIMEOUT_S, below
 from nbagent.image.store import ImageStore
+from nbagent.linux.process import runs_replaced_files
 from nbagent.wire import control
 from nbagent.wire.operations import STATS, TRY_START
 
@@ -39,6 +40,19 @@ def check_unit(unit: str, state_of: Callable[[str], str]) -> Finding:
     if state == "active":
         return Finding(unit, "ok", state)
     return Finding(unit, "fail", state, f"systemctl start {unit}; journalctl -eu {unit}")
+
+
+def check_router_libraries(root: Path) -> Finding:
+    """Whether the router runs the libraries that are installed, because needrestart does not restart it."""
+    name = "libraries of the router"
+    try:
+        pid = int(below(root, paths.ROUTER_RUN / "pid").read_text())
+    except FileNotFoundError:
+        return Finding(name, "ok", "the router does not run")
+    if not runs_replaced_files(str(below(root, Path(f"/proc/{pid}/maps")))):
+        return Finding(name, "ok", "as installed")
+    text = "it runs libraries, or a program, that an upgrade has replaced"
+    return Finding(name, "warn", text, "systemctl restart nbagent-router, which closes websockets; browsers reconnect")
 
 
 def check_control(path: Path) -> Finding:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Attributes of the calling process: prctl(2), capabilities, ids, resource limits, descriptor table."""
+"""Attributes of the calling process: prctl(2), capabilities, ids, resource limits, descriptor table, mappings."""
 
 from __future__ import annotations
 
@@ -121,3 +121,20 @@ def set_command_line(arguments: Sequence[str], environment: Mapping[str, str]) -
     new = (ctypes.c_uint64 * 13)(*values, begin, middle, middle, end, 0, 0xFFFFFFFF << 32)
     prctl(PR_SET_MM, PR_SET_MM_MAP, ctypes.addressof(new), ctypes.sizeof(new))
     _shown[:] = [memory]
+
+
+def runs_replaced_files(maps: str = "/proc/self/maps") -> bool:
+    """Whether a program or library that a process executes has been replaced or removed, as an upgrade does it.
+
+    False when its mappings cannot be read.
+    """
+    try:
+        with open(maps, "rb") as file:
+            lines = [line.split(None, 5) for line in file]
+    except OSError:
+        return False
+    # Address, mode, offset, device, inode and path. Mappings without a file have none of these paths.
+    return any(
+        b"x" in line[1] and line[5].startswith((b"/usr/", b"/lib")) and line[5].endswith(b" (deleted)\n")
+        for line in lines if len(line) == 6
+    )

@@ -60,7 +60,7 @@ from typing import Callable, Dict, List, NoReturn, Optional, Tuple
 from nbagent.core.events import Event
 from nbagent.linux import journal
 from nbagent.linux import namespaces as ns
-from nbagent.linux.process import PR_SET_DUMPABLE, drop_bounding_set, last_capability, prctl
+from nbagent.linux.process import PR_SET_DUMPABLE, drop_bounding_set, last_capability, prctl, runs_replaced_files
 from nbagent.runtime import init
 from nbagent.runtime.slot_process import (
     FREE_FD,
@@ -244,20 +244,6 @@ class ZygoteService:
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
         return ZygoteFailed(f"the zygote {how}")
-
-
-def runs_replaced_files(maps: str = "/proc/self/maps") -> bool:
-    """Whether a program or library that this process executes has been replaced or removed, as an upgrade does it."""
-    try:
-        with open(maps, "rb") as file:
-            lines = [line.split(None, 5) for line in file]
-    except OSError:  # no free descriptor
-        return False
-    # Address, mode, offset, device, inode and path. Mappings without a file have none of these paths.
-    return any(
-        b"x" in line[1] and line[5].startswith((b"/usr/", b"/lib")) and line[5].endswith(b" (deleted)\n")
-        for line in lines if len(line) == 6
-    )
 
 
 def program(spec: SandboxSpec) -> Dict[str, object]:

@@ -10,15 +10,25 @@ const config = JSON.parse(data.textContent);
 // A link's notebook is opened after the command that loads the workspace. That command ends when the workspace has
 // been saved again, which takes place when it has not changed for half a second. The layout is restored long before.
 // Not with one document (/doc), where JupyterLab adds the workspace's other documents if the link's is opened before.
+//
+// When an empty window changes, JupyterLab opens a launcher. Without the wait the window changes while the link's
+// notebook is being opened, so that a launcher waits for that, for a while, and until a person acts.
 function openWhenRestored(app) {
   const { commands } = app;
   const { execute } = commands;
+  const end = () => (commands.execute = execute);
+  let opening = Boolean(config.treePath);
+  const opened = () => (opening = false);
+  for (const act of ["keydown", "pointerdown"]) addEventListener(act, opened, { capture: true, once: true });
+  setTimeout(opened, NEW_MS);
   commands.execute = function (id, ...rest) {
-    const saved = execute.call(this, id, ...rest);
-    if (id !== "apputils:load-statedb") return saved;
-    commands.execute = execute;
+    if (id === "launcher:create" && opening) return Promise.resolve();
+    const result = execute.call(this, id, ...rest);
+    if (id === "filebrowser:open-path") result.then(end, end);
+    if (id !== "apputils:load-statedb") return result;
+    if (!opening) end();
     const clones = new URLSearchParams(location.search).has("clone");
-    return clones ? saved : Promise.race([saved, app.restored.then(() => undefined)]);
+    return clones ? result : Promise.race([result, app.restored.then(() => undefined)]);
   };
 }
 

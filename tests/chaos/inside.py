@@ -38,7 +38,7 @@ JOURNAL_BYTES, ENTRY_BYTES = 32 << 20, 32 << 10
 # dbus-daemon accepts 64 connections whose peers have not authenticated, each for 30 s, and its queue has the others.
 BUS, BUS_CONNECTIONS = "/run/dbus/system_bus_socket", 500
 # PID 1 accepts 4,096 connections and closes further ones. It accepts all that are in its queue, which takes a while.
-MANAGER, MANAGER_ACCEPTED, MANAGER_CONNECTIONS, ACCEPTED_S = "/run/systemd/private", 4000, 5000, 300.0
+MANAGER, MANAGER_ACCEPTED, MANAGER_CONNECTIONS, ACCEPTED_S = "/run/systemd/private", 4000, 9000, 900.0
 CHANGES = "mkdir,mkdirat,rename,renameat,renameat2,rmdir,symlink,symlinkat,unlink,unlinkat"
 # By strace(1). Every third opening fails too, so that files are neither read nor made at times.
 INJECTED = {

@@ -6,10 +6,10 @@
 
 A newer version is installed by unattended-upgrades from a repository, then an older one by apt, and the newer one
 again; between them the settings are edited and all services reloaded, the image is replaced, and PID 1 executes itself
-anew. Then libraries of all services are replaced, as by an update of Debian, and needrestart restarts the services.
-No cell and no claim may fail, and no websocket may close, unless needrestart restarts the router. At last the host is
-rebooted: all sessions end, their pages get the reason, claims are refused until the host is up and then get slots, and
-nothing is left of the former slots. The figures go to standard output and to $NBAGENT_CACHE/chaos.
+anew. Then libraries of all services are replaced, as by an update of Debian, and needrestart restarts the services. No
+cell and no claim may fail, and no websocket may close. At last the host is rebooted: all sessions end, their pages get
+the reason, claims are refused until the host is up and then get slots, and nothing is left of the former slots. The
+figures go to standard output and to $NBAGENT_CACHE/chaos.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ NAME = "upgrade"
 AFTER_S = 8.0
 NEWER, OLDER = "+newer", "~older"
 SHUTDOWN = "its host shuts down"
-NEEDRESTART = "needrestart after an update of libraries"
 REPOSITORY = "/srv/repo"
 UNATTENDED = 'Unattended-Upgrade::Origins-Pattern:: "origin=nbagent";\n'
 # Files that the services have mapped, with other inodes, as dpkg leaves them. It is checked that needrestart sees it.
@@ -62,8 +61,12 @@ for service in nbagent nbagent-api nbagent-launch nbagent-router nbagent-units; 
     grep -qx "NEEDRESTART-SVC: $service.service" /root/outdated
 done
 """
-# The zygote went on, and is replaced by one with the new libraries.
-ADOPTED = "journalctl -q -u nbagent --grep 'zygote .* replaced: libraries of the host were replaced' | grep ."
+# The zygote went on, and is replaced by one with the new libraries. The router goes on until the operator restarts it.
+GONE_ON = """
+journalctl -q -u nbagent --grep 'zygote .* replaced: libraries of the host were replaced' | grep -q .
+nbagent doctor >/root/doctor || :
+grep '^warn *libraries of the router' /root/doctor
+"""
 
 
 def repacked(packages: list[Path], suffix: str, into: Path) -> list[Path]:
@@ -115,7 +118,9 @@ def changes(newer: list[str], older: list[str], version: str) -> dict[str, list[
         "an older version": [[*apt, *older]],
         "PID 1 executes itself": [["systemctl", "daemon-reexec"]],
         "the newer version again": [[*apt, *newer]],
-        NEEDRESTART: [["sh", "-ec", REPLACED], ["needrestart", "-r", "a"], ["sh", "-c", ADOPTED]],
+        "needrestart after an update of libraries": [
+            ["sh", "-ec", REPLACED], ["needrestart", "-r", "a"], ["sh", "-ec", GONE_ON],
+        ],
     }
 
 
@@ -124,10 +129,7 @@ class Upgrade:
 
     def __init__(self, host: Host, options: argparse.Namespace) -> None:
         self.host, self.book, self.stop = host, Book(), threading.Event()
-        self.closings = 0
-        self.users = [
-            User(host, self.book, number, self.stop, lambda: self.closings, 1.0) for number in range(options.users)
-        ]
+        self.users = [User(host, self.book, number, self.stop, lambda: 0, 1.0) for number in range(options.users)]
         self.claimers = [
             Claimer(host, self.book, number, self.stop, 1, 1.0) for number in range(options.claimers)
         ]
@@ -144,7 +146,6 @@ class Upgrade:
         time.sleep(AFTER_S)
         for name, commands in steps.items():
             claims, cells, began_s = len(self.book.claim_s), len(self.book.cell_s), time.monotonic()
-            self.closings += name == NEEDRESTART
             for command in commands:
                 self.host.run(command, timeout=900)
             took_s = time.monotonic() - began_s

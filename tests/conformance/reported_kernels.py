@@ -97,6 +97,26 @@ def a_kernel_of_a_venv_imports_its_packages(user: Notebook) -> Any:
     return [found, sorted(specs)]
 
 
+@reports("jupyter/docker-stacks#1903")
+def a_kernelspecs_script_sets_the_kernels_variables(user: Notebook) -> str:
+    """The kernel of another environment has the PATH of the server, because nothing activates its environment."""
+    with kernel_of(user) as kernel:
+        cell(kernel, r"""
+            import json, os, shutil, sys
+            place = os.path.expanduser("~/.local/share/jupyter/kernels/script")
+            os.makedirs(place)
+            with open(place + "/launch.sh", "w") as file:
+                file.write(f'export PATH=/opt/own/bin:$PATH\nexec {sys.executable} -m ipykernel_launcher "$@"\n')
+            with open(place + "/kernel.json", "w") as file:
+                argv = ["sh", place + "/launch.sh", "-f", "{connection_file}"]
+                json.dump({"argv": argv, "display_name": "script", "language": "python"}, file)""")
+        with kernel_of(user, name="script") as inside:
+            first = cell(inside, "import os; print(os.environ['PATH'].split(':')[0])")
+        cell(kernel, "shutil.rmtree(place)")
+    assert first == "/opt/own/bin\n"
+    return first
+
+
 @reports("jupyter/notebook#2080", "joblib/joblib#513")
 def processes_share_work_and_memory(user: Notebook) -> Any:
     """A multiprocessing.Pool hangs, because semaphores are refused or /dev/shm has no room."""

@@ -109,6 +109,8 @@ def test_the_claims_url_opens_the_welcome_notebook_and_its_cells_run(page, claim
     page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", drawing)
     assert drawing.rect["width"] > 100 and drawing.rect["height"] > 100
     page.shoot("welcome")
+    # As in JupyterLab by itself, which opens a launcher in an empty window only.
+    assert [label.text for label in page.see("#jp-main-dock-panel .lm-TabBar-tabLabel")] == ["Welcome.ipynb"]
     asked = page.requests()
     assert len(asked) > 20 and any(address.startswith("ws://") for address in asked)
     # The page's own requests, for the answers that JupyterLab requests first.

@@ -220,6 +220,14 @@ def test_a_port_without_a_server_fails() -> None:
     assert "nbagent-router.service" in finding.mend
 
 
+@pytest.mark.parametrize(("mapping", "status"), [("", "ok"), (" (deleted)", "warn")])
+def test_a_router_that_runs_replaced_libraries_is_a_warning(tmp_path: Path, mapping: str, status: str) -> None:
+    assert services.check_router_libraries(tmp_path).status == "ok"
+    maps = f"7f12a0000000-7f12a0001000 r-xp 00001000 fe:00 1  /usr/lib/libssl.so.3{mapping}\n"
+    host(tmp_path, {"run/nbagent-router/pid": "77\n", "proc/77/maps": maps})
+    assert services.check_router_libraries(tmp_path).status == status
+
+
 def test_a_token_that_other_users_can_read_fails(tmp_path: Path) -> None:
     assert services.check_token(tmp_path, "token", "none may call").status == "warn"
     path = host(tmp_path, {"etc/nbagent/token": "x" * 43}) / "etc/nbagent/token"

@@ -11,6 +11,7 @@ from nbagent.core.model import (
     Limits,
     Slot,
     SlotState,
+    claim_link,
     is_slot_id,
     new_id,
     new_token,
@@ -118,6 +119,15 @@ def test_a_path_is_encoded_as_browsers_encode_it(given, path):
     options = parse_options({"path": given}, CLAIM_FIELDS, BOUNDS)
     assert options.path == path
     assert parse_options({"path": path}, CLAIM_FIELDS, BOUNDS) == options
+
+
+@pytest.mark.parametrize(("path", "link"), [
+    ("/user/x/lab/tree/a.ipynb", "/user/x/lab/tree/a.ipynb?token=t"), ("/user/x/?reset", "/user/x/?reset&token=t"),
+    ("/user/x/lab/tree/a.ipynb#one", "/user/x/lab/tree/a.ipynb?token=t#one"),
+    ("/user/x/lab?a=1#one?", "/user/x/lab?a=1&token=t#one?"), ("/user/x/a%23b", "/user/x/a%23b?token=t"),
+])
+def test_the_token_of_a_link_is_before_its_anchor(path, link):
+    assert claim_link({"path": path, "query": "token=t"}) == link
 
 
 def test_an_unknown_option_names_the_known_ones():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Functions by which a process changes itself (nbagent.linux.process)."""
+"""Functions about the attributes of a process (nbagent.linux.process)."""
 
 import os
 import resource
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nbagent.linux.process import make_room_for_descriptors
+from nbagent.linux.process import make_room_for_descriptors, runs_replaced_files
 
 
 def table_size() -> int:
@@ -29,3 +29,22 @@ def test_the_descriptor_table_grows_up_to_the_resource_limit(limit: int, expecte
         finally:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.parametrize(("mapping", "is_replaced"), [
+    (b"r-xp 00001000 fe:00 123    /usr/lib/x86_64-linux-gnu/libz.so.1.2.13 (deleted)\n", True),
+    (b"r-xp 00001000 fe:00 124    /usr/bin/python3.11 (deleted)\n", True),
+    (b"r-xp 00001000 fe:00 123    /usr/lib/x86_64-linux-gnu/libz.so.1.2.13\n", False),
+    (b"r--p 00001000 fe:00 123    /usr/lib/locale/C.utf8/LC_CTYPE (deleted)\n", False),
+    (b"r-xp 00000000 00:01 1024   /memfd:libffi (deleted)\n", False),
+    (b"rwxp 00000000 00:00 0 \n", False),
+    (b"r-xp 00000000 00:00 0      [vdso]\n", False),
+])
+def test_a_process_runs_replaced_files_while_it_has_mapped_one_that_was_removed(
+    tmp_path: Path, mapping: bytes, is_replaced: bool
+) -> None:
+    maps = tmp_path / "maps"
+    first = b"5605a0000000-5605a0001000 r--p 00000000 fe:00 124    /usr/bin/python3.11\n"
+    maps.write_bytes(first + b"7f12a0000000-7f12a0001000 " + mapping)
+    assert runs_replaced_files(str(maps)) is is_replaced
+    assert not runs_replaced_files(str(tmp_path / "absent"))

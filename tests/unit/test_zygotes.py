@@ -15,7 +15,6 @@ from nbagent.config.host_config import CurrentConfig
 from nbagent.core.errors import StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import Limits, now
-from nbagent.runtime import zygote_service
 from nbagent.supervisor import fd_store, former_zygotes, zygote_starter, zygotes
 from nbagent.supervisor.zygote_identity import identity, unit_of
 from nbagent.supervisor.zygote_starter import ZygoteStarter
@@ -374,20 +373,3 @@ def test_limits_of_a_zygote_whose_image_goes_before_its_start_are_removed(image,
         return units.started
 
     assert asyncio.run(run()) == []
-
-
-@pytest.mark.parametrize(("mapping", "is_replaced"), [
-    (b"r-xp 00001000 fe:00 123    /usr/lib/x86_64-linux-gnu/libz.so.1.2.13 (deleted)\n", True),
-    (b"r-xp 00001000 fe:00 124    /usr/bin/python3.11 (deleted)\n", True),
-    (b"r-xp 00001000 fe:00 123    /usr/lib/x86_64-linux-gnu/libz.so.1.2.13\n", False),
-    (b"r--p 00001000 fe:00 123    /usr/lib/locale/C.utf8/LC_CTYPE (deleted)\n", False),
-    (b"r-xp 00000000 00:01 1024   /memfd:libffi (deleted)\n", False),
-    (b"rwxp 00000000 00:00 0 \n", False),
-    (b"r-xp 00000000 00:00 0      [vdso]\n", False),
-])
-def test_a_service_that_runs_replaced_libraries_is_outdated(tmp_path, mapping, is_replaced):
-    maps = tmp_path / "maps"
-    first = b"5605a0000000-5605a0001000 r--p 00000000 fe:00 124    /usr/bin/python3.11\n"
-    maps.write_bytes(first + b"7f12a0000000-7f12a0001000 " + mapping)
-    assert zygote_service.runs_replaced_files(str(maps)) is is_replaced
-    assert not zygote_service.runs_replaced_files(str(tmp_path / "absent"))
