@@ -36,6 +36,8 @@ GATEWAY = ("python3-nbagent", "nbagent-gateway")
 API_PORT, ROUTER_PORT, CHECK_PORT = 9000, 8000, 9001
 # Of an installation, and of the wait for the first warm slot. An emulated virtual machine is slow.
 START_TIMEOUT_S = {"nspawn": 900, "vm": 3600}
+# A zygote that follows another has little processor time for up to five minutes.
+COMPLETE_TIMEOUT_S = 600
 # The end of a build's log that is printed when it fails.
 LOG_LINES = 30
 
@@ -173,6 +175,19 @@ def wait_warm(host: Host, count: int = 1) -> dict[str, Any]:
         time.sleep(0.2)
     log = host.run(["journalctl", "--no-pager", "-n", "60", "-o", "short-monotonic"], check=False).stdout
     raise AssertionError(f"not {count} warm slots on {host.name} in time: {stats}\n{log}")
+
+
+def wait_complete(host: Host, image: str = "minimal") -> None:
+    """Waits until slots of an image are forked from a complete zygote. On a busy host the first one is a quick one,
+    whose slots take more time and memory."""
+    deadline = time.monotonic() + COMPLETE_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            found = {entry["name"]: entry for entry in Api(host).get("/images").json()}.get(image)
+            if found and found["launch_now"] == "fork" and not found["launch_reason"]:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"no complete zygote of {image} on {host.name} within {COMPLETE_TIMEOUT_S} s")
 
 
 class _HostConnection(http.client.HTTPConnection):

@@ -69,7 +69,7 @@ class SameWeight(Ours):
     def open(self, count: int) -> None:
         self.host.run(["tee", self.file], input="[slots]\ncpu_weight_busy = 1\n")
         super().open(count)
-        self._wait_zygote()
+        product.wait_complete(self.host, self.image)
 
     def close(self) -> None:
         self.host.run(["rm", "-f", self.file])

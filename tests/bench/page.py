@@ -275,6 +275,7 @@ def main() -> None:
     began_s = time.monotonic()
     loads = [os.getloadavg()[0]]
     with measured_host(options.host) as host, Client(host) as client:
+        product.wait_complete(host)
         sides.install_hub(host)  # which needs this machine's network
         # The browser is a child of this thread, and is controlled by it.
         netns.enter(netns.path_of(host.name))

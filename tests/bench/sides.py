@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import aiohttp
 from client import TIMEOUT_S, Client, Server
 
-from product import CACHE, Api, say
+from product import CACHE, Api, say, wait_complete
 from testhost_driver import Host
 
 HERE = Path(__file__).resolve().parent
@@ -117,15 +117,15 @@ class Ours:
     def open(self, count: int) -> None:
         self.configure(0, count)
         if self.key == "fork":
-            self._wait_zygote()
+            wait_complete(self.host, self.image)
 
     def _zygotes(self) -> int:
         """The number of zygotes that became ready since the boot of the host."""
         output = self.host.run(["journalctl", "-q", "-t", "nbagent", "-o", "cat", ZYGOTE_READY], check=False)
         return len(output.stdout.splitlines())
 
-    def _wait_zygote(self, count: int = 1) -> None:
-        """Waits until `count` zygotes were ready, because slots start by exec before the first one is."""
+    def _wait_zygote(self, count: int) -> None:
+        """Waits until `count` zygotes were ready."""
         deadline_s = time.monotonic() + ZYGOTE_TIMEOUT_S
         while self._zygotes() < count:
             if time.monotonic() > deadline_s:

@@ -110,7 +110,7 @@ def table(without: Mapping[str, Cost], preloaded: Mapping[str, Cost], left_out: 
     lines = ["| module | preloaded | import without, s | MiB | import with, s | MiB |", "|---|---|---|---|---|---|"]
     for module, cost in without.items():
         other = preloaded[module]
-        why = next((line for line in left_out if f" {module}" in line), "")
+        why = next((line.partition("preloaded: ")[2] for line in left_out if f" {module} is not" in line), "")
         lines.append(f"| {module} | {'no: ' + why if why else 'yes'} | {cost.seconds:.2f} | {cost.mib:.0f} |"
                      f" {other.seconds:.4f} | {other.mib:.1f} |")
     return "\n".join(lines)
@@ -129,8 +129,9 @@ def main() -> None:
             agent.host.run(["tee", "/root/preload.toml"], input=MANIFEST)
             began = agent.run("date", "+%s").strip()
             agent.run("nbagent", "image", "use", "--manifest", "/root/preload.toml", name, IMAGE.name)
-            versions.wait_for_zygote(agent, name)
-            left_out = agent.run("sh", "-c", f"journalctl -o cat --since=@{began} -t nbagent -g 'left out' || true")
+            versions.wait_for_zygote(agent, name, complete=True)
+            left_out = agent.run(
+                "sh", "-c", f"journalctl -o cat --since=@{began} -t nbagent -g 'is not preloaded' || true")
             sys.stdout.write(left_out)
             preloaded = costs(agent, name)
             status = agent.host.run(["nbagent", "image", "check", name], check=False, timeout=600).stdout

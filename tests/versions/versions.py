@@ -240,11 +240,11 @@ def imported(agent: Agent, version: Version) -> Iterator[None]:
         agent.run("nbagent", "image", "remove", version.name, check=False)
 
 
-def wait_for_zygote(agent: Agent, image: str) -> None:
-    """Waits until the image's zygote forks or has failed for good."""
+def wait_for_zygote(agent: Agent, image: str, *, complete: bool = False) -> None:
+    """Waits until the image's zygote forks, after its warm-up if `complete`, or has failed for good."""
     def is_settled() -> bool:
-        found = [one for one in agent.api.get("/images").json() if one["name"] == image]
-        return bool(found) and "is being started" not in found[0]["launch_reason"]
+        found = [one["launch_reason"] for one in agent.api.get("/images").json() if one["name"] == image]
+        return bool(found) and "is being started" not in found[0] and not (complete and "no warm-up" in found[0])
 
     agent.wait(is_settled, f"the zygote of {image}", ZYGOTE_WAIT_S)
 
