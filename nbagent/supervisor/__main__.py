@@ -98,7 +98,6 @@ async def _serve(
     # is adopted.
     done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
     daemon.notify("STOPPING=1")
-    supervisor.sessions.supervisor_stops()
     # First, so that from now on requests wait in the backlog of systemd's socket for the next supervisor.
     for server in servers:
         server.cancel()

@@ -36,7 +36,6 @@ class Sessions:
         # The names of ended slots, the oldest first.
         self._ended: deque[str] = deque()
         self._booted_s = _booted_s()
-        self._supervisor_stops = False
         self._host_stops = False
 
     async def follow_clock(self, slots: Callable[[], Iterable[Slot]]) -> None:
@@ -83,13 +82,7 @@ class Sessions:
     def ended(self, slot: Slot, reason: str) -> None:
         """Writes the end of a slot, if it was claimed."""
         if slot.claimed_s is not None:
-            is_shutdown = self._host_stops or (self._supervisor_stops and reason == LOST)
-            self._note_end(slot.id, SHUTDOWN if is_shutdown else reason)
-
-    def supervisor_stops(self) -> None:
-        """From now on a slot that ends unexpectedly ends by a shutdown of the host, because a stop of the supervisor
-        alone ends none. At a shutdown the units service may end before it responds whether it is one."""
-        self._supervisor_stops = True
+            self._note_end(slot.id, SHUTDOWN if self._host_stops else reason)
 
     def host_stops(self, slots: Iterable[Slot]) -> None:
         """Writes the end of claimed slots, which systemd ends at the same time as the supervisor, before the router."""

@@ -76,23 +76,6 @@ async def test_a_slot_that_a_shutdown_ends_before_the_supervisor_has_the_reason(
         assert read(host, slot)["reason"] == reason and event in kinds(journal)
 
 
-@pytest.mark.parametrize(("released", "reason"), [
-    (False, "its host shuts down"), (True, "released by the service that started it"),
-])
-async def test_a_shutdown_is_inferred_where_the_units_service_ends_before_the_supervisor(tmp_path, released, reason):
-    async with Host(tmp_path) as host:
-        await host.until_states("warm")
-        slot = (await host.claim())["slot"]
-        await turns()
-        host.supervisor.sessions.supervisor_stops()
-        if released:
-            host.calls.release(slot, "192.0.2.8")
-        else:
-            host.systemd.end(f"nbagent-{slot}.scope")
-        await host.gone(slot)
-        assert read(host, slot)["reason"] == reason
-
-
 async def test_a_slot_that_ended_while_no_supervisor_ran_is_ended(tmp_path):
     sessions = Sessions(tmp_path)
     sessions.open({})
