@@ -161,6 +161,8 @@ def install(root: Path, version: Version, wheels: Path) -> None:
             shutil.copytree(home / part, root / version.prefix[1:] / part, symlinks=True, dirs_exist_ok=True,
                             ignore=shutil.ignore_patterns("test", "__pycache__", "site-packages"))
         (root / version.prefix[1:] / f"lib/python{version.python}/site-packages").mkdir(exist_ok=True)
+        # pyenv's interpreter has no run path; conda's has one.
+        (root / "etc/ld.so.conf.d/nbagent-prefix.conf").write_text(f"{version.prefix}/lib\n")
         within(root, "ldconfig")
         python = f"{version.prefix}/bin/python{version.python}"
         within(root, python, "-m", "ensurepip")
