@@ -86,6 +86,9 @@ def main() -> None:
 
 
 def _become(plan: Plan) -> None:
+    # A host's PID 1 has the ordinary policy. A process of a real-time policy that starts the host would pass its own
+    # on, and the kernel refuses to move such a process into a cgroup (EINVAL; RT_GROUP_SCHED).
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     for path in plan.cgroup_procs:
         Path(path).write_text("0")
     if plan.netns:
