@@ -20,7 +20,7 @@ from pathlib import Path
 from nbagent.config import host_config, nginx_check
 from nbagent.core import paths
 from nbagent.core.errors import ConfigError
-from nbagent.doctor import capacity, kernel, network, services, system
+from nbagent.doctor import capacity, kernel, limits, network, services, system
 from nbagent.doctor.finding import Finding
 from nbagent.network.addresses import gateway
 from nbagent.wire import control
@@ -56,8 +56,10 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         partial(kernel.check_module_requests, root, unit_state),
         partial(kernel.check_overlay, root),
         partial(kernel.check_proc, root),
-        partial(services.check_users, system.has_user),
+        partial(services.check_users, _users(settings), system.has_user),
         *(partial(services.check_unit, unit, unit_state) for unit in UNITS),
+        partial(limits.check_limits, root, system.unit_properties),
+        partial(limits.check_restarts, system.unit_properties),
         partial(network.check_network, root, settings),
         *_network_checks(root, settings, unit_state),
         # First, because the supervisor then also tries the parts that it reports to check_control.
@@ -87,6 +89,11 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         *(partial(capacity.check_limit, root, limit, settings) for limit in capacity.LIMITS),
     ]
     return [settings_finding, *(_guarded(check) for check in checks)]
+
+
+def _users(settings: host_config.HostConfig) -> list[str]:
+    """The users of services that run on this host."""
+    return [user for user in services.USERS if user != "nbagent-dns" or settings.dns.server]
 
 
 def _network_checks(

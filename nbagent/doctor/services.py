@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import os
 import stat
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -23,6 +24,8 @@ from nbagent.wire.operations import STATS, TRY_START
 
 # An exec takes seconds on a busy host.
 START_TIMEOUT_S = 30.0
+# Of a fork, which takes 10 to 60 ms.
+SLOW_MS = 3000
 # The remedy for each part of nbagent.supervisor.health.
 FAULTS = {
     "image": "nbagent image list; nbagent image import, or apt install --reinstall nbagent-image-minimal",
@@ -34,10 +37,10 @@ FAULTS = {
 # The remedy for each step of a start at which another part than the slot can fail.
 STEPS = FAULTS | {"launch": "systemctl restart nbagent-launch; journalctl -eu nbagent-launch"}
 ZYGOTE_LOG = "for the reason, see journalctl -eu nbagent 'nbagent-zygote@*'"
-# The users that packaging/nbagent.sysusers makes for a host's services, with a service of each.
+# The users of packaging/nbagent.sysusers, with the services that do not start without them.
 USERS = {
-    "nbagent": "nbagent-api.service", "nbagent-router": "nbagent-router.service",
-    "nbagent-dns": "nbagent-dns-update.service",
+    "nbagent": ("nbagent.service", "nbagent-api.service"), "nbagent-router": ("nbagent-router.service",),
+    "nbagent-dns": ("nbagent-dns-update.service",),
 }
 # An archive that is in the store is not unpacked again.
 ADD_AGAIN = "nbagent image remove {0}; when no slot runs on it, nbagent image add ARCHIVE {0}, or reinstall its package"
@@ -66,14 +69,15 @@ def check_router_libraries(root: Path) -> Finding:
     return Finding(name, "warn", text, "systemctl restart nbagent-router, which closes websockets; browsers reconnect")
 
 
-def check_users(exists: Callable[[str], bool]) -> Finding:
-    """Whether the users of services exist; without one its service goes on, and does not start again."""
-    missing = [f"{user} of {unit}" for user, unit in USERS.items() if not exists(user)]
+def check_users(users: Collection[str], exists: Callable[[str], bool]) -> Finding:
+    """Whether the users of services exist; without one its services go on, and do not start again."""
+    missing = [user for user in users if not exists(user)]
     if not missing:
-        return Finding("users", "ok", ", ".join(USERS))
+        return Finding("users", "ok", ", ".join(users))
+    units = [unit for user in missing for unit in USERS[user]]
     return Finding(
-        "users", "fail", f"missing: {', '.join(missing)}: these services do not start again",
-        f"systemd-sysusers nbagent.conf; then systemctl restart {' '.join(USERS.values())}",
+        "users", "fail", f"missing: {', '.join(missing)}, without which {' and '.join(units)} do not start again",
+        f"systemd-sysusers nbagent.conf; then systemctl restart {' '.join(units)}",
     )
 
 
@@ -105,7 +109,8 @@ def check_control(path: Path) -> Finding:
     found = f"{stats['claimed']} claimed, {stats['warm']} warm, {stats['available']} available"
     if stats["faults"]:
         texts = ", ".join(f"{part}: {text}" for part, text in sorted(stats["faults"].items()))
-        return Finding(name, "fail", f"{found}; {texts}", "; ".join(FAULTS[part] for part in sorted(stats["faults"])))
+        mend = "; ".join(FAULTS[part] for part in sorted(stats["faults"]))
+        return Finding(name, "fail", f"{found}; {texts}", _with_disk(texts, mend))
     if stats["draining"]:
         return Finding(name, "warn", f"draining: {found}", "nbagent drain --off")
     failing = sorted(image for image, pool in stats["pools"].items() if pool["failures"])
@@ -149,16 +154,24 @@ def check_start(path: Path) -> Finding:
         return Finding(name, "fail", text, "for the reason, see journalctl -eu nbagent; nbagent top shows a busy host")
     except NbagentError as error:
         mend = STEPS.get(error.details.get("step", ""), "for the reason, see journalctl -eu nbagent -u nbagent-router")
-        return Finding(name, "fail", str(error), mend)
+        return Finding(name, "fail", str(error), _with_disk(str(error), mend))
     found = f"by {trial['launch']} in {trial['took_ms']} ms"
     if trial["router_ms"] is None:
         found += "; not requested through the router, which predates this version"
     else:
         found += f", through the router in {trial['router_ms']} ms"
+    if trial["took_ms"] > SLOW_MS and trial["launch"] == "fork":
+        text = f"{found}, which usually takes less than 100 ms"
+        return Finding(name, "warn", text, "nbagent top, vmstat 1 and journalctl -k show a busy host and slow disks")
     # A supervisor of an earlier version sends none.
     if reason := trial.get("launch_reason"):
         return Finding(name, "warn", f"{found}, because {reason}", ZYGOTE_LOG)
     return Finding(name, "ok", found)
+
+
+def _with_disk(text: str, mend: str) -> str:
+    """The remedy for an error, which may be one of a disk."""
+    return f"see journalctl -k for errors of the disk; {mend}" if os.strerror(errno.EIO) in text else mend
 
 
 def check_http(name: str, url: str, unit: str) -> Finding:

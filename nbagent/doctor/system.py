@@ -6,7 +6,7 @@ from __future__ import annotations
 import pwd
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 TIMEOUT_S = 3.0
@@ -47,6 +47,12 @@ def unit_state(unit: str) -> str:
 def unknown_state(_: str) -> str:
     """The state of a unit while PID 1 does not respond, which each systemctl would find out in TIMEOUT_S."""
     return UNKNOWN_STATE
+
+
+def unit_properties(units: Sequence[str], properties: Sequence[str]) -> list[dict[str, str]]:
+    """The properties of those units that are loaded; none while PID 1 does not respond. Units can be patterns."""
+    text = _systemctl("show", "-p", ",".join(properties), *units)
+    return [dict(line.split("=", 1) for line in unit.splitlines()) for unit in text.split("\n\n") if unit]
 
 
 def sync_journal() -> None:

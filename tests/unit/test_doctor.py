@@ -23,7 +23,7 @@ from nbagent import doctor
 from nbagent.config import host_config
 from nbagent.core import paths
 from nbagent.core.proxies import HttpProxy
-from nbagent.doctor import capacity, kernel, network, services, system
+from nbagent.doctor import capacity, kernel, limits, network, services, system
 from nbagent.doctor.finding import Finding
 from nbagent.image import ids
 from nbagent.image.store import ImageStore
@@ -390,12 +390,15 @@ def test_users_of_services_must_exist() -> None:
     sysusers = (Path(__file__).parents[2] / "packaging/nbagent.sysusers").read_text()
     assert services.USERS.keys() == set(re.findall(r"^u (\S+)", sysusers, re.M))
     units = Path(__file__).parents[2] / "units"
-    for user, unit in services.USERS.items():
-        assert f"\nUser={user}\n" in (units / unit).read_text()
-    assert services.check_users(lambda user: True).status == "ok"
-    finding = services.check_users(lambda user: user != "nbagent-router")
-    assert finding.status == "fail" and "nbagent-router of nbagent-router.service" in finding.found
-    assert finding.mend.startswith("systemd-sysusers nbagent.conf")
+    for user, names in services.USERS.items():
+        assert f"\nUser={user}\n" in (units / names[-1]).read_text()
+    assert services.check_users(services.USERS, lambda user: True).status == "ok"
+    finding = services.check_users(services.USERS, lambda user: user != "nbagent-router")
+    assert finding.status == "fail" and "missing: nbagent-router, " in finding.found
+    assert finding.mend == "systemd-sysusers nbagent.conf; then systemctl restart nbagent-router.service"
+    # The DNS update has its user, and does not run on this host.
+    assert doctor._users(SETTINGS) == ["nbagent", "nbagent-router"]
+    assert doctor._users(host_config.parse({"dns": {"server": "192.0.2.53", "zone": "x.example"}}))[-1] == "nbagent-dns"
     assert system.has_user("root") and not system.has_user("no such user")
 
 
@@ -435,6 +438,45 @@ def test_the_resolver_of_slots_must_respond() -> None:
         port = server.getsockname()[1]
     finding = network.check_resolver("127.0.0.1", port)
     assert finding.status == "fail" and finding.mend.startswith("systemctl restart nbagent-dns")
+
+
+def unit(name: str, **properties: object) -> limits.Unit:
+    return {"Id": name, **{key: str(value) for key, value in properties.items()}}
+
+
+@pytest.mark.parametrize(("properties", "found"), [
+    ({"TasksCurrent": 9, "TasksMax": 4915, "MemoryCurrent": 1 << 20, "MemoryMax": "infinity"}, ""),
+    ({"TasksCurrent": "[not set]", "TasksMax": "infinity", "MemoryCurrent": (1 << 64) - 1, "MemoryMax": 4096}, ""),
+    ({"TasksCurrent": 5, "TasksMax": 7}, "nbagent.service has 5 of 7 tasks"),
+    ({"TasksCurrent": 980, "TasksMax": 1000}, "nbagent.service has 980 of 1000 tasks"),
+    ({"MemoryCurrent": 99, "MemoryMax": 100}, "nbagent.service has 99 of 100 bytes of memory"),
+    ({"MainPID": 7}, "nbagent.service has 2 of 5 descriptors"),
+    ({"MainPID": 9}, ""),
+])
+def test_a_service_near_its_limits_is_a_warning(tmp_path: Path, properties: dict[str, object], found: str) -> None:
+    host(tmp_path, {"proc/7/task/7/children": "8 9 ", "proc/8/limits": "Max open files  5  524288  files\n"})
+    host(tmp_path, {f"proc/{pid}/fd/{number}": "" for pid in (7, 8) for number in (0, 1)})
+    finding = limits.check_limits(tmp_path, lambda *_: [unit("nbagent.service", **properties)])
+    assert finding.status == ("warn" if found else "ok")
+    assert not found or (finding.found, "systemctl edit nbagent.service" in finding.mend) == (found, True)
+
+
+@pytest.mark.parametrize(("count", "started_s", "status"), [(0, 990, "ok"), (3, 990, "warn"), (3, 900, "ok")])
+def test_a_service_that_has_ended_lately_is_a_warning(count: int, started_s: int, status: str) -> None:
+    properties = {"NRestarts": count, "ExecMainStartTimestampMonotonic": started_s * 1_000_000}
+    found = [unit("nbagent-api.service", **properties), unit("nbagent.slice")]
+    finding = limits.check_restarts(lambda *_: found, lambda: 1000.0)
+    assert finding.status == status
+    assert ("has ended 3 times, the last time 10 s ago" in finding.found) == (status == "warn")
+
+
+def test_the_limits_of_all_services_are_read() -> None:
+    units = Path(__file__).parents[2] / "units"
+    lasting = {
+        path.name.replace("@.", "@*.") for path in units.glob("nbagent*.service")
+        if "Restart=always" in path.read_text() and "gateway" not in path.name
+    }
+    assert lasting - {"nbagent-dns-update.service"} <= set(limits.UNITS)
 
 
 def test_a_check_whose_file_is_missing_names_the_package_to_root(monkeypatch: pytest.MonkeyPatch) -> None:
