@@ -180,7 +180,10 @@ class SlotSettings:
     cpu_quota: str = setting(
         "none", values.quota, 'CPUQuota= of a slot: "1/32" of the host, "50%" of one processor, or "none".'
     )
-    tasks: int = setting(256, number(16, 65536, int), "TasksMax= of a slot: processes and threads.")
+    tasks: int = setting(
+        256, number(16, 65536, int),
+        "TasksMax= of a slot: processes and threads. A library starts a sixteenth of it as threads, at most.",
+    )
     ttl: float = setting("12h", positive_duration, "Life of a claimed slot whose claim has no other value.")
     ttl_max: float = setting("24h", positive_duration, "Highest `ttl` that a claim may request.")
     start_timeout: float = setting(

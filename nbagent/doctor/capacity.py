@@ -16,7 +16,7 @@ from nbagent.doctor.system import below, meminfo, text_of
 from nbagent.image import ids
 from nbagent.linux import resources, swap
 from nbagent.policy import admission
-from nbagent.wire.limits_page import processors
+from nbagent.wire.limits_page import TASKS_PER_THREAD, SlotLimits, processors
 
 # The file systems that must not be full, and what for.
 ROOM = {paths.RUN: "the records of slots", paths.IMAGES: "images", Path("/var/log"): "the journal"}
@@ -92,16 +92,16 @@ def check_memory(root: Path, settings: host_config.HostConfig) -> Finding:
 
 
 def check_tasks(cpus: int, settings: host_config.HostConfig) -> Finding:
-    """Whether slots.tasks suffices for libraries that start a thread for each processor that they may use."""
+    """Whether slots.tasks suffices for a kernel with libraries, and for how many threads of each."""
     quota, tasks = settings.slots.cpu_quota, settings.slots.tasks
-    used = cpus if quota == "none" else processors(parse_quota(quota, cpus), cpus)
-    wanted = SERVER_TASKS + THREAD_POOLS * used
-    if wanted <= tasks:
-        return Finding("tasks", "ok", f"slots.tasks is {tasks}; libraries start up to {used} threads each")
-    return Finding(
-        "tasks", "warn", f"slots.tasks is {tasks}, and libraries start up to {used} threads each, one a processor",
-        f"raise slots.tasks to {wanted}, or set slots.cpu_quota, by which libraries size themselves",
-    )
+    limits = SlotLimits(settings.slots.memory, None if quota == "none" else parse_quota(quota, cpus), tasks)
+    used, usable = processors(limits, cpus), processors(limits._replace(tasks=0), cpus)
+    found = f"slots.tasks is {tasks}; libraries start up to {used} threads each"
+    if used < usable:
+        found += f"; one for each of {usable} processors requires slots.tasks = {usable * TASKS_PER_THREAD}"
+    if (wanted := SERVER_TASKS + THREAD_POOLS * used) > tasks:
+        return Finding("tasks", "warn", f"{found}, too little for a kernel", f"raise slots.tasks to {wanted}")
+    return Finding("tasks", "ok", found)
 
 
 def check_swap(root: Path, settings: host_config.HostConfig) -> Finding:

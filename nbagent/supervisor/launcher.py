@@ -94,8 +94,7 @@ class SlotStart:
             self.config_fd = os.memfd_create("nbagent-config", os.MFD_CLOEXEC)
             stack.callback(os.close, self.config_fd)
             settings = {"base_url": self.slot.base_path, "token": self.slot.token}
-            limits = self.slot.limits
-            limits_page.write(self.activity_fd, SlotLimits(limits.memory_bytes, limits.cpu_quota, limits.tasks))
+            limits_page.write(self.activity_fd, SlotLimits.of(self.slot.limits))
             os.write(self.config_fd, json.dumps(settings).encode())
             os.lseek(self.config_fd, 0, os.SEEK_SET)
             self.control, self.peer = (stack.enter_context(end) for end in Channel.pair())

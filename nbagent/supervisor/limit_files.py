@@ -5,9 +5,10 @@ Each slot has its own two in its directory on the host, mounted read-only in the
 start, at a change of limits, and at each sample, so that the free memory is as old as the last sample. lxcfs computes
 such files at each read, in a process for all slots whose end would end every later read in them.
 
-The file of the processors follows the CPU quota, because os.cpu_count() and sysconf(_SC_NPROCESSORS_ONLN) read it.
-/proc/cpuinfo and /proc/stat stay those of the host, with which sched_getaffinity(2) agrees: a copy would cost each slot
-1.4 KiB a processor, and a copy of counters stands still, so that psutil.cpu_percent() would be 0.
+The file of the processors follows the CPU quota and the limit of tasks, because os.cpu_count() and
+sysconf(_SC_NPROCESSORS_ONLN) read it. /proc/cpuinfo and /proc/stat stay those of the host, with which
+sched_getaffinity(2) agrees: a copy would cost each slot 1.4 KiB a processor, and a copy of counters stands still, so
+that psutil.cpu_percent() would be 0.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class LimitFiles:
     def __init__(self, directory: Path, online: Path = ONLINE) -> None:
         self._directory, self._online = str(directory), online
         self._written: dict[str, bytes] = {}
-        self._quota: float | None = None
+        self._limits: SlotLimits | None = None
 
     def create(self, limits: SlotLimits) -> None:
         """Makes the files. Raises OSError."""
@@ -50,7 +51,7 @@ class LimitFiles:
     def update(self, limits: SlotLimits, used_bytes: int) -> None:
         """Writes what has changed. An error is ignored, because the slot goes on with the former content."""
         contents = {MEMORY: meminfo(limits.memory_bytes, used_bytes)}
-        if PROCESSORS not in self._written or limits.cpu_quota != self._quota:
+        if limits != self._limits:
             contents[PROCESSORS] = self._processors(limits)
         for name, content in contents.items():
             if self._written.get(name) != content:
@@ -58,10 +59,10 @@ class LimitFiles:
                     self._write(name, content, 0)
 
     def _processors(self, limits: SlotLimits) -> bytes:
-        present, self._quota = "0", limits.cpu_quota
+        present, self._limits = "0", limits
         with contextlib.suppress(OSError):
             present = self._online.read_text().strip()
-        return shown_processors(present, limits.cpu_quota)
+        return shown_processors(present, limits)
 
     def _write(self, name: str, content: bytes, flags: int) -> None:
         # In place, because the slot has this inode mounted.
@@ -81,14 +82,13 @@ def meminfo(memory_bytes: int, used_bytes: int) -> bytes:
     return (_MEMINFO % {"total": memory_bytes >> 10, "used": used_bytes >> 10, "free": free_bytes >> 10}).encode()
 
 
-def shown_processors(online: str, cpu_quota: float | None) -> bytes:
-    """The content of the file `online` for a slot: as many of the host's, from the first, as its quota suffices for.
+def shown_processors(online: str, limits: SlotLimits) -> bytes:
+    """The content of the file `online` for a slot: as many of the host's, from the first, as its limits suffice for.
 
     `online` is a list of numbers and ranges, such as "0,2-5".
     """
     numbers = [number for part in online.split(",") for number in _range(part)]
-    if cpu_quota is not None:
-        numbers = numbers[:processors(cpu_quota, len(numbers))]
+    numbers = numbers[:processors(limits, len(numbers))]
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and ranges[-1][1] == number - 1:

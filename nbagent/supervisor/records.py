@@ -45,7 +45,7 @@ class Records:
         directory.mkdir(mode=0o711)
         self.save(slot)
         (directory / "static").symlink_to(static)
-        self.limit_files(slot).create(SlotLimits(slot.limits.memory_bytes, slot.limits.cpu_quota))
+        self.limit_files(slot).create(SlotLimits.of(slot.limits))
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Any process can connect to a socket by its mode.
         previous = os.umask(0o117)

@@ -96,12 +96,12 @@ class RunningSlot:
     def publish(self, limits: Limits) -> None:
         """Writes the limits to the slot's page, from which its server reads them, and to its files."""
         with contextlib.suppress(OSError):
-            limits_page.write(self.activity_fd, SlotLimits(limits.memory_bytes, limits.cpu_quota, limits.tasks))
+            limits_page.write(self.activity_fd, SlotLimits.of(limits))
         self._show(limits)
 
     def _show(self, limits: Limits) -> None:
         if self.limit_files is not None:
-            self.limit_files.update(SlotLimits(limits.memory_bytes, limits.cpu_quota), self.reading.usage.memory_bytes)
+            self.limit_files.update(SlotLimits.of(limits), self.reading.usage.memory_bytes)
 
     def close(self) -> None:
         """Closes the descriptors; a second call does nothing."""

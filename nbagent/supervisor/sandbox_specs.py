@@ -160,7 +160,7 @@ def default_limits(slots: SlotSettings) -> Limits:
 
 def _limit_variables(limits: Limits) -> dict[str, str]:
     """The environment variables by which libraries read the limits of a slot."""
-    return limits_page.variables(SlotLimits(limits.memory_bytes, limits.cpu_quota), len(os.sched_getaffinity(0)))
+    return limits_page.variables(SlotLimits.of(limits), len(os.sched_getaffinity(0)))
 
 
 def _environment(image: Image, values: Mapping[str, str]) -> dict[str, str]:

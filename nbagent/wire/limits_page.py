@@ -16,7 +16,10 @@ from __future__ import annotations
 import math
 import os
 import struct
-from typing import Dict, List, MutableMapping, NamedTuple, Optional
+from typing import TYPE_CHECKING, Dict, List, MutableMapping, NamedTuple, Optional
+
+if TYPE_CHECKING:
+    from nbagent.core.model import Limits
 
 _LAYOUT = struct.Struct("<dQI")
 _OFFSET = 64
@@ -25,6 +28,9 @@ THREADS = (
     "PYTHON_CPU_COUNT", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_MAX_THREADS",
     "POLARS_MAX_THREADS", "RAYON_NUM_THREADS", "LOKY_MAX_CPU_COUNT", "NUMBA_NUM_THREADS",
 )
+# Of a slot's processes and threads for each thread of a library, so that there is room for three kernels with four
+# pools of threads each (numpy's OpenBLAS, scipy's, OpenMP and another), their own threads, and the server.
+TASKS_PER_THREAD = 16
 
 
 class SlotLimits(NamedTuple):
@@ -33,6 +39,11 @@ class SlotLimits(NamedTuple):
     memory_bytes: int
     cpu_quota: Optional[float]
     tasks: int = 0
+
+    @classmethod
+    def of(cls, limits: Limits) -> SlotLimits:
+        """Those of the limits of a slot's scope."""
+        return cls(limits.memory_bytes, limits.cpu_quota, limits.tasks)
 
 
 def write(fd: int, limits: SlotLimits) -> None:
@@ -46,21 +57,32 @@ def read(fd: int) -> Optional[SlotLimits]:
     return SlotLimits(memory_bytes, quota if quota > 0 else None, tasks) if memory_bytes else None
 
 
-def processors(cpu_quota: float, present: int) -> int:
-    """The number of threads that a quota suffices for, rounded up, because one thread less would leave a part of it."""
-    return max(1, min(present, math.ceil(cpu_quota)))
+def processors(limits: SlotLimits, present: int) -> int:
+    """The number of processors that a library may start a thread for: of `present`, those that the limits suffice for.
+
+    A quota is rounded up, because one thread less would leave a part of it. At the limit of tasks a library fails when
+    it starts its threads, as numpy's OpenBLAS does at its import.
+    """
+    found = present
+    if limits.cpu_quota is not None:
+        found = min(found, math.ceil(limits.cpu_quota))
+    if limits.tasks:
+        found = min(found, limits.tasks // TASKS_PER_THREAD)
+    return max(1, found)
 
 
 def variables(limits: SlotLimits, present: int) -> Dict[str, str]:
     """The environment variables for these limits, on a host with `present` processors for the slot.
 
-    Without a quota a slot may use all processors that are idle, so the number of threads is left to the libraries.
-    OpenMP's threads wait without spinning in every slot, because those that spin take the time of the others that the
-    quota, or the other slots, leave.
+    Without a quota a slot may use all processors that are idle, so the number of threads is left to the libraries,
+    unless there are more processors than the limit of tasks suffices for. OpenMP's threads wait without spinning in
+    every slot, because those that spin take the time of the others that the quota, or the other slots, leave.
     """
     found = {"OMP_WAIT_POLICY": "PASSIVE", "MEM_LIMIT": str(limits.memory_bytes)}
+    number = processors(limits, present)
+    if limits.cpu_quota is not None or number < present:
+        found.update(dict.fromkeys(THREADS, str(number)))
     if limits.cpu_quota is not None:
-        found.update(dict.fromkeys(THREADS, str(processors(limits.cpu_quota, present))))
         found["CPU_LIMIT"] = f"{limits.cpu_quota:g}"
     return found
 

@@ -744,11 +744,18 @@ def captured(name: str) -> Callable[[], tuple[str, str]]:
     return rules(*json.loads((below / f"{name}.json").read_text()), text=(below / f"{name}.nft").read_text())
 
 
-@pytest.mark.parametrize(("cpus", "slots", "status"), [
-    (2, {}, "ok"), (16, {}, "ok"), (64, {}, "warn"), (64, {"tasks": 1024}, "ok"), (64, {"cpu_quota": "200%"}, "ok"),
-    (64, {"cpu_quota": "1/32"}, "ok"), (256, {"tasks": 1024}, "warn"), (256, {"cpu_quota": "1/2"}, "warn"),
+@pytest.mark.parametrize(("cpus", "slots", "threads"), [
+    (2, {}, "up to 2 threads each"), (16, {}, "up to 16 threads each"),
+    (64, {}, "up to 16 threads each; one for each of 64 processors requires slots.tasks = 1024"),
+    (64, {"tasks": 1024}, "up to 64 threads each"), (64, {"cpu_quota": "200%"}, "up to 2 threads each"),
+    (256, {"cpu_quota": "1/2"}, "up to 16 threads each; one for each of 128 processors requires slots.tasks = 2048"),
 ])
-def test_tasks_suffice_for_a_thread_for_each_processor(cpus: int, slots: dict[str, object], status: str) -> None:
+def test_the_threads_that_tasks_suffice_for_are_named(cpus: int, slots: dict[str, object], threads: str) -> None:
     found = capacity.check_tasks(cpus, host_config.parse({"slots": slots}))
-    assert found.status == status
-    assert ("raise slots.tasks to" in found.mend) == (status == "warn")
+    assert found.status == "ok" and found.found.endswith(threads)
+
+
+def test_tasks_that_are_too_few_for_a_kernel_with_libraries_are_named() -> None:
+    assert capacity.check_tasks(64, host_config.parse({"slots": {"tasks": 28}})).status == "ok"
+    found = capacity.check_tasks(64, host_config.parse({"slots": {"tasks": 27}}))
+    assert (found.status, found.mend) == ("warn", "raise slots.tasks to 28")

@@ -13,12 +13,13 @@ from nbagent.wire.limits_page import SlotLimits
 GIB = 1 << 30
 
 
-@pytest.mark.parametrize(("online", "quota", "shown"), [
-    ("0-15", None, "0-15"), ("0-15", 2.0, "0-1"), ("0-15", 0.5, "0"), ("0-15", 1.5, "0-1"), ("0-15", 64.0, "0-15"),
-    ("0,2-5,8", 3.0, "0,2-3"), ("0,2-5,8", None, "0,2-5,8"), ("0", 1.0, "0"), ("1,3,5", 2.0, "1,3"),
+@pytest.mark.parametrize(("online", "quota", "tasks", "shown"), [
+    ("0-15", None, 256, "0-15"), ("0-15", 2.0, 256, "0-1"), ("0-15", 0.5, 256, "0"), ("0-15", 1.5, 256, "0-1"),
+    ("0-15", 64.0, 256, "0-15"), ("0,2-5,8", 3.0, 256, "0,2-3"), ("0,2-5,8", None, 256, "0,2-5,8"),
+    ("0", 1.0, 256, "0"), ("1,3,5", 2.0, 256, "1,3"), ("0-63", None, 256, "0-15"), ("0-63", None, 1024, "0-63"),
 ])
-def test_a_slot_has_as_many_processors_online_as_its_quota_suffices_for(online, quota, shown):
-    assert shown_processors(online, quota) == f"{shown}\n".encode()
+def test_a_slot_has_as_many_processors_online_as_its_limits_suffice_for(online, quota, tasks, shown):
+    assert shown_processors(online, SlotLimits(GIB, quota, tasks)) == f"{shown}\n".encode()
 
 
 def test_the_memory_is_that_of_the_slot_and_psutil_reads_it_without_a_warning(tmp_path, monkeypatch, recwarn):
@@ -45,6 +46,8 @@ def test_files_keep_their_inode_at_a_change_and_only_root_writes_them(tmp_path):
     files.update(SlotLimits(2 * GIB, 2.0), 0)
     assert (tmp_path / "online").read_text() == "0-1\n"
     assert f"MemTotal:       {2 * GIB >> 10:8d} kB" in (tmp_path / "meminfo").read_text()
+    files.update(SlotLimits(2 * GIB, 2.0, 16), 0)
+    assert (tmp_path / "online").read_text() == "0\n"
     assert {name: (tmp_path / name).stat().st_ino for name in NAMES} == {n: s.st_ino for n, s in before.items()}
 
 

@@ -30,6 +30,17 @@ def test_without_a_quota_the_libraries_choose_the_number_of_threads():
     assert found == {"OMP_WAIT_POLICY": "PASSIVE", "MEM_LIMIT": str(1 << 30)}
 
 
+@pytest.mark.parametrize(("quota", "tasks", "present", "number"), [
+    (None, 256, 64, 16), (None, 1024, 64, None), (None, 256, 16, None), (None, 0, 64, None), (None, 16, 64, 1),
+    (32.0, 256, 64, 16), (8.0, 256, 64, 8),
+])
+def test_libraries_start_no_more_threads_than_the_tasks_suffice_for(quota, tasks, present, number):
+    """64 processors and 256 tasks: three kernels with four pools of 16 threads each, and the server."""
+    found = limits_page.variables(SlotLimits(1 << 30, quota, tasks), present)
+    assert [found.get(name) for name in THREADS] == [str(number) if number else None] * len(THREADS)
+    assert ("CPU_LIMIT" in found) == (quota is not None)
+
+
 def test_the_limits_do_not_change_the_activity(page):
     activity.write(page, 3)
     limits_page.write(page, SlotLimits(1 << 40, 2.5))

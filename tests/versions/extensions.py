@@ -95,6 +95,7 @@ REQUESTS: tuple[tuple[str, str, Any], ...] = (
     ("GET", "voila", None), ("GET", "dask/clusters", None), ("GET", "api/metrics/v1", None),
     ("GET", "proxy/8766/", None),
 )
+MACHINE = versions.Machine("extensions")
 TRIALS: list[Callable[[Notebook], Any]] = []
 
 
@@ -296,7 +297,7 @@ def main() -> None:
     options = parser.parse_args()
     wanted = [function for function in TRIALS if not options.only or function.__name__ in options.only]
     faults = []
-    with versions.agent_for([IMAGE], options.keep) as agent, versions.imported(agent, IMAGE):
+    with versions.agent_for([IMAGE], options.keep, MACHINE) as agent, versions.imported(agent, IMAGE):
         versions.wait_for_zygote(agent, IMAGE.name)
         root = next(one["root"] for one in json.loads(agent.run("nbagent", "image", "list", "--json"))
                     if one["name"] == IMAGE.name)

@@ -25,7 +25,7 @@ sys.path[:0] = [str(HERE.parent / name) for name in ("integration", "conformance
 
 import versions
 from conftest import Agent
-from nbagent.wire.limits_page import THREADS, processors
+from nbagent.wire.limits_page import THREADS, SlotLimits, processors
 from notebook import Kernel, Notebook
 from product import say
 from versions import Version
@@ -115,7 +115,7 @@ def measured(agent: Agent, rounds: int, quota: float, repeated: int) -> dict[str
     notebook = agent.open(image=IMAGE.name, memory="2G", cpu_quota=f"{quota:.0%}")
     kernels = {
         "slot": prepared(notebook, "slot", None, repeated, bare=False),
-        "tuned": prepared(notebook, "tuned", processors(quota, PROCESSORS), repeated, bare=False),
+        "tuned": prepared(notebook, "tuned", processors(SlotLimits(0, quota), PROCESSORS), repeated, bare=False),
         "host": prepared(notebook, "host", PROCESSORS, repeated, bare=True),
     }
     found: dict[str, dict[str, list[float]]] = {work: {name: [] for name in kernels} for work in WORKS}
