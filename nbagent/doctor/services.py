@@ -165,7 +165,7 @@ def check_start(path: Path) -> Finding:
         return Finding(name, "warn", text, "nbagent top, vmstat 1 and journalctl -k show a busy host and slow disks")
     # A supervisor of an earlier version sends none.
     if reason := trial.get("launch_reason"):
-        return Finding(name, "warn", f"{found}, because {reason}", ZYGOTE_LOG)
+        return Finding(name, "warn", f"{found}; {reason}", ZYGOTE_LOG)
     return Finding(name, "ok", found)
 
 
