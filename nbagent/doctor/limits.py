@@ -38,7 +38,7 @@ def check_limits(root: Path, show: Show) -> Finding:
     if not near:
         return Finding(name, "ok", "tasks, memory and descriptors are left")
     units = dict.fromkeys(text.partition(" ")[0] for text in near)
-    mend = f"for the cause, see journalctl -eu {' -u '.join(units)}; systemctl edit {next(iter(units))} raises it"
+    mend = f"for the cause, see journalctl -eu {' -u '.join(units)}; to raise it, systemctl edit {next(iter(units))}"
     return Finding(name, "warn", "; ".join(near), mend)
 
 

@@ -76,7 +76,7 @@ def check_users(users: Collection[str], exists: Callable[[str], bool]) -> Findin
         return Finding("users", "ok", ", ".join(users))
     units = [unit for user in missing for unit in USERS[user]]
     return Finding(
-        "users", "fail", f"missing: {', '.join(missing)}, without which {' and '.join(units)} do not start again",
+        "users", "fail", f"missing: {', '.join(missing)}; the next start of {' and of '.join(units)} fails",
         f"systemd-sysusers nbagent.conf; then systemctl restart {' '.join(units)}",
     )
 
@@ -165,7 +165,7 @@ def check_start(path: Path) -> Finding:
         return Finding(name, "warn", text, "nbagent top, vmstat 1 and journalctl -k show a busy host and slow disks")
     # A supervisor of an earlier version sends none.
     if reason := trial.get("launch_reason"):
-        return Finding(name, "warn", f"{found}, because {reason}", ZYGOTE_LOG)
+        return Finding(name, "warn", f"{found}; {reason}", ZYGOTE_LOG)
     return Finding(name, "ok", found)
 
 

@@ -59,14 +59,15 @@ class Inside:
         """Use of the processes of nbagent."""
         return self._do({"do": "load"})
 
-    def act(self, words: Act) -> None:
-        """Executes a command of the host, or begins or ends a fault."""
+    def act(self, words: Act) -> bool:
+        """Executes a command of the host, or begins or ends a fault; False when the fault hit nothing."""
         if words[0] == "fault":
-            self.begin(Fault(0, words[1], words[2], 0.0, 1.0))
-        elif words[0] == "end":
+            return self.begin(Fault(0, words[1], words[2], 0.0, 1.0)) not in (None, [])
+        if words[0] == "end":
             self.end(Fault(0, words[1], "", 0.0, 1.0))
         else:
             self._host.run(list(words))
+        return True
 
     def _do(self, request: dict[str, str]) -> Any:
         with self._lock:

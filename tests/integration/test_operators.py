@@ -265,7 +265,7 @@ def test_doctor_finds_faults_that_a_warm_slot_does_not_meet(agent):
     assert (status, start["status"], users["status"]) == (1, "fail", "fail")
     assert "gets no content of a claim" in start["found"]
     assert start["mend"].startswith("systemctl restart nbagent-launch")
-    assert users["found"].startswith("missing: nbagent-router, ") and "systemd-sysusers" in users["mend"]
+    assert users["found"].startswith("missing: nbagent-router; ") and "systemd-sysusers" in users["mend"]
     assert cli(agent, "doctor")[0] == 0
 
 

@@ -394,7 +394,7 @@ def test_users_of_services_must_exist() -> None:
         assert f"\nUser={user}\n" in (units / names[-1]).read_text()
     assert services.check_users(services.USERS, lambda user: True).status == "ok"
     finding = services.check_users(services.USERS, lambda user: user != "nbagent-router")
-    assert finding.status == "fail" and "missing: nbagent-router, " in finding.found
+    assert finding.status == "fail" and "missing: nbagent-router; " in finding.found
     assert finding.mend == "systemd-sysusers nbagent.conf; then systemctl restart nbagent-router.service"
     # The DNS update has its user, and does not run on this host.
     assert doctor._users(SETTINGS) == ["nbagent", "nbagent-router"]
