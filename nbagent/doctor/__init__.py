@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -45,6 +46,7 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
     settings_finding, settings = check_config(config_path)
     responds = system.manager_responds()
     unit_state = system.unit_state if responds else system.unknown_state
+    units = system.unit_properties(limits.UNITS, limits.PROPERTIES) if responds else []
     checks: list[Callable[[], Finding]] = [
         partial(kernel.check_pid1, root, responds),
         partial(kernel.check_systemd_version, system.systemctl_version),
@@ -58,8 +60,8 @@ def examine(config_path: Path = host_config.DEFAULT_PATH, url: str = "http://127
         partial(kernel.check_proc, root),
         partial(services.check_users, _users(settings), system.has_user),
         *(partial(services.check_unit, unit, unit_state) for unit in UNITS),
-        partial(limits.check_limits, root, system.unit_properties),
-        partial(limits.check_restarts, system.unit_properties),
+        partial(limits.check_limits, root, units),
+        partial(limits.check_restarts, units, time.monotonic()),
         partial(network.check_network, root, settings),
         *_network_checks(root, settings, unit_state),
         # First, because the supervisor then also tries the parts that it reports to check_control.
@@ -114,9 +116,9 @@ def _guarded(check: Callable[[], Finding]) -> Finding:
     except (OSError, ValueError, LookupError, TypeError, subprocess.SubprocessError) as error:
         function = check.func if isinstance(check, partial) else check
         name = function.__name__.removeprefix("check_").replace("_", " ")
-        # An ordinary user may see less than the check needs in other ways than by EACCES.
         if isinstance(error, OSError) and error.errno in REMEDIES:
             mend = REMEDIES[error.errno]
+        # An ordinary user may see less than the check needs in other ways than by EACCES.
         elif isinstance(error, PermissionError) or os.geteuid() != 0:
             mend = "run nbagent doctor as root"
         else:

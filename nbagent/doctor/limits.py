@@ -7,8 +7,7 @@ A service that reaches a limit serves some requests, and fails with others. So t
 from __future__ import annotations
 
 import re
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from nbagent.doctor.finding import Finding
@@ -27,25 +26,27 @@ PROPERTIES = (
 LEFT_MIN_PART, LEFT_MIN = 0.05, 10
 RECENT_S = 60.0
 
+# PROPERTIES of one of UNITS.
 Unit = Mapping[str, str]
-Show = Callable[[Sequence[str], Sequence[str]], Sequence[Unit]]
 
 
-def check_limits(root: Path, show: Show) -> Finding:
-    """Whether services and slices have tasks, memory and descriptors left; `show` has the properties of units."""
+def check_limits(root: Path, units: Iterable[Unit]) -> Finding:
+    """Whether services and slices have tasks, memory and descriptors left."""
     name = "limits of services"
-    near = [text for unit in show(UNITS, PROPERTIES) for text in _near_limits(root, unit)]
+    near = [text for unit in units for text in _near_limits(root, unit)]
     if not near:
         return Finding(name, "ok", "tasks, memory and descriptors are left")
-    units = dict.fromkeys(text.partition(" ")[0] for text in near)
-    mend = f"for the cause, see journalctl -eu {' -u '.join(units)}; to raise it, systemctl edit {next(iter(units))}"
+    names = dict.fromkeys(text.partition(" ")[0] for text in near)
+    mend = f"for the cause, see journalctl -eu {' -u '.join(names)}; to raise it, systemctl edit {next(iter(names))}"
     return Finding(name, "warn", "; ".join(near), mend)
 
 
 def _near_limits(root: Path, unit: Unit) -> Iterator[str]:
     """A sentence for each limit that the unit nearly reaches."""
-    found = [(what, _number(unit, f"{key}Current"), _number(unit, f"{key}Max")) for what, key in
-             (("tasks", "Tasks"), ("bytes of memory", "Memory"))]
+    found = [("tasks", _number(unit, "TasksCurrent"), _number(unit, "TasksMax"))]
+    # That of a zygote is also full of the files that it has read, which the kernel then drops.
+    if not unit["Id"].startswith("nbagent-zygote@"):
+        found.append(("bytes of memory", _number(unit, "MemoryCurrent"), _number(unit, "MemoryMax")))
     pid = _number(unit, "MainPID") or 0
     children = text_of(root / f"proc/{pid}/task/{pid}/children", "").split() if pid else []
     found += [("descriptors", *_descriptors(root / f"proc/{one}")) for one in (pid, *children) if pid]
@@ -71,14 +72,14 @@ def _descriptors(process: Path) -> tuple[int | None, int | None]:
     return used, int(limit[1]) if limit else None
 
 
-def check_restarts(show: Show, clock_s: Callable[[], float] = time.monotonic) -> Finding:
-    """Whether services have ended lately, and were started again."""
-    name, recent = "restarts", []
-    for unit in show(UNITS, PROPERTIES):
-        age_s = clock_s() - (_number(unit, "ExecMainStartTimestampMonotonic") or 0) / 1e6
+def check_restarts(units: Iterable[Unit], now_s: float) -> Finding:
+    """Whether services have ended lately, and were started again; `now_s` is of CLOCK_MONOTONIC."""
+    name, recent = "restarts", {}
+    for unit in units:
+        age_s = now_s - (_number(unit, "ExecMainStartTimestampMonotonic") or 0) / 1e6
         if (count := _number(unit, "NRestarts")) and age_s < RECENT_S:
-            recent.append((unit["Id"], f"{unit['Id']} has ended {count} times, the last time {age_s:.0f} s ago"))
+            recent[unit["Id"]] = f"{unit['Id']} has ended, and was started again {age_s:.0f} s ago (restarts: {count})"
     if not recent:
         return Finding(name, "ok", f"no service has ended within {RECENT_S:g} s")
-    mend = f"for the reason, see journalctl -eu {' -u '.join(unit for unit, _ in recent)}"
-    return Finding(name, "warn", "; ".join(text for _, text in recent), mend)
+    mend = f"for the reason, see journalctl -eu {' -u '.join(recent)}"
+    return Finding(name, "warn", "; ".join(recent.values()), mend)

@@ -50,7 +50,7 @@ def unknown_state(_: str) -> str:
 
 
 def unit_properties(units: Sequence[str], properties: Sequence[str]) -> list[dict[str, str]]:
-    """The properties of those units that are loaded; none while PID 1 does not respond. Units can be patterns."""
+    """The properties of those units that are loaded, none while PID 1 does not respond. Units can be patterns."""
     text = _systemctl("show", "-p", ",".join(properties), *units)
     return [dict(line.split("=", 1) for line in unit.splitlines()) for unit in text.split("\n\n") if unit]
 

@@ -456,7 +456,7 @@ def unit(name: str, **properties: object) -> limits.Unit:
 def test_a_service_near_its_limits_is_a_warning(tmp_path: Path, properties: dict[str, object], found: str) -> None:
     host(tmp_path, {"proc/7/task/7/children": "8 9 ", "proc/8/limits": "Max open files  5  524288  files\n"})
     host(tmp_path, {f"proc/{pid}/fd/{number}": "" for pid in (7, 8) for number in (0, 1)})
-    finding = limits.check_limits(tmp_path, lambda *_: [unit("nbagent.service", **properties)])
+    finding = limits.check_limits(tmp_path, [unit("nbagent.service", **properties)])
     assert finding.status == ("warn" if found else "ok")
     assert not found or (finding.found, "systemctl edit nbagent.service" in finding.mend) == (found, True)
 
@@ -464,10 +464,14 @@ def test_a_service_near_its_limits_is_a_warning(tmp_path: Path, properties: dict
 @pytest.mark.parametrize(("count", "started_s", "status"), [(0, 990, "ok"), (3, 990, "warn"), (3, 900, "ok")])
 def test_a_service_that_has_ended_lately_is_a_warning(count: int, started_s: int, status: str) -> None:
     properties = {"NRestarts": count, "ExecMainStartTimestampMonotonic": started_s * 1_000_000}
-    found = [unit("nbagent-api.service", **properties), unit("nbagent.slice")]
-    finding = limits.check_restarts(lambda *_: found, lambda: 1000.0)
+    finding = limits.check_restarts([unit("nbagent-api.service", **properties), unit("nbagent.slice")], 1000.0)
     assert finding.status == status
-    assert ("has ended 3 times, the last time 10 s ago" in finding.found) == (status == "warn")
+    assert ("started again 10 s ago (restarts: 3)" in finding.found) == (status == "warn")
+
+
+def test_memory_that_a_zygote_has_used_for_files_is_no_finding(tmp_path: Path) -> None:
+    zygote = unit("nbagent-zygote@minimal:1.service", MemoryCurrent=99, MemoryMax=100, TasksCurrent=2, TasksMax=256)
+    assert limits.check_limits(tmp_path, [zygote]).status == "ok"
 
 
 def test_the_limits_of_all_services_are_read() -> None:
