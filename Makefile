@@ -13,7 +13,7 @@ UNIT := $(PYTEST) -n auto --dist loadfile tests/unit  # a process of pytest-xdis
 .PHONY: up up-fleet down test unit host test-vms test-firewalls test-ansible test-monitoring uncharged conformance fuzz \
     check bench test-cdn bench-density bench-compressed bench-fleet bench-neighbour bench-page bench-tools \
     image updates debs repo tools clean test-arm64 test-dns test-release sbom test-ui test-upgrade versions extensions preloads libraries \
-    chaos soak exhausted
+    chaos soak exhausted test-doctor
 
 up: tools            ## a systemd host on this machine with nbagent in it, on 127.0.0.1:9000 and :8000
 	@tests/up
@@ -73,6 +73,9 @@ soak: tools debs     ## thousands of claims and idle connections leave no trace;
 
 exhausted: tools debs  ## resources of a host are used up: claims get slots or 503, alarms name the cause, and no restart is needed
 	$(PYTHON) tests/chaos/exhausted.py $(CHAOS)
+
+test-doctor: tools debs  ## nbagent doctor names each of 70 faults while it lasts, with the remedy, and is silent afterwards
+	$(PYTHON) tests/chaos/diagnoses.py $(CHAOS)
 
 conformance: tools   ## jupyter_server's and ipykernel's own tests in slots and with a plain server; make test runs a part
 	NBAGENT_CONFORMANCE=all $(PYTEST) -s tests/integration/test_conformance.py

@@ -7,6 +7,7 @@ in a temporary directory, and changes nothing of the router that runs.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -34,6 +35,7 @@ def check(settings: str, files: Path = paths.ROUTER_FILES, config: Path = paths.
         )
         if done.returncode == 0:
             return None
-        errors = [line.partition("] ")[2] for line in done.stderr.splitlines() if "[emerg]" in line]
+        # After the time and the pid of this nginx.
+        errors = re.findall(r"\[emerg\] (?:\d+#\d+: )?(.*)", done.stderr)
         error = errors[0] if errors else done.stderr.strip() or f"nginx -t exited with status {done.returncode}"
         return error.replace(f"{name}/settings.conf", "the settings that are generated from nbagent.toml")

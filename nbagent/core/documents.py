@@ -77,6 +77,7 @@ class Trial(TypedDict):
 
     slot: str
     launch: str
+    launch_reason: str
     took_ms: int
     router_ms: int | None
 

@@ -25,15 +25,16 @@ USERNS_SETTINGS: tuple[tuple[str, str, Status], ...] = (
 )
 
 
-def check_pid1(root: Path) -> Finding:
-    """Whether systemd is the service manager, by the directory that sd_booted(3) looks for."""
-    if (root / "run/systemd/system").is_dir():
-        return Finding("service manager", "ok", "systemd")
-    name = text_of(root / "proc/1/comm", "unknown")
-    return Finding(
-        "service manager", "fail", f"PID 1 is {name}",
-        "slots are systemd scopes: boot this host with systemd",
-    )
+def check_pid1(root: Path, responds: bool) -> Finding:
+    """Whether systemd is the service manager, by the directory that sd_booted(3) looks for, and `responds`."""
+    name = "service manager"
+    if not (root / "run/systemd/system").is_dir():
+        program = text_of(root / "proc/1/comm", "unknown")
+        return Finding(name, "fail", f"PID 1 is {program}", "slots are systemd scopes: boot this host with systemd")
+    if responds:
+        return Finding(name, "ok", "systemd")
+    mend = "see journalctl _PID=1; if systemctl still fails, drain this host, and reboot it by systemctl reboot -ff"
+    return Finding(name, "fail", "systemd does not respond to systemctl, so no slot starts or ends", mend)
 
 
 def check_systemd_version(version_text: Callable[[], str]) -> Finding:

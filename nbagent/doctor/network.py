@@ -17,7 +17,7 @@ from nbagent.core import model, urls
 from nbagent.core.errors import ConfigError
 from nbagent.core.proxies import HttpProxy
 from nbagent.doctor.finding import Finding
-from nbagent.doctor.system import text_of
+from nbagent.doctor.system import TIMEOUT_S, text_of
 from nbagent.network import foreign
 from nbagent.network.addresses import FIRST, forwards_ipv6, gateway, ipv6_uplink
 from nbagent.network.rules import TABLE
@@ -27,6 +27,8 @@ PROXY_NAME = "nbagent.invalid"
 PROXY_REFUSES, PROXY_LOGIN = 403, 407
 # A proxy may wait for its resolver.
 PROXY_TIMEOUT_S = 10.0
+# One question: version.bind, type TXT, class CHAOS.
+VERSION_QUERY = b"\x4e\x42\0\0\0\1" + bytes(6) + b"\7version\4bind\0\0\x10\0\3"
 
 
 def check_network(root: Path, settings: host_config.HostConfig) -> Finding:
@@ -59,7 +61,7 @@ def check_network(root: Path, settings: host_config.HostConfig) -> Finding:
 def check_proxy(root: Path, settings: host_config.HostConfig, proxy: HttpProxy) -> Finding:
     """Whether the HTTP proxy responds, and connects to the first of claims.archives, if there are any."""
     name, shown = "proxy", f"network.proxy, {proxy},"
-    if _is_own(proxy):
+    if _is_own(proxy.address, socket.AF_INET6 if proxy.version == 6 else socket.AF_INET):
         return Finding(
             name, "fail", f"{shown} is an address of this host, which slots do not reach",
             "use a proxy on another machine, because one on this host would connect slots to its own services",
@@ -89,14 +91,15 @@ def check_proxy(root: Path, settings: host_config.HostConfig, proxy: HttpProxy) 
     return Finding(name, "ok", f"{proxy} responds with status {status} for {url.absolute}")
 
 
-def _is_own(proxy: HttpProxy) -> bool:
+def _is_own(address: str, family: socket.AddressFamily) -> bool:
     """Whether an address is one of this host: the kernel then uses it as the source of packets to itself."""
-    with socket.socket(socket.AF_INET6 if proxy.version == 6 else socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect((proxy.address, proxy.port))
+            # The port has no effect.
+            probe.connect((address, 53))
         except OSError:  # no route
             return False
-        return bool(probe.getsockname()[0] == proxy.address)
+        return bool(probe.getsockname()[0] == address)
 
 
 def _status_by(proxy: HttpProxy, url: urls.Url) -> int:
@@ -145,6 +148,23 @@ def check_firewall(root: Path, settings: host_config.NetworkSettings, rules: Cal
         return Finding("firewall", "ok", "no other table drops packets of slots")
     mends = dict.fromkeys(foreign.remedy(chain) for chain in dropping)
     return Finding("firewall", "warn", "; ".join(map(str, dropping)), "; ".join(mends))
+
+
+def check_resolver(address: str, port: int = 53) -> Finding:
+    """Whether the resolver of slots responds, by a question that it forwards to no server: its version."""
+    name, unit = "resolver of slots", "nbagent-dns.service"
+    if not _is_own(address, socket.AF_INET):
+        return Finding(name, "ok", f"not in use: no interface has its address {address}")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as connection:
+        connection.settimeout(TIMEOUT_S)
+        try:
+            connection.connect((address, port))
+            connection.send(VERSION_QUERY)
+            connection.recv(512)
+        except OSError as error:
+            mend = f"systemctl restart {unit}; journalctl -eu {unit}"
+            return Finding(name, "fail", f"no response from {address}: {error}", mend)
+    return Finding(name, "ok", f"responds on {address}")
 
 
 def check_wildcard(domain: str, resolve: Callable[[str], list[str]]) -> Finding:

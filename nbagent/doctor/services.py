@@ -3,18 +3,20 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import os
 import stat
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Collection
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from nbagent.config import host_config, nginx_settings
 from nbagent.core import paths
-from nbagent.core.errors import Full, ImageInvalid, ImageNotFound, NbagentError
+from nbagent.core.errors import Full, ImageInvalid, ImageNotFound, NbagentError, SupervisorUnavailable
 from nbagent.doctor.finding import Finding
-from nbagent.doctor.system import TIMEOUT_S, below
+from nbagent.doctor.system import TIMEOUT_S, UNKNOWN_STATE, below
 from nbagent.image.store import ImageStore
 from nbagent.linux.process import runs_replaced_files
 from nbagent.wire import control
@@ -22,6 +24,8 @@ from nbagent.wire.operations import STATS, TRY_START
 
 # An exec takes seconds on a busy host.
 START_TIMEOUT_S = 30.0
+# Of a fork, which takes 10 to 60 ms.
+SLOW_MS = 3000
 # The remedy for each part of nbagent.supervisor.health.
 FAULTS = {
     "image": "nbagent image list; nbagent image import, or apt install --reinstall nbagent-image-minimal",
@@ -29,6 +33,14 @@ FAULTS = {
     "records": "df /run; df -i /run; free space in /run, whose size is a part of the memory",
     "router": "systemctl restart nbagent-router; journalctl -eu nbagent-router",
     "systemd": "systemctl restart nbagent-units; journalctl -eu nbagent-units; if systemctl fails too, reboot the host",
+}
+# The remedy for each step of a start at which another part than the slot can fail.
+STEPS = FAULTS | {"launch": "systemctl restart nbagent-launch; journalctl -eu nbagent-launch"}
+ZYGOTE_LOG = "for the reason, see journalctl -eu nbagent 'nbagent-zygote@*'"
+# The users of packaging/nbagent.sysusers, with the services that do not start without them.
+USERS = {
+    "nbagent": ("nbagent.service", "nbagent-api.service"), "nbagent-router": ("nbagent-router.service",),
+    "nbagent-dns": ("nbagent-dns-update.service",),
 }
 # An archive that is in the store is not unpacked again.
 ADD_AGAIN = "nbagent image remove {0}; when no slot runs on it, nbagent image add ARCHIVE {0}, or reinstall its package"
@@ -39,6 +51,8 @@ def check_unit(unit: str, state_of: Callable[[str], str]) -> Finding:
     state = state_of(unit)
     if state == "active":
         return Finding(unit, "ok", state)
+    if state == UNKNOWN_STATE:
+        return Finding(unit, "warn", state, "see the finding about the service manager")
     return Finding(unit, "fail", state, f"systemctl start {unit}; journalctl -eu {unit}")
 
 
@@ -55,6 +69,34 @@ def check_router_libraries(root: Path) -> Finding:
     return Finding(name, "warn", text, "systemctl restart nbagent-router, which closes websockets; browsers reconnect")
 
 
+def check_users(users: Collection[str], exists: Callable[[str], bool]) -> Finding:
+    """Whether the users of services exist; without one its services go on, and do not start again."""
+    missing = [user for user in users if not exists(user)]
+    if not missing:
+        return Finding("users", "ok", ", ".join(users))
+    units = [unit for user in missing for unit in USERS[user]]
+    return Finding(
+        "users", "fail", f"missing: {', '.join(missing)}; the next start of {' and of '.join(units)} fails",
+        f"systemd-sysusers nbagent.conf; then systemctl restart {' '.join(units)}",
+    )
+
+
+def check_journald(sync: Callable[[], None]) -> Finding:
+    """Whether journald writes what it gets; `sync` lets it write all, and raises an error."""
+    name = "journald"
+    try:
+        sync()
+    except (OSError, subprocess.SubprocessError) as error:
+        if os.geteuid() != 0:
+            return Finding(name, "warn", f"not tried: {error}", "run nbagent doctor as root")
+        text = f"no response within {error.timeout:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+        return Finding(
+            name, "warn", f"it writes no entries: {text}; slots go on, and their events are lost",
+            "systemctl restart systemd-journald; journalctl --verify",
+        )
+    return Finding(name, "ok", "it writes entries")
+
+
 def check_control(path: Path) -> Finding:
     """Whether the supervisor responds."""
     name = "supervisor"
@@ -67,7 +109,8 @@ def check_control(path: Path) -> Finding:
     found = f"{stats['claimed']} claimed, {stats['warm']} warm, {stats['available']} available"
     if stats["faults"]:
         texts = ", ".join(f"{part}: {text}" for part, text in sorted(stats["faults"].items()))
-        return Finding(name, "fail", f"{found}; {texts}", "; ".join(FAULTS[part] for part in sorted(stats["faults"])))
+        mend = "; ".join(FAULTS[part] for part in sorted(stats["faults"]))
+        return Finding(name, "fail", f"{found}; {texts}", _with_disk(texts, mend))
     if stats["draining"]:
         return Finding(name, "warn", f"draining: {found}", "nbagent drain --off")
     failing = sorted(image for image, pool in stats["pools"].items() if pool["failures"])
@@ -88,7 +131,7 @@ def check_zygotes(path: Path) -> Finding:
     failing = [image for image, zygote in sorted(zygotes.items()) if zygote["failures"] and zygote["state"] != "ready"]
     if failing:
         text = f"{states}; until it starts, slots start by exec, which takes seconds and more memory"
-        return Finding(name, "warn", text, "for the reason, see journalctl -eu nbagent 'nbagent-zygote@*'")
+        return Finding(name, "warn", text, ZYGOTE_LOG)
     return Finding(name, "ok", states)
 
 
@@ -98,15 +141,37 @@ def check_start(path: Path) -> Finding:
     if path.exists() and not os.access(path, os.W_OK):
         return Finding(name, "warn", f"no permission to connect to {path}", "run nbagent doctor as root")
     try:
+        # Because a supervisor that does not respond is found out sooner by it.
+        control.ControlClient(path, TIMEOUT_S).call(STATS)
+    except NbagentError as error:
+        return Finding(name, "fail", f"not tried: {error}", "see the finding about the supervisor")
+    try:
         trial = control.ControlClient(path, START_TIMEOUT_S).call(TRY_START)
     except (Full, ImageNotFound) as error:
         return Finding(name, "warn", f"not tried: {error}", "run nbagent doctor again when there is room for a slot")
+    except SupervisorUnavailable as error:
+        text = f"no result within {START_TIMEOUT_S:g} s: {error}"
+        return Finding(name, "fail", text, "for the reason, see journalctl -eu nbagent; nbagent top shows a busy host")
     except NbagentError as error:
-        return Finding(name, "fail", str(error), "for the reason, see journalctl -eu nbagent -u nbagent-router")
+        mend = STEPS.get(error.details.get("step", ""), "for the reason, see journalctl -eu nbagent -u nbagent-router")
+        return Finding(name, "fail", str(error), _with_disk(str(error), mend))
     found = f"by {trial['launch']} in {trial['took_ms']} ms"
     if trial["router_ms"] is None:
-        return Finding(name, "ok", f"{found}; not requested through the router, which predates this version")
-    return Finding(name, "ok", f"{found}, through the router in {trial['router_ms']} ms")
+        found += "; not requested through the router, which predates this version"
+    else:
+        found += f", through the router in {trial['router_ms']} ms"
+    if trial["took_ms"] > SLOW_MS and trial["launch"] == "fork":
+        text = f"{found}, which usually takes less than 100 ms"
+        return Finding(name, "warn", text, "nbagent top, vmstat 1 and journalctl -k show a busy host and slow disks")
+    # A supervisor of an earlier version sends none.
+    if reason := trial.get("launch_reason"):
+        return Finding(name, "warn", f"{found}; {reason}", ZYGOTE_LOG)
+    return Finding(name, "ok", found)
+
+
+def _with_disk(text: str, mend: str) -> str:
+    """The remedy for an error, which may be one of a disk."""
+    return f"see journalctl -k for errors of the disk; {mend}" if os.strerror(errno.EIO) in text else mend
 
 
 def check_http(name: str, url: str, unit: str) -> Finding:

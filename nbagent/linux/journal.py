@@ -14,10 +14,15 @@ from typing import Mapping
 STREAM_PATH = "/run/systemd/journal/stdout"
 ENTRIES_PATH = "/run/systemd/journal/socket"
 LOG_INFO = 6
+# The errors of a connection while journald is stopped with its sockets.
+STOPPED = (ConnectionRefusedError, FileNotFoundError)
 
 
 def stream(identifier: str, unit: str, path: str = STREAM_PATH) -> socket.socket:
     """A socket whose lines become journal entries of `identifier`, and of `unit` if the sender exited. Raises OSError.
+
+    While journald is stopped with its sockets, it is a connection that has ended, because a program runs without its
+    journal.
 
     The header's lines are: identifier, unit, priority, and flags for parsing of level prefixes and for forwarding
     to syslog, kmsg and console (systemd's src/libsystemd/sd-journal/journal-send.c).
@@ -27,6 +32,10 @@ def stream(identifier: str, unit: str, path: str = STREAM_PATH) -> socket.socket
         connection.connect(path)
         connection.shutdown(socket.SHUT_RD)
         connection.sendall(f"{identifier}\n{unit}\n{LOG_INFO}\n0\n0\n0\n0\n".encode())
+    except STOPPED:
+        connection.close()
+        connection, other = socket.socketpair()
+        other.close()
     except BaseException:
         connection.close()
         raise
@@ -34,10 +43,15 @@ def stream(identifier: str, unit: str, path: str = STREAM_PATH) -> socket.socket
 
 
 def entries(path: str = ENTRIES_PATH) -> socket.socket:
-    """A socket for native entries, one a datagram; it stays usable when journald restarts. Raises OSError."""
+    """A socket for native entries, one a datagram; it stays usable when journald restarts. Raises OSError.
+
+    While journald is stopped with its sockets, it is not connected, and sending fails.
+    """
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     try:
         connection.connect(path)
+    except STOPPED:
+        pass
     except BaseException:
         connection.close()
         raise

@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core import paths
 from nbagent.image.store import ImageStore
+from nbagent.launch.requests import OpenedSlot
 from nbagent.linux import cgroup
 from nbagent.linux.cgroup import Cgroup
 from nbagent.policy.admission import Pressure
+from nbagent.supervisor import launch_service
 from nbagent.supervisor.adoption import Adoption
 from nbagent.supervisor.agent import Agent
 from nbagent.supervisor.allocator import Allocator
@@ -67,6 +69,7 @@ class Surroundings:
     cgroup_of: Callable[[int], Cgroup] = cgroup.of_process
     router: Path = paths.ROUTER_CHECK_SOCKET
     idle: Callable[[], float] = read_idle
+    open_slot: Callable[[str, int], Awaitable[OpenedSlot]] = launch_service.open_slot
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def compose(on: Surroundings) -> Supervisor:
         calls=Calls(
             config, slots, load, claims, lending,
             Updates(config, records, limits, load, sessions),
-            Trials(config, pools, load, health, starter, on.router),
+            Trials(config, pools, load, health, starter, on.router, on.open_slot),
             Figures(config, slots, pools, load, health, resources, on.zygotes, counters), stopper, counters, tasks,
             changed,
         ),

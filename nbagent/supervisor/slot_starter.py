@@ -101,7 +101,8 @@ class SlotStarter:
     async def _bring_up(self, live: RunningSlot, image: Image, trial: asyncio.Future[float] | None = None) -> None:
         """Starts the slot. Whatever a start raises ends the slot, because one that stayed would keep its place.
 
-        A slot that is started as a trial is not offered; `trial` gets the seconds of its start, or the error.
+        A slot that is started as a trial is not offered, and its failure lets no pool pause; `trial` gets the seconds
+        of its start, or the error.
         """
         began_s = now()
         self._counters.add("starts")
@@ -110,6 +111,8 @@ class SlotStarter:
             async with asyncio.timeout(self._config.value.slots.start_timeout):
                 await self._launch(live, image)
             if trial is not None:
+                # Because the cause of failed starts is mended.
+                self._pools[image.name].resume()
                 if not trial.done():
                     trial.set_result(now() - began_s)
             elif live.slot.state is SlotState.STARTING:
@@ -122,7 +125,7 @@ class SlotStarter:
         except Exception as error:
             # The start of a slot that was ended meanwhile has not failed.
             if live.slot.state in (SlotState.STARTING, SlotState.WARM):
-                self._fail(live, error)
+                self._fail(live, error, is_trial=trial is not None)
             if trial is not None and not trial.done():
                 trial.set_exception(error if isinstance(error, StartFailed) else StartFailed(str(error) or repr(error)))
             if not isinstance(error, EXPECTED):
@@ -182,16 +185,17 @@ class SlotStarter:
                 waiter.cancel()
             await asyncio.gather(response, end, return_exceptions=True)
 
-    def _fail(self, live: RunningSlot, error: Exception) -> None:
+    def _fail(self, live: RunningSlot, error: Exception, *, is_trial: bool) -> None:
         image = live.slot.image
         text = str(error) or f"not ready after {self._config.value.slots.start_timeout:g} s"
         if not isinstance(error, EXPECTED):
             text = f"unexpected error: {error!r}"
-        details = error.details if isinstance(error, NbagentError) else {}
-        wait_s = self._pools.start_failed(image, StartFailed(text, **details))
         self._counters.add("start_failures")
         self._stopper.end(live, Event.SLOT_FAILED, text, SlotState.FAILED)
-        emit(Event.POOL_BACKOFF, image=image, failures=self._pools[image].failures, wait_s=wait_s)
+        if not is_trial:
+            details = error.details if isinstance(error, NbagentError) else {}
+            wait_s = self._pools.start_failed(image, StartFailed(text, **details))
+            emit(Event.POOL_BACKOFF, image=image, failures=self._pools[image].failures, wait_s=wait_s)
 
 
 class _SlotScope:

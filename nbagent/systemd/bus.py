@@ -5,8 +5,9 @@ The connection is PID 1's own socket, which systemctl uses too, and not the syst
 dbus-daemon. It ends when PID 1 executes itself anew (`systemctl daemon-reexec`, an upgrade of systemd). Then it is
 opened again, and the jobs that were under way have failed, because the signals of their ends are lost.
 
-A method call blocks the event loop until PID 1 replies: about 3 ms for a scope, 1.2 ms for a change of limits. Jobs
-are awaited instead: the event loop watches the bus's descriptor, and the signal JobRemoved completes a job's future.
+A method call blocks the event loop until PID 1 replies: about 3 ms for a scope, 1.2 ms for a change of limits, and at
+most $SYSTEMD_BUS_TIMEOUT. Jobs are awaited instead: the event loop watches the bus's descriptor, and the signal
+JobRemoved completes a job's future.
 """
 
 from __future__ import annotations
@@ -86,11 +87,12 @@ class _Message(Protocol):
 class Systemd:
     """The systemd manager of this host, for one event loop.
 
-    While it is not connected, each call raises OSError.
+    While it is not connected, each call raises OSError. `before_call` runs before each call, which may block the loop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before_call: Callable[[], object] = lambda: None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._before_call = before_call
         self._jobs: dict[bytes, asyncio.Future[str]] = {}
         # The ends of the starts that are under way, by the name of the scope.
         self._starting: dict[str, asyncio.Future[None]] = {}
@@ -303,6 +305,7 @@ class Systemd:
     def _guarded(self, call: Callable[[], Any]) -> Any:
         if self._reopening is not None:
             raise OSError(errno.ENOTCONN, "not connected to systemd")
+        self._before_call()
         # A signal during a call makes sd-bus return EINTR although the reply follows. Blocked signals are handled after
         # the call.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)

@@ -15,9 +15,10 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from gunicorn.app.base import BaseApplication
+from gunicorn.arbiter import Arbiter as BaseArbiter
 from gunicorn.glogging import Logger
 from gunicorn.workers.base import Worker as BaseWorker
 
@@ -86,7 +87,6 @@ class GunicornApp(BaseApplication, Generic[C]):  # type: ignore[misc]
             "loglevel": "warning",
             "logger_class": JournalLogger,
             "proc_name": self.name,
-            "post_fork": handle_sigterm,
         }
         for name, value in settings.items():
             self.cfg.set(name, value)
@@ -95,11 +95,26 @@ class GunicornApp(BaseApplication, Generic[C]):  # type: ignore[misc]
         """Called by gunicorn for what its workers serve."""
         return self.make_service(self.config)
 
+    def run(self) -> None:
+        """Serves until SIGTERM."""
+        Arbiter(self).run()
 
-class Arbiter(Protocol):
-    """gunicorn's arbiter, with the signals that it has not handled yet."""
 
-    SIG_QUEUE: list[int]
+class Arbiter(BaseArbiter):  # type: ignore[misc]
+    """gunicorn's arbiter, whose workers lose no SIGTERM.
+
+    A new process has the signal handlers of the arbiter until its initialisation, and Python forgets signals that it
+    gets before fork(2) has returned in it. Without the signal, the arbiter would wait for the worker during the whole
+    graceful_timeout.
+    """
+
+    def spawn_worker(self) -> Any:
+        """Forks a worker, in which SIGTERM is blocked until Worker.run."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().spawn_worker()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 class Worker(BaseWorker):  # type: ignore[misc]
@@ -115,6 +130,7 @@ class Worker(BaseWorker):  # type: ignore[misc]
         for listener in self.sockets:
             listener.setblocking(False)
         self._server = server = Server([listener.sock for listener in self.sockets], self.wsgi)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         while self.alive and self.ppid == os.getppid() and not server.is_finished:
             self.notify()
             if self._stop_s is not None:
@@ -131,17 +147,6 @@ class Worker(BaseWorker):  # type: ignore[misc]
             self._stop_s = time.monotonic()
         if self._server is not None:
             self._server.wake()
-
-
-def handle_sigterm(arbiter: Arbiter, worker: Worker) -> None:
-    """gunicorn's post_fork hook: a new worker handles SIGTERM from now on, and one that it has received already.
-
-    Until its initialisation a worker has the signal handlers of the arbiter, which only queue the signal.
-    The arbiter would then wait for the worker during the whole graceful_timeout.
-    """
-    signal.signal(signal.SIGTERM, worker.handle_exit)
-    if signal.SIGTERM in arbiter.SIG_QUEUE:
-        worker.handle_exit(signal.SIGTERM, None)
 
 
 class JournalFormatter(logging.Formatter):
@@ -168,8 +173,8 @@ class JournalLogger(Logger):  # type: ignore[misc]
 
 
 def _is_unexpected(record: logging.LogRecord) -> bool:
-    # The arbiter warns when a worker dies of the SIGTERM that the arbiter sent, which happens when the signal arrives
-    # before the worker has a handler. The first text is gunicorn 20's, the second gunicorn 23's.
+    # The arbiter warns when a worker dies of the SIGTERM that the arbiter sent, which happens when it repeats the
+    # signal while the worker exits. The first text is gunicorn 20's, the second gunicorn 23's.
     return not record.getMessage().endswith(("due to signal 15", "was sent SIGTERM!"))
 
 

@@ -2,14 +2,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """`make chaos`: random faults on a real host under users and claims, by a seed that is printed.
 
-    tests/chaos/chaos.py [--faults 200] [--seed N] [--users 6] [--claimers 2] [--machine vm] [--only KIND] [--name HOST]
-        [--keep]
+    tests/chaos/chaos.py [--faults N] [--first N] [--seed N] [--users N] [--claimers N] [--machine vm] [--only KIND]
+        [--name HOST] [--keep]
 
 plan.py has the kinds of faults; --only has one of them, and may be repeated. `--machine vm` is an emulated machine with
-Debian 13 and cgroup v2, whose clock is stepped too. After each fault more slots than the warm pool has are claimed; the
-time until all are there is the recovery. After every ten, and at the end, the host has to come to rest with nothing
-lost, doubled or left behind: slots, records, scopes, cgroups, processes, mounts, namespaces, interfaces, user ids,
-descriptors. The figures go to standard output and to $NBAGENT_CACHE/chaos. The exit status is 1 after a problem.
+Debian 13 and cgroup v2, whose clock is stepped too. It is slow, so a run has fewer faults, users and callers there;
+with --first the next run begins with the fault that follows those of the former one. --keep leaves the host up, and
+uses one that is up, on which it first releases the slots of a run that was interrupted. After each fault more slots
+than the warm pool has are claimed; the time until all are there is the recovery. After every ten, and at the end, the
+host has to come to rest with nothing lost, doubled or left behind: slots, records, scopes, cgroups, processes, mounts,
+namespaces, interfaces, user ids, descriptors. The figures go to standard output and to $NBAGENT_CACHE/chaos. The exit
+status is 1 after a problem.
 """
 
 from __future__ import annotations
@@ -67,6 +70,7 @@ class Chaos:
         self.excused: list[tuple[float, float]] = []
 
     def run(self) -> None:
+        since = hosts.journal_cursor(self.host)
         self.rest("before the first fault", set())
         chosen = [kind for kind in self.kinds() if not self.options.only or kind.name in self.options.only]
         before = self.inside.census()
@@ -78,9 +82,10 @@ class Chaos:
         for claimer in self.claimers:
             claimer.start()
         with ThreadPoolExecutor(WARM + 1) as threads:
-            for fault in plan.faults(self.options.seed, self.options.faults, chosen):
+            first, last = self.options.first, self.options.first + self.options.faults - 1
+            for fault in plan.faults(self.options.seed, last, chosen)[first - 1:]:
                 self.inflict(fault, threads)
-                if fault.number % CENSUS_EVERY == 0 or self.options.faults == fault.number:
+                if fault.number % CENSUS_EVERY == 0 or fault.number == last:
                     self.pause(lambda fault=fault: self.rest(f"after fault {fault.number}", self.held()))
         self.stop.set()
         for thread in (*self.claimers, *self.users):
@@ -92,7 +97,7 @@ class Chaos:
         self.rest("at the end", set())
         self.compare(before, self.inside.census())
         self.check_descriptors()
-        self.check_journal()
+        self.check_journal(since)
 
     def kinds(self) -> tuple[plan.Kind, ...]:
         """The kinds of faults of this host."""
@@ -156,7 +161,7 @@ class Chaos:
             except (OSError, ValueError) as error:
                 found = [str(error)]
                 continue
-            found = differences(slots, self.inside.census(), held)
+            found = differences(slots, self.inside.census, held)
         if found:
             self.book.problem(f"{when} not at rest in {REST_S:g} s: {'; '.join(found)}")
 
@@ -188,10 +193,11 @@ class Chaos:
         if more:
             self.book.problem(f"descriptors of a new and of the old supervisor: {more}")
 
-    def check_journal(self) -> None:
+    def check_journal(self, since: str) -> None:
         """No service has reported an error that it does not expect."""
-        pattern = "Traceback|unexpected error|never retrieved"
-        found = self.host.run(["journalctl", "--no-pager", "-q", "-o", "short-unix", "--grep", pattern], check=False)
+        grep = ["--grep", "Traceback|unexpected error|never retrieved"]
+        command = ["journalctl", "--no-pager", "-q", "-o", "short-unix", "--after-cursor", since, *grep]
+        found = self.host.run(command, check=False)
         ours = [
             line for line in found.stdout.splitlines() if ("nbagent" in line or "gunicorn" in line)
             and not any(began_s <= float(line.split()[0]) <= ended_s for began_s, ended_s in self.excused)
@@ -208,7 +214,7 @@ def report(run: Chaos, took_s: float) -> dict[str, Any]:
         kinds.setdefault(f"{fault.kind} {fault.target}", []).append(recovered_s)
     book = run.book
     return {
-        "seed": run.options.seed, "faults": len(run.recoveries), "took_s": round(took_s),
+        "seed": run.options.seed, "first": run.options.first, "faults": len(run.recoveries), "took_s": round(took_s),
         "missed": [str(fault) for fault in run.missed],
         "faults_by_kind": dict(Counter(fault.kind for fault, _, _ in run.recoveries)),
         "recovery_s": summary(recoveries),
@@ -222,20 +228,25 @@ def report(run: Chaos, took_s: float) -> dict[str, Any]:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--faults", type=int, default=200)
+    parser.add_argument("--faults", type=int, help="how many; 200, on an emulated machine 23")
+    parser.add_argument("--first", type=int, default=1, help="the number of the first")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
-    parser.add_argument("--users", type=int, default=6)
-    parser.add_argument("--claimers", type=int, default=2)
+    parser.add_argument("--users", type=int, help="6, on an emulated machine 2")
+    parser.add_argument("--claimers", type=int, help="2, on an emulated machine 1")
     parser.add_argument("--machine", choices=("nspawn", "vm"), default="nspawn")
     parser.add_argument("--only", action="append", metavar="KIND", help="a kind of fault")
     parser.add_argument("--name", help="of the test host")
     parser.add_argument("--keep", action="store_true", help="leave the host up, and use one that is up")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for name, native, emulated in (("faults", 200, 23), ("users", 6, 2), ("claimers", 2, 1)):
+        if getattr(options, name) is None:
+            setattr(options, name, emulated if options.machine == "vm" else native)
+    return options
 
 
 def main() -> None:
     options = parse()
-    say(f"seed {options.seed}: CHAOS=\"--faults {options.faults} --seed {options.seed}\"")
+    say(f"seed {options.seed}: CHAOS=\"--faults {options.faults} --first {options.first} --seed {options.seed}\"")
     suite = "trixie" if options.machine == "vm" else "bookworm"
     name = options.name or (NAME if options.machine == "nspawn" else f"{NAME}-vm")
     with hosts.running(name, keep=options.keep, driver=options.machine, suite=suite) as host:
@@ -248,7 +259,7 @@ def main() -> None:
         found = report(run, time.monotonic() - began_s)
     out = product.CACHE / "chaos"
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"chaos-{options.seed}.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / f"chaos-{options.seed}-{options.first}.json").write_text(json.dumps(found, indent=1) + "\n")
     by_kind = found.pop("recovery_s_by_kind")
     print(json.dumps(found, indent=1))
     print("recovery in seconds by kind, the slowest first")

@@ -31,9 +31,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import hosts
 from at_rest import REST_S, WARM, differences
-from inside_host import Inside
+from inside_host import Act, Inside, fault, shell
 from people import DEADLINE_S, Book, Caller
-from plan import API, LAUNCH, NETWORK, ROUTER, SUPERVISOR, UNITS, Fault
+from plan import API, LAUNCH, NETWORK, ROUTER, SUPERVISOR, UNITS
 
 import product
 from notebook import Kernel, Notebook
@@ -59,8 +59,8 @@ class Exhausted(NamedTuple):
     """
 
     name: str
-    begin: tuple[str, ...]
-    end: tuple[str, ...]
+    begin: Act
+    end: Act
     journal: str
     metric: str
     doctor: str
@@ -68,10 +68,6 @@ class Exhausted(NamedTuple):
     serves: bool = False
     connects: bool = True
     machine: str = ""
-
-
-def shell(text: str) -> tuple[str, ...]:
-    return ("sh", "-c", text)
 
 
 def nearly(resource: str) -> str:
@@ -85,11 +81,6 @@ def left(resource: str) -> str:
 
 
 FAILURES = r"nbagent_pool_failures\{[^}]*\} [1-9]"
-
-
-def fault(kind: str, target: str) -> tuple[str, ...]:
-    """A fault of inside.py."""
-    return ("fault", kind, target)
 
 
 # The file system of the host's /var. It is a tmpfs, whose size and inodes can be lowered to what is used.
@@ -170,17 +161,9 @@ class Run:
         self.host, self.inside, self.api = host, inside, Api(host, timeout=self.book.deadline_s + 30)
         self.results: dict[str, Any] = {}
 
-    def act(self, words: tuple[str, ...]) -> None:
-        if words[0] == "fault":
-            self.inside.begin(Fault(0, words[1], words[2], 0.0, 1.0))
-        elif words[0] == "end":
-            self.inside.end(Fault(0, words[1], "", 0.0, 1.0))
-        else:
-            self.host.run(list(words))
-
     def rest(self, held: set[str]) -> float:
         began_s = time.monotonic()
-        while found := differences(self.api.get("/slots").json(), self.inside.census(), held):
+        while found := differences(self.api.get("/slots").json(), self.inside.census, held):
             if time.monotonic() > began_s + REST_S * self.slower:
                 raise SystemExit(f"not at rest: {found}")
             time.sleep(0.5)
@@ -231,8 +214,7 @@ class Run:
 
     def try_one(self, case: Exhausted, notebook: Notebook, kernel_id: str) -> None:
         services, problems = self.services(), len(self.book.problems)
-        cursor = self.host.run(["journalctl", "-q", "-n", "1", "--show-cursor", "-o", "cat"]).stdout
-        since = cursor.rpartition("-- cursor: ")[2].strip()
+        since = hosts.journal_cursor(self.host)
         with contextlib.ExitStack() as stack:
             # A new websocket, because Jupyter closes one whose client sends no pong for 90 s. It is open when the
             # kernel has responded.
@@ -240,7 +222,7 @@ class Run:
             threads = stack.enter_context(ThreadPoolExecutor(CLAIMS))
             self.run_cell(case, user)
             began_s = time.monotonic()
-            self.act(case.begin)
+            self.inside.act(case.begin)
             if time.monotonic() - began_s > PONG_S:
                 user = stack.enter_context(Kernel(notebook, kernel_id))
             try:
@@ -251,7 +233,7 @@ class Run:
                         self.run_cell(case, again)
                 found = self.alarms(case, since)
             finally:
-                self.act(case.end)
+                self.inside.act(case.end)
             ended_s = time.monotonic()
             found |= self.entries(case, since)
             right = ("a slot",) if case.serves else ("a slot", "503 ") if case.connects else ("a slot", "503 ", RESET)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import threading
@@ -13,7 +14,10 @@ from plan import Fault
 
 from testhost_driver import Host
 
+# A command of the host, or ("fault", KIND, TARGET), or ("end", KIND).
+Act = tuple[str, ...]
 PROGRAM = Path(__file__).with_name("inside.py")
+END_S = 120.0
 
 
 class Inside:
@@ -21,6 +25,7 @@ class Inside:
 
     def __init__(self, host: Host) -> None:
         host.copy_in(PROGRAM, "/root/")
+        self._host = host
         self._lock = threading.Lock()
         self._process = host.popen(
             ["python3", "-u", "/root/inside.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -30,7 +35,10 @@ class Inside:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # At the end of its input it ends the faults that last.
         self._process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_S)
         self._process.stdout.close()
         self._process.kill()
         self._process.wait()
@@ -51,6 +59,16 @@ class Inside:
         """Use of the processes of nbagent."""
         return self._do({"do": "load"})
 
+    def act(self, words: Act) -> bool:
+        """Executes a command of the host, or begins or ends a fault; False when the fault hit nothing."""
+        if words[0] == "fault":
+            return self.begin(Fault(0, words[1], words[2], 0.0, 1.0)) not in (None, [])
+        if words[0] == "end":
+            self.end(Fault(0, words[1], "", 0.0, 1.0))
+        else:
+            self._host.run(list(words))
+        return True
+
     def _do(self, request: dict[str, str]) -> Any:
         with self._lock:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -59,3 +77,12 @@ class Inside:
         if "error" in response:
             raise RuntimeError(response["error"])
         return response["ok"]
+
+
+def shell(text: str) -> Act:
+    return ("sh", "-c", text)
+
+
+def fault(kind: str, target: str) -> Act:
+    """The begin of a fault of inside.py."""
+    return ("fault", kind, target)

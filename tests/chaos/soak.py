@@ -52,7 +52,7 @@ CROWD_GROWTH = {("nbagent-api", "tasks"): 2 * 64, ("nbagent-api", "rss_kib"): 16
 def rest(host: Host, inside: Inside) -> None:
     """Waits until no slot is claimed and the host is at rest."""
     api, until_s = Api(host), time.monotonic() + REST_S
-    while found := differences(api.get("/slots").json(), inside.census(), set()):
+    while found := differences(api.get("/slots").json(), inside.census, set()):
         if time.monotonic() > until_s:
             raise SystemExit(f"not at rest: {found}")
         time.sleep(0.5)

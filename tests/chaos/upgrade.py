@@ -222,7 +222,7 @@ class Reboot:
     def _check_rest(self, held: set[str]) -> None:
         with Inside(self.host) as inside:
             until_s = time.monotonic() + REST_S
-            while found := differences(Api(self.host).get("/slots").json(), inside.census(), held):
+            while found := differences(Api(self.host).get("/slots").json(), inside.census, held):
                 if time.monotonic() > until_s:
                     self.book.problem(f"after the reboot not at rest: {'; '.join(found)}")
                     return

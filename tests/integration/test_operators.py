@@ -249,6 +249,26 @@ def test_doctor_finds_a_stopped_service(agent):
     assert cli(agent, "doctor")[0] == 0
 
 
+def test_doctor_finds_faults_that_a_warm_slot_does_not_meet(agent):
+    """The launch service does not respond, which only a claim with content needs, and a service has lost its user,
+    which it needs at its next start. `make test-doctor` has all other faults."""
+    agent.run("systemctl", "start", "nbagent-launch")
+    agent.run("systemctl", "kill", "-s", "STOP", "nbagent-launch")
+    agent.run("sed", "-i.former", "/^nbagent-router:/d", "/etc/passwd")
+    try:
+        status, text, _ = cli(agent, "doctor", "--json")
+    finally:
+        agent.run("mv", "/etc/passwd.former", "/etc/passwd")
+        agent.run("systemctl", "kill", "-s", "CONT", "nbagent-launch")
+    findings = {finding["name"]: finding for finding in json.loads(text)}
+    start, users = findings["start of a slot"], findings["users"]
+    assert (status, start["status"], users["status"]) == (1, "fail", "fail")
+    assert "gets no content of a claim" in start["found"]
+    assert start["mend"].startswith("systemctl restart nbagent-launch")
+    assert users["found"].startswith("missing: nbagent-router; ") and "systemd-sysusers" in users["mend"]
+    assert cli(agent, "doctor")[0] == 0
+
+
 FAULTS = {
     "router": tuple(["systemctl", "kill", "-s", signal, "nbagent-router"] for signal in ("STOP", "CONT")),
     "systemd": tuple(["systemctl", "kill", "-s", signal, "nbagent-units"] for signal in ("STOP", "CONT")),

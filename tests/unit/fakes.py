@@ -21,6 +21,7 @@ from nbagent.core.errors import ImageNotFound, StartFailed
 from nbagent.core.events import Event
 from nbagent.core.model import Limits, Slot
 from nbagent.image.store import Image
+from nbagent.launch.requests import OpenedSlot
 from nbagent.linux.cgroup import Cgroup
 from nbagent.policy.admission import Pressure
 from nbagent.sandbox.spec import Uplink
@@ -130,6 +131,7 @@ class FakeLauncher:
         self.gate: asyncio.Event | None = None
         self.error: Exception | None = None
         self.serves = True
+        self.reason = ""
         self.launched: list[str] = []
         self.prepared = 0
 
@@ -151,7 +153,7 @@ class FakeLauncher:
         if self.error is not None:
             raise self.error
         process = self.systemd.run(slot.scope)
-        return Launched(os.getpid(), process, activity.create(), self.serves)
+        return Launched(os.getpid(), process, activity.create(), self.serves, launch_reason=self.reason)
 
 
 class FakeZygotes:
@@ -306,6 +308,7 @@ class Host:
             (path / "cgroup" / name).write_text(text)
         self.records = Records(path / "slots")
         self.memory, self.pressure = Memory(64 << 30, 32 << 30), Pressure()
+        self.open_error: Exception | None = None
         self.changed: asyncio.Event
         self.supervisor: Supervisor
         self._loop: asyncio.Task[None]
@@ -324,11 +327,17 @@ class Host:
         self.supervisor = compose(Surroundings(
             self.config, self.systemd, self.store, self.launcher, self.zygotes, self.records, self.network,
             self.path / "drain", self.changed, lambda: self.memory, lambda _: self.pressure, self._cgroup_of,
-            self.path / "router-check.sock",
+            self.path / "router-check.sock", open_slot=self._open_slot,
         ))
         await self.supervisor.adoption.run()
         self.supervisor.images.refresh()
         self._loop = asyncio.ensure_future(self.supervisor.agent.run())
+
+    async def _open_slot(self, scope: str, pid: int) -> OpenedSlot:
+        """The launch service's response about a slot."""
+        if self.open_error is not None:
+            raise self.open_error
+        return OpenedSlot(*(os.open("/dev/null", os.O_RDONLY) for _ in OpenedSlot._fields))
 
     def _cgroup_of(self, pid: int) -> Cgroup:
         """A cgroup of version 2 in plain files, the same for every slot."""

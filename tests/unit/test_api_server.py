@@ -233,6 +233,38 @@ def test_reload_applies_valid_settings_and_keeps_the_former_ones_otherwise(tmp_p
     assert len(lines) == 1 and lines[0].startswith("<3>configuration not reloaded: ")
 
 
+WORKERS_WITH_SIGTERM = """
+import os, signal, socket, sys
+from nbagent.web import gunicorn_app
+from nbagent.web.server import Service
+
+fork = os.fork
+
+def fork_and_end():
+    pid = fork()
+    if pid:
+        os.kill(pid, signal.SIGTERM)
+        print(pid, flush=True)
+    return pid
+
+os.fork = fork_and_end
+gunicorn_app.configure_logging()
+shape = gunicorn_app.Shape(workers=1, graceful_s=60)
+service = Service(lane_of=lambda listener, peer: None, body_max_bytes=0)
+gunicorn_app.GunicornApp("test", lambda: None, lambda _: shape, lambda _: service, f"unix:{sys.argv[1]}").run()
+"""
+
+
+def test_a_worker_that_gets_sigterm_before_its_first_instruction_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WORKERS_WITH_SIGTERM, str(tmp_path / "socket")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as arbiter:
+        # The arbiter starts a worker after the former one has ended.
+        pids = {arbiter.stdout.readline() for _ in range(5)}
+        arbiter.terminate()
+        _, stderr = arbiter.communicate(timeout=30)
+    assert len(pids) == 5 and stderr == "" and arbiter.returncode == 0
+
+
 def test_request_during_a_restart_gets_a_response(tmp_path: Path) -> None:
     with FakeSupervisor(tmp_path / "control.sock"):
         server = Server(tmp_path)

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from nbagent import doctor
 from nbagent.config import host_config
 from nbagent.core import paths
 from nbagent.core.proxies import HttpProxy
-from nbagent.doctor import capacity, kernel, network, services, system
+from nbagent.doctor import capacity, kernel, limits, network, services, system
 from nbagent.doctor.finding import Finding
 from nbagent.image import ids
 from nbagent.image.store import ImageStore
@@ -43,10 +45,18 @@ def host(root: Path, files: dict[str, str]) -> Path:
 
 
 def test_a_host_without_systemd_fails(tmp_path: Path) -> None:
-    finding = kernel.check_pid1(host(tmp_path, {"proc/1/comm": "sh\n"}))
+    finding = kernel.check_pid1(host(tmp_path, {"proc/1/comm": "sh\n"}), responds=False)
     assert (finding.status, finding.found) == ("fail", "PID 1 is sh")
     (tmp_path / "run/systemd/system").mkdir(parents=True)
-    assert kernel.check_pid1(tmp_path).status == "ok"
+    assert kernel.check_pid1(tmp_path, responds=True).status == "ok"
+
+
+def test_a_systemd_that_does_not_respond_fails_once_and_units_are_not_known(tmp_path: Path) -> None:
+    (tmp_path / "run/systemd/system").mkdir(parents=True)
+    finding = kernel.check_pid1(tmp_path, responds=False)
+    assert finding.status == "fail" and "does not respond" in finding.found and "systemctl reboot -ff" in finding.mend
+    unit = services.check_unit("nbagent.service", system.unknown_state)
+    assert unit.status == "warn" and "service manager" in unit.mend
 
 
 @pytest.mark.parametrize(
@@ -362,6 +372,113 @@ def test_a_check_without_permission_is_a_warning(tmp_path: Path) -> None:
     assert "root" in finding.mend
 
 
+@pytest.mark.parametrize(("error", "mend"), [
+    (OSError(errno.ENOSPC, "No space left on device"), "delete files of the full file system"),
+    (OSError(errno.EIO, "Input/output error"), "errors of the disk"),
+    (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "processes"),
+    (subprocess.TimeoutExpired(["nft"], 3.0), "as root|--reinstall"),
+])
+def test_a_check_that_a_fault_of_the_host_stops_names_its_remedy(error: Exception, mend: str) -> None:
+    def check_files() -> Finding:
+        raise error
+
+    finding = doctor._guarded(check_files)
+    assert finding.status == "warn" and str(error) in finding.found and re.search(mend, finding.mend)
+
+
+def test_users_of_services_must_exist() -> None:
+    sysusers = (Path(__file__).parents[2] / "packaging/nbagent.sysusers").read_text()
+    assert services.USERS.keys() == set(re.findall(r"^u (\S+)", sysusers, re.M))
+    units = Path(__file__).parents[2] / "units"
+    for user, names in services.USERS.items():
+        assert f"\nUser={user}\n" in (units / names[-1]).read_text()
+    assert services.check_users(services.USERS, lambda user: True).status == "ok"
+    finding = services.check_users(services.USERS, lambda user: user != "nbagent-router")
+    assert finding.status == "fail" and "missing: nbagent-router; " in finding.found
+    assert finding.mend == "systemd-sysusers nbagent.conf; then systemctl restart nbagent-router.service"
+    # The DNS update has its user, and does not run on this host.
+    assert doctor._users(SETTINGS) == ["nbagent", "nbagent-router"]
+    assert doctor._users(host_config.parse({"dns": {"server": "192.0.2.53", "zone": "x.example"}}))[-1] == "nbagent-dns"
+    assert system.has_user("root") and not system.has_user("no such user")
+
+
+@pytest.mark.parametrize(("error", "text"), [
+    (subprocess.TimeoutExpired(["journalctl"], 10.0), "no response within 10 s"),
+    (OSError("Failed to connect to /run/systemd/journal/io.systemd.journal: Connection refused"), "refused"),
+])
+def test_a_journal_that_writes_nothing_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, text: str
+) -> None:
+    def sync() -> None:
+        raise error
+
+    assert services.check_journald(lambda: None).status == "ok"
+    monkeypatch.setattr(services.os, "geteuid", lambda: 0)
+    finding = services.check_journald(sync)
+    assert finding.status == "warn" and text in finding.found
+    assert finding.mend.startswith("systemctl restart systemd-journald")
+    # The socket is root's.
+    monkeypatch.setattr(services.os, "geteuid", lambda: 1000)
+    assert services.check_journald(sync).mend == "run nbagent doctor as root"
+
+
+def test_the_resolver_of_slots_must_respond() -> None:
+    assert "not in use" in network.check_resolver("192.0.2.1").found
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as server:
+        server.bind(("127.0.0.1", 0))
+
+        def respond() -> None:
+            question, client = server.recvfrom(512)
+            server.sendto(question, client)
+
+        thread = threading.Thread(target=respond)
+        thread.start()
+        assert network.check_resolver("127.0.0.1", server.getsockname()[1]).status == "ok"
+        thread.join()
+        port = server.getsockname()[1]
+    finding = network.check_resolver("127.0.0.1", port)
+    assert finding.status == "fail" and finding.mend.startswith("systemctl restart nbagent-dns")
+
+
+def unit(name: str, **properties: object) -> limits.Unit:
+    return {"Id": name, **{key: str(value) for key, value in properties.items()}}
+
+
+@pytest.mark.parametrize(("properties", "found"), [
+    ({"TasksCurrent": 9, "TasksMax": 4915, "MemoryCurrent": 1 << 20, "MemoryMax": "infinity"}, ""),
+    ({"TasksCurrent": "[not set]", "TasksMax": "infinity", "MemoryCurrent": (1 << 64) - 1, "MemoryMax": 4096}, ""),
+    ({"TasksCurrent": 5, "TasksMax": 7}, "nbagent.service has 5 of 7 tasks"),
+    ({"TasksCurrent": 980, "TasksMax": 1000}, "nbagent.service has 980 of 1000 tasks"),
+    ({"MemoryCurrent": 99, "MemoryMax": 100}, "nbagent.service has 99 of 100 bytes of memory"),
+    ({"MainPID": 7}, "nbagent.service has 2 of 5 descriptors"),
+    ({"MainPID": 9}, ""),
+])
+def test_a_service_near_its_limits_is_a_warning(tmp_path: Path, properties: dict[str, object], found: str) -> None:
+    host(tmp_path, {"proc/7/task/7/children": "8 9 ", "proc/8/limits": "Max open files  5  524288  files\n"})
+    host(tmp_path, {f"proc/{pid}/fd/{number}": "" for pid in (7, 8) for number in (0, 1)})
+    finding = limits.check_limits(tmp_path, lambda *_: [unit("nbagent.service", **properties)])
+    assert finding.status == ("warn" if found else "ok")
+    assert not found or (finding.found, "systemctl edit nbagent.service" in finding.mend) == (found, True)
+
+
+@pytest.mark.parametrize(("count", "started_s", "status"), [(0, 990, "ok"), (3, 990, "warn"), (3, 900, "ok")])
+def test_a_service_that_has_ended_lately_is_a_warning(count: int, started_s: int, status: str) -> None:
+    properties = {"NRestarts": count, "ExecMainStartTimestampMonotonic": started_s * 1_000_000}
+    found = [unit("nbagent-api.service", **properties), unit("nbagent.slice")]
+    finding = limits.check_restarts(lambda *_: found, lambda: 1000.0)
+    assert finding.status == status
+    assert ("has ended 3 times, the last time 10 s ago" in finding.found) == (status == "warn")
+
+
+def test_the_limits_of_all_services_are_read() -> None:
+    units = Path(__file__).parents[2] / "units"
+    lasting = {
+        path.name.replace("@.", "@*.") for path in units.glob("nbagent*.service")
+        if "Restart=always" in path.read_text() and "gateway" not in path.name
+    }
+    assert lasting - {"nbagent-dns-update.service"} <= set(limits.UNITS)
+
+
 def test_a_check_whose_file_is_missing_names_the_package_to_root(monkeypatch: pytest.MonkeyPatch) -> None:
     def check_files() -> Finding:
         raise FileNotFoundError(2, "No such file or directory", "/usr/lib/nbagent/router.conf")
@@ -466,7 +583,7 @@ def test_the_proxy_is_tried(
         settings = host_config.parse(PROXIED | {"claims": {"archives": archives}})
         proxy = HttpProxy("127.0.0.1", server.getsockname()[1])
         assert network.check_proxy(tmp_path, settings, proxy).found.endswith("which slots do not reach")
-        monkeypatch.setattr(network, "_is_own", lambda _: False)
+        monkeypatch.setattr(network, "_is_own", lambda *_: False)
         found = network.check_proxy(tmp_path, settings, proxy)
         thread.join()
     assert found.status == status and text in found.found, found
@@ -480,7 +597,7 @@ def test_a_proxy_that_slots_or_the_host_do_not_reach_is_a_failure(
     assert "does not forward IPv6" in network.check_proxy(tmp_path, settings, HttpProxy("2001:db8::8", 3128)).found
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    monkeypatch.setattr(network, "_is_own", lambda _: False)
+    monkeypatch.setattr(network, "_is_own", lambda *_: False)
     found = network.check_proxy(tmp_path, settings, HttpProxy("127.0.0.1", port))
     assert found.status == "fail" and "Connection refused" in found.found
 
@@ -591,9 +708,12 @@ def test_every_part_of_the_host_that_is_tried_has_a_remedy_and_a_metric(tmp_path
 def test_a_start_is_tried_by_the_supervisor(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
     assert services.check_start(path).status == "fail"
-    with FakeSupervisor(path):
+    with FakeSupervisor(path) as fake:
         finding = services.check_start(path)
         assert finding.status == "ok" and finding.found.startswith("by exec in ")
+        fake._host.open_error = TimeoutError()
+        finding = services.check_start(path)
+        assert finding.status == "fail" and finding.mend.startswith("systemctl restart nbagent-launch")
         assert services.check_zygotes(path).status == "ok"
 
 

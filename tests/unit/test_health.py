@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import Host
+from fakes import Host, make_image
 
 from nbagent.core.errors import Full, RecordFailed, StartFailed
 from nbagent.core.events import Event
 from nbagent.supervisor import health
+from nbagent.wire.failure import Failure, StepFailed
 
 
 @contextlib.contextmanager
@@ -237,6 +238,45 @@ def test_a_trial_reports_a_start_that_fails(tmp_path):
             with pytest.raises(StartFailed, match="no program"):
                 await host.calls.try_start()
             await warm(host)
+            # A full pool starts no slot that could end its failures.
+            assert not host.calls.stats()["pools"]["minimal"]["failures"]
+
+
+def test_a_trial_that_succeeds_ends_the_pause_after_failed_starts(tmp_path):
+    async def run():
+        async with Host(tmp_path) as host:
+            await warm(host)
+            host.supervisor.pools.start_failed("minimal", StartFailed("no program", step="exec"))
+            await host.calls.try_start()
+            assert not host.calls.stats()["pools"]["minimal"]["failures"]
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [
+    TimeoutError(), ConnectionRefusedError("refused"), StepFailed(Failure("launch", 0, "no response within 20 s")),
+])
+def test_a_trial_reports_a_launch_service_that_does_not_respond(tmp_path, error):
+    async def run():
+        async with Host(tmp_path) as host:
+            await warm(host)
+            host.open_error = error
+            with pytest.raises(StartFailed, match=r"gets no content of a claim: (no resp|refused|launch)") as raised:
+                await host.calls.try_start()
+            assert raised.value.details["step"] == "launch"
+            await warm(host)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("forks", "reason"), [(True, "its zygote failed: it ended"), (False, "")])
+def test_a_trial_has_the_reason_for_a_start_by_exec_where_slots_are_forked(tmp_path, forks, reason):
+    async def run():
+        async with Host(tmp_path) as host:
+            await warm(host)
+            host.supervisor.pools["minimal"].image = make_image(tmp_path, launch="fork" if forks else "exec")
+            host.launcher.reason = "its zygote failed: it ended"
+            assert (await host.calls.try_start())["launch_reason"] == reason
 
     asyncio.run(run())
 

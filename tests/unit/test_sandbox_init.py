@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from nbagent.core.events import Event
+from nbagent.linux import journal
 from nbagent.runtime import init
 from nbagent.wire.channel import Channel
 
@@ -120,6 +121,21 @@ def test_lines_become_entries_when_journald_has_ended_the_stream(slot):
     output.finish("the end")
     assert entries.recv(1000) == header + b"the end\n"
     assert output.note_due_s is None  # nothing was dropped
+
+
+def test_a_slot_starts_while_journald_is_stopped_with_its_sockets(slot, tmp_path):
+    """The lines are counted, because nothing has them."""
+    printed, _, _, connected = slot
+    path = tmp_path / "socket"
+    for is_there in (False, True):
+        if is_there:
+            with socket.socket(socket.AF_UNIX) as closed:
+                closed.bind(str(path))
+        with journal.stream("a", "a.scope", str(path)) as stream, journal.entries(str(path)) as entries:
+            output = init.Output(connected.event, connected.subject, connected.source_fd, stream, entries, "a")
+            printed.write(b"one\ntwo\n")
+            assert output.pass_on()
+            assert output._lines == 2
 
 
 def test_a_journal_that_accepts_nothing_blocks_the_slot_once(slot, monkeypatch):

@@ -30,14 +30,17 @@ LIMITS = Limits(1 << 30, 100, 0.25, 256)
 UNITS = {10: "nbagent-launch.service", 11: ZYGOTE, 12: "ssh.service", 13: "nbagent.service", 14: SCOPE, 15: ""}
 
 
-RESULTS = {"scopes": [SCOPE], "zygotes": [SCOPE], "scope_limits": LIMITS, "main_pid": 4711, "is_stopping": True}
+RESULTS = {"scopes": [SCOPE], "zygotes": [SCOPE], "scope_limits": LIMITS, "main_pid": 4711}
 
 
 class Manager:
     """Records the calls; `error` is raised by each, after `blocks_s`, for which nothing else is done."""
 
     def __init__(self):
-        self.calls, self.error, self.blocks_s = [], None, 0.0
+        self.calls, self.error, self.blocks_s, self.host_stops = [], None, 0.0, False
+
+    def is_stopping(self):
+        return self.host_stops
 
     def __getattr__(self, name):
         def record(*arguments, **settings):
@@ -57,7 +60,7 @@ class Service:
     """The service in a thread with an event loop of its own."""
 
     def __init__(self, path):
-        self.manager = Manager()
+        self.manager, self.notified = Manager(), []
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.listener.bind(str(path))
         self.listener.listen()
@@ -68,15 +71,19 @@ class Service:
 
     async def _run(self):
         self.loop, self.stop = asyncio.get_running_loop(), asyncio.Event()
-        serving = asyncio.ensure_future(serve(self.manager, self.listener))
+        serving = asyncio.ensure_future(serve(self.manager, self.listener, self.stop, notify=self.notified.append))
         self.ready.set()
-        await self.stop.wait()
-        serving.cancel()
-        await asyncio.gather(serving, return_exceptions=True)
+        await serving
+
+    def end(self):
+        """As SIGTERM does; returns at once."""
+        self.loop.call_soon_threadsafe(self.stop.set)
 
     def close(self):
-        self.loop.call_soon_threadsafe(self.stop.set)
-        self.thread.join()
+        self.manager.host_stops = False
+        if self.thread.is_alive():
+            self.end()
+            self.thread.join()
         self.listener.close()
 
 
@@ -102,13 +109,13 @@ async def test_every_call_arrives_with_its_arguments(service):
         await systemd.stop(SCOPE, at_once=True)
         await systemd.stop(ZYGOTE)
         assert await systemd.scopes() == await systemd.zygotes() == [SCOPE]
-        assert await systemd.is_stopping() is True
+        assert await systemd.is_stopping() is False
         assert service.manager.calls == [
             ("start_scope", SCOPE, [10, 11], "Notebook slot", LIMITS, 60.0, 3.5), ("attach", SCOPE, [11]),
             ("set_limits", SCOPE, Limits(1 << 30, 100, None, 256)), ("set_swap", SCOPE, 0),
             ("set_cpu_weight", ZYGOTE, 1),
             ("start", ZYGOTE, False), ("start", "nbagent-dns.service", True), ("stop", SCOPE, True),
-            ("stop", ZYGOTE, False), ("scopes",), ("zygotes",), ("is_stopping",),
+            ("stop", ZYGOTE, False), ("scopes",), ("zygotes",),
         ]
 
 
@@ -170,6 +177,27 @@ async def test_memory_is_reclaimed_from_the_cgroup_of_a_process_in_the_scope(ser
                 await systemd.reclaim(SCOPE, pid, 4096)
         assert [size for _, size in written] == [4096]
         await systemd.prime()
+
+
+async def test_at_a_shutdown_of_the_host_the_service_ends_after_the_supervisor(service):
+    service.manager.host_stops = True
+    with contextlib.closing(Systemd()) as systemd:
+        await systemd.prime()
+        service.end()
+        assert await systemd.is_stopping() is True
+        await systemd.stop(SCOPE)
+        await asyncio.sleep(0.05)
+        assert await systemd.is_stopping() is True and service.notified == ["EXTEND_TIMEOUT_USEC=5000000"]
+    await asyncio.to_thread(service.thread.join, 5)
+    assert not service.thread.is_alive()
+
+
+async def test_otherwise_the_service_ends_before_the_supervisor(service):
+    with contextlib.closing(Systemd()) as systemd:
+        await systemd.prime()
+        service.end()
+        await asyncio.to_thread(service.thread.join, 5)
+        assert not service.thread.is_alive() and service.notified == []
 
 
 async def test_failures_keep_their_kind(service):

@@ -93,6 +93,14 @@ def test_services_with_a_loop_of_their_own_have_a_watchdog(name):
     assert re.search(r"^WatchdogSec=30$", text, re.M) and re.search(r"^WatchdogSignal=SIGKILL$", text, re.M)
 
 
+def test_a_call_of_pid_1_that_blocks_the_units_service_ends_before_its_watchdog():
+    text = (UNITS / "nbagent-units.service").read_text()
+    interval_s = int(re.search(r"^WatchdogSec=(\d+)$", text, re.M)[1])
+    longest_s = int(re.search(r"^Environment=SYSTEMD_BUS_TIMEOUT=(\d+)s$", text, re.M)[1])
+    # The watchdog is notified before a call when a third of the interval has passed.
+    assert interval_s / 3 + longest_s < interval_s
+
+
 class Exhausted:
     """A listening socket whose accept(2) fails."""
 
