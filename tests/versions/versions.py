@@ -35,6 +35,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ from waits import check_waits
 import product
 from archives import Archive, Layers
 from conftest import Agent
+from nbagent.core import paths
 from notebook import Notebook
 from product import say
 from testhost_driver import Host, aptsources, state
@@ -242,6 +244,14 @@ def imported(agent: Agent, version: Version) -> Iterator[None]:
         agent.run("nbagent", "image", "remove", version.name, check=False)
 
 
+def stored(version: Version, directory: Path) -> Path:
+    """The image's directory in the store of a container that imports it, copied into `directory`."""
+    with agent_for([version], False, Machine(f"{version.name}-store")) as agent, imported(agent, version):
+        digest = Path(agent.run("readlink", f"{paths.IMAGES}/names/{version.name}").strip()).name
+        agent.host.copy_out(f"{paths.IMAGES}/{digest}", directory)
+    return directory / digest
+
+
 def wait_for_zygote(agent: Agent, image: str, *, complete: bool = False) -> None:
     """Waits until the image's zygote forks, after its warm-up if `complete`, or has failed for good."""
     def is_settled() -> bool:
@@ -311,7 +321,11 @@ def show(rows: Sequence[Sequence[str]]) -> None:
 
 
 class Machine(NamedTuple):
-    """The host of a run, with the options of `Host.up`, and the settings of the product."""
+    """The host of a run, with the options of `Host.up`, the product's packages and settings, and an image of its store.
+
+    `store` is the image's directory in the store of another host, and `image` its name: an emulated processor takes
+    more than ten minutes to import one.
+    """
 
     name: str
     driver: str = "nspawn"
@@ -319,6 +333,9 @@ class Machine(NamedTuple):
     memory: str | None = None
     cpus: int | None = None
     settings: str = SETTINGS
+    packages: Sequence[str] = product.HOST
+    store: Path | None = None
+    image: str = ""
 
 
 CONTAINER = Machine("versions")
@@ -327,17 +344,20 @@ CONTAINER = Machine("versions")
 @contextmanager
 def agent_for(wanted: Sequence[Version], keep: bool, machine: Machine = CONTAINER) -> Iterator[Agent]:
     """A host with the product, after the layers of the images have been built; `keep` leaves it up for the next run."""
-    packages = product.build(say)
+    packages = product.build(say, machine.packages)
     for version in wanted:
         layer(version)
-    options = machine._asdict()
-    settings = options.pop("settings")
-    host = Host.attach(machine.name) if keep and machine.name in state.names() else Host.up(**options)
+    up = partial(Host.up, machine.name, machine.driver, machine.suite, machine.memory, machine.cpus)
+    host = Host.attach(machine.name) if keep and machine.name in state.names() else up()
     if keep:
         host.keep()
     try:
+        if machine.store is not None:
+            host.copy_in(machine.store, f"{paths.IMAGES}/")
+            host.run(["mkdir", "-p", f"{paths.IMAGES}/names"])
+            host.run(["ln", "-sfn", f"../{machine.store.name}", f"{paths.IMAGES}/names/{machine.image}"])
         host.run(["mkdir", "-p", "/etc/nbagent/conf.d"])
-        host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=settings)
+        host.run(["tee", "/etc/nbagent/conf.d/50-test.toml"], input=machine.settings)
         product.add_changed(host, packages, say)
         host.run(["systemctl", "reload", "nbagent"])
         product.wait_warm(host)
