@@ -28,6 +28,8 @@ PID_MAX, FILE_MAX = Path("/proc/sys/kernel/pid_max"), Path("/proc/sys/fs/file-ma
 # Services whose descriptors, memory and tasks are counted.
 SERVICES = ("nbagent", "nbagent-api", "nbagent-router", "nbagent-units", "nbagent-launch", "nbagent-network")
 CGROUPS = ("/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified", "/sys/fs/cgroup")
+# Other processes write to a file system between the reading of its use and the setting of its limit.
+FILL_TRIES = 20
 # Left for the processes of the host itself.
 FREE_DESCRIPTORS, FREE_TASKS = 3, 2
 FREE_MEMORY = 64 << 10
@@ -291,17 +293,24 @@ def flood_journal():
 
 
 def fill(target):
-    """Lowers the limits of a tmpfs to what it has, which takes no memory. Returns it, its former size and inodes."""
-    path = target.rpartition(" ")[2]
-    status = os.statvfs(path)
-    page = resource.getpagesize()
-    blocks = (status.f_blocks - status.f_bfree) * status.f_frsize // page
-    if target.startswith("blocks"):
+    """Lowers the limits of a tmpfs to what it has, which takes no memory. Returns it, its former size and inodes.
+
+    The kernel refuses limits below what it has by then. Raises RuntimeError.
+    """
+    path, page = target.rpartition(" ")[2], resource.getpagesize()
+    before = os.statvfs(path)
+    for _ in range(FILL_TRIES):
+        status = os.statvfs(path)
+        blocks = (status.f_blocks - status.f_bfree) * status.f_frsize // page
         # The unused part of the last pages of files remains.
-        run("mount", "-o", f"remount,size={(blocks + 1) * page}", path)
-    else:
-        run("mount", "-o", f"remount,nr_inodes={status.f_files - status.f_ffree + 1}", path)
-    return path, status.f_blocks * status.f_frsize, status.f_files
+        limit = f"size={(blocks + 1) * page}"
+        if not target.startswith("blocks"):
+            limit = f"nr_inodes={status.f_files - status.f_ffree + 1}"
+        run("mount", "-o", f"remount,{limit}", path)
+        after = os.statvfs(path)
+        if (after.f_blocks, after.f_files) != (before.f_blocks, before.f_files):
+            return path, before.f_blocks * before.f_frsize, before.f_files
+    raise RuntimeError(f"the limits of {path} were not lowered")
 
 
 def empty(before):
