@@ -86,9 +86,11 @@ def main() -> None:
 
 
 def _become(plan: Plan) -> None:
-    # A host's PID 1 has the ordinary policy. A process of a real-time policy that starts the host would pass its own
-    # on, and the kernel refuses to move such a process into a cgroup (EINVAL; RT_GROUP_SCHED).
+    # A host's PID 1 has the ordinary policy and priority, whatever the process has that starts the host. The kernel
+    # refuses to move a process of a real-time policy into a cgroup (EINVAL; RT_GROUP_SCHED), and a program of a slot
+    # may change a priority below 0.
     os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    os.setpriority(os.PRIO_PROCESS, 0, 0)
     for path in plan.cgroup_procs:
         Path(path).write_text("0")
     if plan.netns:
