@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Makes the modules beside this file importable for every test, and gives the tests the ordinary policy and priority."""
+"""Makes the modules beside this file importable, and gives the tests the ordinary scheduling policy and priority."""
 
 import os
 import sys
