@@ -74,7 +74,7 @@ soak: tools debs     ## thousands of claims and idle connections leave no trace;
 exhausted: tools debs  ## resources of a host are used up: claims get slots or 503, alarms name the cause, and no restart is needed
 	$(PYTHON) tests/chaos/exhausted.py $(CHAOS)
 
-test-doctor: tools debs  ## nbagent doctor names each of 70 faults while it lasts, with the remedy, and is silent afterwards
+test-doctor: tools debs  ## nbagent doctor names each fault of a list while it lasts, with the remedy, and is silent afterwards
 	$(PYTHON) tests/chaos/diagnoses.py $(CHAOS)
 
 conformance: tools   ## jupyter_server's and ipykernel's own tests in slots and with a plain server; make test runs a part

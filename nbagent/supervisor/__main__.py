@@ -102,7 +102,7 @@ async def _serve(
     for server in servers:
         server.cancel()
     await asyncio.gather(*servers, return_exceptions=True)
-    # Before slots end. systemd stops them at the same time, and the units service, which may not respond any more.
+    # At a shutdown the units service, which systemd stops too, still responds until this process has ended.
     if await systemd.is_stopping():
         supervisor.sessions.host_stops(live.slot for live in supervisor.slots.values())
     await agent.stop()
