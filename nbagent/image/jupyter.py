@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Finds the Python interpreter of an image's JupyterLab, from the jupyter-lab on the image's PATH.
 
+If the PATH has none, the image's own command may name an environment that its entry point activates: `places` has the
+directories in which to look.
+
 The command is a script in one of these forms, possibly behind symbolic links, which are resolved within the image:
 
     #!/opt/conda/bin/python3.12 -I         pip and conda
@@ -20,6 +23,7 @@ import os
 import posixpath
 import re
 import shlex
+from collections.abc import Mapping, Sequence
 
 from nbagent.image import manifest as manifests
 from nbagent.untrusted.refusal import Refused
@@ -33,6 +37,10 @@ _BESIDE = ("python3", "python")
 # The first word after exec, quoted or not. 'exec' is quoted in a script that is Python too.
 _EXEC = re.compile(r"""^\s*(?:'''exec'|exec)\s+(?:"([^"$`\n]+)"|'([^'\n]+)'|([^\s"'$`]+))""", re.MULTILINE)
 _WRAPPERS_MAX = 5
+# A directory, and a name of an environment, in a command or in a script of a shell that is a part of it.
+_DIRECTORY = re.compile(r"(?<![\w.$}~/-])(/[^\s\"'`$;&|<>()=:]*)/[^/\s\"'`$;&|<>()=:]*")
+_NAME = re.compile(r"(?<![\w./-])[A-Za-z0-9][\w.-]{0,63}(?![\w./-])")
+_NAMED_MAX = 30
 _ACTIVATE = "etc/conda/activate.d"
 
 
@@ -44,6 +52,27 @@ def interpreter(tree: Tree, path: str) -> str | None:
             if found is not None and _is_plain(found):
                 return found
     return None
+
+
+def places(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The directories of programs of the environments that an image's command or its variables name, as a PATH.
+
+        CMD ["/opt/venv/bin/jupyter", "lab"], CMD . /opt/venv/bin/activate && jupyter lab
+        ENV VIRTUAL_ENV=/opt/venv, ENV MAMBA_ROOT_PREFIX=/opt/conda
+        ENTRYPOINT ["conda", "run", "-n", "course", "jupyter", "lab"], CMD conda activate course && jupyter lab
+    """
+    text = " ".join(command)
+    named = _DIRECTORY.findall(text)[:_NAMED_MAX]
+    values = [value.rstrip("/") for value in environment.values() if value.startswith("/") and ":" not in value]
+    prefixes = [posixpath.dirname(directory) for directory in environment.get("PATH", "").split(":")]
+    for directory in named:
+        while (directory := posixpath.dirname(directory)) != "/":
+            prefixes.append(directory)
+    prefixes = list(dict.fromkeys([*values, *prefixes]))[:_NAMED_MAX]
+    # conda has its environments below its own directory.
+    names = list(dict.fromkeys(_NAME.findall(text)))[:_NAMED_MAX]
+    environments = [f"{prefix}/envs/{name}" for name in names for prefix in prefixes]
+    return ":".join(dict.fromkeys([*named, *(f"{prefix}/bin" for prefix in (*environments, *prefixes))]))
 
 
 def activation(tree: Tree, python: str) -> str | None:

@@ -394,6 +394,43 @@ def test_a_jupyter_command_that_leads_nowhere_is_none(store: ImageStore, tmp_pat
     assert import_image(store, Layers(Cmd=["x"]).layer(layer)).command == ("x",)
 
 
+@pytest.mark.parametrize(("prefix", "config"), [
+    ("/opt/venv", {"Cmd": ["/opt/venv/bin/jupyter", "lab", "--ip=0.0.0.0"]}),
+    ("/opt/venv", {"Entrypoint": ["/usr/bin/tini", "--"], "Cmd": ["/opt/venv/bin/python3", "-m", "jupyterlab"]}),
+    ("/opt/venv", {"Cmd": ["/bin/sh", "-c", ". /opt/venv/bin/activate && jupyter lab --allow-root"]}),
+    ("/opt/venv", {"Cmd": ["jupyter", "lab"], "Env": ["VIRTUAL_ENV=/opt/venv/", "PATH=/usr/bin:"]}),
+    # micromamba's image: its entry point activates the environment, and PATH is Debian's.
+    ("/opt/conda", {"Entrypoint": ["/usr/local/bin/_entrypoint.sh"], "Cmd": ["jupyter", "lab"],
+                    "Env": ["MAMBA_ROOT_PREFIX=/opt/conda", "ENV_NAME=base"]}),
+    ("/opt/conda/envs/course", {"Entrypoint": ["conda", "run", "--no-capture-output", "-n", "course"],
+                                "Cmd": ["jupyter", "lab"], "Env": ["PATH=/opt/conda/bin:/usr/bin"]}),
+    ("/opt/conda/envs/course", {"Cmd": ["bash", "-c", "source activate course; jupyter lab"],
+                                "Env": ["PATH=/opt/conda/bin:/usr/bin"]}),
+    ("/opt/conda/envs/course", {"Cmd": [
+        "/bin/bash", "-c", "source /opt/conda/etc/profile.d/conda.sh && conda activate course && exec jupyter lab"]}),
+])
+def test_jupyterlab_is_found_in_an_environment_that_the_images_command_names(
+    store: ImageStore, prefix: str, config: dict[str, Any]
+) -> None:
+    image = import_image(store, bare(
+        (f"{prefix[1:]}/bin/jupyter-lab", b"#!%b/bin/python3\n" % prefix.encode()), (f"{prefix[1:]}/bin/python3", b""),
+        ("usr/bin/python3", b""), ("opt/conda/bin/python3", b""), **config,
+    ))
+    assert (image.python, image.command) == (f"{prefix}/bin/python3", ())
+    assert image.environment["PATH"].startswith(f"{prefix}/bin:") and "/usr/bin" in image.environment["PATH"]
+
+
+def test_a_command_for_slots_is_kept_and_one_that_has_no_base_path_is_named(store: ImageStore) -> None:
+    files = ("opt/venv/bin/jupyter-lab", b"#!/opt/venv/bin/python\n"), PYTHON
+    command = ["/opt/venv/bin/serve", "--base", "{base_path}"]
+    image = import_image(store, bare(*files, Cmd=command))
+    assert (image.command, image.notes) == (tuple(command), ())
+    image = import_image(store, bare(Cmd=["jupyter", "notebook"]))
+    assert image.command == ("jupyter", "notebook")
+    (note,) = image.notes
+    assert "jupyter notebook" in note and "{base_path}" in note
+
+
 def modes(root: Path, *paths: str) -> list[str]:
     return [f"{stat.S_IMODE((root / path).stat().st_mode):o}" for path in paths]
 
