@@ -66,14 +66,17 @@ class Size(NamedTuple):
     entries: int
 
 
-def adapt(tree: Tree, id_base: int, account: Account, manifest: Manifest, left_out: Sequence[str]) -> tuple[str, ...]:
-    """Opens the image's files to its slots; returns sentences about what is different from a container."""
+def adapt(
+    tree: Tree, id_base: int, account: Account, manifest: Manifest, left_out: Sequence[str], chown: Chown = os.chown
+) -> tuple[str, ...]:
+    """Makes the working directory, and opens the image's files to its slots; returns sentences about what is different from a container."""
     notes = []
     if left_out:
         names = ", ".join(plain(name) for name in left_out[:_NAMES_SHOWN])
         more = f" and {len(left_out) - _NAMES_SHOWN} more" if len(left_out) > _NAMES_SHOWN else ""
         notes.append(f"left out, because a slot has its own: {names}{more}")
-    opened = open_files(tree, id_base, account, manifest.python)
+    make_directory(tree, id_base, manifest, chown)
+    opened = open_files(tree, id_base, account, manifest)
     if opened:
         notes.append(
             f"made readable for slots, whose user has another id than the image's user {account.uid}:"
@@ -95,25 +98,42 @@ def adapt(tree: Tree, id_base: int, account: Account, manifest: Manifest, left_o
     return tuple(notes)
 
 
-def open_files(tree: Tree, id_base: int, account: Account, python: str | None) -> int:
+def open_files(tree: Tree, id_base: int, account: Account, manifest: Manifest) -> int:
     """Lets every user of the image read what `account` may read; returns the number of files and directories.
 
-    Of an account that is root only the software: /usr, /opt, /srv, and the directories of the interpreter `python`.
+    Of an account that is root only the software: /usr, /opt, /srv, and the directories of the manifest's interpreter;
+    and the working directory.
     """
     opened = 0
     tops: list[Parts] = [()]
     if account.uid == 0:
         tops = [top for top in _SOFTWARE if _is_directory(tree, top)]
-        if python:
-            ancestors, prefixes = _ways(tree, python)
-            opened += sum(_open(tree, parts, id_base, account, 0o1) for parts in ancestors)
-            tops += [prefix for prefix in prefixes if prefix and not any(_is_below(prefix, top) for top in tops)]
+        ancestors, more = _ways(tree, manifest.python) if manifest.python else ([], [])
+        if (working := _resolved_directory(tree, manifest.directory)) and manifest.directory != manifest.home:
+            ancestors += [working[:depth] for depth in range(1, len(working))]
+            more.append(working)
+            opened += _open(tree, working, id_base, account, 0o5)
+        opened += sum(_open(tree, parts, id_base, account, 0o1) for parts in ancestors)
+        tops += [top for top in dict.fromkeys(more) if top and not any(_is_below(top, known) for known in tops)]
     for top in tops:
         for _, directories, files, directory_fd in os.fwalk(".", dir_fd=tree.directory_fd(top)):
             for name in (*directories, *files):
                 status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
                 opened += _widen(name, directory_fd, status, id_base, account, 0o5)
     return opened
+
+
+def make_directory(tree: Tree, id_base: int, manifest: Manifest, chown: Chown = os.chown) -> None:
+    """Makes the working directory if the image does not have it, as a container's runtime does when it starts."""
+    with contextlib.suppress(OSError, Refused):
+        parts = tree.resolve(name_parts(manifest.directory))
+        for depth in range(1, len(parts) + 1):
+            if manifest.directory == manifest.home or _is_directory(tree, parts[:depth]):
+                continue
+            with tree.directory(parts[:depth - 1]) as directory_fd:
+                os.mkdir(parts[depth - 1], dir_fd=directory_fd)
+                os.chmod(parts[depth - 1], 0o755, dir_fd=directory_fd)
+                chown(parts[depth - 1], id_base, id_base, dir_fd=directory_fd, follow_symlinks=False)
 
 
 def keep_path(tree: Tree, id_base: int, manifest: Manifest, chown: Chown = os.chown) -> None:
@@ -264,6 +284,15 @@ def _widen(name: str, directory_fd: int, status: os.stat_result, id_base: int, a
         return 0
     os.chmod(name, wider, dir_fd=directory_fd)
     return 1
+
+
+def _resolved_directory(tree: Tree, path: str) -> Parts:
+    """The directory that an absolute path of the image leads to; () if it does not exist or is none."""
+    try:
+        parts = tree.resolve(name_parts(path))
+    except (OSError, Refused):
+        return ()
+    return parts if _is_directory(tree, parts) else ()
 
 
 def _is_directory(tree: Tree, parts: Parts) -> bool:

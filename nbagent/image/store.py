@@ -117,7 +117,7 @@ class ImageStore:
                     left_out = archives.extract(file.fileno(), rootfs, id_base, self._limits, self._chown)
                     _unchanged(archive, before, file.fileno())
                     found = _read_manifest(rootfs) if manifest is None else manifest
-                    notes = _adapt(rootfs, id_base, found.user, found, left_out)
+                    notes = _adapt(rootfs, id_base, found.user, found, left_out, self._chown)
                     self._publish(staging, Record(digest, id_base, found, notes), name)
         return self.get(name)
 
@@ -148,7 +148,7 @@ class ImageStore:
                     notes = oci.notes_of(image.config, found)
                 layout.discard()
                 # A container without USER runs as root, and a slot as another user.
-                notes += _adapt(rootfs, id_base, image.config.user, found, left_out)
+                notes += _adapt(rootfs, id_base, image.config.user, found, left_out, self._chown)
                 self._publish(staging, Record(digest, id_base, found, notes), name)
         return self.get(name)
 
@@ -196,7 +196,7 @@ class ImageStore:
                     _unchanged(layer, before, file.fileno())
                     found = manifest or _find_manifest(rootfs) or found
                     # Of the image below, the notes about its files are contained in those about all files.
-                    notes = _adapt(rootfs, record.id_base, found.user, found, left_out)
+                    notes = _adapt(rootfs, record.id_base, found.user, found, left_out, self._chown)
                 self._publish(staging, replace(record, digest=digest, manifest=found, notes=notes), name)
         return self.get(name)
 
@@ -441,9 +441,11 @@ def _derived(digest: str, text: str) -> str:
     return "sha256-" + hashlib.sha256(f"{digest}\n{text}".encode()).hexdigest()
 
 
-def _adapt(rootfs: Path, id_base: int, user: str, manifest: Manifest, left_out: Sequence[str]) -> tuple[str, ...]:
+def _adapt(
+    rootfs: Path, id_base: int, user: str, manifest: Manifest, left_out: Sequence[str], chown: archives.Chown
+) -> tuple[str, ...]:
     with open_tree(rootfs) as tree:
-        return adaptation.adapt(tree, id_base, account(tree, user), manifest, left_out)
+        return adaptation.adapt(tree, id_base, account(tree, user), manifest, left_out, chown)
 
 
 def _read_manifest(rootfs: Path) -> Manifest:

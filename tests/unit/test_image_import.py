@@ -466,6 +466,35 @@ def test_an_interpreter_below_root_can_be_reached_in_slots(tmp_path: Path) -> No
     assert modes(image.root, "root/.ssh", "root/.ssh/id", "etc/shadow") == ["700", "600", "600"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other owners")
+@pytest.mark.parametrize(("directory", "expected"), [
+    ("/root/course", ["701", "705", "604", "705", "604", "700"]),
+    ("/work", ["701", "705", "604", "705", "604", "700"]),  # a link to it
+    ("/root", ["705", "705", "604", "705", "604", "705"]),
+    ("/root/no/such", ["701", "700", "600", "700", "600", "700"]),
+])
+def test_the_working_directory_of_roots_image_can_be_read_in_slots(
+    tmp_path: Path, directory: str, expected: list[str]
+) -> None:
+    store = ImageStore(tmp_path / "images")
+    private = {"type": tarfile.DIRTYPE, "mode": 0o700}
+    layer = Archive().add("root", **private).add("root/other", **private).add("root/course", **private)
+    layer.add("root/course/a.ipynb", b"", mode=0o600).add("root/course/data", **private)
+    layer.add("root/course/data/x.csv", b"", mode=0o600).add("work", **LINK, linkname="/root/course")
+    image = import_image(store, Layers(Cmd=["x"], WorkingDir=directory).layer(layer))
+    paths = ("root", "root/course", "root/course/a.ipynb", "root/course/data", "root/course/data/x.csv", "root/other")
+    assert modes(image.root, *paths) == expected
+    assert image.directory == directory
+
+
+def test_a_working_directory_that_the_image_does_not_have_is_made(store: ImageStore) -> None:
+    layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n").add("data", **LINK, linkname="/srv")
+    image = import_image(store, Layers(Cmd=["x"], User="nb", WorkingDir="/data/deep/er").layer(layer))
+    assert modes(image.root, "srv", "srv/deep", "srv/deep/er") == ["755"] * 3
+    layer = Archive().add("file", b"x")
+    assert import_image(store, Layers(Cmd=["x"], WorkingDir="/file/x").layer(layer)).directory == "/file/x"
+
+
 def test_an_import_tells_what_is_different_from_a_container(store: ImageStore) -> None:
     layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n")
     layer.add("opt/conda/bin/jupyter-lab", b"#!/opt/conda/bin/python\n").add("opt/conda/etc/conda/activate.d/gdal.sh")
