@@ -640,11 +640,20 @@ def test_a_login_belongs_to_the_registry_of_the_image() -> None:
 
 @pytest.mark.parametrize("content", [
     b"", b"[]", b"[" * 100_000, b'{"auths": []}', b'{"auths": {"x": {}}, "credsStore": "y"}',
+    b'{"auths": {"x": {"username": "maria"}}}', b'{"auths": {"x": {"username": 1, "password": 2}}}',
 ])
 def test_a_file_without_a_login_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "auth.json").write_bytes(content)
     with pytest.raises(ConfigError, match="has no login"):
         logins.found(tmp_path / "auth.json")
+
+
+def test_a_name_and_a_password_in_a_file_are_a_login(tmp_path: Path) -> None:
+    """As in secrets of Kubernetes that were written by hand."""
+    text = {"auths": {"r.example": {"username": "maria", "password": "pass:word", "email": "x"}}}
+    (tmp_path / "auth.json").write_text(json.dumps(text))
+    found = logins.found(tmp_path / "auth.json")
+    assert json.loads(found or "") == {"auths": {"r.example": {"auth": "bWFyaWE6cGFzczp3b3Jk"}}}
 
 
 def test_a_credential_precedes_the_hosts_file_and_helpers_are_dropped(
