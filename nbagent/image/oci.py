@@ -52,7 +52,7 @@ _LAYER = re.compile(
 )
 _PORT = re.compile(r"([0-9]{1,5})(?:/tcp)?")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# The user for an image that names none, or root, because no process of a slot is root.
+# The user for an image whose user is root or has no name, because no process of a slot is root.
 _USER, _HOME = "jovyan", "/home/jovyan"
 
 
@@ -204,7 +204,7 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
     whatever its entry point is. Otherwise its entry point and command become the command. Raises ImageInvalid.
     """
     with open_tree(rootfs) as tree:
-        user, home = _user(tree, config.user)
+        user, home = _user(tree, config)
         path = config.environment.get("PATH", _PATH)
         python = jupyter.interpreter(tree, path)
         if python is None and not _has_base_path(config.command, config.environment):
@@ -213,7 +213,6 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
                 # As the activation of the environment does.
                 path = f"{posixpath.dirname(python)}:{path}"
         scripts = jupyter.activation(tree, python) if python else None
-    home = _normal(config.environment.get("HOME", ""), home) if user != _USER else home
     mapping: dict[str, object] = {
         "user": user,
         "home": home,
@@ -269,12 +268,13 @@ def _config(document: _Object) -> ImageConfig:
     )
 
 
-def _user(tree: Tree, wanted: str) -> tuple[str, str]:
-    """Name and home of the image's user, from its own passwd."""
-    found = account(tree, wanted)
-    if found.uid != 0 and manifests.USER.fullmatch(found.name):
-        return found.name, _normal(found.home, _HOME)
-    return _USER, _HOME
+def _user(tree: Tree, config: ImageConfig) -> tuple[str, str]:
+    """Name and home of the image's user. A user of a number only, or whose name no manifest may have, is `_USER`."""
+    found = account(tree, config.user)
+    if found.uid == 0:
+        return _USER, _HOME
+    name = found.name if manifests.USER.fullmatch(found.name) else _USER
+    return name, _normal(config.environment.get("HOME", ""), _normal(found.home, _HOME))
 
 
 def _normal(path: str, otherwise: str) -> str:

@@ -574,6 +574,22 @@ def test_another_images_entry_point_is_its_command(store: ImageStore) -> None:
     assert image.environment["SECRET"] == "{token}"
 
 
+@pytest.mark.parametrize(("config", "user", "home"), [
+    ({}, "jovyan", "/home/jovyan"), ({"User": "0:0", "Env": ["HOME=/root"]}, "jovyan", "/home/jovyan"),
+    ({"User": "nb"}, "nb", "/home/nb"), ({"User": "1000", "Env": ["HOME=/home/nb/work"]}, "nb", "/home/nb/work"),
+    # As in images for OpenShift.
+    ({"User": "1001", "Env": ["HOME=/opt/app"], "WorkingDir": "/opt/app"}, "jovyan", "/opt/app"),
+    ({"User": "1001"}, "jovyan", "/home/jovyan"), ({"User": "Maria.M"}, "jovyan", "/home/Maria.M"),
+])
+def test_the_home_is_that_of_the_containers_user(
+    store: ImageStore, config: dict[str, Any], user: str, home: str
+) -> None:
+    layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/sh\nMaria.M:x:1002:100::/home/Maria.M:/bin/sh\n")
+    image = import_image(store, Layers(Cmd=["x"], **config).layer(layer))
+    assert (image.user, image.home, image.directory) == (user, home, home)
+    assert image.environment["HOME"] == home
+
+
 def test_an_image_without_manifest_jupyterlab_and_command_is_refused(store: ImageStore) -> None:
     assert "--manifest" in refused(store, bare())
 
