@@ -69,7 +69,9 @@ class Size(NamedTuple):
 def adapt(
     tree: Tree, id_base: int, account: Account, manifest: Manifest, left_out: Sequence[str], chown: Chown = os.chown
 ) -> tuple[str, ...]:
-    """Makes the working directory, and opens the image's files to its slots; returns sentences about what is different from a container."""
+    """Makes the working directory, and opens the image's files to its slots; returns sentences about what is different
+    from a container.
+    """
     notes = []
     if left_out:
         names = ", ".join(plain(name) for name in left_out[:_NAMES_SHOWN])
@@ -132,7 +134,7 @@ def make_directory(tree: Tree, id_base: int, manifest: Manifest, chown: Chown = 
                 continue
             with tree.directory(parts[:depth - 1]) as directory_fd:
                 os.mkdir(parts[depth - 1], dir_fd=directory_fd)
-                os.chmod(parts[depth - 1], 0o755, dir_fd=directory_fd)
+                os.chmod(parts[depth - 1], 0o755, dir_fd=directory_fd)  # noqa: S103  whatever the umask is
                 chown(parts[depth - 1], id_base, id_base, dir_fd=directory_fd, follow_symlinks=False)
 
 

@@ -12,8 +12,8 @@ lower layer, and a name that begins with `.wh.` (a whiteout) removes an entry of
 (https://github.com/opencontainers/image-spec/blob/main/layer.md). Layers may write through symbolic links, as in
 `COPY x /bin/` where /bin is a link. As in containerd's archive.Apply, the directories of an entry's name are resolved
 within the image, as after chroot(2) into it; the last part of a name is never followed. An absolute name begins at the
-image's root, as in the layers of Nix and of Cloud Native Buildpacks. In a single archive no name may be absolute, and no
-link on the way.
+image's root, as in the layers of Nix and of Cloud Native Buildpacks. In a single archive no name may be absolute, and
+no link on the way.
 
 The directory must be private to the caller until the function returns. After an error the caller removes its content.
 

@@ -234,11 +234,12 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
 def notes_of(config: ImageConfig, manifest: Manifest) -> tuple[str, ...]:
     """Sentences about the parts of a configuration that its `manifest` does not use, or that a slot does not serve."""
     if manifest.python is None and not _has_base_path(manifest.command, manifest.environment):
-        return (
-            f"slots run the image's command ({plain(' '.join(config.command))}), because no jupyter-lab was found; it has"
-            " no {base_path}, below which it has to serve: write it into the command or a variable, or name the Python"
-            " that has JupyterLab in a manifest (python)",
+        text = (
+            f"slots run the image's command ({plain(' '.join(config.command))}), because no jupyter-lab was found; it"
+            " has no {base_path}, below which it has to serve: write it into the command or a variable, or name the"
+            " Python that has JupyterLab in a manifest (python)"
         )
+        return (text,)
     if manifest.python is None or not config.command or posixpath.basename(config.command[0]) == "jupyter-lab":
         return ()
     text = (

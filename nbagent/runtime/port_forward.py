@@ -2,8 +2,8 @@
 """Forwards from a slot's listening socket to a program that listens on a TCP port of the slot's own loopback.
 
 For programs that cannot take a listening socket. Runs beside the program inside the slot's namespaces, as its user
-and as unprivileged. The bytes are copied both ways unchanged, the end of one direction is forwarded (so HTTP, websockets
-and other protocols all work), and a side that does not read blocks the other.
+and as unprivileged. The bytes are copied both ways unchanged, the end of one direction is forwarded (so HTTP,
+websockets and other protocols all work), and a side that does not read blocks the other.
 
 Until the program listens, connections wait, so that one request that waits is the readiness probe, as it is for a
 program that took the socket. Bytes from a client count as activity on the activity page, unless the program refuses
