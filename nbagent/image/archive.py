@@ -11,9 +11,8 @@ An image is one archive or several layers: archives that are unpacked over each 
 lower layer, and a name that begins with `.wh.` (a whiteout) removes an entry of the lower layers
 (https://github.com/opencontainers/image-spec/blob/main/layer.md). Layers may write through symbolic links, as in
 `COPY x /bin/` where /bin is a link. As in containerd's archive.Apply, the directories of an entry's name are resolved
-within the image, as after chroot(2) into it; the last part of a name is never followed. An absolute name begins at the
-image's root, as in the layers of Nix and of Cloud Native Buildpacks. In a single archive no name may be absolute, and
-no link on the way.
+within the image, as after chroot(2) into it; the last part of a name is never followed. In a single archive no link
+may be on the way.
 
 The directory must be private to the caller until the function returns. After an error the caller removes its content.
 
@@ -213,7 +212,7 @@ class _Extraction:
 
     def apply_whiteout(self, entry: Entry) -> None:
         """Remove what an entry of a layer hides of the lower layers."""
-        parts = self._resolved(self._checked(entry))
+        parts = self._resolved(_check_kind(entry))
         if not parts:
             return
         if not parts[-1].startswith(_WHITEOUT):
@@ -238,7 +237,7 @@ class _Extraction:
 
     def add(self, entry: Entry) -> None:
         """Unpack an entry."""
-        parts = self._checked(entry)
+        parts = _check_kind(entry)
         if entry.kind is Kind.OTHER:
             self.left_out.append(entry.name)
             return
@@ -280,17 +279,6 @@ class _Extraction:
         self._own(".", directory_fd, uid, gid)
         os.fchmod(directory_fd, mode)
         os.utime(directory_fd, (mtime_s, mtime_s))
-
-    def _checked(self, entry: Entry) -> Parts:
-        """The components of an entry's name. Raises ImageInvalid for a kind of entry that no image may have."""
-        self._check_name(entry.name)
-        if entry.kind is Kind.OTHER and entry.parts[:1] not in _NOT_OF_IMAGES:
-            raise ImageInvalid(f"{shown(entry.name)} is a device, a FIFO or of an unknown type")
-        return entry.parts
-
-    def _check_name(self, name: str) -> None:
-        if name.startswith("/") and not self._layered:
-            raise ImageInvalid(f"{shown(name)} is an absolute name")
 
     def _resolved(self, parts: Parts) -> Parts:
         """The path of an entry of a layer without links on the way."""
@@ -360,8 +348,7 @@ class _Extraction:
             os.utime(file_fd, (entry.mtime_s, entry.mtime_s))
 
     def _add_hard_link(self, entry: Entry, parts: Parts) -> None:
-        self._check_name(entry.target)
-        source = tars.name_parts(entry.target)
+        source = _parts(entry.target)
         if not source:
             raise ImageInvalid(f"{shown(entry.name)} is a hard link to the root")
         if self._layered:
@@ -377,6 +364,22 @@ class _Extraction:
 
     def _own(self, name: str, parent_fd: int, uid: int, gid: int) -> None:
         self._chown(name, self._id_base + uid, self._id_base + gid, dir_fd=parent_fd, follow_symlinks=False)
+
+
+def _check_kind(entry: Entry) -> Parts:
+    """The components of an entry's name. Raises ImageInvalid for a kind of entry that no image may have."""
+    if entry.name.startswith("/"):
+        raise ImageInvalid(f"{shown(entry.name)} is an absolute name")
+    if entry.kind is Kind.OTHER and entry.parts[:1] not in _NOT_OF_IMAGES:
+        raise ImageInvalid(f"{shown(entry.name)} is a device, a FIFO or of an unknown type")
+    return entry.parts
+
+
+def _parts(name: str) -> Parts:
+    """The components of a name in the archive. Raises ImageInvalid, Refused for a name that leads out of it."""
+    if name.startswith("/"):
+        raise ImageInvalid(f"{shown(name)} is an absolute name")
+    return tars.name_parts(name)
 
 
 def _mode(entry: Entry) -> int:

@@ -100,7 +100,7 @@ def test_whiteouts_of_invalid_names_are_refused(store: ImageStore, name: str) ->
     assert repr(name) in refused(store, over(Archive().add("d/x", b"x"), Archive().add(name)))
 
 
-@pytest.mark.parametrize("name", ["../.wh.victim", "/../.wh.victim", "d/../../.wh.victim"])
+@pytest.mark.parametrize("name", ["../.wh.victim", "/.wh.victim", "d/../../.wh.victim"])
 def test_a_name_that_leads_out_is_refused_in_any_layer(store: ImageStore, tmp_path: Path, name: str) -> None:
     (tmp_path / "victim").write_text("v")
     refused(store, over(Archive().add("d/x", b"x"), Archive().add(name, b"owned")))
@@ -137,19 +137,6 @@ def test_a_layer_writes_through_the_links_of_lower_layers(store: ImageStore) -> 
     assert {path.name for path in (root / "usr/bin").iterdir()} == {"sh", "tool", "again"}
     assert (root / "usr/bin/again").samefile(root / "usr/bin/sh")
     assert (root / "run/x/y").read_text() == "y"
-
-
-def test_absolute_names_of_a_layer_begin_at_the_images_root(store: ImageStore, tmp_path: Path) -> None:
-    """Nix and Cloud Native Buildpacks write them."""
-    (tmp_path / "victim").write_text("v")
-    lower = Archive().add("/", **DIRECTORY).add("/nix", **DIRECTORY).add("/nix/store/python", b"p").add("/old", b"o")
-    lower.add("usr/bin/sh", b"sh").add("bin", type=tarfile.SYMTYPE, linkname="usr/bin")
-    upper = Archive().add("/nix/store/again", type=tarfile.LNKTYPE, linkname="/nix/store/python").add("/.wh.old")
-    upper.add("/bin/tool", b"t").add(str(tmp_path / ".wh.victim")).add(str(tmp_path / "victim"), b"owned")
-    root = import_image(store, over(lower, upper)).root
-    assert (root / "nix/store/again").samefile(root / "nix/store/python") and not (root / "old").exists()
-    assert (root / "usr/bin/tool").read_text() == "t"
-    assert ((tmp_path / "victim").read_text(), (root / str(tmp_path / "victim")[1:]).read_text()) == ("v", "owned")
 
 
 @pytest.mark.parametrize("before", ["link", "file"])
