@@ -13,7 +13,7 @@ POLLED = re.compile(
 )
 
 
-def is_act(method: str, path: str, status: int, by_user: bool) -> bool:
+def is_act(method: str, path: str, status: int, by_user: bool = True) -> bool:
     """Whether a request with this response is an act of a person; `path` is below the base URL.
 
     A refused request is none: anyone who knows the URL of a slot can send it, and so could keep the slot from ending.
