@@ -2,7 +2,7 @@
 """The log of a service on standard error, which systemd connects to the journal: each line has its priority.
 
 Events (`nbagent.core.events`) are entries of their own. This is for what has no event: refused settings, warnings of
-libraries, and errors that nobody expects, with their tracebacks. Otherwise systemd gives each line the priority "info",
+libraries, and unexpected errors with their tracebacks. Otherwise systemd gives each line the priority "info",
 and `journalctl -p err` does not show why a service has ended.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What services write to standard error has its priority in the journal."""
+"""The lines of a service on standard error have their priorities in the journal."""
 
 from __future__ import annotations
 
