@@ -15,8 +15,8 @@ from nbagent.linux import apparmor, bpf
 from nbagent.sandbox.spec import APPARMOR_PROFILE
 
 SYSTEMD_MIN = 252
-# A slot has one namespace of each kind (namespaces(7)).
-NAMESPACES = ("user", "mnt", "pid", "ipc", "uts", "net", "cgroup")
+# A slot has one namespace of each kind, beside that of the users (namespaces(7)).
+NAMESPACES = ("mnt", "pid", "ipc", "uts", "net", "cgroup")
 NAMESPACES_MIN = 64
 MODULES_UNIT = "nbagent-modules.service"
 # The units that create user namespaces, and the settings that refuse these to processes without CAP_SYS_ADMIN: that of
@@ -98,10 +98,10 @@ def check_user_namespaces(root: Path, bounding_set_of: Callable[[str], str]) -> 
     `bounding_set_of` returns the CapabilityBoundingSet= of a unit. Both units run as root, but without CAP_SYS_ADMIN.
     """
     name = "user namespaces"
-    limits = {
-        f"user.max_{kind}_namespaces": int(text_of(root / f"proc/sys/user/max_{kind}_namespaces", "0"))
-        for kind in NAMESPACES
-    }
+    limits = {"user.max_user_namespaces": int(text_of(root / "proc/sys/user/max_user_namespaces", "0"))}
+    for kind in NAMESPACES:
+        if text := text_of(root / f"proc/sys/user/max_{kind}_namespaces", ""):
+            limits[f"user.max_{kind}_namespaces"] = int(text)
     if low := {setting: number for setting, number in limits.items() if number < NAMESPACES_MIN}:
         found = ", ".join(f"{setting} is {number}" for setting, number in low.items())
         return Finding(
