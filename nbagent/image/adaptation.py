@@ -16,7 +16,7 @@ import posixpath
 import re
 import shlex
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from nbagent.image import jupyter
@@ -38,6 +38,10 @@ _PUBLIC_BYTES, _PUBLIC_ENTRIES, _PUBLIC_MAX = 20 << 20, 2000, 64
 # Directories where a slot has files of its own.
 _OWN: tuple[Parts, ...] = (
     ("dev",), ("proc",), ("run", "jupyter"), ("run", "nbagent"), ("sys",), ("tmp",), ("var", "tmp"),
+)
+# The working directory is copied for no slot if it is one of these.
+_OF_SYSTEM: tuple[Parts, ...] = (
+    ("bin",), ("boot",), ("etc",), ("lib",), ("lib64",), ("sbin",), ("usr",), ("usr", "bin"), ("usr", "lib"), ("var",),
 )
 _NAMES_SHOWN = 3
 _PROFILE, _PROFILES = ("etc", "profile"), ("etc", "profile.d")
@@ -197,19 +201,46 @@ def _replace(tree: Tree, parts: Parts, content: bytes, mode: int, id_base: int, 
         chown(parts[-1], id_base, id_base, dir_fd=directory_fd, follow_symlinks=False)
 
 
-def public_directories(tree: Tree, home: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The directories outside of the home that everyone may write to, and sentences about those that are read-only in
-    slots nevertheless. Of a directory within another, only the outer one is among them.
+def own_directory(tree: Tree, id_base: int, account: Account, manifest: Manifest) -> tuple[str, ...]:
+    """The working directory, if the user of a container may write to it and it is no directory of the system.
+
+    In a slot it would be read-only, so that no notebook could be saved in an image with `WORKDIR /app`.
     """
-    own: list[Parts] = [*_OWN]
+    working = _resolved_directory(tree, manifest.directory)
+    try:
+        others = (*_OWN, tree.resolve(name_parts(manifest.home)))
+    except (OSError, Refused):
+        return ()
+    if not working or working in _OF_SYSTEM or any(
+        _is_below(working, other) or _is_below(other, working) for other in others
+    ):
+        return ()
+    status = os.fstat(tree.directory_fd(working))
+    may_write = account.uid == 0 or (
+        status.st_mode & stat.S_IWUSR and status.st_uid == id_base + account.uid
+    ) or (status.st_mode & stat.S_IWGRP and status.st_gid == id_base + account.gid)
+    return ("/" + "/".join(working),) if may_write else ()
+
+
+def public_directories(
+    tree: Tree, manifest: Manifest, own: Collection[str] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The directories outside of the home that everyone may write to, and sentences about those that are read-only in
+    slots nevertheless. Of a directory within another, only the outer one is among them. The working directory is one of
+    them if it is in `own`.
+    """
+    skipped: list[Parts] = [*_OWN]
     with contextlib.suppress(OSError, Refused):
-        own.append(tree.resolve(name_parts(home)))
+        skipped.append(tree.resolve(name_parts(manifest.home)))
+    working = _resolved_directory(tree, manifest.directory)
+    if "/" + "/".join(working) not in own:
+        working = ()
     found: list[Parts] = []
     for path, directories, _, directory_fd in os.fwalk(".", dir_fd=tree.directory_fd(())):
         parts = tuple(path.split("/")[1:])
-        if parts in own:
+        if parts in skipped:
             directories.clear()
-        elif parts and os.fstat(directory_fd).st_mode & stat.S_IWOTH:
+        elif parts and (parts == working or os.fstat(directory_fd).st_mode & stat.S_IWOTH):
             found.append(parts)
             directories.clear()
     public: list[str] = []
@@ -219,8 +250,9 @@ def public_directories(tree: Tree, home: str) -> tuple[tuple[str, ...], tuple[st
         if plain(name) != name:
             continue
         if size.size_bytes > _PUBLIC_BYTES or size.entries > _PUBLIC_ENTRIES or len(public) == _PUBLIC_MAX:
+            who = "the image's user" if parts == working else "everyone"
             notes.append(
-                f"{name}, to which everyone may write, is read-only in slots, because each would copy its"
+                f"{name}, to which {who} may write, is read-only in slots, because each would copy its"
                 f" {size.entries:,} files of {size.size_bytes / 1e6:,.0f} MB into its memory"
             )
         else:

@@ -514,6 +514,44 @@ def test_directories_that_everyone_may_write_to_are_copied_by_slots_unless_they_
     assert note.startswith("/data, to which everyone may write,") and "2,001 files of 2 MB" in note
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other owners")
+@pytest.mark.parametrize(("user", "directory", "copied"), [
+    ("", "/app", "/app"), ("", "/link", "/app"), ("root", "/new/one", "/new/one"), ("", "/app/deep", "/app/deep"),
+    ("nb", "/of-nb", "/of-nb"), ("nb", "/of-group", "/of-group"), ("1000", "/of-nb", "/of-nb"),
+    # A container's user may not write to it, or it is a part of the home, of the system, or of a slot.
+    ("nb", "/app", ""), ("nb", "/of-nb-read-only", ""), ("nb", "/home/nb/work", ""), ("", "/etc", ""), ("", "/tmp", ""),
+    ("", "/home", ""), ("", "/run", ""),
+])
+def test_slots_get_copies_of_a_working_directory_to_which_a_container_may_write(
+    tmp_path: Path, user: str, directory: str, copied: str
+) -> None:
+    """python:3.x with `WORKDIR /app` and `COPY . .`, whose notebooks could not be saved otherwise."""
+    store = ImageStore(tmp_path / "images")
+    layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n").add("home/nb/work", **DIRECTORY)
+    layer.add("app/deep", **DIRECTORY).add("app/a.ipynb", b"{}", mode=0o600).add("link", **LINK, linkname="/app")
+    layer.add("of-nb", **DIRECTORY, uid=1000).add("of-nb-read-only", type=tarfile.DIRTYPE, mode=0o555, uid=1000)
+    layer.add("of-group", type=tarfile.DIRTYPE, mode=0o775, gid=100).add("tmp", **DIRECTORY).add("run", **DIRECTORY)
+    image = import_image(store, Layers(Cmd=["x"], User=user, WorkingDir=directory).layer(layer))
+    assert image.public == ((copied,) if copied else ())
+    # A name of the same files has the same copies, and one with another working directory has not.
+    text = f'command = ["x"]\nuser = "nb"\nhome = "/home/nb"\ndirectory = "{directory}"\n'
+    assert store.use("again", "mine", manifest.parse(text.encode())).public == image.public
+    text = text.replace(f'directory = "{directory}"', 'directory = "/srv"')
+    assert store.use("other", "mine", manifest.parse(text.encode())).public == ()
+
+
+def test_a_large_working_directory_and_that_of_a_given_manifest_are_not_copied(store: ImageStore) -> None:
+    layer = Archive().add("app", **DIRECTORY)
+    for number in range(2001):
+        layer.add(f"app/{number}", b"x" * 1000)
+    image = import_image(store, Layers(Cmd=["x"], WorkingDir="/app").layer(layer))
+    assert image.public == ()
+    assert [note for note in image.notes if note.startswith("/app, to which the image's user may write, is read-only")]
+    text = b'command = ["x"]\nuser = "nb"\nhome = "/home/nb"\ndirectory = "/app"\n'
+    layer = Archive().add("app", **DIRECTORY)
+    assert import_image(store, Layers(WorkingDir="/app").layer(layer), manifest.parse(text)).public == ()
+
+
 def environment(settings: bytes) -> Archive:
     layer = Archive().add("srv/env", **LINK, linkname="/opt/env").add("opt/env/bin/python", b"", mode=0o755)
     layer.add("opt/env/lib/python3.13/site-packages/numpy.py", b"").add("opt/env/lib64", **LINK, linkname="lib")
