@@ -19,6 +19,7 @@ form of the files is read; no program of the image is run.
 
 from __future__ import annotations
 
+import json
 import os
 import posixpath
 import re
@@ -42,6 +43,8 @@ _DIRECTORY = re.compile(r"(?<![\w.$}~/-])(/[^\s\"'`$;&|<>()=:]*)/[^/\s\"'`$;&|<>
 _NAME = re.compile(r"(?<![\w./-])[A-Za-z0-9][\w.-]{0,63}(?![\w./-])")
 _NAMED_MAX = 30
 _ACTIVATE = "etc/conda/activate.d"
+# https://docs.conda.io/projects/conda/en/latest/dev-guide/deep-dives/activation.html
+_VARIABLES_OF_PACKAGES, _STATE, _UNSET = "etc/conda/env_vars.d", "conda-meta/state", "***unset***"
 
 
 def interpreter(tree: Tree, path: str) -> str | None:
@@ -78,17 +81,48 @@ def places(command: Sequence[str], environment: Mapping[str, str]) -> str:
 def activation(tree: Tree, python: str) -> str | None:
     """The directory of conda's scripts that a shell runs when it activates the interpreter's environment."""
     directory = posixpath.join(_prefix(python), _ACTIVATE)
-    try:
-        with os.scandir(tree.directory_fd(tree.resolve(name_parts(directory)))) as found:
-            return directory if any(entry.name.endswith(".sh") for entry in found) else None
-    except (OSError, Refused):
-        return None
+    return directory if _names(tree, directory, ".sh") else None
+
+
+def variables(tree: Tree, python: str) -> dict[str, str]:
+    """The variables that conda sets when it activates the interpreter's environment: those of the packages, by name of
+    their files, and then those of `conda env config vars set` and of `variables` in an environment.yml.
+    """
+    prefix = _prefix(python)
+    found: dict[str, object] = {}
+    for name in _names(tree, posixpath.join(prefix, _VARIABLES_OF_PACKAGES), ".json"):
+        found.update(_json(tree, posixpath.join(prefix, _VARIABLES_OF_PACKAGES, name)))
+    if isinstance(own := _json(tree, posixpath.join(prefix, _STATE)).get("env_vars"), dict):
+        found.update(own)
+    return {
+        name: value for name, value in found.items()
+        if isinstance(value, str) and value != _UNSET and manifests.VARIABLE.fullmatch(name) and "\0" not in value
+    }
 
 
 def activate_script(python: str) -> str:
     """A script that runs those scripts as `conda activate` does, without conda, which takes a second."""
     prefix = shlex.quote(_prefix(python))
     return f'export CONDA_PREFIX={prefix}\nfor script in {prefix}/{_ACTIVATE}/*.sh; do . "$script"; done'
+
+
+def _names(tree: Tree, directory: str, end: str) -> list[str]:
+    """The names in a directory that end so; none if it does not exist."""
+    try:
+        with os.scandir(tree.directory_fd(tree.resolve(name_parts(directory)))) as found:
+            return sorted(entry.name for entry in found if entry.name.endswith(end))
+    except (OSError, Refused):
+        return []
+
+
+def _json(tree: Tree, path: str) -> dict[str, object]:
+    """A JSON object of the image; empty if there is none."""
+    parts = resolved(tree, path)
+    try:
+        document = json.loads(_beginning(tree, parts)) if parts else None
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _prefix(python: str) -> str:

@@ -213,11 +213,12 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
                 # As the activation of the environment does.
                 path = f"{posixpath.dirname(python)}:{path}"
         scripts = jupyter.activation(tree, python) if python else None
+        variables = jupyter.variables(tree, python) if python else {}
     mapping: dict[str, object] = {
         "user": user,
         "home": home,
         "directory": _normal(config.directory, home),
-        "environment": {**config.environment, "PATH": path, "HOME": home},
+        "environment": {**config.environment, **variables, "PATH": path, "HOME": home},
     }
     if python:
         mapping |= {"python": python} | ({"activate": jupyter.activate_script(python)} if scripts else {})

@@ -578,6 +578,22 @@ def test_other_environments_are_not_changed(store: ImageStore, python: str, sett
     assert not list(image.root.rglob("*.pth")) and not image.notes
 
 
+def test_the_variables_of_a_conda_environment_are_those_of_its_kernels(store: ImageStore) -> None:
+    """As conda sets them: those of an environment.yml after those of packages, and in the place of the image's."""
+    state = {"env_vars": {"COURSE": "own", "GONE": "***unset***", "A.B": "x", "N": 1, "ZERO": "\0", "HOME": "/root"}}
+    packages = {"COURSE": "package", "PROJ_DATA": "/opt/conda/share/proj", "GONE": "x"}
+    config = {"Env": ["PATH=/opt/conda/bin", "COURSE=image", "LANG=C.UTF-8"]}
+    image = import_image(store, bare(
+        ("opt/conda/bin/jupyter-lab", b"#!/opt/conda/bin/python\n"), ("opt/conda/bin/python", b""),
+        ("opt/conda/conda-meta/state", json.dumps(state).encode()), ("opt/conda/etc/conda/env_vars.d/b.json", b"[]"),
+        ("opt/conda/etc/conda/env_vars.d/a.json", json.dumps(packages).encode()), **config,
+    ))
+    assert dict(image.environment) == {
+        "COURSE": "own", "PROJ_DATA": "/opt/conda/share/proj", "LANG": "C.UTF-8", "PATH": "/opt/conda/bin",
+        "HOME": "/home/jovyan",
+    }
+
+
 def test_condas_scripts_that_a_given_manifest_does_not_run_are_named(store: ImageStore) -> None:
     layer = Archive().add("opt/conda/bin/python", b"").add("opt/conda/etc/conda/activate.d/gdal.sh")
     text = 'python = "/opt/conda/bin/python"\nuser = "nb"\nhome = "/home/nb"\n'
