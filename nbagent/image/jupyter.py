@@ -41,7 +41,7 @@ _WRAPPERS_MAX = 5
 # A directory, and a name of an environment, in a command or in a script of a shell that is a part of it.
 _DIRECTORY = re.compile(r"(?<![\w.$}~/-])(/[^\s\"'`$;&|<>()=:]*)/[^/\s\"'`$;&|<>()=:]*")
 _NAME = re.compile(r"(?<![\w./-])[A-Za-z0-9][\w.-]{0,63}(?![\w./-])")
-_NAMED_MAX = 30
+_COMMAND_MAX_CHARACTERS, _NAMED_MAX = 4096, 30
 _ACTIVATE = "etc/conda/activate.d"
 # https://docs.conda.io/projects/conda/en/latest/dev-guide/deep-dives/activation.html
 _VARIABLES_OF_PACKAGES, _STATE, _UNSET = "etc/conda/env_vars.d", "conda-meta/state", "***unset***"
@@ -64,13 +64,13 @@ def places(command: Sequence[str], environment: Mapping[str, str]) -> str:
         ENV VIRTUAL_ENV=/opt/venv, ENV MAMBA_ROOT_PREFIX=/opt/conda
         ENTRYPOINT ["conda", "run", "-n", "course", "jupyter", "lab"], CMD conda activate course && jupyter lab
     """
-    text = " ".join(command)
-    named = _DIRECTORY.findall(text)[:_NAMED_MAX]
+    text = " ".join(command)[:_COMMAND_MAX_CHARACTERS]
+    named = [directory for directory in _DIRECTORY.findall(text) if _is_plain(directory)][:_NAMED_MAX]
     values = [value.rstrip("/") for value in environment.values() if value.startswith("/") and ":" not in value]
     prefixes = [posixpath.dirname(directory) for directory in environment.get("PATH", "").split(":")]
     for directory in named:
-        while (directory := posixpath.dirname(directory)) != "/":
-            prefixes.append(directory)
+        parts = directory.split("/")
+        prefixes += ["/".join(parts[:depth]) for depth in range(len(parts) - 1, 1, -1)]
     prefixes = list(dict.fromkeys([*values, *prefixes]))[:_NAMED_MAX]
     # conda has its environments below its own directory.
     names = list(dict.fromkeys(_NAME.findall(text)))[:_NAMED_MAX]
@@ -90,7 +90,7 @@ def variables(tree: Tree, python: str) -> dict[str, str]:
     """
     prefix = _prefix(python)
     found: dict[str, object] = {}
-    for name in _names(tree, posixpath.join(prefix, _VARIABLES_OF_PACKAGES), ".json"):
+    for name in _names(tree, posixpath.join(prefix, _VARIABLES_OF_PACKAGES), ".json")[:_NAMED_MAX]:
         found.update(_json(tree, posixpath.join(prefix, _VARIABLES_OF_PACKAGES, name)))
     if isinstance(own := _json(tree, posixpath.join(prefix, _STATE)).get("env_vars"), dict):
         found.update(own)
