@@ -96,7 +96,7 @@ def variables(tree: Tree, python: str) -> dict[str, str]:
         found.update(own)
     return {
         name: value for name, value in found.items()
-        if isinstance(value, str) and value != _UNSET and manifests.VARIABLE.fullmatch(name) and "\0" not in value
+        if isinstance(value, str) and value != _UNSET and manifests.VARIABLE.fullmatch(name) and value.isprintable()
     }
 
 

@@ -580,7 +580,7 @@ def test_other_environments_are_not_changed(store: ImageStore, python: str, sett
 
 def test_the_variables_of_a_conda_environment_are_those_of_its_kernels(store: ImageStore) -> None:
     """As conda sets them: those of an environment.yml after those of packages, and in the place of the image's."""
-    state = {"env_vars": {"COURSE": "own", "GONE": "***unset***", "A.B": "x", "N": 1, "ZERO": "\0", "HOME": "/root"}}
+    state = {"env_vars": {"COURSE": "own", "GONE": "***unset***", "A.B": "x", "N": 1, "ZERO": "\0", "LONE": "\ud800", "HOME": "/root"}}
     packages = {"COURSE": "package", "PROJ_DATA": "/opt/conda/share/proj", "GONE": "x"}
     config = {"Env": ["PATH=/opt/conda/bin", "COURSE=image", "LANG=C.UTF-8"]}
     image = import_image(store, bare(
