@@ -41,6 +41,8 @@ _WRAPPERS_MAX = 5
 # A directory, and a name of an environment, in a command or in a script of a shell that is a part of it.
 _DIRECTORY = re.compile(r"(?<![\w.$}~/-])(/[^\s\"'`$;&|<>()=:]*)/[^/\s\"'`$;&|<>()=:]*")
 _NAME = re.compile(r"(?<![\w./-])[A-Za-z0-9][\w.-]{0,63}(?![\w./-])")
+# Of uv and poetry, of Python's tutorial, and of pixi.
+_OF_PROJECTS = (".venv", "venv", ".pixi/envs/default")
 _COMMAND_MAX_CHARACTERS, _NAMED_MAX = 4096, 30
 _ACTIVATE = "etc/conda/activate.d"
 # https://docs.conda.io/projects/conda/en/latest/dev-guide/deep-dives/activation.html
@@ -57,12 +59,14 @@ def interpreter(tree: Tree, path: str) -> str | None:
     return None
 
 
-def places(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The directories of programs of the environments that an image's command or its variables name, as a PATH.
+def places(command: Sequence[str], environment: Mapping[str, str], directory: str = "") -> str:
+    """The directories of programs of the environments that an image's command or its variables name, as a PATH; and of
+    those of a project in its working directory.
 
         CMD ["/opt/venv/bin/jupyter", "lab"], CMD . /opt/venv/bin/activate && jupyter lab
         ENV VIRTUAL_ENV=/opt/venv, ENV MAMBA_ROOT_PREFIX=/opt/conda
         ENTRYPOINT ["conda", "run", "-n", "course", "jupyter", "lab"], CMD conda activate course && jupyter lab
+        CMD ["uv", "run", "jupyter", "lab"], CMD ["pixi", "run", "jupyter", "lab"]
     """
     text = " ".join(command)[:_COMMAND_MAX_CHARACTERS]
     named = [directory for directory in _DIRECTORY.findall(text) if _is_plain(directory)][:_NAMED_MAX]
@@ -74,7 +78,8 @@ def places(command: Sequence[str], environment: Mapping[str, str]) -> str:
     prefixes = list(dict.fromkeys([*values, *prefixes]))[:_NAMED_MAX]
     # conda has its environments below its own directory.
     names = list(dict.fromkeys(_NAME.findall(text)))[:_NAMED_MAX]
-    environments = [f"{prefix}/envs/{name}" for name in names for prefix in prefixes]
+    environments = [f"{directory}/{name}" for name in _OF_PROJECTS if directory.startswith("/")]
+    environments += [f"{prefix}/envs/{name}" for name in names for prefix in prefixes]
     return ":".join(dict.fromkeys([*named, *(f"{prefix}/bin" for prefix in (*environments, *prefixes))]))
 
 

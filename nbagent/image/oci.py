@@ -208,7 +208,8 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
         path = config.environment.get("PATH", _PATH)
         python = jupyter.interpreter(tree, path)
         if python is None and not _has_base_path(config.command, config.environment):
-            python = jupyter.interpreter(tree, f"{jupyter.places(config.command, config.environment)}:{path}")
+            places = jupyter.places(config.command, config.environment, _normal(config.directory, ""))
+            python = jupyter.interpreter(tree, f"{places}:{path}")
             if python:
                 # As the activation of the environment does.
                 path = f"{posixpath.dirname(python)}:{path}"

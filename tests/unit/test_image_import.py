@@ -386,6 +386,8 @@ def test_a_jupyter_command_that_leads_nowhere_is_none(store: ImageStore, tmp_pat
     ("/opt/venv", {"Entrypoint": ["/usr/bin/tini", "--"], "Cmd": ["/opt/venv/bin/python3", "-m", "jupyterlab"]}),
     ("/opt/venv", {"Cmd": ["/bin/sh", "-c", ". /opt/venv/bin/activate && jupyter lab --allow-root"]}),
     ("/opt/venv", {"Cmd": ["jupyter", "lab"], "Env": ["VIRTUAL_ENV=/opt/venv/", "PATH=/usr/bin:"]}),
+    ("/app/.venv", {"Cmd": ["uv", "run", "jupyter", "lab", "--ip=0.0.0.0"], "WorkingDir": "/app/"}),
+    ("/app/.pixi/envs/default", {"Entrypoint": ["pixi", "run"], "Cmd": ["lab"], "WorkingDir": "/app"}),
     # micromamba's image: its entry point activates the environment, and PATH is Debian's.
     ("/opt/conda", {"Entrypoint": ["/usr/local/bin/_entrypoint.sh"], "Cmd": ["jupyter", "lab"],
                     "Env": ["MAMBA_ROOT_PREFIX=/opt/conda", "ENV_NAME=base"]}),
@@ -580,7 +582,8 @@ def test_other_environments_are_not_changed(store: ImageStore, python: str, sett
 
 def test_the_variables_of_a_conda_environment_are_those_of_its_kernels(store: ImageStore) -> None:
     """As conda sets them: those of an environment.yml after those of packages, and in the place of the image's."""
-    state = {"env_vars": {"COURSE": "own", "GONE": "***unset***", "A.B": "x", "N": 1, "ZERO": "\0", "LONE": "\ud800", "HOME": "/root"}}
+    state = {"env_vars": {"COURSE": "own", "GONE": "***unset***", "A.B": "x", "N": 1, "ZERO": "\0", "LONE": "\ud800",
+                          "HOME": "/root"}}
     packages = {"COURSE": "package", "PROJ_DATA": "/opt/conda/share/proj", "GONE": "x"}
     config = {"Env": ["PATH=/opt/conda/bin", "COURSE=image", "LANG=C.UTF-8"]}
     image = import_image(store, bare(
