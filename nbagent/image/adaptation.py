@@ -39,7 +39,7 @@ _PUBLIC_BYTES, _PUBLIC_ENTRIES, _PUBLIC_MAX = 20 << 20, 2000, 64
 _OWN: tuple[Parts, ...] = (
     ("dev",), ("proc",), ("run", "jupyter"), ("run", "nbagent"), ("sys",), ("tmp",), ("var", "tmp"),
 )
-# The working directory is copied for no slot if it is one of these.
+# The working directory is neither opened nor copied if it is one of these.
 _OF_SYSTEM: tuple[Parts, ...] = (
     ("bin",), ("boot",), ("etc",), ("lib",), ("lib64",), ("sbin",), ("usr",), ("usr", "bin"), ("usr", "lib"), ("var",),
 )
@@ -115,7 +115,8 @@ def open_files(tree: Tree, id_base: int, account: Account, manifest: Manifest) -
     if account.uid == 0:
         tops = [top for top in _SOFTWARE if _is_directory(tree, top)]
         ancestors, more = _ways(tree, manifest.python) if manifest.python else ([], [])
-        if (working := _resolved_directory(tree, manifest.directory)) and manifest.directory != manifest.home:
+        working = _resolved_directory(tree, manifest.directory)
+        if working and working not in _OF_SYSTEM and manifest.directory != manifest.home:
             ancestors += [working[:depth] for depth in range(1, len(working))]
             more.append(working)
             opened += _open(tree, working, id_base, account, 0o5)

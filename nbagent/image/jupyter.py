@@ -59,9 +59,9 @@ def interpreter(tree: Tree, path: str) -> str | None:
     return None
 
 
-def places(command: Sequence[str], environment: Mapping[str, str], directory: str = "") -> str:
+def places(command: Sequence[str], environment: Mapping[str, str], working: str = "") -> str:
     """The directories of programs of the environments that an image's command or its variables name, as a PATH; and of
-    those of a project in its working directory.
+    those of a project in the directory `working`.
 
         CMD ["/opt/venv/bin/jupyter", "lab"], CMD . /opt/venv/bin/activate && jupyter lab
         ENV VIRTUAL_ENV=/opt/venv, ENV MAMBA_ROOT_PREFIX=/opt/conda
@@ -78,7 +78,7 @@ def places(command: Sequence[str], environment: Mapping[str, str], directory: st
     prefixes = list(dict.fromkeys([*values, *prefixes]))[:_NAMED_MAX]
     # conda has its environments below its own directory.
     names = list(dict.fromkeys(_NAME.findall(text)))[:_NAMED_MAX]
-    environments = [f"{directory}/{name}" for name in _OF_PROJECTS if directory.startswith("/")]
+    environments = [f"{working}/{name}" for name in _OF_PROJECTS if working]
     environments += [f"{prefix}/envs/{name}" for name in names for prefix in prefixes]
     return ":".join(dict.fromkeys([*named, *(f"{prefix}/bin" for prefix in (*environments, *prefixes))]))
 

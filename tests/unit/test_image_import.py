@@ -386,7 +386,7 @@ def test_a_jupyter_command_that_leads_nowhere_is_none(store: ImageStore, tmp_pat
     ("/opt/venv", {"Entrypoint": ["/usr/bin/tini", "--"], "Cmd": ["/opt/venv/bin/python3", "-m", "jupyterlab"]}),
     ("/opt/venv", {"Cmd": ["/bin/sh", "-c", ". /opt/venv/bin/activate && jupyter lab --allow-root"]}),
     ("/opt/venv", {"Cmd": ["jupyter", "lab"], "Env": ["VIRTUAL_ENV=/opt/venv/", "PATH=/usr/bin:"]}),
-    ("/app/.venv", {"Cmd": ["uv", "run", "jupyter", "lab", "--ip=0.0.0.0"], "WorkingDir": "/app/"}),
+    ("/app/.venv", {"Cmd": ["/bin/uv", "run", "jupyter", "lab", "--ip=0.0.0.0"], "WorkingDir": "/app/"}),
     ("/app/.pixi/envs/default", {"Entrypoint": ["pixi", "run"], "Cmd": ["lab"], "WorkingDir": "/app"}),
     # micromamba's image: its entry point activates the environment, and PATH is Debian's.
     ("/opt/conda", {"Entrypoint": ["/usr/local/bin/_entrypoint.sh"], "Cmd": ["jupyter", "lab"],
@@ -461,6 +461,7 @@ def test_an_interpreter_below_root_can_be_reached_in_slots(tmp_path: Path) -> No
     ("/work", ["701", "705", "604", "705", "604", "700"]),  # a link to it
     ("/root", ["705", "705", "604", "705", "604", "705"]),
     ("/root/no/such", ["701", "700", "600", "700", "600", "700"]),
+    ("/etc", ["700", "700", "600", "700", "600", "700"]),
 ])
 def test_the_working_directory_of_roots_image_can_be_read_in_slots(
     tmp_path: Path, directory: str, expected: list[str]
@@ -470,9 +471,10 @@ def test_the_working_directory_of_roots_image_can_be_read_in_slots(
     layer = Archive().add("root", **private).add("root/other", **private).add("root/course", **private)
     layer.add("root/course/a.ipynb", b"", mode=0o600).add("root/course/data", **private)
     layer.add("root/course/data/x.csv", b"", mode=0o600).add("work", **LINK, linkname="/root/course")
+    layer.add("etc/shadow", b"", mode=0o600)
     image = import_image(store, Layers(Cmd=["x"], WorkingDir=directory).layer(layer))
     paths = ("root", "root/course", "root/course/a.ipynb", "root/course/data", "root/course/data/x.csv", "root/other")
-    assert modes(image.root, *paths) == expected
+    assert modes(image.root, *paths, "etc/shadow") == [*expected, "600"]
     assert image.directory == directory
 
 
