@@ -146,8 +146,7 @@ def check_firewall(root: Path, settings: host_config.NetworkSettings, rules: Cal
     dropping = list(found.dropping(packets))
     if not dropping:
         return Finding("firewall", "ok", "no other table drops packets of slots")
-    mends = dict.fromkeys(foreign.remedy(chain) for chain in dropping)
-    return Finding("firewall", "warn", "; ".join(map(str, dropping)), "; ".join(mends))
+    return Finding("firewall", "warn", "; ".join(map(str, dropping)), foreign.remedy(dropping))
 
 
 def check_resolver(address: str, port: int = 53) -> Finding:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any  # the documents of nft(8)
 
@@ -294,19 +294,25 @@ def _ordered(value: Any) -> Any:
     return value if isinstance(value, int) else ipaddress.ip_address(value)
 
 
-def remedy(chain: Chain) -> str:
-    """The commands that let packets of slots pass, for the program that made the chain."""
+def remedy(chains: Iterable[Chain]) -> str:
+    """The commands that let packets of slots pass, for the programs that made the chains, and what else is to do."""
+    found = [_remedy(chain) for chain in chains]
+    commands, sentences = (dict.fromkeys(one for one in column if one) for column in zip(*found, strict=True))
+    return "; ".join([*commands, *sentences])
+
+
+def _remedy(chain: Chain) -> tuple[str, str]:
     interfaces = PREFIX + "+"
     if chain.table == "firewalld":
-        return f"firewall-cmd --permanent --zone=trusted --add-interface={interfaces} && firewall-cmd --reload"
+        return f"firewall-cmd --permanent --zone=trusted --add-interface={interfaces} && firewall-cmd --reload", ""
     if any(name.startswith(("ufw-", "ufw6-")) for name in chain.chains):
-        return f"ufw route allow in on {interfaces} && ufw allow in on {interfaces} to any port 53"
+        return f"ufw route allow in on {interfaces} && ufw allow in on {interfaces} to any port 53", ""
     iptables = "iptables" if chain.family == "ip" else "ip6tables"
     accept = "-j ACCEPT"
     established = f"-o {interfaces} -m conntrack --ctstate ESTABLISHED,RELATED {accept}"
     if "DOCKER-USER" in chain.chains and chain.hook == "forward":
         commands = f"{iptables} -I DOCKER-USER -i {interfaces} {accept}; {iptables} -I DOCKER-USER {established}"
-        return f"{commands}; and the same by ExecStartPost= in a drop-in of docker.service, for the next boot"
+        return commands, "and the same by ExecStartPost= in a drop-in of docker.service, for the next boot"
     if chain.of_iptables:
         # A rule of nft in its table would make iptables fail.
         insert = f"{iptables} -t {chain.table} -I {chain.name}"
@@ -321,4 +327,4 @@ def remedy(chain: Chain) -> str:
             f'iifname "{PREFIX}*" accept', f'oifname "{PREFIX}*" ct state established,related accept',
         ])
     commands = "; ".join(f"{insert} {rule}" for rule in rules)
-    return f"{commands}; and add the same rules to the file that creates this table"
+    return commands, "and add the same rules to the file that creates this table"

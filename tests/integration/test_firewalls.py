@@ -22,14 +22,14 @@ iptables -A INPUT -p tcp -m state --state NEW -m multiport --dports 22,8000,9000
 iptables -A INPUT -j REJECT --reject-with icmp-host-prohibited
 iptables -A FORWARD -m comment --comment "no router" -j REJECT --reject-with icmp-host-prohibited
 """
-# Packages; the commands that make the firewall effective and leave the ssh of the virtual machine open; those that
-# have it write its rules anew.
+# Packages that the test host lacks; the commands that make the firewall effective and leave the ssh of the virtual
+# machine open; those that have it write its rules anew.
 FIREWALLS = {
     "firewalld": (["firewalld"], "systemctl start firewalld", "systemctl restart firewalld"),
     "ufw": (["ufw"], "ufw allow 22/tcp && ufw --force enable", "ufw reload"),
     "docker": (["docker.io"], "systemctl start docker", "systemctl restart docker"),
     # The rules of iptables-services and of cloud images: the policies accept, and the last rules reject.
-    "iptables": (["iptables"], IPTABLES, "iptables-save > /root/rules; iptables-restore /root/rules"),
+    "iptables": ([], IPTABLES, "iptables-save > /root/rules; iptables-restore /root/rules"),
 }
 pytestmark = pytest.mark.parametrize("any_shared", HOSTS, indirect=True, scope="session")
 
@@ -68,11 +68,12 @@ def test_slots_have_their_network_beside_a_firewall(networked, tmp_path, name):
     before = opened(agent)
     assert lacks(before) == [] and refuses(before)
     agent.expect(simulated_internet.RESTORED)
-    debs = product.debian_packages(agent.host, packages, tmp_path)
-    agent.host.copy_in(debs, "/root/")
     try:
-        # Docker's start of its own at the installation fails without cgroups that it can write to.
-        agent.run("sh", "-c", f"cd /root && dpkg -i {' '.join(deb.name for deb in debs)}", timeout=900)
+        if packages:
+            debs = product.debian_packages(agent.host, packages, tmp_path)
+            agent.host.copy_in(debs, "/root/")
+            # Docker's start of its own at the installation fails without cgroups that it can write to.
+            agent.run("sh", "-c", f"cd /root && dpkg -i {' '.join(deb.name for deb in debs)}", timeout=900)
         agent.run("sh", "-ec", start, timeout=600)
         found = finding(agent, "firewall")
         print(f"{agent.host.driver} {agent.host.suite} {name}: {found}")
@@ -90,7 +91,8 @@ def test_slots_have_their_network_beside_a_firewall(networked, tmp_path, name):
         assert lacks(after) == [] and refuses(after)
         after.release()
     finally:
-        agent.run("sh", "-c", f"apt-get -q purge -y {' '.join(packages)}; nft flush ruleset", timeout=900)
+        purge = f"apt-get -q purge -y {' '.join(packages)}; " if packages else ""
+        agent.run("sh", "-c", f"{purge}nft flush ruleset", timeout=900)
     # The table of nbagent is restored after the flush.
     agent.wait(lambda: sh(agent, "nft list table inet nbagent | grep -q slots4"), "the table")
     agent.wait(lambda: not lacks(before), "the network without the firewall")
