@@ -14,7 +14,7 @@ from nbagent.core.errors import IllegalMove, InvalidField, RecordFailed, SlotNot
 from nbagent.core.events import Event
 from nbagent.core.model import SlotState, now
 from nbagent.policy.pool import TRY_S
-from nbagent.supervisor import slot_stopper
+from nbagent.supervisor import images, slot_stopper
 from nbagent.supervisor.systemd import JobFailed
 
 POOL = {"warm": 2, "starts": 4}
@@ -175,6 +175,25 @@ async def test_an_image_is_in_use_while_a_slot_runs_on_it(tmp_path, journal):
         host.calls.release(claim["slot"], "192.0.2.1")
         await until(lambda: host.store.used == {"sha256-1"})
         await until(lambda: Event.IMAGE_REMOVED in kinds(journal))
+
+
+async def test_an_error_of_the_images_disk_concerns_one_image_and_is_followed_by_another_try(
+    tmp_path, journal, monkeypatch
+):
+    monkeypatch.setattr(images, "AGAIN_S", 0.02)
+    host = Host(tmp_path)
+    host.store.images["other"] = make_image(tmp_path, "other", "sha256-1")
+    host.store.unreadable["other"] = OSError(errno.EIO, "Input/output error")
+    host.store.retire_error = OSError(errno.EROFS, "Read-only file system")
+    async with host:
+        await until(lambda: "warm" in host.states().values())
+        assert [image["name"] for image in host.calls.images()] == ["minimal"]
+        await asyncio.sleep(0.1)
+        # Reported once, and not at each try.
+        assert kinds(journal).count(Event.IMAGE_UNREADABLE) == 1
+        host.store.unreadable.clear()
+        host.store.retire_error = None
+        await until(lambda: len(host.calls.images()) == 2 and host.store.used == {"sha256-0", "sha256-1"})
 
 
 async def test_warm_slots_of_a_removed_image_end(tmp_path):

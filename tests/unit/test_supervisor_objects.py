@@ -4,19 +4,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from fakes import FakeZygotes, cancelled, make_image, turns
 
 from nbagent.config import host_config
 from nbagent.config.host_config import CurrentConfig
-from nbagent.core.errors import StartFailed
+from nbagent.core.errors import ConfigError, StartFailed
 from nbagent.core.model import Limits, Slot, SlotState, now
+from nbagent.supervisor import __main__ as program
 from nbagent.supervisor.composition import Supervisor
 from nbagent.supervisor.host_load import HostLoad, Memory
 from nbagent.supervisor.pools import Pools
@@ -276,7 +280,7 @@ def test_no_object_of_the_supervisor_has_more_than_a_dozen_attributes(tmp_path):
 @pytest.mark.parametrize(("error", "status"), [("MemoryError()", 1), ("ValueError('x')", 7)])
 def test_a_task_without_memory_ends_the_supervisor_and_another_error_does_not(error, status):
     """The next supervisor adopts what is complete; a task that ended between two steps may leave a slot as it is."""
-    program = f"""
+    text = f"""
 import asyncio, sys
 from nbagent.supervisor.__main__ import end_without_memory
 from nbagent.supervisor.tasks import Tasks
@@ -292,5 +296,20 @@ async def main():
 asyncio.run(main())
 sys.exit(7)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=TOP, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", text], cwd=TOP, capture_output=True, text=True, check=False)
     assert done.returncode == status and "unexpected error" in done.stderr
+
+
+@pytest.mark.parametrize("error", [None, ConfigError("unknown setting"), OSError(errno.EIO, "Input/output error")])
+def test_a_reload_ends_for_systemd_whatever_it_meets(monkeypatch, journal, error):
+    notified = []
+    monkeypatch.setattr(program.daemon, "notify", notified.append)
+
+    def load():
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(program.host_config, "load", load)
+    with contextlib.suppress(OSError):
+        program._reload(Mock())
+    assert notified == ["RELOADING=1", "READY=1"]
