@@ -34,6 +34,7 @@ from nbagent.config import host_config, nginx_check, nginx_settings
 from nbagent.config.host_values import NETWORK_MODES
 from nbagent.core import paths
 from nbagent.core.errors import ConfigError, NbagentError, SlotNotFound, SupervisorUnavailable
+from nbagent.core.model import is_slot_id
 from nbagent.core.proxies import HttpProxy
 from nbagent.core.quantities import format_duration, parse_duration
 
@@ -169,7 +170,7 @@ def history_command(slot: str | None, since: str | None, every: bool, as_json: b
     if (slot is None) == (since is None):
         raise click.UsageError("give either the ID of a slot or --since")
     if slot is not None:
-        found = history.of_slot(slot)
+        found = history.of_slot(slot) if is_slot_id(slot) else None
         if found is None:
             text = f"the journal has no entry about slot {slot}; only root and the group systemd-journal read all of it"
             raise SlotNotFound(text, slot=slot)
@@ -182,16 +183,21 @@ def history_command(slot: str | None, since: str | None, every: bool, as_json: b
             for event in events if isinstance(events, list) else ():
                 click.echo(f"{event['at']}  {event['text']}")
         return
-    try:
-        start = _now() - datetime.timedelta(seconds=parse_duration(since))
-    except ValueError as error:
-        raise click.UsageError(f"--since {since}: expected {error}") from None
+    start = datetime.datetime.fromtimestamp(_since_s(since), datetime.UTC)
     histories = [one for one in history.since(start) if every or one.claimed_at is not None]
     if as_json:
         _print_json([one.document() for one in histories])
     else:
         now = _now()
         tables.show(history.COLUMNS, [one.row(now) for one in histories])
+
+
+def _since_s(since: str | None) -> float:
+    """The begin of --since, in seconds since 1970 and not before; now without it."""
+    try:
+        return max(0.0, _now().timestamp() - (parse_duration(since) if since is not None else 0.0))
+    except ValueError as error:
+        raise click.UsageError(f"--since {since}: expected {error}") from None
 
 
 @nbagent.command("traces")
@@ -208,11 +214,7 @@ def traces_command(url: str, since: str | None, once: bool) -> None:
 
     if not re.fullmatch(r"https?://[^/\s]+/\S*", url):
         raise click.UsageError(f"--to {url}: expected a URL such as http://collector.example:4318/v1/traces")
-    try:
-        back_s = parse_duration(since) if since is not None else 0.0
-    except ValueError as error:
-        raise click.UsageError(f"--since {since}: expected {error}") from None
-    sent = traces.export(url, time.time() - back_s, once=once, complain=lambda text: click.echo(text, err=True))
+    sent = traces.export(url, _since_s(since), once=once, complain=lambda text: click.echo(text, err=True))
     click.echo(f"{sent} spans sent to {url}")
 
 
@@ -415,7 +417,9 @@ def _print_json(document: object) -> None:
 
 
 def _print_error(error: Exception | str) -> None:
-    click.echo(f"nbagent: {' '.join(str(error).split())}", err=True)
+    # An argument that is not UTF-8 has surrogates.
+    line = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
+    click.echo(f"nbagent: {line}", err=True)
 
 
 def _now() -> datetime.datetime:
