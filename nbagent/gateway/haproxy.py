@@ -265,9 +265,11 @@ def _refusals(settings: GatewaySettings) -> Iterator[str]:
     acl ahead req.hdr(Purpose),lower -m sub prefetch
     acl robot req.fhdr(User-Agent) -m reg -i '{PATTERN}'
     acl has_token req.hdr(Authorization) -m found
-    acl claim var(txn.claim) -m bool"""
+    acl claim var(txn.claim) -m bool
+    acl lend var(txn.lend) -m bool"""
     if settings.landing.access == "public":
         yield "    http-request set-var(txn.claim) bool(true) if spawn !gone claim_method !ahead !robot !at_slot"
+        yield "    http-request set-var(txn.lend) bool(true) if { path /api/lend } METH_POST !robot"
     if settings.landing.access != "off":
         # The hosts check the token.
         token = " has_token" if settings.landing.access == "token" else ""
@@ -276,12 +278,16 @@ def _refusals(settings: GatewaySettings) -> Iterator[str]:
         yield from _list("banned", "src", settings.landing.banned)
         yield from _answer(403, "banned", "banned")
     yield f"""\
-    # A client is one IPv4 address or one IPv6 /64 network. Refused claims do not count.
-    http-request track-sc0 src,ipmask(32,64) table rates if claim
-    acl too_often sc0_gpc0_rate(rates) ge {settings.landing.rate}"""
+    # A client is one IPv4 address or one IPv6 /64 network. Refused claims do not count. Lent slots are counted apart,
+    # so that a visitor who gets several can still claim one.
+    http-request track-sc0 src,ipmask(32,64) table rates if claim or lend
+    acl too_often sc0_gpc0_rate(rates) ge {settings.landing.rate}
+    acl lends_too_often sc0_gpc1_rate(rates) ge {settings.landing.rate}"""
     yield from _answer(429, "busy", "claim too_often", "hdr Retry-After 60")
+    yield from _answer(429, "busy", "lend lends_too_often", "hdr Retry-After 60")
     yield f"""\
     http-request sc-inc-gpc0(0) if claim
+    http-request sc-inc-gpc1(0) if lend
     # The whole request must fit into a buffer, so that it can be sent to the next host after a refusal.
     http-request wait-for-body time 5s at-least {CLAIM_MAX_BYTES} if claim METH_POST
     http-request return status 413 content-type text/plain string "the body of a claim is too large" \
@@ -310,9 +316,8 @@ def _routes(settings: GatewaySettings) -> Iterator[str]:
         yield "    use_backend acme if { path_beg /.well-known/acme-challenge/ }"
     yield "    use_backend assets if { path_beg /assets/ }"
     yield "    use_backend users if at_slot"
-    if settings.landing.access == "public":
-        # A host lends a slot or sends 204; another one is not tried.
-        yield "    use_backend claims if { path /api/lend } METH_POST !robot"
+    # A host lends a slot or sends 204; another one is not tried.
+    yield "    use_backend claims if lend"
     yield "    use_backend by_%[var(txn.way)] if claim"
     yield "    default_backend status"
 
@@ -451,7 +456,7 @@ frontend no_host
     http-request return status 501
 
 backend rates
-    stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store gpc0_rate({RATE_WINDOW_S}s)
+    stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store gpc0_rate({RATE_WINDOW_S}s),gpc1_rate({RATE_WINDOW_S}s)
 
 backend clients
     stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store conn_cur"""

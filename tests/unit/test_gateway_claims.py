@@ -545,6 +545,22 @@ def test_the_rate_of_claims_of_one_address_is_limited(hosts: list[FakeHost], tmp
         gateway.close()
 
 
+def test_the_rate_of_lent_slots_of_one_address_is_limited_apart_from_its_claims(
+    hosts: list[FakeHost], tmp_path: Path
+) -> None:
+    gateway = Gateway(tmp_path / "lending", hosts, landing={"rate": 5})
+    try:
+        assert [gateway.call("POST", "/api/lend", b"", FORM)[0] for _ in range(9)] == [*[200] * 5, *[429] * 4]
+        assert sum(len(host.headers) for host in hosts) == 5
+        assert Counter(gateway.claims(6)) == {200: 5, 429: 1}
+        # Another client, which is no person; the status service lends nothing.
+        crawler = {**FORM, "User-Agent": "bot"}
+        assert "status service" in gateway.call("POST", "/api/lend", b"", crawler, "127.0.0.2")[1]
+        assert gateway.call("POST", "/api/lend", b"", FORM, "127.0.0.2")[0] == 200
+    finally:
+        gateway.close()
+
+
 def test_requests_of_banned_addresses_are_refused(hosts: list[FakeHost], tmp_path: Path) -> None:
     many = [f"203.0.113.{number}/32" for number in range(120)]
     gateway = Gateway(tmp_path / "banning", hosts, ready=403, landing={"banned": [*many, "127.0.0.0/8"]})
