@@ -5,7 +5,7 @@ A caller is the API's user or root, by SO_PEERCRED. It has REQUEST_S for its req
 bounded, so that an API that an attacker has taken over cannot exhaust the supervisor's memory and descriptors. When a
 caller closes its connection while its claim waits, the claim is cancelled; a claim whose response cannot be delivered
 is abandoned and its slot ended, unless it has an Idempotency-Key of the caller, because then a repeated request is to
-get the same slot.
+get the same slot. The trial of a start is cancelled likewise, so that its slot keeps no place.
 """
 
 from __future__ import annotations
@@ -160,7 +160,8 @@ class ControlServer:
             if (handler := self._handlers.get(name)) is None:
                 raise BadRequest(f"unknown operation {name[:40]!r}")
             is_lost = name in HANDS_OUT and _has_own_key(request)
-            with _cancelled_with(channel) if is_lost else contextlib.nullcontext():
+            ends_with_caller = is_lost or name == operations.TRY_START.name
+            with _cancelled_with(channel) if ends_with_caller else contextlib.nullcontext():
                 result = handler(request)
                 if inspect.isawaitable(result):
                     result = await result

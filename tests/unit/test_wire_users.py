@@ -81,6 +81,7 @@ class FakeCalls:
 
     def __init__(self):
         self.received, self.abandoned, self.tasks = [], [], set()
+        self.trials = []
         self.agent = SimpleNamespace(spawn=self.spawn)
         self.blocked = None
 
@@ -107,7 +108,11 @@ class FakeCalls:
         return {"slot": slot, **options}
 
     async def try_start(self):
-        raise RuntimeError("a fault")
+        self.trials.append("begun")
+        try:
+            await asyncio.sleep(60)
+        finally:
+            self.trials.append("ended")
 
     def stats(self):
         raise RuntimeError("a fault")
@@ -210,6 +215,16 @@ def test_an_error_of_the_supervisor_arrives_with_step_and_errno(server):
 def test_a_fault_of_the_supervisor_is_reported_without_its_text(server):
     with pytest.raises(NbagentError, match="journalctl -u nbagent"):
         ControlClient(server[1], 5).call(operations.STATS)
+
+
+def test_a_trial_ends_when_its_caller_has_closed_the_connection(server):
+    calls, path = server
+    with pytest.raises(SupervisorUnavailable):
+        ControlClient(path, 0.2).call(operations.TRY_START)
+    deadline_s = time.monotonic() + 10
+    while calls.trials != ["begun", "ended"] and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert calls.trials == ["begun", "ended"] and calls.abandoned == []
 
 
 def test_a_result_of_a_megabyte_arrives_whole(server):
