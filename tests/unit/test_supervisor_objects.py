@@ -156,6 +156,20 @@ def test_the_load_counts_starts_by_launch_and_reads_memory_at_most_ten_times_a_s
     assert not load.draining
 
 
+def test_a_drain_is_in_force_while_its_file_cannot_be_created_and_has_it_afterwards(tmp_path):
+    file = tmp_path / "full" / "drain"
+    load = HostLoad(CurrentConfig(host_config.parse({})), Slots(), FakeZygotes(), file)
+    load.set_draining(True)
+    assert load.draining and load.host().draining
+    load.set_draining(False)
+    assert not load.draining
+    load.set_draining(True)
+    file.parent.mkdir()
+    assert load.draining and file.exists()
+    load.set_draining(False)
+    assert not load.draining and not file.exists()
+
+
 def test_the_next_end_is_that_of_the_first_claimed_slot(tmp_path, clock):
     slots = Slots()
     load = HostLoad(CurrentConfig(host_config.parse({})), slots, FakeZygotes(), tmp_path / "drain")
