@@ -7,7 +7,6 @@ class in nbagent.core.errors determines the exit status.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -28,12 +27,12 @@ from nbagent.cli import tables
 from nbagent.cli.dns import dns
 from nbagent.cli.gateway import gateway
 from nbagent.cli.images import image
-from nbagent.cli.remote import DEFAULT_URL, ApiUnavailable, Remote, read_token
+from nbagent.cli.remote import DEFAULT_URL, Remote, read_token
 from nbagent.cli.slot import slot as slot_group
 from nbagent.config import host_config, nginx_check, nginx_settings
 from nbagent.config.host_values import NETWORK_MODES
 from nbagent.core import paths
-from nbagent.core.errors import ConfigError, NbagentError, SlotNotFound, SupervisorUnavailable
+from nbagent.core.errors import ConfigError, NbagentError, SlotNotFound
 from nbagent.core.model import is_slot_id
 from nbagent.core.proxies import HttpProxy
 from nbagent.core.quantities import format_duration, parse_duration
@@ -42,6 +41,7 @@ WAIT_INTERVAL_S = 1.0
 # The value of --wait without a duration.
 WITHOUT_END = "without end"
 EX_TEMPFAIL = 75  # sysexits.h
+SERVER_ERRORS = 500  # the first HTTP status of a failure of the server
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -265,9 +265,13 @@ def drain(remote: Remote, as_json: bool, off: bool, wait: str | None) -> None:
             click.echo(f"\r{state['claimed']} claimed slots left ", err=True, nl=False)
         # The API has no events to wait for. One request a second is cheap for a drain that takes hours.
         time.sleep(min(WAIT_INTERVAL_S, max(0.0, until_s - time.monotonic())))
-        # The API may be restarting; a drain outlives it.
-        with contextlib.suppress(ApiUnavailable, SupervisorUnavailable):
+        # A drain outlives the API, which may be restarting, or have no thread left.
+        try:
             stats = remote.call("GET", "/stats")
+        except NbagentError as error:
+            if error.http_status < SERVER_ERRORS:
+                raise
+        else:
             state = {name: stats[name] for name in ("draining", "claimed", "warm")}
     _print(state, as_json)
     if wait is not None and state["claimed"]:
