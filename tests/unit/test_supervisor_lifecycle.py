@@ -14,7 +14,7 @@ from nbagent.core.errors import IllegalMove, InvalidField, RecordFailed, SlotNot
 from nbagent.core.events import Event
 from nbagent.core.model import SlotState, now
 from nbagent.policy.pool import TRY_S
-from nbagent.supervisor import images, slot_stopper
+from nbagent.supervisor import images, scope_limits, slot_stopper
 from nbagent.supervisor.systemd import JobFailed
 
 POOL = {"warm": 2, "starts": 4}
@@ -481,6 +481,31 @@ async def test_an_update_does_not_undo_what_guards_have_lowered_and_their_end_re
         await guards.lower(live, cpu_part=1.0)
         recorded = dict(host.records.load())[name].limits
         assert host.systemd.limits[f"nbagent-{name}.scope"] == live.slot.limits == recorded
+
+
+async def test_a_change_of_limits_that_systemd_makes_after_the_refusal_is_taken_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(scope_limits, "RENEW_PAUSE_S", 0.02)
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim(memory="1G", cpu_weight=50))["slot"]
+        scope, own, tries = f"nbagent-{name}.scope", host.slots[name].slot.limits, []
+
+        async def late(unit, limits):
+            tries.append(limits)
+            if len(tries) < 3:
+                # PID 1 has the message, and carries it out when it runs again.
+                asyncio.get_running_loop().call_later(0.01, host.systemd.limits.__setitem__, unit, limits)
+                raise TimeoutError("nbagent-units: set_limits: no response within 25 s")
+            host.systemd.limits[unit] = limits
+
+        monkeypatch.setattr(host.systemd, "set_limits", late)
+        with pytest.raises(IllegalMove, match="no response"):
+            await host.calls.update(name, {"memory": "64M", "cpu_weight": 7}, "192.0.2.1")
+        await until(lambda: host.systemd.limits[scope].memory_bytes == 64 << 20)
+        await until(lambda: host.systemd.limits[scope] == own)
+        assert len(tries) <= 3 and host.slots[name].slot.limits == own == dict(host.records.load())[name].limits
+        await asyncio.sleep(0.1)
+        assert tries[1:] == [own, own]
 
 
 async def test_an_update_that_cannot_be_recorded_changes_nothing(tmp_path, monkeypatch):
