@@ -145,7 +145,7 @@ def since(start: datetime.datetime) -> list[History]:
 def _end_with_boots(histories: Iterable[History]) -> None:
     """Ends the slots that ran at the end of a former boot: at the time of its last entry, of whatever program.
 
-    systemd ends slots at a shutdown after the supervisor has ended, and a host can fail, so that no entry has their end.
+    systemd ends slots at a shutdown after the supervisor has ended, and a host can fail: then no entry has their end.
     """
     from systemd import id128
 

@@ -15,9 +15,10 @@ from nbagent.config.host_config import ApiSettings, HostConfig, LandingSettings,
 from nbagent.config.schema import Network
 from nbagent.core import paths
 
-# A worker takes 7 MiB for its 16,384 connections. JupyterLab's page has about three, and the router as many to the slot,
-# so that eight workers have room for 20,000 pages, whose slots take 300 GiB at rest.
+# A worker takes 7 MiB for its 16,384 connections. A page of JupyterLab has about three, and the router as many to its
+# slot, so that eight workers have room for 20,000 pages, whose slots take 300 GiB at rest.
 WORKERS_MAX = 8
+
 # The login cookies of a slot, named in nbagent.zygote.notebook_server; \\1 is the slot.
 LOGIN_COOKIES = (r"__Host-nbagent-\1", r"nbagent-\1")
 

@@ -444,6 +444,7 @@ def _servers(backend: str, settings: GatewaySettings) -> Iterator[str]:
 
 
 def _services(settings: GatewaySettings) -> Iterator[str]:
+    rates = ",".join(f"{counter}_rate({RATE_WINDOW_S}s)" for counter in ("gpc0", "gpc1"))
     yield f"""\
 backend status
     # systemd holds the socket, so requests wait while the service restarts, which takes a second.
@@ -456,7 +457,7 @@ frontend no_host
     http-request return status 501
 
 backend rates
-    stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store gpc0_rate({RATE_WINDOW_S}s),gpc1_rate({RATE_WINDOW_S}s)
+    stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store {rates}
 
 backend clients
     stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store conn_cur"""

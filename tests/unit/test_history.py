@@ -145,7 +145,8 @@ async def test_a_time_before_all_clocks_is_the_begin_of_the_journal(entries, tmp
 
 
 @pytest.mark.parametrize(("arguments", "status"), [
-    (["c07-000000000000"], 3), (["c07-\udcff"], 3), ([], 2), (["--since", "yesterday"], 2), (["c07-000000000000", "--since", "1h"], 2),
+    (["c07-000000000000"], 3), (["c07-\udcff"], 3), ([], 2),
+    (["--since", "yesterday"], 2), (["c07-000000000000", "--since", "1h"], 2),
 ])
 def test_an_unknown_slot_and_wrong_usage(entries, capsys, arguments, status):
     with pytest.raises(SystemExit) as end:
