@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from collections.abc import Mapping
 from nbagent.api.hostnames import assets_address, host_of, slot_origin
 from nbagent.config.host_config import HostConfig
 from nbagent.core.documents import Claim, HostFigures
-from nbagent.core.errors import Full, SupervisorUnavailable
+from nbagent.core.errors import Full, NbagentError, SupervisorUnavailable, from_wire
 from nbagent.landing.backend import public_figures, slot_defaults
 from nbagent.wire.control import ControlClient
 from nbagent.wire.operations import CLAIM, GIVE_BACK, KEEP, LEND, STATS, ClaimArguments, LentArguments, own_key
@@ -25,18 +26,31 @@ class HostBackend:
     def __init__(self, config: HostConfig, client: ControlClient, probe: ControlClient) -> None:
         self.config, self.client, self.probe = config, client, probe
         self._lock = threading.Lock()
-        self._figures: HostFigures | None = None
-        self._fetched_s = 0.0
+        # The figures, or the error that followed the last request for them.
+        self._figures: HostFigures | NbagentError = SupervisorUnavailable("the figures were not fetched yet")
+        self._fetched_s = -math.inf
 
     def stats(self) -> HostFigures:
-        """The figures of the host, at most FIGURES_AGE_S old."""
+        """The figures of the host, at most FIGURES_AGE_S old. Raises NbagentError.
+
+        An error is kept as long, since the pages that wait for the figures would each wait for a timeout, one after the
+        other.
+        """
         with self._lock:
-            if self._figures is None or time.monotonic() >= self._fetched_s + FIGURES_AGE_S:
-                figures = public_figures(self.probe.call(STATS))
-                figures["assets"] = assets_address(self.config.router, figures["assets"])
-                self._figures = {**figures, **slot_defaults(self.config)}
+            if time.monotonic() >= self._fetched_s + FIGURES_AGE_S:
+                self._figures = self._fetch()
                 self._fetched_s = time.monotonic()
+            if isinstance(self._figures, NbagentError):
+                raise from_wire(self._figures.to_wire())
             return self._figures
+
+    def _fetch(self) -> HostFigures | NbagentError:
+        try:
+            figures = public_figures(self.probe.call(STATS))
+        except NbagentError as error:
+            return error
+        figures["assets"] = assets_address(self.config.router, figures["assets"])
+        return {**figures, **slot_defaults(self.config)}
 
     def claim(self, options: Mapping[str, object], key: str | None, client: str, trace: str) -> Claim:
         """Claims a slot. The key is valid for the landing page and the address `client` only.
