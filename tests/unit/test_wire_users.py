@@ -36,9 +36,9 @@ from nbagent.supervisor import content_injector
 from nbagent.supervisor import network as supervisor_network
 from nbagent.supervisor import server as supervisor_server
 from nbagent.supervisor.server import ControlServer, handlers
-from nbagent.wire import operations
+from nbagent.wire import control, operations
 from nbagent.wire.channel import Channel
-from nbagent.wire.control import ControlClient
+from nbagent.wire.control import CALLER_FD, ControlClient
 from nbagent.wire.failure import Failure, StepFailed
 from nbagent.wire.fields import MalformedMessage
 from nbagent.wire.operations import ClaimArguments, SlotArguments, UpdateArguments
@@ -81,7 +81,7 @@ class FakeCalls:
 
     def __init__(self):
         self.received, self.abandoned, self.tasks = [], [], set()
-        self.trials = []
+        self.trials, self.cancelled = [], []
         self.agent = SimpleNamespace(spawn=self.spawn)
         self.blocked = None
 
@@ -95,7 +95,11 @@ class FakeCalls:
         content = os.pread(files.fd, 1 << 20, 0) if files else None
         self.received.append((options, key, client, content))
         if self.blocked is not None:
-            await self.blocked.wait()
+            try:
+                await self.blocked.wait()
+            except asyncio.CancelledError:
+                self.cancelled.append(key)
+                raise
         return {"slot": "h-0"}
 
     def abandon(self, slot):
@@ -215,6 +219,58 @@ def test_an_error_of_the_supervisor_arrives_with_step_and_errno(server):
 def test_a_fault_of_the_supervisor_is_reported_without_its_text(server):
     with pytest.raises(NbagentError, match="journalctl -u nbagent"):
         ControlClient(server[1], 5).call(operations.STATS)
+
+
+def connected():
+    """Both ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        return client, listener.accept()[0]
+
+
+@contextlib.contextmanager
+def called_by(connection):
+    """As in a thread of the API that computes a response for this connection."""
+    token = CALLER_FD.set(connection.fileno())
+    yield
+    CALLER_FD.reset(token)
+
+
+@pytest.mark.parametrize("pair", [socket.socketpair, connected], ids=["nginx", "TCP"])
+def test_a_claim_of_a_client_that_has_left_is_cancelled_before_it_has_a_slot(server, pair, monkeypatch):
+    monkeypatch.setattr(control, "HALF_CLOSED_S", 0.1)
+    calls, path = server
+    calls.blocked, key = asyncio.Event(), operations.own_key()
+    client, accepted = pair()
+    with accepted, called_by(accepted):
+        leaving = threading.Timer(0.1, client.close)
+        leaving.start()
+        began_s = time.monotonic()
+        with pytest.raises(SupervisorUnavailable, match="closed the connection"):
+            ControlClient(path, 30).call(operations.CLAIM, ClaimArguments({}, key, "::1"))
+        leaving.join()
+        assert time.monotonic() - began_s < 5
+    deadline_s = time.monotonic() + 10
+    while not calls.cancelled and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert calls.cancelled == [key]
+
+
+def test_a_client_that_only_sends_no_more_gets_its_slot(server):
+    _, path = server
+    client, accepted = connected()
+    with client, accepted, called_by(accepted):
+        client.shutdown(socket.SHUT_WR)
+        claimed = ControlClient(path, 5).call(operations.CLAIM, ClaimArguments({}, "k", "::1"))
+        assert claimed == {"slot": "h-0"}
+
+
+def test_a_call_with_a_client_has_a_timeout(server):
+    calls, path = server
+    calls.blocked = asyncio.Event()
+    client, accepted = connected()
+    with client, accepted, called_by(accepted), pytest.raises(SupervisorUnavailable, match="timed out"):
+        ControlClient(path, 0.2).call(operations.CLAIM, ClaimArguments({}, operations.own_key(), "::1"))
 
 
 def test_a_trial_ends_when_its_caller_has_closed_the_connection(server):
