@@ -64,6 +64,9 @@ _TRACE = (
     "if { req.hdr(traceparent) -m reg ^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?$ }"
 )
 _CHECK = "check inter 2s fastinter 500ms downinter 1s fall 2 rise 1"
+# A restart of the supervisor or the API, for which claims wait, is over before so many checks of a claim's way fail: the
+# API waits 3 s for the supervisor, and responds to checks within the next second as to the first.
+_CLAIMS_CHECK = _CHECK.replace("fall 2", "fall 4")
 
 
 def render(settings: GatewaySettings) -> str:
@@ -92,9 +95,9 @@ def servers_of(label: str, host: FleetHostSettings) -> dict[str, str]:
         return users
     place = f"id {ring_number(label)}"
     return users | {
-        "claims": f"{where} weight {host.weight} {_CHECK} {agent} {place}",
-        "clicked": f"{where} weight {host.weight} {_CHECK} {agent} {place}",
-        "keyed": f"{where} weight 10 {_CHECK} {place}",
+        "claims": f"{where} weight {host.weight} {_CLAIMS_CHECK} {agent} {place}",
+        "clicked": f"{where} weight {host.weight} {_CLAIMS_CHECK} {agent} {place}",
+        "keyed": f"{where} weight 10 {_CLAIMS_CHECK} {place}",
     }
 
 
@@ -348,11 +351,13 @@ backend {name}
 
 
 def _stage(name: str, settings: GatewaySettings) -> Iterator[str]:
+    # By the way of a claim over router, API and supervisor. /healthz is that of the router alone.
+    checked = "/healthz" if settings.landing.access == "off" else "/api/stats"
     yield f"""\
 listen {name}
     bind unix@{RUN}/{name}.sock mode 600 accept-proxy
     log-format \"{_log_format('claim')}\"
-    option httpchk GET /healthz
+    option httpchk GET {checked}
     option http-buffer-request
     # A new connection for each claim, so that a host to which the connection fails has not received the claim.
     http-reuse never
@@ -432,9 +437,9 @@ def _servers(backend: str, settings: GatewaySettings) -> Iterator[str]:
         agent = f" agent-check agent-inter 1s agent-port {FleetHostSettings().check_port}"
         if backend in ("keyed", ASSETS):
             agent = ""
-        weight = 10 if backend == "keyed" else 100
+        weight, check = 10 if backend == "keyed" else 100, _CHECK if backend == ASSETS else _CLAIMS_CHECK
         yield (
-            f"    server-template h 1-{fleet.srv_hosts} {fleet.srv} weight {weight} {_CHECK}{agent} "
+            f"    server-template h 1-{fleet.srv_hosts} {fleet.srv} weight {weight} {check}{agent} "
             "resolvers dns resolve-opts ignore-weight init-addr none"
         )
         return
