@@ -64,8 +64,8 @@ _TRACE = (
     "if { req.hdr(traceparent) -m reg ^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?$ }"
 )
 _CHECK = "check inter 2s fastinter 500ms downinter 1s fall 2 rise 1"
-# A restart of the supervisor or the API, for which claims wait, is over before so many checks of a claim's way fail: the
-# API waits 3 s for the supervisor, and responds to checks within the next second as to the first.
+# A restart of the supervisor or the API, for which claims wait, is over before so many checks of a claim's way fail:
+# the API waits 3 s for the supervisor, and responds to checks within the next second as to the first.
 _CLAIMS_CHECK = _CHECK.replace("fall 2", "fall 4")
 
 

@@ -179,7 +179,8 @@ async def test_the_root_of_a_slot_is_closed_once_while_no_thread_can_be_started(
     with monkeypatch.context() as patch:
         without_threads(patch)
         await RunningSlot(SLOT, root_fd=fd).release_storage()
-    assert (other := os.open("/", os.O_PATH)) == fd
+    other = os.open("/", os.O_PATH)
+    assert other == fd
     # The executor does now what it could not do before.
     await in_thread(lambda: None)
     os.close(other)
