@@ -199,37 +199,42 @@ class Scope:
         self.pids = pids
 
 
+@pytest.fixture
+def processes():
+    """Two processes, which end with the test."""
+    made = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    yield made
+    for process in made:
+        process.kill()
+        process.wait()
+
+
 @pytest.mark.parametrize("ends", [False, True], ids=["the launcher still runs", "the slot still starts"])
-async def test_a_start_by_exec_that_is_cancelled_leaves_no_descriptor(monkeypatch, ends):
-    with subprocess.Popen(["sleep", "60"]) as program, subprocess.Popen(["sleep", "60"]) as launcher:
-        peers = []
+async def test_a_start_by_exec_that_is_cancelled_leaves_no_descriptor(monkeypatch, processes, ends):
+    (program, launcher), peers, scope = processes, [], Scope()
 
-        async def spawn(_program, control_fd):
-            peers.append(Channel.from_fd(os.dup(control_fd)))
-            read_fd, go_fd = os.pipe()
-            os.close(read_fd)
-            return BlockedProcess(os.pidfd_open(launcher.pid), go_fd)
+    async def spawn(_program, control_fd):
+        peers.append(Channel.from_fd(os.dup(control_fd)))
+        read_fd, go_fd = os.pipe()
+        os.close(read_fd)
+        return BlockedProcess(os.pidfd_open(launcher.pid), go_fd)
 
-        monkeypatch.setattr(launch_service, "spawn", spawn)
-        monkeypatch.setattr(BlockedProcess, "release", lambda self: None)
-        with socket.socket(socket.AF_UNIX) as listener:
-            before = set(os.listdir("/proc/self/fd"))
-            spec, scope = SimpleNamespace(save=lambda: {}, uplink=None), Scope()
-            launching = asyncio.ensure_future(ExecLauncher().launch(SLOT, spec, listener, scope, no_interface))
-            await until(lambda: peers)
-            with peers[0] as peer:
-                await until(lambda: hasattr(scope, "pids"))
-                peer.receive().close()
-                init = os.pidfd_open(program.pid)
-                peer.send({}, {"init": init})
-                os.close(init)
-                if ends:
-                    launcher.kill()
-                    launcher.wait()
-                    await asyncio.sleep(0.05)
-            if not ends:
+    monkeypatch.setattr(launch_service, "spawn", spawn)
+    monkeypatch.setattr(BlockedProcess, "release", lambda self: None)
+    with socket.socket(socket.AF_UNIX) as listener:
+        before = set(os.listdir("/proc/self/fd"))
+        spec = SimpleNamespace(save=dict, uplink=None)
+        launching = asyncio.ensure_future(ExecLauncher().launch(SLOT, spec, listener, scope, no_interface))
+        await until(lambda: hasattr(scope, "pids"))
+        with peers[0] as peer:
+            peer.receive().close()
+            init = os.pidfd_open(program.pid)
+            peer.send({}, {"init": init})
+            os.close(init)
+            if ends:
+                launcher.kill()
+                launcher.wait()
                 await asyncio.sleep(0.05)
-            await cancelled(launching)
-            assert set(os.listdir("/proc/self/fd")) == before
-        for process in (program, launcher):
-            process.kill()
+        await asyncio.sleep(0 if ends else 0.05)
+        await cancelled(launching)
+        assert set(os.listdir("/proc/self/fd")) == before
