@@ -93,17 +93,28 @@ class ControlClient:
         raise error
 
     def _call_once(self, request: JsonObject, fds: Mapping[str, int]) -> JsonObject:
+        caller_fd = CALLER_FD.get()
+        # It may have left while its request waited for a thread.
+        if caller_fd is not None and _events(caller_fd) & ~select.POLLRDHUP:
+            raise _CallerLeft
         with Channel.unconnected(RESPONSE_MAX_BYTES) as channel:
             channel.socket.settimeout(self.timeout_s)
             channel.socket.connect(str(self.path))
             channel.send(request, fds)
-            if (caller_fd := CALLER_FD.get()) is not None:
+            if caller_fd is not None:
                 _wait(channel.fileno(), caller_fd, self.timeout_s)
             response = channel.receive()
             if response is None:
                 raise EOFError("the supervisor closed the connection")
             response.close()
             return response.body
+
+
+def _events(caller_fd: int) -> int:
+    """POLLRDHUP, when a caller sends no more, and other events when it has closed the connection; 0 before."""
+    waiting = select.poll()
+    waiting.register(caller_fd, select.POLLRDHUP)
+    return dict(waiting.poll(0)).get(caller_fd, 0)
 
 
 def _wait(fd: int, caller_fd: int, timeout_s: float) -> None:

@@ -256,6 +256,15 @@ def test_a_claim_of_a_client_that_has_left_is_cancelled_before_it_has_a_slot(ser
     assert calls.cancelled == [key]
 
 
+def test_nothing_is_claimed_for_a_client_that_has_left_before(server):
+    calls, path = server
+    client, accepted = socket.socketpair()
+    client.close()
+    with accepted, called_by(accepted), pytest.raises(SupervisorUnavailable, match="closed the connection"):
+        ControlClient(path, 30).call(operations.CLAIM, ClaimArguments({}, operations.own_key(), "::1"))
+    assert calls.received == []
+
+
 def test_a_client_that_only_sends_no_more_gets_its_slot(server):
     _, path = server
     client, accepted = connected()
