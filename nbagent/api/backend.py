@@ -14,7 +14,17 @@ from nbagent.core.documents import Claim, HostFigures
 from nbagent.core.errors import Full, NbagentError, SupervisorUnavailable, from_wire
 from nbagent.landing.backend import public_figures, slot_defaults
 from nbagent.wire.control import ControlClient
-from nbagent.wire.operations import CLAIM, GIVE_BACK, KEEP, LEND, STATS, ClaimArguments, LentArguments, own_key
+from nbagent.wire.operations import (
+    CLAIM,
+    GIVE_BACK,
+    KEEP,
+    LANDING_KEY_PREFIX,
+    LEND,
+    STATS,
+    ClaimArguments,
+    LentArguments,
+    own_key,
+)
 
 # The figures need no permission, so their rate of calls to the supervisor has to be limited.
 FIGURES_AGE_S = 1.0
@@ -58,7 +68,7 @@ class HostBackend:
         Otherwise a visitor could get the slot of another one by guessing a key. The spaces keep the key apart
         from keys of the control API, which contain none.
         """
-        landing_key = None if key is None else f"landing {client} {key}"
+        landing_key = None if key is None else f"{LANDING_KEY_PREFIX}{client} {key}"
         return self.client.call(CLAIM, ClaimArguments(options, landing_key or own_key(), client, trace))
 
     def lend(self, options: Mapping[str, object], client: str) -> Claim | None:

@@ -236,11 +236,12 @@ def called_by(connection):
     CALLER_FD.reset(token)
 
 
+@pytest.mark.parametrize("key", [operations.own_key(), "landing 192.0.2.7 key-of-a-page"])
 @pytest.mark.parametrize("pair", [socket.socketpair, connected], ids=["nginx", "TCP"])
-def test_a_claim_of_a_client_that_has_left_is_cancelled_before_it_has_a_slot(server, pair, monkeypatch):
+def test_a_claim_of_a_client_that_has_left_is_cancelled_before_it_has_a_slot(server, pair, key, monkeypatch):
     monkeypatch.setattr(control, "HALF_CLOSED_S", 0.1)
     calls, path = server
-    calls.blocked, key = asyncio.Event(), operations.own_key()
+    calls.blocked = asyncio.Event()
     client, accepted = pair()
     with accepted, called_by(accepted):
         leaving = threading.Timer(0.1, client.close)
@@ -253,7 +254,22 @@ def test_a_claim_of_a_client_that_has_left_is_cancelled_before_it_has_a_slot(ser
     deadline_s = time.monotonic() + 10
     while not calls.cancelled and time.monotonic() < deadline_s:
         time.sleep(0.01)
-    assert calls.cancelled == [key]
+    assert calls.cancelled == [key] and calls.abandoned == []
+
+
+def test_a_claim_with_a_key_of_its_caller_goes_on_without_the_client(server):
+    calls, path = server
+    calls.blocked = asyncio.Event()
+    client, accepted = socket.socketpair()
+    with accepted, called_by(accepted):
+        leaving = threading.Timer(0.1, client.close)
+        leaving.start()
+        with pytest.raises(SupervisorUnavailable, match="closed the connection"):
+            ControlClient(path, 30).call(operations.CLAIM, ClaimArguments({}, "key-of-a-caller", "::1"))
+        leaving.join()
+    time.sleep(0.2)
+    assert calls.cancelled == [] and len(calls.tasks) == 1
+    calls.blocked.set()
 
 
 def test_nothing_is_claimed_for_a_client_that_has_left_before(server):
