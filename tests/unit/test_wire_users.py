@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from nbagent.config import host_config
+from nbagent.config.host_config import CurrentConfig
 from nbagent.content.deliver import ENTER, UNPACK, WRITE, Order
 from nbagent.core.claim_content import Content, File, FileBundle
 from nbagent.core.errors import (
@@ -671,6 +672,15 @@ def test_the_network_service_gets_typed_arguments_and_the_namespace(network, fil
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="the network service serves root only")
+def test_rules_that_cannot_be_written_are_a_fault_of_the_network(monkeypatch, tmp_path):
+    """As while /run is full; callers expect no other error, and try again."""
+    monkeypatch.setattr(supervisor_network, "RULES_PATH", tmp_path / "full" / "network.json")
+    config = CurrentConfig(host_config.parse({"network": {"allow": ["none", "internet"]}}))
+    with pytest.raises(StartFailed, match=r"network\.json was not written: No such file") as failed:
+        asyncio.run(supervisor_network.Network(config, None).set_up())
+    assert failed.value.details == {"step": "network", "errno": errno.ENOENT}
+
+
 def test_a_request_of_the_network_is_repeated_after_a_repair(network):
     """Another program deletes the nftables table, and the slot's addresses are added before the service knows."""
     call, kernel, _ = network
