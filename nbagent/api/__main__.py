@@ -13,7 +13,7 @@ import click
 
 from nbagent.api import access
 from nbagent.config import host_config
-from nbagent.core import paths
+from nbagent.core import logs, paths
 from nbagent.core.errors import ConfigError
 from nbagent.wire import control
 
@@ -56,12 +56,13 @@ def main(
     config: Path, control_socket: Path, token: Path, landing_socket: Path, landing_token: Path, bind: str, check: bool
 ) -> None:
     """The control API of nbagent. Exits with EX_CONFIG when the settings are invalid."""
+    logs.configure()
     try:
         host_config.load(config)
         if not check:
             _serve(Arguments(config, control_socket, token, landing_socket, landing_token, bind))
     except ConfigError as error:
-        sys.stderr.write(f"nbagent-api: {error}\n")
+        _LOG.error("nbagent-api: %s", error)
         sys.exit(error.exit_status)
 
 
@@ -88,7 +89,6 @@ def _serve(arguments: Arguments) -> None:
             create_landing(settings.landing, HostBackend(settings, client, probe), landing_token.matches),
         )
 
-    gunicorn_app.configure_logging()
     gunicorn_app.GunicornApp(
         "nbagent-api", lambda: host_config.load(arguments.config),
         lambda settings: gunicorn_app.Shape(settings.api.workers, claim_deadline_s(settings) + 5),

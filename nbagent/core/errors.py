@@ -14,7 +14,7 @@
       Full                     no slot is left to hand out; has the time to retry after
         Draining               the host hands out no slots
         NotReady               no slot became ready in time, although there is room
-      SupervisorUnavailable    no response on the control socket
+      SupervisorUnavailable    no response on the control socket, or no descriptor to respond
       StartFailed              a slot did not become ready: the step, errno and text
       RecordFailed             the record of a slot cannot be written, because /run is full
       ContentFailed            a slot cannot take the files of a claim
@@ -158,7 +158,7 @@ class NotReady(Full):
 
 
 class SupervisorUnavailable(NbagentError):
-    """There is no response from the supervisor. Details: `retry_after_s`."""
+    """There is no response from the supervisor, or it has no descriptor for the request. Details: `retry_after_s`."""
 
     code = "supervisor-unavailable"
     title = "Supervisor unavailable"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
@@ -13,9 +14,12 @@ from types import FrameType
 import click
 
 from nbagent.config import host_config
+from nbagent.core import logs
 from nbagent.core.errors import ConfigError
 from nbagent.core.events import emit
 from nbagent.dns import require_library
+
+_LOG = logging.getLogger(__name__)
 
 
 @click.command()
@@ -27,11 +31,12 @@ def main(context: click.Context, config: Path | None, gateway: bool) -> None:
 
     The exit status is EX_CONFIG if the configuration is refused.
     """
+    logs.configure()
     try:
         require_library()
         _run_gateway(config) if gateway else _run_host(config)
     except ConfigError as error:
-        click.echo(f"nbagent.dns: {error}", err=True)
+        _LOG.error("nbagent.dns: %s", error)
         context.exit(error.exit_status)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from nbagent.core import paths
+from nbagent.core import logs, paths
 from nbagent.core.errors import ConfigError
 from nbagent.gateway import haproxy, settings
 from nbagent.gateway.fleet import FleetBackend
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from nbagent.web.server import Service
 
+_LOG = logging.getLogger(__name__)
 THREADS = 32
 _SLOT = re.compile(rf"/user/({settings.LABEL})-[a-z0-9]+(?:/|$)")
 
@@ -37,17 +39,17 @@ def main(context: click.Context, config: Path, bind: str) -> None:
 
     The exit status is EX_CONFIG if the configuration is refused.
     """
+    logs.configure()
     try:
         _serve(config, bind)
     except ConfigError as error:
-        click.echo(f"nbagent-gateway-status: {error}", err=True)
+        _LOG.error("nbagent-gateway-status: %s", error)
         context.exit(error.exit_status)
 
 
 def _serve(config: Path, bind: str) -> None:
     from nbagent.web import gunicorn_app
 
-    gunicorn_app.configure_logging()
     # The longest request is one that fetches the figures of the hosts (fleet.DEADLINE_S).
     shape = gunicorn_app.Shape(workers=1, graceful_s=5)
     gunicorn_app.GunicornApp(

@@ -16,6 +16,7 @@ import subprocess
 
 from systemd import daemon
 
+from nbagent.core import logs
 from nbagent.launch import requests
 from nbagent.systemd.watchdog import Watchdog
 from nbagent.wire.accepting import accept_now
@@ -23,6 +24,7 @@ from nbagent.wire.accepting import accept_now
 
 def main() -> None:
     """Serves until SIGTERM."""
+    logs.configure()
     # Processes of slots inherit the mask.
     os.umask(0o022)
     listener = socket.socket(fileno=_activated())

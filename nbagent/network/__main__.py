@@ -22,6 +22,7 @@ import time
 from pyroute2 import NetlinkError
 from systemd import daemon
 
+from nbagent.core import logs
 from nbagent.core.events import Event, emit
 from nbagent.network import requests, watch
 from nbagent.network.netlink import HostNetwork
@@ -108,6 +109,7 @@ class Upkeep:
 
 def main() -> None:
     """Serves until SIGTERM."""
+    logs.configure()
     kernel = HostNetwork()
     if sys.argv[1:] == ["--remove"]:
         kernel.remove_all()

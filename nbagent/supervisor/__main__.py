@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import pwd
 import signal
@@ -22,7 +23,7 @@ from systemd import daemon
 
 from nbagent.config import host_config
 from nbagent.config.host_config import CurrentConfig
-from nbagent.core import paths
+from nbagent.core import logs, paths
 from nbagent.core.errors import ConfigError
 from nbagent.core.events import Event, emit
 from nbagent.image.store import ImageStore
@@ -36,13 +37,16 @@ from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.zygotes import Zygotes
 from nbagent.systemd.watchdog import Watchdog
 
+_LOG = logging.getLogger(__name__)
+
 
 def main() -> int:
     """Runs until SIGTERM. Returns the exit status."""
+    logs.configure()
     try:
         config = host_config.load()
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        _LOG.error("%s", error)
         return error.exit_status
     asyncio.run(_run(config))
     return 0

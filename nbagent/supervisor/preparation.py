@@ -8,7 +8,7 @@ from typing import Any
 
 from nbagent.config.host_config import CurrentConfig
 from nbagent.core.claim_content import Content
-from nbagent.core.errors import ContentFailed, RecordFailed, StartFailed
+from nbagent.core.errors import RecordFailed, StartFailed
 from nbagent.core.events import Event, emit
 from nbagent.core.model import Limits, SlotState, now
 from nbagent.supervisor import content_injector
@@ -22,6 +22,8 @@ from nbagent.supervisor.slot_stopper import SlotStopper
 from nbagent.supervisor.slots import Slots
 from nbagent.supervisor.systemd import Systemd
 from nbagent.supervisor.tasks import Tasks
+
+PREPARATION = "preparation"  # the step of a failure
 
 
 class Preparation:
@@ -59,11 +61,13 @@ class Preparation:
             if content:
                 await self._deliver(live, content)
             if live.slot.state is not SlotState.PREPARING:
-                raise ContentFailed("the slot ended while it was prepared for the claim")
+                raise StartFailed("the slot ended while it was prepared for the claim", step=PREPARATION)
         except BaseException as error:
             cancelled = isinstance(error, asyncio.CancelledError)
             text = "the caller closed its connection" if cancelled else str(error) or repr(error)
             self._stopper.end(live, Event.SLOT_NOT_PREPARED, text)
+            if isinstance(error, OSError):  # as without a free descriptor
+                raise StartFailed.at(PREPARATION, error.errno or 0, error.strerror or text) from error
             raise
 
     def record(self, live: RunningSlot, state: SlotState, **changes: Any) -> None:

@@ -20,7 +20,7 @@ import socket
 from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
-from nbagent.core.errors import BadRequest, Forbidden, NbagentError
+from nbagent.core.errors import BadRequest, Forbidden, NbagentError, SupervisorUnavailable
 from nbagent.supervisor.calls import Calls
 from nbagent.wire import control, operations
 from nbagent.wire.accepting import ACCEPT_PAUSE_S, EXHAUSTED
@@ -35,6 +35,7 @@ REQUEST_S = 10.0
 CONNECTIONS_MAX = 4096
 # Connections of callers that are not allowed. They are accepted so that the response has the reason.
 REFUSED_MAX = 16
+RETRY_AFTER_S = 2
 
 # The operations that hand out a slot.
 HANDS_OUT = (operations.CLAIM.name, operations.LEND.name)
@@ -176,6 +177,9 @@ class ControlServer:
         except MalformedMessage as error:
             return {"error": BadRequest(str(error)).to_wire()}, None
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                reason = f"the supervisor cannot serve the request: {error.strerror}"
+                return {"error": SupervisorUnavailable(reason, retry_after_s=RETRY_AFTER_S).to_wire()}, None
             asyncio.get_running_loop().call_exception_handler(
                 {"message": "a request failed unexpectedly", "exception": error}
             )

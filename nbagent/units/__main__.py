@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from systemd import daemon
 
+from nbagent.core import logs
 from nbagent.linux.cgroup import MigrationPrimer
 from nbagent.systemd.bus import Systemd
 from nbagent.systemd.watchdog import Watchdog
@@ -108,6 +109,7 @@ async def _run(listener: socket.socket) -> None:
 
 def main() -> None:
     """Serves until SIGTERM."""
+    logs.configure()
     fds = daemon.listen_fds()
     if len(fds) != 1:
         raise SystemExit("no listening socket from systemd: start nbagent-units.socket")

@@ -23,6 +23,7 @@ from gunicorn.glogging import Logger
 from gunicorn.workers.base import Worker as BaseWorker
 
 from nbagent.core.errors import ConfigError
+from nbagent.core.logs import JournalFormatter
 from nbagent.web.server import Server, Service
 
 if TYPE_CHECKING:
@@ -149,18 +150,6 @@ class Worker(BaseWorker):  # type: ignore[misc]
             self._server.wake()
 
 
-class JournalFormatter(logging.Formatter):
-    """Prefixes each line, those of a traceback too, with its priority for journald."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """`<3>text` under systemd, plain text elsewhere."""
-        text = super().format(record)
-        if "JOURNAL_STREAM" not in os.environ:
-            return text
-        prefix = f"<{_journal_priority(record.levelno)}>"
-        return prefix + text.replace("\n", "\n" + prefix)
-
-
 class JournalLogger(Logger):  # type: ignore[misc]
     """gunicorn's logger in our format. Normal ends of workers are no errors."""
 
@@ -176,15 +165,3 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
     # The arbiter warns when a worker dies of the SIGTERM that the arbiter sent, which happens when it repeats the
     # signal while the worker exits. The first text is gunicorn 20's, the second gunicorn 23's.
     return not record.getMessage().endswith(("due to signal 15", "was sent SIGTERM!"))
-
-
-def configure_logging() -> None:
-    """Sends the logs of nbagent's modules to standard error, which systemd connects to the journal."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JournalFormatter())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
-
-
-def _journal_priority(level: int) -> int:
-    # syslog's err, warning and info.
-    return 3 if level >= logging.ERROR else 4 if level >= logging.WARNING else 6

@@ -401,16 +401,18 @@ def test_tasks_max_refuses_the_fork(host: Host) -> None:
 
 
 def test_cpu_weight_divides_one_processor(host: Host) -> None:
-    """Two busy scopes on one processor, weights 1:4, and what each of them got in a second and a half."""
+    """Two busy scopes on one processor, weights 1:4, and what each of them got in the same second and a half."""
     spin = (
-        "import os,time; os.sched_setaffinity(0,{0}); end=time.monotonic()+1.5\n"
-        "while time.monotonic()<end: pass\n"
-        "print(time.process_time())"
+        "import os, sys, time; os.sched_setaffinity(0, {0}); begin = float(sys.argv[1])\n"
+        "time.sleep(max(0, begin - time.monotonic())); used = time.process_time()\n"
+        "while time.monotonic() < begin + 1.5: pass\n"
+        "print(time.process_time() - used)"
     )
     scope = ["systemd-run", "--scope", "--quiet", "--slice=weights.slice"]
+    begin = time.monotonic() + 2  # by the clock of machine and host; both have started by then
     busy = [
         host.popen(
-            [*scope, "-p", f"CPUWeight={weight}", "python3", "-c", spin], stdout=subprocess.PIPE, text=True
+            [*scope, "-p", f"CPUWeight={weight}", "python3", "-c", spin, begin], stdout=subprocess.PIPE, text=True
         )
         for weight in (50, 200)
     ]

@@ -235,6 +235,7 @@ def test_reload_applies_valid_settings_and_keeps_the_former_ones_otherwise(tmp_p
 
 WORKERS_WITH_SIGTERM = """
 import os, signal, socket, sys
+from nbagent.core import logs
 from nbagent.web import gunicorn_app
 from nbagent.web.server import Service
 
@@ -248,7 +249,7 @@ def fork_and_end():
     return pid
 
 os.fork = fork_and_end
-gunicorn_app.configure_logging()
+logs.configure()
 shape = gunicorn_app.Shape(workers=1, graceful_s=60)
 service = Service(lane_of=lambda listener, peer: None, body_max_bytes=0)
 gunicorn_app.GunicornApp("test", lambda: None, lambda _: shape, lambda _: service, f"unix:{sys.argv[1]}").run()

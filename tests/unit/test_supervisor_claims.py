@@ -470,6 +470,15 @@ async def test_content_that_fails_ends_the_slot(tmp_path, injected):
         await host.gone(slot_id)
 
 
+async def test_a_supervisor_without_a_descriptor_for_the_preparation_refuses_the_claim(tmp_path, injected):
+    injected.append(OSError(errno.EMFILE, "Too many open files"))
+    async with Host(tmp_path) as host:
+        slot_id, = await host.until_states("warm")
+        with pytest.raises(StartFailed, match="preparation: Too many open files"):
+            await host.claim(files=FILES)
+        await host.gone(slot_id)
+
+
 async def test_a_slot_that_ends_while_it_is_prepared_fails_its_claim(tmp_path, injected):
     gate = asyncio.Event()
     injected.append(gate)
@@ -480,7 +489,7 @@ async def test_a_slot_that_ends_while_it_is_prepared_fails_its_claim(tmp_path, i
         host.systemd.end(f"nbagent-{slot_id}.scope")
         await until(lambda: host.states().get(slot_id) != "preparing")
         gate.set()
-        with pytest.raises(ContentFailed, match="ended"):
+        with pytest.raises(StartFailed, match="ended"):
             await claiming
         await host.gone(slot_id)
 

@@ -309,6 +309,16 @@ def test_a_trial_ends_when_its_caller_has_closed_the_connection(server):
     assert calls.trials == ["begun", "ended"] and calls.abandoned == []
 
 
+def test_a_supervisor_without_descriptors_is_unavailable_for_a_while(server, monkeypatch):
+    def exhausted(self, *_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(FakeCalls, "stats", exhausted)
+    with pytest.raises(SupervisorUnavailable, match="cannot serve the request: Too many open files") as refused:
+        ControlClient(server[1], 5).call(operations.STATS)
+    assert refused.value.details == {"retry_after_s": supervisor_server.RETRY_AFTER_S}
+
+
 def test_a_result_of_a_megabyte_arrives_whole(server):
     assert len(ControlClient(server[1], 5).call(operations.SLOTS)) == 1000
 
