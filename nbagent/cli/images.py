@@ -205,7 +205,7 @@ def _password(account: str) -> str:
     """A password from the terminal, or the first line of standard input if it is no terminal."""
     if sys.stdin.isatty():
         return str(click.prompt(f"Password of {account}", hide_input=True, err=True))
-    return sys.stdin.readline().rstrip("\n")
+    return sys.stdin.readline().rstrip("\r\n")
 
 
 def _parsed(manifest: Path | None) -> Manifest | None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Programs that follow links without a person: crawlers, link previews, mail scanners. By the names that they send in
-User-Agent; one that sends the name of a browser is not recognised.
+"""Programs that follow links without a person: crawlers, link previews, mail scanners, link checkers, monitors. By the
+names that they send in User-Agent; one that sends the name of a browser is not recognised.
 
 The regular expression is read by Python and by HAProxy (PCRE2).
 """
@@ -13,11 +13,15 @@ import re
 # telephones of the maker Cubot have it in the name of their model.
 NAMES = (
     r"(?<!cu)bot\b", "crawl", "spider", "slurp", "preview",
-    "archive.org", "barracuda", "bluecoat", "chrome-lighthouse", "contenttabreceiver", "embedly", "facebookexternalhit",
-    "feedfetcher", "flipboard", "google-inspectiontool", "google-read-aloud", "google-safety", "googleother",
-    "ia_archiver", "iframely", "lookyloo", "mastodon/", "mediapartners-google", "meta-external", "microsoft office",
-    "mimecast", "ms-office", "outbrain", "pingdom", "proofpoint", "qwantify", "slack-imgproxy", "snap url",
-    "vkshare", "w3c_validator", "whatsapp/", "zgrab",
+    "apis-google", "archive.org", "barracuda", "blackbox exporter", "bluecoat", "cardyb", "censysinspect",
+    "chatgpt-user", "check_http", "checklink", "chrome-lighthouse", "claude-user", "claude-web", "cohere-ai",
+    "contenttabreceiver", "datadog/synthetics", "embedly", "facebookexternalhit", "feedfetcher", "flipboard",
+    "google favicon", "google-adwords", "google-inspectiontool", "google-read-aloud", "google-safety",
+    "google-site-verification", "googleother", "heritrix", "httrack", "ia_archiver", "iframely", "linkcheck",
+    "lookyloo", "lychee/", "mastodon/", "mediapartners-google", "meta-external", "microsoft office", "mimecast",
+    "mistralai-user", "ms-office", "netcraft", "newrelicpinger", "nutch", "onebox", "outbrain", "perplexity-user",
+    "pingdom", "proofpoint", "qwantify", "site24x7", "slack-imgproxy", "snap url", "sphinx/", "statuscake",
+    "uptime-kuma", "virustotal", "vkshare", "w3c_validator", "whatsapp/", "yeti/", "zgrab",
 )
 PATTERN = "|".join(NAMES)
 _ROBOT = re.compile(PATTERN, re.IGNORECASE)

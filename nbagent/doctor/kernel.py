@@ -15,6 +15,9 @@ from nbagent.linux import apparmor, bpf
 from nbagent.sandbox.spec import APPARMOR_PROFILE
 
 SYSTEMD_MIN = 252
+# A slot has one namespace of each kind, beside that of the users (namespaces(7)).
+NAMESPACES = ("mnt", "pid", "ipc", "uts", "net", "cgroup")
+NAMESPACES_MIN = 64
 MODULES_UNIT = "nbagent-modules.service"
 # The units that create user namespaces, and the settings that refuse these to processes without CAP_SYS_ADMIN: that of
 # Debian's kernels, and that of AppArmor, whose effect depends on the profiles of the distribution.
@@ -95,11 +98,14 @@ def check_user_namespaces(root: Path, bounding_set_of: Callable[[str], str]) -> 
     `bounding_set_of` returns the CapabilityBoundingSet= of a unit. Both units run as root, but without CAP_SYS_ADMIN.
     """
     name = "user namespaces"
-    limit = int(text_of(root / "proc/sys/user/max_user_namespaces", "0"))
-    if limit < 64:
+    limits = {"user.max_user_namespaces": int(text_of(root / "proc/sys/user/max_user_namespaces", "0"))}
+    for kind in NAMESPACES:
+        if text := text_of(root / f"proc/sys/user/max_{kind}_namespaces", ""):
+            limits[f"user.max_{kind}_namespaces"] = int(text)
+    if low := {setting: number for setting, number in limits.items() if number < NAMESPACES_MIN}:
+        found = ", ".join(f"{setting} is {number}" for setting, number in low.items())
         return Finding(
-            name, "fail", f"user.max_user_namespaces is {limit}",
-            "sysctl -w user.max_user_namespaces=65536, and in /etc/sysctl.d",
+            name, "fail", found, f"sysctl -w {' '.join(f'{setting}=65536' for setting in low)}, and in /etc/sysctl.d"
         )
     for setting, value, status in USERNS_SETTINGS:
         if text_of(root / "proc/sys/kernel" / setting, "") != value:
@@ -112,7 +118,7 @@ def check_user_namespaces(root: Path, bounding_set_of: Callable[[str], str]) -> 
         mend = [*map(_userns_drop_in, without), "systemctl daemon-reload && systemctl restart nbagent-launch nbagent"]
         found = f"{shown} {effect} those of {' and '.join(without)}, which have no CAP_SYS_ADMIN"
         return Finding(name, status, found, "; ".join(mend))
-    return Finding(name, "ok", f"up to {limit}")
+    return Finding(name, "ok", f"up to {min(limits.values())}")
 
 
 def _userns_drop_in(unit: str) -> str:

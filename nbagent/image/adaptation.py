@@ -16,7 +16,7 @@ import posixpath
 import re
 import shlex
 import stat
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from nbagent.image import jupyter
@@ -38,6 +38,10 @@ _PUBLIC_BYTES, _PUBLIC_ENTRIES, _PUBLIC_MAX = 20 << 20, 2000, 64
 # Directories where a slot has files of its own.
 _OWN: tuple[Parts, ...] = (
     ("dev",), ("proc",), ("run", "jupyter"), ("run", "nbagent"), ("sys",), ("tmp",), ("var", "tmp"),
+)
+# The working directory is neither opened nor copied if it is one of these.
+_OF_SYSTEM: tuple[Parts, ...] = (
+    ("bin",), ("boot",), ("etc",), ("lib",), ("lib64",), ("sbin",), ("usr",), ("usr", "bin"), ("usr", "lib"), ("var",),
 )
 _NAMES_SHOWN = 3
 _PROFILE, _PROFILES = ("etc", "profile"), ("etc", "profile.d")
@@ -66,14 +70,19 @@ class Size(NamedTuple):
     entries: int
 
 
-def adapt(tree: Tree, id_base: int, account: Account, manifest: Manifest, left_out: Sequence[str]) -> tuple[str, ...]:
-    """Opens the image's files to its slots; returns sentences about what is different from a container."""
+def adapt(
+    tree: Tree, id_base: int, account: Account, manifest: Manifest, left_out: Sequence[str], chown: Chown = os.chown
+) -> tuple[str, ...]:
+    """Makes the working directory, and opens the image's files to its slots; returns sentences about what is different
+    from a container.
+    """
     notes = []
     if left_out:
         names = ", ".join(plain(name) for name in left_out[:_NAMES_SHOWN])
         more = f" and {len(left_out) - _NAMES_SHOWN} more" if len(left_out) > _NAMES_SHOWN else ""
         notes.append(f"left out, because a slot has its own: {names}{more}")
-    opened = open_files(tree, id_base, account, manifest.python)
+    make_directory(tree, id_base, manifest, chown)
+    opened = open_files(tree, id_base, account, manifest)
     if opened:
         notes.append(
             f"made readable for slots, whose user has another id than the image's user {account.uid}:"
@@ -95,25 +104,43 @@ def adapt(tree: Tree, id_base: int, account: Account, manifest: Manifest, left_o
     return tuple(notes)
 
 
-def open_files(tree: Tree, id_base: int, account: Account, python: str | None) -> int:
+def open_files(tree: Tree, id_base: int, account: Account, manifest: Manifest) -> int:
     """Lets every user of the image read what `account` may read; returns the number of files and directories.
 
-    Of an account that is root only the software: /usr, /opt, /srv, and the directories of the interpreter `python`.
+    Of an account that is root only the software: /usr, /opt, /srv, and the directories of the manifest's interpreter;
+    and the working directory.
     """
     opened = 0
     tops: list[Parts] = [()]
     if account.uid == 0:
         tops = [top for top in _SOFTWARE if _is_directory(tree, top)]
-        if python:
-            ancestors, prefixes = _ways(tree, python)
-            opened += sum(_open(tree, parts, id_base, account, 0o1) for parts in ancestors)
-            tops += [prefix for prefix in prefixes if prefix and not any(_is_below(prefix, top) for top in tops)]
+        ancestors, more = _ways(tree, manifest.python) if manifest.python else ([], [])
+        working = _resolved_directory(tree, manifest.directory)
+        if working and working not in _OF_SYSTEM and manifest.directory != manifest.home:
+            ancestors += [working[:depth] for depth in range(1, len(working))]
+            more.append(working)
+            opened += _open(tree, working, id_base, account, 0o5)
+        opened += sum(_open(tree, parts, id_base, account, 0o1) for parts in ancestors)
+        tops += [top for top in dict.fromkeys(more) if top and not any(_is_below(top, known) for known in tops)]
     for top in tops:
         for _, directories, files, directory_fd in os.fwalk(".", dir_fd=tree.directory_fd(top)):
             for name in (*directories, *files):
                 status = os.stat(name, dir_fd=directory_fd, follow_symlinks=False)
                 opened += _widen(name, directory_fd, status, id_base, account, 0o5)
     return opened
+
+
+def make_directory(tree: Tree, id_base: int, manifest: Manifest, chown: Chown = os.chown) -> None:
+    """Makes the working directory if the image does not have it, as a container's runtime does when it starts."""
+    with contextlib.suppress(OSError, Refused):
+        parts = tree.resolve(name_parts(manifest.directory))
+        for depth in range(1, len(parts) + 1):
+            if manifest.directory == manifest.home or _is_directory(tree, parts[:depth]):
+                continue
+            with tree.directory(parts[:depth - 1]) as directory_fd:
+                os.mkdir(parts[depth - 1], dir_fd=directory_fd)
+                os.chmod(parts[depth - 1], 0o755, dir_fd=directory_fd)  # noqa: S103  whatever the umask is
+                chown(parts[depth - 1], id_base, id_base, dir_fd=directory_fd, follow_symlinks=False)
 
 
 def keep_path(tree: Tree, id_base: int, manifest: Manifest, chown: Chown = os.chown) -> None:
@@ -175,19 +202,46 @@ def _replace(tree: Tree, parts: Parts, content: bytes, mode: int, id_base: int, 
         chown(parts[-1], id_base, id_base, dir_fd=directory_fd, follow_symlinks=False)
 
 
-def public_directories(tree: Tree, home: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The directories outside of the home that everyone may write to, and sentences about those that are read-only in
-    slots nevertheless. Of a directory within another, only the outer one is among them.
+def own_directory(tree: Tree, id_base: int, account: Account, manifest: Manifest) -> tuple[str, ...]:
+    """The working directory, if the user of a container may write to it and it is no directory of the system.
+
+    In a slot it would be read-only, so that no notebook could be saved in an image with `WORKDIR /app`.
     """
-    own: list[Parts] = [*_OWN]
+    working = _resolved_directory(tree, manifest.directory)
+    try:
+        others = (*_OWN, tree.resolve(name_parts(manifest.home)))
+    except (OSError, Refused):
+        return ()
+    if not working or working in _OF_SYSTEM or any(
+        _is_below(working, other) or _is_below(other, working) for other in others
+    ):
+        return ()
+    status = os.fstat(tree.directory_fd(working))
+    may_write = account.uid == 0 or (
+        status.st_mode & stat.S_IWUSR and status.st_uid == id_base + account.uid
+    ) or (status.st_mode & stat.S_IWGRP and status.st_gid == id_base + account.gid)
+    return ("/" + "/".join(working),) if may_write else ()
+
+
+def public_directories(
+    tree: Tree, manifest: Manifest, own: Collection[str] = ()
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The directories outside of the home that everyone may write to, and sentences about those that are read-only in
+    slots nevertheless. Of a directory within another, only the outer one is among them. The working directory is one of
+    them if it is in `own`.
+    """
+    skipped: list[Parts] = [*_OWN]
     with contextlib.suppress(OSError, Refused):
-        own.append(tree.resolve(name_parts(home)))
+        skipped.append(tree.resolve(name_parts(manifest.home)))
+    working = _resolved_directory(tree, manifest.directory)
+    if "/" + "/".join(working) not in own:
+        working = ()
     found: list[Parts] = []
     for path, directories, _, directory_fd in os.fwalk(".", dir_fd=tree.directory_fd(())):
         parts = tuple(path.split("/")[1:])
-        if parts in own:
+        if parts in skipped:
             directories.clear()
-        elif parts and os.fstat(directory_fd).st_mode & stat.S_IWOTH:
+        elif parts and (parts == working or os.fstat(directory_fd).st_mode & stat.S_IWOTH):
             found.append(parts)
             directories.clear()
     public: list[str] = []
@@ -197,8 +251,9 @@ def public_directories(tree: Tree, home: str) -> tuple[tuple[str, ...], tuple[st
         if plain(name) != name:
             continue
         if size.size_bytes > _PUBLIC_BYTES or size.entries > _PUBLIC_ENTRIES or len(public) == _PUBLIC_MAX:
+            who = "the image's user" if parts == working else "everyone"
             notes.append(
-                f"{name}, to which everyone may write, is read-only in slots, because each would copy its"
+                f"{name}, to which {who} may write, is read-only in slots, because each would copy its"
                 f" {size.entries:,} files of {size.size_bytes / 1e6:,.0f} MB into its memory"
             )
         else:
@@ -264,6 +319,15 @@ def _widen(name: str, directory_fd: int, status: os.stat_result, id_base: int, a
         return 0
     os.chmod(name, wider, dir_fd=directory_fd)
     return 1
+
+
+def _resolved_directory(tree: Tree, path: str) -> Parts:
+    """The directory that an absolute path of the image leads to; () if it does not exist or is none."""
+    try:
+        parts = tree.resolve(name_parts(path))
+    except (OSError, Refused):
+        return ()
+    return parts if _is_directory(tree, parts) else ()
 
 
 def _is_directory(tree: Tree, parts: Parts) -> bool:

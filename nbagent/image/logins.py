@@ -27,8 +27,7 @@ def of_password(reference: str, user: str, password: str) -> str:
     first, separator, _ = reference.partition("/")
     # Docker's rule: without a dot or port the first component is not a host name.
     is_host = separator and ("." in first or ":" in first or first == "localhost")
-    token = base64.b64encode(f"{user}:{password}".encode()).decode()
-    return json.dumps({"auths": {first if is_host else _DOCKER_HUB: {"auth": token}}})
+    return json.dumps({"auths": {first if is_host else _DOCKER_HUB: {"auth": _encoded(user, password)}}})
 
 
 def found(given: Path | None, environment: Mapping[str, str] = os.environ) -> str | None:
@@ -44,6 +43,10 @@ def found(given: Path | None, environment: Mapping[str, str] = os.environ) -> st
     return None
 
 
+def _encoded(user: str, password: str) -> str:
+    return base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
 def _read(path: Path) -> str:
     try:
         with path.open("rb") as file:
@@ -55,8 +58,14 @@ def _read(path: Path) -> str:
     auths = document.get("auths") if isinstance(document, dict) else None
     logins = {}
     for registry, login in (auths.items() if isinstance(auths, dict) else ()):
-        if isinstance(login, dict) and any(login.get(key) for key in ("auth", "identitytoken")):
+        if not isinstance(login, dict):
+            continue
+        user, password = login.get("username"), login.get("password")
+        if any(login.get(key) for key in ("auth", "identitytoken")):
             logins[registry] = login
+        elif user and isinstance(user, str) and isinstance(password, str):
+            # As in secrets of Kubernetes, which skopeo does not read.
+            logins[registry] = {"auth": _encoded(user, password)}
     if not logins:
         raise ConfigError(
             f"{path}: has no login; expected the file that `docker login` or `podman login --authfile` writes, without"

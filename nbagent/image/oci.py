@@ -21,7 +21,7 @@ import platform
 import posixpath
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +52,7 @@ _LAYER = re.compile(
 )
 _PORT = re.compile(r"([0-9]{1,5})(?:/tcp)?")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# The user for an image that names none, or root, because no process of a slot is root.
+# The user for an image whose user is root or has no name, because no process of a slot is root.
 _USER, _HOME = "jovyan", "/home/jovyan"
 
 
@@ -200,19 +200,26 @@ def is_unchanged(before: os.stat_result, after: os.stat_result) -> bool:
 def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
     """A manifest for an image that has none, from its configuration and its files.
 
-    An image with JupyterLab on its PATH becomes one of notebook servers, whatever its entry point is. Otherwise its
-    entry point and command become the command. Raises ImageInvalid.
+    An image with JupyterLab on its PATH, or in an environment that its command names, becomes one of notebook servers,
+    whatever its entry point is. Otherwise its entry point and command become the command. Raises ImageInvalid.
     """
     with open_tree(rootfs) as tree:
-        user, home = _user(tree, config.user)
-        python = jupyter.interpreter(tree, config.environment.get("PATH", _PATH))
+        user, home = _user(tree, config)
+        path = config.environment.get("PATH", _PATH)
+        python = jupyter.interpreter(tree, path)
+        if python is None and not _has_base_path(config.command, config.environment):
+            places = jupyter.places(config.command, config.environment, _normal(config.directory, ""))
+            python = jupyter.interpreter(tree, f"{places}:{path}")
+            if python:
+                # As the activation of the environment does.
+                path = f"{posixpath.dirname(python)}:{path}"
         scripts = jupyter.activation(tree, python) if python else None
-    home = _normal(config.environment.get("HOME", ""), home) if user != _USER else home
+        variables = jupyter.variables(tree, python) if python else {}
     mapping: dict[str, object] = {
         "user": user,
         "home": home,
         "directory": _normal(config.directory, home),
-        "environment": {"PATH": _PATH, **config.environment, "HOME": home},
+        "environment": {**config.environment, **variables, "PATH": path, "HOME": home},
     }
     if python:
         mapping |= {"python": python} | ({"activate": jupyter.activate_script(python)} if scripts else {})
@@ -227,7 +234,14 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
 
 
 def notes_of(config: ImageConfig, manifest: Manifest) -> tuple[str, ...]:
-    """Sentences about the parts of a configuration that its `manifest` does not use."""
+    """Sentences about the parts of a configuration that its `manifest` does not use, or that a slot does not serve."""
+    if manifest.python is None and not _has_base_path(manifest.command, manifest.environment):
+        text = (
+            f"slots run the image's command ({plain(' '.join(config.command))}), because no jupyter-lab was found; it"
+            " has no {base_path}, below which it has to serve: write it into the command or a variable, or name the"
+            " Python that has JupyterLab in a manifest (python)"
+        )
+        return (text,)
     if manifest.python is None or not config.command or posixpath.basename(config.command[0]) == "jupyter-lab":
         return ()
     text = (
@@ -236,6 +250,11 @@ def notes_of(config: ImageConfig, manifest: Manifest) -> tuple[str, ...]:
         " (activate)"
     )
     return (text,)
+
+
+def _has_base_path(command: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Whether a command is made for slots: it gets the path below which it serves."""
+    return any("{base_path}" in text for text in (*command, *environment.values()))
 
 
 def _config(document: _Object) -> ImageConfig:
@@ -252,12 +271,13 @@ def _config(document: _Object) -> ImageConfig:
     )
 
 
-def _user(tree: Tree, wanted: str) -> tuple[str, str]:
-    """Name and home of the image's user, from its own passwd."""
-    found = account(tree, wanted)
-    if found.uid != 0 and manifests.USER.fullmatch(found.name):
-        return found.name, _normal(found.home, _HOME)
-    return _USER, _HOME
+def _user(tree: Tree, config: ImageConfig) -> tuple[str, str]:
+    """Name and home of the image's user. A user of a number only, or whose name no manifest may have, is `_USER`."""
+    found = account(tree, config.user)
+    if found.uid == 0:
+        return _USER, _HOME
+    name = found.name if manifests.USER.fullmatch(found.name) else _USER
+    return name, _normal(config.environment.get("HOME", ""), _normal(found.home, _HOME))
 
 
 def _normal(path: str, otherwise: str) -> str:

@@ -121,7 +121,7 @@ class ImageStore:
                     left_out = archives.extract(file.fileno(), rootfs, id_base, self._limits, self._chown)
                     _unchanged(archive, before, file.fileno())
                     found = _read_manifest(rootfs) if manifest is None else manifest
-                    notes = _adapt(rootfs, id_base, found.user, found, left_out)
+                    notes = _adapt(rootfs, id_base, found.user, found, left_out, self._chown)
                     self._publish(staging, Record(digest, id_base, found, notes), name)
         return self.get(name)
 
@@ -147,13 +147,15 @@ class ImageStore:
                 layout.check_unchanged()
                 found = manifest or _find_manifest(rootfs)
                 notes: tuple[str, ...] = ()
-                if found is None:
+                if is_derived := found is None:
                     found = oci.manifest_of(image.config, rootfs)
                     notes = oci.notes_of(image.config, found)
                 layout.discard()
                 # A container without USER runs as root, and a slot as another user.
-                notes += _adapt(rootfs, id_base, image.config.user, found, left_out)
-                self._publish(staging, Record(digest, id_base, found, notes), name)
+                user = image.config.user
+                notes += _adapt(rootfs, id_base, user, found, left_out, self._chown)
+                own = _own_directory(rootfs, id_base, user, found) if is_derived else ()
+                self._publish(staging, Record(digest, id_base, found, notes, own), name)
         return self.get(name)
 
     def use(
@@ -200,7 +202,7 @@ class ImageStore:
                     _unchanged(layer, before, file.fileno())
                     found = manifest or _find_manifest(rootfs) or found
                     # Of the image below, the notes about its files are contained in those about all files.
-                    notes = _adapt(rootfs, record.id_base, found.user, found, left_out)
+                    notes = _adapt(rootfs, record.id_base, found.user, found, left_out, self._chown)
                 self._publish(staging, replace(record, digest=digest, manifest=found, notes=notes), name)
         return self.get(name)
 
@@ -343,11 +345,13 @@ class ImageStore:
         return known
 
     def _publish(self, staging: Path, record: Record, name: str) -> None:
-        """Turns the staged tree into an image, and points `name` to it."""
+        """Turns the staged tree into an image, and points `name` to it. `record.public` may have the working directory
+        already, because the user of a container may write to it.
+        """
         with open_tree(staging / "rootfs") as tree:
             elf.check_machine(tree, record.manifest)
             adaptation.keep_path(tree, record.id_base, record.manifest, self._chown)
-            public, public_notes = adaptation.public_directories(tree, record.manifest.home)
+            public, public_notes = adaptation.public_directories(tree, record.manifest, record.public)
             environment_notes = adaptation.open_environment(tree, record.id_base, record.manifest, self._chown)
             record = replace(record, public=public, notes=(*record.notes, *environment_notes, *public_notes))
         assets = staging / "static"
@@ -448,9 +452,16 @@ def _derived(digest: str, text: str) -> str:
     return "sha256-" + hashlib.sha256(f"{digest}\n{text}".encode()).hexdigest()
 
 
-def _adapt(rootfs: Path, id_base: int, user: str, manifest: Manifest, left_out: Sequence[str]) -> tuple[str, ...]:
+def _adapt(
+    rootfs: Path, id_base: int, user: str, manifest: Manifest, left_out: Sequence[str], chown: archives.Chown
+) -> tuple[str, ...]:
     with open_tree(rootfs) as tree:
-        return adaptation.adapt(tree, id_base, account(tree, user), manifest, left_out)
+        return adaptation.adapt(tree, id_base, account(tree, user), manifest, left_out, chown)
+
+
+def _own_directory(rootfs: Path, id_base: int, user: str, manifest: Manifest) -> tuple[str, ...]:
+    with open_tree(rootfs) as tree:
+        return adaptation.own_directory(tree, id_base, account(tree, user), manifest)
 
 
 def _read_manifest(rootfs: Path) -> Manifest:

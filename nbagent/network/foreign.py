@@ -3,9 +3,10 @@
 
 nftables drops a packet if any base chain does. Here the packets of a slot pass the rules of all other tables, as
 `nft --json list ruleset` prints them. It omits the arguments of the matches that iptables made; those of connection
-states and address types are read from the text that `nft --handle list ruleset` prints. Rules whose conditions cannot
-be decided (a rate, a mark, the time) count as not matching, so a result is right for rules that depend on interfaces,
-addresses, protocols, ports and connection states. Rules of iptables-legacy are not in the ruleset of nftables.
+states, address types and lists of ports are read from the text that `nft --handle list ruleset` prints. Rules whose
+conditions cannot be decided (a rate, a mark, the time) count as not matching, so a result is right for rules that
+depend on interfaces, addresses, protocols, ports and connection states. Rules of iptables-legacy are not in the ruleset
+of nftables.
 """
 
 from __future__ import annotations
@@ -25,7 +26,14 @@ _FAMILIES = {4: ("ip", "inet"), 6: ("ip6", "inet")}
 _PUBLIC = {4: "8.8.8.8", 6: "2001:4860:4860::8888"}
 _DROPS = ("drop", "reject")
 _ENDS = ("accept", "drop", "reject", "return", "jump", "goto", "queue")
-_TRANSLATED = re.compile(r"ct state (?P<not>!= )?(?P<states>[a-z,]+)|fib daddr type (?P<no>!= )?(?P<type>[a-z]+)")
+# Extensions of iptables, by the names that JSON has, and the condition in the text for those that are one.
+_CONDITIONS = {
+    "conntrack": re.compile(r"ct state (?P<not>!= )?(?P<values>[a-z,]+)"),
+    "addrtype": re.compile(r"fib daddr type (?P<not>!= )?(?P<values>[a-z]+)"),
+    "multiport": re.compile(r"(?P<protocol>tcp|udp) (?P<field>[sd]port) (?P<not>!= )?\{ (?P<values>[0-9, -]+) \}"),
+}
+_SAME_CONDITION = {"state": "conntrack"}
+_WITHOUT_EFFECT = ("comment", "LOG", "NFLOG")
 # A rule may jump to a chain that jumps; nftables permits 16 levels.
 _DEPTH_MAX = 16
 
@@ -50,6 +58,7 @@ class Chain:
     hook: str
     packet: Packet
     chains: tuple[str, ...]  # the names of all chains of the table
+    of_iptables: bool
 
     def __str__(self) -> str:
         return f"{self.family} {self.table} {self.name} drops {self.packet.what}"
@@ -112,6 +121,8 @@ class Ruleset:
         self._rules: dict[tuple[str, str, str], list[list[dict[str, Any]]]] = {}
         self._sets: dict[tuple[str, str, str], list[Any]] = {}
         self.tables: set[str] = set()
+        # By the extensions in their rules, which nft cannot create.
+        self._of_iptables: set[tuple[str, str]] = set()
         for item in document["nftables"]:
             for kind, found in item.items():
                 if kind == "table":
@@ -122,6 +133,8 @@ class Ruleset:
                     key = found["family"], found["table"], found["chain"]
                     text = texts.get((found["family"], found["table"], found["handle"]), "")
                     self._rules.setdefault(key, []).append(_translated(found["expr"], text))
+                    if any("xt" in statement for statement in found["expr"]):
+                        self._of_iptables.add((found["family"], found["table"]))
                 elif kind in ("set", "map"):
                     self._sets[found["family"], found["table"], found["name"]] = found.get("elem", [])
 
@@ -136,7 +149,8 @@ class Ruleset:
                 verdict = self._verdict(packet, (family, table), name, 0) or chain.get("policy", "accept")
                 if verdict in _DROPS:
                     names = tuple(known for f, t, known in self._chains if (f, t) == (family, table))
-                    yield Chain(family, table, name, chain["hook"], packet, names)
+                    of_iptables = (family, table) in self._of_iptables
+                    yield Chain(family, table, name, chain["hook"], packet, names, of_iptables)
                     break
 
     def _verdict(self, packet: Packet, table: tuple[str, str], chain: str, depth: int) -> str:
@@ -239,19 +253,40 @@ def _texts(text: str) -> Iterator[tuple[tuple[str, str, int], str]]:
 
 
 def _translated(statements: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
-    """The statements of a rule, with iptables' matches of connection states and address types as those of nft."""
-    known = [
-        _match({"ct": {"key": "state"}}, found["not"], found["states"].split(","))
-        if found["states"] else _match({"fib": {"result": "type", "flags": ["daddr"]}}, found["no"], found["type"])
-        for found in _TRANSLATED.finditer(text)
-    ]
-    if len(known) != sum("xt" in statement for statement in statements):
-        return statements
-    return [known.pop(0) if "xt" in statement else statement for statement in statements]
+    """The statements of a rule, with the extensions of iptables as statements of nft where these are known."""
+    found = []
+    names = [_extension(statement) for statement in statements]
+    conditions = {kind: list(pattern.finditer(text)) for kind, pattern in _CONDITIONS.items()}
+    for name, statement in zip(names, statements, strict=True):
+        if name == "REJECT":
+            found.append({"reject": None})
+        elif name in conditions and len(conditions[name]) == names.count(name):
+            found.append(_condition(name, conditions[name][names[: len(found)].count(name)]))
+        elif name not in _WITHOUT_EFFECT:
+            found.append(statement)
+        else:
+            found.append({"comment": None})
+    return found
 
 
-def _match(left: Mapping[str, Any], negated: str | None, right: object) -> dict[str, Any]:
-    return {"match": {"op": "!=" if negated else "in", "left": left, "right": right}}
+def _extension(statement: Mapping[str, Any]) -> str:
+    """The name of the extension of iptables that a statement stands for; "" for a statement of nft."""
+    name = str((statement.get("xt") or {}).get("name", ""))
+    return _SAME_CONDITION.get(name, name)
+
+
+def _condition(name: str, found: re.Match[str]) -> dict[str, Any]:
+    left: dict[str, Any]
+    values: list[Any] = found["values"].split(",")
+    if name == "conntrack":
+        left = {"ct": {"key": "state"}}
+    elif name == "addrtype":
+        left = {"fib": {"result": "type", "flags": ["daddr"]}}
+    else:
+        left = {"payload": {"protocol": found["protocol"], "field": found["field"]}}
+        ranges = [[int(port) for port in value.split("-")] for value in values]
+        values = [{"range": [ports[0], ports[-1]]} for ports in ranges]
+    return {"match": {"op": "!=" if found["not"] else "in", "left": left, "right": values}}
 
 
 def _ordered(value: Any) -> Any:
@@ -266,19 +301,24 @@ def remedy(chain: Chain) -> str:
         return f"firewall-cmd --permanent --zone=trusted --add-interface={interfaces} && firewall-cmd --reload"
     if any(name.startswith(("ufw-", "ufw6-")) for name in chain.chains):
         return f"ufw route allow in on {interfaces} && ufw allow in on {interfaces} to any port 53"
+    iptables = "iptables" if chain.family == "ip" else "ip6tables"
+    accept = "-j ACCEPT"
+    established = f"-o {interfaces} -m conntrack --ctstate ESTABLISHED,RELATED {accept}"
     if "DOCKER-USER" in chain.chains and chain.hook == "forward":
-        iptables = "iptables" if chain.family == "ip" else "ip6tables"
-        commands = (
-            f"{iptables} -I DOCKER-USER -i {interfaces} -j ACCEPT; "
-            f"{iptables} -I DOCKER-USER -o {interfaces} -m conntrack --ctstate ESTABLISHED,RELATED -j ACCEPT"
-        )
+        commands = f"{iptables} -I DOCKER-USER -i {interfaces} {accept}; {iptables} -I DOCKER-USER {established}"
         return f"{commands}; and the same by ExecStartPost= in a drop-in of docker.service, for the next boot"
-    insert = f"nft insert rule {chain.family} {chain.table} {chain.name}"
-    rule = {
-        "input": f'{insert} iifname "{PREFIX}*" udp dport 53 accept',
-        "output": f'{insert} oifname "{PREFIX}*" accept',
-    }.get(chain.hook, (
-        f'{insert} iifname "{PREFIX}*" accept; '
-        f'{insert} oifname "{PREFIX}*" ct state established,related accept'
-    ))
-    return f"{rule}; and add the same rules to the file that creates this table"
+    if chain.of_iptables:
+        # A rule of nft in its table would make iptables fail.
+        insert = f"{iptables} -t {chain.table} -I {chain.name}"
+        rules = {
+            "input": [f"-i {interfaces} -p udp --dport 53 {accept}"], "output": [f"-o {interfaces} {accept}"],
+        }.get(chain.hook, [f"-i {interfaces} {accept}", established])
+    else:
+        insert = f"nft insert rule {chain.family} {chain.table} {chain.name}"
+        rules = {
+            "input": [f'iifname "{PREFIX}*" udp dport 53 accept'], "output": [f'oifname "{PREFIX}*" accept'],
+        }.get(chain.hook, [
+            f'iifname "{PREFIX}*" accept', f'oifname "{PREFIX}*" ct state established,related accept',
+        ])
+    commands = "; ".join(f"{insert} {rule}" for rule in rules)
+    return f"{commands}; and add the same rules to the file that creates this table"

@@ -2,11 +2,13 @@
 """Forwards from a slot's listening socket to a program that listens on a TCP port of the slot's own loopback.
 
 For programs that cannot take a listening socket. Runs beside the program inside the slot's namespaces, as its user
-and as unprivileged. It does not interpret the bytes: they are copied both ways, the end of one direction is forwarded
-(so HTTP, websockets and other protocols all work), and a side that does not read blocks the other.
+and as unprivileged. The bytes are copied both ways unchanged, the end of one direction is forwarded (so HTTP,
+websockets and other protocols all work), and a side that does not read blocks the other.
 
 Until the program listens, connections wait, so that one request that waits is the readiness probe, as it is for a
-program that took the socket. Bytes from a client count as activity on the activity page.
+program that took the socket. Bytes from a client count as activity on the activity page, unless the program refuses
+them: the router makes a connection for each request, and if the response to it has a status of 400 or more, the request
+is none, because anyone who knows the URL of a slot can send it.
 
 Standard library only, and no module that `socket` has not imported, because it is memory of every slot that has it.
 """
@@ -26,12 +28,14 @@ BUFFER_BYTES = 65536
 # At most 64 MiB of buffers; a browser has a few connections, and the others wait in the backlog.
 CONNECTIONS_MAX = 512
 FIRST_RETRY_S, LAST_RETRY_S = 0.005, 0.25
+# The begin of a response, with the status after it: RFC 9112, section 4.
+STATUS_BYTES, REFUSED = 10, (b"4", b"5")
 
 
 class Pipe:
     """One direction of a connection: bytes that were read from one side and not yet written to the other."""
 
-    def __init__(self, source: socket.socket, target: socket.socket, on_bytes: Callable[[], None]) -> None:
+    def __init__(self, source: socket.socket, target: socket.socket, on_bytes: Callable[[bytes], None]) -> None:
         self.source, self.target, self._on_bytes = source, target, on_bytes
         self.waiting = b""
         self.ended = False
@@ -42,7 +46,7 @@ class Pipe:
         with contextlib.suppress(BlockingIOError):
             self.waiting = self.source.recv(BUFFER_BYTES)
             if self.waiting:
-                self._on_bytes()
+                self._on_bytes(self.waiting)
             else:
                 self.ended = True
             self.push()
@@ -62,8 +66,27 @@ class Connection:
 
     def __init__(self, client: socket.socket, program: socket.socket, on_activity: Callable[[], None]) -> None:
         self.sockets = (client, program)
-        self.up, self.down = Pipe(client, program, on_activity), Pipe(program, client, lambda: None)
+        self._on_activity = on_activity
+        self.up, self.down = Pipe(client, program, self._sent), Pipe(program, client, self._responded)
         self.broken = False
+        # Whether the program has refused the request; None until its response has begun.
+        self._refused: Optional[bool] = None
+        self._has_sent, self._head = False, b""
+
+    def _sent(self, _chunk: bytes) -> None:
+        self._has_sent = True
+        if self._refused is False:
+            self._on_activity()
+
+    def _responded(self, chunk: bytes) -> None:
+        if self._refused is not None:
+            return
+        self._head += chunk[:STATUS_BYTES - len(self._head)]
+        if len(self._head) < STATUS_BYTES and b"HTTP/1.".startswith(self._head[:7]):
+            return
+        self._refused = self._head.startswith(b"HTTP/1.") and self._head[9:] in REFUSED
+        if self._has_sent and not self._refused:
+            self._on_activity()
 
     def wanted(self, side: socket.socket) -> int:
         """The events to wait for on one of the two sockets."""

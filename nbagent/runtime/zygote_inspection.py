@@ -104,6 +104,24 @@ class Inspection:
         return LOOK_AGAIN_S if self._kept else INTERVAL_S
 
 
+class Sleep:
+    """How long a process has slept without a break."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._number, self._since_s = pid, None, 0.0  # type: int, Optional[int], float
+
+    def lasts_s(self) -> float:
+        """The time since the call of this method that has seen the process in its present sleep first."""
+        now_s, before = time.monotonic(), self._number
+        try:
+            self._number = _sleep(self._pid)
+        except OSError:  # it has ended
+            self._number = None
+        if self._number is None or self._number != before:
+            self._since_s = now_s
+        return now_s - self._since_s
+
+
 def check_fork(pidfd: int, parent: int, pidns_fd: int) -> None:
     """Checks that `pidfd` is of a child of the process `parent` in the pid namespace `pidns_fd`.
 

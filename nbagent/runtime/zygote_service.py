@@ -17,8 +17,9 @@ It is host code under the host's Python; it runs no code of an image. Its messag
                           configuration, a stream to the journal, and a pipe. The result goes over the control channel
                           (`slot_process`).
 
-    service → zygote      {"preload": [modules], "extensions_after_fork": [names],
+    service → zygote      {"preload": [modules], "extensions_after_fork": [names], "left_out": {module: reason},
                           "fds": ["nowhere"]}                                 a pid namespace that allows no more births
+    zygote → service      {"imports": module} before the import of each module to preload, "" after the last
     zygote → service      {"ready": true, "notes": [texts]} or a failure; the notes are what it left out, and why
     service → zygote      {"slot": `program`, "fds": ["pidns", "init", "control", "go", "listen", "activity", "config",
                           "output"]}                                          for each slot
@@ -55,7 +56,7 @@ import signal
 import socket
 import sys
 import time
-from typing import Callable, Dict, List, NoReturn, Optional, Tuple
+from typing import Callable, Dict, List, Mapping, NoReturn, Optional, Tuple
 
 from nbagent.core.events import Event
 from nbagent.linux import journal
@@ -72,7 +73,7 @@ from nbagent.runtime.slot_process import (
     place_fds,
     run,
 )
-from nbagent.runtime.zygote_inspection import INTERVAL_S, SETTLE_S, Inspection, check_fork
+from nbagent.runtime.zygote_inspection import INTERVAL_S, SETTLE_S, Inspection, Sleep, check_fork
 from nbagent.sandbox.plan import Plan, plan, zygote_plan
 from nbagent.sandbox.spec import ACTIVITY_FD, SandboxSpec
 from nbagent.wire import fields
@@ -90,6 +91,10 @@ ZYGOTE_IDENTIFIER = "nbagent-zygote"
 OOM_SCORE_ADJ = -800
 # A fork takes the kernel 2 ms, but a busy host may schedule the zygote late.
 FORK_TIMEOUT_S = 5.0
+# An import that waits so long, for a network or a lock, does not end. One that computes uses up the start's budget.
+IMPORT_ASLEEP_S = 30.0
+LOOK_S = 1.0
+NONE_LEFT_OUT: Mapping[str, str] = {}
 # Per-user counts of the kernel that no resource limit bounds, for one slot. The host's own maximum is for all slots of
 # an image together, so the package raises it (packaging/nbagent.sysctl).
 USER_MAXIMA = {"max_inotify_instances": 128, "max_inotify_watches": 65536}
@@ -102,6 +107,14 @@ class ZygoteFailed(StepFailed):
         super().__init__(Failure(step, 0, text))
 
 
+class ModuleFailed(ZygoteFailed):
+    """The import of a module to preload has ended the zygote, or does not end."""
+
+    def __init__(self, module: str, reason: str) -> None:
+        super().__init__(f"the module {module}: {reason}")
+        self.module, self.reason = module, reason
+
+
 class ZygoteService:
     """One zygote, `pid`, and the requests for it. Owns its channels and `output` as long as it lives."""
 
@@ -112,23 +125,54 @@ class ZygoteService:
         self._ready_s = time.monotonic()
         self._inspect_s = 0.0
         self._forks = 0
+        self._module = ""  # the one to preload that the zygote imports now
 
-    def begin(self, preload: List[str], extensions_after_fork: List[str]) -> List[str]:
-        """Returns the zygote's notes when it is ready. Raises StepFailed or MalformedMessage."""
+    def begin(
+        self, preload: List[str], extensions_after_fork: List[str], left_out: Mapping[str, str] = NONE_LEFT_OUT
+    ) -> List[str]:
+        """Returns the zygote's notes when it is ready. `left_out` has modules of `preload`, with the reasons.
+
+        Raises ModuleFailed, StepFailed or MalformedMessage.
+        """
         ended, nowhere = fork_first(lambda: os._exit(0))
         try:
-            order = {"preload": preload, "extensions_after_fork": extensions_after_fork}
+            order = {
+                "preload": preload, "extensions_after_fork": extensions_after_fork, "left_out": dict(left_out),
+            }
             self.zygote.send(order, {"nowhere": nowhere})
             # Here, because `serve` is notified of later ends only.
             os.waitid(os.P_PIDFD, ended, os.WEXITED)
         finally:
             os.close(ended)
             os.close(nowhere)
-        with self.receive() as response:
-            response.raise_failure()
-            if "ready" not in response.body:
-                raise MalformedMessage("expected ready or a failure")
-            return fields.texts(response.body, "notes")
+        while True:
+            with self._receive_beginning() as response:
+                response.raise_failure()
+                if "imports" in response.body:
+                    self._module = fields.text(response.body, "imports")
+                    if self._module and self._module not in preload:
+                        raise MalformedMessage("expected a module to preload")
+                elif "ready" in response.body:
+                    self._module = ""
+                    return fields.texts(response.body, "notes")
+                else:
+                    raise MalformedMessage("expected ready or a failure")
+
+    def _receive_beginning(self) -> Message:
+        """The next message of a zygote that is not ready. Raises ModuleFailed for a module whose import sleeps on."""
+        sleep = Sleep(self.pid)
+        while not self.output.wait((self.zygote.fileno(),), time.monotonic() + LOOK_S):
+            if self._module and sleep.lasts_s() > IMPORT_ASLEEP_S:
+                raise ModuleFailed(self._module, f"its import has waited for {IMPORT_ASLEEP_S:g} s")
+        return self.receive()
+
+    def abandon(self) -> None:
+        """Ends the zygote with the processes that it has started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):  # `_ended` has reaped it
+            os.waitpid(self.pid, 0)
+        self.zygote.close()
 
     def serve(self) -> None:
         """Serves requests until the supervisor closes the connection. Raises ZygoteFailed when the zygote ends, or the
@@ -243,7 +287,12 @@ class ZygoteService:
         """The error of a zygote that has closed its channel, and so ends."""
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        return ZygoteFailed(f"the zygote {how}")
+        if not self._module:
+            return ZygoteFailed(f"the zygote {how}")
+        if code == -signal.SIGKILL:
+            # Often by the OOM killer, where the module is not the only cause.
+            return ZygoteFailed(f"the zygote {how} while it imported the module {self._module}")
+        return ModuleFailed(self._module, f"its import ended the zygote, which {how}")
 
 
 def program(spec: SandboxSpec) -> Dict[str, object]:
@@ -423,11 +472,21 @@ def main() -> int:
                 file.write(str(most))
         prctl(PR_SET_DUMPABLE, 0)
         identity = fields.mapping(request.body, "identity")
-        service = ZygoteService(supervisor, output, identity, *_start_zygote(spec, steps, print_fd))
+        preload, after_fork = (fields.texts(request.body, key) for key in ("preload", "extensions_after_fork"))
+        left_out: Dict[str, str] = {}
+        while True:
+            service = ZygoteService(supervisor, output, identity, *_start_zygote(spec, steps, print_fd))
+            try:
+                notes = service.begin(preload, after_fork, left_out)
+                break
+            except ModuleFailed as error:
+                service.abandon()
+                if error.module in left_out:
+                    raise
+                left_out[error.module] = error.reason
+                print(f"zygote {sys.argv[1]}: {error}; started again without it", flush=True)
         os.close(print_fd)
         protect()
-        names = (fields.texts(request.body, key) for key in ("preload", "extensions_after_fork"))
-        notes = service.begin(*names)
         # Forked processes get an empty bounding set here, which saves each of them 41 calls.
         drop_bounding_set(range(last_capability() + 1))
         # Nothing is imported from here on. In each init the same would cost 50 pages of its own.

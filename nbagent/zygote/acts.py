@@ -13,9 +13,11 @@ POLLED = re.compile(
 )
 
 
-def is_act(method: str, path: str, status: int) -> bool:
+def is_act(method: str, path: str, status: int, by_user: bool = True) -> bool:
     """Whether a request with this response is an act of a person; `path` is below the base URL.
 
     A refused request is none: anyone who knows the URL of a slot can send it, and so could keep the slot from ending.
+    Nor is one that is answered without a login (`by_user`), as by Jupyter's redirect of each path with a slash at its
+    end.
     """
-    return method in ACTING_METHODS and status < 400 and POLLED.match(path) is None
+    return by_user and method in ACTING_METHODS and status < 400 and POLLED.match(path) is None

@@ -130,10 +130,12 @@ def _attach_to_process(shell: Any) -> None:
 
 
 def prepare(
-    server: Any, memory: MemorySharing, preload: Iterable[str], openers: Openers, *, quick: bool
+    server: Any, memory: MemorySharing, preload: Iterable[str], openers: Openers, *, quick: bool,
+    importing: Callable[[str], None] = lambda _name: None,
 ) -> Dict[str, str]:
     """Loads what kernels inherit, the modules `preload` included, and warms up server and kernels unless `quick`.
 
+    `importing` is called with the name of each of these modules before its import, and with "" after the last.
     Afterwards the process has one thread and no zmq context. `openers` records which module opened a file that is still
     open. Returns the modules of `preload` whose import failed, with the reason. Raises Inherited if threads are left.
     """
@@ -148,7 +150,7 @@ def prepare(
         os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
         with as_execd.note():
             _import(modules["kernel"])
-            left_out = _preload(preload, openers)
+            left_out = _preload(preload, openers, importing)
         if not quick:
             _warm_up(server, memory, openers)
         _shell = _ready_shell()
@@ -175,18 +177,20 @@ def _import(names: Iterable[str]) -> None:
             importlib.import_module(name)
 
 
-def _preload(names: Iterable[str], openers: Openers) -> Dict[str, str]:
+def _preload(names: Iterable[str], openers: Openers, importing: Callable[[str], None]) -> Dict[str, str]:
     """Imports the modules that the image's manifest names, and ends the threads that their libraries started.
 
     Returns those whose import failed, with the reason. Raises Inherited for those whose threads do not end.
     """
     failed: Dict[str, str] = {}
     for name in names:
+        importing(name)
         with openers.during(f"the module {name}"):
             try:
                 importlib.import_module(name)
             except (Exception, SystemExit) as error:  # a module may raise anything
                 failed[name] = f"its import failed: {error!r}"
+    importing("")
     openers.check_threads()
     thread_pools.find()
     return failed

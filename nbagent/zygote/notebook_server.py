@@ -100,7 +100,8 @@ def _note_requests(server: Any) -> None:
 
     def note_and_log(handler: Any) -> None:
         request = handler.request
-        if is_act(request.method, request.path.partition(_slot_of(handler) + "/")[2], handler.get_status()):
+        path = request.path.partition(_slot_of(handler) + "/")[2]
+        if is_act(request.method, path, handler.get_status(), _has_user(handler)):
             activity.write(ACTIVITY_FD, busy(server.kernel_manager))
         log_request(handler)
 
@@ -116,6 +117,14 @@ def _note_requests(server: Any) -> None:
         await on_message(handler, message)
 
     TermSocket.on_message = note_and_pass_on
+
+
+def _has_user(handler: Any) -> bool:
+    """Whether the request has a login: the token, or the cookie."""
+    try:
+        return handler.current_user is not None
+    except Exception:  # Jupyter's handlers raise it for a request that was refused before its login was read
+        return False
 
 
 def _keep_out_of_log(log: logging.Logger, settings: Dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The memory limit that jupyter-resource-usage shows: that of the slot now.
+"""The limits that jupyter-resource-usage shows: those of the slot now.
 
-It reads MEM_LIMIT once, when it is loaded, which is before the claim, and in a zygote before the fork. It calls its
-setting `mem_limit` at each request if that is a function. A value of the image's configuration stays.
+It reads MEM_LIMIT and CPU_LIMIT once, when it is loaded, which is before the claim, and in a zygote before the fork. At
+each request it calls its setting `mem_limit`, if that is a function, before it reads `cpu_limit`, which has to be a
+number. A value of the image's configuration stays.
 
 Standard library only; Python 3.9 and up.
 """
@@ -14,13 +15,18 @@ from typing import Any, Callable, MutableMapping, Optional
 
 _SETTING = "jupyter_resource_usage_display_config"
 _apply: Optional[Callable[[MutableMapping[str, str]], None]] = None
+# The extension's settings, if it shows the CPU quota.
+_with_quota: Any = None
 
 
 def install(settings: MutableMapping[str, Any]) -> None:
-    """Replaces the limit that the extension has read from the environment, if it is loaded."""
+    """Replaces the limits that the extension has read from the environment, if it is loaded."""
+    global _with_quota
     usage = settings.get(_SETTING)
-    if usage is not None and str(getattr(usage, "mem_limit", "")) == os.environ.get("MEM_LIMIT", "0"):
-        usage.mem_limit = memory_bytes
+    if usage is None or str(getattr(usage, "mem_limit", "")) != os.environ.get("MEM_LIMIT", "0"):
+        return
+    usage.mem_limit = memory_bytes
+    _with_quota = usage if getattr(usage, "cpu_limit", None) == _processors() else None
 
 
 def follow(apply: Callable[[MutableMapping[str, str]], None]) -> None:
@@ -30,8 +36,18 @@ def follow(apply: Callable[[MutableMapping[str, str]], None]) -> None:
 
 
 def memory_bytes(**_: Any) -> int:
-    """The limit; the arguments are the memory that is used."""
+    """The limit of memory; sets that of processors. The arguments are the memory that is used."""
     if _apply is not None:
         _apply(os.environ)
+    if _with_quota is not None:
+        _with_quota.cpu_limit = _processors()
     text = os.environ.get("MEM_LIMIT", "")
     return int(text) if text.isdigit() else 0
+
+
+def _processors() -> float:
+    """The CPU quota, 0 for none."""
+    try:
+        return float(os.environ.get("CPU_LIMIT", "0"))
+    except ValueError:
+        return 0.0

@@ -148,7 +148,10 @@ class Zygote:
         openers.check_extensions()
         openers.check_threads()
         preload = [name for name in plan.preload if name not in plan.left_out]
-        failed = kernel.prepare(self.server, memory, preload, openers, quick=QUICK_OPTION in sys.argv)
+        failed = kernel.prepare(
+            self.server, memory, preload, openers, quick=QUICK_OPTION in sys.argv,
+            importing=lambda name: control.send({"imports": name}),
+        )
         plan.left_out.update(failed)
         self.loop = notebook_server.release_loop(self.server)
         # OpenSSL loads what it needs for its generator when that is first used: 4 ms and 1,000 pages of every child's.
@@ -299,7 +302,8 @@ def main() -> None:
             return
         nowhere = request.take("nowhere")
         after_fork = dict.fromkeys(fields.texts(request.body, "extensions_after_fork"), "")
-        wanted = ZygotePlan(fields.texts(request.body, "preload"), after_fork, {})
+        left_out = cast(Dict[str, str], dict(fields.mapping(request.body, "left_out")))
+        wanted = ZygotePlan(fields.texts(request.body, "preload"), after_fork, left_out)
     try:
         zygote = Zygote(control, nowhere, wanted)
     except Inherited as error:

@@ -183,11 +183,8 @@ class User(threading.Thread):
                 if self.closings() == opened:
                     self.book.problem(f"{self.name} with {self.slot}: websocket: {type(error).__name__}: {error}")
                     self.book.add("websockets closed without a cause")
-                self.book.add("websockets opened again")
-                opened = self.closings()
-                kernel = self._again(notebook, kernel.id)
+                opened, kernel, found = self._resume(notebook, kernel.id)
                 # The cell has been executed or not.
-                found = int(kernel.run("n", self.book.patience_s).text)
                 if found not in (self.count, self.count + 1):
                     self.book.problem(f"{self.name} with {self.slot}: {found} cells instead of {self.count}")
                 self.count = found
@@ -195,6 +192,21 @@ class User(threading.Thread):
         if kernel.run("n", self.book.patience_s).text != str(self.count):
             self.book.problem(f"{self.name} with {self.slot}: the last state was wrong")
         kernel.close()
+
+    def _resume(self, notebook: Notebook, kernel_id: str) -> tuple[int, Kernel, int]:
+        """The number of closings, another websocket to the kernel, and what the kernel has counted.
+
+        Opens one more when the router has ended meanwhile.
+        """
+        while True:
+            opened = self.closings()
+            kernel = self._again(notebook, kernel_id)
+            self.book.add("websockets opened again")
+            try:
+                return opened, kernel, int(kernel.run("n", self.book.patience_s).text)
+            except (OSError, websocket.WebSocketException):
+                if self.closings() == opened:
+                    raise
 
     def _again(self, notebook: Notebook, kernel_id: str) -> Kernel:
         until_s = time.monotonic() + self.book.patience_s

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Slots have their network beside Debian's firewalld, ufw and docker.io after the commands of `nbagent doctor`, and
-start after its commands on a host with kernel.unprivileged_userns_clone=0.
+"""Slots have their network beside Debian's firewalld, ufw, docker.io and iptables after the commands of `nbagent
+doctor`, and start after its commands on a host with kernel.unprivileged_userns_clone=0.
 
 For `make test-firewalls`, and `make test-vms`, since each package takes a minute to install on an emulated machine.
 """
@@ -16,12 +16,20 @@ import product
 from conftest import ALL_MACHINES, MACHINES
 
 HOSTS = ("nspawn-bookworm", *MACHINES) if ALL_MACHINES else ()
+IPTABLES = """
+iptables -A INPUT -m state --state RELATED,ESTABLISHED -j ACCEPT; iptables -A INPUT -i lo -j ACCEPT
+iptables -A INPUT -p tcp -m state --state NEW -m multiport --dports 22,8000,9000:9001 -j ACCEPT
+iptables -A INPUT -j REJECT --reject-with icmp-host-prohibited
+iptables -A FORWARD -m comment --comment "no router" -j REJECT --reject-with icmp-host-prohibited
+"""
 # Packages; the commands that make the firewall effective and leave the ssh of the virtual machine open; those that
 # have it write its rules anew.
 FIREWALLS = {
     "firewalld": (["firewalld"], "systemctl start firewalld", "systemctl restart firewalld"),
     "ufw": (["ufw"], "ufw allow 22/tcp && ufw --force enable", "ufw reload"),
     "docker": (["docker.io"], "systemctl start docker", "systemctl restart docker"),
+    # The rules of iptables-services and of cloud images: the policies accept, and the last rules reject.
+    "iptables": (["iptables"], IPTABLES, "iptables-save > /root/rules; iptables-restore /root/rules"),
 }
 pytestmark = pytest.mark.parametrize("any_shared", HOSTS, indirect=True, scope="session")
 

@@ -18,7 +18,7 @@ from nbagent.core.events import Event
 
 IMAGE = "hostile"
 # Modules that the image preloads beside the one whose source most tests replace.
-THREAD, FILE = "starts_a_thread", "opens_a_file"
+THREAD, FILE, ILL = "starts_a_thread", "opens_a_file", "executes_what_the_processor_lacks"
 # Without pauses between the zygotes that fail.
 SETTINGS = f'[pool]\nbackoff = "0.1s"\nbackoff_max = "0.2s"\n[images.{IMAGE}]\nwarm = 0\n'
 # Hostile modules.
@@ -67,10 +67,10 @@ HANG = """
 @pytest.fixture(scope="module")
 def module(shared, packages, tmp_path_factory):
     """The path on the host of the module that the image preloads."""
-    manifest = f'preload = ["hostile", "{THREAD}", "{FILE}"]\n'
+    manifest = f'preload = ["hostile", "{THREAD}", "{FILE}", "{ILL}"]\n'
     added = forked.add_image(shared, packages, tmp_path_factory.mktemp("image"), IMAGE, manifest)
     path = shared.run("sh", "-c", f"ls -d {added['root']}/usr/local/lib/python3.*/dist-packages").strip()
-    shared.run("sh", "-c", f"for name in hostile {THREAD} {FILE}; do echo pass > {path}/$name.py; done")
+    shared.run("sh", "-c", f"for name in hostile {THREAD} {FILE} {ILL}; do echo pass > {path}/$name.py; done")
     yield f"{path}/hostile.py"
     shared.run("nbagent", "image", "remove", IMAGE)
     deletes = ("systemctl", "show", "-P", "ActiveState", "nbagent-sweep.service")
@@ -237,6 +237,7 @@ def test_modules_and_extensions_that_a_fork_would_break_are_left_out_and_named(a
     files = {
         f"{packages}/opened.py": EXTENSION, extension: '{"ServerApp": {"jpserver_extensions": {"opened": true}}}',
         f"{packages}/{THREAD}.py": STARTS_A_THREAD, f"{packages}/{FILE}.py": OPENS_A_FILE,
+        f"{packages}/{ILL}.py": "import os, signal; os.kill(os.getpid(), signal.SIGILL)",
     }
     try:
         for path, text in files.items():
@@ -245,11 +246,12 @@ def test_modules_and_extensions_that_a_fork_would_break_are_left_out_and_named(a
         zygote = unit[len("nbagent-zygote@"):-len(".service")]
         left_out = f"MESSAGE_ID={Event.ZYGOTE_LEFT_OUT.value.message_id}"
         notes = [entry["NBAGENT_TEXT"] for entry in agent.journal(f"NBAGENT_ZYGOTE={zygote}", left_out)]
-        assert len(notes) == 4 and all(len(note) <= 300 for note in notes), notes
+        assert len(notes) == 5 and all(len(note) <= 300 for note in notes), notes
         for pattern in (
             r"the module hostile is not preloaded: its import failed: RuntimeError\('ü",
             rf"the module {THREAD} is not preloaded: .*1 threads run",
             rf"the module {FILE} is not preloaded: .*common.db is open",
+            rf"the module {ILL} is not preloaded: its import ended the zygote, which was killed by SIGILL",
             "the extension opened is loaded in each slot after the fork: .*/.local/share/jupyter/opened.db is open",
         ):
             assert sum(bool(re.match(pattern, note)) for note in notes) == 1, (pattern, notes)
@@ -261,11 +263,14 @@ def test_modules_and_extensions_that_a_fork_would_break_are_left_out_and_named(a
         # A child that the server starts by multiprocessing executes nothing of the zygote.
         assert not [name for name in notebook.get("child")["modules"] if re.match("nbagent|jupyter", name)]
         table = agent.host.run(["nbagent", "image", "check", IMAGE], check=False, timeout=300).stdout
-        for named in ("module hostile is not", f"module {THREAD} is not", "extension opened is loaded in each slot"):
+        for named in (
+            "module hostile is not", f"module {THREAD} is not", f"module {ILL} is not",
+            "extension opened is loaded in each slot",
+        ):
             assert re.search(rf"^zygote +warn +the {named}", table, re.MULTILINE), table
     finally:
         agent.run("rm", "-f", extension, f"{packages}/opened.py")
-        agent.run("sh", "-c", f"for name in {THREAD} {FILE}; do echo pass > {packages}/$name.py; done")
+        agent.run("sh", "-c", f"for name in {THREAD} {FILE} {ILL}; do echo pass > {packages}/$name.py; done")
 
 
 def test_image_check_names_a_handler_that_hangs(agent, attack):

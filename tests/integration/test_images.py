@@ -508,7 +508,10 @@ def test_a_request_of_a_client_is_activity_of_a_program(agent, images, layout):
     response_of(agent, claim)
     assert idle_s() <= time.monotonic() - requested_s + 0.1
     agent.configure(FEW + '[cull]\nidle = "2s"\ncpu = 1.0\n')
-    agent.wait(lambda: agent.api.get(f"/slots/{claim['slot']}").status == 404, "it to be culled")
+    # Requests that the program refuses are no activity.
+    statuses = set()
+    agent.wait(lambda: statuses.add(response_of(agent, claim, "wrong")[0]) or 404 in statuses, "it to be culled")
+    assert statuses - {502} == {403, 404}
 
 
 def test_a_program_that_ends_or_does_not_listen_is_reported(agent, images, layout, tmp_path):
@@ -539,21 +542,30 @@ def test_a_program_that_ends_or_does_not_listen_is_reported(agent, images, layou
 
 
 def test_a_container_image_with_jupyterlab_needs_no_manifest(agent, images, tmp_path):
-    """The minimal image in the form of a Docker image: in layers, and without a manifest for nbagent."""
-    image = Layers(User="1000", WorkingDir="/home/jovyan", Cmd=["start-notebook.sh"],
-                   Env=["PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8"])
+    """As FROM python:3, WORKDIR /app, COPY . ., and a command that names an environment outside of the PATH."""
+    image = Layers(WorkingDir="/app", Env=["PATH=/usr/bin:/bin"], Cmd=["/usr/local/bin/jupyter", "lab", "--allow-root"])
     image.layer(agent.host.run(["cat", "/usr/share/nbagent/images/minimal.tar.zst"], text=False).stdout, bytes)
-    image.layer(Archive().add("etc/.wh.nbagent-image.toml").add("home/jovyan/.wh.Welcome.ipynb")
-                .add("home/jovyan/More.ipynb", b'{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'))
+    empty = b'{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}'
+    image.layer(Archive().add("etc/.wh.nbagent-image.toml").add("app", type=tarfile.DIRTYPE, mode=0o700)
+                .add("app/More.ipynb", empty, mode=0o600))
     image.save(tmp_path / "docker").close()
     agent.host.copy_in(str(tmp_path / "docker"), "/root/")
     try:
-        images("import", "--name", "docker", "oci:/root/docker")
+        added = images("import", "--name", "docker", "oci:/root/docker")
     finally:
         agent.run("rm", "-rf", "/root/docker")
+    assert any("/usr/local/bin/jupyter lab" in note for note in added["notes"])
     notebook = agent.open(image="docker")
-    assert notebook.run("6 * 7").text == "42"
-    assert [item["name"] for item in notebook.get("api/contents")["content"]] == ["More.ipynb"]
+    assert notebook.run("import os; os.getcwd(), open('More.ipynb', 'a').close(), os.mkdir('made')").text == (
+        "('/app', None, None)")
+    found = notebook.get("api/contents")["content"]
+    assert sorted((item["name"], item["writable"]) for item in found) == [("More.ipynb", True), ("made", True)]
+    changed = {"type": "notebook", "content": json.loads(empty)}
+    saved = notebook.router.call("PUT", f"{notebook.base}api/contents/More.ipynb", changed, notebook.headers)
+    assert saved.status == 200, saved
+    # Another slot has the image's.
+    other = agent.open(image="docker")
+    assert [item["name"] for item in other.get("api/contents")["content"]] == ["More.ipynb"]
 
 
 def test_a_manifest_can_be_given_at_the_import(agent, images, layout):

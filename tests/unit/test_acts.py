@@ -14,7 +14,8 @@ from nbagent.zygote.acts import is_act
     ("POST", "git/course/push", 200), ("POST", "api/contents/git/status", 201), ("POST", "proxy/8050/update", 200),
 ])
 def test_acts(method: str, path: str, status: int) -> None:
-    assert is_act(method, path, status)
+    assert is_act(method, path, status, by_user=True)
+    assert not is_act(method, path, status, by_user=False)
 
 
 @pytest.mark.parametrize(("method", "path", "status"), [
@@ -24,4 +25,4 @@ def test_acts(method: str, path: str, status: int) -> None:
     ("POST", "git/a/b/remote/fetch", 200), ("POST", "git/course/branch", 200),
 ])
 def test_no_acts(method: str, path: str, status: int) -> None:
-    assert not is_act(method, path, status)
+    assert not is_act(method, path, status, by_user=True)

@@ -72,6 +72,11 @@ def test_forbidden_user_namespaces_fail(tmp_path: Path) -> None:
     assert check().status == "fail"
     host(tmp_path, {"proc/sys/user/max_user_namespaces": "9000\n"})
     assert check().status == "ok"
+    # A mitigation of vulnerabilities, as RHEL's advisories name it.
+    host(tmp_path, {"proc/sys/user/max_net_namespaces": "0\n"})
+    assert check().status == "fail" and "sysctl -w user.max_net_namespaces=65536," in check().mend
+    host(tmp_path, {"proc/sys/user/max_net_namespaces": "9000\n"})
+    assert check().status == "ok"
     host(tmp_path, {"proc/sys/kernel/apparmor_restrict_unprivileged_userns": "1\n"})
     assert check().status == "warn" and "nbagent-zygote@.service" in check().found
     host(tmp_path, {"proc/sys/kernel/unprivileged_userns_clone": "0\n"})

@@ -238,22 +238,53 @@ def test_a_host_without_our_table_fails(tmp_path: Path) -> None:
     assert firewall(tmp_path, lambda: ('{"nftables": []}', "")).status == "fail"
 
 
-@pytest.mark.parametrize(("program", "mend"), [
-    ("firewalld", "firewall-cmd --permanent --zone=trusted --add-interface=nb-+ && firewall-cmd --reload"),
-    ("ufw", "ufw route allow in on nb-+ && ufw allow in on nb-+ to any port 53"),
-    ("docker", "iptables -I DOCKER-USER -i nb-+ -j ACCEPT; iptables -I DOCKER-USER -o nb-+ -m conntrack "),
+@pytest.mark.parametrize(("program", "queries", "ipv6", "mend"), [
+    ("firewalld", True, True, "firewall-cmd --permanent --zone=trusted --add-interface=nb-+ && firewall-cmd --reload"),
+    ("ufw", True, True, "ufw route allow in on nb-+ && ufw allow in on nb-+ to any port 53"),
+    # Docker has no rules for IPv6 in this version, and accepts packets to the host.
+    ("docker", False, False,
+     "iptables -I DOCKER-USER -i nb-+ -j ACCEPT; iptables -I DOCKER-USER -o nb-+ -m conntrack "),
+    # Both policies accept and the last rules reject, as in the rules of iptables-services and of cloud images.
+    ("iptables", True, False, "iptables -t filter -I FORWARD -i nb-+ -j ACCEPT; iptables -t filter -I FORWARD -o nb-+"),
 ])
-def test_rulesets_of_firewalls_are_judged_before_and_after_the_remedy(tmp_path: Path, program: str, mend: str) -> None:
+def test_rulesets_of_firewalls_are_judged_before_and_after_the_remedy(
+    tmp_path: Path, program: str, queries: bool, ipv6: bool, mend: str
+) -> None:
     """The rulesets are those of Debian 12's packages, before and after the commands were run."""
     host(tmp_path, {
         "proc/sys/net/ipv6/conf/all/forwarding": "1\n", "proc/net/ipv6_route": f"{'0' * 32} 00 x x x x x x x eth0\n",
     })
     before, after = (firewall(tmp_path, captured(name)) for name in (program, f"{program}-mended"))
     assert before.status == "warn" and "IPv4 connections of slots" in before.found
-    # Docker has no rules for IPv6 in this version, and accepts packets to the host.
-    assert ("queries" in before.found, "IPv6" in before.found) == (program != "docker", program != "docker")
+    assert ("queries" in before.found, "IPv6" in before.found) == (queries, ipv6)
     assert before.mend.startswith(mend)
     assert after.status == "ok", after
+
+
+@pytest.mark.parametrize(("extensions", "text", "verdict", "status"), [
+    (["comment"], " counter packets 0 bytes 0 drop", DROP, "warn"),
+    ([], "counter packets 0 bytes 0 reject with tcp reset", {"xt": {"type": "target", "name": "REJECT"}}, "warn"),
+    (["multiport"], "meta l4proto tcp tcp dport { 80, 400-500 } drop", DROP, "warn"),
+    (["multiport"], "meta l4proto tcp tcp dport { 80, 8000-8010 } drop", DROP, "ok"),
+    (["multiport"], "meta l4proto tcp tcp dport != { 80, 8000-8010 } drop", DROP, "warn"),
+    (["comment", "conntrack"], " ct state new drop", DROP, "warn"),
+    (["state"], "ct state invalid,untracked drop", DROP, "ok"),
+    (["addrtype", "conntrack"], "fib daddr type local ct state new drop", DROP, "ok"),
+    # Not decided.
+    (["conntrack", "conntrack"], "ct status dnat ct state new drop", DROP, "ok"),
+    (["physdev"], "xt match physdev drop", DROP, "ok"),
+])
+def test_extensions_of_iptables_are_judged(
+    tmp_path: Path, extensions: list[str], text: str, verdict: dict[str, Any], status: str
+) -> None:
+    table = ("ip", "filter", "FORWARD")
+    expressions = [{"xt": {"type": "match", "name": name}} for name in extensions]
+    items = [chain(*table, **FORWARD, policy="accept"), rule(*table, *expressions, {"counter": {}}, verdict)]
+    listing = f"table ip filter {{\n\tchain FORWARD {{\n\t\t{text} # handle 1\n\t}}\n}}\n"
+    finding = firewall(tmp_path, rules(*items, text=listing))
+    assert finding.status == status, finding
+    if finding.mend:
+        assert finding.mend.startswith("iptables -t filter -I FORWARD -i nb-+ -j ACCEPT; ")
 
 
 def captured(name: str) -> Callable[[], tuple[str, str]]:

@@ -7,6 +7,7 @@ the content of claims.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import gzip
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -296,6 +298,23 @@ def test_a_search_path_does_not_lead_out_of_the_image(tmp_path: Path) -> None:
     config = oci.ImageConfig({"PATH": "/..:/a/../.."}, "", "", (), None)
     with pytest.raises(ImageInvalid, match="no jupyter-lab on its PATH"):
         oci.manifest_of(config, tmp_path / "root")
+
+
+@pytest.mark.parametrize("text", [
+    "/" * 100_000, "+/" * 100_000, "/a" * 100_000, "//a//b/c", "a.-" * 100_000, "../../x/y",
+])
+def test_a_hostile_command_names_no_environment(tmp_path: Path, text: str) -> None:
+    (tmp_path / "jupyter-lab").write_text("#!/usr/bin/python3\n")
+    (tmp_path / "root").mkdir()
+    environment = {f"V{number}": f"/p{number}/.." for number in range(10_000)}
+    config = oci.ImageConfig({**environment, "PATH": "/x:" * 10_000}, "", "", (), None)
+    began_s = time.monotonic()
+    with pytest.raises(ImageInvalid, match="no jupyter-lab on its PATH"):
+        oci.manifest_of(config, tmp_path / "root")
+    command = tuple(text[start:start + 10_000] for start in range(0, len(text), 10_000))
+    with contextlib.suppress(ImageInvalid):  # it is longer than a manifest's may be
+        assert oci.manifest_of(config._replace(environment={}, command=command), tmp_path / "root").python is None
+    assert time.monotonic() - began_s < 20
 
 
 def make_socket(path: Path) -> None:

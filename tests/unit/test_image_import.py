@@ -381,6 +381,45 @@ def test_a_jupyter_command_that_leads_nowhere_is_none(store: ImageStore, tmp_pat
     assert import_image(store, Layers(Cmd=["x"]).layer(layer)).command == ("x",)
 
 
+@pytest.mark.parametrize(("prefix", "config"), [
+    ("/opt/venv", {"Cmd": ["/opt/venv/bin/jupyter", "lab", "--ip=0.0.0.0"]}),
+    ("/opt/venv", {"Entrypoint": ["/usr/bin/tini", "--"], "Cmd": ["/opt/venv/bin/python3", "-m", "jupyterlab"]}),
+    ("/opt/venv", {"Cmd": ["/bin/sh", "-c", ". /opt/venv/bin/activate && jupyter lab --allow-root"]}),
+    ("/opt/venv", {"Cmd": ["jupyter", "lab"], "Env": ["VIRTUAL_ENV=/opt/venv/", "PATH=/usr/bin:"]}),
+    ("/app/.venv", {"Cmd": ["/bin/uv", "run", "jupyter", "lab", "--ip=0.0.0.0"], "WorkingDir": "/app/"}),
+    ("/app/.pixi/envs/default", {"Entrypoint": ["pixi", "run"], "Cmd": ["lab"], "WorkingDir": "/app"}),
+    # micromamba's image: its entry point activates the environment, and PATH is Debian's.
+    ("/opt/conda", {"Entrypoint": ["/usr/local/bin/_entrypoint.sh"], "Cmd": ["jupyter", "lab"],
+                    "Env": ["MAMBA_ROOT_PREFIX=/opt/conda", "ENV_NAME=base"]}),
+    ("/opt/conda/envs/course", {"Entrypoint": ["conda", "run", "--no-capture-output", "-n", "course"],
+                                "Cmd": ["jupyter", "lab"], "Env": ["PATH=/opt/conda/bin:/usr/bin"]}),
+    ("/opt/conda/envs/course", {"Cmd": ["bash", "-c", "source activate course; jupyter lab"],
+                                "Env": ["PATH=/opt/conda/bin:/usr/bin"]}),
+    ("/opt/conda/envs/course", {"Cmd": [
+        "/bin/bash", "-c", "source /opt/conda/etc/profile.d/conda.sh && conda activate course && exec jupyter lab"]}),
+])
+def test_jupyterlab_is_found_in_an_environment_that_the_images_command_names(
+    store: ImageStore, prefix: str, config: dict[str, Any]
+) -> None:
+    image = import_image(store, bare(
+        (f"{prefix[1:]}/bin/jupyter-lab", b"#!%b/bin/python3\n" % prefix.encode()), (f"{prefix[1:]}/bin/python3", b""),
+        ("usr/bin/python3", b""), ("opt/conda/bin/python3", b""), **config,
+    ))
+    assert (image.python, image.command) == (f"{prefix}/bin/python3", ())
+    assert image.environment["PATH"].startswith(f"{prefix}/bin:") and "/usr/bin" in image.environment["PATH"]
+
+
+def test_a_command_for_slots_is_kept_and_one_that_has_no_base_path_is_named(store: ImageStore) -> None:
+    files = ("opt/venv/bin/jupyter-lab", b"#!/opt/venv/bin/python\n"), PYTHON
+    command = ["/opt/venv/bin/serve", "--base", "{base_path}"]
+    image = import_image(store, bare(*files, Cmd=command))
+    assert (image.command, image.notes) == (tuple(command), ())
+    image = import_image(store, bare(Cmd=["jupyter", "notebook"]))
+    assert image.command == ("jupyter", "notebook")
+    (note,) = image.notes
+    assert "jupyter notebook" in note and "{base_path}" in note
+
+
 def modes(root: Path, *paths: str) -> list[str]:
     return [f"{stat.S_IMODE((root / path).stat().st_mode):o}" for path in paths]
 
@@ -416,6 +455,37 @@ def test_an_interpreter_below_root_can_be_reached_in_slots(tmp_path: Path) -> No
     assert modes(image.root, "root/.ssh", "root/.ssh/id", "etc/shadow") == ["700", "600", "600"]
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other owners")
+@pytest.mark.parametrize(("directory", "expected"), [
+    ("/root/course", ["701", "705", "604", "705", "604", "700"]),
+    ("/work", ["701", "705", "604", "705", "604", "700"]),  # a link to it
+    ("/root", ["705", "705", "604", "705", "604", "705"]),
+    ("/root/no/such", ["701", "700", "600", "700", "600", "700"]),
+    ("/etc", ["700", "700", "600", "700", "600", "700"]),
+])
+def test_the_working_directory_of_roots_image_can_be_read_in_slots(
+    tmp_path: Path, directory: str, expected: list[str]
+) -> None:
+    store = ImageStore(tmp_path / "images")
+    private = {"type": tarfile.DIRTYPE, "mode": 0o700}
+    layer = Archive().add("root", **private).add("root/other", **private).add("root/course", **private)
+    layer.add("root/course/a.ipynb", b"", mode=0o600).add("root/course/data", **private)
+    layer.add("root/course/data/x.csv", b"", mode=0o600).add("work", **LINK, linkname="/root/course")
+    layer.add("etc/shadow", b"", mode=0o600)
+    image = import_image(store, Layers(Cmd=["x"], WorkingDir=directory).layer(layer))
+    paths = ("root", "root/course", "root/course/a.ipynb", "root/course/data", "root/course/data/x.csv", "root/other")
+    assert modes(image.root, *paths, "etc/shadow") == [*expected, "600"]
+    assert image.directory == directory
+
+
+def test_a_working_directory_that_the_image_does_not_have_is_made(store: ImageStore) -> None:
+    layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n").add("data", **LINK, linkname="/srv")
+    image = import_image(store, Layers(Cmd=["x"], User="nb", WorkingDir="/data/deep/er").layer(layer))
+    assert modes(image.root, "srv", "srv/deep", "srv/deep/er") == ["755"] * 3
+    layer = Archive().add("file", b"x")
+    assert import_image(store, Layers(Cmd=["x"], WorkingDir="/file/x").layer(layer)).directory == "/file/x"
+
+
 def test_an_import_tells_what_is_different_from_a_container(store: ImageStore) -> None:
     layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n")
     layer.add("opt/conda/bin/jupyter-lab", b"#!/opt/conda/bin/python\n").add("opt/conda/etc/conda/activate.d/gdal.sh")
@@ -448,6 +518,44 @@ def test_directories_that_everyone_may_write_to_are_copied_by_slots_unless_they_
     assert note.startswith("/data, to which everyone may write,") and "2,001 files of 2 MB" in note
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files to other owners")
+@pytest.mark.parametrize(("user", "directory", "copied"), [
+    ("", "/app", "/app"), ("", "/link", "/app"), ("root", "/new/one", "/new/one"), ("", "/app/deep", "/app/deep"),
+    ("nb", "/of-nb", "/of-nb"), ("nb", "/of-group", "/of-group"), ("1000", "/of-nb", "/of-nb"),
+    # A container's user may not write to it, or it is a part of the home, of the system, or of a slot.
+    ("nb", "/app", ""), ("nb", "/of-nb-read-only", ""), ("nb", "/home/nb/work", ""), ("", "/etc", ""), ("", "/tmp", ""),
+    ("", "/home", ""), ("", "/run", ""),
+])
+def test_slots_get_copies_of_a_working_directory_to_which_a_container_may_write(
+    tmp_path: Path, user: str, directory: str, copied: str
+) -> None:
+    """python:3.x with `WORKDIR /app` and `COPY . .`, whose notebooks could not be saved otherwise."""
+    store = ImageStore(tmp_path / "images")
+    layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n").add("home/nb/work", **DIRECTORY)
+    layer.add("app/deep", **DIRECTORY).add("app/a.ipynb", b"{}", mode=0o600).add("link", **LINK, linkname="/app")
+    layer.add("of-nb", **DIRECTORY, uid=1000).add("of-nb-read-only", type=tarfile.DIRTYPE, mode=0o555, uid=1000)
+    layer.add("of-group", type=tarfile.DIRTYPE, mode=0o775, gid=100).add("tmp", **DIRECTORY).add("run", **DIRECTORY)
+    image = import_image(store, Layers(Cmd=["x"], User=user, WorkingDir=directory).layer(layer))
+    assert image.public == ((copied,) if copied else ())
+    # A name of the same files has the same copies, and one with another working directory has not.
+    text = f'command = ["x"]\nuser = "nb"\nhome = "/home/nb"\ndirectory = "{directory}"\n'
+    assert store.use("again", "mine", manifest.parse(text.encode())).public == image.public
+    text = text.replace(f'directory = "{directory}"', 'directory = "/srv"')
+    assert store.use("other", "mine", manifest.parse(text.encode())).public == ()
+
+
+def test_a_large_working_directory_and_that_of_a_given_manifest_are_not_copied(store: ImageStore) -> None:
+    layer = Archive().add("app", **DIRECTORY)
+    for number in range(2001):
+        layer.add(f"app/{number}", b"x" * 1000)
+    image = import_image(store, Layers(Cmd=["x"], WorkingDir="/app").layer(layer))
+    assert image.public == ()
+    assert [note for note in image.notes if note.startswith("/app, to which the image's user may write, is read-only")]
+    text = b'command = ["x"]\nuser = "nb"\nhome = "/home/nb"\ndirectory = "/app"\n'
+    layer = Archive().add("app", **DIRECTORY)
+    assert import_image(store, Layers(WorkingDir="/app").layer(layer), manifest.parse(text)).public == ()
+
+
 def environment(settings: bytes) -> Archive:
     layer = Archive().add("srv/env", **LINK, linkname="/opt/env").add("opt/env/bin/python", b"", mode=0o755)
     layer.add("opt/env/lib/python3.13/site-packages/numpy.py", b"").add("opt/env/lib64", **LINK, linkname="lib")
@@ -474,6 +582,23 @@ def test_other_environments_are_not_changed(store: ImageStore, python: str, sett
     assert not list(image.root.rglob("*.pth")) and not image.notes
 
 
+def test_the_variables_of_a_conda_environment_are_those_of_its_kernels(store: ImageStore) -> None:
+    """As conda sets them: those of an environment.yml after those of packages, and in the place of the image's."""
+    state = {"env_vars": {"COURSE": "own", "GONE": "***unset***", "A.B": "x", "N": 1, "ZERO": "\0", "LONE": "\ud800",
+                          "HOME": "/root"}}
+    packages = {"COURSE": "package", "PROJ_DATA": "/opt/conda/share/proj", "GONE": "x"}
+    config = {"Env": ["PATH=/opt/conda/bin", "COURSE=image", "LANG=C.UTF-8"]}
+    image = import_image(store, bare(
+        ("opt/conda/bin/jupyter-lab", b"#!/opt/conda/bin/python\n"), ("opt/conda/bin/python", b""),
+        ("opt/conda/conda-meta/state", json.dumps(state).encode()), ("opt/conda/etc/conda/env_vars.d/b.json", b"[]"),
+        ("opt/conda/etc/conda/env_vars.d/a.json", json.dumps(packages).encode()), **config,
+    ))
+    assert dict(image.environment) == {
+        "COURSE": "own", "PROJ_DATA": "/opt/conda/share/proj", "LANG": "C.UTF-8", "PATH": "/opt/conda/bin",
+        "HOME": "/home/jovyan",
+    }
+
+
 def test_condas_scripts_that_a_given_manifest_does_not_run_are_named(store: ImageStore) -> None:
     layer = Archive().add("opt/conda/bin/python", b"").add("opt/conda/etc/conda/activate.d/gdal.sh")
     text = 'python = "/opt/conda/bin/python"\nuser = "nb"\nhome = "/home/nb"\n'
@@ -493,6 +618,22 @@ def test_another_images_entry_point_is_its_command(store: ImageStore) -> None:
     # The user root of an image is replaced by jovyan.
     assert (image.user, image.home, image.directory) == ("jovyan", "/home/jovyan", "/home/jovyan")
     assert image.environment["SECRET"] == "{token}"
+
+
+@pytest.mark.parametrize(("config", "user", "home"), [
+    ({}, "jovyan", "/home/jovyan"), ({"User": "0:0", "Env": ["HOME=/root"]}, "jovyan", "/home/jovyan"),
+    ({"User": "nb"}, "nb", "/home/nb"), ({"User": "1000", "Env": ["HOME=/home/nb/work"]}, "nb", "/home/nb/work"),
+    # As in images for OpenShift.
+    ({"User": "1001", "Env": ["HOME=/opt/app"], "WorkingDir": "/opt/app"}, "jovyan", "/opt/app"),
+    ({"User": "1001"}, "jovyan", "/home/jovyan"), ({"User": "Maria.M"}, "jovyan", "/home/Maria.M"),
+])
+def test_the_home_is_that_of_the_containers_user(
+    store: ImageStore, config: dict[str, Any], user: str, home: str
+) -> None:
+    layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/sh\nMaria.M:x:1002:100::/home/Maria.M:/bin/sh\n")
+    image = import_image(store, Layers(Cmd=["x"], **config).layer(layer))
+    assert (image.user, image.home, image.directory) == (user, home, home)
+    assert image.environment["HOME"] == home
 
 
 def test_an_image_without_manifest_jupyterlab_and_command_is_refused(store: ImageStore) -> None:
@@ -561,11 +702,20 @@ def test_a_login_belongs_to_the_registry_of_the_image() -> None:
 
 @pytest.mark.parametrize("content", [
     b"", b"[]", b"[" * 100_000, b'{"auths": []}', b'{"auths": {"x": {}}, "credsStore": "y"}',
+    b'{"auths": {"x": {"username": "maria"}}}', b'{"auths": {"x": {"username": 1, "password": 2}}}',
 ])
 def test_a_file_without_a_login_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "auth.json").write_bytes(content)
     with pytest.raises(ConfigError, match="has no login"):
         logins.found(tmp_path / "auth.json")
+
+
+def test_a_name_and_a_password_in_a_file_are_a_login(tmp_path: Path) -> None:
+    """As in secrets of Kubernetes that were written by hand."""
+    text = {"auths": {"r.example": {"username": "maria", "password": "pass:word", "email": "x"}}}
+    (tmp_path / "auth.json").write_text(json.dumps(text))
+    found = logins.found(tmp_path / "auth.json")
+    assert json.loads(found or "") == {"auths": {"r.example": {"auth": "bWFyaWE6cGFzczp3b3Jk"}}}
 
 
 def test_a_credential_precedes_the_hosts_file_and_helpers_are_dropped(

@@ -197,3 +197,29 @@ def test_bytes_of_a_client_count_as_activity_and_those_of_the_program_do_not(slo
         client.sendall(b"x")
         assert served.recv(10)
         assert 0 < acted_s() <= time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+@pytest.mark.parametrize(("response", "acts"), [
+    ((b"HTTP/1.1 200 OK\r\n", b"\r\n"), True), ((b"HTTP/1.1 101 Switching", b" Protocols"), True),
+    ((b"HTTP/1.0 302 Found\r\n",), True), ((b"HT", b"TP/1.1 20", b"4 No Content\r\n"), True),
+    ((b"HTTP/1.1 401 Unauthorized\r\n", b"\r\n"), False), ((b"HTTP", b"/1.1 40", b"3 Forbidden\r\n"), False),
+    ((b"HTTP/1.0", b" 500 Internal Server Error\r\n"), False), ((b"HTTP/1.", b"1 4", b"04 Not Found\r\n"), False),
+])
+def test_a_request_that_the_program_refuses_is_no_activity(
+    slot: Slot, response: tuple[bytes, ...], acts: bool
+) -> None:
+    def has_acted() -> bool:
+        return activity.read(slot.page_fd, float("inf")).last_s > 0
+
+    with slot.listen() as program, slot.connect() as client, program.accept()[0] as served:
+        client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert served.recv(100)
+        assert not has_acted()
+        for part in response:
+            served.sendall(part)
+            assert client.recv(100) == part
+        assert has_acted() == acts
+        os.pwrite(slot.page_fd, bytes(16), 0)
+        client.sendall(b"a message of a websocket, or the rest of a body")
+        assert served.recv(100)
+        assert has_acted() == acts

@@ -27,6 +27,15 @@ CHROME = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko)
     "Mozilla/5.0 (compatible; YandexBot/3.0; +http://yandex.com/bots)",
     "Mozilla/5.0 AppleWebKit/537.36 (KHTML, like Gecko; compatible; GPTBot/1.2; +https://openai.com/gptbot)",
     "Mozilla/5.0 (compatible; archive.org_bot +http://archive.org/details/archive.org_bot)",
+    "Discourse Forum Onebox v3.3.0", "Mozilla/5.0 (compatible; Bluesky Cardyb/1.1; +mailto:support@bsky.app)",
+    "Mozilla/5.0 AppleWebKit/537.36 (KHTML, like Gecko; compatible; Claude-User/1.0; +Claude-User@anthropic.com)",
+    "Mozilla/5.0 AppleWebKit/537.36 (KHTML, like Gecko; compatible; Perplexity-User/1.0; +https://perplexity.ai/)",
+    "Mozilla/5.0 (X11; Linux x86_64; rv:100.0) Gecko/20100101 Firefox/100.0 Sphinx/7.2.6", "lychee/0.15.1",
+    "W3C-checklink/4.81 libwww-perl/5.837", "Mozilla/5.0 (compatible; LinkChecker/10.2; +https://example.org/)",
+    "Mozilla/5.0 (compatible; Yeti/1.1; +http://naver.me/spd)", "Uptime-Kuma/1.23.13", "Blackbox Exporter/0.24.0",
+    "check_http/v2.3.3 (monitoring-plugins 2.3.3)", "Google Favicon", "Google-Site-Verification/1.0",
+    "APIs-Google (+https://developers.google.com/webmasters/APIs-Google.html)",
+    "Mozilla/5.0 (compatible; CensysInspect/1.1; +https://about.censys.io/)",
     "CCBot/2.0 (https://commoncrawl.org/faq/)", "Pingdom.com_bot_version_1.4_(http://www.pingdom.com/)",
 ])
 def test_a_program_that_follows_links_is_recognised(user_agent: str) -> None:

@@ -31,8 +31,8 @@ from nbagent.core.errors import (
 )
 from nbagent.core.events import Event
 from nbagent.network import requests
-from nbagent.runtime import init
-from nbagent.runtime.zygote_service import ZygoteFailed, ZygoteService
+from nbagent.runtime import init, zygote_service
+from nbagent.runtime.zygote_service import ModuleFailed, ZygoteFailed, ZygoteService
 from nbagent.supervisor import content_injector
 from nbagent.supervisor import network as supervisor_network
 from nbagent.supervisor import server as supervisor_server
@@ -557,6 +557,59 @@ def test_a_zygote_that_is_ready_has_left_no_ended_process(zygote):
     with peer.receive() as order:
         assert order.fds.keys() == {"nowhere"}
     assert [child for child in psutil.Process().children() if child.status() == psutil.STATUS_ZOMBIE] == []
+
+
+def ends(how):
+    if how in ("SIGILL", "SIGKILL"):
+        if how == "SIGILL":
+            signal.signal(signal.SIGILL, signal.SIG_DFL)  # pytest's handler prints a traceback
+        os.kill(os.getpid(), signal.Signals[how])
+    elif how == "exit":
+        os._exit(3)
+    time.sleep(600)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a pid namespace is made by root")
+@pytest.mark.parametrize(("how", "module", "text"), [
+    ("SIGILL", "bad", "its import ended the zygote, which was killed by SIGILL"),
+    ("exit", "bad", "its import ended the zygote, which exited with status 3"),
+    ("sleep", "bad", "its import has waited for 0.3 s"),
+    # Probably for want of memory, which other modules have taken too.
+    ("SIGKILL", None, "was killed by SIGKILL while it imported the module bad"),
+])
+def test_a_module_whose_import_ends_a_zygote_or_never_ends_is_named(zygote, monkeypatch, how, module, text):
+    service, peer = zygote
+    monkeypatch.setattr(zygote_service, "IMPORT_ASLEEP_S", 0.3)
+    monkeypatch.setattr(zygote_service, "LOOK_S", 0.1)
+    service.pid = os.fork()
+    if service.pid == 0:
+        os.setsid()
+        peer.send({"imports": "good"})
+        peer.send({"imports": "bad"})
+        service.zygote.close()
+        peer.receive()
+        ends(how)
+    peer.close()
+    with pytest.raises(ZygoteFailed, match=text) as raised:
+        service.begin(["good", "bad", "other"], [], {"other": "reason"})
+    assert (raised.value.module if isinstance(raised.value, ModuleFailed) else None) == module
+    service.abandon()
+    with pytest.raises(ChildProcessError):
+        os.waitpid(service.pid, 0)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="a pid namespace is made by root")
+def test_a_zygote_that_imports_its_modules_is_ready_without_those_left_out(zygote):
+    service, peer = zygote
+    for module in ("good", ""):
+        peer.send({"imports": module})
+    peer.send({"ready": True, "notes": []})
+    assert service.begin(["good", "bad"], [], {"bad": "reason"}) == []
+    with peer.receive() as order:
+        assert order.body["left_out"] == {"bad": "reason"}
+    peer.send({"imports": "another"})
+    with pytest.raises(MalformedMessage, match="a module to preload"):
+        service.begin(["good"], [])
 
 
 def test_only_a_child_of_the_zygote_in_the_slots_pid_namespace_is_its_fork_server(zygote, pidns, file):
