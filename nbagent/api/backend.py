@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -10,10 +11,20 @@ from collections.abc import Mapping
 from nbagent.api.hostnames import assets_address, host_of, slot_origin
 from nbagent.config.host_config import HostConfig
 from nbagent.core.documents import Claim, HostFigures
-from nbagent.core.errors import Full, SupervisorUnavailable
+from nbagent.core.errors import Full, NbagentError, SupervisorUnavailable, from_wire
 from nbagent.landing.backend import public_figures, slot_defaults
 from nbagent.wire.control import ControlClient
-from nbagent.wire.operations import CLAIM, GIVE_BACK, KEEP, LEND, STATS, ClaimArguments, LentArguments, own_key
+from nbagent.wire.operations import (
+    CLAIM,
+    GIVE_BACK,
+    KEEP,
+    LANDING_KEY_PREFIX,
+    LEND,
+    STATS,
+    ClaimArguments,
+    LentArguments,
+    own_key,
+)
 
 # The figures need no permission, so their rate of calls to the supervisor has to be limited.
 FIGURES_AGE_S = 1.0
@@ -25,18 +36,31 @@ class HostBackend:
     def __init__(self, config: HostConfig, client: ControlClient, probe: ControlClient) -> None:
         self.config, self.client, self.probe = config, client, probe
         self._lock = threading.Lock()
-        self._figures: HostFigures | None = None
-        self._fetched_s = 0.0
+        # The figures, or the error that followed the last request for them.
+        self._figures: HostFigures | NbagentError = SupervisorUnavailable("the figures were not fetched yet")
+        self._fetched_s = -math.inf
 
     def stats(self) -> HostFigures:
-        """The figures of the host, at most FIGURES_AGE_S old."""
+        """The figures of the host, at most FIGURES_AGE_S old. Raises NbagentError.
+
+        An error is kept as long, since the pages that wait for the figures would each wait for a timeout, one after the
+        other.
+        """
         with self._lock:
-            if self._figures is None or time.monotonic() >= self._fetched_s + FIGURES_AGE_S:
-                figures = public_figures(self.probe.call(STATS))
-                figures["assets"] = assets_address(self.config.router, figures["assets"])
-                self._figures = {**figures, **slot_defaults(self.config)}
+            if time.monotonic() >= self._fetched_s + FIGURES_AGE_S:
+                self._figures = self._fetch()
                 self._fetched_s = time.monotonic()
+            if isinstance(self._figures, NbagentError):
+                raise from_wire(self._figures.to_wire())
             return self._figures
+
+    def _fetch(self) -> HostFigures | NbagentError:
+        try:
+            figures = public_figures(self.probe.call(STATS))
+        except NbagentError as error:
+            return error
+        figures["assets"] = assets_address(self.config.router, figures["assets"])
+        return {**figures, **slot_defaults(self.config)}
 
     def claim(self, options: Mapping[str, object], key: str | None, client: str, trace: str) -> Claim:
         """Claims a slot. The key is valid for the landing page and the address `client` only.
@@ -44,7 +68,7 @@ class HostBackend:
         Otherwise a visitor could get the slot of another one by guessing a key. The spaces keep the key apart
         from keys of the control API, which contain none.
         """
-        landing_key = None if key is None else f"landing {client} {key}"
+        landing_key = None if key is None else f"{LANDING_KEY_PREFIX}{client} {key}"
         return self.client.call(CLAIM, ClaimArguments(options, landing_key or own_key(), client, trace))
 
     def lend(self, options: Mapping[str, object], client: str) -> Claim | None:

@@ -7,7 +7,6 @@ class in nbagent.core.errors determines the exit status.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import functools
@@ -28,12 +27,13 @@ from nbagent.cli import tables
 from nbagent.cli.dns import dns
 from nbagent.cli.gateway import gateway
 from nbagent.cli.images import image
-from nbagent.cli.remote import DEFAULT_URL, ApiUnavailable, Remote, read_token
+from nbagent.cli.remote import DEFAULT_URL, Remote, read_token
 from nbagent.cli.slot import slot as slot_group
 from nbagent.config import host_config, nginx_check, nginx_settings
 from nbagent.config.host_values import NETWORK_MODES
 from nbagent.core import paths
-from nbagent.core.errors import ConfigError, NbagentError, SlotNotFound, SupervisorUnavailable
+from nbagent.core.errors import ConfigError, NbagentError, SlotNotFound
+from nbagent.core.model import is_slot_id
 from nbagent.core.proxies import HttpProxy
 from nbagent.core.quantities import format_duration, parse_duration
 
@@ -41,6 +41,7 @@ WAIT_INTERVAL_S = 1.0
 # The value of --wait without a duration.
 WITHOUT_END = "without end"
 EX_TEMPFAIL = 75  # sysexits.h
+SERVER_ERRORS = 500  # the first HTTP status of a failure of the server
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
@@ -169,7 +170,7 @@ def history_command(slot: str | None, since: str | None, every: bool, as_json: b
     if (slot is None) == (since is None):
         raise click.UsageError("give either the ID of a slot or --since")
     if slot is not None:
-        found = history.of_slot(slot)
+        found = history.of_slot(slot) if is_slot_id(slot) else None
         if found is None:
             text = f"the journal has no entry about slot {slot}; only root and the group systemd-journal read all of it"
             raise SlotNotFound(text, slot=slot)
@@ -182,16 +183,21 @@ def history_command(slot: str | None, since: str | None, every: bool, as_json: b
             for event in events if isinstance(events, list) else ():
                 click.echo(f"{event['at']}  {event['text']}")
         return
-    try:
-        start = _now() - datetime.timedelta(seconds=parse_duration(since))
-    except ValueError as error:
-        raise click.UsageError(f"--since {since}: expected {error}") from None
+    start = datetime.datetime.fromtimestamp(_since_s(since), datetime.UTC)
     histories = [one for one in history.since(start) if every or one.claimed_at is not None]
     if as_json:
         _print_json([one.document() for one in histories])
     else:
         now = _now()
         tables.show(history.COLUMNS, [one.row(now) for one in histories])
+
+
+def _since_s(since: str | None) -> float:
+    """The begin of --since, in seconds since 1970 and not before; now without it."""
+    try:
+        return max(0.0, _now().timestamp() - (parse_duration(since) if since is not None else 0.0))
+    except ValueError as error:
+        raise click.UsageError(f"--since {since}: expected {error}") from None
 
 
 @nbagent.command("traces")
@@ -208,11 +214,7 @@ def traces_command(url: str, since: str | None, once: bool) -> None:
 
     if not re.fullmatch(r"https?://[^/\s]+/\S*", url):
         raise click.UsageError(f"--to {url}: expected a URL such as http://collector.example:4318/v1/traces")
-    try:
-        back_s = parse_duration(since) if since is not None else 0.0
-    except ValueError as error:
-        raise click.UsageError(f"--since {since}: expected {error}") from None
-    sent = traces.export(url, time.time() - back_s, once=once, complain=lambda text: click.echo(text, err=True))
+    sent = traces.export(url, _since_s(since), once=once, complain=lambda text: click.echo(text, err=True))
     click.echo(f"{sent} spans sent to {url}")
 
 
@@ -263,9 +265,13 @@ def drain(remote: Remote, as_json: bool, off: bool, wait: str | None) -> None:
             click.echo(f"\r{state['claimed']} claimed slots left ", err=True, nl=False)
         # The API has no events to wait for. One request a second is cheap for a drain that takes hours.
         time.sleep(min(WAIT_INTERVAL_S, max(0.0, until_s - time.monotonic())))
-        # The API may be restarting; a drain outlives it.
-        with contextlib.suppress(ApiUnavailable, SupervisorUnavailable):
+        # A drain outlives the API, which may be restarting, or have no thread left.
+        try:
             stats = remote.call("GET", "/stats")
+        except NbagentError as error:
+            if error.http_status < SERVER_ERRORS:
+                raise
+        else:
             state = {name: stats[name] for name in ("draining", "claimed", "warm")}
     _print(state, as_json)
     if wait is not None and state["claimed"]:
@@ -415,7 +421,9 @@ def _print_json(document: object) -> None:
 
 
 def _print_error(error: Exception | str) -> None:
-    click.echo(f"nbagent: {' '.join(str(error).split())}", err=True)
+    # An argument that is not UTF-8 has surrogates.
+    line = " ".join(str(error).split()).encode(errors="backslashreplace").decode()
+    click.echo(f"nbagent: {line}", err=True)
 
 
 def _now() -> datetime.datetime:

@@ -31,6 +31,9 @@ _ENDS = {
 }
 
 
+HOST_ENDED = "its host was shut down or failed"
+
+
 class Entry(NamedTuple):
     """One entry of the journal about a slot. `facts` has its NBAGENT_ fields by lower-case name."""
 
@@ -38,6 +41,7 @@ class Entry(NamedTuple):
     event: Event
     facts: Mapping[str, str]
     message: str
+    boot_id: str
 
 
 @dataclass
@@ -58,11 +62,12 @@ class History:
     peak_bytes: int | None = None
     cpu_s: int | None = None
     oom_kills: int = 0
+    boot_id: str = ""
     events: list[dict[str, str]] = field(default_factory=list)
 
     def add(self, entry: Entry) -> None:
         """Adds the next entry."""
-        facts = entry.facts
+        facts, self.boot_id = entry.facts, entry.boot_id
         self.events.append({"at": _time(entry.at), "event": entry.event.name.lower(), "text": entry.message})
         self.image = facts.get("image", self.image)
         if entry.event is Event.SLOT_STARTING:
@@ -121,7 +126,10 @@ def collect(entries: Iterable[Entry]) -> dict[str, History]:
 
 def of_slot(slot: str) -> History | None:
     """The history of a slot; None when the journal has no entry about it. Raises ConfigError."""
-    return collect(read(slot=slot)).get(slot)
+    found = collect(read(slot=slot)).get(slot)
+    if found is not None:
+        _end_with_boots([found])
+    return found
 
 
 def since(start: datetime.datetime) -> list[History]:
@@ -130,7 +138,34 @@ def since(start: datetime.datetime) -> list[History]:
     for slot, history in found.items():
         if history.started_at is None:
             found[slot] = of_slot(slot) or history
+    _end_with_boots(found.values())
     return sorted(found.values(), key=lambda history: history.events[0]["at"])
+
+
+def _end_with_boots(histories: Iterable[History]) -> None:
+    """Ends the slots that ran at the end of a former boot: at the time of its last entry, of whatever program.
+
+    systemd ends slots at a shutdown after the supervisor has ended, and a host can fail: then no entry has their end.
+    """
+    from systemd import id128
+
+    this_boot, ends = id128.get_boot().hex, dict[str, datetime.datetime | None]()
+    for history in histories:
+        boot_id = history.boot_id
+        if history.ended_at is None and boot_id and boot_id != this_boot:
+            if boot_id not in ends:
+                ends[boot_id] = _last_of(boot_id)
+            history.end, history.ended_at = HOST_ENDED, ends[boot_id]
+
+
+def _last_of(boot_id: str) -> datetime.datetime | None:
+    """The time of the last entry of a boot."""
+    from systemd import journal
+
+    with journal.Reader() as reader:
+        reader.add_match(_BOOT_ID=boot_id)
+        reader.seek_tail()
+        return _at(fields) if (fields := reader.get_previous()) else None
 
 
 def read(slot: str | None = None, start: datetime.datetime | None = None) -> Iterator[Entry]:
@@ -158,8 +193,13 @@ def _entry(fields: Mapping[str, Any]) -> Entry | None:
         name.removeprefix("NBAGENT_").lower(): str(value) for name, value in fields.items()
         if name.startswith("NBAGENT_")
     }
-    at = fields["__REALTIME_TIMESTAMP"].astimezone(datetime.UTC)
-    return Entry(at, event, facts, str(fields.get("MESSAGE", "")))
+    boot_id = str(fields.get("_BOOT_ID", "")).replace("-", "")
+    return Entry(_at(fields), event, facts, str(fields.get("MESSAGE", "")), boot_id)
+
+
+def _at(fields: Mapping[str, Any]) -> datetime.datetime:
+    at: datetime.datetime = fields["__REALTIME_TIMESTAMP"]
+    return at.astimezone(datetime.UTC)
 
 
 def _number(text: str | None) -> float | int | None:

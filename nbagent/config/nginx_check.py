@@ -27,6 +27,7 @@ def check(settings: str, files: Path = paths.ROUTER_FILES, config: Path = paths.
         directory = Path(name)
         (directory / "settings.conf").write_text(settings)
         (directory / "listen.conf").write_text(f"listen unix:{directory}/socket;\n")
+        (directory / "workers.conf").touch()
         text = config.read_text().replace(str(paths.ROUTER_FILES_COPY), str(files)).replace(str(paths.ROUTER_RUN), name)
         (directory / "nginx.conf").write_text(text)
         done = subprocess.run(

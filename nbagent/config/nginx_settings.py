@@ -15,6 +15,10 @@ from nbagent.config.host_config import ApiSettings, HostConfig, LandingSettings,
 from nbagent.config.schema import Network
 from nbagent.core import paths
 
+# A worker takes 7 MiB for its 16,384 connections. A page of JupyterLab has about three, and the router as many to its
+# slot, so that eight workers have room for 20,000 pages, whose slots take 300 GiB at rest.
+WORKERS_MAX = 8
+
 # The login cookies of a slot, named in nbagent.zygote.notebook_server; \\1 is the slot.
 LOGIN_COOKIES = (r"__Host-nbagent-\1", r"nbagent-\1")
 
@@ -28,6 +32,11 @@ def nginx(config: HostConfig) -> str:
         _geo("$banned_address", config.landing.banned),
         *_landing(config.landing, config.router.domain, config.api),
     ])
+
+
+def workers(processors: int) -> str:
+    """The number of nginx's processes on a host: one for each processor, at most WORKERS_MAX."""
+    return f"worker_processes {min(processors, WORKERS_MAX)};\n"
 
 
 def _trusted_peers(router: RouterSettings) -> Iterator[str]:

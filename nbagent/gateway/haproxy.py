@@ -64,6 +64,9 @@ _TRACE = (
     "if { req.hdr(traceparent) -m reg ^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?$ }"
 )
 _CHECK = "check inter 2s fastinter 500ms downinter 1s fall 2 rise 1"
+# A restart of the supervisor or the API, for which claims wait, is over before so many checks of a claim's way fail:
+# the API waits 3 s for the supervisor, and responds to checks within the next second as to the first.
+_CLAIMS_CHECK = _CHECK.replace("fall 2", "fall 4")
 
 
 def render(settings: GatewaySettings) -> str:
@@ -92,9 +95,9 @@ def servers_of(label: str, host: FleetHostSettings) -> dict[str, str]:
         return users
     place = f"id {ring_number(label)}"
     return users | {
-        "claims": f"{where} weight {host.weight} {_CHECK} {agent} {place}",
-        "clicked": f"{where} weight {host.weight} {_CHECK} {agent} {place}",
-        "keyed": f"{where} weight 10 {_CHECK} {place}",
+        "claims": f"{where} weight {host.weight} {_CLAIMS_CHECK} {agent} {place}",
+        "clicked": f"{where} weight {host.weight} {_CLAIMS_CHECK} {agent} {place}",
+        "keyed": f"{where} weight 10 {_CLAIMS_CHECK} {place}",
     }
 
 
@@ -265,9 +268,11 @@ def _refusals(settings: GatewaySettings) -> Iterator[str]:
     acl ahead req.hdr(Purpose),lower -m sub prefetch
     acl robot req.fhdr(User-Agent) -m reg -i '{PATTERN}'
     acl has_token req.hdr(Authorization) -m found
-    acl claim var(txn.claim) -m bool"""
+    acl claim var(txn.claim) -m bool
+    acl lend var(txn.lend) -m bool"""
     if settings.landing.access == "public":
         yield "    http-request set-var(txn.claim) bool(true) if spawn !gone claim_method !ahead !robot !at_slot"
+        yield "    http-request set-var(txn.lend) bool(true) if { path /api/lend } METH_POST !robot"
     if settings.landing.access != "off":
         # The hosts check the token.
         token = " has_token" if settings.landing.access == "token" else ""
@@ -276,12 +281,16 @@ def _refusals(settings: GatewaySettings) -> Iterator[str]:
         yield from _list("banned", "src", settings.landing.banned)
         yield from _answer(403, "banned", "banned")
     yield f"""\
-    # A client is one IPv4 address or one IPv6 /64 network. Refused claims do not count.
-    http-request track-sc0 src,ipmask(32,64) table rates if claim
-    acl too_often sc0_gpc0_rate(rates) ge {settings.landing.rate}"""
+    # A client is one IPv4 address or one IPv6 /64 network. Refused claims do not count. Lent slots are counted apart,
+    # so that a visitor who gets several can still claim one.
+    http-request track-sc0 src,ipmask(32,64) table rates if claim or lend
+    acl too_often sc0_gpc0_rate(rates) ge {settings.landing.rate}
+    acl lends_too_often sc0_gpc1_rate(rates) ge {settings.landing.rate}"""
     yield from _answer(429, "busy", "claim too_often", "hdr Retry-After 60")
+    yield from _answer(429, "busy", "lend lends_too_often", "hdr Retry-After 60")
     yield f"""\
     http-request sc-inc-gpc0(0) if claim
+    http-request sc-inc-gpc1(0) if lend
     # The whole request must fit into a buffer, so that it can be sent to the next host after a refusal.
     http-request wait-for-body time 5s at-least {CLAIM_MAX_BYTES} if claim METH_POST
     http-request return status 413 content-type text/plain string "the body of a claim is too large" \
@@ -310,9 +319,8 @@ def _routes(settings: GatewaySettings) -> Iterator[str]:
         yield "    use_backend acme if { path_beg /.well-known/acme-challenge/ }"
     yield "    use_backend assets if { path_beg /assets/ }"
     yield "    use_backend users if at_slot"
-    if settings.landing.access == "public":
-        # A host lends a slot or sends 204; another one is not tried.
-        yield "    use_backend claims if { path /api/lend } METH_POST !robot"
+    # A host lends a slot or sends 204; another one is not tried.
+    yield "    use_backend claims if lend"
     yield "    use_backend by_%[var(txn.way)] if claim"
     yield "    default_backend status"
 
@@ -343,11 +351,13 @@ backend {name}
 
 
 def _stage(name: str, settings: GatewaySettings) -> Iterator[str]:
+    # By the way of a claim over router, API and supervisor. /healthz is that of the router alone.
+    checked = "/healthz" if settings.landing.access == "off" else "/api/stats"
     yield f"""\
 listen {name}
     bind unix@{RUN}/{name}.sock mode 600 accept-proxy
     log-format \"{_log_format('claim')}\"
-    option httpchk GET /healthz
+    option httpchk GET {checked}
     option http-buffer-request
     # A new connection for each claim, so that a host to which the connection fails has not received the claim.
     http-reuse never
@@ -427,9 +437,9 @@ def _servers(backend: str, settings: GatewaySettings) -> Iterator[str]:
         agent = f" agent-check agent-inter 1s agent-port {FleetHostSettings().check_port}"
         if backend in ("keyed", ASSETS):
             agent = ""
-        weight = 10 if backend == "keyed" else 100
+        weight, check = 10 if backend == "keyed" else 100, _CHECK if backend == ASSETS else _CLAIMS_CHECK
         yield (
-            f"    server-template h 1-{fleet.srv_hosts} {fleet.srv} weight {weight} {_CHECK}{agent} "
+            f"    server-template h 1-{fleet.srv_hosts} {fleet.srv} weight {weight} {check}{agent} "
             "resolvers dns resolve-opts ignore-weight init-addr none"
         )
         return
@@ -439,6 +449,7 @@ def _servers(backend: str, settings: GatewaySettings) -> Iterator[str]:
 
 
 def _services(settings: GatewaySettings) -> Iterator[str]:
+    rates = ",".join(f"{counter}_rate({RATE_WINDOW_S}s)" for counter in ("gpc0", "gpc1"))
     yield f"""\
 backend status
     # systemd holds the socket, so requests wait while the service restarts, which takes a second.
@@ -451,7 +462,7 @@ frontend no_host
     http-request return status 501
 
 backend rates
-    stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store gpc0_rate({RATE_WINDOW_S}s)
+    stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store {rates}
 
 backend clients
     stick-table type ipv6 size 1m expire {2 * RATE_WINDOW_S}s store conn_cur"""

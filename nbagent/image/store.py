@@ -31,7 +31,7 @@ import secrets
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -58,6 +58,10 @@ _STAGING = ".staging-"
 _CHECKSUMS = "files.json"
 # The files that `damaged` compares by content, which takes a tenth of a second.
 _COMPARED_BYTES = 64 << 20
+
+
+def _log_unreadable(name: str, error: Exception) -> None:
+    emit(Event.IMAGE_UNREADABLE, image=name, text=str(error))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,16 +236,18 @@ class ImageStore:
         except FileNotFoundError:
             return None
 
-    def list(self) -> list[Image]:
-        """All named images, by name. An unreadable one is logged and skipped, so that the others stay usable."""
+    def list(self, skipped: Callable[[str, Exception], None] = _log_unreadable) -> list[Image]:
+        """All named images, by name. One that cannot be read is skipped, so that the others stay usable; `skipped` gets
+        its name and the error, ImageInvalid or OSError.
+        """
         found = []
         for name in self._names():
             try:
                 found.append(self.get(name))
             except ImageNotFound:  # removed meanwhile
                 continue
-            except ImageInvalid as error:
-                emit(Event.IMAGE_UNREADABLE, image=name, text=str(error))
+            except (ImageInvalid, OSError) as error:
+                skipped(name, error)
         return found
 
     def remove(self, name: str) -> None:
@@ -261,9 +267,10 @@ class ImageStore:
         return their digests. `sweep` deletes retired trees.
 
         Holds the lock and only renames, so no image is added or named meanwhile. Call it from the thread that
-        starts slots, so that no slot can start on a tree while it is retired.
+        starts slots, so that no slot can start on a tree while it is retired. Raises OSError, and BlockingIOError
+        instead of a wait when another process has the lock, which may be stopped or wait for its disk.
         """
-        with self._locked():
+        with self._locked(wait=False):
             kept = {link.readlink().name for link in self._links()}
             unwanted = [digest for digest in self.digests() if digest not in kept and digest not in in_use]
             for digest in unwanted:
@@ -381,13 +388,13 @@ class ImageStore:
         _sync_directory(link.parent)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Holds the store's lock, and creates the store if necessary."""
+    def _locked(self, *, wait: bool = True) -> Iterator[None]:
+        """Holds the store's lock, and creates the store if necessary. Raises BlockingIOError instead of a wait."""
         for directory in (self.path, self.path / "names", self.path / "former"):
             directory.mkdir(0o711, parents=True, exist_ok=True)
             directory.chmod(0o711)
         with (self.path / ".lock").open("a") as lock:  # without a change of its time
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
     @contextmanager

@@ -125,7 +125,9 @@ def _reload(supervisor: Supervisor) -> None:
     except ConfigError as error:
         emit(Event.CONFIG_REFUSED, text=str(error))
         supervisor.images.refresh()
-    daemon.notify("READY=1")
+    finally:
+        # Also after an unexpected error, because systemd would take the service for one that reloads, without end.
+        daemon.notify("READY=1")
 
 
 def _activated(named: Mapping[int, str]) -> dict[str, socket.socket]:

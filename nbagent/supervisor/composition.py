@@ -94,7 +94,8 @@ class Supervisor:
 def compose(on: Surroundings) -> Supervisor:
     """A supervisor of the current event loop."""
     config, systemd, records, changed = on.config, on.systemd, on.records, on.changed
-    slots, tasks, counters, limits = Slots(), Tasks(), Counters(), ScopeLimits(systemd)
+    slots, tasks, counters = Slots(), Tasks(), Counters()
+    limits = ScopeLimits(systemd, tasks)
     sessions = Sessions(records.path.parent / paths.SESSIONS.name)
     pools = Pools(config, slots, records, changed)
     load = HostLoad(config, slots, on.zygotes, on.drain_file, on.memory, on.pressure)

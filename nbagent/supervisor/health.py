@@ -22,6 +22,7 @@ from nbagent.supervisor import readiness
 from nbagent.supervisor.network import INTERNET, Network
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.systemd import JobFailed, Systemd
+from nbagent.supervisor.tasks import in_thread
 
 # The worst case until a fault is known: a pause, a try that times out, a short pause and another try.
 PAUSE_S, AGAIN_S, TIMEOUT_S = 2.0, 0.3, 1.2
@@ -143,7 +144,7 @@ class Health:
     async def _try_image(self) -> None:
         """In a thread, because a disk may not respond. While it does not, no other thread is started."""
         if (reading := self._reading) is None or reading.done():
-            reading = self._reading = asyncio.ensure_future(asyncio.to_thread(self._read_image))
+            reading = self._reading = asyncio.ensure_future(in_thread(self._read_image))
             # Otherwise asyncio logs the error of a reading that failed after the timeout.
             reading.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(reading)

@@ -92,6 +92,8 @@ class HostLoad:
         self._slots = slots
         self._zygotes = zygotes
         self._drain_file = drain_file
+        # The host drains although its file was not created.
+        self._drains_unrecorded = False
         self._memory = _Recent(memory, MEMORY_AGE_S)
         self._pressure = _Recent(lambda: pressure(self._all_slots()), PRESSURE_AGE_S)
         self._uses: deque[_Read] = deque(maxlen=GROWTH_READS)
@@ -101,14 +103,23 @@ class HostLoad:
     @property
     def draining(self) -> bool:
         """Whether the host refuses claims."""
-        return self._drain_file.exists()
+        if self._drains_unrecorded:
+            self.set_draining(True)
+        return self._drains_unrecorded or self._drain_file.exists()
 
     def set_draining(self, draining: bool) -> None:
-        """Starts or ends draining. A reboot ends it as well, because the file is on a tmpfs."""
-        if draining:
-            self._drain_file.touch()
-        else:
+        """Starts or ends draining. A reboot ends it as well, because the file is on a tmpfs.
+
+        While that is full, a drain is in force without the file, because a host without room has to be drained.
+        """
+        self._drains_unrecorded = False
+        if not draining:
             self._drain_file.unlink(missing_ok=True)
+            return
+        try:
+            self._drain_file.touch()
+        except OSError:
+            self._drains_unrecorded = True
 
     def host(self) -> admission.Host:
         """The host as the policy takes it."""

@@ -189,12 +189,12 @@ class ExecLauncher:
                 start.control.send({"spec": spec.save()}, start.descriptors(listener))
                 pidfd, = await start.receive_fds("init")
                 try:
-                    launched = await start.wait_running(pidfd, spec, attach)
                     await readable(process.pidfd)
+                    # Last, because a later error would leave the descriptors of the slot that runs.
+                    return await start.wait_running(pidfd, spec, attach)
                 except BaseException:
                     os.close(pidfd)
                     raise
-                return launched
 
 
 def _unexpected(message: Message) -> StartFailed:

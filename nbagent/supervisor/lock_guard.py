@@ -13,7 +13,6 @@ Not for: locks on /dev/null and the like by open file description, whose owner n
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import os
 from collections import Counter
@@ -24,7 +23,7 @@ from nbagent.core.events import Event
 from nbagent.linux import cgroup
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slot_stopper import SlotStopper
-from nbagent.supervisor.tasks import Tasks
+from nbagent.supervisor.tasks import Tasks, in_thread
 
 # Of the newest locks so many are counted, and a slot may have so many of them. SQLite holds three for a connection.
 COUNTED_MAX, LOCKS_MAX = 50_000, 10_000
@@ -70,7 +69,10 @@ class LockGuard:
 
     async def _count(self, lives: Sequence[RunningSlot]) -> None:
         try:
-            counts = await asyncio.to_thread(locks_by_owner, self._proc / "locks")
+            try:
+                counts = await in_thread(lambda: locks_by_owner(self._proc / "locks"))
+            except OSError:  # no thread can be started, for example; the next growth is counted
+                return
             for live, count in held(lives, counts).items():
                 if count > LOCKS_MAX:
                     text = f"it holds {count} of the {COUNTED_MAX} newest file locks of the host, which fill its memory"

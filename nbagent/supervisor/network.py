@@ -61,13 +61,17 @@ class Network:
         return INTERNET in self.settings.allow
 
     async def set_up(self) -> None:
-        """Brings the rules and the resolver up to date, where a network is allowed."""
+        """Brings the rules and the resolver up to date, where a network is allowed. Raises StartFailed."""
         async with self._set_up:
             settings = self.settings
             if not self.allowed:
                 return
             if settings != self._applied:
-                _write(RULES_PATH, json.dumps(rules(settings).save()))
+                try:
+                    _write(RULES_PATH, json.dumps(rules(settings).save()))
+                except OSError as error:
+                    text = f"{RULES_PATH} was not written: {error.strerror}"
+                    raise StartFailed(text, step="network", errno=error.errno) from error
                 await self._call("rules")
                 self._applied = settings
             text = resolver_text(settings, fields.text(await self._call("host"), "resolver"))

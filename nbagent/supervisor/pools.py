@@ -150,15 +150,17 @@ class Pools(Mapping[str, ImagePool]):
             async with asyncio.timeout(timeout_s):
                 return await waiter
         except TimeoutError:
+            if (live := _given(waiter)) is not None:
+                return live
             pool = self._pools.get(image)  # None when the image was removed meanwhile
             if pool is not None and pool.failures and pool.last_failure is not None:
                 raise pool.last_failure from None
             raise
+        except asyncio.CancelledError:
+            if (live := _given(waiter)) is not None:
+                self._offer_again(live)
+            raise
         finally:
-            # A caller that is cancelled after it was given a slot offers it again, because no other object has it.
-            given = waiter.done() and not waiter.cancelled() and waiter.exception() is None
-            if given and (task := asyncio.current_task()) and task.cancelling():
-                self._offer_again(waiter.result())
             waiter.cancel()
 
     def remove(self, live: RunningSlot) -> None:
@@ -223,3 +225,10 @@ class Pools(Mapping[str, ImagePool]):
             )
             for name, pool in self._pools.items()
         ]
+
+
+def _given(waiter: asyncio.Future[RunningSlot]) -> RunningSlot | None:
+    """The slot that a wait was given although it ended otherwise: in one turn of the event loop a slot can be offered,
+    and then the wait can time out or be cancelled. No other object has this slot.
+    """
+    return None if not waiter.done() or waiter.cancelled() or waiter.exception() is not None else waiter.result()

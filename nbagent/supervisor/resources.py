@@ -14,6 +14,7 @@ from nbagent.core import paths
 from nbagent.core.events import Event, emit
 from nbagent.linux import resources
 from nbagent.linux.resources import Kernel, Resource
+from nbagent.supervisor.tasks import in_thread
 
 # A resource is reported below the first, and again when it was above the second meanwhile.
 LOW_PERCENT, ENOUGH_PERCENT = 5.0, 10.0
@@ -48,8 +49,9 @@ class Resources:
         """Checks until cancelled."""
         with Kernel() as kernel:
             while True:
-                # In a thread, because a disk may not respond.
-                self.note(await asyncio.to_thread(lambda: list(self._read(kernel))))
+                # In a thread, because a disk may not respond. Without one, the next check tries again.
+                with contextlib.suppress(OSError):
+                    self.note(await in_thread(lambda: list(self._read(kernel))))
                 await asyncio.sleep(PAUSE_S)
 
     def note(self, found: Sequence[Resource]) -> None:

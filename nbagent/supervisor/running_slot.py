@@ -20,6 +20,7 @@ from nbagent.policy.limit_alerts import Storage, Trouble
 from nbagent.supervisor import launch_service
 from nbagent.supervisor.launcher import Launched
 from nbagent.supervisor.limit_files import LimitFiles
+from nbagent.supervisor.tasks import in_thread
 from nbagent.wire import activity, limits_page
 from nbagent.wire.failure import StepFailed
 from nbagent.wire.fields import MalformedMessage
@@ -121,9 +122,18 @@ class RunningSlot:
 
     async def release_storage(self) -> None:
         """Closes the root directory, in a thread, because the kernel may then free a file system of a million files."""
-        root_fd, self.root_fd = self.root_fd, -1
-        if root_fd >= 0:
-            await asyncio.to_thread(os.close, root_fd)
+        root_fds, self.root_fd = [self.root_fd] if self.root_fd >= 0 else [], -1
+
+        def close() -> None:
+            # Once, because a thread can do it later than here, by then with another file at that number.
+            with contextlib.suppress(IndexError):
+                os.close(root_fds.pop())
+
+        if root_fds:
+            try:
+                await in_thread(close)
+            except OSError:
+                close()
 
     def read(self, now_s: float, oldest_s: float) -> Sample:
         """The usage of the slot, read at `oldest_s` or later."""

@@ -4,8 +4,10 @@
 A caller is the API's user or root, by SO_PEERCRED. It has REQUEST_S for its request, and the number of connections is
 bounded, so that an API that an attacker has taken over cannot exhaust the supervisor's memory and descriptors. When a
 caller closes its connection while its claim waits, the claim is cancelled; a claim whose response cannot be delivered
-is abandoned and its slot ended, unless it has an Idempotency-Key of the caller, because then a repeated request is to
-get the same slot.
+is abandoned and its slot ended. Neither happens with an Idempotency-Key of the caller, because then a repeated request
+is to get the same slot. With the key of a landing page's button a claim that waits is cancelled too, since most of its
+visitors have closed the window; one who has pressed again gets a slot by the second request. The trial of a start is
+cancelled likewise, so that its slot keeps no place.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ RETRY_AFTER_S = 2
 
 # The operations that hand out a slot.
 HANDS_OUT = (operations.CLAIM.name, operations.LEND.name)
+# The keys of claims that are cancelled when their caller leaves.
+CANCELLED = (operations.OWN_KEY_PREFIX, operations.LANDING_KEY_PREFIX)
 
 # Between two connections to the port of HAProxy's agent-check, at which a gateway connects every few seconds.
 CHECK_PAUSE_S = 0.002
@@ -160,8 +164,10 @@ class ControlServer:
             name = text(request.body, "op")
             if (handler := self._handlers.get(name)) is None:
                 raise BadRequest(f"unknown operation {name[:40]!r}")
-            is_lost = name in HANDS_OUT and _has_own_key(request)
-            with _cancelled_with(channel) if is_lost else contextlib.nullcontext():
+            key = _key(request) if name in HANDS_OUT else ""
+            is_lost = key.startswith(operations.OWN_KEY_PREFIX)
+            ends_with_caller = key.startswith(CANCELLED) or name == operations.TRY_START.name
+            with _cancelled_with(channel) if ends_with_caller else contextlib.nullcontext():
                 result = handler(request)
                 if inspect.isawaitable(result):
                     result = await result
@@ -196,9 +202,9 @@ async def serve_check(calls: Calls, listener: socket.socket) -> None:
         await asyncio.sleep(CHECK_PAUSE_S)
 
 
-def _has_own_key(request: Message) -> bool:
+def _key(request: Message) -> str:
     key = mapping(request.body, "args").get("key")
-    return isinstance(key, str) and key.startswith(operations.OWN_KEY_PREFIX)
+    return key if isinstance(key, str) else ""
 
 
 @contextlib.contextmanager

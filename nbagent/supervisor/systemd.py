@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from nbagent.core import paths
 from nbagent.core.model import Limits, now
 from nbagent.systemd.job import JobFailed
-from nbagent.units.requests import JOB, restore_limits
+from nbagent.units.requests import JOB
 from nbagent.wire import fields
 from nbagent.wire.channel import Message
 from nbagent.wire.failure import StepFailed
@@ -28,6 +28,8 @@ TIMEOUT_S = 25.0
 # PID 1 needs milliseconds to move processes into a scope, but seconds while it starts a thousand others.
 PLACED_MAX_S = 5.0
 PID_MAX = 1 << 22  # the kernel's PID_MAX_LIMIT
+# systemctl(1) can give a scope limits that nbagent never sets: this one, and a CPUWeight= of 0, which is "idle".
+INFINITY = (1 << 64) - 1
 # A thousand names of scopes.
 RESPONSE_MAX_BYTES = 1 << 20
 # The service may be restarted at any moment, and every request may be repeated but the start of a scope.
@@ -79,7 +81,12 @@ class Systemd:
 
     async def scope_limits(self, name: str) -> Limits:
         """The limits of a running scope. Raises OSError."""
-        return restore_limits(await self._ask("scope_limits", unit=name), "ok")
+        found = fields.mapping(await self._ask("scope_limits", unit=name), "ok")
+        memory_bytes, cpu_weight, tasks = (
+            fields.integer(found, limit, 0, INFINITY) for limit in ("memory_bytes", "cpu_weight", "tasks")
+        )
+        quota = found.get("cpu_quota")
+        return Limits(memory_bytes, cpu_weight, float(quota) if isinstance(quota, int | float) else None, tasks)
 
     async def main_pid(self, name: str) -> int:
         """The main process of a zygote's service. Raises FileNotFoundError when it has none, and OSError."""

@@ -8,7 +8,8 @@ the task is collected, which is never as long as an object refers to the task.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import errno
+from collections.abc import Callable, Coroutine
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -43,3 +44,14 @@ class Tasks:
     async def finish(self) -> None:
         """Waits until every task has ended."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """The result of `work`, which can block. Raises OSError when no thread can be started, because process ids or tasks
+    are used up; a thread that ends other work can nevertheless do this one later.
+    """
+    try:
+        running = asyncio.get_running_loop().run_in_executor(None, work)
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from error
+    return await running

@@ -5,7 +5,7 @@
      "stop_timeout_s": float}           moves processes into a new scope of a slot; responds when they are there
     {"op": "attach", "unit": SCOPE, "pids": [int]}      responds when they are in the scope, which may be starting
     {"op": "set_limits", "unit": SCOPE or ZYGOTE, "limits": {...}}
-    {"op": "scope_limits", "unit": SCOPE}                       responds with {...}, as in set_limits
+    {"op": "scope_limits", "unit": SCOPE}                       responds with {...}, as systemd has them
     {"op": "main_pid", "unit": ZYGOTE}                          responds with a process
     {"op": "set_swap", "unit": SCOPE, "size_bytes": int}
     {"op": "set_cpu_weight", "unit": ZYGOTE, "weight": int}
@@ -102,13 +102,13 @@ async def _do(manager: Manager, body: Mapping[str, object]) -> object:
     match body.get("op"):
         case "start_scope":
             await manager.start_scope(
-                _unit(body, _SCOPE), _pids(body), fields.text(body, "description"), restore_limits(body),
+                _unit(body, _SCOPE), _pids(body), fields.text(body, "description"), _limits(body),
                 runtime_max_s=_seconds(body, "runtime_max_s"), stop_timeout_s=_seconds(body, "stop_timeout_s"),
             )
         case "attach":
             await manager.attach(_unit(body, _SCOPE), _pids(body))
         case "set_limits":
-            manager.set_limits(_unit(body, _STOPPED), restore_limits(body))
+            manager.set_limits(_unit(body, _STOPPED), _limits(body))
         case "scope_limits":
             return manager.scope_limits(_unit(body, _SCOPE)).document()
         case "main_pid":
@@ -156,9 +156,9 @@ def _pids(body: Mapping[str, object]) -> list[int]:
     return pids
 
 
-def restore_limits(body: Mapping[str, object], name: str = "limits") -> Limits:
+def _limits(body: Mapping[str, object]) -> Limits:
     """The limits in a message, as Limits.document makes them. Raises MalformedMessage."""
-    limits = fields.mapping(body, name)
+    limits = fields.mapping(body, "limits")
     quota = limits.get("cpu_quota")
     return Limits(
         memory_bytes=fields.integer(limits, "memory_bytes", 1, _BYTES_MAX),

@@ -42,6 +42,7 @@ from nbagent.core.errors import Full
 from nbagent.web import problems, wsgi
 from nbagent.web.wsgi import HEAD_MAX_BYTES, Refused
 from nbagent.wire.accepting import ACCEPT_PAUSE_S, EXHAUSTED
+from nbagent.wire.control import CALLER_FD
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import WSGIApplication, WSGIEnvironment
@@ -435,6 +436,8 @@ class Server:
         """Runs in a thread of the lane. Sends at once what the socket's buffer takes; the loop sends the rest."""
         if not taken.acquire(blocking=False):  # refused
             return
+        # Nothing else reads from the connection meanwhile.
+        CALLER_FD.set(connection.sock.fileno())
         try:
             status, headers, body = wsgi.run(connection.lane.lane.app, environ)
             if self._stop_s is not None:

@@ -177,6 +177,8 @@ class ClaimArguments:
 
 # With a space in it, so that it is never an Idempotency-Key of a caller.
 OWN_KEY_PREFIX = "own "
+# Of the key of a page with a button, which a visitor may press twice.
+LANDING_KEY_PREFIX = "landing "
 
 
 def own_key() -> str:

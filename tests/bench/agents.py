@@ -4,8 +4,8 @@
 
     tests/bench/agents.py --capacity N[,N…] [--answer-ms N] [--status SOCKET]
 
-Agent n has the address `address(n)`, with a router on port 8000, which serves `POST /api/spawn`, /spawn and
-/healthz, and the agent-check on port 9001. One process serves any number of agents by two sockets that are bound to
+Agent n has the address `address(n)`, with a router on port 8000, which serves `POST /api/spawn`, /spawn, /healthz and
+/api/stats, and the agent-check on port 9001. One process serves any number of agents by two sockets that are bound to
 all addresses, so it runs in a network namespace where no other program listens. With one --capacity and --only NUMBER
 it serves that agent alone, at its own address, so that a kill of the process is the death of one host. --status is a
 unix socket with the response of the gateway's status service when no host has a free slot: 429.
@@ -146,7 +146,7 @@ class Router(asyncio.Protocol):
                 self.send(status, document, closes)
 
     def answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> tuple[int, Any]:
-        if path == "/healthz":
+        if path in ("/healthz", "/api/stats"):
             self.books.probes += 1
             return 200, "ok"
         if self.full:

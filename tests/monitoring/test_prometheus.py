@@ -195,7 +195,8 @@ def test_a_file_system_that_fills_up_is_an_alert_before_it_is_full(prometheus: P
 
 
 def test_an_api_that_does_not_respond_is_an_alert(prometheus: Prometheus, fleet: Fleet) -> None:
-    api = ("nbagent-api.socket", "nbagent-api.service")
+    # The gateway's check connects to the landing page's socket, which starts the service.
+    api = ("nbagent-landing.socket", "nbagent-api.socket", "nbagent-api.service")
     fleet.hosts["a"].run(["systemctl", "stop", *api])
     try:
         prometheus.wait_firing(("NbagentHostDown", "a"))

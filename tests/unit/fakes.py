@@ -255,9 +255,13 @@ class FakeStore:
         self.images = {image.name: image for image in images}
         self.used: set[str] = set()
         self.removed: list[str] = []
+        self.unreadable: dict[str, Exception] = {}
+        self.retire_error: OSError | None = None
 
-    def list(self) -> list[Image]:
-        return list(self.images.values())
+    def list(self, skipped: Callable[[str, Exception], None]) -> list[Image]:
+        for name, error in self.unreadable.items():
+            skipped(name, error)
+        return [image for name, image in self.images.items() if name not in self.unreadable]
 
     def get(self, name: str) -> Image:
         if name not in self.images:
@@ -265,6 +269,8 @@ class FakeStore:
         return self.images[name]
 
     def retire(self, used: Collection[str]) -> Sequence[str]:
+        if self.retire_error is not None:
+            raise self.retire_error
         self.used = set(used)
         return self.removed
 

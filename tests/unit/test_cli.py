@@ -24,7 +24,7 @@ from nbagent.api.app import create_app
 from nbagent.cli.commands import nbagent as nbagent_command
 from nbagent.cli.remote import Remote, error_of_problem, read_token
 from nbagent.config import host_config
-from nbagent.core.errors import ConfigError, Full, InvalidField, NbagentError
+from nbagent.core.errors import ConfigError, Full, InvalidField, NbagentError, SupervisorUnavailable
 from nbagent.wire.control import ControlClient
 
 ROOT = Path(__file__).parents[2]
@@ -171,17 +171,16 @@ def test_drain_ends_at_its_deadline_with_an_exit_status_of_its_own(run: Any) -> 
     assert (done.status, done.json["claimed"], done.err) == (75, 1, "nbagent: 1 claimed slots are left after 0.05\n")
 
 
+@pytest.mark.parametrize("error", [SupervisorUnavailable("restarting"), Full("no thread is left"), NbagentError()])
 def test_drain_waits_over_a_restart_of_the_api_and_notices_the_end_of_the_drain(
-    run: Any, supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch
+    run: Any, supervisor: FakeSupervisor, monkeypatch: pytest.MonkeyPatch, error: NbagentError
 ) -> None:
-    from nbagent.core.errors import SupervisorUnavailable
-
     run("claim")
     pauses: list[float] = []
 
     def sleep(seconds: float) -> None:
         pauses.append(seconds)
-        supervisor.raises = SupervisorUnavailable("restarting") if len(pauses) == 1 else None
+        supervisor.raises = error if len(pauses) == 1 else None
         if len(pauses) == 3:
             supervisor.draining = False
 

@@ -43,6 +43,8 @@ class FakeHost:
         self.dies = False
         # Whether its agent check always reports that it is free.
         self.reports_free = False
+        # Whether its API responds; without it claims wait in the router for minutes.
+        self.has_api = True
         # The paths below /assets/ that it has; without them 404.
         self.assets: set[str] = set()
         self.keys: dict[str, str] = {}
@@ -118,6 +120,8 @@ def _router(host: FakeHost) -> type[_Handler]:
             path = urllib.parse.urlsplit(self.path).path
             if path == "/healthz":
                 return self.respond(200, "ok")
+            if path == "/api/stats":
+                return self.respond(200 if host.has_api else 503, {})
             host.headers.append(dict(self.headers))
             if path.startswith(("/spawn", "/api/spawn")):
                 slot = host.claim(self.headers.get("Idempotency-Key") or urllib.parse.parse_qs(body)["key"][0])
@@ -276,6 +280,16 @@ def test_a_claim_is_sent_to_another_host_if_one_dies(gateway: Gateway, hosts: li
     hosts[0].dies = True
     assert Counter(gateway.claims(100)) == {200: 100}
     assert hosts[0].requests > 0
+
+
+def test_a_host_without_its_api_gets_no_claims_and_keeps_its_users(gateway: Gateway, hosts: list[FakeHost]) -> None:
+    # Its supervisor, which responds to the agent check, may work.
+    hosts[0].has_api, hosts[0].reports_free = False, True
+    gateway.wait(lambda: all(f"Server {stage}/a is DOWN" in gateway.log.read_text() for stage in haproxy.STAGES))
+    assert Counter(gateway.claims(50)) == {200: 50} and hosts[0].requests == 0
+    assert gateway.call("GET", "/user/a-0123456789ab/lab")[1]["host"] == "a"
+    hosts[0].has_api = True
+    gateway.wait(lambda: gateway.claims(10) and hosts[0].requests > 0)
 
 
 def test_the_status_service_responds_if_every_host_is_full(gateway: Gateway, hosts: list[FakeHost]) -> None:
@@ -541,6 +555,22 @@ def test_the_rate_of_claims_of_one_address_is_limited(hosts: list[FakeHost], tmp
         assert (status, problem["type"]) == (429, "urn:nbagent:problem:rate-limited")
         assert "<h1>" in gateway.call("GET", "/spawn", headers={"Accept": "text/html"})[1]
         assert gateway.call("GET", "/user/a-0123456789ab/lab")[0] == 200
+    finally:
+        gateway.close()
+
+
+def test_the_rate_of_lent_slots_of_one_address_is_limited_apart_from_its_claims(
+    hosts: list[FakeHost], tmp_path: Path
+) -> None:
+    gateway = Gateway(tmp_path / "lending", hosts, landing={"rate": 5})
+    try:
+        assert [gateway.call("POST", "/api/lend", b"", FORM)[0] for _ in range(9)] == [*[200] * 5, *[429] * 4]
+        assert sum(len(host.headers) for host in hosts) == 5
+        assert Counter(gateway.claims(6)) == {200: 5, 429: 1}
+        # Another client, which is no person; the status service lends nothing.
+        crawler = {**FORM, "User-Agent": "bot"}
+        assert "status service" in gateway.call("POST", "/api/lend", b"", crawler, "127.0.0.2")[1]
+        assert gateway.call("POST", "/api/lend", b"", FORM, "127.0.0.2")[0] == 200
     finally:
         gateway.close()
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fakes import Host, make_image
+from fakes import Host, cancelled, kinds, make_image
 
 from nbagent.core.errors import Full, RecordFailed, StartFailed
 from nbagent.core.events import Event
@@ -277,6 +277,21 @@ def test_a_trial_has_the_reason_for_a_start_by_exec_where_slots_are_forked(tmp_p
             host.supervisor.pools["minimal"].image = make_image(tmp_path, launch="fork" if forks else "exec")
             host.launcher.reason = "its zygote failed: it ended"
             assert (await host.calls.try_start())["launch_reason"] == reason
+
+    asyncio.run(run())
+
+
+def test_a_trial_that_is_cancelled_ends_its_slot_before_that_has_started(tmp_path, journal):
+    async def run():
+        async with Host(tmp_path) as host:
+            slot, = await host.until_states("warm")
+            host.launcher.hold()
+            trial = asyncio.ensure_future(host.calls.try_start())
+            await host.until_states("starting", "warm")
+            await cancelled(trial)
+            assert await host.until_states("warm") == [slot]
+            assert Event.SLOT_FAILED not in kinds(journal) and list(host.systemd.units) == [f"nbagent-{slot}.scope"]
+            assert not host.calls.stats()["pools"]["minimal"]["failures"]
 
     asyncio.run(run())
 

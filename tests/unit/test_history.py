@@ -7,6 +7,7 @@ import datetime
 import json
 import uuid
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -16,6 +17,8 @@ from nbagent import cli
 from nbagent.cli import history
 
 NOW = datetime.datetime(2026, 11, 28, 12, 0, tzinfo=datetime.UTC)
+THIS_BOOT = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+FORMER_BOOT = "0123456789abcdef" * 2
 
 
 class Reader:
@@ -36,14 +39,21 @@ class Reader:
         self.matches |= fields
 
     def seek_realtime(self, at_s: float) -> None:
-        self.start_s = at_s
+        # sd_journal_seek_realtime_usec(3) has an unsigned number.
+        assert 0 <= at_s * 1e6 < 1 << 64
+
+    def seek_tail(self) -> None:
+        pass
+
+    def get_previous(self) -> dict[str, object]:
+        return [*self][-1]
 
     def __iter__(self) -> Iterator[dict[str, object]]:
         for number, entry in enumerate(self.entries):
-            fields = {"_SYSTEMD_UNIT": "nbagent.service", **entry}
+            fields = {"_SYSTEMD_UNIT": "nbagent.service", "_BOOT_ID": THIS_BOOT, **entry}
             if all(fields.get(name) == value for name, value in self.matches.items()):
-                at = NOW + datetime.timedelta(seconds=number)
-                yield {**fields, "MESSAGE_ID": uuid.UUID(entry["MESSAGE_ID"]), "__REALTIME_TIMESTAMP": at}
+                at, ids = NOW + datetime.timedelta(seconds=number), {"MESSAGE_ID", "_BOOT_ID"} & fields.keys()
+                yield {**fields, **{name: uuid.UUID(fields[name]) for name in ids}, "__REALTIME_TIMESTAMP": at}
 
 
 @pytest.fixture
@@ -108,8 +118,35 @@ async def test_entries_of_other_programs_are_not_read(entries, tmp_path):
     assert history.of_slot(released).cpu_s == 2
 
 
+async def test_a_slot_of_a_former_boot_has_ended_with_its_host(entries, tmp_path, capsys):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        slot = (await host.claim())["slot"]
+        await turns()
+    claimed = len(entries)
+    cli.main(["history", "--since", "1h"])
+    assert capsys.readouterr().out.splitlines()[1].endswith(" runs")
+    for entry in entries:
+        entry["_BOOT_ID"] = FORMER_BOOT
+    # The last entry of that boot, of another program.
+    entries.append({"_SYSTEMD_UNIT": "cron.service", "_BOOT_ID": FORMER_BOOT, "MESSAGE_ID": "0" * 32})
+    entries.append({"_SYSTEMD_UNIT": "cron.service", "MESSAGE_ID": "0" * 32})
+    found = history.of_slot(slot)
+    assert found.end == history.HOST_ENDED and found.ended_at == NOW + datetime.timedelta(seconds=claimed)
+    cli.main(["history", "--since", "1h"])
+    assert capsys.readouterr().out.splitlines()[1].endswith(history.HOST_ENDED)
+
+
+@pytest.mark.parametrize("since", ["30000d", "9999999999d", "0s"])
+async def test_a_time_before_all_clocks_is_the_begin_of_the_journal(entries, tmp_path, capsys, since):
+    released = await release(tmp_path)
+    cli.main(["history", "--since", since, "--json"])
+    assert [one["slot"] for one in json.loads(capsys.readouterr().out)] == [released]
+
+
 @pytest.mark.parametrize(("arguments", "status"), [
-    (["c07-000000000000"], 3), ([], 2), (["--since", "yesterday"], 2), (["c07-000000000000", "--since", "1h"], 2),
+    (["c07-000000000000"], 3), (["c07-\udcff"], 3), ([], 2),
+    (["--since", "yesterday"], 2), (["c07-000000000000", "--since", "1h"], 2),
 ])
 def test_an_unknown_slot_and_wrong_usage(entries, capsys, arguments, status):
     with pytest.raises(SystemExit) as end:

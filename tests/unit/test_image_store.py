@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import gzip
 import json
 import lzma
@@ -305,6 +307,33 @@ def test_an_unreadable_image_does_not_affect_the_others(store: ImageStore, recor
     store.remove("broken")
     assert retire(store) == [broken.digest]
     assert store.get("whole") == whole
+
+
+def test_an_image_that_the_disk_does_not_return_does_not_affect_the_others(
+    store: ImageStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, whole = add(store, Archive.with_image(), "broken"), add(store, Archive.with_image().add("x"), "whole")
+    read = Path.read_text
+
+    def read_text(path: Path, *arguments: Any) -> str:
+        if path.parent.name == broken.digest:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path, *arguments)
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    skipped: dict[str, Exception] = {}
+    assert store.list(skipped.__setitem__) == [whole]
+    assert [(name, getattr(error, "errno", None)) for name, error in skipped.items()] == [("broken", errno.EIO)]
+
+
+def test_a_tree_is_not_retired_while_another_process_has_the_lock(store: ImageStore) -> None:
+    image = add(store, Archive.with_image())
+    store.remove("minimal")
+    with (store.path / ".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError):
+            retire(store)
+    assert retire(store) == [image.digest]
 
 
 def test_an_empty_store_has_no_image(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import html
 import re
+import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from werkzeug.test import TestResponse
 
 from nbagent.api.backend import HostBackend
 from nbagent.config import host_config
-from nbagent.core.errors import StartFailed
+from nbagent.core.errors import StartFailed, SupervisorUnavailable
 from nbagent.image.store import Image
 from nbagent.landing.app import create_app, duration
 from nbagent.landing.backend import quantile_ms, retry_delay_s
@@ -209,6 +212,23 @@ def test_stats_have_the_fields_of_tmpnb_and_are_public(landing: FlaskClient, tar
         "available": int, "capacity": int, "version": str, "container_image": str}
     assert figures["in_use"] == 0 and figures["claim_ms"].keys() == {"p50", "p99"}
     assert "token" not in response.text and "memory_available_bytes" not in figures
+
+
+def test_pages_do_not_wait_for_a_supervisor_that_hangs_one_after_the_other(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.bind(str(tmp_path / "control.sock"))
+        silent.listen()
+        probe = ControlClient(tmp_path / "control.sock", 0.3)
+        backend, began_s = HostBackend(host_config.parse({"host": {"label": LABEL}}), probe, probe), time.monotonic()
+
+        def fetch(_: int) -> str:
+            with pytest.raises(SupervisorUnavailable) as raised:
+                backend.stats()
+            return str(raised.value)
+
+        with ThreadPoolExecutor(8) as pages:
+            texts = set(pages.map(fetch, range(8)))
+        assert time.monotonic() - began_s < 0.9 and len(texts) == 1 and "timed out" in texts.pop()
 
 
 @pytest.mark.parametrize("target", ["/stats", "/stats/"])

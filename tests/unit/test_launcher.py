@@ -4,15 +4,20 @@
 import asyncio
 import os
 import socket
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from fakes import cancelled, until
 
 from nbagent.core.errors import StartFailed
 from nbagent.core.model import Limits, Slot, SlotState
-from nbagent.supervisor.launcher import SlotStart
+from nbagent.supervisor import launch_service
+from nbagent.supervisor.launch_service import BlockedProcess
+from nbagent.supervisor.launcher import ExecLauncher, SlotStart
 from nbagent.supervisor.sandbox_specs import sandbox_spec, zygote_spec
+from nbagent.wire.channel import Channel
 
 SLOT = Slot(
     id="h-0", image="minimal", digest="d", id_base=1 << 20, uid=2000, state=SlotState.STARTING,
@@ -185,3 +190,51 @@ def test_a_slot_has_the_variables_of_the_proxy_unless_its_image_has_them_in_eith
     network = {"https_proxy": "http://10.1.0.8:3128", "no_proxy": "localhost"}
     spec = sandbox_spec(SLOT, image(environment=own), 1 << 20, 60.0, network=network)
     assert {name: value for name, value in spec.environment.items() if "proxy" in name.lower()} == expected
+
+
+class Scope:
+    """A scope that starts at once."""
+
+    async def start(self, pids):
+        self.pids = pids
+
+
+@pytest.fixture
+def processes():
+    """Two processes, which end with the test."""
+    made = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    yield made
+    for process in made:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["the launcher still runs", "the slot still starts"])
+async def test_a_start_by_exec_that_is_cancelled_leaves_no_descriptor(monkeypatch, processes, ends):
+    (program, launcher), peers, scope = processes, [], Scope()
+
+    async def spawn(_program, control_fd):
+        peers.append(Channel.from_fd(os.dup(control_fd)))
+        read_fd, go_fd = os.pipe()
+        os.close(read_fd)
+        return BlockedProcess(os.pidfd_open(launcher.pid), go_fd)
+
+    monkeypatch.setattr(launch_service, "spawn", spawn)
+    monkeypatch.setattr(BlockedProcess, "release", lambda self: None)
+    with socket.socket(socket.AF_UNIX) as listener:
+        before = set(os.listdir("/proc/self/fd"))
+        spec = SimpleNamespace(save=dict, uplink=None)
+        launching = asyncio.ensure_future(ExecLauncher().launch(SLOT, spec, listener, scope, no_interface))
+        await until(lambda: hasattr(scope, "pids"))
+        with peers[0] as peer:
+            peer.receive().close()
+            init = os.pidfd_open(program.pid)
+            peer.send({}, {"init": init})
+            os.close(init)
+            if ends:
+                launcher.kill()
+                launcher.wait()
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(0 if ends else 0.05)
+        await cancelled(launching)
+        assert set(os.listdir("/proc/self/fd")) == before

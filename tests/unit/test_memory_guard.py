@@ -22,6 +22,7 @@ from nbagent.supervisor.memory_guard import MemoryGuard
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.scope_limits import ScopeLimits
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.tasks import Tasks
 
 MIB, GIB = 1 << 20, 1 << 30
 LIMITS = Limits(GIB, 100, None, 256)
@@ -35,7 +36,7 @@ class Tree:
     """A slice with slots in it, whose memory the tests set."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.slots = path, Slots()
+        self.path, self.slots, self.tasks = path, Slots(), Tasks()
         self.available_bytes = 20 * GIB
 
     def add(self, name: str, used_bytes: int, state: SlotState = SlotState.CLAIMED) -> RunningSlot:
@@ -56,6 +57,10 @@ class Tree:
     def memory(self) -> Memory:
         return Memory(24 * GIB, self.available_bytes)
 
+    def guard(self, systemd: FakeSystemd, counters: Counters) -> MemoryGuard:
+        limits = ScopeLimits(systemd, self.tasks)
+        return MemoryGuard(CurrentConfig(host_config.parse({})), self.slots, limits, counters, self.memory)
+
 
 @pytest.fixture
 def clock(clock: Any) -> Any:
@@ -71,7 +76,7 @@ def tree(tmp_path: Path) -> Tree:
 
 async def test_slots_that_grow_on_a_short_host_are_held_and_freed(tree: Tree, clock, journal) -> None:
     systemd, counters = FakeSystemd(), Counters()
-    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, ScopeLimits(systemd), counters, tree.memory)
+    guard = tree.guard(systemd, counters)
     for name in ("c07-grows", "c07-rests"):
         tree.add(name, 100 * MIB)
     tree.add("c07-warm", 100 * MIB, SlotState.WARM)
@@ -103,7 +108,7 @@ async def test_slots_that_grow_on_a_short_host_are_held_and_freed(tree: Tree, cl
 
 async def test_a_limit_that_systemd_refuses_is_tried_again(tree: Tree, clock) -> None:
     systemd, counters = FakeSystemd(), Counters()
-    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, ScopeLimits(systemd), counters, tree.memory)
+    guard = tree.guard(systemd, counters)
     tree.add("c07-grows", 100 * MIB)
     tree.available_bytes = 300 * MIB
     await guard.sample()
@@ -114,11 +119,12 @@ async def test_a_limit_that_systemd_refuses_is_tried_again(tree: Tree, clock) ->
     clock.advance(0.5)
     await guard.sample()
     assert systemd.limits["nbagent-c07-grows.scope"].memory_bytes == 232 * MIB
+    await tree.tasks.cancel()
 
 
 async def test_a_slot_that_ended_is_forgotten(tree: Tree, clock) -> None:
     systemd = FakeSystemd()
-    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, ScopeLimits(systemd), Counters(), tree.memory)
+    guard = tree.guard(systemd, Counters())
     live = tree.add("c07-grows", 100 * MIB)
     tree.available_bytes = 300 * MIB
     await guard.sample()
@@ -133,7 +139,7 @@ async def test_a_slot_that_ended_is_forgotten(tree: Tree, clock) -> None:
 
 async def test_an_update_of_a_held_slot_keeps_it_held_and_is_in_force_when_it_is_freed(tree: Tree, clock) -> None:
     systemd, scope = FakeSystemd(), "nbagent-c07-grows.scope"
-    limits = ScopeLimits(systemd)
+    limits = ScopeLimits(systemd, tree.tasks)
     guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, limits, Counters(), tree.memory)
     live = tree.add("c07-grows", 100 * MIB)
     tree.available_bytes = 300 * MIB
@@ -159,7 +165,7 @@ async def test_an_update_of_a_held_slot_keeps_it_held_and_is_in_force_when_it_is
 
 async def test_a_slot_that_ends_while_its_limit_is_set_is_no_warning(tree: Tree, clock, journal, monkeypatch) -> None:
     systemd = FakeSystemd()
-    guard = MemoryGuard(CurrentConfig(host_config.parse({})), tree.slots, ScopeLimits(systemd), Counters(), tree.memory)
+    guard = tree.guard(systemd, Counters())
     live = tree.add("c07-grows", 100 * MIB)
     tree.available_bytes = 300 * MIB
     await guard.sample()

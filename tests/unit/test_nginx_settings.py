@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from nbagent.config import host_config, nginx_settings
 
 
@@ -20,3 +22,8 @@ def test_the_landing_page_gets_as_many_requests_as_it_has_threads() -> None:
 def test_connections_of_an_address_are_limited() -> None:
     settings = nginx_settings.nginx(host_config.parse({"router": {"client_connections": 77}}))
     assert "limit_conn clients 77;" in settings
+
+
+@pytest.mark.parametrize(("processors", "workers"), [(1, 1), (2, 2), (8, 8), (64, 8)])
+def test_a_large_host_has_no_more_workers_than_its_users_need(processors: int, workers: int) -> None:
+    assert nginx_settings.workers(processors) == f"worker_processes {workers};\n"

@@ -32,6 +32,7 @@ from nbagent.supervisor.processor_guard import (
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.scope_limits import ScopeLimits
 from nbagent.supervisor.slots import Slots
+from nbagent.supervisor.tasks import Tasks
 
 LIMITS = Limits(1 << 30, 100, None, 256)
 SLOT = Slot(
@@ -47,7 +48,8 @@ class Machine:
         self.path, self.clock, self.slots = path, clock, Slots()
         self.config = CurrentConfig(host_config.parse({}))
         self.systemd, self.counters, self.idle_s = FakeSystemd(), Counters(), 0.0
-        self.limits = ScopeLimits(self.systemd)
+        self.tasks = Tasks()
+        self.limits = ScopeLimits(self.systemd, self.tasks)
         self.used_s: dict[str, float] = {}
         self.guard = ProcessorGuard(self.config, self.slots, self.limits, self.counters, 2, lambda: self.idle_s)
 
@@ -148,6 +150,7 @@ async def test_an_update_that_systemd_refuses_leaves_the_limits_in_force(machine
     with pytest.raises(OSError, match="no"):
         await machine.limits.set(live, dataclasses.replace(LIMITS, cpu_weight=400))
     assert live.limits_in_force == before and live.slot.limits == LIMITS
+    await machine.tasks.cancel()
 
 
 async def test_the_guard_follows_the_setting_at_a_reload(machine: Machine) -> None:
@@ -172,6 +175,7 @@ async def test_a_weight_that_systemd_refuses_is_reported_and_tried_again_later(m
     machine.systemd.limits_error = None
     await machine.run(RETRY_S, computes=2.0)
     assert machine.weight("computes") == 5
+    await machine.tasks.cancel()
 
 
 async def test_the_journal_has_one_entry_of_a_slot_in_ten_minutes(machine: Machine, journal) -> None:

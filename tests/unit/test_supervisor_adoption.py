@@ -19,6 +19,7 @@ from nbagent.linux import cgroup
 from nbagent.policy.lending import LENT_S
 from nbagent.sandbox.spec import ACTIVITY_FD
 from nbagent.supervisor import launch_service
+from nbagent.supervisor.systemd import INFINITY
 from nbagent.wire import activity
 from nbagent.wire.failure import Failure, StepFailed
 
@@ -98,6 +99,7 @@ async def test_warm_and_claimed_slots_are_adopted(tmp_path, processes, journal):
     (Limits(1 << 30, 200, None, 256), Event.SLOT_LIMITS_MENDED, "cpu_weight from 200 to 100"),
     (Limits(2 << 30, 100, None, 256), Event.SLOT_LIMITS_MENDED, f"memory_bytes from {2 << 30} to {1 << 30}"),
     (Limits(1 << 29, 5, None, 8), Event.SLOT_LIMITS_MENDED, "tasks from 8 to 256"),
+    (Limits(INFINITY, 0, None, INFINITY), Event.SLOT_LIMITS_MENDED, "cpu_weight from 0 to 100"),
     (
         Limits(2 << 30, 50, 0.5, 8), Event.SLOT_LIMITS_MENDED,
         "cpu_weight from 50 to 100, cpu_quota from 0.5 to None, tasks from 8 to 256",

@@ -8,6 +8,7 @@ import base64
 import datetime
 import errno
 import math
+import time
 
 import pytest
 from fakes import Host, cancelled, kinds, turns, until
@@ -288,6 +289,19 @@ async def test_a_slot_that_was_handed_to_a_caller_that_is_cancelled_goes_back_to
         await until(lambda: host.states().get(slot_id) == "warm")
         await cancelled(first)
         assert (await host.claim())["slot"] == slot_id
+
+
+async def test_a_slot_that_is_offered_in_the_turn_in_which_the_wait_times_out_has_an_owner(tmp_path):
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        host.launcher.hold()
+        waits_s, pools = 0.05, host.supervisor.pools
+        live = pools.take("minimal")
+        wait = asyncio.ensure_future(pools.wait("minimal", waits_s))
+        await turns(1)
+        asyncio.get_running_loop().call_later(waits_s - 0.02, pools.offer, live)
+        time.sleep(2 * waits_s)  # so that the offer and the end of the wait are due in the same turn
+        assert await wait is live
 
 
 async def test_a_released_claim_that_was_not_received_ends(tmp_path):

@@ -14,7 +14,7 @@ from nbagent.core.errors import IllegalMove, InvalidField, RecordFailed, SlotNot
 from nbagent.core.events import Event
 from nbagent.core.model import SlotState, now
 from nbagent.policy.pool import TRY_S
-from nbagent.supervisor import slot_stopper
+from nbagent.supervisor import images, scope_limits, slot_stopper
 from nbagent.supervisor.systemd import JobFailed
 
 POOL = {"warm": 2, "starts": 4}
@@ -175,6 +175,25 @@ async def test_an_image_is_in_use_while_a_slot_runs_on_it(tmp_path, journal):
         host.calls.release(claim["slot"], "192.0.2.1")
         await until(lambda: host.store.used == {"sha256-1"})
         await until(lambda: Event.IMAGE_REMOVED in kinds(journal))
+
+
+async def test_an_error_of_the_images_disk_concerns_one_image_and_is_followed_by_another_try(
+    tmp_path, journal, monkeypatch
+):
+    monkeypatch.setattr(images, "AGAIN_S", 0.02)
+    host = Host(tmp_path)
+    host.store.images["other"] = make_image(tmp_path, "other", "sha256-1")
+    host.store.unreadable["other"] = OSError(errno.EIO, "Input/output error")
+    host.store.retire_error = OSError(errno.EROFS, "Read-only file system")
+    async with host:
+        await until(lambda: "warm" in host.states().values())
+        assert [image["name"] for image in host.calls.images()] == ["minimal"]
+        await asyncio.sleep(0.1)
+        # Reported once, and not at each try.
+        assert kinds(journal).count(Event.IMAGE_UNREADABLE) == 1
+        host.store.unreadable.clear()
+        host.store.retire_error = None
+        await until(lambda: len(host.calls.images()) == 2 and host.store.used == {"sha256-0", "sha256-1"})
 
 
 async def test_warm_slots_of_a_removed_image_end(tmp_path):
@@ -462,6 +481,31 @@ async def test_an_update_does_not_undo_what_guards_have_lowered_and_their_end_re
         await guards.lower(live, cpu_part=1.0)
         recorded = dict(host.records.load())[name].limits
         assert host.systemd.limits[f"nbagent-{name}.scope"] == live.slot.limits == recorded
+
+
+async def test_a_change_of_limits_that_systemd_makes_after_the_refusal_is_taken_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(scope_limits, "RENEW_PAUSE_S", 0.02)
+    async with Host(tmp_path) as host:
+        await host.until_states("warm")
+        name = (await host.claim(memory="1G", cpu_weight=50))["slot"]
+        scope, own, tries = f"nbagent-{name}.scope", host.slots[name].slot.limits, []
+
+        async def late(unit, limits):
+            tries.append(limits)
+            if len(tries) < 3:
+                # PID 1 has the message, and carries it out when it runs again.
+                asyncio.get_running_loop().call_later(0.01, host.systemd.limits.__setitem__, unit, limits)
+                raise TimeoutError("nbagent-units: set_limits: no response within 25 s")
+            host.systemd.limits[unit] = limits
+
+        monkeypatch.setattr(host.systemd, "set_limits", late)
+        with pytest.raises(IllegalMove, match="no response"):
+            await host.calls.update(name, {"memory": "64M", "cpu_weight": 7}, "192.0.2.1")
+        await until(lambda: host.systemd.limits[scope].memory_bytes == 64 << 20)
+        await until(lambda: host.systemd.limits[scope] == own)
+        assert len(tries) <= 3 and host.slots[name].slot.limits == own == dict(host.records.load())[name].limits
+        await asyncio.sleep(0.1)
+        assert tries[1:] == [own, own]
 
 
 async def test_an_update_that_cannot_be_recorded_changes_nothing(tmp_path, monkeypatch):

@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import errno
+import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from fakes import FakeZygotes, cancelled, make_image, turns
+from fakes import FakeZygotes, Host, cancelled, make_image, turns
 
 from nbagent.config import host_config
 from nbagent.config.host_config import CurrentConfig
-from nbagent.core.errors import StartFailed
+from nbagent.core.errors import ConfigError, StartFailed
 from nbagent.core.model import Limits, Slot, SlotState, now
+from nbagent.supervisor import __main__ as program
 from nbagent.supervisor.composition import Supervisor
 from nbagent.supervisor.host_load import HostLoad, Memory
 from nbagent.supervisor.pools import Pools
@@ -24,7 +30,7 @@ from nbagent.supervisor.readiness import ready
 from nbagent.supervisor.records import Records
 from nbagent.supervisor.running_slot import RunningSlot
 from nbagent.supervisor.slots import Slots
-from nbagent.supervisor.tasks import Tasks
+from nbagent.supervisor.tasks import Tasks, in_thread
 
 TOP = Path(__file__).resolve().parents[2]
 GIB = 1 << 30
@@ -152,6 +158,59 @@ def test_the_load_counts_starts_by_launch_and_reads_memory_at_most_ten_times_a_s
     assert not load.draining
 
 
+def without_threads(monkeypatch):
+    """As while process ids are used up."""
+    def start(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+
+
+async def test_work_that_needs_a_thread_fails_as_the_system_call_does(monkeypatch):
+    with monkeypatch.context() as patch:
+        without_threads(patch)
+        with pytest.raises(BlockingIOError, match="can't start new thread"):
+            await in_thread(lambda: 1)
+    assert await in_thread(lambda: 2) == 2
+
+
+async def test_the_root_of_a_slot_is_closed_once_while_no_thread_can_be_started(monkeypatch):
+    fd = os.open("/", os.O_PATH)
+    with monkeypatch.context() as patch:
+        without_threads(patch)
+        await RunningSlot(SLOT, root_fd=fd).release_storage()
+    other = os.open("/", os.O_PATH)
+    assert other == fd
+    # The executor does now what it could not do before.
+    await in_thread(lambda: None)
+    os.close(other)
+
+
+async def test_parts_of_the_host_are_tried_while_no_thread_can_be_started(tmp_path, monkeypatch):
+    async with Host(tmp_path) as host:
+        with monkeypatch.context() as patch:
+            without_threads(patch)
+            for _ in range(2):
+                await host.supervisor.health.check()
+        assert "can't start new thread" in host.supervisor.health.faults["image"]
+        await host.supervisor.health.check()
+        assert not host.supervisor.health.faults
+
+
+def test_a_drain_is_in_force_while_its_file_cannot_be_created_and_has_it_afterwards(tmp_path):
+    file = tmp_path / "full" / "drain"
+    load = HostLoad(CurrentConfig(host_config.parse({})), Slots(), FakeZygotes(), file)
+    load.set_draining(True)
+    assert load.draining and load.host().draining
+    load.set_draining(False)
+    assert not load.draining
+    load.set_draining(True)
+    file.parent.mkdir()
+    assert load.draining and file.exists()
+    load.set_draining(False)
+    assert not load.draining and not file.exists()
+
+
 def test_the_next_end_is_that_of_the_first_claimed_slot(tmp_path, clock):
     slots = Slots()
     load = HostLoad(CurrentConfig(host_config.parse({})), slots, FakeZygotes(), tmp_path / "drain")
@@ -276,10 +335,10 @@ def test_no_object_of_the_supervisor_has_more_than_a_dozen_attributes(tmp_path):
 @pytest.mark.parametrize(("error", "status"), [("MemoryError()", 1), ("ValueError('x')", 7)])
 def test_a_task_without_memory_ends_the_supervisor_and_another_error_does_not(error, status):
     """The next supervisor adopts what is complete; a task that ended between two steps may leave a slot as it is."""
-    program = f"""
+    text = f"""
 import asyncio, sys
 from nbagent.supervisor.__main__ import end_without_memory
-from nbagent.supervisor.tasks import Tasks
+from nbagent.supervisor.tasks import Tasks, in_thread
 
 async def fail():
     raise {error}
@@ -292,5 +351,20 @@ async def main():
 asyncio.run(main())
 sys.exit(7)
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=TOP, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", text], cwd=TOP, capture_output=True, text=True, check=False)
     assert done.returncode == status and "unexpected error" in done.stderr
+
+
+@pytest.mark.parametrize("error", [None, ConfigError("unknown setting"), OSError(errno.EIO, "Input/output error")])
+def test_a_reload_ends_for_systemd_whatever_it_meets(monkeypatch, journal, error):
+    notified = []
+    monkeypatch.setattr(program.daemon, "notify", notified.append)
+
+    def load():
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(program.host_config, "load", load)
+    with contextlib.suppress(OSError):
+        program._reload(Mock())
+    assert notified == ["RELOADING=1", "READY=1"]

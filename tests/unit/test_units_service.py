@@ -153,6 +153,14 @@ async def test_limits_are_of_scopes_and_zygotes_and_main_processes_of_zygotes(se
                 await call()
 
 
+async def test_a_scope_may_have_limits_that_nbagent_never_sets(service, monkeypatch):
+    """By `systemctl set-property`: infinity, and CPUWeight=idle, which is 0."""
+    found = Limits(bus.INFINITY, 0, None, bus.INFINITY)
+    monkeypatch.setitem(RESULTS, "scope_limits", found)
+    with contextlib.closing(Systemd()) as systemd:
+        assert await systemd.scope_limits(SCOPE) == found
+
+
 @pytest.mark.parametrize("pid", [12, 13, 14, 15])
 async def test_a_process_that_was_not_forked_for_a_slot_gets_into_no_scope(service, pid):
     """Whatever gets into a scope is killed with it."""

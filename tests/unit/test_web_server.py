@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import resource
+import select
 import socket
 import threading
 import time
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from malformed import REQUESTS, status_of
 from nbagent.web import server as module
 from nbagent.web.server import Lane, Server, Service, network_of
+from nbagent.wire.control import CALLER_FD
 
 GET = b"GET /a?b HTTP/1.1\r\nHost: x\r\n\r\n"
 BODY_MAX_BYTES = 1 << 20
@@ -134,6 +136,26 @@ def test_a_request_that_is_not_complete_has_no_thread(serve: Callable[..., Runni
     assert is_served(running)
     for connection in slow:
         connection.close()
+
+
+def test_an_application_can_see_that_its_client_has_left(serve: Callable[..., Running]) -> None:
+    begun, left = threading.Event(), threading.Event()
+
+    def slow(environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        waiting, caller_fd = select.poll(), CALLER_FD.get()
+        assert caller_fd is not None
+        waiting.register(caller_fd, select.POLLRDHUP)
+        assert not waiting.poll(0)
+        begun.set()
+        if waiting.poll(TIMEOUT_S * 1000):
+            left.set()
+        return echo(environ, start_response)
+
+    running = serve(slow)
+    with running.connect() as connection:
+        connection.sendall(GET)
+        assert begun.wait(TIMEOUT_S) and not left.is_set()
+    assert left.wait(TIMEOUT_S)
 
 
 def test_a_peer_that_does_not_read_has_no_thread(serve: Callable[..., Running]) -> None:

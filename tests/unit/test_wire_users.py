@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from nbagent.config import host_config
+from nbagent.config.host_config import CurrentConfig
 from nbagent.content.deliver import ENTER, UNPACK, WRITE, Order
 from nbagent.core.claim_content import Content, File, FileBundle
 from nbagent.core.errors import (
@@ -36,9 +37,9 @@ from nbagent.supervisor import content_injector
 from nbagent.supervisor import network as supervisor_network
 from nbagent.supervisor import server as supervisor_server
 from nbagent.supervisor.server import ControlServer, handlers
-from nbagent.wire import operations
+from nbagent.wire import control, operations
 from nbagent.wire.channel import Channel
-from nbagent.wire.control import ControlClient
+from nbagent.wire.control import CALLER_FD, ControlClient
 from nbagent.wire.failure import Failure, StepFailed
 from nbagent.wire.fields import MalformedMessage
 from nbagent.wire.operations import ClaimArguments, SlotArguments, UpdateArguments
@@ -81,6 +82,7 @@ class FakeCalls:
 
     def __init__(self):
         self.received, self.abandoned, self.tasks = [], [], set()
+        self.trials, self.cancelled = [], []
         self.agent = SimpleNamespace(spawn=self.spawn)
         self.blocked = None
 
@@ -94,7 +96,11 @@ class FakeCalls:
         content = os.pread(files.fd, 1 << 20, 0) if files else None
         self.received.append((options, key, client, content))
         if self.blocked is not None:
-            await self.blocked.wait()
+            try:
+                await self.blocked.wait()
+            except asyncio.CancelledError:
+                self.cancelled.append(key)
+                raise
         return {"slot": "h-0"}
 
     def abandon(self, slot):
@@ -107,7 +113,11 @@ class FakeCalls:
         return {"slot": slot, **options}
 
     async def try_start(self):
-        raise RuntimeError("a fault")
+        self.trials.append("begun")
+        try:
+            await asyncio.sleep(60)
+        finally:
+            self.trials.append("ended")
 
     def stats(self):
         raise RuntimeError("a fault")
@@ -210,6 +220,93 @@ def test_an_error_of_the_supervisor_arrives_with_step_and_errno(server):
 def test_a_fault_of_the_supervisor_is_reported_without_its_text(server):
     with pytest.raises(NbagentError, match="journalctl -u nbagent"):
         ControlClient(server[1], 5).call(operations.STATS)
+
+
+def connected():
+    """Both ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        return client, listener.accept()[0]
+
+
+@contextlib.contextmanager
+def called_by(connection):
+    """As in a thread of the API that computes a response for this connection."""
+    token = CALLER_FD.set(connection.fileno())
+    yield
+    CALLER_FD.reset(token)
+
+
+@pytest.mark.parametrize("key", [operations.own_key(), "landing 192.0.2.7 key-of-a-page"], ids=["own", "landing"])
+@pytest.mark.parametrize("pair", [socket.socketpair, connected], ids=["nginx", "TCP"])
+def test_a_claim_of_a_client_that_has_left_is_cancelled_before_it_has_a_slot(server, pair, key, monkeypatch):
+    monkeypatch.setattr(control, "HALF_CLOSED_S", 0.1)
+    calls, path = server
+    calls.blocked = asyncio.Event()
+    client, accepted = pair()
+    with accepted, called_by(accepted):
+        leaving = threading.Timer(0.1, client.close)
+        leaving.start()
+        began_s = time.monotonic()
+        with pytest.raises(SupervisorUnavailable, match="closed the connection"):
+            ControlClient(path, 30).call(operations.CLAIM, ClaimArguments({}, key, "::1"))
+        leaving.join()
+        assert time.monotonic() - began_s < 5
+    deadline_s = time.monotonic() + 10
+    while not calls.cancelled and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert calls.cancelled == [key] and calls.abandoned == []
+
+
+def test_a_claim_with_a_key_of_its_caller_goes_on_without_the_client(server):
+    calls, path = server
+    calls.blocked = asyncio.Event()
+    client, accepted = socket.socketpair()
+    with accepted, called_by(accepted):
+        leaving = threading.Timer(0.1, client.close)
+        leaving.start()
+        with pytest.raises(SupervisorUnavailable, match="closed the connection"):
+            ControlClient(path, 30).call(operations.CLAIM, ClaimArguments({}, "key-of-a-caller", "::1"))
+        leaving.join()
+    time.sleep(0.2)
+    assert calls.cancelled == [] and len(calls.tasks) == 1
+    calls.blocked.set()
+
+
+def test_nothing_is_claimed_for_a_client_that_has_left_before(server):
+    calls, path = server
+    client, accepted = socket.socketpair()
+    client.close()
+    with accepted, called_by(accepted), pytest.raises(SupervisorUnavailable, match="closed the connection"):
+        ControlClient(path, 30).call(operations.CLAIM, ClaimArguments({}, operations.own_key(), "::1"))
+    assert calls.received == []
+
+
+def test_a_client_that_only_sends_no_more_gets_its_slot(server):
+    _, path = server
+    client, accepted = connected()
+    with client, accepted, called_by(accepted):
+        client.shutdown(socket.SHUT_WR)
+        claimed = ControlClient(path, 5).call(operations.CLAIM, ClaimArguments({}, "k", "::1"))
+        assert claimed == {"slot": "h-0"}
+
+
+def test_a_call_with_a_client_has_a_timeout(server):
+    calls, path = server
+    calls.blocked = asyncio.Event()
+    client, accepted = connected()
+    with client, accepted, called_by(accepted), pytest.raises(SupervisorUnavailable, match="timed out"):
+        ControlClient(path, 0.2).call(operations.CLAIM, ClaimArguments({}, operations.own_key(), "::1"))
+
+
+def test_a_trial_ends_when_its_caller_has_closed_the_connection(server):
+    calls, path = server
+    with pytest.raises(SupervisorUnavailable):
+        ControlClient(path, 0.2).call(operations.TRY_START)
+    deadline_s = time.monotonic() + 10
+    while calls.trials != ["begun", "ended"] and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert calls.trials == ["begun", "ended"] and calls.abandoned == []
 
 
 def test_a_supervisor_without_descriptors_is_unavailable_for_a_while(server, monkeypatch):
@@ -638,6 +735,15 @@ def test_the_network_service_gets_typed_arguments_and_the_namespace(network, fil
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="the network service serves root only")
+def test_rules_that_cannot_be_written_are_a_fault_of_the_network(monkeypatch, tmp_path):
+    """As while /run is full; callers expect no other error, and try again."""
+    monkeypatch.setattr(supervisor_network, "RULES_PATH", tmp_path / "full" / "network.json")
+    config = CurrentConfig(host_config.parse({"network": {"allow": ["none", "internet"]}}))
+    with pytest.raises(StartFailed, match=r"network\.json was not written: No such file") as failed:
+        asyncio.run(supervisor_network.Network(config, None).set_up())
+    assert failed.value.details == {"step": "network", "errno": errno.ENOENT}
+
+
 def test_a_request_of_the_network_is_repeated_after_a_repair(network):
     """Another program deletes the nftables table, and the slot's addresses are added before the service knows."""
     call, kernel, _ = network
