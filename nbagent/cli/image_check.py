@@ -29,6 +29,8 @@ from nbagent.untrusted.refusal import plain
 COLUMNS = ("CHECK", "RESULT", "FOUND")
 OK, WARN, FAIL = "ok", "warn", "fail"
 ZYGOTE_WAIT_S = 120.0
+# Reasons of nbagent.supervisor.zygotes; a busy host has a zygote without a warm-up first.
+_TEMPORARY = ("its zygote is being started", "its zygote has no warm-up")
 # The zygote's second try, if the first one fails, begins after pool.backoff.
 _POLL_S = 0.5
 _CELL_WAIT_S = 60.0
@@ -97,13 +99,13 @@ def check(remote: Remote, name: str) -> Iterator[Result]:
 
 
 def _image(remote: Remote, name: str) -> dict[str, Any]:
-    """The image's document, when its zygote forks or has failed."""
+    """The image's document, when its complete zygote forks or has failed, or none is ready within ZYGOTE_WAIT_S."""
     until_s = time.monotonic() + ZYGOTE_WAIT_S
     while True:
         image = next((image for image in remote.call("GET", "/images") if image["name"] == name), None)
         if image is None:
             raise ImageNotFound(f"no image has the name {name!r}", image=name)
-        if "is being started" not in image["launch_reason"] or time.monotonic() > until_s:
+        if not any(reason in image["launch_reason"] for reason in _TEMPORARY) or time.monotonic() > until_s:
             return dict(image)
         time.sleep(_POLL_S)
 
