@@ -3,8 +3,8 @@
 
 The zygote is a notebook server, so its interpreter has a server's warning filters, command line and caches. `record`
 runs in the zygote before the server is imported: it imports the modules that every kernel imports at its start, and
-notes the warning filters and environment variables that they set. `note` adds those of modules that the zygote
-preloads. `become` runs in the forked kernel.
+notes their files, and the warning filters and environment variables that they set. `note` adds filters and variables of
+modules that the zygote preloads. `become` and `skip_internal_frames` run in the forked kernel.
 
 Standard library, and the image's ipykernel; Python 3.9 and up.
 """
@@ -22,11 +22,19 @@ from typing import Any, Dict, Iterator, List, Mapping
 
 from nbagent.linux.process import set_command_line
 
-# The modules of a kernel's start, and the one of its command line.
-_MODULES = ("ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger")
+# The modules of a kernel's start, among them those that it imports before it has its debugger.
+_MODULES = (
+    "ipykernel.kernelapp", "ipykernel.ipkernel", "ipykernel.zmqshell", "ipykernel.debugger", "IPython.core.debugger",
+    "psutil", "tornado.platform.asyncio",
+)
+# The module of its command line.
 LAUNCHER = "ipykernel_launcher"
 
+# The first part of the names of modules that a forked kernel has on its stack, and an exec'd one does not have.
+_OWN = "nbagent."
+
 _filters: List[Any] = []
+_files: List[str] = []
 _variables: Dict[str, str] = {}
 _launcher = LAUNCHER
 
@@ -42,6 +50,7 @@ def record() -> None:
                 importlib.import_module(name)
     _variables.pop("PYDEVD_DISABLE_FILE_VALIDATION", None)
     _filters[:] = warnings.filters
+    _files[:] = _files_of(sys.modules)
     with contextlib.suppress(ImportError, ValueError):
         spec = importlib.util.find_spec(LAUNCHER)
         if spec is not None and spec.origin is not None:
@@ -66,6 +75,22 @@ def _noted_variables() -> Iterator[None]:
     before = dict(os.environ)
     yield
     _variables.update({name: value for name, value in os.environ.items() if before.get(name) != value})
+
+
+def skip_internal_frames(kernel: Any) -> None:
+    """Makes the kernel's debugger skip the frames of the modules of a kernel's start, and those of nbagent.
+
+    ipykernel passes the files of all loaded modules to debugpy, which compares each function that is called after that
+    with each of them. Those of the server and of preloaded modules would make it three times as slow.
+    """
+    debugger: Any = getattr(kernel, "debugger", None)
+    if _files and getattr(debugger, "kernel_modules", None):
+        own = {name: module for name, module in sys.modules.items() if name.startswith(_OWN)}
+        kernel._kernel_modules = debugger.kernel_modules = list(dict.fromkeys([*_files, *_files_of(own)]))
+
+
+def _files_of(modules: Mapping[str, Any]) -> List[str]:
+    return [module.__file__ for module in list(modules.values()) if getattr(module, "__file__", None)]
 
 
 def _set_filters(filters: List[Any]) -> None:

@@ -86,12 +86,14 @@ class IPKernelApp(kernelapp.IPKernelApp):
         shell = self.ready_shell
         if shell is None or _shell_config(self.config) != _shell_config(shell.config):
             super().init_kernel()
+            as_execd.skip_internal_frames(self.kernel)
             return
         # The shell's components refer to the same configuration object, so it is changed in place.
         shell.config.IPKernelApp = self.config.IPKernelApp
         self.user_ns = shell.user_ns
         _make_current(ZMQInteractiveShell, shell)
         super().init_kernel()
+        as_execd.skip_internal_frames(self.kernel)
         shell.parent = shell.kernel = self.kernel
         shell.profile_dir, shell.ipython_dir = self.profile_dir, self.ipython_dir
         _attach_to_process(shell)

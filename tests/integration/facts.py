@@ -63,6 +63,15 @@ def _descriptors():
     return kinds
 
 
+def _skipped():
+    """The Python files whose frames the debugger skips, but for those that start this kernel."""
+    kernel = get_ipython().kernel  # noqa: F821
+    files = set(getattr(getattr(kernel, "debugger", None), "kernel_modules", ()))
+    starts = ("ipykernel_launcher.py", "runpy.py", "forked_slot.py")
+    return sorted(one for one in files if one.endswith(".py") and "/nbagent/" not in one
+                  and os.path.basename(one) not in starts)
+
+
 def facts():
     return {
         "flags": _text(sys.flags),
@@ -135,4 +144,5 @@ def facts():
             "facts", "open") and not name.startswith("_i")),
         "main": [sys.modules["__main__"].__name__, getattr(sys.modules["__main__"], "__file__", None)],
         "extra of sys": sorted(vars(sys)),
+        "skipped by the debugger": _skipped(),
     }
