@@ -237,7 +237,7 @@ def called_by(connection):
     CALLER_FD.reset(token)
 
 
-@pytest.mark.parametrize("key", [operations.own_key(), "landing 192.0.2.7 key-of-a-page"])
+@pytest.mark.parametrize("key", [operations.own_key(), "landing 192.0.2.7 key-of-a-page"], ids=["own", "landing"])
 @pytest.mark.parametrize("pair", [socket.socketpair, connected], ids=["nginx", "TCP"])
 def test_a_claim_of_a_client_that_has_left_is_cancelled_before_it_has_a_slot(server, pair, key, monkeypatch):
     monkeypatch.setattr(control, "HALF_CLOSED_S", 0.1)
