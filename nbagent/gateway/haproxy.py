@@ -49,6 +49,8 @@ USERS = "users"
 ASSETS = "assets"
 # Those with the hosts of the fleet as servers.
 BACKENDS = (*STAGES, USERS, ASSETS)
+# The id of no slot, for a check: a supervisor responds that no such slot is lent.
+ABSENT = "check-000000000000"
 # Prefix of the keys that the gateway adds. No client repeats a request with such a key.
 OWN_KEY = "gateway-"
 
@@ -64,9 +66,9 @@ _TRACE = (
     "if { req.hdr(traceparent) -m reg ^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?$ }"
 )
 _CHECK = "check inter 2s fastinter 500ms downinter 1s fall 2 rise 1"
-# A restart of the supervisor or the API, for which claims wait, is over before so many checks of a claim's way fail:
-# the API waits 3 s for the supervisor, and responds to checks within the next second as to the first.
-_CLAIMS_CHECK = _CHECK.replace("fall 2", "fall 4")
+# A restart of the supervisor or the API, for which claims wait, is over before so many checks of a claim's way fail,
+# each after 3 s.
+_CLAIMS_CHECK = _CHECK.replace("fall 2", "fall 3")
 
 
 def render(settings: GatewaySettings) -> str:
@@ -351,13 +353,15 @@ backend {name}
 
 
 def _stage(name: str, settings: GatewaySettings) -> Iterator[str]:
-    # By the way of a claim over router, API and supervisor. /healthz is that of the router alone.
-    checked = "/healthz" if settings.landing.access == "off" else "/api/stats"
+    # By the way of a claim over router, API and supervisor, without an effect. /healthz is that of the router alone,
+    # and the figures of a host at /api/stats are kept for a second, so that checks would make those of pages older.
+    checked = "GET /healthz" if settings.landing.access == "off" else f"POST /user/{ABSENT}/nbagent/return"
     yield f"""\
 listen {name}
     bind unix@{RUN}/{name}.sock mode 600 accept-proxy
     log-format \"{_log_format('claim')}\"
-    option httpchk GET {checked}
+    option httpchk {checked}
+    http-check expect ! rstatus ^5
     option http-buffer-request
     # A new connection for each claim, so that a host to which the connection fails has not received the claim.
     http-reuse never

@@ -5,10 +5,10 @@
     tests/bench/agents.py --capacity N[,N…] [--answer-ms N] [--status SOCKET]
 
 Agent n has the address `address(n)`, with a router on port 8000, which serves `POST /api/spawn`, /spawn, /healthz and
-/api/stats, and the agent-check on port 9001. One process serves any number of agents by two sockets that are bound to
-all addresses, so it runs in a network namespace where no other program listens. With one --capacity and --only NUMBER
-it serves that agent alone, at its own address, so that a kill of the process is the death of one host. --status is a
-unix socket with the response of the gateway's status service when no host has a free slot: 429.
+the gateway's check, and the agent-check on port 9001. One process serves any number of agents by two sockets that are
+bound to all addresses, so it runs in a network namespace where no other program listens. With one --capacity and
+--only NUMBER it serves that agent alone, at its own address, so that a kill of the process is the death of one host.
+--status is a unix socket with the response of the gateway's status service when no host has a free slot: 429.
 
 The benchmark controls it at /bench: GET returns the books, POST with a JSON object sets them (`Books.set`).
 """
@@ -146,7 +146,7 @@ class Router(asyncio.Protocol):
                 self.send(status, document, closes)
 
     def answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> tuple[int, Any]:
-        if path in ("/healthz", "/api/stats"):
+        if path == "/healthz" or path.endswith("/nbagent/return"):
             self.books.probes += 1
             return 200, "ok"
         if self.full:

@@ -120,8 +120,8 @@ def _router(host: FakeHost) -> type[_Handler]:
             path = urllib.parse.urlsplit(self.path).path
             if path == "/healthz":
                 return self.respond(200, "ok")
-            if path == "/api/stats":
-                return self.respond(200 if host.has_api else 503, {})
+            if path == f"/user/{haproxy.ABSENT}/nbagent/return":
+                return self.respond(404 if host.has_api else 503, {})
             host.headers.append(dict(self.headers))
             if path.startswith(("/spawn", "/api/spawn")):
                 slot = host.claim(self.headers.get("Idempotency-Key") or urllib.parse.parse_qs(body)["key"][0])
