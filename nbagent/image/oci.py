@@ -57,7 +57,7 @@ _USER, _HOME = "jovyan", "/home/jovyan"
 
 
 # A slot has file systems of its own there, in which a directory of the image does not exist.
-_OF_SLOTS = ("/dev/", "/proc/", "/sys/", "/tmp/", "/var/tmp/")
+_OF_SLOTS = ("/dev/", "/proc/", "/sys/", "/tmp/", "/var/tmp/")  # noqa: S108  paths of the image
 # A JSON object from the image.
 _Object = Mapping[str, object]
 
