@@ -56,6 +56,8 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _USER, _HOME = "jovyan", "/home/jovyan"
 
 
+# A slot has file systems of its own there, in which a directory of the image does not exist.
+_OF_SLOTS = ("/dev/", "/proc/", "/sys/", "/tmp/", "/var/tmp/")  # noqa: S108  paths of the image
 # A JSON object from the image.
 _Object = Mapping[str, object]
 
@@ -218,7 +220,7 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
     mapping: dict[str, object] = {
         "user": user,
         "home": home,
-        "directory": _normal(config.directory, home),
+        "directory": home if _is_of_slots(config.directory) else _normal(config.directory, home),
         "environment": {**config.environment, **variables, "PATH": path, "HOME": home},
     }
     if python:
@@ -235,21 +237,26 @@ def manifest_of(config: ImageConfig, rootfs: Path) -> Manifest:
 
 def notes_of(config: ImageConfig, manifest: Manifest) -> tuple[str, ...]:
     """Sentences about the parts of a configuration that its `manifest` does not use, or that a slot does not serve."""
+    command, notes = plain(" ".join(config.command)), []
+    if _is_of_slots(config.directory):
+        where = plain(config.directory)
+        notes.append(f"slots begin in {manifest.directory}, because they have files of their own at {where}")
     if manifest.python is None and not _has_base_path(manifest.command, manifest.environment):
-        text = (
-            f"slots run the image's command ({plain(' '.join(config.command))}), because no jupyter-lab was found; it"
-            " has no {base_path}, below which it has to serve: write it into the command or a variable, or name the"
-            " Python that has JupyterLab in a manifest (python)"
+        notes.append(
+            f"slots run the image's command ({command}), because no jupyter-lab was found; it has no {{base_path}},"
+            " below which it has to serve: write it into the command or a variable, or name the Python that has"
+            " JupyterLab in a manifest (python)"
         )
-        return (text,)
-    if manifest.python is None or not config.command or posixpath.basename(config.command[0]) == "jupyter-lab":
-        return ()
-    text = (
-        f"slots start JupyterLab by {manifest.python} and not by the image's entry point"
-        f" ({plain(' '.join(config.command))}); a manifest can set its variables (environment) or run its scripts"
-        " (activate)"
-    )
-    return (text,)
+    if manifest.python is not None and config.command and posixpath.basename(config.command[0]) != "jupyter-lab":
+        notes.append(
+            f"slots start JupyterLab by {manifest.python} and not by the image's entry point ({command}); a manifest"
+            " can set its variables (environment) or run its scripts (activate)"
+        )
+    return tuple(notes)
+
+
+def _is_of_slots(directory: str) -> bool:
+    return _normal(directory, "").startswith(_OF_SLOTS)
 
 
 def _has_base_path(command: Sequence[str], environment: Mapping[str, str]) -> bool:

@@ -486,6 +486,20 @@ def test_a_working_directory_that_the_image_does_not_have_is_made(store: ImageSt
     assert import_image(store, Layers(Cmd=["x"], WorkingDir="/file/x").layer(layer)).directory == "/file/x"
 
 
+@pytest.mark.parametrize(("directory", "found"), [
+    ("/tmp/build", "/home/jovyan"), ("/var/tmp//x/", "/home/jovyan"), ("/dev/shm/x", "/home/jovyan"),
+    ("/tmp", "/tmp"), ("/tmpx/y", "/tmpx/y"),
+])
+def test_a_working_directory_in_a_file_system_of_slots_is_the_home(
+    store: ImageStore, directory: str, found: str
+) -> None:
+    layer = Archive().add("tmp/build", **DIRECTORY)
+    image = import_image(store, Layers(Cmd=["x", "{base_path}"], WorkingDir=directory).layer(layer))
+    assert image.directory == found
+    assert [note for note in image.notes if "slots begin in /home/jovyan" in note] == list(
+        image.notes if found == "/home/jovyan" else ())
+
+
 def test_an_import_tells_what_is_different_from_a_container(store: ImageStore) -> None:
     layer = Archive().add("etc/passwd", b"nb:x:1000:100::/home/nb:/bin/bash\n")
     layer.add("opt/conda/bin/jupyter-lab", b"#!/opt/conda/bin/python\n").add("opt/conda/etc/conda/activate.d/gdal.sh")
