@@ -54,8 +54,6 @@ _PORT = re.compile(r"([0-9]{1,5})(?:/tcp)?")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # The user for an image whose user is root or has no name, because no process of a slot is root.
 _USER, _HOME = "jovyan", "/home/jovyan"
-
-
 # A slot has file systems of its own there, in which a directory of the image does not exist.
 _OF_SLOTS = ("/dev/", "/proc/", "/sys/", "/tmp/", "/var/tmp/")  # noqa: S108  paths of the image
 # A JSON object from the image.

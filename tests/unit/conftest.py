@@ -18,6 +18,7 @@ import hypothesis
 import pytest
 
 from nbagent.core.journald import Journal
+from nbagent.wire.channel import Channel
 
 TEST_TIMEOUT_S = 30
 # A run of the unit tests has the same examples each time. The profile "deep" is that of `make fuzz`.
@@ -148,3 +149,18 @@ def journal(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     entries: list[dict[str, str]] = []
     monkeypatch.setattr(Journal, "send", lambda _, fields: entries.append(dict(fields)))
     return entries
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    """The descriptor of a file."""
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    yield fd
+    os.close(fd)
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Channel, Channel]]:
+    one, other = Channel.pair()
+    with one, other:
+        yield one, other

@@ -9,6 +9,7 @@ import os
 import socket
 
 import pytest
+from malformed_messages import open_fds
 
 from nbagent.wire import aio, fields, memfd
 from nbagent.wire.channel import FDS_MAX, PACKET_MAX_BYTES, Channel, report_failure
@@ -23,18 +24,6 @@ def pair():
     one, other = Channel.pair(LARGE)
     with one, other:
         yield one, other
-
-
-@pytest.fixture
-def file(tmp_path):
-    """The descriptor of a file."""
-    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
-    yield fd
-    os.close(fd)
-
-
-def open_fds():
-    return set(os.listdir("/proc/self/fd"))
 
 
 def packet(channel, payload, fds=()):
